@@ -1,0 +1,53 @@
+"""`cda eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cda_cli.commands.options import (
+    BackendOption,
+    CheckpointArgument,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+)
+
+
+def evaluate(
+    checkpoint: CheckpointArgument,
+    data: DataOption = None,
+    split: Annotated[str, typer.Option(help="validation or train: which side of the text.")] = "validation",
+    max_batches: Annotated[int | None, typer.Option(min=1, help="Stop after so many batches.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")] = 16,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Loss, perplexity and bits per byte over a whole split, each token counted once, with standard errors."""
+    from cda_cli.console import is_terminal, print_json, progress, show_evaluation
+    from cda_cli.evaluation import evaluate
+    from cda_cli.restore import open_side, restore_on
+    from cda_cli.signals import StopRequest
+
+    with StopRequest() as stop:
+        restored, precision = restore_on(checkpoint, device, dtype, backend)
+        text = open_side(restored, data, split, stop, show_progress=is_terminal() and not as_json)
+        batches, windows = text.batches(batch_size, max_batches)
+        with progress("evaluating", windows, quiet=as_json) as advance:
+            result = evaluate(
+                restored.model,
+                stop.until(batches),
+                text.bytes_per_token,
+                restored.device,
+                precision,
+                advance,
+            )
+        stop.check("interrupted; nothing was written")
+    if as_json:
+        print_json({"checkpoint": str(restored.path), "data": text.description, "split": split, **result._asdict()})
+    else:
+        show_evaluation(result, restored, text.description, split)

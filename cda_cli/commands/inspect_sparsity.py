@@ -1,0 +1,54 @@
+"""`cda inspect-sparsity`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cda_cli.commands.options import (
+    BackendOption,
+    CheckpointArgument,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+)
+
+
+def inspect_sparsity(
+    checkpoint: CheckpointArgument,
+    data: DataOption = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to report, such as 0,2-3; all where not given.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Heads to report; the first is drawn as a heat map.")] = None,
+    max_batches: Annotated[int, typer.Option(min=1, help="Sequences of the validation text to look at.")] = 16,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """What each layer and head selects on real text: row sums, effective support, capped entries, learned k, distance.
+
+    The heat map shows the first of the chosen heads, in the first of the chosen layers, over the beginning of the text.
+    """
+    from cda_cli.console import is_terminal, print_json, progress, show_report
+    from cda_cli.inspection import inspect, parse_selection
+    from cda_cli.restore import open_side, restore_on
+    from cda_cli.signals import StopRequest
+
+    with StopRequest() as stop:
+        restored, precision = restore_on(checkpoint, device, dtype, backend)
+        chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
+        chosen_heads = parse_selection(heads, restored.config.model.heads, "--heads")
+        text = open_side(restored, data, "validation", stop, show_progress=is_terminal() and not as_json)
+        batches, windows = text.batches(1, max_batches)
+        with progress("inspecting", windows, quiet=as_json) as advance:
+            drawn = (chosen_layers[0], chosen_heads[0])
+            watcher = inspect(restored.model, stop.until(batches), restored.device, precision, drawn, advance)
+        stop.check("interrupted; nothing was written")
+    report = watcher.report().only(chosen_layers, chosen_heads)
+    if as_json:
+        print_json({"checkpoint": str(restored.path), "data": text.description, **report.as_dict()})
+    else:
+        assert watcher.kept is not None
+        show_report(report, restored, text, drawn, watcher.kept)

@@ -1,0 +1,114 @@
+"""`cda train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+RUN, MODEL, DATA, OPTIM = "Run", "Model", "Data", "Optimisation"
+
+
+def train(
+    preset: Annotated[
+        str | None, Option(help="Named starting point: tiny, small, base, seed …", rich_help_panel=RUN)
+    ] = None,
+    config: Annotated[
+        Path | None, Option(help="YAML with the sections model, data, optim, run.", rich_help_panel=RUN)
+    ] = None,
+    set_: Annotated[
+        list[str] | None, Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting.", rich_help_panel=RUN)
+    ] = None,
+    out: Annotated[Path | None, Option(help="Run folder; runs/PRESET by default.", rich_help_panel=RUN)] = None,
+    resume: Annotated[
+        str, Option(metavar="auto|never|CHECKPOINT", help="What to go on from.", rich_help_panel=RUN)
+    ] = "auto",
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Build all, run one batch, print the plan.", rich_help_panel=RUN)
+    ] = False,
+    seed: Annotated[int | None, Option(rich_help_panel=RUN)] = None,
+    device: Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=RUN)] = None,
+    dtype: Annotated[str | None, Option(help="auto, float32 or bfloat16.", rich_help_panel=RUN)] = None,
+    compile_: Annotated[
+        bool | None, Option("--compile/--no-compile", help="torch.compile; on a GPU by default.", rich_help_panel=RUN)
+    ] = None,
+    backend: Annotated[
+        str | None, Option(help="Backend of the operator: auto, torch or colt5.", rich_help_panel=RUN)
+    ] = None,
+    eval_every: Annotated[int | None, Option(help="Steps between validations.", rich_help_panel=RUN)] = None,
+    save_every: Annotated[int | None, Option(help="Steps between checkpoints.", rich_help_panel=RUN)] = None,
+    sample_every: Annotated[int | None, Option(help="Steps between samples of text.", rich_help_panel=RUN)] = None,
+    data: Annotated[
+        str | None,
+        Option(
+            help="stdlib (the default), a path or glob (.txt .gz .jsonl .json .csv .parquet), or "
+            "hf:OWNER/NAME[:CONFIG].",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    data_split: Annotated[str | None, Option(help="Split of a hf: dataset.", rich_help_panel=DATA)] = None,
+    text_column: Annotated[str | None, Option(help="Column that holds the text.", rich_help_panel=DATA)] = None,
+    streaming: Annotated[
+        bool | None, Option("--streaming/--no-streaming", help="Tokenise while training.", rich_help_panel=DATA)
+    ] = None,
+    tokenizer: Annotated[
+        str | None, Option(help="bytes, a tokenizer.json, or a hub id.", rich_help_panel=DATA)
+    ] = None,
+    steps: Annotated[int | None, Option(help="Optimizer steps.", rich_help_panel=OPTIM)] = None,
+    batch_size: Annotated[int | None, Option(help="Sequences a forward pass.", rich_help_panel=OPTIM)] = None,
+    grad_accum: Annotated[int | None, Option(help="Forward passes a step.", rich_help_panel=OPTIM)] = None,
+    lr: Annotated[float | None, Option(help="Peak learning rate.", rich_help_panel=OPTIM)] = None,
+    seq_len: Annotated[int | None, Option(help="Context, tokens.", rich_help_panel=MODEL)] = None,
+    attention: Annotated[str | None, Option(help="softmax or coordinate-descent.", rich_help_panel=MODEL)] = None,
+    attn_k: Annotated[float | None, Option(help="Keys a head may attend to fully.", rich_help_panel=MODEL)] = None,
+    learned_k: Annotated[
+        bool | None, Option("--learned-k/--fixed-k", help="k per query and head, up to attn-k.", rich_help_panel=MODEL)
+    ] = None,
+    ff: Annotated[str | None, Option(help="gelu or coordinate-descent.", rich_help_panel=MODEL)] = None,
+    ff_k: Annotated[float | None, Option(help="Budget k of the feed-forward.", rich_help_panel=MODEL)] = None,
+    eps: Annotated[
+        float | None, Option(help="Temperature ε, of attention and feed-forward.", rich_help_panel=MODEL)
+    ] = None,
+    solver: Annotated[str | None, Option(help="exact or iterative.", rich_help_panel=MODEL)] = None,
+) -> None:
+    """Train a model; the same command again goes on from its newest checkpoint.
+
+    Settings: preset, then --config, then --set, then flags, the later winning. Each key is described in
+    docs/configuration.md.
+    """
+    from cda_cli.config import DEFAULT_PRESET, resolve
+
+    flags = {
+        **{f"model.{name}": value for name, value in {
+            "seq_len": seq_len, "attention": attention, "attn_k": attn_k, "learned_k": learned_k, "ff": ff,
+            "ff_k": ff_k, "attn_eps": eps, "ff_eps": eps, "solver": solver,
+        }.items()},
+        **{f"data.{name}": value for name, value in {
+            "source": data, "split": data_split, "text_column": text_column, "streaming": streaming,
+            "tokenizer": tokenizer,
+        }.items()},
+        **{f"optim.{name}": value for name, value in {
+            "steps": steps, "batch_size": batch_size, "grad_accum": grad_accum, "lr": lr,
+        }.items()},
+        **{f"run.{name}": value for name, value in {
+            "seed": seed, "device": device, "dtype": dtype, "compile": compile_, "backend": backend,
+            "eval_every": eval_every, "save_every": save_every, "sample_every": sample_every,
+        }.items()},
+    }  # fmt: skip
+    resolve(preset, config, set_ or (), flags)  # a wrong setting is said before torch is imported
+
+    from cda_cli.console import TrainingDisplay, show_dry_run
+    from cda_cli.signals import StopRequest
+    from cda_cli.training.run import dry_run as try_out
+    from cda_cli.training.run import run_training, settings_of
+
+    run = out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))
+    settings = resolve(preset, config, set_ or (), flags, base=settings_of(run, resume))
+    display = TrainingDisplay()
+    with StopRequest() as stop:
+        if dry_run:
+            show_dry_run(try_out(settings, run, resume, display, stop))
+        else:
+            run_training(settings, run, resume, display, stop)

@@ -1,0 +1,97 @@
+"""The pieces that every view is made of: the console, number formats, progress, JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def out() -> Console:
+    """Stdout. Off a terminal a table must not be cut at 80 columns."""
+    return Console(highlight=False) if is_terminal() else Console(highlight=False, width=120)
+
+
+def is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """One JSON document on stdout; a figure that is no number (an error of a single window) becomes null."""
+    print(json.dumps(_without_nan(document), ensure_ascii=False, indent=2))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, where that is a terminal; the value to call with what was done."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A plain table: the first column text, the others numbers."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index else "left")
+    return made
+
+
+def pairs(rows: Mapping[str, str], title: str | None = None) -> Table:
+    """Two columns: a name and its value."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows.items():
+        made.add_row(name, value)
+    return made
+
+
+def count(number: float) -> str:
+    """1234567 → 1.23 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def memory(size: float) -> str:
+    """Bytes → 512 MiB."""
+    for unit, bits in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 2**bits:
+            return f"{size / 2**bits:.3g} {unit}" if size < 1000 * 2**bits else f"{size / 2**bits:.0f} {unit}"
+    return f"{size:.0f} B"
+
+
+def duration(seconds: float | None) -> str:
+    """3725 → 1:02:05."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def plus_minus(value: float, error: float, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if math.isnan(error) else f"{value:.{digits}f} ± {error:.{digits}f}"

@@ -1,0 +1,91 @@
+"""Results: an evaluation, a sparsity report with its heat map, a diagnosis, a dry run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from cda_cli.console.base import memory, out, pairs, plus_minus, share, table
+from cda_cli.console.heat_map import heat_map
+from cda_cli.console.training import plan_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cda_cli.diagnosis import Diagnosis
+    from cda_cli.evaluation import Evaluation
+    from cda_cli.inspection import Report
+    from cda_cli.restore import Restored, TextSide
+    from cda_cli.training.run import DryRun
+
+
+def show_evaluation(result: Evaluation, restored: Restored, data: str, split: str) -> None:
+    rows = {
+        "checkpoint": str(restored.path),
+        "data": f"{data}, {split}",
+        "tokens": f"{result.tokens:,} in {result.windows:,} windows",
+        "loss": f"{plus_minus(result.loss, result.standard_error)} nats per token",
+        "perplexity": f"{result.perplexity:.4g}",
+        "bits per byte": plus_minus(result.bits_per_byte, result.bits_per_byte_error),
+    }
+    out().print(pairs(rows))
+
+
+def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple[int, int], weights: Tensor) -> None:
+    console, model = out(), restored.config.model
+    console.print(pairs({"checkpoint": str(restored.path), "data": text.description, "tokens": f"{report.tokens:,}"}))
+    solver = f", {model.solver} solver, ε = {model.attn_eps:g}" if model.attention == "coordinate-descent" else ""
+    heads = table(
+        "layer.head", "k", "row sum", "|Σλ − k|", "effective support", "λ > 1e-3", "capped / k", "distance back"
+    )
+    for head in report.heads:
+        heads.add_row(
+            f"{head.layer}.{head.head}",
+            f"{head.sparsity_k:.3f}",
+            f"{head.row_sum:.3f}",
+            f"{head.row_sum_error:.1e}",
+            f"{head.effective_support:.2f}",
+            f"{head.attended_entries:.2f}",
+            share(head.capped_share),
+            f"{head.distance_back:.1f}",
+        )
+    console.print("", Text(f"Attention: {model.attention}{solver}", style="bold"), heads)
+    units = table("layer", "units", "active (|x| > 1e-3)", "share", "dead")
+    for unit in report.feed_forward:
+        units.add_row(
+            str(unit.layer),
+            str(unit.units),
+            f"{unit.active_units:.1f}",
+            share(unit.active_units / unit.units),
+            str(unit.dead_units),
+        )
+    console.print("", Text(f"Feed-forward: {model.ff}", style="bold"), units)
+    ids = [int(token) for token in text.sides[0].ids[: len(weights)]]
+    labels = [restored.tokenizer.decode([token]) for token in ids]
+    console.print("", Text(f"Layer {drawn[0]}, head {drawn[1]}: queries down, keys across", style="bold"))
+    console.print(heat_map(weights.tolist(), labels, console.width))
+
+
+def show_doctor(diagnosis: Diagnosis) -> None:
+    console = out()
+    console.print(pairs(diagnosis.versions, title="Versions"), "")
+    console.print(pairs({str(number): device for number, device in enumerate(diagnosis.devices)}, title="Devices"), "")
+    console.print(pairs(diagnosis.backends, title="Backend of each solver"), "")
+    checks = table("operator against its float64 optimum", "error", "at most", "")
+    for check in diagnosis.checks:
+        verdict = Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
+        checks.add_row(check.name, f"{check.error:.1e}", f"{check.tolerance:.1e}", verdict)
+    console.print(checks)
+
+
+def show_dry_run(result: DryRun) -> None:
+    console = out()
+    rows = plan_rows(result.plan)
+    rows["loss of one batch"] = f"{result.loss:.4f}"
+    rows["memory of the run"] = (
+        f"weights {memory(result.weights)}, gradients {memory(result.gradients)}, AdamW {memory(result.optimizer)}"
+    )
+    rows["peak with one batch"] = f"{memory(result.peak)} (without AdamW, which comes with the first step)"
+    console.print(pairs(rows))
+    console.print("dry run: nothing was written")

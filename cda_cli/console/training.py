@@ -1,0 +1,137 @@
+"""A training run, live on a terminal and as plain lines off it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from cda_cli.console.base import count, duration, memory, out, pairs, plus_minus, share, table
+
+if TYPE_CHECKING:
+    from cda_cli.training.run import Plan
+
+
+class TrainingDisplay:
+    """The `Display` of the training loop (see `training.loop`)."""
+
+    def __init__(self) -> None:
+        self._console = out()
+        self.interactive = self._console.is_terminal
+        self._steps = 0
+        self._latest: dict[str, dict[str, Any]] = {}
+        self._bar = Progress(TextColumn("step"), BarColumn(bar_width=None), MofNCompleteColumn(), expand=True)
+        self._task = self._bar.add_task("step", total=None)
+        self._live = Live(console=self._console, get_renderable=self._view, refresh_per_second=4, transient=True)
+
+    def start(self, plan: Plan) -> None:
+        self._steps = plan.steps
+        self._console.print(pairs(plan_rows(plan)), "")
+        self._bar.update(self._task, total=plan.steps, completed=plan.first_step)
+        if self.interactive:
+            self._live.start()
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def show(self, record: dict[str, Any]) -> None:
+        kind = record["kind"]
+        self._latest[kind] = record
+        if kind == "train":
+            if not self.interactive:
+                self._line(record["step"], train_words(record))
+        elif kind == "validation":
+            self._line(record["step"], Text(validation_words(record), style="bold"))
+        elif kind == "sample":
+            self._line(record["step"], Text("sample", style="bold"))
+            self._console.print(Text(printable(record["text"]), style="cyan"))
+        elif kind == "checkpoint":
+            self._line(record["step"], f"saved {record['path']}")
+
+    def note(self, text: str) -> None:
+        self._console.print(Text(text, style="yellow"), soft_wrap=True)
+
+    def finish(self) -> None:
+        """Leaves the latest figures as a table."""
+        self._live.stop()
+        if "train" in self._latest:
+            self._console.print("", self._figures(), "", layer_table(self._latest["train"]["layers"]))
+
+    def _line(self, step: int, words: str | Text) -> None:
+        width = len(str(self._steps))
+        self._console.print(Text.assemble((f"{step:>{width}}/{self._steps}  ", "dim"), words), soft_wrap=True)
+
+    def _view(self) -> Group | Progress:
+        if "train" not in self._latest:
+            return self._bar
+        return Group("", self._figures(), "", layer_table(self._latest["train"]["layers"]), "", self._bar)
+
+    def _figures(self) -> Table:
+        train, validation = self._latest["train"], self._latest.get("validation")
+        rows = {
+            "step": f"{train['step']} of {self._steps}",
+            "loss": f"{train['loss']:.4f}  ({train['bits_per_byte']:.4f} bits per byte)",
+            "validation": f"{validation_words(validation)} at step {validation['step']}" if validation else "–",
+            "learning rate": f"{train['lr']:.2e}, gradient norm {train['grad_norm']:.2f}",
+            "speed": f"{count(train['tokens_per_second'])} tokens/s, {duration(train['seconds_left'])} left",
+            "tokens": count(train["tokens"]),
+            "memory": memory(train["memory_bytes"]),
+        }
+        return pairs(rows)
+
+
+def plan_rows(plan: Plan) -> dict[str, str]:
+    passes = "streamed" if plan.epochs is None else f"{plan.epochs:.2f} passes over the text"
+    first = f"from step {plan.first_step} to {plan.steps}" if plan.first_step else f"{plan.steps}"
+    return {
+        "run": str(plan.run),
+        "data": plan.data,
+        "model": f"{count(plan.parameters)} parameters",
+        "steps": f"{first}, of {count(plan.tokens_per_step)} tokens ({passes})",
+        "device": f"{plan.device}, {plan.dtype}{', compiled' if plan.compiled else ''}",
+        "operator": plan.backend,
+    }
+
+
+def train_words(record: dict[str, Any]) -> str:
+    """A record as one plain line; the sparsity figures are those of the layers, first to last."""
+    layers = record["layers"]
+
+    def each(name: str, form: str) -> str:
+        return "/".join(format(layer[name], form) for layer in layers)
+
+    return (
+        f"loss {record['loss']:.4f}  {record['bits_per_byte']:.3f} bits/byte  lr {record['lr']:.2e}  "
+        f"{count(record['tokens_per_second'])} tokens/s  {duration(record['seconds_left'])} left  "
+        f"{memory(record['memory_bytes'])}  support {each('effective_support', '.1f')}  "
+        f"capped {each('capped_share', '.0%')}  k {each('sparsity_k', '.2f')}"
+    )
+
+
+def validation_words(record: dict[str, Any]) -> str:
+    return f"validation loss {plus_minus(record['loss'], record['standard_error'])}, " + (
+        f"{record['bits_per_byte']:.4f} bits per byte"
+    )
+
+
+def layer_table(layers: list[dict[str, float]]) -> Table:
+    made = table("layer", "mean k", "effective support", "capped / k", "distance back", "active units")
+    for layer in layers:
+        made.add_row(
+            str(layer["layer"]),
+            f"{layer['sparsity_k']:.3f}",
+            f"{layer['effective_support']:.2f}",
+            share(layer["capped_share"]),
+            f"{layer['distance_back']:.1f}",
+            share(layer["active_units"]),
+        )
+    return made
+
+
+def printable(text: str) -> str:
+    """Text whose control characters cannot move the cursor or change the terminal; newlines and tabs stay."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

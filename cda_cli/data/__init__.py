@@ -1,0 +1,45 @@
+"""The way of the data, a module an arrow:
+
+--data → documents   sources     stdlib, local files, Hugging Face datasets (hub: its errors and its silence)
+documents → sides    split       training and validation, by document
+text → tokens        tokenizers  bytes, or a tokenizer.json
+tokens → disk        prepare     memory-mapped, cached, written whole
+tokens → batches     batches     windows; iterators that can say and restore their position
+documents → batches  streaming   the same without preparing
+"""
+
+from cda_cli.data.batches import IGNORE, Batch, TrainBatches, check_lengths, count_windows, evaluation_batches
+from cda_cli.data.prepare import Corpus, PreparationStoppedError, Tokens, prepare
+from cda_cli.data.sources import Source, open_source
+from cda_cli.data.streaming import StreamedBatches, streamed_validation
+from cda_cli.data.tokenizers import (
+    ByteTokenizer,
+    JsonTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_from_json,
+)
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "ByteTokenizer",
+    "Corpus",
+    "JsonTokenizer",
+    "PreparationStoppedError",
+    "Source",
+    "StreamDecoder",
+    "StreamedBatches",
+    "Tokenizer",
+    "Tokens",
+    "TrainBatches",
+    "check_lengths",
+    "count_windows",
+    "evaluation_batches",
+    "load_tokenizer",
+    "open_source",
+    "prepare",
+    "streamed_validation",
+    "tokenizer_from_json",
+]

@@ -1,0 +1,143 @@
+"""tokens → batches. T = seq_len, B = batch_size, N = tokens of a split.
+
+Window i covers the targets [i·T + 1, (i + 1)·T]. The last one, where it would be short, is shifted back so that it is
+full, and the targets that the one before it had already are IGNORE: in a pass each token but the very first is a
+target exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cda_cli.data.prepare import Corpus, Tokens
+from cda_cli.errors import DataError
+
+IGNORE = -100  # the ignore_index of torch.nn.functional.cross_entropy
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`inputs` and `targets`, int64 [B, T]; `targets[:, t]` is the token after `inputs[:, t]`, or IGNORE."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+def count_windows(tokens: Tokens, seq_len: int, side: str = "text") -> int:
+    """Windows of a pass, ceil((N − 1) / T). Raises DataError where the text is shorter than one sequence."""
+    if len(tokens) <= seq_len:
+        remedy = f"--seq-len {len(tokens) - 1} would fit" if len(tokens) > 2 else "give --data more text"
+        if side == "validation":
+            remedy += ", or raise it with a larger --set data.validation_fraction"
+        raise DataError(
+            f"the {side} is shorter than one sequence: it has {len(tokens)} tokens, and seq_len {seq_len} takes "
+            f"{seq_len + 1}; {remedy}"
+        )
+    return -(-(len(tokens) - 1) // seq_len)
+
+
+def check_lengths(corpus: Corpus, seq_len: int) -> None:
+    """Raises DataError where a side of `corpus` is shorter than one sequence."""
+    count_windows(corpus.train, seq_len, "training text")
+    count_windows(corpus.validation, seq_len, "validation")
+
+
+class TrainBatches:
+    """An endless iterator of (batch, state): the state, plain JSON, resumes *after* that batch.
+
+    Each pass (epoch) takes every window once, in an order that is a function of the seed and the epoch alone; a batch
+    may span two passes. Raises DataError where the text is shorter than one sequence, or where `state` is of other
+    data or another seq_len. A given `state` brings its seed; the batch size may differ from the one it was made with.
+    """
+
+    def __init__(
+        self, tokens: Tokens, seq_len: int, batch_size: int, seed: int, state: Mapping[str, Any] | None = None
+    ) -> None:
+        self._tokens = tokens
+        self._seq_len = seq_len
+        self._batch_size = batch_size
+        self._windows = count_windows(tokens, seq_len, "training text")
+        self._seed, self._epoch, self._position = seed, 0, 0
+        if state is not None:
+            check_state(state, {"seq_len": seq_len, "tokens": len(tokens)})
+            self._seed, self._epoch, self._position = state["seed"], state["epoch"], state["position"]
+        self._order = self._epoch_order()
+
+    def __iter__(self) -> Iterator[tuple[Batch, State]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, State]:
+        chosen: list[NDArray[np.int64]] = []
+        missing = self._batch_size
+        while missing:
+            if self._position == self._windows:
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._epoch_order()
+            part = self._order[self._position : self._position + missing]
+            self._position += len(part)
+            missing -= len(part)
+            chosen.append(part)
+        return _gather(self._tokens, self._seq_len, np.concatenate(chosen)), self.state()
+
+    def state(self) -> State:
+        """Where the iterator stands: `position` windows into pass `epoch`."""
+        return {
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "position": self._position,
+            "seq_len": self._seq_len,
+            "tokens": len(self._tokens),
+        }
+
+    def _epoch_order(self) -> NDArray[np.int64]:
+        # Hashed together, so that no (seed, epoch) shares its order with a neighbour such as (seed + 1, epoch − 1).
+        mixed = blake2b(f"{self._seed}/{self._epoch}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(mixed, "big") >> 1)
+        return torch.randperm(self._windows, generator=generator).numpy()
+
+
+def evaluation_batches(
+    tokens: Tokens, seq_len: int, batch_size: int, max_batches: int | None = None
+) -> Iterator[Batch]:
+    """The whole split in order, or its first `max_batches`; the last batch may have fewer than B rows.
+
+    Raises DataError, at once, where the text is shorter than one sequence.
+    """
+    windows = count_windows(tokens, seq_len, "validation")
+    stop = windows if max_batches is None else min(windows, max_batches * batch_size)
+    starts = range(0, stop, batch_size)
+    return (_gather(tokens, seq_len, np.arange(start, min(start + batch_size, stop))) for start in starts)
+
+
+def to_batch(rows: NDArray[Any]) -> Batch:
+    """The batch of `rows` [B, T + 1], consecutive tokens of any integer type."""
+    whole = torch.from_numpy(rows.astype(np.int64))
+    return Batch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous())
+
+
+def _gather(tokens: Tokens, seq_len: int, windows: NDArray[np.int64]) -> Batch:
+    wanted = windows * seq_len
+    starts = np.minimum(wanted, len(tokens) - seq_len - 1)
+    batch = to_batch(tokens.ids[starts[:, None] + np.arange(seq_len + 1)])
+    already_counted = torch.from_numpy(wanted - starts)[:, None] > torch.arange(seq_len)
+    return Batch(batch.inputs, batch.targets.masked_fill(already_counted, IGNORE))
+
+
+def check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises DataError where `state` does not hold what is `expected`."""
+    for name, value in expected.items():
+        if state.get(name) != value:
+            raise DataError(
+                f"the saved data position is for {name} {state.get(name)}, and this run has {value}; resume with the "
+                "data and settings of the run, or start a new one"
+            )

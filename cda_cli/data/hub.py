@@ -1,0 +1,127 @@
+"""The Hugging Face hub: one clear sentence where it is out of reach, and no chatter from its libraries."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cda_cli.errors import DataError
+
+REACH_SECONDS = 5.0
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silences the progress bars and warnings of `datasets` and `huggingface_hub`, and restores them."""
+    import datasets
+
+    had_bars = not datasets.are_progress_bars_disabled()
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    datasets.disable_progress_bars()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def offline_where_unreachable() -> Iterator[None]:
+    """Inside, the hub's libraries take what they have cached, at once, where the hub does not answer.
+
+    They would try again with growing pauses, five times for each file: half a minute to minutes before the error.
+    """
+    import datasets.config
+    import huggingface_hub.constants as hub
+
+    if hub.HF_HUB_OFFLINE or _hub_answers(hub.ENDPOINT):
+        yield
+        return
+    before = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def hub_file(repository: str, name: str) -> Path:
+    """The local copy of a file of a hub repository, downloaded where it is not cached. Raises DataError."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        with quiet_libraries(), offline_where_unreachable():
+            return Path(huggingface_hub.hf_hub_download(repository, name))
+    except errors.LocalEntryNotFoundError as error:
+        raise DataError(
+            f"the Hugging Face hub is out of reach and {repository} is not in its cache; connect to the network, or "
+            f"give a local {name}"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise DataError(f"the Hugging Face hub has no public {repository}; check the name, or log in to it") from error
+    except errors.EntryNotFoundError as error:
+        raise DataError(f"{repository} on the Hugging Face hub has no {name}; choose one that has") from error
+    except read_errors() as error:
+        raise DataError(f"{repository} cannot be fetched ({brief(error)}); give a local {name}") from error
+
+
+def load_hub_dataset(name: str, configuration: str | None, *, streaming: bool) -> Any:
+    """Every split of a hub dataset, as `datasets.load_dataset` gives them. Raises DataError."""
+    import datasets
+
+    try:
+        with quiet_libraries(), offline_where_unreachable():
+            return datasets.load_dataset(name, configuration, streaming=streaming)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(
+            f"the Hugging Face hub has no public dataset {name}; check the name, or log in to it"
+        ) from error
+    except ConnectionError as error:
+        raise DataError(
+            f"the Hugging Face hub is out of reach and {name} is not in its cache; connect to the network, or give "
+            "--data a local file"
+        ) from error
+    except read_errors() as error:
+        raise DataError(f"the dataset {name} cannot be read ({brief(error)}); check hf:OWNER/NAME:CONFIG") from error
+
+
+def read_errors() -> tuple[type[BaseException], ...]:
+    """What reading rows through `datasets` raises for files, formats and connections that are not as they should be."""
+    import zlib
+
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The base of the hub's error is that of its HTTP library, which changes between versions of the hub's.
+    return (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, DatasetsError, *HfHubHTTPError.__bases__)
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error's message, shortened, without its full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(" .:")
+
+
+def _hub_answers(endpoint: str) -> bool:
+    if urllib.request.getproxies():
+        return True  # the proxy is asked for the name, so that looking it up here would say nothing
+    address = urlsplit(endpoint)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=REACH_SECONDS).close()
+    except OSError:
+        return False
+    return True

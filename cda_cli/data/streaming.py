@@ -1,0 +1,156 @@
+"""documents → batches, without preparing: what `--streaming` trains on.
+
+The documents come in the order of the data, each followed by a separator, packed end to end into windows; nothing is
+shuffled, so that a position is small and exact: the document's place in the data, and the token within it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cda_cli.config import DataConfig
+from cda_cli.data.batches import Batch, State, check_state, to_batch
+from cda_cli.data.prepare import Tokens
+from cda_cli.data.sources import Position, Source, open_source
+from cda_cli.data.split import HashRule
+from cda_cli.data.tokenizers import Tokenizer, utf8
+from cda_cli.errors import DataError
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tokenised document, separator included, with the place from which reading yields it next."""
+
+    epoch: int
+    position: Position | None
+    ids: NDArray[Any]
+
+
+class StreamedBatches:
+    """An endless iterator of (batch, state): the state, small plain JSON, resumes *after* that batch.
+
+    At the end of the data it starts again, with epoch + 1. Documents whose hash holds them out are passed over, unless
+    the data comes with a validation split. Raises DataError for bad data, for data of a single document (there would
+    be nothing to validate on), and for a `state` of other data or another tokenizer.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        batch_size: int,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._source = _open(config)
+        self._tokenizer = tokenizer
+        self._seq_len = seq_len
+        self._batch_size = batch_size
+        self._rule = HashRule.of_fraction(config.validation_fraction)
+        self._identity = {
+            "data": config.model_dump(include={"source", "split", "text_column", "validation_fraction"}),
+            "tokenizer": tokenizer.fingerprint,
+        }
+        epoch, position, self._offset = 0, None, 0
+        if state is not None:
+            check_state(state, self._identity)
+            epoch, position, self._offset = state["epoch"], state["position"], state["offset"]
+        self._parts: deque[_Part] = deque()
+        self._buffered = 0
+        self._incoming = self._documents(epoch, position)
+
+    def __iter__(self) -> Iterator[tuple[Batch, State]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, State]:
+        count = self._batch_size * self._seq_len
+        while self._buffered - self._offset < count + 1:
+            part = next(self._incoming)
+            self._parts.append(part)
+            self._buffered += len(part.ids)
+        tokens = self._peek(count + 1)
+        # Neighbouring windows share a token: the last target of one is the first input of the next.
+        rows = np.lib.stride_tricks.sliding_window_view(tokens, self._seq_len + 1)[:: self._seq_len]
+        self._advance(count)
+        return to_batch(rows), self.state()
+
+    def state(self) -> State:
+        """Where the next window starts."""
+        first = self._parts[0]
+        return {"epoch": first.epoch, "position": first.position, "offset": self._offset, **self._identity}
+
+    def _peek(self, count: int) -> NDArray[Any]:
+        pieces, start = [], self._offset
+        for part in self._parts:
+            pieces.append(part.ids[start : start + count])
+            count -= len(pieces[-1])
+            start = 0
+        return np.concatenate(pieces)
+
+    def _advance(self, count: int) -> None:
+        self._offset += count
+        while self._offset >= len(self._parts[0].ids):
+            size = len(self._parts.popleft().ids)
+            self._offset -= size
+            self._buffered -= size
+
+    def _documents(self, epoch: int, position: Position | None) -> Iterator[_Part]:
+        while True:
+            whole_pass, tokens = position is None, 0
+            for text, after in self._source.training.read(position):
+                if self._source.validation is not None or not self._rule.held_out(text):
+                    part = _Part(epoch, position, encode_document(self._tokenizer, text))
+                    tokens += len(part.ids)
+                    yield part
+                position = after
+            if whole_pass and tokens <= self._seq_len:
+                raise DataError(
+                    f"{self._source.description} has {tokens} tokens to train on, and seq_len {self._seq_len} takes "
+                    f"{self._seq_len + 1}; give --data more text, or leave out --streaming"
+                )
+            epoch, position = epoch + 1, None
+
+
+def streamed_validation(config: DataConfig, tokenizer: Tokenizer, max_tokens: int) -> Tokens:
+    """The first held-out documents, in memory: whole ones, until there are `max_tokens`, so there may be some more.
+
+    Raises DataError as StreamedBatches does, and where no document is held out.
+    """
+    source = _open(config)
+    rule = HashRule.of_fraction(config.validation_fraction)
+    parts: list[NDArray[Any]] = []
+    tokens = text_bytes = 0
+    for text in source.validation if source.validation is not None else source.training:
+        if source.validation is not None or rule.held_out(text):
+            parts.append(encode_document(tokenizer, text))
+            tokens += len(parts[-1])
+            text_bytes += len(utf8(text)) + 1
+            if tokens >= max_tokens:
+                break
+    if not parts:
+        raise DataError(
+            f"no document of {source.description} is held out; raise --set data.validation_fraction, or leave out "
+            "--streaming"
+        )
+    return Tokens(np.concatenate(parts), text_bytes)
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> NDArray[Any]:
+    """The ids [N] of a document and the separator after it."""
+    return np.append(tokenizer.encode(text), np.array([tokenizer.separator], dtype=tokenizer.dtype))
+
+
+def _open(config: DataConfig) -> Source:
+    source = open_source(config.model_copy(update={"streaming": True}))
+    if source.single:
+        raise DataError(
+            f"{source.description} is a single document, which cannot be streamed and held out at once; leave out "
+            "--streaming"
+        )
+    return source

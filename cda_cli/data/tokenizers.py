@@ -1,0 +1,238 @@
+"""text → tokens, and back. Bytes by default; any `tokenizer.json` through the `tokenizers` library.
+
+Every tokenizer names a separator, the token that is written after each document.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cda_cli.data.hub import hub_file
+from cda_cli.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+BYTES = "bytes"
+SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+# A tokenizer keeps offsets and strings for all that it is given at once; pieces bound that, and run in parallel.
+PIECE_CHARACTERS = 1 << 16
+
+Ids = Sequence[int] | NDArray[Any]
+
+
+class StreamDecoder(ABC):
+    """Text as the tokens come. The parts, joined, are `decode` of all of them; no character is ever split."""
+
+    @abstractmethod
+    def push(self, token: int) -> str:
+        """The characters that `token` completes; "" where it completes none."""
+
+    @abstractmethod
+    def flush(self) -> str:
+        """What is left at the end: a character that never became whole is U+FFFD."""
+
+
+class Tokenizer(ABC):
+    """`vocab_size` ids, of which `separator` is written after each document."""
+
+    name: str
+    vocab_size: int
+    separator: int
+    fingerprint: str
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest unsigned type that holds every id."""
+        return np.dtype(np.min_scalar_type(self.vocab_size - 1))
+
+    @abstractmethod
+    def encode_batch(self, pieces: Sequence[str]) -> list[NDArray[Any]]:
+        """The ids [N] of each piece, of `dtype`, no special token added; pieces are as `split_pieces` yields them."""
+
+    def encode(self, text: str) -> NDArray[Any]:
+        """The ids [N] of `text`, of `dtype`; no special token is added, nor is one read out of the text."""
+        parts = self.encode_batch(list(split_pieces(text)))
+        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+    @abstractmethod
+    def decode(self, ids: Ids) -> str:
+        """The text of `ids` [N]: separators are dropped, invalid UTF-8 becomes U+FFFD."""
+
+    @abstractmethod
+    def stream(self) -> StreamDecoder:
+        """A decoder that is given one token at a time."""
+
+    @abstractmethod
+    def to_json(self) -> str | None:
+        """What `tokenizer_from_json` takes; None for bytes."""
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0…255 are the bytes of UTF-8. The separator is 0xFF, a byte that never occurs in valid UTF-8."""
+
+    name = BYTES
+    vocab_size = 256
+    separator = 0xFF
+    fingerprint = BYTES
+
+    def encode_batch(self, pieces: Sequence[str]) -> list[NDArray[Any]]:
+        return [np.frombuffer(utf8(piece), dtype=np.uint8) for piece in pieces]
+
+    def decode(self, ids: Ids) -> str:
+        array = np.asarray(ids, dtype=np.uint8)
+        raw: bytes = array[array != self.separator].tobytes()
+        return raw.decode("utf-8", errors="replace")
+
+    def stream(self) -> StreamDecoder:
+        return _ByteStream(self.separator)
+
+    def to_json(self) -> None:
+        return None
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizers.Tokenizer`. The separator is the first of SEPARATORS that it knows, else one id of its own.
+
+    Truncation and padding that the file asks for are switched off, and the name of a special token inside a document
+    is encoded as plain text, so that a document cannot hold a separator.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, name: str) -> None:
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        known = [vocabulary[token] for token in SEPARATORS if token in vocabulary]
+        size = max(vocabulary.values(), default=-1) + 1
+        self._inner = inner
+        self.name = name
+        self.separator = known[0] if known else size
+        self.vocab_size = size if known else size + 1
+        self.fingerprint = blake2b(utf8(inner.to_str()), digest_size=16).hexdigest()
+
+    def encode_batch(self, pieces: Sequence[str]) -> list[NDArray[Any]]:
+        encodings = self._inner.encode_batch_fast([_without_surrogates(p) for p in pieces], add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def decode(self, ids: Ids) -> str:
+        kept = [int(token) for token in ids if int(token) != self.separator]
+        return str(self._inner.decode(kept, skip_special_tokens=False))
+
+    def stream(self) -> StreamDecoder:
+        return _JsonStream(self)
+
+    def to_json(self) -> str:
+        return str(self._inner.to_str())
+
+
+class _ByteStream(StreamDecoder):
+    def __init__(self, separator: int) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._separator = separator
+
+    def push(self, token: int) -> str:
+        return "" if token == self._separator else self._decoder.decode(bytes([token]))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _JsonStream(StreamDecoder):
+    """Decodes a short window again with each token: a token's text may depend on its neighbours (a leading space, a
+    character spread over several tokens), so the new text is what the window has gained."""
+
+    def __init__(self, tokenizer: JsonTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._said = 0  # tokens of the window whose text is out
+        self._said_text = ""
+
+    def push(self, token: int) -> str:
+        if token == self._tokenizer.separator:
+            return ""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # perhaps the first bytes of a character
+            return ""
+        return self._say(text)
+
+    def flush(self) -> str:
+        return self._say(self._tokenizer.decode(self._ids))
+
+    def _say(self, text: str) -> str:
+        new = text[len(self._said_text) :]
+        self._ids = self._ids[self._said :]
+        self._said = len(self._ids)
+        self._said_text = self._tokenizer.decode(self._ids)
+        return new
+
+
+def utf8(text: str) -> bytes:
+    """UTF-8 of any str: a lone surrogate, which has no UTF-8, becomes '?'."""
+    return text.encode("utf-8", errors="replace")
+
+
+def split_pieces(text: str) -> Iterator[str]:
+    """`text` in pieces of at most PIECE_CHARACTERS, cut after a line end, else before a space, else anywhere."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        limit = start + PIECE_CHARACTERS
+        end = text.rfind("\n", start, limit) + 1 or text.rfind(" ", start + 1, limit)
+        end = end if end > start else limit
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer named by `spec`: "bytes", a path to a tokenizer.json, or a hub id. Raises DataError."""
+    if spec == BYTES:
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    try:
+        if path.is_file():
+            return _from_file(path, path.name)
+        hub_id = not path.exists() and path.suffix != ".json" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec)
+    except OSError:  # such as a name that is too long
+        hub_id = None
+    if not hub_id:
+        raise DataError(f"there is no tokenizer file {spec}; give --tokenizer bytes, a tokenizer.json or a hub id")
+    return _from_file(hub_file(spec, "tokenizer.json"), spec)
+
+
+def tokenizer_from_json(text: str | None, name: str = "tokenizer.json") -> Tokenizer:
+    """The tokenizer whose `to_json()` was `text`. Raises DataError where it is not one."""
+    if text is None:
+        return ByteTokenizer()
+    import tokenizers
+
+    try:
+        inner = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises the bare Exception for a bad file
+        raise DataError(
+            f"{name} is not a tokenizer that the tokenizers library reads ({error}); give --tokenizer a tokenizer.json"
+        ) from error
+    return JsonTokenizer(inner, name)
+
+
+def _from_file(path: Path, name: str) -> Tokenizer:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the tokenizer {path} cannot be read ({error}); give --tokenizer a tokenizer.json") from error
+    return tokenizer_from_json(text, name)
+
+
+def _without_surrogates(text: str) -> str:
+    return text if text.isascii() else utf8(text).decode("utf-8")

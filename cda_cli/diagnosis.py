@@ -1,0 +1,109 @@
+"""What `cda doctor` finds: versions, devices, backends, and the operator checked on this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any, NamedTuple
+
+import torch
+
+from cda_cli.ops import choose_backend, reference_gradients, reference_soft_topk, soft_topk, soft_topk_attention
+from cda_cli.ops.reference import reference_attention
+from cda_cli.runtime import describe_device
+
+PACKAGES = ("cda-cli", "torch", "triton", "colt5-attention", "einops", "datasets", "tokenizers", "safetensors", "typer")
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # u: half a unit in the last place of 1
+
+
+class Check(NamedTuple):
+    """The largest error of a quantity against its float64 value, and the most that it may be."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+class Diagnosis(NamedTuple):
+    versions: dict[str, str]
+    devices: list[str]
+    backends: dict[str, str]
+    checks: list[Check]
+
+    def as_dict(self) -> dict[str, Any]:
+        checks = [check._asdict() | {"passed": check.passed} for check in self.checks]
+        return self._asdict() | {"checks": checks}
+
+
+def diagnose() -> Diagnosis:
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    choices = {solver: choose_backend("auto", solver) for solver in ("exact", "iterative")}  # type: ignore[arg-type]
+    return Diagnosis(
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        devices=[describe_device(device) for device in devices],
+        backends={solver: f"{choice.name} ({choice.reason})" for solver, choice in choices.items()},
+        checks=[check for device in devices for check in (*_row_checks(device), *_attention_checks(device))],
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _row_checks(device: torch.device) -> list[Check]:
+    """The exact row operator in float32 on rows that have ties, a far leader, masks, and fractional k."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(64, 333, generator=generator)
+    scores[0] = 0.5
+    scores[1, 7] = 100.0
+    scores[2, :4] = 9.0
+    mask = torch.rand(64, 333, generator=generator) < 0.8
+    mask[3] = False
+    grad = torch.randn(64, 333, generator=generator)
+    checks = []
+    for k, eps in ((2.0, 0.1), (2.5, 0.01), (128.0, 1.0)):
+        leaf = scores.to(device).requires_grad_()
+        budget = torch.full((64,), k, device=device, requires_grad=True)
+        weights = soft_topk(leaf, budget, eps=eps, mask=mask.to(device))
+        weights.backward(grad.to(device))
+        assert leaf.grad is not None
+        assert budget.grad is not None
+        solution = reference_soft_topk(scores, k, eps, mask)
+        grad_scores, grad_k = reference_gradients(solution, k, eps, grad)
+        rounding = 4 * ROUNDING[torch.float32] * scores.abs().max().item() / eps
+        tolerance = 1e-5 + rounding
+        where = f"{device}: rows, float32, k = {k:g}, ε = {eps:g}"
+        checks += [
+            Check(f"{where}: weights", _error(weights, solution.weights), tolerance),
+            Check(f"{where}: ∂s", _error(leaf.grad, grad_scores), 1e-4 * grad_scores.abs().max().item()),
+            Check(f"{where}: ∂k", _error(budget.grad, grad_k), 1e-4 * grad_k.abs().max().item()),
+        ]
+    return checks
+
+
+def _attention_checks(device: torch.device) -> list[Check]:
+    """Causal attention with two null keys in front, output only, in float32 and bf16."""
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, 2, T, 16, generator=generator) for T in (65, 67, 67))
+    checks = []
+    for dtype, u in ROUNDING.items():
+        inputs = [x.to(device, dtype) for x in (query, key, value)]
+        output = soft_topk_attention(*inputs, 2.0)
+        assert isinstance(output, torch.Tensor)
+        expected, _ = reference_attention(*(x.cpu() for x in inputs), 2.0, eps=0.1, scale=0.25, causal=True)
+        name = f"{device}: attention, {str(dtype).removeprefix('torch.')}, k = 2"
+        # The scores, up to about 5, carry the rounding of float32 products into λ over ε; the output that of its dtype.
+        tolerance = (1e-5 + 4 * ROUNDING[torch.float32] * 5 / 0.1 + u) * expected.abs().max().item()
+        checks.append(Check(name, _error(output, expected), tolerance))
+    return checks
+
+
+def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return (actual.detach().double().cpu() - expected).abs().max().item()

@@ -1,0 +1,63 @@
+"""The errors a user can meet: one sentence that names the remedy, and an exit code. No torch in here.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 3 a check that the user asked for failed,
+130 and 143 interrupted by SIGINT and SIGTERM after saving.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CdaError(Exception):
+    """Anything the user can mend. The message is one sentence with its remedy; `main` prints it and exits."""
+
+    exit_code = 2
+
+
+class ConfigError(CdaError):
+    """A setting that is unknown, or that has no meaning."""
+
+
+class DataError(CdaError):
+    """Data that is missing, empty, too short or out of reach."""
+
+
+class CheckpointError(CdaError):
+    """A checkpoint that is missing or damaged, or whose configuration does not fit."""
+
+
+class StorageError(CdaError):
+    """A write that failed (a full disk, a folder that cannot be written)."""
+
+
+class DeviceError(CdaError):
+    """A device or a backend that this machine does not have."""
+
+
+class CheckFailedError(CdaError):
+    """A check that the user asked for did not hold."""
+
+    exit_code = 3
+
+
+class TrainingError(CdaError):
+    """A run that cannot go on, such as one whose loss is no longer finite."""
+
+    exit_code = 1
+
+
+class InterruptedRunError(CdaError):
+    """The run was asked to stop, and saved first."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean 'NEAREST'?`, or the list of what is known where nothing is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"

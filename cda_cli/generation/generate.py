@@ -1,0 +1,99 @@
+"""Text from a model, a token at a time.
+
+prompt → prefill the cache → logits → filtered distribution → token → …  When the context is full, the newer half of it
+is read again and generation goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cda_cli.errors import ConfigError
+from cda_cli.model import KeyValueCache, Transformer
+from cda_cli.runtime import autocast
+
+
+class SamplingSettings(NamedTuple):
+    """temperature 0 takes the likeliest token; the filters apply in the order top_k, top_p, min_p."""
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        if self.temperature < 0:
+            raise ConfigError(f"--temperature must be 0 or more, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"--top-k keeps that many tokens, so it must be 1 or more, not {self.top_k}")
+        for name, share in (("--top-p", self.top_p), ("--min-p", self.min_p)):
+            if share is not None and not 0 < share <= 1:
+                raise ConfigError(f"{name} is a share, above 0 and at most 1, not {share}")
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt: list[int],
+    max_new_tokens: int,
+    settings: SamplingSettings,
+    *,
+    seed: int,
+    separator: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    use_cache: bool = True,
+) -> Iterator[int]:
+    """Tokens that follow `prompt`, at most `max_new_tokens`, ending before a `separator`.
+
+    The draw depends on the seed and the logits alone. Raises ConfigError for an empty prompt, or one that is longer
+    than the context.
+    """
+    context = model.config.seq_len
+    settings.check()
+    if not prompt:
+        raise ConfigError("the prompt is empty; give it at least one character")
+    if len(prompt) > context:
+        raise ConfigError(
+            f"the prompt has {len(prompt)} tokens and the model's context {context}; shorten the prompt to fit"
+        )
+    device = next(model.parameters()).device
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    seen, cache, unread = list(prompt), None, list(prompt)
+    for _ in range(max_new_tokens):
+        if not use_cache or cache is None or cache.length + len(unread) > context:
+            unread = seen if len(seen) <= context else seen[-(context // 2) :]
+            cache = KeyValueCache(model.config, 1, device, dtype) if use_cache else None
+        with autocast(device, dtype):
+            logits = model(torch.tensor([unread], device=device), cache)[0, -1]
+        token = _draw(logits.float().cpu(), settings, generator)
+        if token == separator:
+            return
+        yield token
+        seen.append(token)
+        unread = [token]
+
+
+def filtered_distribution(logits_V: Tensor, settings: SamplingSettings) -> Tensor:
+    """Probabilities [V] after temperature and filters; at least one token always stays. temperature must be above 0."""
+    logits = logits_V / settings.temperature
+    if settings.top_k is not None and settings.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[-1], -torch.inf)
+    probabilities = logits.softmax(-1)
+    if settings.top_p is not None:
+        ordered, order = probabilities.sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= settings.top_p
+        probabilities = probabilities.scatter(0, order[beyond], 0.0)
+    if settings.min_p is not None:
+        probabilities = probabilities.masked_fill(probabilities < settings.min_p * probabilities.max(), 0.0)
+    return probabilities / probabilities.sum()
+
+
+def _draw(logits_V: Tensor, settings: SamplingSettings, generator: torch.Generator) -> int:
+    if settings.temperature == 0:
+        return int(logits_V.argmax())
+    return int(torch.multinomial(filtered_distribution(logits_V, settings), 1, generator=generator))

@@ -1,0 +1,66 @@
+"""prompt text → tokens → text as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from cda_cli.errors import ConfigError
+from cda_cli.generation.generate import SamplingSettings, generate
+from cda_cli.restore import Restored
+from cda_cli.signals import StopRequest
+
+
+def read_prompts(prompt: str | None, prompts_file: Path | None, stdin: TextIO) -> list[str]:
+    """The prompts: one given, one a line of a file, or all of stdin as one. Raises ConfigError."""
+    if prompt is not None and prompts_file is not None:
+        raise ConfigError("--prompt and --prompts-file exclude each other; give one of them")
+    if prompt is not None:
+        return [prompt]
+    if prompts_file is not None:
+        try:
+            lines = prompts_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{prompts_file} cannot be read ({error}); give a text file with a prompt a line") from error
+        prompts = [line for line in lines if line]
+        if not prompts:
+            raise ConfigError(f"{prompts_file} holds no prompt; write one a line")
+        return prompts
+    if stdin.isatty():
+        raise ConfigError("there is no prompt; give --prompt TEXT, --prompts-file FILE, or text on stdin")
+    text = stdin.buffer.read().decode("utf-8", errors="replace")
+    if not text:
+        raise ConfigError("stdin is empty; give --prompt TEXT, --prompts-file FILE, or text on stdin")
+    return [text]
+
+
+def generate_text(
+    restored: Restored,
+    prompt: str,
+    max_new_tokens: int,
+    settings: SamplingSettings,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    stop: StopRequest,
+) -> Iterator[str]:
+    """Pieces of the text that follows `prompt`; no piece ends within a character. Ends early where a stop is asked for."""
+    tokenizer = restored.tokenizer
+    decoder = tokenizer.stream()
+    tokens = generate(
+        restored.model,
+        [int(token) for token in tokenizer.encode(prompt)],
+        max_new_tokens,
+        settings,
+        seed=seed,
+        separator=tokenizer.separator,
+        dtype=dtype,
+    )
+    for token in tokens:
+        if stop:
+            break
+        yield decoder.push(token)
+    yield decoder.flush()

@@ -1,0 +1,173 @@
+"""What each layer and head of a model selects, over real text.
+
+windows of the text → forward passes under observation → sums of figures → a report, and the weights of one head over
+the first window for the heat map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cda_cli.data import Batch
+from cda_cli.errors import ConfigError
+from cda_cli.inspection.measures import HeadFigures, UnitFigures, head_figures, unit_figures
+from cda_cli.model import Transformer
+from cda_cli.model.observe import AttentionSeen, FeedForwardSeen, observing
+from cda_cli.runtime import autocast
+
+
+class HeadReport(NamedTuple):
+    """Means over the rows of one head; `capped_share` over the rows that see more than k keys."""
+
+    layer: int
+    head: int
+    sparsity_k: float
+    row_sum: float
+    row_sum_error: float
+    effective_support: float
+    attended_entries: float
+    capped_share: float
+    distance_back: float
+
+
+class FeedForwardReport(NamedTuple):
+    """Active units: |activation| > 1e-3, mean over the tokens. Dead units: active on none of them."""
+
+    layer: int
+    units: int
+    active_units: float
+    dead_units: int
+
+
+class Report(NamedTuple):
+    heads: list[HeadReport]
+    feed_forward: list[FeedForwardReport]
+    tokens: int
+
+    def only(self, layers: Collection[int], heads: Collection[int]) -> Report:
+        """The report of these layers and heads."""
+        return Report(
+            [head for head in self.heads if head.layer in layers and head.head in heads],
+            [unit for unit in self.feed_forward if unit.layer in layers],
+            self.tokens,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            "heads": [head._asdict() for head in self.heads],
+            "feed_forward": [unit._asdict() for unit in self.feed_forward],
+        }
+
+
+def parse_selection(text: str | None, count: int, option: str) -> list[int]:
+    """`0,2-3` → [0, 2, 3], out of `count`; all where None. Raises ConfigError."""
+    if text is None:
+        return list(range(count))
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        try:
+            chosen += range(int(first), int(last or first) + 1)
+        except ValueError as error:
+            raise ConfigError(f"{option} takes numbers and ranges such as 0,2-3, not {text!r}") from error
+    if not chosen or min(chosen) < 0 or max(chosen) >= count:
+        raise ConfigError(f"{option} {text} is out of range; this model has 0 to {count - 1}")
+    return chosen
+
+
+class Watcher:
+    """Adds up the figures of each layer as forward passes go by; keeps the weights of `keep` = (layer, head)."""
+
+    def __init__(self, keep: tuple[int, int] | None = None) -> None:
+        self.attention: dict[int, HeadFigures] = {}
+        self.feed_forward: dict[int, UnitFigures] = {}
+        self.keep = keep
+        self.kept: Tensor | None = None
+
+    def __call__(self, seen: AttentionSeen | FeedForwardSeen) -> None:
+        if isinstance(seen, FeedForwardSeen):
+            figures = unit_figures(seen.activations)
+            known = self.feed_forward.get(seen.layer)
+            self.feed_forward[seen.layer] = known + figures if known else figures
+            return
+        sums = head_figures(seen)
+        before = self.attention.get(seen.layer)
+        self.attention[seen.layer] = before + sums if before else sums
+        if self.keep is not None and self.kept is None and seen.layer == self.keep[0]:
+            self.kept = seen.weights[0, self.keep[1]].float().cpu()
+
+    def report(self) -> Report:
+        heads = [
+            _head_report(layer, head, figures)
+            for layer, figures in sorted(self.attention.items())
+            for head in range(len(figures.rows))
+        ]
+        units = [_unit_report(layer, figures) for layer, figures in sorted(self.feed_forward.items())]
+        return Report(heads, units, self.feed_forward[0].tokens if self.feed_forward else 0)
+
+
+def layer_means(report: Report) -> list[dict[str, float]]:
+    """For the live figures of training: one dict a layer, the means over its heads and its share of active units."""
+    layers = []
+    for unit in report.feed_forward:
+        heads = [head for head in report.heads if head.layer == unit.layer]
+        values: dict[str, Any] = {"layer": unit.layer}
+        for name in ("sparsity_k", "effective_support", "capped_share", "distance_back"):
+            values[name] = sum(getattr(head, name) for head in heads) / len(heads)
+        values["active_units"] = unit.active_units / unit.units
+        layers.append(values)
+    return layers
+
+
+@torch.no_grad()
+def inspect(
+    model: Transformer,
+    batches: Iterable[Batch],
+    device: torch.device,
+    dtype: torch.dtype,
+    keep: tuple[int, int] | None = None,
+    advance: Callable[[int], None] = lambda windows: None,
+) -> Watcher:
+    """Observes `model` over `batches`; leaves its mode as it was. Memory is O(T × S) for each sequence of a batch."""
+    watcher = Watcher(keep)
+    training = model.training
+    model.eval()
+    try:
+        with observing(model, watcher):
+            for batch in batches:
+                with autocast(device, dtype):
+                    model(batch.inputs.to(device))
+                advance(len(batch.inputs))
+    finally:
+        model.train(training)
+    return watcher
+
+
+def _head_report(layer: int, head: int, figures: HeadFigures) -> HeadReport:
+    mean = {name: (values[head] / figures.rows[head]).item() for name, values in figures._asdict().items()}
+    bounded = figures.bounded_rows[head].item()
+    return HeadReport(
+        layer=layer,
+        head=head,
+        sparsity_k=mean["sparsity_k"],
+        row_sum=mean["row_sum"],
+        row_sum_error=mean["excess"],
+        effective_support=mean["support"],
+        attended_entries=mean["attended"],
+        capped_share=figures.capped_share[head].item() / bounded if bounded else 0.0,
+        distance_back=mean["distance"],
+    )
+
+
+def _unit_report(layer: int, figures: UnitFigures) -> FeedForwardReport:
+    return FeedForwardReport(
+        layer=layer,
+        units=len(figures.times_active),
+        active_units=figures.active / figures.tokens,
+        dead_units=int((figures.times_active == 0).sum()),
+    )

@@ -1,0 +1,85 @@
+"""The Typer app: registers the commands, and turns a CdaError into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from cda_cli import __version__
+from cda_cli.commands import doctor, eval, inspect_sparsity, sample, train
+from cda_cli.errors import CdaError
+
+app = typer.Typer(
+    name="cda",
+    help="Train, evaluate, sample from and inspect Transformers that select with coordinate-descent sparsity.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("eval")(eval.evaluate)
+app.command("sample")(sample.sample)
+app.command("inspect-sparsity")(inspect_sparsity.inspect_sparsity)
+app.command("doctor")(doctor.doctor)
+
+
+class Debug:
+    """Whether `--debug` was given: errors then keep their traceback."""
+
+    on = False
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cda {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    Debug.on = debug
+
+
+def run() -> None:
+    """The console script `cda`."""
+    try:
+        app()
+    except Exception as error:
+        if Debug.on:
+            raise
+        _leave(error)
+
+
+def _leave(error: Exception) -> NoReturn:
+    """One sentence on stderr, and the exit code."""
+    if isinstance(error, BrokenPipeError):
+        # The reader of our output has gone. Python would complain once more while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    if isinstance(error, CdaError):
+        _say(str(error))
+        sys.exit(error.exit_code)
+    if type(error).__name__ == "OutOfMemoryError":
+        _say("the GPU's memory is used up; use a smaller --batch-size with a larger --grad-accum")
+        sys.exit(1)
+    if isinstance(error, OSError) and error.filename:
+        _say(f"{error.filename}: {error.strerror}; check the path and the space and rights there")
+        sys.exit(2)
+    _say(f"unexpected {type(error).__name__}: {error} (a fault of cda: run `cda --debug …` for the traceback)")
+    sys.exit(1)
+
+
+def _say(sentence: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    # Soft wrap: a sentence stays one line for whoever greps it.
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), sentence), soft_wrap=True)

@@ -1,0 +1,14 @@
+"""The model: token embeddings → blocks of attention and feed-forward → logits."""
+
+from cda_cli.model.cache import KeyValueCache
+from cda_cli.model.published import from_published
+from cda_cli.model.transformer import Transformer, expected_tensors, load_state_tensors, state_tensors
+
+__all__ = [
+    "KeyValueCache",
+    "Transformer",
+    "expected_tensors",
+    "from_published",
+    "load_state_tensors",
+    "state_tensors",
+]

@@ -1,0 +1,114 @@
+"""Causal self-attention whose weights are a softmax or a coordinate-descent soft top-k.
+
+Shapes: B batch, T queries, C width of the residual stream, H heads, D head width, S keys (null and cached ones first).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from cda_cli.config import ModelConfig
+from cda_cli.model.cache import KeyValueCache
+from cda_cli.model.layers import RotaryPositions
+from cda_cli.model.observe import AttentionSeen, Observer
+from cda_cli.ops import Backend, soft_topk, soft_topk_attention
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, backend: Backend) -> None:
+        super().__init__()
+        self.config, self.layer, self.backend = config, layer, backend
+        self.heads, self.scale = config.heads, config.head_width**-0.5
+        inner = config.heads * config.head_width
+        self.eps = config.attn_eps
+        self.observer: Observer | None = None
+
+        self.to_qkv = nn.Linear(config.dim, inner * 3, bias=False)
+        self.to_out = nn.Linear(inner, config.dim, bias=False)
+        self.null_kv = nn.Parameter(torch.randn(2, config.heads, config.null_kv, config.head_width))
+        self.query_norm = nn.RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
+        self.key_norm = nn.RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
+        rotary = config.position == "rotary"
+        self.rotary = RotaryPositions(config.head_width, config.seq_len, config.rotary_base) if rotary else None
+        learned_k = config.learned_k and config.attention == "coordinate-descent"
+        self.to_learned_k = _budget_linear(config) if learned_k else None
+        self.to_gate = _budget_linear(config) if config.output_gate else None
+
+    def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        query, key, value = self._query_key_value(x_BTC, cache)
+        sparsity_k = self._sparsity_k(x_BTC)
+        if self.observer is not None:
+            out_BHTD = self._observed(query, key, value, sparsity_k)
+        elif self.config.attention == "softmax":
+            out_BHTD = _softmax_attention(query, key, value, self.scale)
+        else:
+            out_BHTD = soft_topk_attention(
+                query, key, value, sparsity_k, scale=self.scale, eps=self.eps, backend=self.backend, **self._solver()
+            )
+        if self.to_gate is not None:
+            out_BHTD = out_BHTD * self._budget(self.to_gate, x_BTC).unsqueeze(-1)
+        return self.to_out(rearrange(out_BHTD, "b h t d -> b t (h d)"))
+
+    def _query_key_value(self, x_BTC: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """query [B, H, T, D]; key and value [B, H, S, D], the null and cached ones in front."""
+        query, key, value = rearrange(self.to_qkv(x_BTC), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.rotary is not None:
+            start = cache.length if cache is not None else 0
+            query, key = self.rotary(query, start), self.rotary(key, start)
+        if cache is not None:
+            key, value = cache.append(self.layer, key, value)
+        if self.config.null_kv:
+            null_key, null_value = self.null_kv.to(key.dtype).unsqueeze(1).expand(-1, len(x_BTC), -1, -1, -1)
+            key, value = torch.cat((null_key, key), 2), torch.cat((null_value, value), 2)
+        return query, key.to(query.dtype), value.to(query.dtype)
+
+    def _sparsity_k(self, x_BTC: Tensor) -> float | Tensor:
+        """k of each row: a number, or [B, H, T] where it is learned."""
+        if self.to_learned_k is None:
+            return self.config.attn_k
+        return self._budget(self.to_learned_k, x_BTC)
+
+    def _budget(self, linear: nn.Linear, x_BTC: Tensor) -> Tensor:
+        """1 + (attn_k − 1)·sigmoid(linear(x)), [B, H, T]."""
+        return 1 + (self.config.attn_k - 1) * rearrange(linear(x_BTC).sigmoid(), "b t h -> b h t")
+
+    def _solver(self) -> dict[str, object]:
+        config = self.config
+        names = ("solver", "n_iters", "eps_init", "eps_decay")
+        return {name: getattr(config, name) for name in names}
+
+    def _observed(self, query: Tensor, key: Tensor, value: Tensor, sparsity_k: float | Tensor) -> Tensor:
+        """The same output by way of the dense weights, which the observer gets."""
+        assert self.observer is not None
+        scores = self.scale * query.float() @ key.float().transpose(-1, -2)
+        T, S = scores.shape[-2:]
+        mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
+        if self.config.attention == "softmax":
+            sparsity_k = 1.0
+            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        else:
+            weights = soft_topk(
+                scores, sparsity_k, mask=mask, eps=self.eps, backend=self.backend, **self._solver()
+            )
+        k_BHT = torch.as_tensor(sparsity_k, device=scores.device, dtype=torch.float32).expand(scores.shape[:-1])
+        self.observer(AttentionSeen(self.layer, weights.detach(), k_BHT.detach()))
+        return weights.to(value.dtype) @ value
+
+
+def _budget_linear(config: ModelConfig) -> nn.Linear:
+    linear = nn.Linear(config.dim, config.heads)
+    nn.init.constant_(linear.bias, config.learned_k_bias)
+    return linear
+
+
+def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    T, S = query.shape[2], key.shape[2]
+    if S == T:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)

@@ -1,0 +1,35 @@
+"""The key-value cache of generation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cda_cli.config import ModelConfig
+
+
+class KeyValueCache:
+    """Keys and values of the positions seen so far, for every layer: [depth, B, H, seq_len, D] each, made at once.
+
+    Null keys are not in it; each attention layer puts its own in front.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.depth, batch_size, config.heads, config.seq_len, config.head_width)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+        self.capacity = config.seq_len
+
+    def append(self, layer: int, key_BHTD: Tensor, value_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores T new positions of a layer and returns all of its keys and values, [B, H, length + T, D].
+
+        `length` moves on once the last layer has stored its own (see `advance`).
+        """
+        stop = self.length + key_BHTD.shape[2]
+        self.keys[layer, :, :, self.length : stop] = key_BHTD
+        self.values[layer, :, :, self.length : stop] = value_BHTD
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+    def advance(self, positions: int) -> None:
+        self.length += positions

@@ -1,0 +1,33 @@
+"""The small layers: normalisation and rotary positions. Shapes: B batch, H heads, T positions, D head width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cda_cli.config import ModelConfig
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    return nn.LayerNorm(config.dim) if config.norm == "layernorm" else nn.RMSNorm(config.dim, eps=1e-6)
+
+
+class RotaryPositions(nn.Module):
+    """Turns pairs of a head's channels by position · base^(−2i/D) (RoFormer, arXiv 2104.09864, equation 34)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_width: int, seq_len: int, base: float) -> None:
+        super().__init__()
+        frequency = base ** (-torch.arange(0, head_width, 2).double() / head_width)
+        angle_TD = torch.outer(torch.arange(seq_len).double(), frequency).repeat(1, 2)
+        self.register_buffer("cos", angle_TD.cos().float(), persistent=False)
+        self.register_buffer("sin", angle_TD.sin().float(), persistent=False)
+
+    def forward(self, x_BHTD: Tensor, start: int) -> Tensor:
+        """Channels i and i + D/2 make a pair; position `start` is the first of the T."""
+        stop = start + x_BHTD.shape[-2]
+        cos, sin = self.cos[start:stop].to(x_BHTD.dtype), self.sin[start:stop].to(x_BHTD.dtype)
+        first, second = x_BHTD.chunk(2, dim=-1)
+        return x_BHTD * cos + torch.cat((-second, first), -1) * sin

@@ -1,0 +1,109 @@
+"""The decoder-only Transformer: embeddings, blocks, logits.
+
+Shapes: B batch, T positions, C width of the residual stream, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from cda_cli.config import ModelConfig
+from cda_cli.model.attention import Attention
+from cda_cli.model.cache import KeyValueCache
+from cda_cli.model.feed_forward import FeedForward
+from cda_cli.model.layers import make_norm
+from cda_cli.ops import Backend
+
+
+class Block(nn.Module):
+    """Pre-norm: each branch reads the normalised stream and adds to it."""
+
+    def __init__(self, config: ModelConfig, layer: int, backend: Backend) -> None:
+        super().__init__()
+        self.attention_norm, self.feed_forward_norm = make_norm(config), make_norm(config)
+        self.attention = Attention(config, layer, backend)
+        self.feed_forward = FeedForward(config, layer, backend)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        h = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), cache))
+        return h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
+
+
+class Transformer(nn.Module):
+    """`config` says what it is; `backend` which code computes the operator, and is no part of it."""
+
+    def __init__(self, config: ModelConfig, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        learned = config.position == "learned"
+        self.position_embedding = nn.Embedding(config.seq_len, config.dim) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in range(config.depth))
+        self.norm = make_norm(config)
+        self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=not config.tied_embeddings)
+        if config.tied_embeddings:
+            self.to_logits.weight = self.token_embedding.weight
+        self._scale_initial_weights()
+
+    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits [B, T, V] in the dtype of the computation; with a cache, of the T positions that follow it."""
+        start, T = (cache.length if cache is not None else 0), tokens_BT.shape[1]
+        if start + T > self.config.seq_len:
+            raise ValueError(f"{start + T} positions exceed the context of {self.config.seq_len}")
+        x_BTC = self.token_embedding(tokens_BT)
+        if self.position_embedding is not None:
+            x_BTC = x_BTC + self.position_embedding.weight[start : start + T]
+        x_BTC = self.dropout(x_BTC)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, cache)
+        if cache is not None:
+            cache.advance(T)
+        return self.to_logits(self.norm(x_BTC))
+
+    def set_attention_eps(self, eps: float) -> None:
+        """ε of every attention layer, for annealing."""
+        for block in self.blocks:
+            block.attention.eps = eps
+
+    def parameter_count(self) -> int:
+        """Parameters, shared ones once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _scale_initial_weights(self) -> None:
+        """Tied embeddings are small, so that the first logits are; then each branch adds 1/√(2·depth) of a unit.
+
+        Without tied embeddings every weight is as PyTorch draws it, which is how the published model starts.
+        """
+        if not self.config.tied_embeddings:
+            return
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for block in self.blocks:
+            for linear in (block.attention.to_out, block.feed_forward.proj_out):
+                linear.weight.data /= math.sqrt(2 * self.config.depth)
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names, shapes and dtypes of the tensors that a checkpoint of this model holds; allocates nothing."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state_tensors(model).items()}
+
+
+def state_tensors(model: Transformer) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: the state dict, a shared tensor once."""
+    state: dict[str, Tensor] = model.state_dict()
+    if model.config.tied_embeddings:
+        del state["to_logits.weight"]
+    return state
+
+
+def load_state_tensors(model: Transformer, tensors: dict[str, Tensor]) -> None:
+    """Puts back what `state_tensors` gave."""
+    if model.config.tied_embeddings:
+        tensors = tensors | {"to_logits.weight": tensors["token_embedding.weight"]}
+    model.load_state_dict(tensors)

@@ -1,0 +1,151 @@
+"""The operator: the entropic soft top-k of scores, and attention whose weights it gives.
+
+    λ = argmax ⟨s, λ⟩ − ε Σ λ log λ   subject to   0 ≤ λ ≤ 1, Σ λ = k
+
+The two doors are `soft_topk` and `soft_topk_attention`; everything behind them is a backend. They take tensors and
+numbers, and import nothing of the rest of the package.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cda_cli.ops.attention import attention
+from cda_cli.ops.backends import Backend, Choice, Solver, choose_backend
+from cda_cli.ops.reference import reference_attention, reference_gradients, reference_soft_topk
+from cda_cli.ops.rows import arithmetic_dtype, soft_topk_rows
+
+__all__ = [
+    "Backend",
+    "Choice",
+    "Solver",
+    "choose_backend",
+    "reference_attention",
+    "reference_gradients",
+    "reference_soft_topk",
+    "soft_topk",
+    "soft_topk_attention",
+]
+
+
+def soft_topk(
+    scores: Tensor,
+    sparsity_k: float | Tensor,
+    *,
+    eps: float = 0.1,
+    mask: Tensor | None = None,
+    solver: Solver = "exact",
+    n_iters: int = 20,
+    eps_init: float = 4.0,
+    eps_decay: float = 0.7,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Soft top-k weights of the last dimension: λ_i = min(1, exp((s_i + a)/ε)) with Σ λ = k.
+
+    Args:
+        scores: [..., n], any floating dtype; arithmetic is float32, or float64 for float64. −inf counts as masked.
+        sparsity_k: the budget k > 0, a number or a tensor broadcastable to scores.shape[:-1]; differentiable. A row
+            with no more than k visible entries gets weight 1 on each, and gradient 0.
+        eps: the temperature ε > 0, in the units of the scores. k = 1 is softmax(scores/ε); ε → 0 is hard top-k.
+        mask: bool, broadcastable to scores.shape, True = visible; a masked entry gets weight and gradient 0.
+        solver: "exact" is the optimum; "iterative" is n_iters steps of ε-scaled coordinate descent from ε = eps_init,
+            times eps_decay each step, as `colt5_attention.coor_descent` does it.
+        backend: "auto", "torch" or "colt5" (the published operator; iterative only).
+
+    Returns:
+        Weights of the shape and dtype of `scores`. Nothing is kept for the backward but the scores and a few numbers
+        per row.
+
+    Raises:
+        ValueError: a setting without meaning. ImportError: a backend that this machine lacks.
+
+    Sources: operator and exact solver, arXiv 2304.04947 (the problem) and Newton on its dual; docs/operator.md.
+    """
+    chosen = choose_backend(backend, solver)
+    _check_positive(eps=eps, eps_init=eps_init)
+    if chosen.name == "colt5":
+        from cda_cli.ops.published import published_soft_topk
+
+        budget = _budget(sparsity_k, scores, scores.shape[:-1])
+        settings = {"eps": eps, "n_iters": n_iters, "eps_init": eps_init, "eps_decay": eps_decay}
+        return published_soft_topk(scores, budget, mask=mask, **settings)  # type: ignore[arg-type]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    budget = _budget(sparsity_k, scores, scores.shape[:-1]).reshape(-1)
+    rows = scores.reshape(-1, scores.shape[-1])
+    weights, _ = soft_topk_rows(rows, budget, eps, solver, n_iters, eps_init, eps_decay)
+    return weights.view(scores.shape)
+
+
+def soft_topk_attention(
+    query_BHTD: Tensor,
+    key_BHSD: Tensor,
+    value_BHSD: Tensor,
+    sparsity_k: float | Tensor,
+    *,
+    eps: float = 0.1,
+    scale: float | None = None,
+    causal: bool = True,
+    solver: Solver = "exact",
+    n_iters: int = 20,
+    eps_init: float = 4.0,
+    eps_decay: float = 0.7,
+    backend: Backend = "auto",
+    return_threshold: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention whose weights are the soft top-k of scale·query·key: each head may attend fully to k keys.
+
+    Args:
+        query_BHTD: [B, H, T, D]; key_BHSD, value_BHSD: [B, H, S, D]; float32, bf16, fp16 or float64.
+        sparsity_k: the budget k > 0 of a row, a number or a tensor broadcastable to [B, H, T]; differentiable.
+        eps: the temperature ε > 0, in the units of the scaled scores.
+        scale: factor on the scores; D ** -0.5 where not given.
+        causal: query t sees keys up to t + S − T (the last query sees every key, so that cached or null keys stand in
+            front). A query that sees no key gets output 0.
+        solver, n_iters, eps_init, eps_decay, backend: as for `soft_topk`.
+        return_threshold: also return a [B, H, T], without gradient: weights are min(1, exp((scores + a)/ε)), where ε
+            is the last of the annealing for the iterative solver; +inf where k covers all that the query sees.
+
+    Returns:
+        Output [B, H, T, D] in the dtype of `value_BHSD`. Backend "torch" works through blocks of queries, so its
+        memory is O(block × S), forward and backward; "colt5" builds the T × S scores.
+
+    Raises:
+        ValueError: a setting without meaning. ImportError: a backend that this machine lacks.
+    """
+    B, H, T, D = query_BHTD.shape
+    chosen = choose_backend(backend, solver)
+    _check_positive(eps=eps, eps_init=eps_init)
+    budget = _budget(sparsity_k, query_BHTD, (B, H, T))
+    scale = D**-0.5 if scale is None else scale
+    if chosen.name == "colt5":
+        if return_threshold:
+            raise ValueError("backend 'colt5' does not give the threshold; choose backend 'torch'")
+        from cda_cli.ops.published import published_soft_topk
+
+        scores = scale * query_BHTD.float() @ key_BHSD.float().transpose(-1, -2)
+        S = scores.shape[-1]
+        mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T) if causal else None
+        settings = {"eps": eps, "n_iters": n_iters, "eps_init": eps_init, "eps_decay": eps_decay}
+        weights = published_soft_topk(scores, budget, mask=mask, **settings)  # type: ignore[arg-type]
+        return (weights @ value_BHSD.float()).to(value_BHSD.dtype)
+    output, threshold, _ = attention(
+        query_BHTD, key_BHSD, value_BHSD, budget, eps, scale, causal, solver, n_iters, eps_init, eps_decay
+    )
+    return (output, threshold.detach()) if return_threshold else output
+
+
+def _budget(sparsity_k: float | Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """k of each row, in the dtype of the arithmetic."""
+    dtype = arithmetic_dtype(like.dtype)
+    if isinstance(sparsity_k, Tensor):
+        return sparsity_k.to(device=like.device, dtype=dtype).expand(shape)
+    _check_positive(sparsity_k=sparsity_k)
+    return torch.full(shape, float(sparsity_k), device=like.device, dtype=dtype)
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be greater than 0, not {value}")

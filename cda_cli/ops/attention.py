@@ -1,0 +1,226 @@
+"""Attention with the soft top-k in PyTorch, in blocks of queries: O(block × S) memory, forward and backward.
+
+For each block: scores → weights → output. Kept for the backward: one dual per row; the block's scores are recomputed.
+Registered as the custom operator `cda::soft_topk_attention`, so that torch.compile keeps it whole.
+
+Shapes: B batch, H heads, T queries, S keys, D head width; N = B·H; R = N·t rows of a block of t queries. Scores are
+held in units of ε (the query is scaled by scale/ε), which saves a pass over the block; the iterative solver, which
+changes ε as it goes, holds them in their own units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cda_cli.ops.dual import Dual, exact_gradients, parts
+from cda_cli.ops.exact import solve_exact
+from cda_cli.ops.iterative import Annealing, annealing, iterative_dual, iterative_gradients, solve_iterative
+
+# Scores of one block: on a CPU they should stay in the cache, on a GPU each pass should be worth its launch.
+BLOCK_SCORES_CPU = 2**19
+BLOCK_SCORES_GPU = 2**25
+
+
+class Block(NamedTuple):
+    """Queries [start, stop) and the keys [0, keys) that at least one of them sees."""
+
+    start: int
+    stop: int
+    keys: int
+
+
+def blocks(query: Tensor, key: Tensor, causal: bool) -> Iterator[Block]:
+    """Blocks of queries that see at least one key, for query [N, T, D] and key [N, S, D]."""
+    N, T, _ = query.shape
+    S = key.shape[1]
+    limit = BLOCK_SCORES_GPU if query.is_cuda else BLOCK_SCORES_CPU
+    step = max(16, limit // max(1, N * S))
+    first = max(0, T - S) if causal else 0  # queries before it see nothing
+    for start in range(first, T, step):
+        stop = min(start + step, T)
+        yield Block(start, stop, S - T + stop if causal else S)
+
+
+def block_scores(query: Tensor, key: Tensor, block: Block, causal: bool) -> Tensor:
+    """Scores [N, t, keys] of a block, −inf where a later key is masked."""
+    scores = query[:, block.start : block.stop] @ key[:, : block.keys].transpose(1, 2)
+    if causal:
+        # Only the last t keys can be out of sight: the rest of the block needs no mask.
+        t = block.stop - block.start
+        hidden = torch.full((t, t), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)[:, -block.keys :]
+        scores[..., -t:] += hidden
+    return scores
+
+
+def visible_keys(block: Block, query: Tensor, causal: bool) -> Tensor:
+    """Number of keys that each row of the block sees, [N·t]."""
+    t = block.stop - block.start
+    last = block.keys
+    counts = torch.arange(last - t + 1, last + 1, device=query.device) if causal else torch.full((t,), last)
+    return counts.to(query.device).expand(query.shape[0], t).reshape(-1)
+
+
+def _arithmetic(budget: Tensor, query: Tensor, key: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Query [N, T, D], multiplied by `factor`, and key [N, S, D], in the dtype of the arithmetic."""
+    return query.flatten(0, 1).to(budget.dtype) * factor, key.flatten(0, 1).to(budget.dtype)
+
+
+@torch.library.custom_op("cda::soft_topk_attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    budget: Tensor,
+    eps: float,
+    scale: float,
+    causal: bool,
+    solver: str,
+    n_iters: int,
+    eps_init: float,
+    eps_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, H, T, D] in the dtype of `value`, the threshold a [B, H, T], and what the backward needs of each row.
+
+    query [B, H, T, D]; key, value [B, H, S, D]; budget [B, H, T] in the arithmetic dtype. The third output is the
+    dual in units of ε, [2, B·H, T], for the exact solver, and the history of a, [n_iters, B·H, T], for the iterative.
+    """
+    exact = solver == "exact"
+    q, k = _arithmetic(budget, query, key, scale / eps if exact else scale)
+    v = value.flatten(0, 1).to(budget.dtype)
+    N, T, _ = q.shape
+    plan = annealing(eps, n_iters, eps_init, eps_decay)
+    out = v.new_zeros(N, T, v.shape[-1])
+    # What a row without keys gets: everything it sees is capped.
+    saved = budget.new_zeros(2 if exact else n_iters, N, T)
+    if exact:
+        saved[0], saved[1] = torch.finfo(budget.dtype).min, 1.0
+    for block in blocks(q, k, causal):
+        rows = slice(block.start, block.stop)
+        scores = block_scores(q, k, block, causal)
+        flat, row_budget = scores.flatten(0, 1), budget.flatten(0, 1)[:, rows].reshape(-1)
+        if exact:
+            weights, dual = solve_exact(flat, row_budget, visible_keys(block, q, causal), 1.0)
+            saved[:, :, rows] = torch.stack(dual).view(2, N, -1)
+        else:
+            weights, history = solve_iterative(flat, row_budget, plan)
+            saved[:, :, rows] = history.view(n_iters, N, -1)
+        torch.bmm(weights.view_as(scores), v[:, : block.keys], out=out[:, rows])
+    threshold = eps * Dual(*saved).threshold(1.0) if exact else iterative_dual(saved).threshold(plan.last)
+    B, H = query.shape[:2]
+    return out.view(B, H, T, -1).to(value.dtype), threshold.view(B, H, T), saved
+
+
+@attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    budget: Tensor,
+    eps: float,
+    scale: float,
+    causal: bool,
+    solver: str,
+    n_iters: int,
+    eps_init: float,
+    eps_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, T, _ = query.shape
+    output = value.new_empty(B, H, T, value.shape[-1])
+    return output, torch.empty_like(budget), budget.new_empty(2 if solver == "exact" else n_iters, B * H, T)
+
+
+@torch.library.custom_op("cda::soft_topk_attention_backward", mutates_args=())
+def attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    budget: Tensor,
+    saved: Tensor,
+    eps: float,
+    scale: float,
+    causal: bool,
+    solver: str,
+    n_iters: int,
+    eps_init: float,
+    eps_decay: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, each in its dtype, and of the budget [B, H, T]."""
+    exact = solver == "exact"
+    factor = scale / eps if exact else scale
+    q, k = _arithmetic(budget, query, key, factor)
+    v, grad_out = value.flatten(0, 1).to(budget.dtype), grad_output.flatten(0, 1).to(budget.dtype)
+    plan = annealing(eps, n_iters, eps_init, eps_decay)
+    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad_budget = torch.zeros_like(budget).flatten(0, 1)
+    for block in blocks(q, k, causal):
+        rows, keys = slice(block.start, block.stop), slice(0, block.keys)
+        scores = block_scores(q, k, block, causal)
+        shape, flat = scores.shape, scores.flatten(0, 1)
+        grad_weights = torch.bmm(grad_out[:, rows], v[:, keys].transpose(1, 2)).flatten(0, 1)
+        row_saved = saved[:, :, rows].flatten(1)
+        if exact:
+            row_parts = parts(flat, Dual(*row_saved), 1.0)
+            grad_scores, grad_rows = exact_gradients(row_parts, grad_weights)
+            weights = row_parts.weights()
+        else:
+            weights, grad_scores, grad_rows = _iterative_block(
+                flat, budget.flatten(0, 1)[:, rows].reshape(-1), row_saved, grad_weights, plan
+            )
+        grad_scores, weights = grad_scores.view(shape), weights.view(shape)
+        grad_budget[:, rows] = grad_rows.view(shape[:2])
+        torch.bmm(grad_scores, k[:, keys], out=grad_q[:, rows])
+        grad_k[:, keys].baddbmm_(grad_scores.transpose(1, 2), q[:, rows])
+        grad_v[:, keys].baddbmm_(weights.transpose(1, 2), grad_out[:, rows])
+    # q already carries the factor, so grad_k is whole. ∂L/∂k needs none: it is a gradient of the weights, not scores.
+    grad_q *= factor
+    return (
+        grad_q.view(query.shape).to(query.dtype),
+        grad_k.view(key.shape).to(key.dtype),
+        grad_v.view(value.shape).to(value.dtype),
+        grad_budget.view(budget.shape),
+    )
+
+
+def _iterative_block(
+    scores: Tensor, budget: Tensor, history: Tensor, grad_weights: Tensor, plan: Annealing
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights, ∂L/∂s, ∂L/∂k) of one block, from the history of a."""
+    weights = (scores + history[-1].unsqueeze(-1)).clamp_(max=0).div_(plan.last).exp_()
+    return weights, *iterative_gradients(scores, budget, history, grad_weights, plan)
+
+
+@attention_backward.register_fake
+def _(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    budget: Tensor,
+    saved: Tensor,
+    eps: float,
+    scale: float,
+    causal: bool,
+    solver: str,
+    n_iters: int,
+    eps_init: float,
+    eps_decay: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(budget)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, budget, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, budget, output[2])
+
+
+def _backward(ctx: Any, grad_output: Tensor, _grad_threshold: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
+    grads = attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
+    return (*grads, *(None for _ in ctx.settings))
+
+
+attention.register_autograd(_backward, setup_context=_save)

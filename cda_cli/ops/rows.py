@@ -1,0 +1,101 @@
+"""The row operator in PyTorch, registered as the custom operator `cda::soft_topk`, so that torch.compile keeps it whole.
+
+Saved for the backward: the scores, k and one dual per row; the weights are recomputed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cda_cli.ops.dual import Dual, exact_gradients, parts
+from cda_cli.ops.exact import solve_exact
+from cda_cli.ops.iterative import annealing, iterative_gradients, solve_iterative
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("cda::soft_topk", mutates_args=())
+def soft_topk_rows(
+    scores: Tensor, budget: Tensor, eps: float, solver: str, n_iters: int, eps_init: float, eps_decay: float
+) -> tuple[Tensor, Tensor]:
+    """Weights [R, n] in the dtype of `scores`, and what the backward needs of each row.
+
+    scores [R, n], −inf where masked; budget [R] in the arithmetic dtype. The second output is the dual, [2, R] (shift,
+    offset), for the exact solver and the history of a, [n_iters, R], for the iterative one; it has no gradient.
+    """
+    rows = scores.to(budget.dtype)
+    if solver == "exact":
+        weights, dual = solve_exact(_finite(rows), budget, (rows > -torch.inf).sum(-1), eps)
+        saved = torch.stack(dual)
+    else:
+        weights, saved = solve_iterative(rows, budget, annealing(eps, n_iters, eps_init, eps_decay))
+    return weights.to(scores.dtype), saved
+
+
+@soft_topk_rows.register_fake
+def _(
+    scores: Tensor, budget: Tensor, eps: float, solver: str, n_iters: int, eps_init: float, eps_decay: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(scores), budget.new_empty(2 if solver == "exact" else n_iters, *budget.shape)
+
+
+@torch.library.custom_op("cda::soft_topk_backward", mutates_args=())
+def soft_topk_rows_backward(
+    grad_weights: Tensor,
+    scores: Tensor,
+    budget: Tensor,
+    saved: Tensor,
+    eps: float,
+    solver: str,
+    n_iters: int,
+    eps_init: float,
+    eps_decay: float,
+) -> tuple[Tensor, Tensor]:
+    """(∂L/∂s [R, n] in the dtype of `scores`, ∂L/∂k [R])."""
+    rows, grad = scores.to(budget.dtype), grad_weights.to(budget.dtype)
+    if solver == "exact":
+        grad_scores, grad_budget = exact_gradients(parts(_finite(rows), Dual(*saved), eps), grad)
+        grad_scores /= eps
+    else:
+        plan = annealing(eps, n_iters, eps_init, eps_decay)
+        grad_scores, grad_budget = iterative_gradients(rows, budget, saved, grad, plan)
+    return grad_scores.to(scores.dtype), grad_budget
+
+
+@soft_topk_rows_backward.register_fake
+def _(
+    grad_weights: Tensor,
+    scores: Tensor,
+    budget: Tensor,
+    saved: Tensor,
+    eps: float,
+    solver: str,
+    n_iters: int,
+    eps_init: float,
+    eps_decay: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(scores), torch.empty_like(budget)
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Masked entries as the lowest finite number, so that a row of nothing else has a softmax."""
+    return rows.clamp(min=torch.finfo(rows.dtype).min)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    scores, budget, *ctx.settings = inputs
+    ctx.save_for_backward(scores, budget, output[1])
+
+
+def _backward(ctx: Any, grad_weights: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
+    grads = soft_topk_rows_backward(grad_weights, *ctx.saved_tensors, *ctx.settings)
+    return (*grads, *(None for _ in ctx.settings))
+
+
+soft_topk_rows.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,139 @@
+"""From a checkpoint to a model that is ready to run: what eval, sample and inspect-sparsity start with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, cast, get_args
+
+import torch
+
+from cda_cli.config import Config, annealed_eps, parse
+from cda_cli.data import (
+    Batch,
+    PreparationStoppedError,
+    Tokenizer,
+    Tokens,
+    count_windows,
+    evaluation_batches,
+    load_tokenizer,
+    prepare,
+    streamed_validation,
+    tokenizer_from_json,
+)
+from cda_cli.errors import CheckpointError, ConfigError, did_you_mean
+from cda_cli.model import Transformer, expected_tensors, load_state_tensors
+from cda_cli.ops import Backend, choose_backend
+from cda_cli.runtime import Dtype, pick_device, pick_dtype
+from cda_cli.signals import StopRequest
+from cda_cli.storage import Checkpoint, check_fits, load, locate
+
+
+STREAMED_TOKENS = 2**20  # of the held-out documents of a stream, which has no end to wait for
+
+
+class Restored(NamedTuple):
+    """A model in evaluation mode on its device, with all that its checkpoint says."""
+
+    model: Transformer
+    config: Config
+    tokenizer: Tokenizer
+    state: dict[str, Any]
+    path: Path
+    device: torch.device
+
+
+def restore(path: Path, device: torch.device, backend: Backend = "auto") -> Restored:
+    """The model of a checkpoint, or of the newest whole checkpoint of a run. Raises CheckpointError."""
+    checkpoint = load(locate(path), parts=("model",))
+    config = saved_config(checkpoint)
+    model = Transformer(config.model, backend)
+    fill(model, checkpoint, config)
+    tokenizer = tokenizer_of(checkpoint)
+    return Restored(model.to(device).eval(), config, tokenizer, checkpoint.state, checkpoint.path, device)
+
+
+def restore_on(path: Path, device: str, dtype: str, backend: str) -> tuple[Restored, torch.dtype]:
+    """`restore`, with device, dtype and backend as a command line names them, and the dtype of the matrix products."""
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"unknown dtype {dtype!r}: {did_you_mean(dtype, get_args(Dtype))}")
+    where = pick_device(device)
+    restored = restore(path, where, cast(Backend, backend))
+    try:
+        choose_backend(cast(Backend, backend), restored.config.model.solver)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return restored, pick_dtype(cast(Dtype, dtype), where)
+
+
+class TextSide(NamedTuple):
+    """One side of a text, or both, in the tokens of a model; `sides` are evaluated one after another."""
+
+    sides: list[Tokens]
+    seq_len: int
+    description: str
+
+    @property
+    def bytes_per_token(self) -> float:
+        return sum(side.text_bytes for side in self.sides) / sum(len(side) for side in self.sides)
+
+    def batches(self, batch_size: int, max_batches: int | None = None) -> tuple[Iterator[Batch], int]:
+        """Its batches in order, each token but the first of a side once, and the number of windows in them."""
+        windows = sum(count_windows(side, self.seq_len, "text") for side in self.sides)
+        each = [evaluation_batches(side, self.seq_len, batch_size) for side in self.sides]
+        if max_batches is not None:
+            windows = min(windows, max_batches * batch_size)
+        return itertools.islice(itertools.chain(*each), max_batches), windows
+
+
+SPLITS = ("validation", "train", "all")
+
+
+def open_side(restored: Restored, data: str | None, split: str, stop: StopRequest, show_progress: bool) -> TextSide:
+    """The text `data` (the run's own where None), split as in training, in the tokens of the restored model.
+
+    Raises DataError, or ConfigError for a split that is not one of SPLITS.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"unknown split {split!r}: {did_you_mean(split, SPLITS)}")
+    config = restored.config.data
+    if data is not None:
+        config = config.model_copy(update={"source": data, "streaming": False})
+    seq_len = restored.config.model.seq_len
+    if config.streaming:
+        if split != "validation":
+            raise ConfigError("the run's text is streamed; evaluate its validation split, or name a text with --data")
+        held_out = streamed_validation(config, restored.tokenizer, max_tokens=STREAMED_TOKENS)
+        return TextSide([held_out], seq_len, f"{config.source}, streamed")
+    try:
+        corpus = prepare(
+            config, tokenizer=restored.tokenizer, show_progress=show_progress, should_stop=lambda: bool(stop)
+        )
+    except PreparationStoppedError as error:
+        stop.check(str(error))
+        raise
+    sides = {"train": [corpus.train], "validation": [corpus.validation], "all": [corpus.train, corpus.validation]}
+    return TextSide(sides[split], seq_len, corpus.description)
+
+
+def saved_config(checkpoint: Checkpoint) -> Config:
+    try:
+        return parse(checkpoint.state["config"])
+    except (ConfigError, KeyError) as error:
+        raise CheckpointError(
+            f"the configuration in {checkpoint.path} is not one of this version of cda ({error}); "
+            "use the version that wrote it"
+        ) from error
+
+
+def fill(model: Transformer, checkpoint: Checkpoint, config: Config) -> None:
+    """Puts a checkpoint's tensors into `model`, whose ε becomes that of the checkpoint's step."""
+    check_fits(checkpoint.model, expected_tensors(config.model))
+    load_state_tensors(model, checkpoint.model)
+    model.set_attention_eps(annealed_eps(config.model, checkpoint.state["step"], config.schedule_steps))
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer that the model was trained with, from the checkpoint itself."""
+    return tokenizer_from_json(checkpoint.tokenizer_json) if checkpoint.tokenizer_json else load_tokenizer("bytes")

@@ -1,0 +1,47 @@
+"""A request to stop, by SIGINT or SIGTERM: long work polls it, finishes what must not be cut, saves and leaves."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from types import FrameType, TracebackType
+from typing import TypeVar
+
+from cda_cli.errors import InterruptedRunError
+
+T = TypeVar("T")
+
+
+class StopRequest:
+    """While entered, SIGINT and SIGTERM set `signal_number` and do nothing else; a second one changes nothing."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._before: dict[int, signal.Handlers] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._receive)  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self, message: str = "interrupted") -> None:
+        """Raises InterruptedRunError once a stop was asked for."""
+        if self.signal_number is not None:
+            raise InterruptedRunError(message, self.signal_number)
+
+    def until(self, items: Iterable[T]) -> Iterator[T]:
+        """`items`, the first always, until a stop was asked for."""
+        for item in items:
+            yield item
+            if self:
+                return
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = self.signal_number or number

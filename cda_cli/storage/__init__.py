@@ -1,0 +1,30 @@
+"""Files that are whole or absent: atomic writes and checkpoints.
+
+Takes tensors and plain dicts, never a module. `atomic` is for any file, `checkpoint` is the door to the rest.
+"""
+
+from cda_cli.storage.atomic import write_file
+from cda_cli.storage.checkpoint import (
+    Checkpoint,
+    check_fits,
+    list_steps,
+    load,
+    locate,
+    newest,
+    pack_optimizer,
+    publish,
+    unpack_optimizer,
+)
+
+__all__ = [
+    "Checkpoint",
+    "check_fits",
+    "list_steps",
+    "load",
+    "locate",
+    "newest",
+    "pack_optimizer",
+    "publish",
+    "unpack_optimizer",
+    "write_file",
+]

@@ -1,0 +1,190 @@
+"""Writes that are seen whole or not at all, whatever kills the writer and whenever.
+
+    write into a hidden sibling → fsync the files → fsync their folder → rename → fsync the parent
+
+A rename within one folder is atomic, so a reader meets the old state or the new one. The fsyncs keep that order
+through a power loss: without them a file system may make the name durable before the content. Promised for local
+file systems; network ones have their own rules. A hidden sibling is called `.tmp-NAME-<pid>-<random>`, and nothing
+reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from cda_cli.errors import StorageError
+
+_HIDDEN = re.compile(r"\.tmp-.+-([1-9][0-9]{0,8})-[0-9a-f]{8}", re.DOTALL)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Puts `data` at `path`, replacing the file that is there.
+
+    Raises StorageError where the write fails; the earlier file is then as it was.
+    """
+    path = Path(path)
+    with _explained("write", path):
+        _make_folder(path.parent)
+        temporary = _hidden_sibling(path)
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            _discard(temporary)
+            raise
+        _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def published_folder(path: Path) -> Iterator[Path]:
+    """Yields a hidden folder to fill; when the block ends well it becomes `path`, which must not exist before.
+
+    On any exception, an interrupt included, the hidden folder is removed and `path` stays absent. The block should
+    do nothing but write: an OSError in it is taken for a failed write and becomes a StorageError.
+    """
+    path = Path(path)
+    with _explained("write", path):
+        _refuse_existing(path)
+        _make_folder(path.parent)
+        temporary = _hidden_sibling(path)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _settle(temporary)
+            # A rename would replace an empty folder without a word.
+            _refuse_existing(path)
+            temporary.rename(path)
+        except BaseException:
+            _discard(temporary)
+            raise
+        _fsync(path.parent)
+
+
+def remove_published(path: Path) -> None:
+    """Removes a published folder (or a file or link in its place) so that no moment shows a part of it.
+
+    Raises StorageError where it cannot be taken away; it is then still whole.
+    """
+    path = Path(path)
+    hidden = _hidden_sibling(path)
+    with _explained("remove", path):
+        path.rename(hidden)
+        # Else a power loss could bring back the name over a half-emptied folder.
+        _fsync(path.parent)
+    _discard(hidden)
+
+
+def remove_stale(parent: Path) -> None:
+    """Removes what killed writers left in `parent`: every hidden sibling whose process is gone.
+
+    A sibling of this very process counts as left over, because a restarted container often hands out the same
+    number again; so one process writes one thing into a folder at a time. What cannot be removed is left: it costs
+    space and nothing else.
+    """
+    with contextlib.suppress(OSError):
+        for entry in list(Path(parent).iterdir()):
+            match = _HIDDEN.fullmatch(entry.name)
+            if match and not _another_process_lives(int(match[1])):
+                _discard(entry)
+
+
+def _hidden_sibling(path: Path) -> Path:
+    return path.parent / f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _another_process_lives(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+def _make_folder(path: Path) -> None:
+    """Like `mkdir -p`, with every new name made durable."""
+    if not path.is_dir():
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _fsync(path.parent)
+
+
+def _settle(folder: Path) -> None:
+    """Makes a tree durable from the leaves up, with the modes that the umask asks for."""
+    # `mkdir` obeyed the umask; reading the umask itself would mean setting it for every thread.
+    mode = folder.stat().st_mode & 0o666
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            file = Path(root, name)
+            file.chmod(mode)  # safetensors leaves 0600
+            _fsync(file)
+        _fsync(Path(root))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(hidden: Path) -> None:
+    """Removes a hidden sibling as far as that is possible; `remove_stale` takes the rest another time."""
+    with contextlib.suppress(OSError):
+        if hidden.is_dir() and not hidden.is_symlink():
+            shutil.rmtree(hidden, ignore_errors=True)
+        else:
+            hidden.unlink()
+
+
+@contextlib.contextmanager
+def _explained(verb: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"could not {verb} {path}: {_reason_and_remedy(error, path)}") from error
+
+
+def _reason_and_remedy(error: OSError, path: Path) -> str:
+    whole = "what was saved earlier is whole, checkpoints included"
+    if error.errno in _FULL:
+        return f"the disk is full ({_free_space(path)}); {whole}; free some space and run the command again"
+    if error.errno == errno.EFBIG:
+        return f"a file grew past the size limit of this shell; {whole}; raise the limit (ulimit -f) and run again"
+    if error.errno == errno.EEXIST:
+        return "something of that name exists already; move it away or choose another folder"
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in _FORBIDDEN:
+        return f"{reason}; {whole}; allow writing there or choose another folder"
+    return f"{reason}; {whole}; check the disk and run the command again"
+
+
+def _free_space(path: Path) -> str:
+    """What is free once the unfinished write is gone again."""
+    try:
+        folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+        return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB free without this write"
+    except OSError:
+        return "how much is free cannot be read"

@@ -1,0 +1,247 @@
+"""Checkpoints that survive a kill at any moment.
+
+    RUN/checkpoints/step-00000100/
+        model.safetensors  optimizer.safetensors  rng.safetensors  state.json  [tokenizer.json]  manifest.json
+
+A checkpoint is published whole (see `atomic`) and verified before it is used (see `manifest`). There is no pointer
+to the latest one that could go stale: the newest is found by verifying from the highest step down.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cda_cli.errors import CheckpointError
+from cda_cli.storage.atomic import published_folder, remove_published, remove_stale
+from cda_cli.storage.manifest import MANIFEST, damaged, verify, write_manifest
+from cda_cli.storage.optimizer import pack_optimizer, unpack_optimizer
+from cda_cli.storage.tensors import check_fits, read_tensors, write_tensors
+
+__all__ = [
+    "PARTS",
+    "Checkpoint",
+    "check_fits",
+    "list_steps",
+    "load",
+    "locate",
+    "newest",
+    "pack_optimizer",
+    "publish",
+    "step_folder",
+    "unpack_optimizer",
+    "verify",
+]
+
+PARTS = ("model", "optimizer", "rng")
+
+_FOLDER = "checkpoints"
+_STEP = re.compile(r"step-([0-9]{8})")
+_ALWAYS_KEPT = 2
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Checkpoint:
+    """What one checkpoint holds. Tensors are on the CPU; a part that was not asked for is an empty dict."""
+
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    state: dict[str, Any]
+    tokenizer_json: str | None
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lives, whether it exists or not."""
+    if not 0 <= step < 10**8:
+        raise ValueError(f"step {step} does not fit the eight digits of a checkpoint's name")
+    return Path(run) / _FOLDER / f"step-{step:08d}"
+
+
+def list_steps(run: Path) -> list[int]:
+    """The steps that have a checkpoint folder, damaged ones included, lowest first."""
+    folder = Path(run) / _FOLDER
+    try:
+        if not folder.is_dir():
+            return []
+        names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error.strerror}); allow reading it") from error
+    return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
+
+
+def publish(
+    run: Path,
+    *,
+    step: int,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    rng: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    tokenizer_json: str | None = None,
+    keep: int = 2,
+) -> Path:
+    """Saves a checkpoint, only then removes old ones, and returns its folder.
+
+    A checkpoint of this step that verifies already stays as it is: a resumed run comes by the same state again, and
+    to replace it would mean a moment without it. One that is damaged is removed first.
+
+    Of the others the newest `keep` verified stay (never fewer than two) and whatever is newer than those; older
+    ones go, damaged or not. Names other than `step-` and eight digits are never touched.
+
+    Raises StorageError where a write fails; the earlier checkpoints are then whole. Raises ValueError or TypeError
+    for a `state` that JSON does not return as it was (NaN, a tuple, a key that is no string).
+    """
+    path = step_folder(run, step)
+    state_json = _encode_state(state)
+    remove_stale(path.parent)
+    if not _already_published(path):
+        with published_folder(path) as folder:
+            write_tensors(folder / "model.safetensors", model)
+            write_tensors(folder / "optimizer.safetensors", optimizer)
+            write_tensors(folder / "rng.safetensors", rng)
+            (folder / "state.json").write_bytes(state_json)
+            if tokenizer_json is not None:
+                (folder / "tokenizer.json").write_bytes(tokenizer_json.encode())
+            write_manifest(folder)
+    _prune(run, keep=max(keep, _ALWAYS_KEPT), published=path)
+    return path
+
+
+def load(path: Path, parts: Collection[str] = PARTS) -> Checkpoint:
+    """Loads the checkpoint folder `path`, with only those tensors that `parts` names.
+
+    The SHA-256 of every file that is loaded is checked first, state.json and tokenizer.json always among them; a
+    file that is not loaded must exist with its size, and is not read.
+
+    Raises CheckpointError where the checkpoint is missing or damaged.
+    """
+    path = Path(path)
+    unknown = set(parts) - set(PARTS)
+    if unknown:
+        raise ValueError(f"a checkpoint has no part {sorted(unknown)[0]!r}; its parts are {', '.join(PARTS)}")
+    present = verify(path, {"state.json", "tokenizer.json", *(f"{part}.safetensors" for part in parts)})
+    tensors = {part: read_tensors(path / f"{part}.safetensors") if part in parts else {} for part in PARTS}
+    return Checkpoint(
+        path=path,
+        model=tensors["model"],
+        optimizer=tensors["optimizer"],
+        rng=tensors["rng"],
+        state=_decode_state(path / "state.json"),
+        tokenizer_json=_read_text(path / "tokenizer.json") if "tokenizer.json" in present else None,
+    )
+
+
+def newest(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of `run` that verifies, or None, and a sentence for each newer one that does not."""
+    passed_over: list[str] = []
+    for step in reversed(list_steps(run)):
+        path = step_folder(run, step)
+        try:
+            verify(path)
+        except CheckpointError as error:
+            passed_over.append(str(error))
+        else:
+            return path, passed_over
+    return None, passed_over
+
+
+def locate(path: Path, warn: Callable[[str], object] = _log.warning) -> Path:
+    """The checkpoint folder that a user means by `path`: a checkpoint itself, a run, or a run's `checkpoints`.
+
+    For a run it is the newest that verifies, and `warn` gets a sentence for each damaged one passed over. A
+    checkpoint named outright is not verified here, but by `load`.
+
+    Raises CheckpointError with the remedy where there is none.
+    """
+    path = Path(path)
+    try:
+        return _locate(path, warn)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); allow reading it") from error
+
+
+def _locate(path: Path, warn: Callable[[str], object]) -> Path:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a run's folder or one of its checkpoints")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give the folder of the checkpoint or of the run")
+    if _STEP.fullmatch(path.name) or os.path.lexists(path / MANIFEST):
+        return path
+    run = path.resolve().parent if path.resolve().name == _FOLDER else path
+    if not (run / _FOLDER).is_dir():
+        raise CheckpointError(f"{path} is not a run (it has no folder {_FOLDER}); give the folder that `train` wrote")
+    found, passed_over = newest(run)
+    if found is not None:
+        for sentence in passed_over:
+            warn(sentence)
+        return found
+    if passed_over:
+        raise CheckpointError(f"no checkpoint of {run} is whole, the newest because {passed_over[0]}")
+    raise CheckpointError(f"{run} has no checkpoint yet; train until it has saved one")
+
+
+def _already_published(path: Path) -> bool:
+    if not os.path.lexists(path):
+        return False
+    if path.is_symlink() or not _is_whole(path):
+        remove_published(path)
+        return False
+    return True
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _prune(run: Path, *, keep: int, published: Path) -> None:
+    whole = 0
+    for step in reversed(list_steps(run)):
+        path = step_folder(run, step)
+        if whole < keep:
+            whole += _is_whole(path)
+        elif path != published:
+            remove_published(path)
+
+
+def _encode_state(state: Mapping[str, Any]) -> bytes:
+    text = json.dumps(dict(state), allow_nan=False)
+    # JSON turns tuples into lists and numbers as keys into strings; a resumed run must not meet that by surprise.
+    if json.loads(text) != dict(state):
+        raise TypeError("the state of a checkpoint holds a tuple, or a key that is no string: JSON would change it")
+    return text.encode("ascii") + b"\n"
+
+
+def _decode_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(_read_text(file), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise damaged(file, f"is not JSON ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise damaged(file, "is not a JSON object")
+    return state
+
+
+def _refuse_constant(word: str) -> object:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise damaged(file, f"cannot be read ({type(error).__name__})") from error

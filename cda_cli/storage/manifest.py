@@ -1,0 +1,148 @@
+"""The manifest of a checkpoint: the size and SHA-256 of each of its files, and the check against it.
+
+No tensor format notices a flipped bit, so the manifest does. It proves accident, not intent: whoever can write the
+folder can write a manifest that fits. Against hostile files stand the fixed set of names, the refusal of links, the
+bounds on what is parsed, and formats that run no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from cda_cli.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+REQUIRED = frozenset({"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"})
+OPTIONAL = frozenset({"tokenizer.json"})
+
+# Bounds on what is parsed in one piece; our own files stay far below them.
+MAX_MANIFEST_BYTES = 64 * 1024
+MAX_HEADER_BYTES = 8 * 1024**2
+MAX_JSON_BYTES = 256 * 1024**2
+_CHUNK = 1024**2
+
+
+def damaged(path: Path, fault: str) -> CheckpointError:
+    """The error for `path`, a file or folder of a checkpoint: one sentence with the fault and the remedy."""
+    return CheckpointError(f"{path} {fault}; use an earlier checkpoint of the run, or copy this one afresh")
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes the manifest of every file in `folder`, a checkpoint that is not published yet."""
+    files = {file.name: {"sha256": _sha256(file), "size": file.stat().st_size} for file in folder.iterdir()}
+    (folder / MANIFEST).write_bytes(_canonical({"files": files, "format": FORMAT}))
+
+
+def verify(path: Path, hashed: Collection[str] = REQUIRED | OPTIONAL) -> frozenset[str]:
+    """Checks the checkpoint folder `path` and returns the names of its files.
+
+    Names, kinds and sizes are checked for all files, the SHA-256 for those in `hashed`. Nothing but regular files
+    of the known names is ever opened.
+
+    Raises CheckpointError that names the file, its fault and the remedy.
+    """
+    path = Path(path)
+    try:
+        entries = _read_manifest(path)
+        _check_names(path, entries)
+        for name, (size, sha256) in sorted(entries.items()):
+            _check_file(path / name, size, sha256 if name in hashed else None)
+    except OSError as error:
+        broken = Path(os.fsdecode(error.filename)) if error.filename is not None else path
+        raise damaged(broken, f"cannot be read ({error.strerror})") from error
+    return frozenset(entries)
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint at {path}; give a run's folder or one of its checkpoints")
+    if _regular_size(file) > MAX_MANIFEST_BYTES:
+        raise damaged(file, f"is larger than {MAX_MANIFEST_BYTES} bytes")
+    data = file.read_bytes()
+    try:
+        content = json.loads(data)
+        # Only one spelling is accepted, so that a flipped bit in the manifest itself never goes unseen.
+        if _canonical(content) != data:
+            raise damaged(file, "is not as it was written")
+    except (ValueError, RecursionError) as error:
+        raise damaged(file, "is not as it was written") from error
+    if not isinstance(content, dict) or content.keys() != {"files", "format"}:
+        raise damaged(file, "is not a manifest")
+    if type(content["format"]) is not int or content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{file} has format {content['format']!r} and this version reads {FORMAT}; "
+            "use the version of cda that wrote it, or an earlier checkpoint"
+        )
+    return _entries(file, content["files"])
+
+
+def _entries(file: Path, files: Any) -> dict[str, tuple[int, str]]:
+    if not isinstance(files, dict):
+        raise damaged(file, "is not a manifest")
+    entries = {}
+    for name, entry in files.items():
+        if name not in REQUIRED | OPTIONAL:
+            raise damaged(file, f"lists {name!r}, which is no file of a checkpoint")
+        if not isinstance(entry, dict) or entry.keys() != {"sha256", "size"}:
+            raise damaged(file, f"says nothing usable about {name}")
+        size, sha256 = entry["size"], entry["sha256"]
+        if type(size) is not int or not isinstance(sha256, str):
+            raise damaged(file, f"says nothing usable about {name}")
+        entries[name] = (size, sha256)
+    for name in sorted(REQUIRED - entries.keys()):
+        raise damaged(file, f"does not list {name}")
+    return entries
+
+
+def _check_names(path: Path, entries: Collection[str]) -> None:
+    present = {entry.name for entry in path.iterdir()}
+    for name in sorted(present - set(entries) - {MANIFEST}):
+        raise CheckpointError(f"{path / name} is not in the manifest of its checkpoint; move it elsewhere")
+
+
+def _check_file(file: Path, size: int, sha256: str | None) -> None:
+    actual = _regular_size(file)
+    if actual != size:
+        raise damaged(file, f"has {actual} bytes instead of {size}")
+    if file.suffix == ".json" and size > MAX_JSON_BYTES:
+        raise damaged(file, f"is larger than {MAX_JSON_BYTES} bytes")
+    if sha256 is None:
+        return
+    if _sha256(file) != sha256:
+        raise damaged(file, "is damaged (its SHA-256 is not the manifest's)")
+    if file.suffix == ".safetensors":
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+        if header > MAX_HEADER_BYTES:
+            raise damaged(file, f"has a header of more than {MAX_HEADER_BYTES} bytes")
+
+
+def _regular_size(file: Path) -> int:
+    try:
+        status = file.lstat()
+    except FileNotFoundError as error:
+        raise damaged(file, "is missing") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise damaged(file, "is not a regular file")
+    return status.st_size
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _canonical(content: Any) -> bytes:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii") + b"\n"

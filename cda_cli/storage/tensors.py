@@ -1,0 +1,94 @@
+"""Flat dicts of tensors as safetensors files, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cda_cli.errors import CheckpointError, StorageError
+from cda_cli.storage.manifest import damaged
+
+# What the parser and torch raise for files that are malformed in one way or another.
+_MALFORMED = (
+    SafetensorError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes `tensors` of any device, shape (zero-size and 0-d too) and layout; those that share memory are copied.
+
+    Raises OSError as every other write does, and ValueError for a name that the format keeps for itself.
+    """
+    if "__metadata__" in tensors:
+        raise ValueError("a tensor cannot be called __metadata__: the file could not be read again")
+    try:
+        save_file(_separate(tensors), path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise StorageError(f"could not write {path}: {error}; check the disk and run again") from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a verified file, in memory of their own on the CPU. Raises CheckpointError if malformed."""
+    try:
+        # The loader maps the file: without the copy, a file cut short later would kill the process (SIGBUS).
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except _MALFORMED as error:
+        raise damaged(path, f"cannot be read as safetensors ({type(error).__name__})") from error
+
+
+def check_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """Compares names, shapes and dtypes with what the configuration asks for.
+
+    Raises CheckpointError that names the first difference.
+    """
+    for name, (shape, dtype) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise _misfit(f"it has no {name}")
+        if tuple(tensor.shape) != tuple(shape):
+            raise _misfit(f"{name} has shape {tuple(tensor.shape)} in it and {tuple(shape)} in the configuration")
+        if tensor.dtype != dtype:
+            raise _misfit(f"{name} is {_word(tensor.dtype)} in it and {_word(dtype)} in the configuration")
+    for name in tensors:
+        if name not in expected:
+            raise _misfit(f"it has {name}, which the configuration does not know")
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    separate: dict[str, Tensor] = {}
+    addresses: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        address = plain.untyped_storage().data_ptr()
+        # An address of 0 is the empty storage, which is nobody's. The dict keeps every other one from reuse.
+        separate[name] = plain.clone() if address and address in addresses else plain
+        addresses.add(address)
+    return separate
+
+
+def _misfit(difference: str) -> CheckpointError:
+    return CheckpointError(
+        f"the configuration does not fit the checkpoint: {difference}; use the configuration it was trained with"
+    )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Training: a configuration and data → a run folder of checkpoints and figures."""

@@ -1,0 +1,203 @@
+"""The training loop, top to bottom.
+
+batches → loss → gradients → clip → step → figures; now and then validate, sample, save. A request to stop is answered
+after the step in hand, by saving.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cda_cli.config import annealed_eps
+from cda_cli.data import IGNORE, Batch, evaluation_batches
+from cda_cli.errors import TrainingError
+from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
+from cda_cli.generation import SamplingSettings, generate
+from cda_cli.inspection import inspect, layer_means
+from cda_cli.runtime import peak_memory
+from cda_cli.signals import StopRequest
+from cda_cli.storage import publish
+from cda_cli.training.optimizer import learning_rate, set_learning_rate
+from cda_cli.training.run_folder import Metrics
+from cda_cli.training.setup import Setup
+from cda_cli.training.speed import Speed
+
+SAMPLE_TOKENS = 200
+
+
+class Display(Protocol):
+    """What shows a run to a person. `interactive`: there is a terminal, so progress may be drawn on it."""
+
+    interactive: bool
+
+    def start(self, plan: Any) -> None:
+        """The first step is about to be taken; `plan` is a `training.run.Plan`."""
+
+    def advance(self, step: int) -> None:
+        """A step is done."""
+
+    def show(self, record: dict[str, Any]) -> None:
+        """A record, as it goes into metrics.jsonl; its `kind` is train, validation, sample or checkpoint."""
+
+    def note(self, text: str) -> None:
+        """A sentence."""
+
+    def finish(self) -> None:
+        """No more steps come, for whatever reason."""
+
+
+def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: StopRequest) -> None:
+    """Trains from `setup.step` to `optim.steps`. Raises InterruptedRunError, after saving, when asked to stop."""
+    optim, every = setup.config.optim, setup.config.run
+    model, optimizer = setup.model, setup.optimizer
+    speed, losses = Speed(), Losses()
+    saved = setup.step if setup.position is not None else None
+
+    def record(kind: str, **figures: Any) -> None:
+        line = {"step": setup.step, "kind": kind, **figures}
+        metrics.write(line)
+        display.show(line)
+
+    model.train()
+    while setup.step < optim.steps and not stop:
+        rate = learning_rate(optim, setup.config.schedule_steps, setup.step)
+        set_learning_rate(optimizer, rate)
+        eps = annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps)
+        model.set_attention_eps(eps)
+        batches = [next_batch(setup) for _ in range(optim.grad_accum)]
+        loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype)
+        norm = clip_gradients(model, optim.clip)
+        require_finite(setup, loss, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        setup.step += 1
+        setup.tokens += sum(batch.inputs.numel() for batch in batches)
+        losses.add(loss)
+        display.advance(setup.step)
+
+        last = setup.step == optim.steps
+        if due(setup.step, every.log_every) or last or stop:
+            mean = losses.take()
+            speed.mark(losses.steps, losses.steps * sum(batch.inputs.numel() for batch in batches))
+            with speed.paused():
+                record(
+                    "train",
+                    loss=mean,
+                    bits_per_byte=bits_per_byte(mean, setup.data.bytes_per_token),
+                    lr=rate,
+                    eps=eps,
+                    grad_norm=norm.item(),
+                    tokens=setup.tokens,
+                    tokens_per_second=speed.tokens_per_second,
+                    seconds_left=speed.seconds_left(optim.steps - setup.step),
+                    memory_bytes=peak_memory(setup.device),
+                    layers=layer_figures(setup, batches[0]),
+                )
+        with speed.paused():
+            if (due(setup.step, every.eval_every) or last) and not stop:
+                result = validate(setup, stop)
+                if result is not None:
+                    record("validation", **result._asdict())
+            if due(setup.step, every.sample_every) and not stop:
+                record("sample", text=sample(setup))
+            if due(setup.step, every.save_every) or last or stop:
+                path = publish(run, **setup.publishable())
+                saved = setup.step
+                record("checkpoint", path=str(path))
+    if stop:
+        if saved != setup.step:
+            publish(run, **setup.publishable())
+        stop.check(f"stopped at step {setup.step} of {optim.steps}, and saved; the same command goes on from there")
+
+
+def due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def next_batch(setup: Setup) -> Batch:
+    batch, setup.position = next(setup.batches)
+    return batch
+
+
+def accumulate_gradients(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Adds the gradients of the mean loss over the tokens of all `batches`, and returns that loss, a scalar.
+
+    Each batch's sum is divided by the tokens of all, so that accumulation equals one large batch.
+    """
+    batches = list(batches)
+    tokens = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        loss = token_losses(model, batch, device, dtype).sum() / tokens
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scales the gradients to a norm of at most `limit` (0: leaves them) and returns the norm they had."""
+    return nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf)
+
+
+def require_finite(setup: Setup, loss: Tensor, norm: Tensor) -> None:
+    if not torch.isfinite(loss + norm):
+        raise TrainingError(
+            f"the loss or its gradient is not finite at step {setup.step + 1} (loss {loss.item()}, gradient norm "
+            f"{norm.item()}); the weights of the newest checkpoint are good: resume with a smaller --lr"
+        )
+
+
+class Losses:
+    """The losses since the last line of figures; read from the device only when they are taken."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self.steps = 0
+
+    def add(self, loss: Tensor) -> None:
+        self._losses.append(loss)
+
+    def take(self) -> float:
+        """Their mean; `steps` is then how many there were."""
+        mean = torch.stack(self._losses).mean().item()
+        self.steps = len(self._losses)
+        self._losses.clear()
+        return mean
+
+
+def validate(setup: Setup, stop: StopRequest) -> Evaluation | None:
+    """Figures on the first `eval_batches` batches of the validation split, or None where a stop cut them short."""
+    config, validation = setup.config, setup.data.validation
+    batches = evaluation_batches(
+        validation, config.model.seq_len, config.optim.batch_size, max_batches=config.run.eval_batches
+    )
+    result = evaluate(setup.compiled, stop.until(batches), validation.bytes_per_token, setup.device, setup.dtype)
+    return None if stop else result
+
+
+def layer_figures(setup: Setup, batch: Batch) -> list[dict[str, float]]:
+    """What each layer selects, on the first sequence of a batch."""
+    first = Batch(batch.inputs[:1], batch.targets[:1])
+    return layer_means(inspect(setup.model, [first], setup.device, setup.dtype).report())
+
+
+def sample(setup: Setup) -> str:
+    """Text that follows the beginning of the validation split; same step, same text."""
+    tokenizer, prompt_tokens = setup.data.tokenizer, min(64, setup.config.model.seq_len // 2)
+    prompt = [int(token) for token in setup.data.validation.ids[:prompt_tokens]]
+    setup.model.eval()
+    tokens = list(
+        generate(
+            setup.model, prompt, SAMPLE_TOKENS, SamplingSettings(), seed=setup.config.run.seed, dtype=setup.dtype
+        )
+    )
+    setup.model.train()
+    return tokenizer.decode(prompt) + "▸" + tokenizer.decode(tokens)

@@ -1,0 +1,139 @@
+"""A whole run: find where to go on from → data → model → the loop; or, for a dry run, one batch and the plan."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cda_cli.config import Config
+from cda_cli.data import PreparationStoppedError
+from cda_cli.restore import saved_config
+from cda_cli.runtime import describe_device, peak_memory
+from cda_cli.signals import StopRequest
+from cda_cli.training.loop import Display, accumulate_gradients, next_batch, train
+from cda_cli.training.run_folder import CONFIG_FILE, check_same_run, find_checkpoint, open_run
+from cda_cli.training.setup import Setup, build, describe_backend, open_data, remarks, with_vocabulary
+
+
+class Plan(NamedTuple):
+    """What a run is about to do. Tokens are those of one step; `epochs` is None for streamed data."""
+
+    run: Path
+    data: str
+    parameters: int
+    device: str
+    dtype: str
+    compiled: bool
+    backend: str
+    first_step: int
+    steps: int
+    tokens_per_step: int
+    epochs: float | None
+
+
+class DryRun(NamedTuple):
+    """The plan, the loss of one batch, and memory in bytes: of weights, gradients and AdamW, and the measured peak."""
+
+    plan: Plan
+    loss: float
+    weights: int
+    gradients: int
+    optimizer: int
+    peak: int
+
+
+def run_training(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> None:
+    """Trains into the folder `run` (see `find_checkpoint` for `resume`); `display` hears of everything."""
+    checkpoint, damaged = find_checkpoint(run, resume)
+    for sentence in damaged:
+        display.note(sentence)
+    setup = _set_up(config, run, checkpoint, display, stop)
+    if checkpoint and setup.step >= setup.config.optim.steps:
+        display.note(f"{run} has all its {setup.step} steps; raise --steps to go on")
+        return
+    if checkpoint:
+        display.note(f"resuming from {checkpoint.path}, step {setup.step}")
+        before = saved_config(checkpoint).schedule_steps
+        if before != setup.config.schedule_steps:
+            now = setup.config.schedule_steps
+            display.note(
+                f"the learning-rate schedule is now {now} steps long and was {before}; "
+                f"--set optim.schedule_steps={before} keeps it"
+            )
+    metrics = open_run(run, setup.config, setup.step)
+    try:
+        display.start(make_plan(setup, run))
+        train(setup, run, metrics, display, stop)
+    finally:
+        metrics.close()
+        display.finish()
+
+
+def dry_run(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> DryRun:
+    """Builds everything and runs one batch forward and backward; writes nothing but a cache that it removes."""
+    checkpoint, damaged = find_checkpoint(run, resume)
+    for sentence in damaged:
+        display.note(sentence)
+    with tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache:
+        setup = _set_up(config, run, checkpoint, display, stop, spare_cache=Path(cache))
+        loss = accumulate_gradients(setup.compiled, [next_batch(setup)], setup.device, setup.dtype)
+        weights = sum(parameter.nbytes for parameter in setup.model.parameters())
+        return DryRun(
+            plan=make_plan(setup, run),
+            loss=loss.item(),
+            weights=weights,
+            gradients=weights,
+            optimizer=2 * weights,
+            peak=peak_memory(setup.device),
+        )
+
+
+def make_plan(setup: Setup, run: Path) -> Plan:
+    config = setup.config
+    optim, per_step = config.optim, config.optim.batch_size * config.optim.grad_accum
+    windows = setup.data.windows
+    return Plan(
+        run=run,
+        data=setup.data.description,
+        parameters=setup.model.parameter_count(),
+        device=describe_device(setup.device),
+        dtype=str(setup.dtype).removeprefix("torch."),
+        compiled=setup.compiled is not setup.model,
+        backend=describe_backend(config),
+        first_step=setup.step,
+        steps=optim.steps,
+        tokens_per_step=per_step * config.model.seq_len,
+        epochs=optim.steps * per_step / windows if windows else None,
+    )
+
+
+def settings_of(run: Path, resume: str) -> Config | None:
+    """The settings that a run goes on with where no preset or file is named: those of its newest whole checkpoint."""
+    if resume == "never" or (resume == "auto" and not (run / CONFIG_FILE).exists()):
+        return None
+    checkpoint, _ = find_checkpoint(run, resume)
+    return saved_config(checkpoint) if checkpoint else None
+
+
+def _set_up(
+    config: Config,
+    run: Path,
+    checkpoint: Any,
+    display: Display,
+    stop: StopRequest,
+    spare_cache: Path | None = None,
+) -> Setup:
+    try:
+        data = open_data(
+            config, show_progress=display.interactive, should_stop=lambda: bool(stop), spare_cache=spare_cache
+        )
+    except PreparationStoppedError as error:
+        stop.check(str(error))
+        raise
+    config = with_vocabulary(config, data)
+    if checkpoint:
+        check_same_run(saved_config(checkpoint), config, run)
+    for sentence in remarks(config):
+        display.note(sentence)
+    return build(config, data, checkpoint, display.note)

@@ -1,0 +1,103 @@
+"""The folder of a run: config.yaml, metrics.jsonl, checkpoints/. Decides whether a run starts, resumes or is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cda_cli.config import Config, dump_yaml
+from cda_cli.errors import CheckpointError, ConfigError, StorageError
+from cda_cli.storage import Checkpoint, list_steps, load, locate, newest, write_file
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+
+
+def find_checkpoint(run: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
+    """What the run in folder `run` goes on from, and a sentence for each damaged checkpoint passed over.
+
+    `resume`: "auto" takes the newest whole checkpoint in `run`, if there is one; "never" wants a folder without a
+    run; anything else is the path of a run or checkpoint to go on from, and `run` must hold no other run.
+    """
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"{run} is a file; give --out the name of a folder")
+    foreign = run.is_dir() and not (run / CONFIG_FILE).exists() and any(run.iterdir())
+    if foreign:
+        raise ConfigError(f"{run} is not empty and holds no run; choose another folder for --out")
+    if resume == "auto":
+        path, damaged = newest(run)
+        if path is None and list_steps(run):
+            raise CheckpointError(f"no checkpoint in {run} is whole ({damaged[0]}); start again with another --out")
+        return (load(path), damaged) if path else (None, [])
+    if resume == "never":
+        if list_steps(run):
+            raise ConfigError(f"{run} holds another run; choose another --out, or go on with --resume auto")
+        return None, []
+    path = locate(Path(resume))
+    if list_steps(run) and path.parent.resolve() != (run / "checkpoints").resolve():
+        raise ConfigError(f"{run} holds another run than {resume}; choose another --out for the run that goes on")
+    return load(path), []
+
+
+def check_same_run(before: Config, now: Config, where: Path) -> None:
+    """Model, data, seed and tokens must be those of the run that goes on; steps, rates and intervals may change."""
+    pairs = [("model", before.model, now.model), ("data", before.data, now.data)]
+    for section, old, new in pairs:
+        for name, value in old.model_dump().items():
+            if value != getattr(new, name):
+                _refuse(where, f"{section}.{name}", value, getattr(new, name))
+    if before.run.seed != now.run.seed:
+        _refuse(where, "run.seed", before.run.seed, now.run.seed)
+
+
+def _refuse(where: Path, key: str, before: object, now: object) -> None:
+    raise ConfigError(
+        f"{where} holds another run ({key} is {before!r} there and {now!r} here); choose another --out, "
+        "or give the settings of that run"
+    )
+
+
+def open_run(run: Path, config: Config, resumed_step: int) -> Metrics:
+    """Makes the folder, writes the configuration, and opens the metrics at `resumed_step`."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{run} cannot be made ({error.strerror}); choose another --out") from error
+    write_file(run / CONFIG_FILE, dump_yaml(config).encode())
+    return Metrics(run / METRICS_FILE, resumed_step)
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, with its step. Lines of steps that are about to be redone are dropped."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
+        write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(
+                f"{self._file.name} cannot be written ({error.strerror}); free some space and start again to resume"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            yield record

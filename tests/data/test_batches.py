@@ -1,0 +1,120 @@
+"""tokens → batches: each token a target exactly once, and positions that resume exactly."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cda_cli.data import (
+    IGNORE,
+    Batch,
+    ByteTokenizer,
+    Corpus,
+    Tokens,
+    TrainBatches,
+    check_lengths,
+    count_windows,
+    evaluation_batches,
+)
+from cda_cli.errors import DataError
+
+SHAPES = st.tuples(st.integers(3, 60), st.integers(1, 20), st.integers(1, 5)).filter(lambda shape: shape[0] > shape[1])
+
+
+def numbered(count: int) -> Tokens:
+    """Tokens that are their own places."""
+    return Tokens(np.arange(count, dtype=np.uint16), count)
+
+
+def targets(batches: list[Batch]) -> list[int]:
+    flat = torch.cat([batch.targets.flatten() for batch in batches])
+    return flat[flat != IGNORE].tolist()
+
+
+def same(left: Batch, right: Batch) -> bool:
+    return torch.equal(left.inputs, right.inputs) and torch.equal(left.targets, right.targets)
+
+
+@given(SHAPES)
+def test_evaluation_counts_each_token_but_the_first_once_in_order(shape: tuple[int, int, int]) -> None:
+    count, seq_len, batch_size = shape
+    batches = list(evaluation_batches(numbered(count), seq_len, batch_size))
+    assert targets(batches) == list(range(1, count))
+    for batch in batches:
+        assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+        assert batch.inputs.shape == batch.targets.shape
+        assert batch.inputs.shape[1] == seq_len
+        counted = batch.targets != IGNORE
+        assert torch.equal(batch.targets[counted], batch.inputs[counted] + 1), "a target is not the next token"
+    assert [len(batch.inputs) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+
+
+def test_evaluation_stops_after_max_batches() -> None:
+    assert targets(list(evaluation_batches(numbered(100), 10, 3, max_batches=2))) == list(range(1, 61))
+    assert targets(list(evaluation_batches(numbered(100), 10, 3, max_batches=99))) == list(range(1, 100))
+
+
+@given(SHAPES, st.integers(0, 5))
+def test_a_pass_of_training_counts_each_token_but_the_first_once(shape: tuple[int, int, int], seed: int) -> None:
+    count, seq_len, batch_size = shape
+    windows = count_windows(numbered(count), seq_len)
+    passes = batch_size  # so that whole passes are whole batches
+    batches = [batch for batch, _ in islice(TrainBatches(numbered(count), seq_len, batch_size, seed), windows)]
+    assert sorted(targets(batches)) == sorted(list(range(1, count)) * passes)
+    assert all(batch.inputs.shape == (batch_size, seq_len) for batch in batches)
+
+
+@given(SHAPES, st.lists(st.integers(0, 12), min_size=1, max_size=3))
+def test_training_resumes_exactly_again_and_again(shape: tuple[int, int, int], stops: list[int]) -> None:
+    count, seq_len, batch_size = shape
+    tokens = numbered(count)
+    through = list(islice(TrainBatches(tokens, seq_len, batch_size, seed=1), sum(stops) + 5))
+    state, at = None, 0
+    for stop in stops:
+        for batch, after in islice(TrainBatches(tokens, seq_len, batch_size, 1, state), stop):
+            assert same(batch, through[at][0]), f"batch {at} differs after resuming"
+            assert after == through[at][1]
+            state, at = json.loads(json.dumps(after)), at + 1
+    for batch, _ in islice(TrainBatches(tokens, seq_len, batch_size, 1, state), 5):
+        assert same(batch, through[at][0])
+        at += 1
+
+
+def test_the_order_depends_on_the_seed_and_the_epoch() -> None:
+    def orders(seed: int) -> list[list[int]]:
+        batches = [batch for batch, _ in islice(TrainBatches(numbered(401), 4, 100, seed), 2)]
+        return [batch.inputs[:, 0].tolist() for batch in batches]
+
+    assert orders(0) == orders(0)
+    assert orders(0)[0] != orders(0)[1], "the second pass repeats the order of the first"
+    assert orders(0)[0] != orders(1)[0], "the seed does not change the order"
+    assert orders(0)[1] != orders(1)[0], "a pass of one seed is a pass of the next"
+    assert orders(0)[0] != sorted(orders(0)[0]), "the windows are not shuffled"
+
+
+def test_a_position_of_other_data_is_one_sentence() -> None:
+    _, state = next(TrainBatches(numbered(100), 10, 2, 0))
+    with pytest.raises(DataError, match=r"is for seq_len 10, and this run has 20; resume with"):
+        TrainBatches(numbered(100), 20, 2, 0, state)
+    with pytest.raises(DataError, match=r"is for tokens 100, and this run has 101; resume with"):
+        TrainBatches(numbered(101), 10, 2, 0, state)
+
+
+def test_a_text_shorter_than_one_sequence_names_the_length_that_fits() -> None:
+    assert count_windows(numbered(9), 8) == 1
+    with pytest.raises(DataError, match=r"training text is shorter than one sequence.*; --seq-len 7 would fit$"):
+        TrainBatches(numbered(8), 8, 1, 0)
+    with pytest.raises(DataError, match=r"validation is shorter.*; --seq-len 7 would fit, or .*validation_fraction$"):
+        evaluation_batches(numbered(8), 8, 1)
+    with pytest.raises(DataError, match=r"give --data more text$"):
+        count_windows(numbered(1), 8)
+    corpus = Corpus(ByteTokenizer(), numbered(100), numbered(8), "numbers", from_cache=False)
+    check_lengths(corpus, 7)
+    with pytest.raises(DataError, match=r"^the validation is shorter than one sequence"):
+        check_lengths(corpus, 8)

@@ -1,0 +1,140 @@
+"""documents → batches without preparing: the same text, and positions that resume exactly."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from cda_cli.config import DataConfig
+from cda_cli.data import Batch, ByteTokenizer, StreamedBatches, load_tokenizer, prepare, streamed_validation
+from cda_cli.errors import DataError
+from tests.data.samples import LETTERS, UNICODE
+
+ROWS = [*LETTERS[:12], "é", UNICODE * 3]
+SEPARATOR = b"\xff"
+
+
+@pytest.fixture(params=["rows.jsonl", "rows-*.jsonl", "text-*.txt", "text-*.gz", "hf:owner/name"])
+def config(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    """Documents of ROWS in one file of rows, in many, a file each, packed, and as a dataset with its own splits."""
+
+    def write(path: Path, rows: list[str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+
+    write(folder / "rows.jsonl", ROWS)
+    for index, row in enumerate(ROWS):
+        write(folder / f"rows-{index // 4}.jsonl", ROWS[index // 4 * 4 : index // 4 * 4 + 4])
+        (folder / f"text-{index:02}.txt").write_bytes(row.encode())
+        (folder / f"text-{index:02}.gz").write_bytes(gzip.compress(row.encode()))
+    write(folder / "owner" / "name" / "train.jsonl", ROWS)
+    write(folder / "owner" / "name" / "test.jsonl", LETTERS[20:])
+    monkeypatch.chdir(folder)
+    return DataConfig(source=request.param, streaming=True, validation_fraction=0.3)
+
+
+def batches(
+    config: DataConfig, state: object = None, shape: tuple[int, int] = (16, 3), tokenizer: str = "bytes"
+) -> StreamedBatches:
+    return StreamedBatches(config, load_tokenizer(tokenizer), *shape, state)  # type: ignore[arg-type]
+
+
+def same(left: Batch, right: Batch) -> bool:
+    return torch.equal(left.inputs, right.inputs) and torch.equal(left.targets, right.targets)
+
+
+def test_a_stream_is_the_prepared_text_over_and_over(config: DataConfig) -> None:
+    corpus = prepare(config, show_progress=False)
+    expected = corpus.train.ids.tobytes() * 4
+    count = (len(expected) - 1) // 48
+    inputs = [batch.inputs for batch, _ in islice(batches(config), count)]
+    assert bytes(torch.cat(inputs).flatten().tolist()) == expected[: count * 48]
+    targets = [batch.targets for batch, _ in islice(batches(config), count)]
+    assert bytes(torch.cat(targets).flatten().tolist()) == expected[1 : count * 48 + 1]
+
+
+def test_validation_is_the_prepared_validation(config: DataConfig) -> None:
+    corpus = prepare(config, show_progress=False)
+    tokens = streamed_validation(config, ByteTokenizer(), 10**9)
+    assert tokens.ids.tobytes() == corpus.validation.ids.tobytes()
+    assert tokens.text_bytes == corpus.validation.text_bytes
+    some = streamed_validation(config, ByteTokenizer(), 5)
+    assert corpus.validation.ids.tobytes().startswith(some.ids.tobytes())
+    assert 5 <= len(some) < len(tokens)
+
+
+def test_a_stream_resumes_exactly_at_every_point(config: DataConfig) -> None:
+    through = list(islice(batches(config), 40))
+    assert through[-8][1]["epoch"] >= 1, "the test must cross into another pass"
+    for start in range(0, 32):
+        state = json.loads(json.dumps(through[start][1]))
+        at = start + 1
+        for length in (1, 2, 3):  # a second and a third resume
+            for batch, after in islice(batches(config, state), length):
+                assert same(batch, through[at][0]), f"batch {at} differs after resuming"
+                # The library's own part of the position may be worded differently for the same place.
+                assert (after["epoch"], after["offset"]) == (through[at][1]["epoch"], through[at][1]["offset"])
+                state, at = json.loads(json.dumps(after)), at + 1
+
+
+def test_a_position_is_small(config: DataConfig) -> None:
+    for _, state in islice(batches(config, shape=(256, 2)), 10):
+        assert len(json.dumps(state)) < 1500
+
+
+def test_a_json_tokenizer_streams_and_resumes(config: DataConfig, bpe_file: Path) -> None:
+    through = list(islice(batches(config, tokenizer=str(bpe_file)), 12))
+    for start in range(8):
+        batch, _ = next(batches(config, through[start][1], tokenizer=str(bpe_file)))
+        assert same(batch, through[start + 1][0])
+
+
+def test_the_standard_library_streams() -> None:
+    stream = batches(DataConfig(streaming=True), shape=(128, 4))
+    through = list(islice(stream, 20))
+    batch, _ = next(batches(DataConfig(streaming=True), through[10][1], shape=(128, 4)))
+    assert same(batch, through[11][0])
+
+
+def test_nothing_is_prepared(folder: Path, cache: Path) -> None:
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS))
+    next(batches(DataConfig(source=str(folder / "rows.jsonl"), streaming=True)))
+    assert not cache.exists()
+
+
+def test_a_position_of_another_run_is_one_sentence(folder: Path, bpe_file: Path) -> None:
+    for name in ("a", "b"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS))
+    config = DataConfig(source=str(folder / "a.jsonl"), streaming=True)
+    _, state = next(batches(config))
+    with pytest.raises(DataError, match=r"^the saved data position is for data .*; resume with the data"):
+        batches(config.model_copy(update={"source": str(folder / "b.jsonl")}), state)
+    with pytest.raises(DataError, match=r"^the saved data position is for tokenizer bytes.*; resume with the data"):
+        batches(config, state, tokenizer=str(bpe_file))
+
+
+def test_faults_of_a_stream_are_one_sentence(folder: Path) -> None:
+    (folder / "one.txt").write_text("text " * 100)
+    (folder / "one.jsonl").write_text('{"text": "the only row"}\n')
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in LETTERS))
+
+    def config(name: str, **settings: object) -> DataConfig:
+        return DataConfig(source=str(folder / name), streaming=True, **settings)
+
+    with pytest.raises(DataError, match=r"is a single document, which cannot be streamed.*; leave out --streaming$"):
+        batches(config("one.txt"))
+    with pytest.raises(DataError, match=r"is a single document, which cannot be streamed.*; leave out --streaming$"):
+        streamed_validation(config("one.txt"), ByteTokenizer(), 10)
+    with pytest.raises(DataError, match=r"has 0 tokens to train on, .*; give --data more text, or leave out"):
+        next(batches(config("one.jsonl", validation_fraction=0.9999)))
+    with pytest.raises(DataError, match=r"has 13 tokens to train on, and seq_len 16 takes 17; give --data more text"):
+        next(batches(config("one.jsonl", validation_fraction=0.0001)))
+    with pytest.raises(DataError, match=r"no document of .* is held out; raise --set data\.validation_fraction, or"):
+        streamed_validation(config("rows.jsonl", validation_fraction=0.0001), ByteTokenizer(), 10)
+    with pytest.raises(DataError, match=r"has no column 'body'; choose --text-column from text$"):
+        next(batches(config("rows.jsonl", text_column="body")))

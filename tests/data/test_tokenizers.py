@@ -1,0 +1,154 @@
+"""text → tokens → text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cda_cli.data import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
+from cda_cli.data.tokenizers import PIECE_CHARACTERS, split_pieces
+from cda_cli.errors import DataError
+from tests.data.samples import LETTERS, UNICODE
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def bpe(bpe_file: Path) -> Tokenizer:
+    return load_tokenizer(str(bpe_file))
+
+
+@pytest.fixture(scope="module")
+def metaspace(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer without any of the known separators, whose decoder drops a leading space."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["<unk>"], show_progress=False)
+    inner.train_from_iterator(LETTERS, trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "metaspace.json"
+    inner.save(str(path))
+    return load_tokenizer(str(path))
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    decoder = tokenizer.stream()
+    return [*(decoder.push(token) for token in ids), decoder.flush()]
+
+
+@given(TEXT)
+def test_bytes_give_the_text_back_and_never_hold_the_separator(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint8
+    assert tokenizer.separator not in ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([*ids, tokenizer.separator]) == text
+
+
+@given(text=TEXT)
+def test_bpe_gives_the_text_back(bpe: Tokenizer, text: str) -> None:
+    ids = bpe.encode(text)
+    assert ids.dtype == np.uint16
+    assert bpe.decode(ids) == text
+
+
+def test_bpe_neither_truncates_nor_pads_nor_adds_nor_reads_special_tokens(bpe: Tokenizer) -> None:
+    text = LETTERS[0] + "<|endoftext|>" + LETTERS[1]
+    assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.separator not in bpe.encode(text)
+    assert bpe.decode([*bpe.encode("a"), bpe.separator, *bpe.encode("b")]) == "ab"
+
+
+def test_a_vocabulary_without_a_separator_grows_by_one(metaspace: Tokenizer, bpe: Tokenizer) -> None:
+    assert bpe.separator == 0
+    assert metaspace.separator == metaspace.vocab_size - 1
+    assert metaspace.decode([*metaspace.encode("document a"), metaspace.separator]) == "document a"
+
+
+def test_a_lone_surrogate_does_not_stop_anything(bpe: Tokenizer) -> None:
+    for tokenizer in (ByteTokenizer(), bpe):
+        assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+
+
+@given(data=st.data())
+def test_a_stream_says_what_decode_says_for_any_bytes(bpe: Tokenizer, data: st.DataObject) -> None:
+    for tokenizer in (ByteTokenizer(), bpe):
+        ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@given(text=TEXT)
+def test_a_stream_never_emits_a_broken_character(bpe: Tokenizer, text: str) -> None:
+    text = text.replace("\ufffd", "")
+    for tokenizer in (ByteTokenizer(), bpe):
+        parts = streamed(tokenizer, tokenizer.encode(text).tolist())
+        assert "".join(parts) == text
+        assert "\ufffd" not in "".join(parts)
+
+
+def test_a_stream_keeps_the_spaces_between_words(metaspace: Tokenizer) -> None:
+    ids = metaspace.encode("document a document b").tolist()
+    parts = streamed(metaspace, ids)
+    assert "".join(parts) == metaspace.decode(ids) == "document a document b"
+    assert sum(map(bool, parts)) > 3, "the text came in one lump"
+
+
+@given(st.integers(0, 3), st.sampled_from([" ", "\n", "é", "word and ", "line\r\n"]))
+def test_pieces_are_short_and_join_to_the_text(extra: int, unit: str) -> None:
+    text = unit * (2 * PIECE_CHARACTERS // len(unit) + extra)
+    pieces = list(split_pieces(text))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= PIECE_CHARACTERS for piece in pieces)
+
+
+def test_a_long_text_is_encoded_whole(bpe: Tokenizer) -> None:
+    text = UNICODE * 5000
+    for tokenizer in (ByteTokenizer(), bpe):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_to_json_restores_the_tokenizer(bpe: Tokenizer) -> None:
+    for tokenizer in (ByteTokenizer(), bpe):
+        again = tokenizer_from_json(tokenizer.to_json())
+        assert type(again) is type(tokenizer)
+        assert again.fingerprint == tokenizer.fingerprint
+        assert (again.vocab_size, again.separator) == (tokenizer.vocab_size, tokenizer.separator)
+        assert again.encode(UNICODE).tolist() == tokenizer.encode(UNICODE).tolist()
+
+
+def test_the_dtype_holds_every_id() -> None:
+    import tokenizers
+    from tokenizers import models
+
+    vocabulary = {f"w{index}": index for index in range(1 << 16)}
+    inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer = JsonTokenizer(inner, "large")
+    assert tokenizer.vocab_size == (1 << 16) + 1, "no separator is known, so one is added"
+    assert tokenizer.dtype == np.uint32
+
+
+@pytest.mark.parametrize("content", ["", "not json", "{}", '{"model": 1}'])
+def test_a_bad_tokenizer_file_is_one_sentence(folder: Path, content: str) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"^tokenizer\.json is not a tokenizer .*; give --tokenizer"):
+        load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("spec", ["missing.json", "/no/such/file", "a b", "x" * 300])
+def test_a_missing_tokenizer_file_is_one_sentence(spec: str) -> None:
+    with pytest.raises(DataError, match=r"^there is no tokenizer file .*; give --tokenizer"):
+        load_tokenizer(spec)
+
+
+def test_a_tokenizer_of_the_hub_without_network_is_one_sentence() -> None:
+    with pytest.raises(DataError, match=r"^the Hugging Face hub is out of reach and .*; connect to the network, or"):
+        load_tokenizer("no-such-owner/no-such-tokenizer")
