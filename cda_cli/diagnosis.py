@@ -41,7 +41,7 @@ class Diagnosis(NamedTuple):
 
 def diagnose() -> Diagnosis:
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
-    choices = {solver: choose_backend("auto", solver) for solver in ("exact", "iterative")}  # type: ignore[arg-type]
+    choices = {solver: choose_backend("auto", solver) for solver in ("exact", "iterative")}
     return Diagnosis(
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         devices=[describe_device(device) for device in devices],
@@ -69,7 +69,7 @@ def _row_checks(device: torch.device) -> list[Check]:
     grad = torch.randn(64, 333, generator=generator)
     checks = []
     for k, eps in ((2.0, 0.1), (2.5, 0.01), (128.0, 1.0)):
-        leaf = scores.to(device).requires_grad_()
+        leaf = scores.clone().to(device).requires_grad_()
         budget = torch.full((64,), k, device=device, requires_grad=True)
         weights = soft_topk(leaf, budget, eps=eps, mask=mask.to(device))
         weights.backward(grad.to(device))
@@ -77,8 +77,7 @@ def _row_checks(device: torch.device) -> list[Check]:
         assert budget.grad is not None
         solution = reference_soft_topk(scores, k, eps, mask)
         grad_scores, grad_k = reference_gradients(solution, k, eps, grad)
-        rounding = 4 * ROUNDING[torch.float32] * scores.abs().max().item() / eps
-        tolerance = 1e-5 + rounding
+        tolerance = 1e-5 + 4 * ROUNDING[torch.float32] * scores.abs().max().item() / eps
         where = f"{device}: rows, float32, k = {k:g}, ε = {eps:g}"
         checks += [
             Check(f"{where}: weights", _error(weights, solution.weights), tolerance),
@@ -94,10 +93,10 @@ def _attention_checks(device: torch.device) -> list[Check]:
     query, key, value = (torch.randn(2, 2, T, 16, generator=generator) for T in (65, 67, 67))
     checks = []
     for dtype, u in ROUNDING.items():
-        inputs = [x.to(device, dtype) for x in (query, key, value)]
-        output = soft_topk_attention(*inputs, 2.0)
+        q, k, v = (x.to(device, dtype) for x in (query, key, value))
+        output = soft_topk_attention(q, k, v, 2.0)
         assert isinstance(output, torch.Tensor)
-        expected, _ = reference_attention(*(x.cpu() for x in inputs), 2.0, eps=0.1, scale=0.25, causal=True)
+        expected, _ = reference_attention(q.cpu(), k.cpu(), v.cpu(), 2.0, eps=0.1, scale=0.25, causal=True)
         name = f"{device}: attention, {str(dtype).removeprefix('torch.')}, k = 2"
         # The scores, up to about 5, carry the rounding of float32 products into λ over ε; the output that of its dtype.
         tolerance = (1e-5 + 4 * ROUNDING[torch.float32] * 5 / 0.1 + u) * expected.abs().max().item()

@@ -29,7 +29,6 @@ from cda_cli.runtime import Dtype, pick_device, pick_dtype
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, check_fits, load, locate
 
-
 STREAMED_TOKENS = 2**20  # of the held-out documents of a stream, which has no end to wait for
 
 

@@ -19,5 +19,6 @@ def doctor(as_json: JsonOption = False) -> None:
     failed = [check for check in diagnosis.checks if not check.passed]
     if failed:
         raise CheckFailedError(
-            f"{len(failed)} of {len(diagnosis.checks)} checks of the operator failed; report them with `cda doctor --json`"
+            f"{len(failed)} of {len(diagnosis.checks)} checks of the operator failed; report the output of "
+            "`cda doctor --json`"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Option
 
 RUN, MODEL, DATA, OPTIM = "Run", "Model", "Data", "Optimisation"
@@ -53,9 +52,7 @@ def train(
     streaming: Annotated[
         bool | None, Option("--streaming/--no-streaming", help="Tokenise while training.", rich_help_panel=DATA)
     ] = None,
-    tokenizer: Annotated[
-        str | None, Option(help="bytes, a tokenizer.json, or a hub id.", rich_help_panel=DATA)
-    ] = None,
+    tokenizer: Annotated[str | None, Option(help="bytes, a tokenizer.json, or a hub id.", rich_help_panel=DATA)] = None,
     steps: Annotated[int | None, Option(help="Optimizer steps.", rich_help_panel=OPTIM)] = None,
     batch_size: Annotated[int | None, Option(help="Sequences a forward pass.", rich_help_panel=OPTIM)] = None,
     grad_accum: Annotated[int | None, Option(help="Forward passes a step.", rich_help_panel=OPTIM)] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.console import RenderableType
 from rich.text import Text
 
 from cda_cli.console.base import memory, out, pairs, plus_minus, share, table
@@ -50,7 +51,7 @@ def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple
             share(head.capped_share),
             f"{head.distance_back:.1f}",
         )
-    console.print("", Text(f"Attention: {model.attention}{solver}", style="bold"), heads)
+    _section(f"Attention: {model.attention}{solver}", heads)
     units = table("layer", "units", "active (|x| > 1e-3)", "share", "dead")
     for unit in report.feed_forward:
         units.add_row(
@@ -60,23 +61,31 @@ def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple
             share(unit.active_units / unit.units),
             str(unit.dead_units),
         )
-    console.print("", Text(f"Feed-forward: {model.ff}", style="bold"), units)
+    _section(f"Feed-forward: {model.ff}", units)
     ids = [int(token) for token in text.sides[0].ids[: len(weights)]]
     labels = [restored.tokenizer.decode([token]) for token in ids]
-    console.print("", Text(f"Layer {drawn[0]}, head {drawn[1]}: queries down, keys across", style="bold"))
-    console.print(heat_map(weights.tolist(), labels, console.width))
+    picture = heat_map(weights.tolist(), labels, console.width)
+    _section(f"Layer {drawn[0]}, head {drawn[1]}: queries down, keys across", picture)
+
+
+def _section(title: str, content: RenderableType) -> None:
+    console = out()
+    console.print()
+    console.print(Text(title, style="bold"))
+    console.print(content)
 
 
 def show_doctor(diagnosis: Diagnosis) -> None:
     console = out()
-    console.print(pairs(diagnosis.versions, title="Versions"), "")
-    console.print(pairs({str(number): device for number, device in enumerate(diagnosis.devices)}, title="Devices"), "")
-    console.print(pairs(diagnosis.backends, title="Backend of each solver"), "")
-    checks = table("operator against its float64 optimum", "error", "at most", "")
+    console.print(Text("Versions", style="bold"))
+    console.print(pairs(diagnosis.versions))
+    _section("Devices", pairs({str(number): device for number, device in enumerate(diagnosis.devices)}))
+    _section("Backend of each solver", pairs(diagnosis.backends))
+    checks = table("case", "error", "at most", "")
     for check in diagnosis.checks:
         verdict = Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
         checks.add_row(check.name, f"{check.error:.1e}", f"{check.tolerance:.1e}", verdict)
-    console.print(checks)
+    _section("The operator against its float64 optimum", checks)
 
 
 def show_dry_run(result: DryRun) -> None:

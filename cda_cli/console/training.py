@@ -30,7 +30,8 @@ class TrainingDisplay:
 
     def start(self, plan: Plan) -> None:
         self._steps = plan.steps
-        self._console.print(pairs(plan_rows(plan)), "")
+        self._console.print(pairs(plan_rows(plan)))
+        self._console.print()
         self._bar.update(self._task, total=plan.steps, completed=plan.first_step)
         if self.interactive:
             self._live.start()
@@ -45,7 +46,7 @@ class TrainingDisplay:
             if not self.interactive:
                 self._line(record["step"], train_words(record))
         elif kind == "validation":
-            self._line(record["step"], Text(validation_words(record), style="bold"))
+            self._line(record["step"], Text(f"validation {validation_words(record)}", style="bold"))
         elif kind == "sample":
             self._line(record["step"], Text("sample", style="bold"))
             self._console.print(Text(printable(record["text"]), style="cyan"))
@@ -59,7 +60,10 @@ class TrainingDisplay:
         """Leaves the latest figures as a table."""
         self._live.stop()
         if "train" in self._latest:
-            self._console.print("", self._figures(), "", layer_table(self._latest["train"]["layers"]))
+            self._console.print()
+            self._console.print(self._figures())
+            self._console.print()
+            self._console.print(layer_table(self._latest["train"]["layers"]))
 
     def _line(self, step: int, words: str | Text) -> None:
         width = len(str(self._steps))
@@ -113,7 +117,7 @@ def train_words(record: dict[str, Any]) -> str:
 
 
 def validation_words(record: dict[str, Any]) -> str:
-    return f"validation loss {plus_minus(record['loss'], record['standard_error'])}, " + (
+    return f"loss {plus_minus(record['loss'], record['standard_error'])}, " + (
         f"{record['bits_per_byte']:.4f} bits per byte"
     )
 

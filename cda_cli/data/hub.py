@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import socket
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,6 +39,22 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
+def local_only() -> Iterator[None]:
+    """For reading local files with `datasets`: nothing is left in its cache, and nobody is told.
+
+    Such a stream copies nothing into the cache, yet it leaves a lock file there for each set of files, fails where the
+    cache cannot be written, and asks a server to count it, waiting seconds where there is no network.
+    """
+    import datasets.config
+
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        _settings(datasets.config, HF_DATASETS_CACHE=Path(folder), HF_UPDATE_DOWNLOAD_COUNTS=False),
+    ):
+        yield
+
+
+@contextmanager
 def offline_where_unreachable() -> Iterator[None]:
     """Inside, the hub's libraries take what they have cached, at once, where the hub does not answer.
 
@@ -48,12 +66,19 @@ def offline_where_unreachable() -> Iterator[None]:
     if hub.HF_HUB_OFFLINE or _hub_answers(hub.ENDPOINT):
         yield
         return
-    before = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    with _settings(hub, HF_HUB_OFFLINE=True), _settings(datasets.config, HF_HUB_OFFLINE=True):
+        yield
+
+
+@contextmanager
+def _settings(module: ModuleType, **values: Any) -> Iterator[None]:
+    """Module constants that a library reads as it runs, and that no argument sets."""
+    before = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
     try:
         yield
     finally:
-        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        vars(module).update(before)
 
 
 def hub_file(repository: str, name: str) -> Path:

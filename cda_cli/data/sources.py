@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cda_cli.config import DataConfig
-from cda_cli.data.hub import brief, load_hub_dataset, quiet_libraries, read_errors
+from cda_cli.data.hub import brief, load_hub_dataset, local_only, quiet_libraries, read_errors
 from cda_cli.errors import DataError
 
 STDLIB = "stdlib"
@@ -205,7 +205,7 @@ def _text_documents(paths: list[Path], where: str) -> Documents:
     def open_rows() -> Any:
         import datasets
 
-        with quiet_libraries():
+        with quiet_libraries(), local_only():
             return datasets.IterableDataset.from_generator(_read_texts, gen_kwargs={"paths": list(map(str, paths))})
 
     return Documents(open_rows, "text", where)
@@ -225,7 +225,7 @@ def _open_table(kind: str, paths: list[Path], column: str) -> Any:
     if kind == "csv":  # every cell of the column as it is written: "NA" and "007" are text
         options = {"keep_default_na": False, "converters": {column: str}}
     try:
-        with quiet_libraries():
+        with quiet_libraries(), local_only():
             names = [glob.escape(str(path)) for path in paths]
             return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **options)
     except StopIteration as error:  # what a builder raises where the first file has no row

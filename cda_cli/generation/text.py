@@ -24,7 +24,9 @@ def read_prompts(prompt: str | None, prompts_file: Path | None, stdin: TextIO) -
         try:
             lines = prompts_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{prompts_file} cannot be read ({error}); give a text file with a prompt a line") from error
+            raise ConfigError(
+                f"{prompts_file} cannot be read ({error}); give a text file with a prompt a line"
+            ) from error
         prompts = [line for line in lines if line]
         if not prompts:
             raise ConfigError(f"{prompts_file} holds no prompt; write one a line")
@@ -47,7 +49,7 @@ def generate_text(
     dtype: torch.dtype,
     stop: StopRequest,
 ) -> Iterator[str]:
-    """Pieces of the text that follows `prompt`; no piece ends within a character. Ends early where a stop is asked for."""
+    """Pieces of the text that follows `prompt`, none ending within a character; fewer where a stop is asked for."""
     tokenizer = restored.tokenizer
     decoder = tokenizer.stream()
     tokens = generate(

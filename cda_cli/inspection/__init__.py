@@ -11,4 +11,13 @@ from cda_cli.inspection.inspect import (
 )
 from cda_cli.inspection.measures import effective_support
 
-__all__ = ["FeedForwardReport", "HeadReport", "Report", "Watcher", "effective_support", "inspect", "layer_means", "parse_selection"]
+__all__ = [
+    "FeedForwardReport",
+    "HeadReport",
+    "Report",
+    "Watcher",
+    "effective_support",
+    "inspect",
+    "layer_means",
+    "parse_selection",
+]

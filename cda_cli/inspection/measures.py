@@ -17,7 +17,7 @@ CAPPED_WEIGHT = 1 - 1e-6  # λ at or above it counts as capped
 
 
 def effective_support(weights: Tensor) -> Tensor:
-    """exp of the entropy of λ/Σλ along the last dimension: how many entries share the row, [...]; 0 for an empty row."""
+    """exp of the entropy of λ/Σλ along the last dimension, [...]: how many entries share a row; 0 if it is empty."""
     total = weights.sum(-1, keepdim=True)
     share = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
     entropy = -torch.special.xlogy(share, share).sum(-1)

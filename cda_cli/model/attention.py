@@ -5,6 +5,8 @@ Shapes: B batch, T queries, C width of the residual stream, H heads, D head widt
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.cache import KeyValueCache
-from cda_cli.model.layers import RotaryPositions
+from cda_cli.model.layers import RotaryPositions, solver_settings
 from cda_cli.model.observe import AttentionSeen, Observer
 from cda_cli.ops import Backend, soft_topk, soft_topk_attention
 
@@ -23,7 +25,7 @@ class Attention(nn.Module):
         self.config, self.layer, self.backend = config, layer, backend
         self.heads, self.scale = config.heads, config.head_width**-0.5
         inner = config.heads * config.head_width
-        self.eps = config.attn_eps
+        self.eps, self.solver = config.attn_eps, solver_settings(config)
         self.observer: Observer | None = None
 
         self.to_qkv = nn.Linear(config.dim, inner * 3, bias=False)
@@ -45,9 +47,7 @@ class Attention(nn.Module):
         elif self.config.attention == "softmax":
             out_BHTD = _softmax_attention(query, key, value, self.scale)
         else:
-            out_BHTD = soft_topk_attention(
-                query, key, value, sparsity_k, scale=self.scale, eps=self.eps, backend=self.backend, **self._solver()
-            )
+            out_BHTD = self._soft_topk_attention(query, key, value, sparsity_k)
         if self.to_gate is not None:
             out_BHTD = out_BHTD * self._budget(self.to_gate, x_BTC).unsqueeze(-1)
         return self.to_out(rearrange(out_BHTD, "b h t d -> b t (h d)"))
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         """query [B, H, T, D]; key and value [B, H, S, D], the null and cached ones in front."""
         query, key, value = rearrange(self.to_qkv(x_BTC), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
         if self.rotary is not None:
             start = cache.length if cache is not None else 0
             query, key = self.rotary(query, start), self.rotary(key, start)
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         if self.config.null_kv:
             null_key, null_value = self.null_kv.to(key.dtype).unsqueeze(1).expand(-1, len(x_BTC), -1, -1, -1)
             key, value = torch.cat((null_key, key), 2), torch.cat((null_value, value), 2)
-        return query, key.to(query.dtype), value.to(query.dtype)
+        return query, key, value
 
     def _sparsity_k(self, x_BTC: Tensor) -> float | Tensor:
         """k of each row: a number, or [B, H, T] where it is learned."""
@@ -77,10 +77,11 @@ class Attention(nn.Module):
         """1 + (attn_k − 1)·sigmoid(linear(x)), [B, H, T]."""
         return 1 + (self.config.attn_k - 1) * rearrange(linear(x_BTC).sigmoid(), "b t h -> b h t")
 
-    def _solver(self) -> dict[str, object]:
-        config = self.config
-        names = ("solver", "n_iters", "eps_init", "eps_decay")
-        return {name: getattr(config, name) for name in names}
+    def _soft_topk_attention(self, query: Tensor, key: Tensor, value: Tensor, sparsity_k: float | Tensor) -> Tensor:
+        output = soft_topk_attention(
+            query, key, value, sparsity_k, eps=self.eps, scale=self.scale, backend=self.backend, **self.solver
+        )
+        return cast(Tensor, output)  # the threshold was not asked for
 
     def _observed(self, query: Tensor, key: Tensor, value: Tensor, sparsity_k: float | Tensor) -> Tensor:
         """The same output by way of the dense weights, which the observer gets."""
@@ -92,9 +93,7 @@ class Attention(nn.Module):
             sparsity_k = 1.0
             weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         else:
-            weights = soft_topk(
-                scores, sparsity_k, mask=mask, eps=self.eps, backend=self.backend, **self._solver()
-            )
+            weights = soft_topk(scores, sparsity_k, mask=mask, eps=self.eps, backend=self.backend, **self.solver)
         k_BHT = torch.as_tensor(sparsity_k, device=scores.device, dtype=torch.float32).expand(scores.shape[:-1])
         self.observer(AttentionSeen(self.layer, weights.detach(), k_BHT.detach()))
         return weights.to(value.dtype) @ value

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
+from cda_cli.model.layers import solver_settings
 from cda_cli.model.observe import FeedForwardSeen, Observer
 from cda_cli.ops import Backend, soft_topk
 
@@ -24,14 +25,7 @@ class FeedForward(nn.Module):
             activations = F.gelu(hidden)
         else:
             activations = soft_topk(
-                hidden,
-                config.ff_k,
-                eps=config.ff_eps,
-                solver=config.solver,
-                n_iters=config.n_iters,
-                eps_init=config.eps_init,
-                eps_decay=config.eps_decay,
-                backend=self.backend,
+                hidden, config.ff_k, eps=config.ff_eps, backend=self.backend, **solver_settings(config)
             )
         if self.observer is not None:
             self.observer(FeedForwardSeen(self.layer, activations.detach()))

@@ -6,10 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
+from cda_cli.ops import SolverSettings
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.dim) if config.norm == "layernorm" else nn.RMSNorm(config.dim, eps=1e-6)
+
+
+def solver_settings(config: ModelConfig) -> SolverSettings:
+    return SolverSettings(
+        solver=config.solver, n_iters=config.n_iters, eps_init=config.eps_init, eps_decay=config.eps_decay
+    )
 
 
 class RotaryPositions(nn.Module):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from cda_cli.model.attention import Attention
+    from cda_cli.model.feed_forward import FeedForward
     from cda_cli.model.transformer import Transformer
 
 
@@ -37,7 +39,9 @@ Observer = Callable[[AttentionSeen | FeedForwardSeen], None]
 @contextmanager
 def observing(model: Transformer, observer: Observer) -> Iterator[None]:
     """Within it, each layer calls `observer` once a forward pass."""
-    watched = [module for block in model.blocks for module in (block.attention, block.feed_forward)]
+    watched: list[Attention | FeedForward] = []
+    for block in model.each_block():
+        watched += (block.attention, block.feed_forward)
     try:
         for module in watched:
             module.observer = observer

@@ -6,6 +6,7 @@ Shapes: B batch, T positions, C width of the residual stream, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +66,12 @@ class Transformer(nn.Module):
             cache.advance(T)
         return self.to_logits(self.norm(x_BTC))
 
+    def each_block(self) -> list[Block]:
+        return [cast(Block, block) for block in self.blocks]
+
     def set_attention_eps(self, eps: float) -> None:
         """ε of every attention layer, for annealing."""
-        for block in self.blocks:
+        for block in self.each_block():
             block.attention.eps = eps
 
     def parameter_count(self) -> int:
@@ -82,7 +86,7 @@ class Transformer(nn.Module):
         if not self.config.tied_embeddings:
             return
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for block in self.blocks:
+        for block in self.each_block():
             for linear in (block.attention.to_out, block.feed_forward.proj_out):
                 linear.weight.data /= math.sqrt(2 * self.config.depth)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cda_cli.ops.attention import attention
-from cda_cli.ops.backends import Backend, Choice, Solver, choose_backend
+from cda_cli.ops.backends import Backend, Choice, Solver, SolverSettings, choose_backend
 from cda_cli.ops.reference import reference_attention, reference_gradients, reference_soft_topk
 from cda_cli.ops.rows import arithmetic_dtype, soft_topk_rows
 
@@ -20,6 +20,7 @@ __all__ = [
     "Backend",
     "Choice",
     "Solver",
+    "SolverSettings",
     "choose_backend",
     "reference_attention",
     "reference_gradients",

@@ -108,7 +108,7 @@ def attention(
         else:
             weights, history = solve_iterative(flat, row_budget, plan)
             saved[:, :, rows] = history.view(n_iters, N, -1)
-        torch.bmm(weights.view_as(scores), v[:, : block.keys], out=out[:, rows])
+        out[:, rows] = torch.bmm(weights.view_as(scores), v[:, : block.keys])
     threshold = eps * Dual(*saved).threshold(1.0) if exact else iterative_dual(saved).threshold(plan.last)
     B, H = query.shape[:2]
     return out.view(B, H, T, -1).to(value.dtype), threshold.view(B, H, T), saved
@@ -173,9 +173,9 @@ def attention_backward(
             )
         grad_scores, weights = grad_scores.view(shape), weights.view(shape)
         grad_budget[:, rows] = grad_rows.view(shape[:2])
-        torch.bmm(grad_scores, k[:, keys], out=grad_q[:, rows])
-        grad_k[:, keys].baddbmm_(grad_scores.transpose(1, 2), q[:, rows])
-        grad_v[:, keys].baddbmm_(weights.transpose(1, 2), grad_out[:, rows])
+        grad_q[:, rows] = torch.bmm(grad_scores, k[:, keys])
+        grad_k[:, keys] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
+        grad_v[:, keys] += torch.bmm(weights.transpose(1, 2), grad_out[:, rows])
     # q already carries the factor, so grad_k is whole. ∂L/∂k needs none: it is a gradient of the weights, not scores.
     grad_q *= factor
     return (

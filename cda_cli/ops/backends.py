@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypedDict, get_args
 
 Backend = Literal["auto", "torch", "colt5"]
 Solver = Literal["exact", "iterative"]
+
+
+class SolverSettings(TypedDict):
+    """The arguments that choose and tune a solver, as both doors take them."""
+
+    solver: Solver
+    n_iters: int
+    eps_init: float
+    eps_decay: float
 
 
 class Choice(NamedTuple):

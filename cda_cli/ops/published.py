@@ -18,13 +18,15 @@ def published_soft_topk(
     if not scores.is_cuda:
         from colt5_attention.coor_descent import coor_descent
 
-        return coor_descent(rows, k=budget.float(), **arguments).to(scores.dtype)  # type: ignore[no-any-return]
+        return coor_descent(rows, k=budget.float(), **arguments).to(scores.dtype)
     try:
         from colt5_attention.triton_coor_descent import triton_coor_descent
     except (ImportError, SystemExit) as error:  # some of its releases call exit() where Triton is missing
-        raise ImportError("backend 'colt5' needs Triton on a GPU; pip install triton, or use backend 'torch'") from error
+        raise ImportError(
+            "backend 'colt5' needs Triton on a GPU; pip install triton, or use backend 'torch'"
+        ) from error
     segments = max(1, n_iters // 5)  # as the published model calls it
     if mask is not None:
         arguments["mask"] = mask.expand(scores.shape)
     weights = triton_coor_descent(rows, k=budget.float().flatten(), checkpoint_segments=segments, **arguments)
-    return weights.to(scores.dtype)  # type: ignore[no-any-return]
+    return weights.to(scores.dtype)

@@ -1,7 +1,7 @@
 """The specification: the float64 optimum by bisection, independent of both solvers. Slow, and only for checks.
 
-    λ = argmax ⟨s, λ⟩ − ε Σ λ log λ   subject to   0 ≤ λ ≤ 1, Σ λ = k
-    λ_i = min(1, exp((s_i + a)/ε)),   Σ λ_i = k
+λ = argmax ⟨s, λ⟩ − ε Σ λ log λ   subject to   0 ≤ λ ≤ 1, Σ λ = k
+λ_i = min(1, exp((s_i + a)/ε)),   Σ λ_i = k
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The row operator in PyTorch, registered as the custom operator `cda::soft_topk`, so that torch.compile keeps it whole.
+"""The row operator in PyTorch: the custom operator `cda::soft_topk`, which torch.compile keeps whole.
 
 Saved for the backward: the scores, k and one dual per row; the weights are recomputed.
 """

@@ -195,9 +195,7 @@ def sample(setup: Setup) -> str:
     prompt = [int(token) for token in setup.data.validation.ids[:prompt_tokens]]
     setup.model.eval()
     tokens = list(
-        generate(
-            setup.model, prompt, SAMPLE_TOKENS, SamplingSettings(), seed=setup.config.run.seed, dtype=setup.dtype
-        )
+        generate(setup.model, prompt, SAMPLE_TOKENS, SamplingSettings(), seed=setup.config.run.seed, dtype=setup.dtype)
     )
     setup.model.train()
     return tokenizer.decode(prompt) + "▸" + tokenizer.decode(tokens)

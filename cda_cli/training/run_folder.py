@@ -1,4 +1,4 @@
-"""The folder of a run: config.yaml, metrics.jsonl, checkpoints/. Decides whether a run starts, resumes or is refused."""
+"""The folder of a run: config.yaml, metrics.jsonl, checkpoints/. And whether a run may start or go on there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def find_checkpoint(run: Path, resume: str) -> tuple[Checkpoint | None, list[str
     """What the run in folder `run` goes on from, and a sentence for each damaged checkpoint passed over.
 
     `resume`: "auto" takes the newest whole checkpoint in `run`, if there is one; "never" wants a folder without a
-    run; anything else is the path of a run or checkpoint to go on from, and `run` must hold no other run.
+    run; anything else is the path of a run or checkpoint to go on from. It is then the newest of `run`, or `run`
+    holds no run yet: two histories never mix in one folder.
     """
     if run.exists() and not run.is_dir():
         raise ConfigError(f"{run} is a file; give --out the name of a folder")
@@ -36,8 +37,8 @@ def find_checkpoint(run: Path, resume: str) -> tuple[Checkpoint | None, list[str
             raise ConfigError(f"{run} holds another run; choose another --out, or go on with --resume auto")
         return None, []
     path = locate(Path(resume))
-    if list_steps(run) and path.parent.resolve() != (run / "checkpoints").resolve():
-        raise ConfigError(f"{run} holds another run than {resume}; choose another --out for the run that goes on")
+    if list_steps(run) and path.resolve() != (newest(run)[0] or run).resolve():
+        raise ConfigError(f"{run} already holds a run that {path} is not the newest of; choose another --out")
     return load(path), []
 
 

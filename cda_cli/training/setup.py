@@ -70,7 +70,7 @@ class Setup:
             "step": self.step,
             "tokens": self.tokens,
             "position": self.position,
-            "config": self.config.model_dump(),
+            "config": self.config.model_dump(mode="json"),
             "optimizer": plain,
             "versions": {"cda": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]},
         }
@@ -191,4 +191,3 @@ def _compile(model: Transformer, config: Config, device: torch.device, note: Cal
         note("torch.compile is off: an ε that changes every step would compile every step")
         wanted = False
     return torch.compile(model) if wanted else model  # type: ignore[return-value]
-

@@ -1,8 +1,7 @@
-"""A cache of its own for each test, and no network: the hub's libraries read that when they are first imported."""
+"""A cache of its own for each test, and no network."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,23 @@ from cda_cli.config import DataConfig
 from cda_cli.data import Corpus, prepare
 from tests.data.samples import LETTERS, Prepare
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("CDA_CACHE", str(folder))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     return folder
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_HUB_OFFLINE=1 and HF_DATASETS_CACHE do, which are read when the libraries are first imported."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 @pytest.fixture

@@ -20,11 +20,10 @@ SEPARATOR = b"\xff"
 
 
 @pytest.fixture(params=["rows.jsonl", "rows-*.jsonl", "text-*.txt", "text-*.gz", "hf:owner/name"])
-def config(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+def config(request: pytest.FixtureRequest, folder: Path, offline: None, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     """Documents of ROWS in one file of rows, in many, a file each, packed, and as a dataset with its own splits."""
 
     def write(path: Path, rows: list[str]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
 
     write(folder / "rows.jsonl", ROWS)
@@ -32,8 +31,11 @@ def config(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.Mon
         write(folder / f"rows-{index // 4}.jsonl", ROWS[index // 4 * 4 : index // 4 * 4 + 4])
         (folder / f"text-{index:02}.txt").write_bytes(row.encode())
         (folder / f"text-{index:02}.gz").write_bytes(gzip.compress(row.encode()))
-    write(folder / "owner" / "name" / "train.jsonl", ROWS)
-    write(folder / "owner" / "name" / "test.jsonl", LETTERS[20:])
+    home = folder / "owner" / "name"
+    home.mkdir(parents=True)
+    # A list, unlike lines, does not tell `datasets` its columns beforehand.
+    (home / "train.json").write_text(json.dumps([{"text": row} for row in ROWS]))
+    (home / "test.json").write_text(json.dumps([{"text": row} for row in LETTERS[20:]]))
     monkeypatch.chdir(folder)
     return DataConfig(source=request.param, streaming=True, validation_fraction=0.3)
 

@@ -149,6 +149,6 @@ def test_a_missing_tokenizer_file_is_one_sentence(spec: str) -> None:
         load_tokenizer(spec)
 
 
-def test_a_tokenizer_of_the_hub_without_network_is_one_sentence() -> None:
+def test_a_tokenizer_of_the_hub_without_network_is_one_sentence(offline: None) -> None:
     with pytest.raises(DataError, match=r"^the Hugging Face hub is out of reach and .*; connect to the network, or"):
         load_tokenizer("no-such-owner/no-such-tokenizer")

@@ -1,0 +1,49 @@
+# Set-up happens by itself: every target that needs the virtual environment makes it first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test lint format bench docs clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## Make the virtual environment with the pinned versions
+
+$(READY): requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "cda needs Python 3.10 or later; call make with PYTHON=/path/to/python3.10"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: setup ## Train, evaluate, sample from and inspect a small model, in about two minutes on two cores
+	$(BIN)/cda train --out runs/demo --steps 250
+	$(BIN)/cda eval runs/demo --max-batches 20
+	$(BIN)/cda sample runs/demo --prompt "def " --max-new-tokens 200
+	$(BIN)/cda inspect-sparsity runs/demo --max-batches 4
+
+test: setup ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: setup ## Check style, types and generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup ## Rewrite the generated parts of the docs
+	$(BIN)/python docs/generate.py
+
+bench: setup ## Measure speed on this CPU: the tables of docs/benchmarks.md
+	$(BIN)/python benchmarks/cpu.py
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
