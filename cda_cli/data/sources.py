@@ -6,7 +6,6 @@ written; a hub dataset is downloaded into the cache of `datasets`, or streams wi
 
 from __future__ import annotations
 
-import copy
 import glob
 import gzip
 import json
@@ -70,7 +69,8 @@ class Documents:
         if names is not None:
             self._check_column(names)
             return rows.select_columns(self._column)
-        return copy.copy(rows)  # a position that is loaded stays in the object, and a later pass starts there
+        # A position that is loaded stays in the object, and a later pass would start there; this makes a new one.
+        return rows.with_format(None)
 
     def _rows(self, rows: Any) -> Iterator[dict[str, Any]]:
         try:

@@ -86,7 +86,8 @@ class Attention(nn.Module):
     def _observed(self, query: Tensor, key: Tensor, value: Tensor, sparsity_k: float | Tensor) -> Tensor:
         """The same output by way of the dense weights, which the observer gets."""
         assert self.observer is not None
-        scores = self.scale * query.float() @ key.float().transpose(-1, -2)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = self.scale * query.float() @ key.float().transpose(-1, -2)
         T, S = scores.shape[-2:]
         mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
         if self.config.attention == "softmax":

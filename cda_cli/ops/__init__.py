@@ -8,13 +8,16 @@ numbers, and import nothing of the rest of the package.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cda_cli.ops.attention import attention
 from cda_cli.ops.backends import Backend, Choice, Solver, SolverSettings, choose_backend
+from cda_cli.ops.precision import arithmetic_dtype, in_own_precision
 from cda_cli.ops.reference import reference_attention, reference_gradients, reference_soft_topk
-from cda_cli.ops.rows import arithmetic_dtype, soft_topk_rows
+from cda_cli.ops.rows import soft_topk_rows
 
 __all__ = [
     "Backend",
@@ -69,8 +72,9 @@ def soft_topk(
         from cda_cli.ops.published import published_soft_topk
 
         budget = _budget(sparsity_k, scores, scores.shape[:-1])
-        settings = {"eps": eps, "n_iters": n_iters, "eps_init": eps_init, "eps_decay": eps_decay}
-        return published_soft_topk(scores, budget, mask=mask, **settings)  # type: ignore[arg-type]
+        return published_soft_topk(
+            scores, budget, mask=mask, eps=eps, n_iters=n_iters, eps_init=eps_init, eps_decay=eps_decay
+        )
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     budget = _budget(sparsity_k, scores, scores.shape[:-1]).reshape(-1)
@@ -123,18 +127,25 @@ def soft_topk_attention(
     if chosen.name == "colt5":
         if return_threshold:
             raise ValueError("backend 'colt5' does not give the threshold; choose backend 'torch'")
-        from cda_cli.ops.published import published_soft_topk
-
-        scores = scale * query_BHTD.float() @ key_BHSD.float().transpose(-1, -2)
-        S = scores.shape[-1]
-        mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T) if causal else None
         settings = {"eps": eps, "n_iters": n_iters, "eps_init": eps_init, "eps_decay": eps_decay}
-        weights = published_soft_topk(scores, budget, mask=mask, **settings)  # type: ignore[arg-type]
-        return (weights @ value_BHSD.float()).to(value_BHSD.dtype)
+        return _published_attention(query_BHTD, key_BHSD, value_BHSD, budget, scale, causal, settings)
     output, threshold, _ = attention(
         query_BHTD, key_BHSD, value_BHSD, budget, eps, scale, causal, solver, n_iters, eps_init, eps_decay
     )
     return (output, threshold.detach()) if return_threshold else output
+
+
+@in_own_precision
+def _published_attention(
+    query: Tensor, key: Tensor, value: Tensor, budget: Tensor, scale: float, causal: bool, settings: dict[str, Any]
+) -> Tensor:
+    from cda_cli.ops.published import published_soft_topk
+
+    scores = scale * query.float() @ key.float().transpose(-1, -2)
+    T, S = scores.shape[-2:]
+    mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T) if causal else None
+    weights = published_soft_topk(scores, budget, mask=mask, **settings)
+    return (weights @ value.float()).to(value.dtype)
 
 
 def _budget(sparsity_k: float | Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from cda_cli.ops.dual import Dual, exact_gradients, parts
 from cda_cli.ops.exact import solve_exact
 from cda_cli.ops.iterative import Annealing, annealing, iterative_dual, iterative_gradients, solve_iterative
+from cda_cli.ops.precision import in_own_precision
 
 # Scores of one block: on a CPU they should stay in the cache, on a GPU each pass should be worth its launch.
 BLOCK_SCORES_CPU = 2**19
@@ -70,6 +71,7 @@ def _arithmetic(budget: Tensor, query: Tensor, key: Tensor, factor: float) -> tu
 
 
 @torch.library.custom_op("cda::soft_topk_attention", mutates_args=())
+@in_own_precision
 def attention(
     query: Tensor,
     key: Tensor,
@@ -130,10 +132,11 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, T, _ = query.shape
     output = value.new_empty(B, H, T, value.shape[-1])
-    return output, torch.empty_like(budget), budget.new_empty(2 if solver == "exact" else n_iters, B * H, T)
+    return output, budget.new_empty(budget.shape), budget.new_empty(2 if solver == "exact" else n_iters, B * H, T)
 
 
 @torch.library.custom_op("cda::soft_topk_attention_backward", mutates_args=())
+@in_own_precision
 def attention_backward(
     grad_output: Tensor,
     query: Tensor,
@@ -210,7 +213,9 @@ def _(
     eps_init: float,
     eps_decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(budget)
+    # Contiguous whatever the strides of the inputs, as the real ones are: not empty_like, which would keep them.
+    query_grad, key_grad, value_grad, budget_grad = (x.new_empty(x.shape) for x in (query, key, value, budget))
+    return query_grad, key_grad, value_grad, budget_grad
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -15,11 +15,6 @@ from cda_cli.ops.exact import solve_exact
 from cda_cli.ops.iterative import annealing, iterative_gradients, solve_iterative
 
 
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("cda::soft_topk", mutates_args=())
 def soft_topk_rows(
     scores: Tensor, budget: Tensor, eps: float, solver: str, n_iters: int, eps_init: float, eps_decay: float
@@ -42,7 +37,7 @@ def soft_topk_rows(
 def _(
     scores: Tensor, budget: Tensor, eps: float, solver: str, n_iters: int, eps_init: float, eps_decay: float
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(scores), budget.new_empty(2 if solver == "exact" else n_iters, *budget.shape)
+    return scores.new_empty(scores.shape), budget.new_empty(2 if solver == "exact" else n_iters, *budget.shape)
 
 
 @torch.library.custom_op("cda::soft_topk_backward", mutates_args=())
@@ -80,7 +75,7 @@ def _(
     eps_init: float,
     eps_decay: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(scores), torch.empty_like(budget)
+    return scores.new_empty(scores.shape), budget.new_empty(budget.shape)
 
 
 def _finite(rows: Tensor) -> Tensor:
