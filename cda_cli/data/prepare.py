@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +23,12 @@ from cda_cli.data.sources import Documents, Source, digest, open_source
 from cda_cli.data.split import CutRule, HashRule, Rule, Side, WholeRule
 from cda_cli.data.tokenizers import Tokenizer, load_tokenizer, split_pieces, utf8
 from cda_cli.errors import CdaError, DataError, StorageError
+from cda_cli.storage import published_folder, remove_published, remove_stale
 
 FORMAT = 1
 SIDES: tuple[Side, Side] = ("train", "validation")
 BATCH_CHARACTERS = 1 << 21
 TEMPORARY = ".preparing-"
-ABANDONED_SECONDS = 24 * 3600.0
 
 
 class PreparationStoppedError(CdaError):
@@ -101,13 +97,24 @@ def prepare(
     if cached is None and spare_cache is not None:
         folder = spare_cache / key
     if cached is None:
-        with _storage_errors(folder), _staging(folder) as staging:
-            _write(staging, source, tokenizer, config.validation_fraction, _Meter(show_progress, should_stop))
-            _publish(staging, folder, tokenizer)
+        _make(folder, source, tokenizer, config.validation_fraction, _Meter(show_progress, should_stop))
     corpus = cached or _load(folder, tokenizer)
     if corpus is None:
         raise StorageError(f"the prepared tokens in {folder} vanished; run again, or set CDA_CACHE to another folder")
     return Corpus(tokenizer, *corpus, source.description, from_cache=cached is not None)
+
+
+def _make(folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, meter: _Meter) -> None:
+    """Writes `folder` whole, in place of a damaged one. Where another process was first, its folder stays."""
+    remove_stale(folder.parent)
+    try:
+        if os.path.lexists(folder):
+            remove_published(folder)
+        with published_folder(folder) as staging:
+            _write(staging, source, tokenizer, fraction, meter)
+    except StorageError as error:
+        if _load(folder, tokenizer) is None:
+            raise StorageError(f"no prepared tokens: {error}; CDA_CACHE can name another folder for them") from error
 
 
 @dataclass
@@ -148,7 +155,7 @@ class _Batch:
 
 
 def _write(folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, meter: _Meter) -> None:
-    """Both sides and meta.json into `folder`, synced."""
+    """Both sides and meta.json into `folder`."""
     if source.validation is not None:
         passes: list[tuple[Documents, Rule]] = [
             (source.training, WholeRule("train")),
@@ -169,9 +176,7 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, 
         "dtype": tokenizer.dtype.name,
         "sides": counts,
     }
-    with _synced(folder / "meta.json") as file:
-        file.write(json.dumps(meta, indent=2).encode())
-    _sync_folder(folder)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
 def _write_passes(
@@ -179,8 +184,8 @@ def _write_passes(
 ) -> dict[Side, dict[str, int]]:
     """One file a side; the tokens and text bytes of each."""
     with (
-        _synced(folder / "train.bin") as train,
-        _synced(folder / "validation.bin") as validation,
+        (folder / "train.bin").open("wb") as train,
+        (folder / "validation.bin").open("wb") as validation,
         meter.bar(source.total_bytes) as bar,
     ):
         writers: dict[Side, _Writer] = {"train": _Writer(train), "validation": _Writer(validation)}
@@ -242,79 +247,3 @@ def _load(folder: Path, tokenizer: Tokenizer) -> tuple[Tokens, Tokens] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return sides[0], sides[1]
-
-
-def _publish(staging: Path, folder: Path, tokenizer: Tokenizer) -> None:
-    """Renames `staging` to `folder`. Where another process was first, its folder stays, unless it is damaged."""
-    for _ in range(3):
-        try:
-            staging.rename(folder)
-        except OSError:
-            if _load(folder, tokenizer) is not None:
-                return
-            if not folder.exists():
-                raise
-            damaged = _beside(folder)
-            with suppress(FileNotFoundError):  # another process was faster at that too
-                folder.rename(damaged)  # in one step, so that no reader meets it half removed
-            shutil.rmtree(damaged, ignore_errors=True)
-        else:
-            _sync_folder(folder.parent)
-            return
-    raise StorageError(f"the prepared tokens in {folder} keep changing; run again when nothing else prepares them")
-
-
-@contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """A temporary sibling of `folder`, gone at the end whatever happens."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    staging = _beside(folder)
-    staging.mkdir()
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what killed processes left long ago: a kill -9 cannot tidy up after itself."""
-    for path in folder.parent.glob(f"{TEMPORARY}*"):
-        try:
-            newest = max(part.stat().st_mtime for part in (path, *path.iterdir()))
-        except OSError:
-            continue
-        if time.time() - newest > ABANDONED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _beside(folder: Path) -> Path:
-    return folder.with_name(f"{TEMPORARY}{folder.name}-{secrets.token_hex(4)}")
-
-
-@contextmanager
-def _storage_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"the prepared tokens cannot be written to {folder.parent} ({error.strerror or error}); free space there, "
-            "or set CDA_CACHE to another folder"
-        ) from error
-
-
-@contextmanager
-def _synced(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, synced to the disk at the end of the block."""
-    with path.open("wb") as file:
-        yield cast(IO[bytes], file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

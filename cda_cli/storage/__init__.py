@@ -3,7 +3,7 @@
 Takes tensors and plain dicts, never a module. `atomic` is for any file, `checkpoint` is the door to the rest.
 """
 
-from cda_cli.storage.atomic import write_file
+from cda_cli.storage.atomic import published_folder, remove_published, remove_stale, write_file
 from cda_cli.storage.checkpoint import (
     Checkpoint,
     check_fits,
@@ -25,6 +25,9 @@ __all__ = [
     "newest",
     "pack_optimizer",
     "publish",
+    "published_folder",
+    "remove_published",
+    "remove_stale",
     "unpack_optimizer",
     "write_file",
 ]
