@@ -108,15 +108,15 @@ class OptimConfig(Section):
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Final learning rate, as a share of lr.")
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's, on matrices only.")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
 
 
 class RunConfig(Section):
     """The run itself: none of this changes what the model is."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="Of the weights, the order of the data, dropout and samples.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the matrix products.")
     compile: bool | None = Field(None, description="torch.compile; null: on a GPU only.")

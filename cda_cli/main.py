@@ -10,7 +10,7 @@ import typer
 
 from cda_cli import __version__
 from cda_cli.commands import doctor, eval, inspect_sparsity, sample, train
-from cda_cli.errors import CdaError
+from cda_cli.errors import CdaError, InterruptedRunError
 
 app = typer.Typer(
     name="cda",
@@ -65,7 +65,7 @@ def _leave(error: Exception) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     if isinstance(error, CdaError):
-        _say(str(error))
+        _say(str(error), "" if isinstance(error, InterruptedRunError) else "error: ")
         sys.exit(error.exit_code)
     if type(error).__name__ == "OutOfMemoryError":
         _say("the GPU's memory is used up; use a smaller --batch-size with a larger --grad-accum")
@@ -77,9 +77,9 @@ def _leave(error: Exception) -> NoReturn:
     sys.exit(1)
 
 
-def _say(sentence: str) -> None:
+def _say(sentence: str, label: str = "error: ") -> None:
     from rich.console import Console
     from rich.text import Text
 
     # Soft wrap: a sentence stays one line for whoever greps it.
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), sentence), soft_wrap=True)
+    Console(stderr=True).print(Text.assemble((label, "bold red"), sentence), soft_wrap=True)
