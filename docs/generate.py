@@ -25,20 +25,21 @@ def pages() -> dict[str, str]:
 def commands() -> str:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "cli.md"
-        command = [sys.executable, "-m", "typer", "cda_cli.main", "utils", "docs", "--name", "cda", "--output", str(page)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        arguments = ["cda_cli.main", "utils", "docs", "--name", "cda", "--output", str(page)]
+        subprocess.run([sys.executable, "-m", "typer", *arguments], check=True, stdout=subprocess.DEVNULL)
         return page.read_text(encoding="utf-8")
 
 
 def configuration() -> str:
+    presets = ", ".join(f"`{name}`" for name in preset_names())
     lines = [
         "# Configuration",
         "",
-        "A run is described by four sections. The layers, the later winning: preset, `--config FILE.yaml`, `--set",
-        "section.key=value`, flags. An unknown key is an error that names the nearest one. The resolved configuration is",
-        "written to `config.yaml` in the run folder, and `--config` reads it back.",
+        "A run is described by four sections. The layers, the later winning: preset, `--config FILE.yaml`,",
+        "`--set section.key=value`, flags. An unknown key is an error that names the nearest one. The resolved",
+        "configuration is written to `config.yaml` in the run folder, and `--config` reads it back.",
         "",
-        f"Presets: {', '.join(f'`{name}`' for name in preset_names())}; each is a commented file in `cda_cli/presets/`.",
+        f"Presets: {presets}; each is a commented file in `cda_cli/presets/`.",
     ]
     defaults = Config()
     for name, field in Config.model_fields.items():
