@@ -44,10 +44,10 @@ def sample(
         display = SampleDisplay(stream=stream, quiet=as_json, several=len(prompts) * num_samples > 1)
         for index, text in enumerate(prompts):
             for number in range(num_samples):
-                display.begin(index, number, text)
                 pieces = generate_text(
                     restored, text, max_new_tokens, settings, seed=seed + number, dtype=precision, stop=stop
                 )
+                display.begin(index, number, text)
                 samples.append({"prompt": text, "seed": seed + number, "text": display.follow(pieces)})
         stop.check("interrupted; nothing was written")
     if as_json:

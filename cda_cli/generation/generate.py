@@ -6,6 +6,7 @@ is read again and generation goes on.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,7 +37,6 @@ class SamplingSettings(NamedTuple):
                 raise ConfigError(f"{name} is a share, above 0 and at most 1, not {share}")
 
 
-@torch.no_grad()
 def generate(
     model: Transformer,
     prompt: list[int],
@@ -50,8 +50,8 @@ def generate(
 ) -> Iterator[int]:
     """Tokens that follow `prompt`, at most `max_new_tokens`, ending before a `separator`.
 
-    The draw depends on the seed and the logits alone. Raises ConfigError for an empty prompt, or one that is longer
-    than the context.
+    The draw depends on the seed and the logits alone. Raises ConfigError, at once, for an empty prompt, or one that is
+    longer than the context.
     """
     context = model.config.seq_len
     settings.check()
@@ -61,21 +61,33 @@ def generate(
         raise ConfigError(
             f"the prompt has {len(prompt)} tokens and the model's context {context}; shorten the prompt to fit"
         )
-    device = next(model.parameters()).device
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    seen, cache, unread = list(prompt), None, list(prompt)
-    for _ in range(max_new_tokens):
-        if not use_cache or cache is None or cache.length + len(unread) > context:
-            unread = seen if len(seen) <= context else seen[-(context // 2) :]
-            cache = KeyValueCache(model.config, 1, device, dtype) if use_cache else None
+    tokens = _tokens(model, prompt, settings, generator, dtype, use_cache)
+    return itertools.takewhile(lambda token: token != separator, itertools.islice(tokens, max_new_tokens))
+
+
+@torch.no_grad()
+def _tokens(
+    model: Transformer,
+    prompt: list[int],
+    settings: SamplingSettings,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    use_cache: bool,
+) -> Iterator[int]:
+    """Tokens without end. The model sees those from `start` on."""
+    context, device = model.config.seq_len, next(model.parameters()).device
+    seen, start, cache = list(prompt), 0, None
+    while True:
+        if len(seen) - start > context:
+            start, cache = len(seen) - context // 2, None
+        if use_cache and cache is None:
+            cache = KeyValueCache(model.config, 1, device, dtype)
+        unread = seen[start + cache.length if cache else start :]
         with autocast(device, dtype):
             logits = model(torch.tensor([unread], device=device), cache)[0, -1]
-        token = _draw(logits.float().cpu(), settings, generator)
-        if token == separator:
-            return
-        yield token
-        seen.append(token)
-        unread = [token]
+        seen.append(_draw(logits.float().cpu(), settings, generator))
+        yield seen[-1]
 
 
 def filtered_distribution(logits_V: Tensor, settings: SamplingSettings) -> Tensor:

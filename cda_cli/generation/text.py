@@ -8,6 +8,7 @@ from typing import TextIO
 
 import torch
 
+from cda_cli.data import Tokenizer
 from cda_cli.errors import ConfigError
 from cda_cli.generation.generate import SamplingSettings, generate
 from cda_cli.restore import Restored
@@ -49,18 +50,20 @@ def generate_text(
     dtype: torch.dtype,
     stop: StopRequest,
 ) -> Iterator[str]:
-    """Pieces of the text that follows `prompt`, none ending within a character; fewer where a stop is asked for."""
-    tokenizer = restored.tokenizer
-    decoder = tokenizer.stream()
+    """Pieces of the text that follows `prompt`, none ending within a character; fewer where a stop is asked for.
+
+    Raises ConfigError, at once, where the prompt is empty or does not fit the context.
+    """
+    prompt_tokens = [int(token) for token in restored.tokenizer.encode(prompt)]
+    separator = restored.tokenizer.separator
     tokens = generate(
-        restored.model,
-        [int(token) for token in tokenizer.encode(prompt)],
-        max_new_tokens,
-        settings,
-        seed=seed,
-        separator=tokenizer.separator,
-        dtype=dtype,
+        restored.model, prompt_tokens, max_new_tokens, settings, seed=seed, separator=separator, dtype=dtype
     )
+    return _decoded(restored.tokenizer, tokens, stop)
+
+
+def _decoded(tokenizer: Tokenizer, tokens: Iterator[int], stop: StopRequest) -> Iterator[str]:
+    decoder = tokenizer.stream()
     for token in tokens:
         if stop:
             break
