@@ -17,10 +17,11 @@ from cda_cli.errors import ConfigError, did_you_mean
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "tiny"
+CONFIG_FILE = "config.yaml"  # in the folder of a run
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -72,6 +73,8 @@ class ModelConfig(Section):
             raise ValueError(
                 f"rotary positions turn pairs, and a head is {self.head_width} wide; choose an even model.dim_head"
             )
+        if self.ff_width < 1:
+            raise ValueError(f"model.ff_mult {self.ff_mult} leaves the feed-forward no units; make it larger")
         if self.learned_k and self.attn_k < 1:
             raise ValueError(f"a learned k runs from 1 to attn_k, which is {self.attn_k}; set attn_k to 1 or more")
         return self
@@ -104,7 +107,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
     batch_size: int = Field(16, ge=1, description="Sequences in one forward pass.")
     grad_accum: int = Field(1, ge=1, description="Forward passes for one step.")
-    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    lr: float = Field(1e-3, gt=0, le=1e3, description="Peak learning rate.")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Final learning rate, as a share of lr.")
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's, on matrices only.")
@@ -163,7 +166,8 @@ def resolve(
     for a preset that is named nowhere. Raises ConfigError.
     """
     from_file = _read_yaml(file) if file else {}
-    named = preset or from_file.pop("preset", None)
+    in_file = from_file.pop("preset", None)
+    named = preset or in_file
     start = base.model_dump() if base and not named and not file else _preset_layer(named or DEFAULT_PRESET)
     layers: list[Layer] = [start, from_file]
     layers += [_dotted(*_parse_set(line)) for line in sets]
@@ -198,9 +202,21 @@ def annealed_eps(model: ModelConfig, step: int, schedule_steps: int) -> float:
     return float(model.eps_anneal_start ** (1 - progress) * model.attn_eps**progress)
 
 
+def settings_of(run: Path, resume: str) -> Config | None:
+    """The settings that a run goes on with where no preset or file is named, from the configuration in its folder.
+
+    `resume` is "auto", "never", or the path of a run or of one of its checkpoints. None where there is no such run.
+    """
+    folders = [] if resume == "never" else [run] if resume == "auto" else [Path(resume), Path(resume).parent.parent]
+    for folder in folders:
+        if (folder / CONFIG_FILE).is_file():
+            return parse(_read_yaml(folder / CONFIG_FILE))
+    return None
+
+
 def _preset_layer(name: str) -> Layer:
     if name not in preset_names():
-        raise ConfigError(f"unknown preset {name!r}: {did_you_mean(name, preset_names())}")
+        raise ConfigError(f"unknown preset {name!r}: {did_you_mean(str(name), preset_names())}")
     return _read_yaml(PRESET_FOLDER / f"{name}.yaml")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -50,6 +51,9 @@ def options(
 
 def run() -> None:
     """The console script `cda`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal gets a mark for ε, not an error
     try:
         app()
     except Exception as error:

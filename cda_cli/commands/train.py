@@ -75,7 +75,7 @@ def train(
     Settings: preset, then --config, then --set, then flags, the later winning. Each key is described in
     docs/configuration.md.
     """
-    from cda_cli.config import DEFAULT_PRESET, resolve
+    from cda_cli.config import DEFAULT_PRESET, resolve, settings_of
 
     flags = {
         **{f"model.{name}": value for name, value in {
@@ -94,15 +94,15 @@ def train(
             "eval_every": eval_every, "save_every": save_every, "sample_every": sample_every,
         }.items()},
     }  # fmt: skip
-    resolve(preset, config, set_ or (), flags)  # a wrong setting is said before torch is imported
+    run = out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))
+    # A wrong setting is said before torch is imported.
+    settings = resolve(preset, config, set_ or (), flags, base=settings_of(run, resume))
 
     from cda_cli.console import TrainingDisplay, show_dry_run
     from cda_cli.signals import StopRequest
     from cda_cli.training.run import dry_run as try_out
-    from cda_cli.training.run import run_training, settings_of
+    from cda_cli.training.run import run_training
 
-    run = out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))
-    settings = resolve(preset, config, set_ or (), flags, base=settings_of(run, resume))
     display = TrainingDisplay()
     with StopRequest() as stop:
         if dry_run:

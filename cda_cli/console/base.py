@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cda_cli import strict_json
+
 
 def out() -> Console:
-    """Stdout. Off a terminal a table must not be cut at 80 columns."""
-    return Console(highlight=False) if is_terminal() else Console(highlight=False, width=120)
+    """Stdout. Off a terminal a table must not be cut at 80 columns. No markup: a path may hold [brackets]."""
+    return Console(highlight=False, markup=False, width=None if is_terminal() else 120)
 
 
 def is_terminal() -> bool:
@@ -24,16 +25,8 @@ def is_terminal() -> bool:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """One JSON document on stdout; a figure that is no number (an error of a single window) becomes null."""
-    print(json.dumps(_without_nan(document), ensure_ascii=False, indent=2))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """One JSON document on stdout."""
+    print(strict_json.dumps(document, indent=2))
 
 
 @contextmanager

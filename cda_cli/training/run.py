@@ -12,7 +12,7 @@ from cda_cli.restore import saved_config
 from cda_cli.runtime import describe_device, peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.training.loop import Display, accumulate_gradients, next_batch, train
-from cda_cli.training.run_folder import CONFIG_FILE, check_same_run, find_checkpoint, open_run
+from cda_cli.training.run_folder import check_same_run, find_checkpoint, open_run
 from cda_cli.training.setup import Setup, build, describe_backend, open_data, remarks, with_vocabulary
 
 
@@ -106,14 +106,6 @@ def make_plan(setup: Setup, run: Path) -> Plan:
         tokens_per_step=per_step * config.model.seq_len,
         epochs=optim.steps * per_step / windows if windows else None,
     )
-
-
-def settings_of(run: Path, resume: str) -> Config | None:
-    """The settings that a run goes on with where no preset or file is named: those of its newest whole checkpoint."""
-    if resume == "never" or (resume == "auto" and not (run / CONFIG_FILE).exists()):
-        return None
-    checkpoint, _ = find_checkpoint(run, resume)
-    return saved_config(checkpoint) if checkpoint else None
 
 
 def _set_up(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cda_cli.config import Config, dump_yaml
+from cda_cli import strict_json
+from cda_cli.config import CONFIG_FILE, Config, dump_yaml
 from cda_cli.errors import CheckpointError, ConfigError, StorageError
 from cda_cli.storage import Checkpoint, list_steps, load, locate, newest, write_file
 
-CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -75,12 +76,12 @@ class Metrics:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
-        write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_file(path, "".join(strict_json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(strict_json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
             raise StorageError(
@@ -88,7 +89,9 @@ class Metrics:
             ) from error
 
     def close(self) -> None:
-        self._file.close()
+        # What could not be flushed was said by `write`.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
