@@ -17,7 +17,7 @@ from cda_cli import strict_json
 
 def out() -> Console:
     """Stdout. Off a terminal a table must not be cut at 80 columns. No markup: a path may hold [brackets]."""
-    return Console(highlight=False, markup=False, width=None if is_terminal() else 120)
+    return Console(highlight=False, markup=False, emoji=False, width=None if is_terminal() else 120)
 
 
 def is_terminal() -> bool:
@@ -60,7 +60,7 @@ def pairs(rows: Mapping[str, str], title: str | None = None) -> Table:
 def count(number: float) -> str:
     """1234567 → 1.23 M."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
+        if number >= 0.9995 * size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.3g}"
 
@@ -69,7 +69,7 @@ def memory(size: float) -> str:
     """Bytes → 512 MiB."""
     for unit, bits in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if size >= 2**bits:
-            return f"{size / 2**bits:.3g} {unit}" if size < 1000 * 2**bits else f"{size / 2**bits:.0f} {unit}"
+            return f"{size / 2**bits:.3g} {unit}" if size < 999.5 * 2**bits else f"{size / 2**bits:.0f} {unit}"
     return f"{size:.0f} B"
 
 

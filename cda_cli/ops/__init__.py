@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cda_cli.ops.attention import attention
+from cda_cli.ops.attention import blockwise_attention
 from cda_cli.ops.backends import Backend, Choice, Solver, SolverSettings, choose_backend
 from cda_cli.ops.precision import arithmetic_dtype, in_own_precision
 from cda_cli.ops.reference import reference_attention, reference_gradients, reference_soft_topk
@@ -129,7 +129,7 @@ def soft_topk_attention(
             raise ValueError("backend 'colt5' does not give the threshold; choose backend 'torch'")
         settings = {"eps": eps, "n_iters": n_iters, "eps_init": eps_init, "eps_decay": eps_decay}
         return _published_attention(query_BHTD, key_BHSD, value_BHSD, budget, scale, causal, settings)
-    output, threshold, _ = attention(
+    output, threshold, _ = blockwise_attention(
         query_BHTD, key_BHSD, value_BHSD, budget, eps, scale, causal, solver, n_iters, eps_init, eps_decay
     )
     return (output, threshold.detach()) if return_threshold else output

@@ -72,7 +72,7 @@ def _arithmetic(budget: Tensor, query: Tensor, key: Tensor, factor: float) -> tu
 
 @torch.library.custom_op("cda::soft_topk_attention", mutates_args=())
 @in_own_precision
-def attention(
+def blockwise_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -116,7 +116,7 @@ def attention(
     return out.view(B, H, T, -1).to(value.dtype), threshold.view(B, H, T), saved
 
 
-@attention.register_fake
+@blockwise_attention.register_fake
 def _(
     query: Tensor,
     key: Tensor,
@@ -137,7 +137,7 @@ def _(
 
 @torch.library.custom_op("cda::soft_topk_attention_backward", mutates_args=())
 @in_own_precision
-def attention_backward(
+def blockwise_attention_backward(
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -197,7 +197,7 @@ def _iterative_block(
     return weights, *iterative_gradients(scores, budget, history, grad_weights, plan)
 
 
-@attention_backward.register_fake
+@blockwise_attention_backward.register_fake
 def _(
     grad_output: Tensor,
     query: Tensor,
@@ -224,8 +224,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, grad_output: Tensor, _grad_threshold: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
-    grads = attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
+    grads = blockwise_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
     return (*grads, *(None for _ in ctx.settings))
 
 
-attention.register_autograd(_backward, setup_context=_save)
+blockwise_attention.register_autograd(_backward, setup_context=_save)

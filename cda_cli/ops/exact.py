@@ -21,30 +21,30 @@ def solve_exact(scores: Tensor, budget: Tensor, visible: Tensor, eps: float) -> 
     of each row; visible [R], its number of entries that are not masked. Memory: a copy of the scores, and a few of
     the rows that have capped entries.
     """
-    free_scores, mass = scores, budget
-    weights, shift, peak = _free_part(free_scores, mass, eps)
+    weights, shift, peak = _free_part(scores, budget, eps)
     dual = Dual(shift, peak)
     full = visible <= budget
-    dual.peak.masked_fill_(full, 1.0)
-    rows, newest = torch.nonzero(dual.peak > 1).squeeze(-1), weights
-    positions, capped = rows, torch.zeros((), dtype=scores.dtype, device=scores.device)
+    peak.masked_fill_(full, 1.0)
+
+    rows = torch.nonzero(peak > 1).squeeze(-1)
+    free_scores, mass, newest = (tensor.index_select(0, rows) for tensor in (scores, budget, weights))
+    capped = torch.zeros_like(newest)
     while len(rows):
-        newest = newest.index_select(0, positions)
         newly = torch.threshold(newest, 1.0, 0.0).clamp_(max=1.0)
-        mass = mass.index_select(0, positions)
         # Always fewer than `mass` in exact arithmetic. Rounding alone can break that, and only where the entries above
         # 1 are all 1 to rounding: nothing more is capped there, and the largest weight is 1.
         newly.mul_((newly.sum(-1) < mass).unsqueeze(-1))
         count = newly.sum(-1)
-        mass = mass - count
-        free_scores = free_scores.index_select(0, positions).sub_(newly, alpha=FAR)
-        capped = newly.add_(capped)
-        newest, shift, peak = _free_part(free_scores, mass, eps)
-        again = (peak > 1) & (count > 0)
+        capped += newly
+        mass -= count
+        newest, shift, peak = _free_part(free_scores.sub_(newly, alpha=FAR), mass, eps)
         dual.shift[rows], dual.peak[rows] = shift, peak.clamp(max=1.0)
         weights.index_copy_(0, rows, newest.clamp(max=1.0).add_(capped))
-        positions = torch.nonzero(again).squeeze(-1)
-        rows, capped = rows[positions], capped.index_select(0, positions)
+        again = torch.nonzero((peak > 1) & (count > 0)).squeeze(-1)
+        rows, free_scores, mass, newest, capped = (
+            tensor.index_select(0, again) for tensor in (rows, free_scores, mass, newest, capped)
+        )
+
     everything = torch.nonzero(full).squeeze(-1)
     dual.shift[everything] = torch.finfo(scores.dtype).min
     weights[everything] = (scores[everything] > torch.finfo(scores.dtype).min).to(scores.dtype)
