@@ -119,7 +119,7 @@ class OptimConfig(Section):
 class RunConfig(Section):
     """The run itself: none of this changes what the model is."""
 
-    seed: int = Field(0, ge=0, description="Of the weights, the order of the data, dropout and samples.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of the weights, the order of the data, dropout and samples.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the matrix products.")
     compile: bool | None = Field(None, description="torch.compile; null: on a GPU only.")

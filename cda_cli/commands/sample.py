@@ -21,7 +21,7 @@ def sample(
     top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens that make up this share.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Only tokens above this share of the likeliest's.")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Samples for each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same text.")] = 0,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Text as it comes, or when it is whole.")] = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

@@ -7,6 +7,7 @@ is read again and generation goes on.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ class SamplingSettings(NamedTuple):
 
     def check(self) -> None:
         """Raises ConfigError."""
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"--temperature must be 0 or more, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"--top-k keeps that many tokens, so it must be 1 or more, not {self.top_k}")
@@ -92,11 +93,11 @@ def _tokens(
 
 def filtered_distribution(logits_V: Tensor, settings: SamplingSettings) -> Tensor:
     """Probabilities [V] after temperature and filters; at least one token always stays. temperature must be above 0."""
-    logits = logits_V / settings.temperature
+    logits = (logits_V - logits_V.max()) / settings.temperature  # at most 0, so a tiny temperature makes no inf
     if settings.top_k is not None and settings.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[-1], -torch.inf)
     probabilities = logits.softmax(-1)
-    if settings.top_p is not None:
+    if settings.top_p is not None and settings.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered >= settings.top_p
         probabilities = probabilities.scatter(0, order[beyond], 0.0)

@@ -70,9 +70,9 @@ def parse_selection(text: str | None, count: int, option: str) -> list[int]:
         return list(range(count))
     chosen: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
+        first, dash, last = part.partition("-")
         try:
-            chosen += range(int(first), int(last or first) + 1)
+            chosen += range(int(first), int(last if dash else first) + 1)
         except ValueError as error:
             raise ConfigError(f"{option} takes numbers and ranges such as 0,2-3, not {text!r}") from error
     if not chosen or min(chosen) < 0 or max(chosen) >= count:

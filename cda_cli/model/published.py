@@ -34,7 +34,7 @@ def from_published(model: nn.Module) -> Transformer:
         weights |= _named(f"{block}.attention.to_qkv", attention.to_qkv)
         weights |= _named(f"{block}.attention.to_out", attention.to_out)
         weights[f"{block}.attention.null_kv"] = attention.null_kv
-        if attention.to_learned_k is not None:
+        if ours.config.learned_k:
             weights |= _named(f"{block}.attention.to_learned_k", attention.to_learned_k)
     with torch.no_grad():
         ours.load_state_dict(weights)
@@ -55,12 +55,12 @@ def _config(published: Any) -> ModelConfig:
         depth=len(published.layers),
         heads=attention.heads,
         dim_head=inner // attention.heads,
-        ff_mult=feed_forward.proj_out.in_features / dim,
+        ff_mult=(feed_forward.proj_out.in_features + 0.5) / dim,  # rounded down to a width
         null_kv=attention.null_kv.shape[2],
         attention="coordinate-descent" if attention.use_coor_descent else "softmax",
         attn_k=attention.coor_descent_sparsity_k,
         attn_eps=attention.coor_descent_eps,
-        learned_k=attention.to_learned_k is not None,
+        learned_k=attention.use_coor_descent and attention.to_learned_k is not None,  # softmax never reads it
         ff="coordinate-descent" if feed_forward.use_coor_descent else "gelu",
         ff_k=feed_forward.coor_descent_sparsity_k,
         ff_eps=feed_forward.coor_descent_eps,

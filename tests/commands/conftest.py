@@ -1,0 +1,60 @@
+"""A cache of its own for each test, and one finished tiny run that the commands read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands.helpers import TINY, Cda, real_text, run_cda
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CDA_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine take longer than these small models."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cda() -> Cda:
+    return run_cda
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(real_text(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """The settings of the tiny run, with its text, for `--config`."""
+    path = tmp_path_factory.mktemp("settings") / "tiny.yaml"
+    path.write_text(f"{TINY}data:\n  source: {text}\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """A run of six steps. Only to be read."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CDA_CACHE", str(folder / "cache"))
+        result = run_cda("train", "--config", tiny, "--out", folder / "run")
+    assert result.code == 0, result.err
+    return folder / "run"

@@ -1,0 +1,75 @@
+"""A disk that is full while training, as a limit on the size of files makes it: what was saved stays whole.
+
+The limit is that of the whole process, so the commands run in interpreters of their own.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cda_cli.storage import load, newest
+from tests.commands.helpers import Cda, metrics
+
+LIMITED = """
+import resource, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+from cda_cli.main import run
+run()
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, finished: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def limited(limit: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LIMITED, str(limit), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], word: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "unexpected" not in done.stderr
+    assert word in done.stderr
+
+
+def test_a_checkpoint_that_does_not_fit(cda: Cda, run: Path) -> None:
+    """The optimizer's file is the first beyond 200 KiB: a folder with the model alone must not be left."""
+    done = limited(200 * 1024, "train", "--out", run, "--steps", 8)
+    assert_one_sentence(done, "what was saved earlier is whole")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    found, damaged = newest(run)
+    assert found is not None
+    assert damaged == []
+    assert load(found).state["step"] == 6
+    assert cda("train", "--out", run, "--steps", 8).code == 0
+    assert [record["step"] for record in metrics(run, "train")] == list(range(1, 9)), (
+        "a step was lost or is there twice"
+    )
+
+
+def test_figures_that_do_not_fit(cda: Cda, run: Path) -> None:
+    """Half a line of figures is left at most, and the next run takes it away."""
+    assert cda("eval", run, "--max-batches", 1).code == 0, "the tokens are in the cache now"
+    done = limited((run / "metrics.jsonl").stat().st_size + 300, "train", "--out", run, "--steps", 8)
+    assert_one_sentence(done, "metrics.jsonl cannot be written")
+    assert newest(run)[0] == run / "checkpoints" / "step-00000006"
+    assert cda("train", "--out", run, "--steps", 8).code == 0
+    assert [record["step"] for record in metrics(run, "train")] == list(range(1, 9))
+
+
+def test_tokens_that_do_not_fit(tiny: Path, tmp_path: Path) -> None:
+    """The first thing that is written is the cache: no run folder yet, and no half of the tokens."""
+    done = limited(4096, "train", "--config", tiny, "--out", tmp_path / "run")
+    assert_one_sentence(done, "CDA_CACHE")
+    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []

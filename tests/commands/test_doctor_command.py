@@ -1,0 +1,59 @@
+"""`cda doctor`, and a machine without Triton."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.commands.helpers import Cda, environment
+
+# One interpreter does all three, since PyTorch takes seconds to import.
+THREE_COMMANDS = """
+import sys
+from cda_cli.main import run
+def cda(*arguments):
+    sys.argv = ["cda", *arguments]
+    try:
+        run()
+    except SystemExit as leaving:
+        print(f"exit code {leaving.code or 0} of {arguments[0]}", flush=True)
+config, out = sys.argv[1:]
+cda("doctor")
+cda("train", "--config", config, "--out", out, "--steps", "1", "--solver", "iterative", "--backend", "colt5")
+cda("eval", out, "--backend", "colt5", "--max-batches", "1")
+"""
+
+
+def test_all_is_well_here(cda: Cda) -> None:
+    result = cda("doctor")
+    assert (result.code, result.err) == (0, "")
+    for words in ("Versions", "torch", "Devices", "cpu (", "Backend of each solver", "float64 optimum", "ok"):
+        assert words in result.out
+    assert "FAILED" not in result.out
+
+
+def test_json_is_all_of_stdout(cda: Cda) -> None:
+    result = cda("doctor", "--json")
+    assert (result.code, result.err) == (0, "")
+    document, end = json.JSONDecoder().raw_decode(result.out)
+    assert result.out[end:] == "\n"
+    assert set(document) == {"versions", "devices", "backends", "checks"}
+    assert set(document["backends"]) == {"exact", "iterative"}
+    assert len(document["checks"]) == 11
+    for check in document["checks"]:
+        assert set(check) == {"name", "error", "tolerance", "passed"}
+        assert check["passed"]
+
+
+def test_triton_may_be_absent_on_a_cpu(tiny: Path, tmp_path: Path) -> None:
+    """Some packages import Triton wherever they are, and some call exit() where it is missing."""
+    (tmp_path / "stub" / "triton").mkdir(parents=True)
+    (tmp_path / "stub" / "triton" / "__init__.py").write_text("raise ImportError('no triton here')\n")
+    command = [sys.executable, "-c", THREE_COMMANDS, str(tiny), str(tmp_path / "run")]
+    path = environment(PYTHONPATH=str(tmp_path / "stub"))
+    done = subprocess.run(command, env=path, capture_output=True, text=True, check=False)
+    for name in ("doctor", "train", "eval"):
+        assert f"exit code 0 of {name}\n" in done.stdout, f"{done.stdout}{done.stderr}"
+    assert "colt5, iterative solver" in done.stdout

@@ -1,0 +1,113 @@
+"""SIGINT and SIGTERM: the step in hand is finished and saved, and the same command goes on from there.
+
+No test waits for a moment: a signal is sent when a certain line was read, or by the process itself at a certain file.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cda_cli.errors import InterruptedRunError
+from cda_cli.signals import StopRequest
+from tests.commands.helpers import Cda, contents, in_subprocess, metrics, steps_saved
+
+# Sends itself the signal when it opens the file of prepared tokens.
+WHILE_PREPARING = """
+import os, signal, sys
+number = int(sys.argv.pop(1))
+def hook(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("train.bin"):
+        os.kill(os.getpid(), number)
+sys.addaudithook(hook)
+from cda_cli.main import run
+run()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_saves_and_goes_on(cda: Cda, tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """No step that was said to be done is lost, and none is done twice; the exit code tells what happened."""
+    run = tmp_path / "run"
+    settings = ("train", "--config", tiny, "--out", run, "--steps", 1_000_000, "--save-every", 0, "--eval-every", 0)
+    command = in_subprocess(*settings)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        lines = iter(process.stdout.readline, "")
+        said = [next(line for line in lines if line.lstrip().startswith("3/"))]
+        process.send_signal(number)
+        said += [line for line in lines if "/1000000  loss" in line]
+        error = process.stderr.read()
+    assert process.returncode == 128 + number, error
+    last = int(said[-1].split("/")[0])
+    assert steps_saved(run) == [last], "the newest checkpoint is not that of the last step that was said"
+    assert error == f"stopped at step {last} of 1000000, and saved; the same command goes on from there\n"
+    assert [record["step"] for record in metrics(run, "train")] == list(range(1, last + 1))
+    result = cda(*settings[:-6], "--steps", last + 2, "--set", "optim.schedule_steps=1000000")
+    assert result.code == 0, result.err
+    assert f"resuming from {run}/checkpoints/step-{last:08}, step {last}" in result.out
+    assert [record["step"] for record in metrics(run, "train")] == list(range(1, last + 3))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_preparing_leaves_nothing(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """No run folder, and no half of the tokens in the cache, which a later run would take for whole."""
+    command = [sys.executable, "-c", WHILE_PREPARING, str(int(number))]
+    run = ["train", "--config", str(tiny), "--out", str(tmp_path / "run")]
+    done = subprocess.run([*command, *run], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr == "stopped while preparing the data; run again to start it anew\n"
+    assert not (tmp_path / "run").exists()
+    assert contents(tmp_path / "cache") == {"tokens": None}
+
+
+def test_requests_are_noted_and_handlers_given_back() -> None:
+    """A handler that stays would swallow Ctrl-C in whatever comes after the command."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with StopRequest() as stop:
+        assert not stop
+        stop.check()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        with pytest.raises(InterruptedRunError, match="why") as caught:
+            stop.check("why")
+    assert caught.value.exit_code == 143, "the first signal counts"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_handlers_are_given_back_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError), StopRequest():
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_items_end_with_the_request() -> None:
+    """The item in hand is finished; the next one is not begun."""
+    with StopRequest() as stop:
+        seen = []
+        for item in stop.until(range(9)):
+            seen.append(item)
+            if item == 2:
+                signal.raise_signal(signal.SIGINT)
+        assert seen == [0, 1, 2]
+        assert list(stop.until(range(9))) == [0], "the first always, so that there is something to report"
+
+
+def test_a_stop_while_sampling_says_so(finished: Path) -> None:
+    """Nothing was to be saved; the exit code still tells that the output is not whole."""
+    command = in_subprocess("sample", finished, "--prompt", "a", "--max-new-tokens", 1_000_000)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1) == b"a"
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert process.stderr.read() == b"interrupted; nothing was written\n"
+    assert process.returncode == 130

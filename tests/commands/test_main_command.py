@@ -1,0 +1,122 @@
+"""`cda` itself: help, version, exit codes, and what is not imported before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from cda_cli import __version__, errors
+from cda_cli.main import app
+from tests.commands.helpers import Cda, environment, in_subprocess
+
+COMMANDS = ["train", "eval", "sample", "inspect-sparsity", "doctor"]
+
+# What is in the way of an instant --help.
+HEAVY = {"torch", "datasets", "numpy", "tokenizers", "safetensors", "triton"}
+
+
+def in_fresh_interpreter(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["doctor"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    """PyTorch takes seconds to import: a person who asks for help would wait for it."""
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('LOADED', *sys.modules)); import cda_cli.main as m; m.run()"
+    )
+    done = in_fresh_interpreter(code, *command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    loaded = set(done.stdout[done.stdout.index("LOADED") :].split())
+    assert "cda_cli.main" in loaded
+    assert not loaded & HEAVY
+
+
+def test_a_wrong_setting_is_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('LOADED', *sys.modules)); import cda_cli.main as m; m.run()"
+    )
+    done = in_fresh_interpreter(code, "train", "--out", str(tmp_path / "run"), "--solver", "exat")
+    assert done.returncode == 2
+    assert not set(done.stdout.split()) & HEAVY
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_mentions_every_option(cda: Cda, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that help leaves out, or cuts off, is not there for whoever reads it."""
+    monkeypatch.setenv("COLUMNS", "200")
+    group = typer.main.get_command(app)
+    command = group.commands[name]  # type: ignore[attr-defined]
+    result = cda(name, "--help")
+    assert result.code == 0
+    for parameter in command.params:
+        spellings = [*parameter.opts, *parameter.secondary_opts]
+        for spelling in (s for s in spellings if s.startswith("-")):
+            assert spelling in result.out, f"cda {name} --help does not mention {spelling}"
+    assert command.help
+    assert command.help.split(":")[0].split()[0] in result.out
+
+
+def test_help_of_all_names_every_command(cda: Cda) -> None:
+    result = cda("--help")
+    assert result.code == 0
+    for name in COMMANDS:
+        assert name in result.out
+    assert cda("-h").out == result.out
+
+
+def test_no_command_is_wrong_usage_with_the_help(cda: Cda) -> None:
+    result = cda()
+    assert result.code == 2
+    assert "Usage" in result.out + result.err
+
+
+def test_the_version(cda: Cda) -> None:
+    assert cda("--version") == (0, f"cda {__version__}\n", "")
+
+
+def test_debug_shows_the_traceback() -> None:
+    """Without it one sentence; with it everything that a report of a fault needs."""
+    wrong = ("train", "--attn-k", "0")
+    plain = subprocess.run(in_subprocess(*wrong), capture_output=True, text=True, check=False)
+    assert plain.returncode == 2
+    assert "Traceback" not in plain.stderr
+    debug = subprocess.run(in_subprocess("--debug", *wrong), capture_output=True, text=True, check=False)
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
+    assert "ConfigError: model.attn_k" in debug.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError("x"), 2),
+        (errors.DataError("x"), 2),
+        (errors.CheckpointError("x"), 2),
+        (errors.StorageError("x"), 2),
+        (errors.DeviceError("x"), 2),
+        (errors.TrainingError("x"), 1),
+        (errors.CheckFailedError("x"), 3),
+        (errors.InterruptedRunError("x", 2), 130),
+        (errors.InterruptedRunError("x", 15), 143),
+    ],
+)
+def test_exit_codes(error: errors.CdaError, code: int) -> None:
+    """Scripts tell by them whether to try again."""
+    assert error.exit_code == code
+
+
+def test_a_terminal_without_unicode_is_served(finished: Path) -> None:
+    """A mark in place of ± is better than an error, above all in the middle of training."""
+    done = subprocess.run(
+        in_subprocess("eval", finished, "--max-batches", 1),
+        env=environment(PYTHONIOENCODING="ascii"), capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b" ? " in done.stdout
+    assert done.stdout.isascii()

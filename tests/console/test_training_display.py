@@ -1,0 +1,102 @@
+"""The view of a run: plain lines off a terminal, and live on one, with the same figures at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cda_cli.console import TrainingDisplay
+from cda_cli.console.reports import show_doctor, show_dry_run
+from cda_cli.diagnosis import Check, Diagnosis
+from cda_cli.training.run import DryRun, Plan
+from tests.console.conftest import MakeScreen, Screen
+
+PLAN = Plan(Path("runs/[x]"), "a text", 1_234_567, "cpu", "float32", False, "torch", 0, 20, 512, 1.25)
+LAYER = {
+    "layer": 0, "sparsity_k": 1.5, "effective_support": 4.25, "capped_share": 0.125, "distance_back": 7.5,
+    "active_units": 0.75,
+}  # fmt: skip
+TRAIN = {
+    "step": 10, "kind": "train", "loss": 2.5, "bits_per_byte": 3.6067, "lr": 1e-3, "eps": 0.1, "grad_norm": 0.75,
+    "tokens": 5120, "tokens_per_second": 999.9, "seconds_left": 61.0, "memory_bytes": 2**29,
+    "layers": [LAYER, LAYER | {"layer": 1, "effective_support": 9.0}],
+}  # fmt: skip
+VALIDATION = {
+    "step": 10, "kind": "validation", "loss": 2.625, "standard_error": 0.5, "bits_per_byte": 3.75,
+}  # fmt: skip
+RECORDS: list[dict[str, Any]] = [
+    TRAIN,
+    VALIDATION,
+    {"step": 10, "kind": "sample", "text": "a\tb \N{ESCAPE}[2J[bold]\nend"},
+    {"step": 10, "kind": "checkpoint", "path": "runs/[x]/checkpoints/step-00000010"},
+]
+
+
+def shown(screen: Screen, plan: Plan = PLAN) -> str:
+    display = TrainingDisplay()
+    display.note("a [note]")
+    display.start(plan)
+    for record in RECORDS:
+        display.show(record)
+        display.advance(record["step"])
+    display.finish()
+    return screen.getvalue()
+
+
+def test_plain_lines(screen: MakeScreen) -> None:
+    """Each figure is in its line; nothing steers a terminal, and nothing is taken for markup."""
+    text = shown(screen())
+    lines = [line.rstrip() for line in text.split("\n")]
+    assert "a [note]" in lines
+    assert "run       runs/[x]" in lines
+    assert "steps     20, of 512 tokens (1.25 passes over the text)" in lines
+    assert (
+        "10/20  loss 2.5000  3.607 bits/byte  lr 1.00e-03  1 k tokens/s  1:01 left  512 MiB  "
+        "support 4.2/9.0  capped 12%/12%  k 1.50/1.50"
+    ) in lines
+    assert "10/20  validation loss 2.6250 ± 0.5000, 3.7500 bits per byte" in lines
+    assert "10/20  saved runs/[x]/checkpoints/step-00000010" in lines
+    assert "\N{REPLACEMENT CHARACTER}[2J[bold]" in text
+    assert "\N{ESCAPE}" not in text
+
+
+def test_a_terminal_keeps_the_figures_at_the_end(screen: MakeScreen) -> None:
+    """The live view is taken away; the last figures stay as a table, the cursor is given back."""
+    text = shown(screen(terminal=True))
+    assert text.count("\N{ESCAPE}[?25l") == text.count("\N{ESCAPE}[?25h") == 1, "the cursor is hidden, or not shown"
+    end = text[text.rindex("\N{ESCAPE}[?25h") :]
+    for words in ("10 of 20", "2.5000", "at step 10", "effective support", "12.5%", "75.0%"):
+        assert words in end
+    assert "\N{ESCAPE}[2J" not in text, "the text of a sample cleared the screen"
+
+
+def test_a_run_without_figures_ends_quietly(screen: MakeScreen) -> None:
+    """An error before the first line of figures: no empty table, no hidden cursor."""
+    made = screen(terminal=True)
+    display = TrainingDisplay()
+    display.start(PLAN)
+    display.finish()
+    assert made.getvalue().count("\N{ESCAPE}[?25l") == made.getvalue().count("\N{ESCAPE}[?25h")
+    assert "loss" not in made.getvalue()
+
+
+def test_the_plan_says_where_it_goes_on(screen: MakeScreen) -> None:
+    resumed = shown(screen(), PLAN._replace(first_step=5, epochs=None, compiled=True))
+    assert "from step 5 to 20, of 512 tokens (streamed)" in resumed
+    assert "cpu, float32, compiled" in resumed
+
+
+def test_a_dry_run_tells_the_memory(screen: MakeScreen) -> None:
+    made = screen()
+    show_dry_run(DryRun(PLAN, 5.5, 2**20, 2**20, 2**21, 2**30))
+    for words in ("1.23 M parameters", "5.5000", "weights 1 MiB, gradients 1 MiB, AdamW 2 MiB", "1 GiB", "nothing"):
+        assert words in made.getvalue()
+
+
+def test_a_check_that_failed_is_seen(screen: MakeScreen) -> None:
+    made = screen()
+    checks = [Check("good", 1e-7, 1e-5), Check("bad", 1e-3, 1e-5)]
+    show_doctor(Diagnosis({"torch": "2"}, ["cpu"], {"exact": "torch"}, checks))
+    rows = [line.split() for line in made.getvalue().splitlines()]
+    assert ["good", "1.0e-07", "1.0e-05", "ok"] in rows
+    assert ["bad", "1.0e-03", "1.0e-05", "FAILED"] in rows

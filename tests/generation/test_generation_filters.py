@@ -1,0 +1,139 @@
+"""The distribution that a token is drawn from, against its definition token by token."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from cda_cli.errors import ConfigError
+from cda_cli.generation import SamplingSettings, filtered_distribution
+
+LOGITS = st.lists(st.integers(-400, 400), min_size=1, max_size=30, unique=True).map(
+    lambda values: [value / 40 for value in values]
+)
+SHARE = st.floats(0.01, 1.0)
+SETTINGS = st.builds(
+    SamplingSettings,
+    temperature=st.floats(0.2, 5),
+    top_k=st.none() | st.integers(1, 40),
+    top_p=st.none() | SHARE,
+    min_p=st.none() | SHARE,
+)
+
+
+def brute_force(logits: list[float], settings: SamplingSettings) -> tuple[list[float], float]:
+    """The probabilities, and how near a share came to the border of a filter."""
+    weights = [math.exp((value - max(logits)) / settings.temperature) for value in logits]
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])
+    nearest = math.inf
+    if settings.top_k is not None:
+        order = order[: settings.top_k]
+    total = math.fsum(weights[token] for token in order)
+    if settings.top_p is not None:
+        kept, mass = [], 0.0
+        for token in order:
+            nearest = min(nearest, abs(mass - settings.top_p))
+            if mass >= settings.top_p:
+                break
+            kept.append(token)
+            mass += weights[token] / total
+        order = kept
+    if settings.min_p is not None:
+        likeliest = weights[order[0]]
+        for token in order[1:]:
+            nearest = min(nearest, abs(weights[token] / likeliest - settings.min_p))
+        order = [token for token in order if weights[token] >= settings.min_p * likeliest]
+    total = math.fsum(weights[token] for token in order)
+    return [weights[token] / total if token in order else 0.0 for token in range(len(logits))], nearest
+
+
+@given(LOGITS, SETTINGS)
+def test_filters_are_those_of_their_definitions(logits: list[float], settings: SamplingSettings) -> None:
+    """In the order top_k, top_p, min_p, each over what the one before it left."""
+    expected, nearest = brute_force(logits, settings)
+    assume(nearest > 1e-5)  # at a border float32 may go either way
+    found = filtered_distribution(torch.tensor(logits), settings)
+    assert [share > 0 for share in found.tolist()] == [share > 0 for share in expected]
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@given(
+    st.lists(st.integers(-3, 3) | st.floats(-80, 80, width=32), min_size=1, max_size=30),
+    SETTINGS,
+    st.floats(0.01, 5),
+)
+def test_a_token_always_stays_and_shares_sum_to_1(
+    logits: list[float], settings: SamplingSettings, temperature: float
+) -> None:
+    """Among them the likeliest, and ties of it: a draw from nothing is an error far from its cause."""
+    found = filtered_distribution(torch.tensor(logits), settings._replace(temperature=temperature))
+    assert found.sum().item() == pytest.approx(1, abs=1e-5)
+    assert (found >= 0).all()
+    assert max(value for value, share in zip(logits, found.tolist(), strict=True) if share > 0) == max(logits)
+
+
+def test_without_filters_it_is_the_softmax() -> None:
+    logits = torch.tensor([2.0, -1.0, 0.5, 30.0, -40.0])
+    torch.testing.assert_close(filtered_distribution(logits, SamplingSettings(0.5)), (logits / 0.5).softmax(-1))
+
+
+def test_top_k_keeps_tokens_that_are_equally_likely() -> None:
+    """Which of them would go is an accident of the sort."""
+    found = filtered_distribution(torch.tensor([1.0, 3.0, 1.0, 0.0, 1.0]), SamplingSettings(1.0, top_k=2))
+    assert (found > 0).tolist() == [True, True, True, False, True]
+
+
+@given(st.lists(st.integers(-2, 2), min_size=2, max_size=20), SHARE)
+def test_top_p_keeps_no_more_than_it_needs(logits: list[int], top_p: float) -> None:
+    """The kept tokens make up the share, without the least likely of them they do not; ties or none."""
+    whole = torch.tensor(logits).double().softmax(-1)
+    kept = filtered_distribution(torch.tensor(logits).float(), SamplingSettings(1.0, top_p=top_p)) > 0
+    assert whole[kept].sum() >= top_p - 1e-5
+    assert whole[kept].sum() - whole[kept].min() < top_p + 1e-5
+    assert whole[kept].min() >= whole[~kept].max() if (~kept).any() else True
+
+
+@pytest.mark.parametrize("off", [{"top_p": 1.0}, {"top_k": 10**9}])
+def test_a_filter_that_asks_for_all_takes_nothing_away(off: dict[str, float]) -> None:
+    """However unlikely a token is: the share of the others rounds to 1 long before it is 1."""
+    logits = torch.tensor([0.0, -20.0, -21.0, -22.0])
+    found = filtered_distribution(logits, SamplingSettings(1.0, **off))
+    assert (found > 0).all(), "a token was filtered out"
+    torch.testing.assert_close(found, logits.softmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-44])
+def test_a_low_temperature_comes_down_to_the_likeliest(temperature: float) -> None:
+    """And not to an overflow of the logits."""
+    found = filtered_distribution(torch.tensor([1.0, 4.0, -50.0]), SamplingSettings(temperature))
+    assert found.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (SamplingSettings(-0.1), "--temperature must be 0 or more, not -0.1"),
+        (SamplingSettings(math.nan), "--temperature must be"),
+        (SamplingSettings(top_k=0), "--top-k keeps that many tokens, so it must be 1 or more, not 0"),
+        (SamplingSettings(top_k=-3), "--top-k keeps that many tokens, so it must be 1 or more, not -3"),
+        (SamplingSettings(top_p=0.0), "--top-p is a share, above 0 and at most 1, not 0.0"),
+        (SamplingSettings(top_p=1.01), "--top-p is a share, above 0 and at most 1, not 1.01"),
+        (SamplingSettings(top_p=math.nan), "--top-p is a share, above 0 and at most 1, not nan"),
+        (SamplingSettings(min_p=-0.5), "--min-p is a share, above 0 and at most 1, not -0.5"),
+        (SamplingSettings(min_p=2.0), "--min-p is a share, above 0 and at most 1, not 2.0"),
+    ],
+    ids=str,
+)
+def test_a_setting_without_meaning_is_one_sentence(settings: SamplingSettings, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}"):
+        settings.check()
+
+
+def test_settings_at_their_ends_are_allowed() -> None:
+    SamplingSettings(0.0, top_k=1, top_p=1.0, min_p=1.0).check()
+    SamplingSettings(100.0, top_k=10**9, top_p=1e-9, min_p=1e-9).check()

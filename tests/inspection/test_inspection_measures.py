@@ -1,0 +1,125 @@
+"""The sparsity measures against loops over their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cda_cli.inspection import effective_support
+from cda_cli.inspection.measures import CAPPED_WEIGHT, VISIBLE_WEIGHT, HeadFigures, head_figures, unit_figures
+from cda_cli.model.observe import AttentionSeen
+
+
+@given(m=st.integers(1, 40), others=st.integers(0, 40), weight=st.floats(1e-6, 1))
+def test_the_support_of_m_equal_weights_is_m(m: int, others: int, weight: float) -> None:
+    """Whatever they sum to, and however many zeros stand beside them."""
+    row = torch.cat((torch.full((m,), weight), torch.zeros(others)))
+    row = row[torch.randperm(len(row), generator=torch.Generator().manual_seed(m))]
+    assert effective_support(row).item() == pytest.approx(m, rel=1e-4)
+
+
+def test_the_support_of_one_weight_is_1_and_of_none_0() -> None:
+    rows = torch.stack((torch.eye(7)[3], torch.zeros(7), torch.full((7,), 1e-30), torch.eye(7)[0] * 1e-9))
+    torch.testing.assert_close(effective_support(rows), torch.tensor([1.0, 0.0, 7.0, 1.0]), atol=1e-5, rtol=0)
+    assert effective_support(torch.rand(2, 3, 4, 5)).shape == (2, 3, 4)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20).filter(lambda row: sum(row) > 1e-3))
+def test_the_support_is_the_exponential_of_the_entropy(row: list[float]) -> None:
+    shares = [weight / math.fsum(row) for weight in row]
+    expected = math.exp(-math.fsum(share * math.log(share) for share in shares if share > 0))
+    assert effective_support(torch.tensor(row, dtype=torch.float64)).item() == pytest.approx(expected, rel=1e-9)
+
+
+def random_seen(B: int, H: int, T: int, null: int, seed: int) -> AttentionSeen:
+    """Causal weights with some capped, some tiny and some 0; k of each row, at times more than it sees."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(B, H, T, null + T, generator=generator)
+    kinds = torch.randint(4, weights.shape, generator=generator)
+    weights = torch.where(kinds == 0, 1.0, torch.where(kinds == 1, weights * 1e-3, weights))
+    weights = torch.where(kinds == 3, 0.0, weights).tril(null)
+    return AttentionSeen(0, weights, 0.5 + 4 * torch.rand(B, H, T, generator=generator))
+
+
+def looped(seen: AttentionSeen) -> dict[str, list[float]]:
+    """The sums that `head_figures` gives, entry by entry."""
+    B, H, T, S = seen.weights.shape
+    null = S - T
+    sums = {name: [0.0] * H for name in HeadFigures._fields}
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                k = seen.sparsity_k[b, h, t].item()
+                row = [seen.weights[b, h, t, s].item() for s in range(null + t + 1)]
+                real = row[null:]
+                shares = [weight / sum(row) for weight in row if weight > 0] if sum(row) else []
+                figures = {
+                    "rows": 1,
+                    "row_sum": sum(row),
+                    "sparsity_k": k,
+                    "excess": abs(sum(row) - min(k, len(row))),
+                    "support": math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0,
+                    "attended": sum(weight > VISIBLE_WEIGHT for weight in row),
+                    "bounded_rows": len(row) > k,
+                    "capped_share": sum(weight >= CAPPED_WEIGHT for weight in row) / k if len(row) > k else 0,
+                    "distance": sum((t - s) * w for s, w in enumerate(real)) / sum(real) if sum(real) else 0,
+                }
+                for name, value in figures.items():
+                    sums[name][h] += value
+    return sums
+
+
+def listed(figures: HeadFigures) -> dict[str, list[float]]:
+    return {name: values.tolist() for name, values in figures._asdict().items()}
+
+
+@pytest.mark.parametrize("null", [0, 1, 3])
+@pytest.mark.parametrize(("B", "H", "T"), [(1, 1, 1), (2, 3, 7), (1, 2, 12)])
+def test_head_figures_are_those_of_a_loop(B: int, H: int, T: int, null: int) -> None:
+    for seed in range(3):
+        seen = random_seen(B, H, T, null, seed)
+        found, expected = listed(head_figures(seen)), looped(seen)
+        for name in HeadFigures._fields:
+            assert found[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-9), f"{name} is not what it says"
+
+
+def test_figures_of_two_passes_are_those_of_one() -> None:
+    one, other = random_seen(2, 3, 6, 1, 0), random_seen(4, 3, 6, 1, 1)
+    together = AttentionSeen(0, *(torch.cat(pair) for pair in zip(one[1:], other[1:], strict=True)))
+    for name, values in listed(head_figures(one) + head_figures(other)).items():
+        assert values == pytest.approx(listed(head_figures(together))[name])
+    activations = torch.randn(6, 5, 9, generator=torch.Generator().manual_seed(0))
+    halves, whole = unit_figures(activations[:2]) + unit_figures(activations[2:]), unit_figures(activations)
+    assert halves[:2] == whole[:2]
+    assert torch.equal(halves.times_active, whole.times_active)
+
+
+def seen_of(rows: list[list[float]], k: float) -> AttentionSeen:
+    weights: Tensor = torch.tensor(rows)[None, None]
+    return AttentionSeen(0, weights, torch.full((1, 1, len(rows)), k))
+
+
+def test_the_distance_leaves_null_keys_out() -> None:
+    """They have no position: counted, they would be far back or not at all, whatever a head does."""
+    figures = head_figures(seen_of([[0.9, 0.1, 0, 0], [0.5, 0.5, 0.0, 0], [0.2, 0.2, 0.4, 0.2]], k=1.0))
+    assert figures.distance.item() == pytest.approx(0 + 1 + (2 * 0.2 + 0.4) / 0.8)
+
+
+def test_rows_that_see_no_more_than_k_do_not_count_as_capped() -> None:
+    """Every entry of them is at its cap, whatever the model does."""
+    figures = head_figures(seen_of([[1.0, 0, 0, 0], [1.0, 1.0, 0, 0], [1.0, 1.0, 0, 0], [1.0, 0.5, 0.5, 0]], k=2.0))
+    assert figures.bounded_rows.item() == 2
+    assert figures.capped_share.item() == pytest.approx(2 / 2 + 1 / 2)
+
+
+def test_units_are_active_by_their_size_and_dead_where_never() -> None:
+    activations = torch.tensor([[[2e-3, 0.0, -0.5, 1e-4], [0.0, 0.0, -2e-3, 0.0]], [[1.0, 1e-3, 0.1, 0.0]] * 2])
+    figures = unit_figures(activations)
+    assert figures.tokens == 4
+    assert figures.active == 7
+    assert figures.times_active.tolist() == [3, 0, 4, 0]

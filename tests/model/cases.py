@@ -1,0 +1,85 @@
+"""Models that between them have every setting, and every combination of any three of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cda_cli.config import ModelConfig
+from cda_cli.model import Transformer
+
+# Each option has two sides. The sizes are such that nothing hides: T is no multiple of anything, heads ≠ head width.
+OPTIONS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+    ({"attention": "softmax"}, {"attention": "coordinate-descent"}),
+    ({"learned_k": False}, {"learned_k": True}),
+    ({"output_gate": False}, {"output_gate": True}),
+    ({"null_kv": 0}, {"null_kv": 2}),
+    ({"position": "learned"}, {"position": "rotary"}),
+    ({"norm": "layernorm"}, {"norm": "rmsnorm"}),
+    ({"qk_norm": False}, {"qk_norm": True}),
+    ({"tied_embeddings": False}, {"tied_embeddings": True}),
+    ({"ff": "gelu"}, {"ff": "coordinate-descent"}),
+    ({"solver": "exact"}, {"solver": "iterative"}),
+    ({"dropout": 0.0}, {"dropout": 0.2}),
+    ({}, {"dim_head": 6}),
+)
+TINY: dict[str, Any] = {
+    "vocab_size": 23,
+    "seq_len": 11,
+    "dim": 12,
+    "depth": 2,
+    "heads": 3,
+    "ff_mult": 2.0,
+    "attn_k": 2.5,
+    "attn_eps": 0.3,
+    "learned_k_bias": -0.5,
+    "ff_k": 5.0,
+    "ff_eps": 0.3,
+}
+
+
+def tiny(**settings: Any) -> ModelConfig:
+    return ModelConfig(**{**TINY, **settings})
+
+
+def table() -> list[list[int]]:
+    """24 rows of twelve 0s and 1s; any three columns hold each of the eight patterns three times.
+
+    A Hadamard matrix of order 12 above its negative (Plackett and Burman, 1946, folded over).
+    """
+    first = [1, 1, 0, 1, 1, 1, 0, 0, 0, 1, 0]
+    half = [[1, *first[shift:], *first[:shift]] for shift in range(11)] + [[1] + [0] * 11]
+    return half + [[1 - entry for entry in row] for row in half]
+
+
+def cases() -> list[ModelConfig]:
+    chosen = []
+    for row in table():
+        settings: dict[str, Any] = {}
+        for sides, side in zip(OPTIONS, row, strict=True):
+            settings |= sides[side]
+        chosen.append(tiny(**settings))
+    return chosen
+
+
+def name(config: ModelConfig) -> str:
+    """What differs from the plainest model, for the name of a test."""
+    plain = tiny(**{key: value for first, _ in OPTIONS for key, value in first.items()})
+    changed = {key: value for key, value in config.model_dump().items() if value != getattr(plain, key)}
+    return ",".join(key if value is True else f"{key}={value}" for key, value in changed.items()) or "plain"
+
+
+def build(config: ModelConfig, seed: int = 0) -> Transformer:
+    """In evaluation mode, with weights large enough that each part of the model shows in the logits."""
+    torch.manual_seed(seed)
+    model = Transformer(config).eval()
+    if config.tied_embeddings:
+        torch.nn.init.normal_(model.token_embedding.weight, std=0.5)
+    return model
+
+
+def tokens(config: ModelConfig, batch: int = 2, length: int | None = None, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch, length or config.seq_len), generator=generator)

@@ -1,0 +1,155 @@
+"""Observation: the weights that are handed over are those that made the output, and watching changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cda_cli.config import ModelConfig
+from cda_cli.model import KeyValueCache, Transformer
+from cda_cli.model.attention import Attention
+from cda_cli.model.observe import AttentionSeen, FeedForwardSeen, observing
+from tests.model.cases import build, cases, name, tiny, tokens
+
+every_case = pytest.mark.parametrize("config", cases(), ids=name)
+Seen = list[AttentionSeen | FeedForwardSeen]
+
+
+def watched(model: Transformer, batch: Tensor) -> tuple[Tensor, Seen]:
+    seen: Seen = []
+    with torch.no_grad(), observing(model, seen.append):
+        logits = model(batch)
+    return logits, seen
+
+
+def passed(model: Transformer, batch: Tensor) -> dict[Any, tuple[Tensor, Tensor]]:
+    """Input and output of each module in a forward pass without observation."""
+    through: dict[Any, tuple[Tensor, Tensor]] = {}
+    hooks = [
+        module.register_forward_hook(lambda module, args, out: through.update({module: (args[0], out)}))
+        for module in model.modules()
+    ]
+    with torch.no_grad():
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    return through
+
+
+def output_by(weights: Tensor, attention: Attention, x: Tensor) -> Tensor:
+    """What a layer gives for the input `x` [B, T, C] under these weights [B, H, T, S]."""
+    B, T, _ = x.shape
+    values = attention.to_qkv(x).chunk(3, -1)[2].view(B, T, attention.heads, -1).transpose(1, 2)
+    values = torch.cat((attention.null_kv[1].expand(B, -1, -1, -1), values), 2)
+    out = weights @ values
+    if attention.to_gate is not None:
+        gate = 1 + (attention.config.attn_k - 1) * attention.to_gate(x).sigmoid()
+        out = out * gate.transpose(1, 2).unsqueeze(-1)
+    return attention.to_out(out.transpose(1, 2).reshape(B, T, -1))
+
+
+@every_case
+def test_watching_does_not_change_the_logits(config: ModelConfig) -> None:
+    model, batch = build(config), tokens(config)
+    logits, _ = watched(model, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(batch), atol=1e-5, rtol=0)
+
+
+@every_case
+def test_the_weights_and_activations_make_the_output_of_their_layer(config: ModelConfig) -> None:
+    """Figures of other weights than those that the model used would be figures of nothing."""
+    model, batch = build(config), tokens(config)
+    _, seen = watched(model, batch)
+    through = passed(model, batch)
+    assert [(type(one), one.layer) for one in seen] == [
+        (kind, layer) for layer in range(config.depth) for kind in (AttentionSeen, FeedForwardSeen)
+    ]
+    B, T = batch.shape
+    for one in seen:
+        block = model.each_block()[one.layer]
+        with torch.no_grad():
+            if isinstance(one, AttentionSeen):
+                assert one.weights.shape == (B, config.heads, T, T + config.null_kv)
+                given, expected = through[block.attention]
+                made = output_by(one.weights, block.attention, given)
+            else:
+                assert one.activations.shape == (B, T, config.ff_width)
+                expected = through[block.feed_forward][1]
+                made = block.feed_forward.proj_out(one.activations)
+        torch.testing.assert_close(made, expected, atol=1e-5, rtol=0)
+
+
+@every_case
+def test_k_is_that_of_each_row_and_the_rows_sum_to_it(config: ModelConfig) -> None:
+    model, batch = build(config), tokens(config)
+    _, seen = watched(model, batch)
+    through = passed(model, batch)
+    visible = torch.arange(1, batch.shape[1] + 1) + config.null_kv
+    for one in seen:
+        if not isinstance(one, AttentionSeen):
+            continue
+        attention = model.each_block()[one.layer].attention
+        expected = torch.tensor(1.0 if config.attention == "softmax" else config.attn_k)
+        if attention.to_learned_k is not None:
+            with torch.no_grad():
+                raw = attention.to_learned_k(through[attention][0]).transpose(1, 2)
+            expected = 1 + (config.attn_k - 1) * raw.sigmoid()
+        torch.testing.assert_close(one.sparsity_k, expected.expand(one.weights.shape[:-1]), atol=1e-5, rtol=0)
+        assert (one.weights >= 0).all()
+        assert (one.weights <= 1 + 1e-5).all()
+        if config.attention == "softmax" or config.solver == "exact":  # an iteration is not at the optimum yet
+            torch.testing.assert_close(one.weights.sum(-1), one.sparsity_k.minimum(visible.float()), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
+def test_watching_ends_even_where_it_fails(attention: str) -> None:
+    """An observer left behind would make every later pass dense, and slow, without a word."""
+    model, batch = build(tiny(attention=attention)), tokens(tiny())
+    seen: Seen = []
+
+    def failing(one: AttentionSeen | FeedForwardSeen) -> None:
+        seen.append(one)
+        raise RuntimeError("the observer's own fault")
+
+    with pytest.raises(RuntimeError, match="own fault"), observing(model, failing):
+        model(batch)
+    assert len(seen) == 1
+    model(batch)
+    assert len(seen) == 1, "the model is still watched after an error"
+    with observing(model, seen.append):
+        model(batch)
+    before = len(seen)
+    model(batch)
+    assert len(seen) == before, "the model is still watched afterwards"
+
+
+@pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
+def test_what_is_seen_holds_no_graph(attention: str) -> None:
+    """Figures gathered over a long text would keep every activation of it alive."""
+    model, seen = build(tiny(attention=attention, learned_k=True)), []
+    with observing(model, seen.append):
+        model(tokens(tiny())).sum().backward()
+    assert not any(tensor.requires_grad for one in seen for tensor in one[1:])
+    assert model.token_embedding.weight.grad is not None, "a watched pass cannot be trained on"
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+@pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
+def test_a_cached_pass_can_be_watched(attention: str, position: str) -> None:
+    """Its weights are the last rows of those of the whole sequence."""
+    model = build(config := tiny(attention=attention, position=position, null_kv=1))
+    batch = tokens(config)
+    cache = KeyValueCache(config, len(batch), torch.device("cpu"), torch.float32)
+    seen: Seen = []
+    with torch.no_grad():
+        model(batch[:, :6], cache)
+        with observing(model, seen.append):
+            model(batch[:, 6:], cache)
+    for late, whole in zip(seen, watched(model, batch)[1], strict=True):
+        for part, all_rows in zip(late[1:], whole[1:], strict=True):
+            dim = 2 if isinstance(late, AttentionSeen) else 1
+            torch.testing.assert_close(part, all_rows.narrow(dim, 6, config.seq_len - 6), atol=1e-5, rtol=0)

@@ -1,0 +1,88 @@
+"""Temperatures and rotary positions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cda_cli.config import annealed_eps
+from cda_cli.model.layers import RotaryPositions
+from tests.model.cases import build, tiny, tokens
+
+EPS = st.floats(1e-3, 10)
+
+
+@given(start=EPS, end=EPS, share=st.floats(0.01, 1), steps=st.integers(2, 10**6))
+def test_annealing_runs_from_the_start_to_the_end_and_stays(start: float, end: float, share: float, steps: int) -> None:
+    """Evenly in log ε, over its share of the schedule."""
+    model = tiny(eps_anneal_start=start, attn_eps=end, eps_anneal_share=share)
+    length = max(1.0, share * steps)
+    assert annealed_eps(model, 0, steps) == start
+    for step in (math.ceil(length), math.ceil(length) + 1, steps + 1, 10 * steps):
+        assert annealed_eps(model, step, steps) == pytest.approx(end, rel=1e-12)
+    chosen = sorted({int(length * part / 20) for part in range(21)})
+    values = [annealed_eps(model, step, steps) for step in chosen]
+    assert values == pytest.approx(sorted(values, reverse=start > end), rel=1e-12), "ε does not go one way"
+    for step, value in zip(chosen, values, strict=True):
+        expected = math.log(start) + step / length * (math.log(end) - math.log(start))
+        assert math.log(value) == pytest.approx(expected, abs=1e-9)
+
+
+def test_without_a_start_there_is_no_annealing() -> None:
+    assert [annealed_eps(tiny(attn_eps=0.7), step, 10) for step in (0, 5, 10)] == [0.7] * 3
+
+
+@pytest.mark.parametrize("solver", ["exact", "iterative"])
+def test_a_set_temperature_is_that_of_a_model_made_with_it(solver: str) -> None:
+    """Of each layer, and watched or not: annealing that reaches a part of the model is none."""
+    warm, cold = tiny(solver=solver, attn_eps=1.5), tiny(solver=solver, attn_eps=0.2)
+    model, other, batch = build(warm), build(cold), tokens(warm)
+    with torch.no_grad():
+        assert (model(batch) - other(batch)).abs().max() > 1e-2
+        model.set_attention_eps(0.2)
+        assert torch.equal(model(batch), other(batch))
+        model.set_attention_eps(1.5)
+        assert torch.equal(model(batch), build(warm)(batch)), "ε does not come back"
+
+
+@given(
+    shift=st.integers(0, 200),
+    query=st.integers(0, 50),
+    key=st.integers(0, 50),
+    half=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+def test_rotary_products_depend_on_the_distance_alone(shift: int, query: int, key: int, half: int, seed: int) -> None:
+    rotary = RotaryPositions(2 * half, 256, 10000.0)
+    q, k = torch.randn(2, 1, 1, 1, 2 * half, generator=torch.Generator().manual_seed(seed))
+    products = [(rotary(q, query + by) * rotary(k, key + by)).sum() for by in (0, shift)]
+    scale = max(1.0, float(q.norm() * k.norm()))
+    assert abs(products[0] - products[1]) <= 1e-5 * scale
+
+
+@settings(max_examples=30)
+@given(start=st.integers(0, 200), length=st.integers(1, 20), half=st.integers(1, 8), base=st.floats(2, 1e6))
+def test_rotary_is_the_rotation_of_its_paper(start: int, length: int, half: int, base: float) -> None:
+    """Channels i and i + D/2, as a complex number, times exp(i·position·base^(−2i/D))."""
+    x = torch.randn(2, 3, length, 2 * half, generator=torch.Generator().manual_seed(start))
+    position = torch.arange(start, start + length).double()
+    angle = position[:, None] * base ** (-torch.arange(half).double() / half)
+    turned = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
+    expected = torch.cat((turned.real, turned.imag), -1).float()
+    torch.testing.assert_close(RotaryPositions(2 * half, 256, base)(x, start), expected, atol=1e-5, rtol=0)
+
+
+def test_the_position_shows_in_the_logits() -> None:
+    """A position embedding that is not added: repeated tokens would all look the same."""
+    for position in ("learned", "rotary"):
+        model = build(config := tiny(position=position))
+        same = torch.tensor([[3, 4] * 5])
+        with torch.no_grad():
+            logits = model(same)
+            swapped = model(torch.tensor([[4, 3] * 4 + [3, 4]]))
+        assert config.seq_len >= 10
+        assert (logits[0, -1] - swapped[0, -1]).abs().max() > 1e-4, f"{position} positions do not show"

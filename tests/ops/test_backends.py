@@ -1,0 +1,204 @@
+"""Which backend runs, the published one behind our doors, what is refused, and what torch.compile sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from cda_cli.ops import choose_backend, soft_topk, soft_topk_attention
+from cda_cli.ops.attention import blockwise_attention, blockwise_attention_backward
+from cda_cli.ops.rows import soft_topk_rows, soft_topk_rows_backward
+from tests.ops.cases import assert_within, random_mask, random_rows
+
+ITERATIVE = {"solver": "iterative", "n_iters": 7, "eps_init": 3.0, "eps_decay": 0.6, "eps": 0.2}
+
+
+def rows_door(k: float | Tensor = 2.0, **settings: object) -> Tensor:
+    return soft_topk(random_rows(3, 9), k, **settings)
+
+
+def attention_door(k: float | Tensor = 2.0, **settings: object) -> Tensor:
+    return soft_topk_attention(*attention_inputs(5, 5)[:3], k, **settings)
+
+
+def attention_inputs(T: int, S: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """query, key, value [2, 3, ·, 8] and a budget for each query."""
+    budget = random_rows(2, 3, T, seed=4).abs() * 3 + 0.3
+    return random_rows(2, 3, T, 8, seed=1), random_rows(2, 3, S, 8, seed=2), random_rows(2, 3, S, 8, seed=3), budget
+
+
+def with_gradients(door: Callable[..., Tensor], *inputs: Tensor, **settings: object) -> list[Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = door(*leaves, **settings)
+    return [output.detach(), *torch.autograd.grad(output, leaves, random_rows(*output.shape, seed=9).to(output))]
+
+
+doors = pytest.mark.parametrize("door", [rows_door, attention_door])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_colt5_equals_the_iterative_torch_backend(masked: bool) -> None:
+    """Values, ∂s and ∂k, through the same door with the same arguments."""
+    scores, budget = random_rows(2, 5, 21), random_rows(2, 5, seed=1).abs() * 4 + 0.3
+    mask = random_mask(2, 5, 21, seed=2, share=0.7) if masked else None
+    assert mask is None or mask.any(-1).all()
+    ours = with_gradients(soft_topk, scores, budget, mask=mask, backend="torch", **ITERATIVE)
+    published = with_gradients(soft_topk, scores, budget, mask=mask, backend="colt5", **ITERATIVE)
+    for name, actual, expected in zip(("λ", "∂L/∂s", "∂L/∂k"), ours, published, strict=True):
+        assert_within(actual, expected, 1e-5 if name == "λ" else 2e-4, name)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("T", "S"), [(9, 9), (6, 11)])
+def test_colt5_attention_equals_the_iterative_torch_backend(T: int, S: int, causal: bool) -> None:
+    inputs = attention_inputs(T, S)
+    ours = with_gradients(soft_topk_attention, *inputs, causal=causal, backend="torch", **ITERATIVE)
+    published = with_gradients(soft_topk_attention, *inputs, causal=causal, backend="colt5", **ITERATIVE)
+    for name, actual, expected in zip(("output", "∂q", "∂k", "∂v", "∂budget"), ours, published, strict=True):
+        assert_within(actual, expected, 1e-4 * expected.abs().max().item(), name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_colt5_gives_the_dtype_of_the_scores(dtype: torch.dtype) -> None:
+    scores = random_rows(3, 9).to(dtype)
+    assert soft_topk(scores, 2.0, backend="colt5", solver="iterative").dtype == dtype
+
+
+def test_minus_infinity_is_a_mask_for_colt5_too() -> None:
+    """The door says so of every backend; the published code knows only its mask argument."""
+    scores, mask = random_rows(4, 9), random_mask(4, 9, seed=1, share=0.7)
+    masked = soft_topk(scores, 2.0, mask=mask, backend="colt5", **ITERATIVE)
+    infinite = soft_topk(scores.masked_fill(~mask, -torch.inf), 2.0, backend="colt5", **ITERATIVE)
+    assert_within(infinite, masked, 1e-6, "λ")
+
+
+@doors
+def test_the_exact_solver_refuses_colt5_and_names_the_remedy(door: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match="choose solver 'iterative' or backend 'torch'"):
+        door(backend="colt5", solver="exact")
+
+
+@doors
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"backend": "cuda"}, "auto, torch, colt5, not 'cuda'"),
+        ({"solver": "newton"}, "exact, iterative, not 'newton'"),
+        ({"eps": 0.0}, "eps must be greater than 0"),
+        ({"eps": -1.0}, "eps must be greater than 0"),
+        ({"eps": math.nan}, "eps must be greater than 0"),
+        ({"eps_init": 0.0, "solver": "iterative"}, "eps_init must be greater than 0"),
+        ({"n_iters": 0, "solver": "iterative"}, "n_iters"),
+        ({"n_iters": -1, "solver": "iterative"}, "n_iters"),
+        ({"n_iters": 0, "solver": "iterative", "backend": "colt5"}, "n_iters"),
+        ({"k": 0.0}, "k must be greater than 0"),
+        ({"k": -2}, "k must be greater than 0"),
+        ({"k": math.nan}, "k must be greater than 0"),
+    ],
+)
+def test_a_setting_without_meaning_is_refused(
+    door: Callable[..., Tensor], setting: dict[str, object], message: str
+) -> None:
+    """As a ValueError that names the setting, not as NaN and not as an error from within."""
+    with pytest.raises(ValueError, match=message):
+        door(**setting)
+
+
+def test_colt5_refuses_to_give_a_threshold() -> None:
+    with pytest.raises(ValueError, match="choose backend 'torch'"):
+        attention_door(backend="colt5", solver="iterative", return_threshold=True)
+
+
+@pytest.mark.parametrize("solver", ["exact", "iterative"])
+def test_auto_is_torch(solver: str) -> None:
+    chosen = choose_backend("auto", solver)
+    assert chosen.name == "torch"
+    assert chosen.reason
+    assert torch.equal(rows_door(backend="auto", solver=solver), rows_door(backend="torch", solver=solver))
+
+
+@pytest.mark.parametrize("solver", ["exact", "iterative"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_changes_nothing(solver: str, dtype: torch.dtype) -> None:
+    """Values and gradients bit for bit: a product of scores in bf16 would be divided by a small ε."""
+    attention = [tensor.to(dtype) for tensor in attention_inputs(9, 9)]
+    rows = [random_rows(4, 9).to(dtype), torch.full((4,), 2.5, dtype=dtype)]
+    for door, inputs in ((soft_topk_attention, attention), (soft_topk, rows)):
+        expected = with_gradients(door, *inputs, solver=solver)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = with_gradients(door, *inputs, solver=solver)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_autocast_changes_nothing_for_colt5() -> None:
+    expected = attention_door(backend="colt5", **ITERATIVE)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention_door(backend="colt5", **ITERATIVE), expected)
+
+
+def row_samples(solver: str, dtype: torch.dtype) -> tuple[object, ...]:
+    budget = torch.full((4,), 2.5, requires_grad=True)
+    return random_rows(4, 9).to(dtype).requires_grad_(), budget, 0.1, solver, 5, 4.0, 0.7
+
+
+def attention_samples(solver: str, dtype: torch.dtype) -> tuple[object, ...]:
+    query, key, value, budget = attention_inputs(5, 7)
+    half = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
+    return *half, budget.requires_grad_(), 0.1, 0.3, True, solver, 5, 4.0, 0.7
+
+
+@pytest.mark.parametrize("solver", ["exact", "iterative"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_registered_operators_keep_the_rules_of_torch(solver: str, dtype: torch.dtype) -> None:
+    """Schema, fake shapes and strides, autograd registration, traced gradients."""
+    torch.library.opcheck(soft_topk_rows, row_samples(solver, dtype))
+    torch.library.opcheck(blockwise_attention, attention_samples(solver, dtype))
+
+
+@pytest.mark.parametrize("solver", ["exact", "iterative"])
+def test_the_registered_backwards_keep_the_rules_of_torch(solver: str) -> None:
+    """They are not differentiable, so without the gradient checks."""
+    checks = ("test_schema", "test_faketensor")
+    with torch.no_grad():
+        scores, budget, *settings = row_samples(solver, torch.float32)
+        weights, saved = soft_topk_rows(scores, budget, *settings)
+        torch.library.opcheck(soft_topk_rows_backward, (weights, scores, budget, saved, *settings), test_utils=checks)
+        query, key, value, budget, *settings = attention_samples(solver, torch.float32)
+        output, _, saved = blockwise_attention(query, key, value, budget, *settings)
+        arguments = (output, query, key, value, budget, saved, *settings)
+        torch.library.opcheck(blockwise_attention_backward, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("solver", ["exact", "iterative"])
+def test_compiled_rows_equal_eager_ones(solver: str) -> None:
+    """One graph without a break, with the same values and gradients."""
+
+    def function(scores: Tensor, budget: Tensor) -> Tensor:
+        mask = torch.ones(9, 9, dtype=torch.bool).tril()
+        return 2 * soft_topk(scores * 3, budget + 0.5, eps=0.3, mask=mask, solver=solver, n_iters=4)
+
+    inputs = random_rows(2, 9, 9), torch.full((2, 9), 2.0)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(with_gradients(compiled, *inputs), with_gradients(function, *inputs), strict=True):
+        assert_within(ours, theirs, 1e-6, "compiled")
+
+
+@pytest.mark.parametrize("solver", ["exact", "iterative"])
+def test_compiled_attention_equals_eager_attention(solver: str) -> None:
+    """One graph without a break, also from inputs that are views, as a model makes its heads."""
+
+    def function(query: Tensor, key: Tensor, value: Tensor, budget: Tensor) -> Tensor:
+        heads = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        return soft_topk_attention(*heads, budget, eps=0.3, solver=solver, n_iters=4).transpose(1, 2) + 1
+
+    query, key, value, budget = attention_inputs(6, 8)
+    inputs = [tensor.transpose(1, 2).contiguous() for tensor in (query, key, value)]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    eager = with_gradients(function, *inputs, budget)
+    for ours, theirs in zip(with_gradients(compiled, *inputs, budget), eager, strict=True):
+        assert_within(ours, theirs, 1e-6, "compiled")

@@ -1,0 +1,132 @@
+"""soft_topk, iterative solver: the published `coor_descent` under autograd, its ε quirk included."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from colt5_attention.coor_descent import coor_descent
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cda_cli.ops import reference_soft_topk, soft_topk
+from tests.ops.cases import assert_within, gradients, random_mask, random_rows, untimed
+
+SEED_SETTINGS = {"eps": 0.1, "n_iters": 20, "eps_init": 4.0, "eps_decay": 0.7}
+
+
+def published(scores: Tensor, budget: Tensor, **settings: object) -> Tensor:
+    return coor_descent(scores, k=budget, **settings)
+
+
+def ours(scores: Tensor, budget: Tensor, **settings: object) -> Tensor:
+    return soft_topk(scores, budget, solver="iterative", **settings)
+
+
+def assert_parity(scores: Tensor, budget: Tensor, mask: Tensor | None, **settings: float) -> None:
+    """λ, ∂s and ∂k, to the natural scale of a summand of the unrolled gradient: max |g|/ε."""
+    precision = 1e-9 if scores.dtype == torch.float64 else 1e-5
+    if mask is not None:
+        # Autograd through the published code has no finite gradient in a row that sees nothing.
+        seeing = mask.any(-1)
+        scores, budget, mask = scores[seeing], budget[seeing], mask[seeing]
+    grad_weights = random_rows(*scores.shape, seed=77).to(scores.dtype)
+    expected = gradients(published, scores, budget, grad_weights, mask=mask, **settings)
+    actual = gradients(ours, scores, budget, grad_weights, mask=mask, **settings)
+    scale = precision * max(1.0, grad_weights.abs().max().item() if len(scores) else 1.0) / settings["eps"]
+    assert_within(actual[0], expected[0], precision, "λ")
+    assert_within(actual[1], expected[1], scale, "∂L/∂s")
+    assert_within(actual[2], expected[2], scale, "∂L/∂k")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("eps", [0.02, 0.1, 1.0, 4.0, 6.0])
+@pytest.mark.parametrize("k", [0.5, 1.0, 2.0, 12.3, 90.0])
+def test_parity_with_the_published_operator(dtype: torch.dtype, masked: bool, eps: float, k: float) -> None:
+    """At the annealing of the seed, from far fewer than n to more than n, and with ε above its own start."""
+    scores = random_rows(8, 77, seed=1).to(dtype)
+    mask = random_mask(8, 77, seed=2, share=0.6) if masked else None
+    assert_parity(scores, torch.full((8,), k, dtype=dtype), mask, **{**SEED_SETTINGS, "eps": eps})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["equal", "tied", "led", "far"])
+def test_parity_on_rows_at_the_edge(name: str, dtype: torch.dtype) -> None:
+    """All equal, ties at the cap, one score leading by 1,000 ε, far from zero."""
+    scores = {
+        "equal": torch.full((4, 19), 3.7),
+        "tied": random_rows(4, 19).round(),
+        "led": torch.cat((random_rows(4, 18), torch.full((4, 1), 100.0)), -1),
+        "far": random_rows(4, 19) - 50,
+    }[name]
+    assert_parity(scores.to(dtype), torch.tensor([1.0, 2.0, 2.5, 7.0], dtype=dtype), None, **SEED_SETTINGS)
+
+
+@untimed
+@given(st.data())
+def test_parity_whatever_the_annealing(data: st.DataObject) -> None:
+    """Any shape, any k per row, n_iters from 1 to 25, eps_decay up to 1.0 and eps_init on either side of ε."""
+    shape = (*data.draw(st.lists(st.integers(1, 4), max_size=2)), data.draw(st.integers(1, 60)))
+    seed = data.draw(st.integers(0, 2**32))
+    dtype = data.draw(st.sampled_from((torch.float32, torch.float64)))
+    settings = {
+        "eps": data.draw(st.floats(0.05, 4.0)),
+        "n_iters": data.draw(st.integers(1, 25)),
+        "eps_init": data.draw(st.floats(0.05, 8.0)),
+        "eps_decay": data.draw(st.one_of(st.floats(0.1, 1.0), st.just(1.0))),
+    }
+    share = data.draw(st.sampled_from((None, 0.2, 0.7)))
+    mask = None if share is None else random_mask(*shape, seed=seed + 1, share=share)
+    budget = 0.2 + shape[-1] * torch.rand(shape[:-1], generator=torch.Generator().manual_seed(seed)).to(dtype)
+    if mask is not None and not shape[:-1]:
+        mask[0] = True
+        scores = random_rows(*shape, seed=seed).to(dtype)
+        assert_parity(scores[None], budget[None], mask[None], **settings)
+    else:
+        assert_parity(random_rows(*shape, seed=seed).to(dtype), budget, mask, **settings)
+
+
+def test_eps_is_decayed_once_more_after_the_last_update() -> None:
+    """One step at ε = 4 gives a = 4 log(k/n); the weights are then taken at ε = 4 · 0.5, not at 4 and not at 0.1."""
+    scores = torch.tensor([[3.0, 1.0, -2.0, 0.5, -1.0]], dtype=torch.float64)
+    weights = soft_topk(scores, 2.0, solver="iterative", n_iters=1, eps_init=4.0, eps_decay=0.5, eps=0.1)
+    expected = ((scores + 4 * math.log(2 / 5)).clamp(max=0) / 2).exp()
+    assert_within(weights, expected, 1e-14, "λ")
+
+
+def test_the_last_eps_does_not_fall_below_eps() -> None:
+    """Where the annealing would go below ε it stays there: one step at 0.5, the weights at ε = 0.4."""
+    scores = torch.tensor([[0.3, -0.1, 0.2]], dtype=torch.float64)
+    weights = soft_topk(scores, 1.0, solver="iterative", n_iters=1, eps_init=0.5, eps_decay=0.1, eps=0.4)
+    assert_within(weights, ((scores + 0.5 * math.log(1 / 3)).clamp(max=0) / 0.4).exp(), 1e-14, "λ")
+
+
+def test_eps_init_below_eps_has_no_effect() -> None:
+    scores = random_rows(4, 9)
+    expected = soft_topk(scores, 2.0, solver="iterative", eps=0.5, eps_init=0.5)
+    assert torch.equal(soft_topk(scores, 2.0, solver="iterative", eps=0.5, eps_init=0.01), expected)
+
+
+def test_many_iterations_approach_the_optimum() -> None:
+    """At a fixed ε the iteration converges to the exact solver's λ, at the rate m/k."""
+    scores = random_rows(6, 40).double()
+    weights = soft_topk(scores, 3.5, solver="iterative", eps=0.3, eps_init=0.3, n_iters=400)
+    assert_within(weights, reference_soft_topk(scores, 3.5, 0.3).weights, 1e-10, "λ")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_float32_inside(dtype: torch.dtype) -> None:
+    """The published float32 result on the rounded inputs, rounded once."""
+    scores, grad_weights = random_rows(8, 50).to(dtype), random_rows(8, 50, seed=1).to(dtype)
+    budget = torch.full((8,), 2.5)
+    weights, grad_scores, grad_k = gradients(ours, scores, budget, grad_weights, **SEED_SETTINGS)
+    expected = gradients(published, scores.float(), budget, grad_weights.float(), **SEED_SETTINGS)
+    unit = torch.finfo(dtype).eps / 2
+    assert weights.dtype == grad_scores.dtype == dtype
+    assert_within(weights, expected[0], 1e-5 + unit * expected[0].double(), "λ")
+    scale = 1e-5 * grad_weights.abs().max().item() / 0.1
+    assert_within(grad_scores, expected[1], scale + unit * expected[1].abs().double(), "∂L/∂s")
+    assert_within(grad_k, expected[2], scale, "∂L/∂k")

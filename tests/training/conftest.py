@@ -1,0 +1,52 @@
+"""A cache of its own for each test, a text, and settings of a tiny run that has everything in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cda_cli.config import Config, parse
+from tests.commands.helpers import real_text
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CDA_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine take longer than these small models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Twelve steps with dropout, accumulation, an ε that anneals, and both layers selecting."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(real_text(), encoding="utf-8")
+    return parse(
+        {
+            "model": {
+                "seq_len": 16, "dim": 16, "depth": 2, "heads": 2, "dropout": 0.2, "null_kv": 1, "attn_k": 3.0,
+                "learned_k": True, "eps_anneal_start": 2.0, "ff": "coordinate-descent", "ff_k": 8.0,
+                "output_gate": True, "norm": "rmsnorm",
+            },
+            "data": {"source": str(text)},
+            "optim": {
+                "steps": 12, "schedule_steps": 12, "batch_size": 2, "grad_accum": 2, "warmup_steps": 4, "lr": 3e-3,
+            },
+            "run": {
+                "log_every": 1, "eval_every": 5, "eval_batches": 2, "save_every": 4, "sample_every": 7,
+                "device": "cpu", "dtype": "float32",
+            },
+        }
+    )  # fmt: skip

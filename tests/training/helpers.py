@@ -1,0 +1,61 @@
+"""A display that remembers, and a run of training without a command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from cda_cli.config import Config
+from cda_cli.signals import StopRequest
+from cda_cli.training.run import run_training
+
+
+class Memory:
+    """A `Display` that keeps what it is shown, and can send this process SIGINT after a step."""
+
+    interactive = False
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.stop_after = stop_after
+        self.plan: Any = None
+        self.records: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.finished = 0
+
+    def start(self, plan: Any) -> None:
+        self.plan = plan
+
+    def advance(self, step: int) -> None:
+        if step == self.stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def show(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def changed(config: Config, **optim: object) -> Config:
+    return config.model_copy(update={"optim": config.optim.model_copy(update=optim)})
+
+
+def trained(config: Config, run: Path, resume: str = "auto", stop_after: int | None = None) -> Memory:
+    """Trains, or goes on, and returns what the display was shown."""
+    display = Memory(stop_after)
+    with StopRequest() as stop:
+        run_training(config, run, resume, display, stop)
+    return display
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The loss of each step, to the last bit: JSON holds the shortest decimal that reads back the same."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}

@@ -1,0 +1,163 @@
+"""The steps of the training loop: accumulation, clipping, what is shown and recorded when."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cda_cli.config import Config, ModelConfig
+from cda_cli.data import IGNORE, Batch
+from cda_cli.errors import InterruptedRunError
+from cda_cli.model import Transformer
+from cda_cli.signals import StopRequest
+from cda_cli.storage import list_steps
+from cda_cli.training.loop import Losses, accumulate_gradients, clip_gradients, due
+from cda_cli.training.run import run_training
+from tests.training.helpers import Memory, changed, losses, trained
+
+CPU = torch.device("cpu")
+
+
+def small_model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(vocab_size=11, seq_len=6, dim=8, depth=1, heads=2))
+
+
+def a_batch(rows: int, ignored: list[tuple[int, int]] = []) -> Batch:  # noqa: B006 - never changed
+    """Random tokens; of each (row, count) in `ignored`, the first `count` targets are IGNORE."""
+    generator = torch.Generator().manual_seed(rows)
+    tokens = torch.randint(0, 11, (rows, 7), generator=generator)
+    targets = tokens[:, 1:].clone()
+    for row, count in ignored:
+        targets[row, :count] = IGNORE
+    return Batch(tokens[:, :-1].contiguous(), targets)
+
+
+def gradients(model: Transformer) -> list[Tensor]:
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    "ignored", [[], [(0, 5)], [(0, 6), (1, 3), (5, 1)]], ids=["full windows", "one short window", "an empty window"]
+)
+@pytest.mark.parametrize("split", [[6], [3, 3], [2, 2, 2], [1, 5], [1] * 6])
+def test_accumulation_equals_the_large_batch(ignored: list[tuple[int, int]], split: list[int]) -> None:
+    """A mean of means would weigh the tokens of a window with IGNORE targets more than the others."""
+    model, batch = small_model(), a_batch(6, ignored)
+    logits = model(batch.inputs)
+    expected_loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    expected_loss.backward()
+    expected = gradients(model)
+    inputs, targets = batch.inputs.split(split), batch.targets.split(split)
+    parts = [Batch(i, t) for i, t in zip(inputs, targets, strict=True)]
+    loss = accumulate_gradients(model, parts, CPU, torch.float32)
+    torch.testing.assert_close(loss, expected_loss.detach(), rtol=0, atol=1e-6)
+    for found, wanted in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+@given(limit=st.floats(0.01, 10))
+@settings(max_examples=20, deadline=None)
+def test_clipping_scales_to_the_limit(limit: float) -> None:
+    """The norm that is returned is the one before, which the figures show."""
+    model = small_model()
+    accumulate_gradients(model, [a_batch(4)], CPU, torch.float32)
+    before = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    norm = clip_gradients(model, limit)
+    expected = math.sqrt(sum(gradient.double().square().sum().item() for gradient in before))
+    assert norm.item() == pytest.approx(expected, rel=1e-5)
+    factor = min(1.0, limit / expected)
+    for found, gradient in zip(gradients(model), before, strict=True):
+        torch.testing.assert_close(found, gradient * factor, rtol=1e-4, atol=1e-7)
+
+
+def test_clip_0_leaves_the_gradients() -> None:
+    model = small_model()
+    accumulate_gradients(model, [a_batch(4)], CPU, torch.float32)
+    before = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    assert clip_gradients(model, 0.0).item() > 0
+    assert all(a.equal(b) for a, b in zip(gradients(model), before, strict=True))
+
+
+def test_the_losses_of_a_line_are_their_mean() -> None:
+    """And the next line begins anew."""
+    kept = Losses()
+    for value in (1.0, 2.0, 6.0):
+        kept.add(torch.tensor(value))
+    assert (kept.take(), kept.steps) == (3.0, 3)
+    kept.add(torch.tensor(5.0))
+    assert (kept.take(), kept.steps) == (5.0, 1)
+
+
+@pytest.mark.parametrize(("step", "interval", "expected"), [(6, 3, True), (7, 3, False), (5, 0, False), (1, 1, True)])
+def test_what_is_due(step: int, interval: int, expected: bool) -> None:
+    assert due(step, interval) is expected
+
+
+def intervals(config: Config, **run: object) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update=run)})
+
+
+def test_a_line_is_the_mean_of_its_steps(config: Config, tmp_path: Path) -> None:
+    """log_every only thins out the figures; the last step always has some."""
+    trained(config, tmp_path / "each")
+    trained(intervals(config, log_every=5), tmp_path / "some")
+    each, some = losses(tmp_path / "each"), losses(tmp_path / "some")
+    assert list(some) == [5, 10, 12]
+    for step, first in ((5, 1), (10, 6), (12, 11)):
+        steps = [each[s] for s in range(first, step + 1)]
+        assert some[step] == pytest.approx(sum(steps) / len(steps), rel=1e-6)
+
+
+def test_nothing_in_between_but_always_at_the_end(config: Config, tmp_path: Path) -> None:
+    """0 turns an interval off; a run without a last validation and checkpoint would have been for nothing."""
+    display = trained(intervals(config, eval_every=0, save_every=0, sample_every=0), tmp_path / "run")
+    others = [(record["kind"], record["step"]) for record in display.records if record["kind"] != "train"]
+    assert others == [("validation", 12), ("checkpoint", 12)]
+    assert list_steps(tmp_path / "run") == [12]
+
+
+def test_the_display_hears_what_the_metrics_hold(config: Config, tmp_path: Path) -> None:
+    """Each record as it is written, one start, one finish."""
+    display = trained(config, tmp_path / "run")
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert display.records == written
+    assert [record["step"] for record in written if record["kind"] == "sample"] == [7]
+    assert display.finished == 1
+    assert (display.plan.first_step, display.plan.steps, display.plan.tokens_per_step) == (0, 12, 2 * 2 * 16)
+    assert display.plan.epochs == pytest.approx(12 * 4 / math.ceil(10_799 / 16), rel=1e-2)
+
+
+def test_epsilon_anneals_and_is_recorded(config: Config, tmp_path: Path) -> None:
+    """From 2 at the first step to 0.1 halfway, and no further."""
+    display = trained(config, tmp_path / "run")
+    eps = [record["eps"] for record in display.records if record["kind"] == "train"]
+    assert eps[0] == 2.0
+    assert eps[3] == pytest.approx(2.0**0.5 * 0.1**0.5), "step 3 of the 6 over which it anneals"
+    assert eps[6:] == pytest.approx([0.1] * 6)
+    assert eps == sorted(eps, reverse=True)
+
+
+def test_a_stop_before_the_first_step_is_saved_too(config: Config, tmp_path: Path) -> None:
+    """Step 0 is a state as any other: the same command goes on from it."""
+
+    class Impatient(Memory):
+        def start(self, plan: object) -> None:
+            self.advance(0)
+
+    with StopRequest() as stop, pytest.raises(InterruptedRunError, match="step 0 of 12"):
+        run_training(config, tmp_path / "run", "auto", Impatient(stop_after=0), stop)
+    assert list_steps(tmp_path / "run") == [0]
+    trained(changed(config, steps=2), tmp_path / "run")
+    trained(changed(config, steps=2), tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")

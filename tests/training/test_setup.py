@@ -1,0 +1,114 @@
+"""What a run is built from, and what is said about it beforehand; and its speed."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from cda_cli.config import Config, parse
+from cda_cli.errors import DataError, DeviceError
+from cda_cli.training.setup import build, describe_backend, open_data, remarks, with_vocabulary
+from cda_cli.training.speed import WINDOW, Speed
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"seq_len": 8, "attn_k": 8.0}, "attn_k 8 covers all 8 keys"),
+        ({"seq_len": 8, "attn_k": 9.0, "null_kv": 1}, "attn_k 9 covers all 9 keys"),
+        ({"dim": 8, "ff": "coordinate-descent", "ff_k": 32.0}, "ff_k 32 covers all 32 units"),
+        ({"learned_k": True, "attention": "softmax"}, "learned_k has no effect with softmax"),
+    ],
+)
+def test_what_is_hardly_meant_is_said(model: dict[str, object], words: str) -> None:
+    [sentence] = remarks(parse({"model": model}))
+    assert words in sentence
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"seq_len": 8, "attn_k": 8.0, "null_kv": 1},
+        {"seq_len": 8, "attn_k": 99.0, "attention": "softmax"},
+        {"dim": 8, "ff_k": 99.0},
+        {"learned_k": True},
+    ],
+)
+def test_nothing_is_said_without_cause(model: dict[str, object]) -> None:
+    """A warning about a setting that has no effect here teaches people to pass over warnings."""
+    assert remarks(parse({"model": model})) == []
+
+
+def test_the_backend_is_described_with_its_reason() -> None:
+    softmax = {"attention": "softmax", "ff": "gelu"}
+    assert "SDPA" in describe_backend(parse({"model": softmax}))
+    assert "exact solver" in describe_backend(parse({"model": {**softmax, "ff": "coordinate-descent"}}))
+    asked = parse({"model": {"solver": "iterative"}, "run": {"backend": "colt5"}})
+    assert describe_backend(asked) == "colt5, iterative solver (asked for)"
+    with pytest.raises(DeviceError, match="no exact solver"):
+        describe_backend(parse({"run": {"backend": "colt5"}}))
+
+
+def test_the_seed_is_that_of_the_weights(config: Config) -> None:
+    """Two runs with one seed begin alike; with two, apart."""
+    weights = []
+    for seed in (3, 3, 4):
+        seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
+        setup = build(seeded, open_data(seeded, show_progress=False))
+        weights.append(setup.model.token_embedding.weight.detach())
+        assert (setup.step, setup.tokens, setup.position) == (0, 0, None)
+        assert all(parameter.dtype == torch.float32 for parameter in setup.model.parameters())
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])
+
+
+def test_the_vocabulary_is_the_tokenizer_s(config: Config) -> None:
+    """A model with fewer rows than tokens fails at the first rare one."""
+    narrow = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2})})
+    assert with_vocabulary(narrow, open_data(narrow, show_progress=False)).model.vocab_size == 256
+
+
+def test_a_side_that_is_too_short_is_named(config: Config) -> None:
+    """At the start, not at the first validation."""
+    long = config.model_copy(update={"model": config.model.model_copy(update={"seq_len": 2000})})
+    with pytest.raises(DataError, match=r"the validation is shorter.*validation_fraction"):
+        open_data(long, show_progress=False)
+
+
+class Clock:
+    """Time that a test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+def test_speed_is_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation and saving are paused; the first interval, which may hold a compilation, is forgotten."""
+    clock = Clock(monkeypatch)
+    speed = Speed()
+    assert speed.tokens_per_second == 0
+    assert speed.seconds_left(5) is None
+    clock.now = 100.0
+    speed.mark(1, 50)
+    assert speed.tokens_per_second == 0.5, "better than nothing"
+    clock.now = 102.0
+    with speed.paused():
+        clock.now = 1000.0
+    clock.now += 3.0
+    speed.mark(10, 500)
+    assert speed.tokens_per_second == 100
+    assert speed.seconds_left(4) == 2.0
+
+
+def test_speed_follows_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window, not the mean since the start."""
+    clock = Clock(monkeypatch)
+    speed = Speed()
+    for seconds in [1.0] * 50 + [4.0] * WINDOW:
+        clock.now += seconds
+        speed.mark(1, 8)
+    assert speed.tokens_per_second == 2
+    assert speed.seconds_left(3) == 12
