@@ -1,0 +1,283 @@
+"""The shape of the package, read from its source: which way its imports go, and what must not be in it."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "cda_cli"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Units of the package, from the top: each imports only from layers below its own. A unit is a folder, or a file that
+# lies beside them; "cda_cli" is the package itself, which holds the version.
+LAYERS: tuple[set[str], ...] = (
+    {"__main__"},
+    {"main"},
+    {"commands"},
+    {"console", "training"},
+    {"evaluation", "generation", "inspection"},
+    {"restore", "diagnosis"},
+    {"data", "model"},
+    {"config", "storage", "runtime", "signals"},
+    {"ops", "errors", "strict_json", "cda_cli"},
+)
+# What these may import of the package besides themselves, and no more.
+ONLY: dict[str, set[str]] = {
+    "__main__": {"main"},
+    "main": {"cda_cli", "commands", "errors"},
+    "console": {"strict_json"},
+    "diagnosis": {"ops", "runtime"},
+    "data": {"config", "errors", "storage"},
+    "model": {"config", "ops"},
+    "config": {"errors"},
+    "storage": {"errors"},
+    "runtime": {"errors"},
+    "signals": {"errors"},
+}
+# What these may import from outside, besides the standard library.
+OUTSIDE: dict[str, set[str]] = {
+    "cda_cli": set(),
+    "errors": set(),
+    "strict_json": set(),
+    "signals": set(),
+    "config": {"pydantic", "yaml"},
+    "commands": {"typer"},
+    "main": {"typer", "rich"},
+    "console": {"rich"},
+    "runtime": {"torch"},
+    "storage": {"torch", "safetensors"},
+    "model": {"torch", "einops"},
+    "ops": {"torch", "triton", "colt5_attention"},
+}
+HEAVY = {"torch", "datasets", "triton", "numpy", "yaml", "pydantic", "einops", "safetensors", "tokenizers", "tqdm"}
+
+
+class Import(NamedTuple):
+    """`module` is dotted and whole; `typing`: under TYPE_CHECKING; `late`: inside a function."""
+
+    module: str
+    line: int
+    typing: bool
+    late: bool
+
+
+def imports(tree: ast.AST, typing: bool = False, late: bool = False) -> Iterator[Import]:
+    """Every import; `from cda_cli import x` is of cda_cli.x where that is a module."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, typing, late) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: a relative import; write the whole name"
+            assert node.module is not None
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (Import(name if _is_module(name) else node.module, node.lineno, typing, late) for name in inner)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from imports(ast.Module(node.body, []), True, late)
+            yield from imports(ast.Module(node.orelse, []), typing, late)
+        else:
+            function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from imports(node, typing, late or function)
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return name.startswith("cda_cli.") and (path.with_suffix(".py").is_file() or path.is_dir())
+
+
+def unit_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def source(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def found_imports() -> Iterator[tuple[Path, str, Import]]:
+    for path in FILES:
+        for found in imports(source(path)):
+            yield path.relative_to(ROOT), unit_of(module_of(path)), found
+
+
+def layer_of(unit: str) -> int:
+    """Counted from the top."""
+    return next(index for index, layer in enumerate(LAYERS) if unit in layer)
+
+
+def runs_back(unit: str, found: Import) -> bool:
+    """Whether an import of the package by `unit` is one that the layers do not have."""
+    target = unit_of(found.module)
+    if target == unit:
+        return False
+    if unit == "console" and found.typing:
+        return False  # a view names the types of what it shows, and imports none of it
+    return layer_of(target) <= layer_of(unit) or target not in ONLY.get(unit, {target})
+
+
+def test_every_unit_has_its_layer() -> None:
+    """A new folder or file says where it stands."""
+    units = {unit_of(module_of(path)) for path in FILES}
+    assert units == set().union(*LAYERS)
+    assert sum(len(layer) for layer in LAYERS) == len(units), "a unit stands in two layers"
+
+
+def test_no_import_runs_back() -> None:
+    backward = [
+        f"{path}:{found.line} imports {found.module}"
+        for path, unit, found in found_imports()
+        if unit_of(found.module) in set().union(*LAYERS)
+        and found.module.startswith("cda_cli")
+        and runs_back(unit, found)
+    ]
+    assert not backward, "\n".join(backward)
+
+
+def test_what_is_outside_comes_in_where_it_should() -> None:
+    """`config` and `errors` import no torch; `ops` nothing but it, so that it can be lifted out."""
+    wrong = [
+        f"{path}:{found.line} imports {found.module}"
+        for path, unit, found in found_imports()
+        if (top := found.module.partition(".")[0]) != "cda_cli"
+        and top not in sys.stdlib_module_names
+        and top not in OUTSIDE.get(unit, {top})
+        and not (unit == "console" and found.typing)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other() -> None:
+    """Neither units nor, as they are loaded, the files within one."""
+    between_units: dict[str, set[str]] = {}
+    between_files: dict[str, set[str]] = {}
+    for path, unit, found in found_imports():
+        if not found.module.startswith("cda_cli") or found.typing:
+            continue
+        if unit_of(found.module) != unit:
+            between_units.setdefault(unit, set()).add(unit_of(found.module))
+        if not found.late:
+            between_files.setdefault(module_of(ROOT / path), set()).add(found.module)
+    for edges in (between_units, between_files):
+        order = list(graphlib.TopologicalSorter(edges).static_order())  # raises CycleError, which names the cycle
+        assert len(order) > 10
+
+
+def test_a_command_line_loads_nothing_heavy() -> None:
+    """`cda --help` is instant: what is heavy is imported by the command that needs it."""
+    script = "import sys; before = set(sys.modules); import cda_cli.main; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "typer" in loaded
+    assert not loaded & HEAVY
+
+
+PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
+FUNCTIONS = {"eval", "exec", "__import__", "compile"}
+ATTRIBUTES = {
+    ("torch", "load"),
+    ("yaml", "load"),
+    ("yaml", "load_all"),
+    ("yaml", "full_load"),
+    ("yaml", "unsafe_load"),
+    ("runpy", "run_path"),
+}
+
+
+def dangers(tree: ast.Module) -> list[str]:
+    """What could run code, or import a module, that a file names."""
+    found = [f"{one.line}: imports {one.module}" for one in imports(tree) if one.module.partition(".")[0] in PICKLES]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names if (node.module, alias.name) in ATTRIBUTES]
+            found += [f"{node.lineno}: imports {node.module}.{name}" for name in names]
+        if isinstance(node, ast.Attribute) and (ast.unparse(node.value), node.attr) in ATTRIBUTES:
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called in FUNCTIONS:
+            found.append(f"{node.lineno}: {called}()")
+        if called.rpartition(".")[2] == "import_module" and not isinstance(node.args[0], ast.Constant):
+            found.append(f"{node.lineno}: imports a module by a name that is no literal")
+        if any(word.arg == "allow_pickle" for word in node.keywords):
+            found.append(f"{node.lineno}: allow_pickle")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_can_make_the_package_run_code(path: Path) -> None:
+    """A checkpoint or a configuration from a stranger is data, and stays data."""
+    assert dangers(source(path)) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "def f():\n    import dill",
+        "import torch\ntorch.load('x')",
+        "from torch import load",
+        "read = torch.load",
+        "yaml.load(text, yaml.Loader)",
+        "from yaml import unsafe_load",
+        "eval(text)",
+        "exec(text)",
+        "__import__(name)",
+        "importlib.import_module(name)",
+        "import_module(f'x.{name}')",
+        "np.load(path, allow_pickle=True)",
+    ],
+)
+def test_the_search_for_dangers_finds_them(code: str) -> None:
+    assert dangers(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code", ["model.eval()", "yaml.safe_load(text)", "importlib.import_module('json')", "storage.load(path)"]
+)
+def test_the_search_for_dangers_lets_the_harmless_be(code: str) -> None:
+    assert not dangers(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    ("unit", "code", "backward"),
+    [
+        ("ops", "import cda_cli.config", True),
+        ("ops", "def f():\n    from cda_cli.model import Transformer", True),
+        ("storage", "from cda_cli import data", True),
+        ("data", "from cda_cli.storage import write_file", False),
+        ("data", "from cda_cli.runtime import autocast", True),
+        ("evaluation", "from cda_cli.inspection import inspect", True),
+        ("training", "from cda_cli.console import table", True),
+        ("training", "if TYPE_CHECKING:\n    from cda_cli.console import table", True),
+        ("console", "if TYPE_CHECKING:\n    from cda_cli.training.run import Plan", False),
+        ("console", "from cda_cli.training.run import Plan", True),
+        ("console", "from cda_cli import strict_json", False),
+        ("training", "from cda_cli import __version__", False),
+    ],
+)
+def test_the_search_for_arrows_finds_those_that_run_back(unit: str, code: str, backward: bool) -> None:
+    assert [runs_back(unit, found) for found in imports(ast.parse(code))] == [backward]
+
+
+@pytest.mark.parametrize("folder", ["cda_cli", "tests", "benchmarks"])
+def test_files_can_be_read_in_one_sitting(folder: str) -> None:
+    """And each is named after what is in it."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    long = [str(path) for path in files if len(path.read_text(encoding="utf-8").splitlines()) >= 400]
+    assert not long, f"400 lines or more: {', '.join(long)}"
+    assert not [path for path in files if path.stem in {"utils", "util", "misc"}]

@@ -1,0 +1,296 @@
+"""The configuration: which layer wins, what a wrong setting is told, and that what is written reads back."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from cda_cli.config import (
+    CONFIG_FILE,
+    PRESET_FOLDER,
+    Config,
+    ModelConfig,
+    annealed_eps,
+    dump_yaml,
+    parse,
+    preset_names,
+    resolve,
+    settings_of,
+)
+from cda_cli.errors import ConfigError, did_you_mean
+from cda_cli.model import Transformer, expected_tensors
+
+ROOT = Path(__file__).parent.parent
+PRESETS = ["base", "seed", "small", "tiny"]
+
+
+def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def of_preset(name: str, section: str, key: str) -> Any:
+    return yaml.safe_load((PRESET_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))[section][key]
+
+
+def test_each_layer_beats_the_one_before_it(tmp_path: Path) -> None:
+    """Default < preset < file < --set < flags; one setting is given by each layer but those before it."""
+    file = write(tmp_path, "optim: {lr: 0.2, steps: 200, grad_accum: 20}")
+    sets = ["optim.steps=300", "optim.grad_accum=30", "optim.grad_accum=31"]
+    optim = resolve("tiny", file, sets, {"optim.grad_accum": 40}).optim
+    assert optim.clip == Config().optim.clip
+    assert optim.batch_size == of_preset("tiny", "optim", "batch_size") != Config().optim.batch_size
+    assert optim.lr == 0.2 != of_preset("tiny", "optim", "lr")
+    assert optim.steps == 300
+    assert optim.grad_accum == 40
+    assert resolve("tiny", file, sets).optim.grad_accum == 31, "the later --set wins"
+
+
+def test_a_flag_that_was_not_given_changes_nothing() -> None:
+    flags = {"model.dim": None, "run.compile": None, "optim.schedule_steps": None}
+    assert resolve("small", flags=flags) == resolve("small")
+    assert resolve("small", flags={"run.compile": False}).run.compile is False, "False is given, None is not"
+    assert resolve("small", flags={"run.eval_every": 0}).run.eval_every == 0, "0 is given, None is not"
+
+
+def test_set_can_take_a_value_away() -> None:
+    """null in YAML is a value: the setting is given, as nothing."""
+    assert resolve("seed").model.dim_head == 64
+    assert resolve("seed", sets=["model.dim_head=null"]).model.dim_head is None
+
+
+def test_which_preset_it_starts_from(tmp_path: Path) -> None:
+    """Of the argument, else of the file, else tiny."""
+    bare, named = write(tmp_path, "optim: {steps: 7}"), write(tmp_path, "preset: base\noptim: {steps: 7}", "named.yaml")
+    steps = {"optim.steps": 7}
+    assert resolve() == resolve("tiny")
+    assert resolve(file=bare) == resolve("tiny", flags=steps)
+    assert resolve(file=named) == resolve("base", flags=steps)
+    assert resolve("small", named) == resolve("small", flags=steps)
+    assert resolve(file=write(tmp_path, "# nothing yet\n", "empty.yaml")) == resolve("tiny")
+
+
+def test_the_settings_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    """Stand in for the preset, where none is named: neither as an argument nor by a file."""
+    base = resolve("small", flags={"optim.steps": 11, "run.seed": 5})
+    assert resolve(base=base) == base
+    assert resolve(base=base, flags={"optim.steps": 12}, sets=["run.seed=6"]).run.seed == 6
+    assert resolve(base=base, flags={"optim.steps": 12}).model == base.model
+    assert resolve("tiny", base=base) == resolve("tiny")
+    assert resolve(file=write(tmp_path, "run: {seed: 3}"), base=base) == resolve("tiny", flags={"run.seed": 3})
+
+
+def test_settings_are_found_in_the_folder_of_a_run(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    checkpoint = run / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    config = resolve("base", flags={"run.seed": 8})
+    (run / CONFIG_FILE).write_text(dump_yaml(config), encoding="utf-8")
+    for place, resume in ((run, "auto"), (other, str(run)), (other, str(checkpoint))):
+        assert settings_of(place, resume) == config
+    assert settings_of(run, "never") is None
+    assert settings_of(other, "auto") is None
+    assert settings_of(run, str(other)) is None
+
+
+def test_numbers_are_read_as_people_write_them() -> None:
+    """YAML 1.1 takes 1e-3 for a string."""
+    config = resolve(sets=["optim.lr=1e-3", "model.attn_eps=.5", " model.dim = 64 ", "run.compile=on"])
+    assert (config.optim.lr, config.model.attn_eps, config.model.dim, config.run.compile) == (1e-3, 0.5, 64, True)
+
+
+BAD_SETS = [
+    ("model.dim=130", "model.dim 130 is not divisible by model.heads 4; choose a multiple of 4, or set model.dim_head"),
+    ("model.dim_head=3", "rotary positions turn pairs, and a head is 3 wide; choose an even model.dim_head"),
+    ("model.ff_mult=0.001", "model.ff_mult 0.001 leaves the feed-forward no units; make it larger"),
+    ("model.attn_k=0.5", "a learned k runs from 1 to attn_k, which is 0.5; set attn_k to 1 or more"),
+    ("model.attn_eps=0", "model.attn_eps = 0 is not possible: input should be greater than 0"),
+    ("model.ff_eps=-1", "model.ff_eps = -1 is not possible: input should be greater than 0"),
+    ("model.attn_k=0", "model.attn_k = 0 is not possible: input should be greater than 0"),
+    ("model.ff_k=-2.5", "model.ff_k = -2.5 is not possible: input should be greater than 0"),
+    ("model.eps_anneal_start=0", "model.eps_anneal_start = 0 is not possible: input should be greater than 0"),
+    ("model.attn_eps=.inf", "model.attn_eps = inf is not possible: input should be a finite number"),
+    ("optim.lr=.nan", "optim.lr = nan is not possible: input should be a finite number"),
+    ("optim.lr=fast", "optim.lr = 'fast' is not possible: input should be a valid number, unable to parse"),
+    ("model.depth=2.5", "model.depth = 2.5 is not possible: input should be a valid integer"),
+    ("model.dim=", "model.dim = None is not possible: input should be a valid integer"),
+    ("model.attention=soft", "model.attention = 'soft' is not possible: input should be 'softmax' or 'coordinate-"),
+    ("run.keep=1", "run.keep = 1 is not possible: input should be greater than or equal to 2"),
+    ("model.learned_k=perhaps", "model.learned_k = 'perhaps' is not possible: input should be a valid boolean"),
+    ("run.device=[1]", "run.device = [1] is not possible: input should be a valid string"),
+    ("model.atn_k=2", "unknown setting 'model.atn_k': did you mean 'model.attn_k'?"),
+    ("optim.learning=1", "unknown setting 'optim.learning': did you mean 'optim."),
+    ("modle.dim=64", "unknown section 'modle': did you mean 'model'?"),
+    ("xyzzy.dim=64", "unknown section 'xyzzy': known: data, model, optim, run"),
+    ("model.dim.x=64", "unknown setting 'model.dim.x': did you mean 'model.dim'?"),
+    ("model.dim", "--set takes section.key=value, not 'model.dim'"),
+    ("dim=64", "a setting is named section.key, such as optim.lr, not 'dim'"),
+    ("=64", "a setting is named section.key, such as optim.lr, not ''"),
+    ("data.source=[a", "the value of --set 'data.source=[a' is not valid YAML; put quotes around it"),
+    ("data.source=a: b: c", "the value of --set 'data.source=a: b: c' is not valid YAML; put quotes around it"),
+]
+BAD_FILES = [
+    ("model: [1, 2", "is not valid YAML ("),
+    ("\tmodel: 3", "is not valid YAML ("),
+    ("- model", "must hold the sections model, data, optim, run, each with its settings"),
+    ("just words", "must hold the sections model, data, optim, run, each with its settings"),
+    ("model: 3", "section 'model' holds settings, not 3; write model.key=value"),
+    ("model:", "section 'model' holds settings, not None; write model.key=value"),
+    ("optim: [lr, 1]", "section 'optim' holds settings, not ['lr', 1]; write optim.key=value"),
+    ("run: {sede: 1}", "unknown setting 'run.sede': did you mean 'run.seed'?"),
+    ("1: {dim: 3}", "unknown section 1: known: data, model, optim, run"),
+    ("model: {1: 2}", "unknown setting 'model.1': did you mean 'model."),
+    ("optimizer: {lr: 1}", "unknown section 'optimizer': did you mean 'optim'?"),
+    ("preset: smal", "unknown preset 'smal': did you mean 'small'?"),
+    ("preset: 3", "unknown preset 3: known: base, seed, small, tiny"),
+    ("preset: [tiny]", "unknown preset ['tiny']: did you mean 'tiny'?"),
+    ("model: {dim: !!python/object/apply:os.system [echo]}", "is not valid YAML ("),
+]
+
+
+def sentence(refusal: pytest.ExceptionInfo[ConfigError]) -> str:
+    text = str(refusal.value)
+    assert "\n" not in text, "more than one line"
+    assert refusal.value.exit_code == 2
+    assert not any(word in text for word in ("pydantic", "Traceback", "ValidationError", "https://")), text
+    return text
+
+
+@pytest.mark.parametrize(("line", "start"), BAD_SETS, ids=[line for line, _ in BAD_SETS])
+def test_a_setting_without_meaning_is_one_sentence_with_its_remedy(line: str, start: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        resolve(sets=[line])
+    assert sentence(refusal).startswith(start)
+
+
+@pytest.mark.parametrize(("text", "part"), BAD_FILES, ids=[text for text, _ in BAD_FILES])
+def test_a_file_without_meaning_is_one_sentence_with_its_remedy(tmp_path: Path, text: str, part: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        resolve(file=write(tmp_path, text))
+    assert part in sentence(refusal)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00\x80")
+    for path, part in (
+        (tmp_path / "none.yaml", "there is no configuration file {}; check the path given to --config"),
+        (tmp_path, "{} cannot be read ("),
+        (binary, "{} cannot be read ("),
+        (write(tmp_path, "a: \x07", "bell.yaml"), "{} is not valid YAML ("),
+    ):
+        with pytest.raises(ConfigError) as refusal:
+            resolve(file=path)
+        assert sentence(refusal).startswith(part.format(path))
+
+
+def test_an_unknown_preset_is_told_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown preset 'tinny': did you mean 'tiny'\?$"):
+        resolve("tinny")
+    with pytest.raises(ConfigError, match=r"^unknown preset '../tiny': "):
+        resolve("../tiny")
+
+
+def test_the_nearest_name_or_all_of_them() -> None:
+    assert did_you_mean("stpes", ["steps", "seed"]) == "did you mean 'steps'?"
+    assert did_you_mean("qqq", ["steps", "seed"]) == "known: seed, steps"
+
+
+def test_a_section_is_not_half_taken_over() -> None:
+    """A checkpoint's settings are complete: one that has others is not of this version."""
+    with pytest.raises(ConfigError, match=r"^unknown setting 'model\.colour': "):
+        parse({"model": {"colour": 1}})
+    assert parse({}) == Config()
+
+
+def test_the_configuration_does_not_change_under_those_who_hold_it() -> None:
+    config = resolve()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.model.dim = 3  # type: ignore[misc]
+
+
+def test_the_presets_are_these() -> None:
+    assert preset_names() == PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_builds(name: str) -> None:
+    config = resolve(name)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    assert model.parameter_count() == parameters(config.model)
+
+
+def parameters(model: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape, _ in expected_tensors(model).values())
+
+
+def test_the_presets_are_as_large_as_they_say() -> None:
+    """The figures of their first lines."""
+    base, small = resolve("base").model, resolve("small").model
+    assert round(parameters(base) / 1e6) == 85
+    assert round(parameters(base.model_copy(update={"vocab_size": 50257})) / 1e6) == 124
+    assert round(parameters(small) / 1e6) in (25, 26)
+
+
+FLOATS = st.floats(1e-12, 1e3, allow_nan=False)
+SOME = st.fixed_dictionaries(
+    {},
+    optional={
+        "data": st.fixed_dictionaries({}, optional={"source": st.text(), "text_column": st.text()}),
+        "optim": st.fixed_dictionaries({}, optional={"lr": FLOATS, "schedule_steps": st.none() | st.integers(1)}),
+        "model": st.fixed_dictionaries({}, optional={"attn_eps": FLOATS, "learned_k_bias": st.floats(-1e9, 1e9)}),
+        "run": st.fixed_dictionaries({}, optional={"compile": st.none() | st.booleans(), "seed": st.integers(0)}),
+    },
+)
+
+
+@given(SOME)
+def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
+    """Through a file, whatever the strings hold and however fine the numbers are; all of it, with no preset below."""
+    config = parse(values)
+    path = tmp_path_factory.getbasetemp() / "written.yaml"
+    path.write_text(dump_yaml(config), encoding="utf-8")
+    assert parse(yaml.safe_load(path.read_text(encoding="utf-8"))) == config
+    assert resolve("base", path) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_written_reads_back(name: str, tmp_path: Path) -> None:
+    assert resolve("seed", write(tmp_path, dump_yaml(resolve(name)))) == resolve(name)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    for section, field in Config.model_fields.items():
+        assert field.annotation is not None
+        for name, setting in field.annotation.model_fields.items():
+            assert len((setting.description or "").split()) > 1, f"{section}.{name} has no description"
+
+
+def test_the_annealing_of_a_run_is_over_its_schedule() -> None:
+    config = resolve(sets=["optim.steps=50", "optim.schedule_steps=100", "model.eps_anneal_start=2.0"])
+    assert config.schedule_steps == 100
+    assert annealed_eps(config.model, 50, config.schedule_steps) == pytest.approx(config.model.attn_eps)
+    assert annealed_eps(config.model, 25, config.schedule_steps) == pytest.approx(1.0)
+    assert resolve(sets=["optim.steps=50"]).schedule_steps == 50
+
+
+@pytest.mark.parametrize("module", ["cda_cli.config", "cda_cli.errors"])
+def test_reading_a_configuration_imports_nothing_heavy(module: str) -> None:
+    """A wrong flag is told at once, not after the seconds that torch takes."""
+    script = f"import sys; before = set(sys.modules); import {module}; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "cda_cli" in loaded
+    assert not loaded & {"torch", "numpy", "datasets", "triton", "transformers", "safetensors", "einops"}
