@@ -207,10 +207,14 @@ def settings_of(run: Path, resume: str) -> Config | None:
 
     `resume` is "auto", "never", or the path of a run or of one of its checkpoints. None where there is no such run.
     """
-    folders = [] if resume == "never" else [run] if resume == "auto" else [Path(resume), Path(resume).parent.parent]
-    for folder in folders:
+    if resume == "never":
+        return None
+    named = Path(resume).resolve()
+    for folder in [run] if resume == "auto" else [named, named.parent, named.parent.parent]:
         if (folder / CONFIG_FILE).is_file():
             return parse(_read_yaml(folder / CONFIG_FILE))
+        if (folder / "state.json").is_file():  # a checkpoint, wherever it was copied to
+            return parse(_read_yaml(folder / "state.json").get("config", {}))
     return None
 
 

@@ -56,6 +56,11 @@ def run() -> None:
             stream.reconfigure(errors="replace")  # an ASCII terminal gets a mark for ε, not an error
     try:
         app()
+    except SystemExit as leaving:
+        # The parser turns a closed pipe into exit code 1 by itself.
+        if isinstance(leaving.__context__, BrokenPipeError):
+            _leave(leaving.__context__)
+        raise
     except Exception as error:
         if Debug.on:
             raise

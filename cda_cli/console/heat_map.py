@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 SHADES = " ·░▒▓█"  # weight 0, and then up to 1 in five equal steps
@@ -24,9 +25,9 @@ def heat_map(weights: Sequence[Sequence[float]], tokens: Sequence[str], width: i
     picture = Text(no_wrap=True, overflow="crop")
     heads = [NULL] * null + [_label(token)[:1] for token in tokens[:size]]
     picture.append(" " * (LABEL_WIDTH + 1))
-    picture.append("".join(f"{head:<{CELL_WIDTH}}" for head in heads).rstrip() + "\n", style="bold")
+    picture.append("".join(set_cell_size(head, CELL_WIDTH) for head in heads).rstrip() + "\n", style="bold")
     for query in range(size):
-        picture.append(f"{_label(tokens[query])[:LABEL_WIDTH]:>{LABEL_WIDTH}} ", style="bold")
+        picture.append(_right(_label(tokens[query])) + " ", style="bold")
         for weight in weights[query][: query + 1 + null]:
             level = 0 if weight <= 1e-3 else 1 + min(4, int(weight * 5))
             picture.append(SHADES[level] * CELL_WIDTH, style=COLOURS[level])
@@ -36,6 +37,12 @@ def heat_map(weights: Sequence[Sequence[float]], tokens: Sequence[str], width: i
         picture.append(SHADES[level] * CELL_WIDTH, style=COLOURS[level])
         picture.append(f" {words}  ")
     return picture
+
+
+def _right(label: str) -> str:
+    """The beginning of the label in LABEL_WIDTH cells, which is not as many characters where some are wide."""
+    fits = set_cell_size(label, min(cell_len(label), LABEL_WIDTH))
+    return " " * (LABEL_WIDTH - cell_len(fits)) + fits
 
 
 def _label(token: str) -> str:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.segment import Segment, Segments
 from rich.text import Text
 
 from cda_cli.console.base import out
@@ -25,7 +26,7 @@ class SampleDisplay:
         if self._several:
             # On stderr, so that a pipe gets the text alone.
             Console(stderr=True).print(Text(f"── prompt {prompt + 1}, sample {number + 1}", style="dim"))
-        self._write(Text(printable(text), style="dim" if self._console.is_terminal else ""))
+        self._write(text, style="dim")
 
     def follow(self, pieces: Iterable[str]) -> str:
         """Shows the pieces as they come, or all at the end; returns the text as it is."""
@@ -33,13 +34,15 @@ class SampleDisplay:
         for piece in pieces:
             collected.append(piece)
             if self._stream and not self._quiet:
-                self._write(Text(printable(piece)))
+                self._write(piece)
         if not self._quiet:
             if not self._stream:
-                self._write(Text(printable("".join(collected))))
-            self._write(Text("\n"))
+                self._write("".join(collected))
+            self._write("\n")
         return "".join(collected)
 
-    def _write(self, text: Text) -> None:
-        self._console.print(text, end="", soft_wrap=True)
+    def _write(self, text: str, style: str = "") -> None:
+        # As segments: a Text would turn tabs into spaces.
+        segment = Segment(printable(text), self._console.get_style(style))
+        self._console.print(Segments([segment]), end="", soft_wrap=True)
         sys.stdout.flush()

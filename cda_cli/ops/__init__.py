@@ -67,7 +67,7 @@ def soft_topk(
     Sources: operator and exact solver, arXiv 2304.04947 (the problem) and Newton on its dual; docs/operator.md.
     """
     chosen = choose_backend(backend, solver)
-    _check_positive(eps=eps, eps_init=eps_init)
+    _check_positive(eps=eps, eps_init=eps_init, n_iters=n_iters)
     if chosen.name == "colt5":
         from cda_cli.ops.published import published_soft_topk
 
@@ -75,6 +75,8 @@ def soft_topk(
         return published_soft_topk(
             scores, budget, mask=mask, eps=eps, n_iters=n_iters, eps_init=eps_init, eps_decay=eps_decay
         )
+    if not scores.shape[-1]:
+        return scores.clone()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     budget = _budget(sparsity_k, scores, scores.shape[:-1]).reshape(-1)
@@ -121,7 +123,7 @@ def soft_topk_attention(
     """
     B, H, T, D = query_BHTD.shape
     chosen = choose_backend(backend, solver)
-    _check_positive(eps=eps, eps_init=eps_init)
+    _check_positive(eps=eps, eps_init=eps_init, n_iters=n_iters)
     budget = _budget(sparsity_k, query_BHTD, (B, H, T))
     scale = D**-0.5 if scale is None else scale
     if chosen.name == "colt5":

@@ -38,6 +38,8 @@ def blocks(query: Tensor, key: Tensor, causal: bool) -> Iterator[Block]:
     """Blocks of queries that see at least one key, for query [N, T, D] and key [N, S, D]."""
     N, T, _ = query.shape
     S = key.shape[1]
+    if not S:
+        return
     limit = BLOCK_SCORES_GPU if query.is_cuda else BLOCK_SCORES_CPU
     step = max(16, limit // max(1, N * S))
     first = max(0, T - S) if causal else 0  # queries before it see nothing
@@ -106,14 +108,14 @@ def blockwise_attention(
         flat, row_budget = scores.flatten(0, 1), budget.flatten(0, 1)[:, rows].reshape(-1)
         if exact:
             weights, dual = solve_exact(flat, row_budget, visible_keys(block, q, causal), 1.0)
-            saved[:, :, rows] = torch.stack(dual).view(2, N, -1)
+            saved[:, :, rows] = torch.stack(dual).view(2, *scores.shape[:2])
         else:
             weights, history = solve_iterative(flat, row_budget, plan)
-            saved[:, :, rows] = history.view(n_iters, N, -1)
+            saved[:, :, rows] = history.view(n_iters, *scores.shape[:2])
         out[:, rows] = torch.bmm(weights.view_as(scores), v[:, : block.keys])
     threshold = eps * Dual(*saved).threshold(1.0) if exact else iterative_dual(saved).threshold(plan.last)
     B, H = query.shape[:2]
-    return out.view(B, H, T, -1).to(value.dtype), threshold.view(B, H, T), saved
+    return out.view(B, H, T, v.shape[-1]).to(value.dtype), threshold.view(B, H, T), saved
 
 
 @blockwise_attention.register_fake

@@ -47,7 +47,9 @@ def solve_exact(scores: Tensor, budget: Tensor, visible: Tensor, eps: float) -> 
 
     everything = torch.nonzero(full).squeeze(-1)
     dual.shift[everything] = torch.finfo(scores.dtype).min
-    weights[everything] = (scores[everything] > torch.finfo(scores.dtype).min).to(scores.dtype)
+    of_everything = scores[everything]
+    visible_or_nan = (of_everything > torch.finfo(scores.dtype).min).to(scores.dtype)
+    weights[everything] = torch.where(of_everything.isnan(), torch.nan, visible_or_nan)
     return weights, dual
 
 

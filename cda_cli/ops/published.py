@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -13,8 +14,10 @@ def published_soft_topk(
     scores [..., n]; budget [...], the k of each row; mask [..., n] True = visible. Raises ImportError, in one
     sentence, where the package or, for CUDA tensors, its Triton module cannot be imported.
     """
-    arguments = {"n_iters": n_iters, "eps": eps, "eps_init": eps_init, "eps_decay": eps_decay, "mask": mask}
     rows = scores.float()
+    if (rows == -torch.inf).any():  # counts as masked, as for our own backend
+        mask = (rows != -torch.inf) if mask is None else mask & (rows != -torch.inf)
+    arguments = {"n_iters": n_iters, "eps": eps, "eps_init": eps_init, "eps_decay": eps_decay, "mask": mask}
     if not scores.is_cuda:
         from colt5_attention.coor_descent import coor_descent
 

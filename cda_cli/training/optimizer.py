@@ -11,11 +11,11 @@ from cda_cli.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices only: not on gains, biases, or null keys and embeddings of one row."""
+    """Weight decay on matrices only: not on gains, biases and null keys."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.numel()]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim == 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0},
     ]
     on_gpu = parameters[0].is_cuda
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=on_gpu or None)

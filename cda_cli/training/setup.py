@@ -135,7 +135,11 @@ def build(
     state: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:
         fill(model, checkpoint, config)
+        configured = [(group["weight_decay"], group["betas"]) for group in optimizer.param_groups]
         optimizer.load_state_dict(unpack_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"]))
+        for group, (weight_decay, betas) in zip(optimizer.param_groups, configured, strict=True):
+            # A resumed run may change these, and loading has put back the old ones.
+            group.update(weight_decay=weight_decay, betas=betas)
         restore_random_states(checkpoint.rng)
     return Setup(
         config=config,

@@ -107,7 +107,7 @@ def test_a_filter_that_asks_for_all_takes_nothing_away(off: dict[str, float]) ->
     torch.testing.assert_close(found, logits.softmax(-1))
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-44])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-44, 1e-300])
 def test_a_low_temperature_comes_down_to_the_likeliest(temperature: float) -> None:
     """And not to an overflow of the logits."""
     found = filtered_distribution(torch.tensor([1.0, 4.0, -50.0]), SamplingSettings(temperature))
