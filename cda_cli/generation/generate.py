@@ -93,10 +93,11 @@ def _tokens(
 
 def filtered_distribution(logits_V: Tensor, settings: SamplingSettings) -> Tensor:
     """Probabilities [V] after temperature and filters; at least one token always stays. temperature must be above 0."""
-    logits = (logits_V - logits_V.max()) / settings.temperature  # at most 0, so a tiny temperature makes no inf
+    # At most 0, and in float64, so that a tiny temperature makes neither inf nor NaN.
+    logits = (logits_V - logits_V.max()).double() / settings.temperature
     if settings.top_k is not None and settings.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[-1], -torch.inf)
-    probabilities = logits.softmax(-1)
+    probabilities = logits.softmax(-1).float()
     if settings.top_p is not None and settings.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered >= settings.top_p

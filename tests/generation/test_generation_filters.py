@@ -82,6 +82,13 @@ def test_without_filters_it_is_the_softmax() -> None:
     torch.testing.assert_close(filtered_distribution(logits, SamplingSettings(0.5)), (logits / 0.5).softmax(-1))
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 6, 7])
+def test_top_k_keeps_that_many_and_no_more(top_k: int) -> None:
+    """Up to all but one of them, and to more than there are."""
+    found = filtered_distribution(torch.tensor([0.5, 3.0, -1.0, 0.0, 1.0, 2.0]), SamplingSettings(1.0, top_k=top_k))
+    assert (found > 0).sum() == min(top_k, 6)
+
+
 def test_top_k_keeps_tokens_that_are_equally_likely() -> None:
     """Which of them would go is an accident of the sort."""
     found = filtered_distribution(torch.tensor([1.0, 3.0, 1.0, 0.0, 1.0]), SamplingSettings(1.0, top_k=2))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cda_cli.config import annealed_eps
 from cda_cli.model.layers import RotaryPositions
+from cda_cli.model.observe import observing
 from tests.model.cases import build, tiny, tokens
 
 EPS = st.floats(1e-3, 10)
@@ -45,6 +46,8 @@ def test_a_set_temperature_is_that_of_a_model_made_with_it(solver: str) -> None:
         assert (model(batch) - other(batch)).abs().max() > 1e-2
         model.set_attention_eps(0.2)
         assert torch.equal(model(batch), other(batch))
+        with observing(model, lambda seen: None):
+            torch.testing.assert_close(model(batch), other(batch), atol=1e-5, rtol=0)
         model.set_attention_eps(1.5)
         assert torch.equal(model(batch), build(warm)(batch)), "ε does not come back"
 

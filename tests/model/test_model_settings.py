@@ -129,6 +129,18 @@ def test_dropout_is_on_in_training_alone() -> None:
     assert not torch.equal(model(batch), model(batch)), "dropout is off in training mode"
 
 
+def test_dropout_is_on_the_embeddings_and_on_each_branch() -> None:
+    """A branch left out is regularised less than the setting says, and the loss does not tell."""
+    model = build(config := tiny(dropout=0.5)).train()
+    zeros: list[float] = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, args, out: zeros.append((out == 0).float().mean().item()))
+    model(tokens(config, batch=8))
+    assert len(zeros) == 1 + 2 * config.depth, "a branch, or the embeddings, pass no dropout"
+    assert all(0.4 < share < 0.6 for share in zeros)
+
+
 @pytest.mark.parametrize("setting", [{"learned_k": True}, {"output_gate": True}], ids=["learned_k", "output_gate"])
 def test_the_control_and_the_learned_k_cost_the_same_and_start_at_k(setting: dict[str, bool]) -> None:
     """The gate is the control of the learned k only if both add the same parameters, and a bias of −∞ is k = 1."""

@@ -137,6 +137,28 @@ def test_float32_gradients_of_any_rows(rows: Rows) -> None:
     assert_gradients(rows, optimum(rows), 1e-4, 8 * UNIT)
 
 
+@pytest.mark.parametrize("leaders", [2, 31, 100, 600, 1500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k_leaders_equal_to_rounding_are_not_all_capped(leaders: int, dtype: torch.dtype) -> None:
+    """k scores that lead together, some by a few roundings: all k weights may round to above 1, and m stays below k.
+
+    Capping all k leaves log 0 for the dual. Which side of the cap an entry lies on is a matter of rounding here, but
+    whatever the side, δ is a mean of g, which bounds the gradients.
+    """
+    gaps = torch.tensor([0, 1, 4, 8, 16, 32, 64, 128, 256, 512], dtype=dtype) * torch.finfo(dtype).eps
+    scores = torch.full((len(gaps), leaders + 3), -100.0, dtype=dtype)
+    scores[:, :leaders] = -gaps.unsqueeze(-1)
+    scores[:, 0] = 0
+    rows = Rows(scores, float(leaders), 1.0)
+    grad_weights = random_rows(*scores.shape, seed=1).to(dtype)
+    weights, grad_scores, grad_k = gradients(soft_topk, scores, rows.budget(), grad_weights, eps=1.0)
+    assert_within(weights, optimum(rows).weights, tolerance(rows), "λ")
+    assert_row_sums(weights, rows, tolerance(rows))
+    largest = grad_weights.abs().max()
+    assert (grad_scores.abs() <= 2.001 * largest).all()
+    assert (grad_k.abs() <= 1.001 * largest).all()
+
+
 @pytest.mark.parametrize("eps", [0.01, 0.1, 4.0])
 def test_k_1_is_softmax(eps: float) -> None:
     scores = random_rows(7, 33)
@@ -261,6 +283,7 @@ def test_strides_do_not_matter(order: list[int], solver: str) -> None:
 def test_no_rows_give_no_weights(solver: str) -> None:
     weights, grad_scores, _ = gradients(soft_topk, torch.zeros(0, 3, 5), 2.0, torch.zeros(0, 3, 5), solver=solver)
     assert weights.shape == grad_scores.shape == (0, 3, 5)
+    assert soft_topk(torch.zeros(2, 0), 2.0, solver=solver).shape == (2, 0)
 
 
 def test_only_scores_and_a_few_numbers_per_row_are_kept_for_the_backward() -> None:
