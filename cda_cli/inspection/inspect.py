@@ -72,12 +72,12 @@ def parse_selection(text: str | None, count: int, option: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.partition("-")
         try:
-            part_first, part_last = int(first), int(last if dash else first)
+            lowest, highest = int(first), int(last if dash else first)
         except ValueError as error:
             raise ConfigError(f"{option} takes numbers and ranges such as 0,2-3, not {text!r}") from error
-        chosen += range(max(part_first, -1), min(part_last, count) + 1)  # one beyond the ends is enough to refuse
-    if not chosen or min(chosen) < 0 or max(chosen) >= count:
-        raise ConfigError(f"{option} {text} is out of range; this model has 0 to {count - 1}")
+        if not 0 <= lowest <= highest < count:
+            raise ConfigError(f"{option} {text} is out of range; this model has 0 to {count - 1}")
+        chosen += range(lowest, highest + 1)
     return chosen
 
 

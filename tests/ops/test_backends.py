@@ -148,7 +148,9 @@ def row_samples(solver: str, dtype: torch.dtype) -> tuple[object, ...]:
 
 def attention_samples(solver: str, dtype: torch.dtype) -> tuple[object, ...]:
     query, key, value, budget = attention_inputs(5, 7)
-    half = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
+    # As a model makes its heads: views of [B, T, H, D].
+    half = [tensor.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key, value)]
+    half = [tensor.requires_grad_() for tensor in half]
     return *half, budget.requires_grad_(), 0.1, 0.3, True, solver, 5, 4.0, 0.7
 
 

@@ -207,13 +207,15 @@ def test_minus_infinity_is_a_mask(solver: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("eps", [0.1, 4.0])
 @pytest.mark.parametrize("solver", ["exact", "iterative"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_a_row_that_sees_nothing_is_zero_with_zero_gradients(solver: str, dtype: torch.dtype) -> None:
+def test_a_row_that_sees_nothing_is_zero_with_zero_gradients(solver: str, dtype: torch.dtype, eps: float) -> None:
+    """Also where ε is above 1, so that ε times the lowest number overflows."""
     scores, mask = random_rows(3, 8).to(dtype), torch.ones(3, 8, dtype=torch.bool)
     mask[1] = False
     weights, grad_scores, grad_k = gradients(
-        soft_topk, scores, torch.full((3,), 2.5), random_rows(3, 8, seed=1), mask=mask, solver=solver
+        soft_topk, scores, torch.full((3,), 2.5), random_rows(3, 8, seed=1), mask=mask, solver=solver, eps=eps
     )
     assert (weights[1] == 0).all()
     assert (grad_scores[1] == 0).all()
