@@ -20,7 +20,7 @@ $(READY): requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-demo: setup ## Train, evaluate, sample from and inspect a small model, in about two minutes on two cores
+demo: setup ## Train, evaluate, sample from and inspect a small model, in about a minute on two cores
 	$(BIN)/cda train --out runs/demo --steps 250
 	$(BIN)/cda eval runs/demo --max-batches 20
 	$(BIN)/cda sample runs/demo --prompt "def " --max-new-tokens 200
