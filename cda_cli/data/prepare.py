@@ -28,7 +28,6 @@ from cda_cli.storage import published_folder, remove_published, remove_stale
 FORMAT = 1
 SIDES: tuple[Side, Side] = ("train", "validation")
 BATCH_CHARACTERS = 1 << 21
-TEMPORARY = ".preparing-"
 
 
 class PreparationStoppedError(CdaError):
