@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.cache import KeyValueCache
-from cda_cli.model.layers import RotaryPositions, solver_settings
+from cda_cli.model.layers import RMSNorm, RotaryPositions, solver_settings
 from cda_cli.model.observe import AttentionSeen, Observer
 from cda_cli.ops import Backend, soft_topk, soft_topk_attention
 
@@ -31,8 +31,8 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(config.dim, inner * 3, bias=False)
         self.to_out = nn.Linear(inner, config.dim, bias=False)
         self.null_kv = nn.Parameter(torch.randn(2, config.heads, config.null_kv, config.head_width))
-        self.query_norm = nn.RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
-        self.key_norm = nn.RMSNorm(config.head_width, eps=1e-6) if config.qk_norm else None
+        self.query_norm = RMSNorm(config.head_width) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.head_width) if config.qk_norm else None
         rotary = config.position == "rotary"
         self.rotary = RotaryPositions(config.head_width, config.seq_len, config.rotary_base) if rotary else None
         learned_k = config.learned_k and config.attention == "coordinate-descent"
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         """query [B, H, T, D]; key and value [B, H, S, D], the null and cached ones in front."""
         query, key, value = rearrange(self.to_qkv(x_BTC), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
+            query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
             start = cache.length if cache is not None else 0
             query, key = self.rotary(query, start), self.rotary(key, start)

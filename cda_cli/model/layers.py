@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
@@ -10,13 +11,26 @@ from cda_cli.ops import SolverSettings
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    return nn.LayerNorm(config.dim) if config.norm == "layernorm" else nn.RMSNorm(config.dim, eps=1e-6)
+    return nn.LayerNorm(config.dim) if config.norm == "layernorm" else RMSNorm(config.dim)
 
 
 def solver_settings(config: ModelConfig) -> SolverSettings:
     return SolverSettings(
         solver=config.solver, n_iters=config.n_iters, eps_init=config.eps_init, eps_decay=config.eps_decay
     )
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm with a learned gain, in the dtype of its input; statistics are float32.
+
+    Under autocast the queries and keys are bf16 and the gain float32, for which PyTorch leaves its fused kernel.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class RotaryPositions(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_triton_may_be_absent_on_a_cpu(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "stub" / "triton").mkdir(parents=True)
     (tmp_path / "stub" / "triton" / "__init__.py").write_text("raise ImportError('no triton here')\n")
     command = [sys.executable, "-c", THREE_COMMANDS, str(tiny), str(tmp_path / "run")]
-    path = environment(PYTHONPATH=str(tmp_path / "stub"))
+    path = environment(PYTHONPATH=os.pathsep.join([str(tmp_path / "stub"), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(command, env=path, capture_output=True, text=True, check=False)
     for name in ("doctor", "train", "eval"):
         assert f"exit code 0 of {name}\n" in done.stdout, f"{done.stdout}{done.stderr}"
