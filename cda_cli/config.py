@@ -123,7 +123,7 @@ class RunConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the matrix products.")
     compile: bool | None = Field(None, description="torch.compile; null: on a GPU only.")
-    backend: Literal["auto", "torch", "colt5"] = Field("auto", description="Backend of the operator.")
+    backend: Literal["auto", "torch", "triton", "colt5"] = Field("auto", description="Backend of the operator.")
     log_every: int = Field(10, ge=1, description="Steps between two lines of figures.")
     eval_every: int = Field(250, ge=0, description="Steps between two validations; 0: only at the end.")
     eval_batches: int = Field(20, ge=1, description="Batches of a validation during training.")

@@ -60,7 +60,7 @@ def restore_on(path: Path, device: str, dtype: str, backend: str) -> tuple[Resto
     where = pick_device(device)
     restored = restore(path, where, cast(Backend, backend))
     try:
-        choose_backend(cast(Backend, backend), restored.config.model.solver)
+        choose_backend(cast(Backend, backend), restored.config.model.solver, where)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return restored, pick_dtype(cast(Dtype, dtype), where)

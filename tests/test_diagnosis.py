@@ -52,7 +52,7 @@ def test_what_passes(error: float, passed: bool) -> None:
 
 
 def test_both_solvers_have_a_backend_with_its_reason(diagnosis: Diagnosis) -> None:
-    assert set(diagnosis.backends) == {"exact", "iterative"}
+    assert set(diagnosis.backends) == {"cpu, exact", "cpu, iterative"}
     for words in diagnosis.backends.values():
         assert words.startswith("torch (")
 

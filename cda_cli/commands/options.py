@@ -16,5 +16,5 @@ DataOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16: of the matrix products.")]
-BackendOption = Annotated[str, typer.Option("--backend", help="Backend of the operator: auto, torch or colt5.")]
+BackendOption = Annotated[str, typer.Option("--backend", help="Backend of the operator: auto, torch, triton or colt5.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; words go to stderr.")]

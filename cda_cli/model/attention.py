@@ -79,7 +79,15 @@ class Attention(nn.Module):
 
     def _soft_topk_attention(self, query: Tensor, key: Tensor, value: Tensor, sparsity_k: float | Tensor) -> Tensor:
         output = soft_topk_attention(
-            query, key, value, sparsity_k, eps=self.eps, scale=self.scale, backend=self.backend, **self.solver
+            query,
+            key,
+            value,
+            sparsity_k,
+            eps=self.eps,
+            scale=self.scale,
+            backend=self.backend,
+            largest_k=max(1.0, self.config.attn_k),
+            **self.solver,
         )
         return cast(Tensor, output)  # the threshold was not asked for
 

@@ -55,7 +55,8 @@ def soft_topk(
         mask: bool, broadcastable to scores.shape, True = visible; a masked entry gets weight and gradient 0.
         solver: "exact" is the optimum; "iterative" is n_iters steps of ε-scaled coordinate descent from ε = eps_init,
             times eps_decay each step, as `colt5_attention.coor_descent` does it.
-        backend: "auto", "torch" or "colt5" (the published operator; iterative only).
+        backend: "torch", "triton" (the kernels, on a GPU), "colt5" (the published operator; iterative only), or "auto":
+            "triton" on a GPU that can run it, and "torch" elsewhere.
 
     Returns:
         Weights of the shape and dtype of `scores`. Nothing is kept for the backward but the scores and a few numbers
@@ -66,7 +67,7 @@ def soft_topk(
 
     Sources: operator and exact solver, arXiv 2304.04947 (the problem) and Newton on its dual; docs/operator.md.
     """
-    chosen = choose_backend(backend, solver)
+    chosen = choose_backend(backend, solver, scores.device, scores.dtype)
     _check_positive(eps=eps, eps_init=eps_init, n_iters=n_iters)
     if chosen.name == "colt5":
         from cda_cli.ops.published import published_soft_topk
@@ -81,7 +82,7 @@ def soft_topk(
         scores = scores.masked_fill(~mask, -torch.inf)
     budget = _budget(sparsity_k, scores, scores.shape[:-1]).reshape(-1)
     rows = scores.reshape(-1, scores.shape[-1])
-    weights, _ = soft_topk_rows(rows, budget, eps, solver, n_iters, eps_init, eps_decay)
+    weights, _ = soft_topk_rows(rows, budget, eps, solver, n_iters, eps_init, eps_decay, chosen.name)
     return weights.view(scores.shape)
 
 
@@ -94,58 +95,111 @@ def soft_topk_attention(
     eps: float = 0.1,
     scale: float | None = None,
     causal: bool = True,
+    documents: Tensor | None = None,
     solver: Solver = "exact",
     n_iters: int = 20,
     eps_init: float = 4.0,
     eps_decay: float = 0.7,
     backend: Backend = "auto",
+    largest_k: float | None = None,
     return_threshold: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention whose weights are the soft top-k of scale·query·key: each head may attend fully to k keys.
 
     Args:
-        query_BHTD: [B, H, T, D]; key_BHSD, value_BHSD: [B, H, S, D]; float32, bf16, fp16 or float64.
+        query_BHTD: [B, H, T, D]; key_BHSD, value_BHSD: [B, G, S, D] with H a multiple of G: each key head serves H/G
+            neighbouring query heads; float32, bf16, fp16 or float64.
         sparsity_k: the budget k > 0 of a row, a number or a tensor broadcastable to [B, H, T]; differentiable.
         eps: the temperature ε > 0, in the units of the scaled scores.
         scale: factor on the scores; D ** -0.5 where not given.
         causal: query t sees keys up to t + S − T (the last query sees every key, so that cached or null keys stand in
             front). A query that sees no key gets output 0.
-        solver, n_iters, eps_init, eps_decay, backend: as for `soft_topk`.
+        documents: integers [B, S], S ≥ T, of packed texts: a query sees the keys of its own run of equal numbers only,
+            and its k counts there.
+        solver, n_iters, eps_init, eps_decay, backend: as for `soft_topk`. With "triton" the exact solver is fused, with
+            no T × S tensor; the iterative one works through blocks of queries, as "torch" does, on the row kernels.
+        largest_k: an upper bound of a `sparsity_k` that is a tensor. The kernels are faster if they know that it is at
+            most 2; the result does not depend on it.
         return_threshold: also return a [B, H, T], without gradient: weights are min(1, exp((scores + a)/ε)), where ε
             is the last of the annealing for the iterative solver; +inf where k covers all that the query sees.
 
     Returns:
-        Output [B, H, T, D] in the dtype of `value_BHSD`. Backend "torch" works through blocks of queries, so its
-        memory is O(block × S), forward and backward; "colt5" builds the T × S scores.
+        Output [B, H, T, D] in the dtype of `value_BHSD`. Backend "triton" needs O(T) memory; "torch"
+        works through blocks of queries, so its memory is O(block × S), forward and backward; "colt5" builds the T × S
+        scores.
 
     Raises:
         ValueError: a setting without meaning. ImportError: a backend that this machine lacks.
     """
     B, H, T, D = query_BHTD.shape
-    chosen = choose_backend(backend, solver)
+    chosen = choose_backend(backend, solver, query_BHTD.device, query_BHTD.dtype)
     _check_positive(eps=eps, eps_init=eps_init, n_iters=n_iters)
+    _check_shapes(query_BHTD, key_BHSD, value_BHSD, documents)
     budget = _budget(sparsity_k, query_BHTD, (B, H, T))
     scale = D**-0.5 if scale is None else scale
+    if chosen.name == "triton" and solver == "exact":
+        largest_k = largest_k if isinstance(sparsity_k, Tensor) else sparsity_k
+        output, threshold = _fused(
+            query_BHTD, key_BHSD, value_BHSD, budget, documents, eps, scale, causal, largest_k, return_threshold
+        )
+        return output if threshold is None else (output, threshold)
+    if key_BHSD.shape[1] != H:
+        key_BHSD, value_BHSD = (x.repeat_interleave(H // x.shape[1], 1) for x in (key_BHSD, value_BHSD))
     if chosen.name == "colt5":
         if return_threshold:
             raise ValueError("backend 'colt5' does not give the threshold; choose backend 'torch'")
         settings = {"eps": eps, "n_iters": n_iters, "eps_init": eps_init, "eps_decay": eps_decay}
-        return _published_attention(query_BHTD, key_BHSD, value_BHSD, budget, scale, causal, settings)
+        return _published_attention(query_BHTD, key_BHSD, value_BHSD, budget, documents, scale, causal, settings)
     output, threshold, _ = blockwise_attention(
-        query_BHTD, key_BHSD, value_BHSD, budget, eps, scale, causal, solver, n_iters, eps_init, eps_decay
-    )
+        query_BHTD, key_BHSD, value_BHSD, budget, documents,
+        eps, scale, causal, solver, n_iters, eps_init, eps_decay, chosen.name,
+    )  # fmt: skip
     return (output, threshold.detach()) if return_threshold else output
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    budget: Tensor,
+    documents: Tensor | None,
+    eps: float,
+    scale: float,
+    causal: bool,
+    largest_k: float | None,
+    return_threshold: bool,
+) -> tuple[Tensor, Tensor | None]:
+    from cda_cli.ops.triton.attention import fused_attention, threshold
+
+    if scale <= 0:
+        # The kernels compare the products q·k themselves: a negative scale would turn their order round.
+        query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, budget))
+    depth = 1 if largest_k is not None and largest_k <= 2 else 2
+    output, _, stats = fused_attention(query, key, value, budget, documents, eps, scale, causal, depth, trained)
+    return output, threshold(stats.detach(), eps, scale) if return_threshold else None
 
 
 @in_own_precision
 def _published_attention(
-    query: Tensor, key: Tensor, value: Tensor, budget: Tensor, scale: float, causal: bool, settings: dict[str, Any]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    budget: Tensor,
+    documents: Tensor | None,
+    scale: float,
+    causal: bool,
+    settings: dict[str, Any],
 ) -> Tensor:
     from cda_cli.ops.published import published_soft_topk
 
     scores = scale * query.float() @ key.float().transpose(-1, -2)
     T, S = scores.shape[-2:]
     mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T) if causal else None
+    if documents is not None:
+        same = (documents[:, S - T :, None] == documents[:, None, :]).unsqueeze(1)
+        mask = same if mask is None else mask & same
     weights = published_soft_topk(scores, budget, mask=mask, **settings)
     return (weights @ value.float()).to(value.dtype)
 
@@ -163,3 +217,15 @@ def _check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be greater than 0, not {value}")
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> None:
+    B, H, T, D = query.shape
+    G, S = key.shape[1:3]
+    if key.shape != (B, G, S, D) or value.shape[:3] != (B, G, S) or not G or H % G:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: they are "
+            "[B, H, T, D] and twice [B, G, S, D], with H a multiple of G"
+        )
+    if documents is not None and (documents.shape != (B, S) or T > S):
+        raise ValueError(f"documents must be [B, S] = {(B, S)} with S ≥ T = {T}, not {tuple(documents.shape)}")

@@ -1,6 +1,7 @@
 """Attention with the soft top-k in PyTorch, in blocks of queries: O(block × S) memory, forward and backward.
 
 For each block: scores → weights → output. Kept for the backward: one dual per row; the block's scores are recomputed.
+Backend "triton" changes one thing here: its row kernels run the iterative solver on the blocks.
 Registered as the custom operator `cda::soft_topk_attention`, so that torch.compile keeps it whole.
 
 Shapes: B batch, H heads, T queries, S keys, D head width; N = B·H; R = N·t rows of a block of t queries. Scores are
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cda_cli.ops.documents import VisibleRanges, visible_ranges
 from cda_cli.ops.dual import Dual, exact_gradients, parts
 from cda_cli.ops.exact import solve_exact
-from cda_cli.ops.iterative import Annealing, annealing, iterative_dual, iterative_gradients, solve_iterative
+from cda_cli.ops.iterative import Annealing, annealing, iterative_dual, iterative_rows, iterative_rows_gradients
 from cda_cli.ops.precision import in_own_precision
 
 # Scores of one block: on a CPU they should stay in the cache, on a GPU each pass should be worth its launch.
@@ -48,23 +50,30 @@ def blocks(query: Tensor, key: Tensor, causal: bool) -> Iterator[Block]:
         yield Block(start, stop, S - T + stop if causal else S)
 
 
-def block_scores(query: Tensor, key: Tensor, block: Block, causal: bool) -> Tensor:
-    """Scores [N, t, keys] of a block, −inf where a later key is masked."""
+def block_scores(query: Tensor, key: Tensor, block: Block, causal: bool, ranges: VisibleRanges | None) -> Tensor:
+    """Scores [N, t, keys] of a block, −inf where a later key, or one of another document, is masked."""
     scores = query[:, block.start : block.stop] @ key[:, : block.keys].transpose(1, 2)
-    if causal:
+    if ranges is not None:
+        places = torch.arange(block.keys, device=scores.device)
+        first, last = (bound[:, block.start : block.stop, None] for bound in (ranges.first, ranges.last))
+        hidden = (places < first) | (places >= last)
+        scores.view(len(hidden), -1, *scores.shape[1:]).masked_fill_(hidden.unsqueeze(1), -torch.inf)
+    elif causal:
         # Only the last t keys can be out of sight: the rest of the block needs no mask.
         t = block.stop - block.start
-        hidden = torch.full((t, t), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)[:, -block.keys :]
-        scores[..., -t:] += hidden
+        later = torch.full((t, t), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)[:, -block.keys :]
+        scores[..., -t:] += later
     return scores
 
 
-def visible_keys(block: Block, query: Tensor, causal: bool) -> Tensor:
+def visible_keys(block: Block, query: Tensor, causal: bool, ranges: VisibleRanges | None) -> Tensor:
     """Number of keys that each row of the block sees, [N·t]."""
-    t = block.stop - block.start
-    last = block.keys
+    N, t, last = query.shape[0], block.stop - block.start, block.keys
+    if ranges is not None:
+        counts = (ranges.last - ranges.first)[:, block.start : block.stop]
+        return counts.unsqueeze(1).expand(-1, N // len(counts), -1).reshape(-1)
     counts = torch.arange(last - t + 1, last + 1, device=query.device) if causal else torch.full((t,), last)
-    return counts.to(query.device).expand(query.shape[0], t).reshape(-1)
+    return counts.to(query.device).expand(N, t).reshape(-1)
 
 
 def _arithmetic(budget: Tensor, query: Tensor, key: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -79,6 +88,7 @@ def blockwise_attention(
     key: Tensor,
     value: Tensor,
     budget: Tensor,
+    documents: Tensor | None,
     eps: float,
     scale: float,
     causal: bool,
@@ -86,10 +96,12 @@ def blockwise_attention(
     n_iters: int,
     eps_init: float,
     eps_decay: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, H, T, D] in the dtype of `value`, the threshold a [B, H, T], and what the backward needs of each row.
 
-    query [B, H, T, D]; key, value [B, H, S, D]; budget [B, H, T] in the arithmetic dtype. The third output is the
+    query [B, H, T, D]; key, value [B, H, S, D]; budget [B, H, T] in the arithmetic dtype; documents
+    [B, S] or None. The third output is the
     dual in units of ε, [2, B·H, T], for the exact solver, and the history of a, [n_iters, B·H, T], for the iterative.
     """
     exact = solver == "exact"
@@ -97,6 +109,7 @@ def blockwise_attention(
     v = value.flatten(0, 1).to(budget.dtype)
     N, T, _ = q.shape
     plan = annealing(eps, n_iters, eps_init, eps_decay)
+    ranges = None if documents is None else visible_ranges(documents, query.shape[2], causal)
     out = v.new_zeros(N, T, v.shape[-1])
     # What a row without keys gets: everything it sees is capped.
     saved = budget.new_zeros(2 if exact else n_iters, N, T)
@@ -104,13 +117,13 @@ def blockwise_attention(
         saved[0], saved[1] = torch.finfo(budget.dtype).min, 1.0
     for block in blocks(q, k, causal):
         rows = slice(block.start, block.stop)
-        scores = block_scores(q, k, block, causal)
+        scores = block_scores(q, k, block, causal, ranges)
         flat, row_budget = scores.flatten(0, 1), budget.flatten(0, 1)[:, rows].reshape(-1)
         if exact:
-            weights, dual = solve_exact(flat, row_budget, visible_keys(block, q, causal), 1.0)
+            weights, dual = solve_exact(flat, row_budget, visible_keys(block, q, causal, ranges), 1.0)
             saved[:, :, rows] = torch.stack(dual).view(2, *scores.shape[:2])
         else:
-            weights, history = solve_iterative(flat, row_budget, plan)
+            weights, history = iterative_rows(flat, row_budget, plan, backend)
             saved[:, :, rows] = history.view(n_iters, *scores.shape[:2])
         out[:, rows] = torch.bmm(weights.view_as(scores), v[:, : block.keys])
     threshold = eps * Dual(*saved).threshold(1.0) if exact else iterative_dual(saved).threshold(plan.last)
@@ -124,6 +137,7 @@ def _(
     key: Tensor,
     value: Tensor,
     budget: Tensor,
+    documents: Tensor | None,
     eps: float,
     scale: float,
     causal: bool,
@@ -131,6 +145,7 @@ def _(
     n_iters: int,
     eps_init: float,
     eps_decay: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, T, _ = query.shape
     output = value.new_empty(B, H, T, value.shape[-1])
@@ -146,6 +161,7 @@ def blockwise_attention_backward(
     value: Tensor,
     budget: Tensor,
     saved: Tensor,
+    documents: Tensor | None,
     eps: float,
     scale: float,
     causal: bool,
@@ -153,6 +169,7 @@ def blockwise_attention_backward(
     n_iters: int,
     eps_init: float,
     eps_decay: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each in its dtype, and of the budget [B, H, T]."""
     exact = solver == "exact"
@@ -160,11 +177,12 @@ def blockwise_attention_backward(
     q, k = _arithmetic(budget, query, key, factor)
     v, grad_out = value.flatten(0, 1).to(budget.dtype), grad_output.flatten(0, 1).to(budget.dtype)
     plan = annealing(eps, n_iters, eps_init, eps_decay)
+    ranges = None if documents is None else visible_ranges(documents, query.shape[2], causal)
     grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     grad_budget = torch.zeros_like(budget).flatten(0, 1)
     for block in blocks(q, k, causal):
         rows, keys = slice(block.start, block.stop), slice(0, block.keys)
-        scores = block_scores(q, k, block, causal)
+        scores = block_scores(q, k, block, causal, ranges)
         shape, flat = scores.shape, scores.flatten(0, 1)
         grad_weights = torch.bmm(grad_out[:, rows], v[:, keys].transpose(1, 2)).flatten(0, 1)
         row_saved = saved[:, :, rows].flatten(1)
@@ -174,7 +192,7 @@ def blockwise_attention_backward(
             weights = row_parts.weights()
         else:
             weights, grad_scores, grad_rows = _iterative_block(
-                flat, budget.flatten(0, 1)[:, rows].reshape(-1), row_saved, grad_weights, plan
+                flat, budget.flatten(0, 1)[:, rows].reshape(-1), row_saved, grad_weights, plan, backend
             )
         grad_scores, weights = grad_scores.view(shape), weights.view(shape)
         grad_budget[:, rows] = grad_rows.view(shape[:2])
@@ -192,11 +210,11 @@ def blockwise_attention_backward(
 
 
 def _iterative_block(
-    scores: Tensor, budget: Tensor, history: Tensor, grad_weights: Tensor, plan: Annealing
+    scores: Tensor, budget: Tensor, history: Tensor, grad_weights: Tensor, plan: Annealing, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(weights, ∂L/∂s, ∂L/∂k) of one block, from the history of a."""
     weights = (scores + history[-1].unsqueeze(-1)).clamp_(max=0).div_(plan.last).exp_()
-    return weights, *iterative_gradients(scores, budget, history, grad_weights, plan)
+    return weights, *iterative_rows_gradients(scores, budget, history, grad_weights, plan, backend)
 
 
 @blockwise_attention_backward.register_fake
@@ -207,6 +225,7 @@ def _(
     value: Tensor,
     budget: Tensor,
     saved: Tensor,
+    documents: Tensor | None,
     eps: float,
     scale: float,
     causal: bool,
@@ -214,6 +233,7 @@ def _(
     n_iters: int,
     eps_init: float,
     eps_decay: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Contiguous whatever the strides of the inputs, as the real ones are: not empty_like, which would keep them.
     query_grad, key_grad, value_grad, budget_grad = (x.new_empty(x.shape) for x in (query, key, value, budget))
@@ -221,13 +241,13 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, budget, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, budget, output[2])
+    query, key, value, budget, documents, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, budget, output[2], documents)
 
 
 def _backward(ctx: Any, grad_output: Tensor, _grad_threshold: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
     grads = blockwise_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
-    return (*grads, *(None for _ in ctx.settings))
+    return (*grads, None, *(None for _ in ctx.settings))
 
 
 blockwise_attention.register_autograd(_backward, setup_context=_save)

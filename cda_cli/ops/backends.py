@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal, NamedTuple, TypedDict, get_args
 
-Backend = Literal["auto", "torch", "colt5"]
+import torch
+
+Backend = Literal["auto", "torch", "triton", "colt5"]
 Solver = Literal["exact", "iterative"]
+
+# What the kernels ask of a GPU: bf16 in the matrix units and asynchronous copies (Ampere and later).
+LEAST_CAPABILITY = (8, 0)
 
 
 class SolverSettings(TypedDict):
@@ -20,18 +26,52 @@ class SolverSettings(TypedDict):
 class Choice(NamedTuple):
     """The backend that runs, and the reason in a few words."""
 
-    name: Literal["torch", "colt5"]
+    name: Literal["torch", "triton", "colt5"]
     reason: str
 
 
-def choose_backend(backend: Backend, solver: Solver) -> Choice:
-    """The backend for `solver`. Forcing one that cannot run is a ValueError that names the remedy."""
+def choose_backend(
+    backend: Backend, solver: Solver, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Choice:
+    """The backend for `solver` on tensors of `device` and `dtype`.
+
+    "auto" is "triton" on a GPU that can run it and "torch" elsewhere. Forcing a backend that cannot run is a ValueError
+    that names the remedy.
+    """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, not {backend!r}")
     if solver not in get_args(Solver):
         raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, not {solver!r}")
     if backend == "colt5" and solver == "exact":
         raise ValueError("backend 'colt5' has no exact solver; choose solver 'iterative' or backend 'torch'")
-    if backend == "auto":
-        return Choice("torch", "the only backend with both solvers")
+    if backend in ("auto", "triton"):
+        obstacle = _triton_obstacle(device, dtype)
+        if backend == "triton" and obstacle:
+            raise ValueError(f"backend 'triton' cannot run: {obstacle}; choose backend 'torch'")
+        if backend == "triton":
+            return Choice("triton", "asked for")
+        if obstacle or device.type != "cuda":
+            return Choice("torch", obstacle or "the kernels of backend 'triton' are for a GPU")
+        return Choice("triton", "this GPU runs its kernels")
     return Choice(backend, "asked for")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the Triton kernels cannot run, or nothing."""
+    if dtype == torch.float64:
+        return "the kernels compute in float32, and these tensors are float64"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    try:
+        import triton
+    except (ImportError, SystemExit) as error:
+        return f"the package triton cannot be imported ({error})"
+    if device.type == "cpu":
+        interpreted = triton.knobs.runtime.interpret
+        return "" if interpreted else "its kernels are for a GPU (or for TRITON_INTERPRET=1, to check them)"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the kernels were made for NVIDIA GPUs, not for {device.type}"
+    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return "the kernels need a GPU of compute capability 8.0 or later"
+    return ""

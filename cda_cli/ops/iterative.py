@@ -78,6 +78,26 @@ def iterative_gradients(
     return grad_scores.masked_fill_(masked, 0.0), (grad_log_k / budget.clamp(min=1e-20).unsqueeze(-1)).squeeze(-1)
 
 
+def iterative_rows(scores: Tensor, budget: Tensor, plan: Annealing, backend: str) -> tuple[Tensor, Tensor]:
+    """`solve_iterative` by backend "torch", or by the kernels of "triton"."""
+    if backend == "triton":
+        from cda_cli.ops.triton.rows import iterative_forward
+
+        return iterative_forward(scores, budget, plan.steps, plan.last)
+    return solve_iterative(scores, budget, plan)
+
+
+def iterative_rows_gradients(
+    scores: Tensor, budget: Tensor, history: Tensor, grad_weights: Tensor, plan: Annealing, backend: str
+) -> tuple[Tensor, Tensor]:
+    """`iterative_gradients` by backend "torch", or by the kernels of "triton"."""
+    if backend == "triton":
+        from cda_cli.ops.triton.rows import iterative_backward
+
+        return iterative_backward(grad_weights, scores, budget, history, plan.steps, plan.last)
+    return iterative_gradients(scores, budget, history, grad_weights, plan)
+
+
 def iterative_dual(history: Tensor) -> Dual:
     """The last a as a dual whose temperature is the final ε of the annealing."""
     return Dual(-history[-1], torch.ones_like(history[-1]))

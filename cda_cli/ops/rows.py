@@ -1,4 +1,4 @@
-"""The row operator in PyTorch: the custom operator `cda::soft_topk`, which torch.compile keeps whole.
+"""The row operator: the custom operator `cda::soft_topk`, which torch.compile keeps whole, in PyTorch or in Triton.
 
 Saved for the backward: the scores, k and one dual per row; the weights are recomputed.
 """
@@ -17,13 +17,27 @@ from cda_cli.ops.iterative import annealing, iterative_gradients, solve_iterativ
 
 @torch.library.custom_op("cda::soft_topk", mutates_args=())
 def soft_topk_rows(
-    scores: Tensor, budget: Tensor, eps: float, solver: str, n_iters: int, eps_init: float, eps_decay: float
+    scores: Tensor,
+    budget: Tensor,
+    eps: float,
+    solver: str,
+    n_iters: int,
+    eps_init: float,
+    eps_decay: float,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Weights [R, n] in the dtype of `scores`, and what the backward needs of each row.
 
     scores [R, n], −inf where masked; budget [R] in the arithmetic dtype. The second output is the dual, [2, R] (shift,
-    offset), for the exact solver and the history of a, [n_iters, R], for the iterative one; it has no gradient.
+    peak), for the exact solver and the history of a, [n_iters, R], for the iterative one; it has no gradient.
+    backend is "torch" or "triton"; the latter computes in float32.
     """
+    if backend == "triton":
+        from cda_cli.ops.triton import rows as kernels
+
+        if solver == "exact":
+            return kernels.exact_forward(scores, budget, eps)
+        return kernels.iterative_forward(scores, budget, *annealing(eps, n_iters, eps_init, eps_decay))
     rows = scores.to(budget.dtype)
     if solver == "exact":
         weights, dual = solve_exact(_finite(rows), budget, (rows > -torch.inf).sum(-1), eps)
@@ -35,7 +49,14 @@ def soft_topk_rows(
 
 @soft_topk_rows.register_fake
 def _(
-    scores: Tensor, budget: Tensor, eps: float, solver: str, n_iters: int, eps_init: float, eps_decay: float
+    scores: Tensor,
+    budget: Tensor,
+    eps: float,
+    solver: str,
+    n_iters: int,
+    eps_init: float,
+    eps_decay: float,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     return scores.new_empty(scores.shape), budget.new_empty(2 if solver == "exact" else n_iters, *budget.shape)
 
@@ -51,8 +72,16 @@ def soft_topk_rows_backward(
     n_iters: int,
     eps_init: float,
     eps_decay: float,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """(∂L/∂s [R, n] in the dtype of `scores`, ∂L/∂k [R])."""
+    if backend == "triton":
+        from cda_cli.ops.triton import rows as kernels
+
+        if solver == "exact":
+            return kernels.exact_backward(grad_weights, scores, saved, eps)
+        plan = annealing(eps, n_iters, eps_init, eps_decay)
+        return kernels.iterative_backward(grad_weights, scores, budget, saved, *plan)
     rows, grad = scores.to(budget.dtype), grad_weights.to(budget.dtype)
     if solver == "exact":
         grad_scores, grad_budget = exact_gradients(parts(_finite(rows), Dual(*saved), eps), grad)
@@ -74,6 +103,7 @@ def _(
     n_iters: int,
     eps_init: float,
     eps_decay: float,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     return scores.new_empty(scores.shape), budget.new_empty(budget.shape)
 

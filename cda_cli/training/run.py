@@ -100,7 +100,7 @@ def make_plan(setup: Setup, run: Path) -> Plan:
         device=describe_device(setup.device),
         dtype=str(setup.dtype).removeprefix("torch."),
         compiled=setup.compiled is not setup.model,
-        backend=describe_backend(config),
+        backend=describe_backend(config, setup.device),
         first_step=setup.step,
         steps=optim.steps,
         tokens_per_step=per_step * config.model.seq_len,

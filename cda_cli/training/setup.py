@@ -129,7 +129,7 @@ def build(
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.run.dtype, device)
     torch.manual_seed(config.run.seed)
-    describe_backend(config)  # a backend that cannot run is an error before any work
+    describe_backend(config, device)  # a backend that cannot run is an error before any work
     model = Transformer(config.model, config.run.backend).to(device)
     optimizer = build_optimizer(model, config.optim)
     state: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
@@ -175,13 +175,13 @@ def remarks(config: Config) -> list[str]:
     return said
 
 
-def describe_backend(config: Config) -> str:
+def describe_backend(config: Config, device: torch.device) -> str:
     """Which code computes the attention and the feed-forward, and why."""
     model = config.model
     if model.attention == "softmax" and model.ff == "gelu":
         return "PyTorch SDPA (no layer selects with coordinate descent)"
     try:
-        choice = choose_backend(config.run.backend, model.solver)
+        choice = choose_backend(config.run.backend, model.solver, device)
     except ValueError as error:
         raise DeviceError(str(error)) from error
     return f"{choice.name}, {model.solver} solver ({choice.reason})"

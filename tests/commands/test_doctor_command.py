@@ -41,7 +41,7 @@ def test_json_is_all_of_stdout(cda: Cda) -> None:
     document, end = json.JSONDecoder().raw_decode(result.out)
     assert result.out[end:] == "\n"
     assert set(document) == {"versions", "devices", "backends", "checks"}
-    assert set(document["backends"]) == {"exact", "iterative"}
+    assert set(document["backends"]) == {"cpu, exact", "cpu, iterative"}
     assert len(document["checks"]) == 11
     for check in document["checks"]:
         assert set(check) == {"name", "error", "tolerance", "passed"}

@@ -10,9 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cda_cli.ops import reference_gradients, reference_soft_topk
+from cda_cli.ops import reference_gradients, reference_soft_topk, soft_topk
 from cda_cli.ops.reference import Solution
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNIT = 2.0**-24  # rounding of float32
 # A slow machine is no failure.
 untimed = settings(deadline=None)
@@ -172,3 +173,25 @@ def any_rows(draw: st.DrawFn) -> Rows:
     share = draw(st.sampled_from((None, 0.1, 0.5, 0.9)))
     mask = None if share is None else random_mask(*shape, seed=seed + 1, share=share)
     return Rows(scores, k, eps, mask)
+
+
+BACKENDS = ("torch", "triton")
+# float64 is for PyTorch alone: the kernels compute in float32.
+BACKENDS_AND_DTYPES = [
+    (backend, dtype)
+    for backend in BACKENDS
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    if backend == "torch" or dtype != torch.float64
+]
+
+
+def soft_topk_of(backend: str) -> Callable[..., Tensor]:
+    """`soft_topk` with this backend, on the device that it is for; inputs and weights stay where the test has them."""
+
+    def door(scores: Tensor, sparsity_k: float | Tensor, *, mask: Tensor | None = None, **settings: object) -> Tensor:
+        device = DEVICE if backend == "triton" else scores.device
+        k = sparsity_k.to(device) if isinstance(sparsity_k, Tensor) else sparsity_k
+        mask = None if mask is None else mask.to(device)
+        return soft_topk(scores.to(device), k, mask=mask, backend=backend, **settings).to(scores.device)
+
+    return door

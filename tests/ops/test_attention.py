@@ -4,144 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from colt5_attention.coor_descent import coor_descent
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from cda_cli.ops import reference_attention, reference_gradients, soft_topk, soft_topk_attention
-from tests.ops.cases import UNIT, Rows, assert_within, differentiable, random_rows, untimed
+from cda_cli.ops import reference_soft_topk, soft_topk, soft_topk_attention
+from tests.ops.attention_problems import (
+    ANNEALING,
+    CASES,
+    NAMES,
+    Problem,
+    assert_close,
+    expect,
+    problem,
+    published_weights,
+    run,
+    smooth,
+)
+from tests.ops.cases import UNIT, assert_within, random_rows, untimed
 
-NAMES = ("output", "∂L/∂query", "∂L/∂key", "∂L/∂value", "∂L/∂k")
-# Leaving the annealing unfinished, so that its last ε is neither the given one nor that of the last update.
-ANNEALING = {"n_iters": 6, "eps_init": 3.0, "eps_decay": 0.7}
-
-
-class Problem(NamedTuple):
-    """query [B,H,T,D], key and value [B,H,S,D], a budget that broadcasts to [B,H,T], and ∂L/∂output."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    budget: Tensor
-    grad_output: Tensor
-    eps: float
-    scale: float
-    causal: bool
-
-    def seen(self) -> Tensor:
-        """[T, S], True where the query sees the key, from the definition: s ≤ t + S − T."""
-        T, S = self.query.shape[2], self.key.shape[2]
-        places = torch.arange(S) - torch.arange(T).unsqueeze(-1)
-        return places <= S - T if self.causal else torch.ones(T, S, dtype=torch.bool)
-
-    def rows(self) -> Rows:
-        """The problem of each query, in float64."""
-        scores = self.scale * self.query.double() @ self.key.double().transpose(-1, -2)
-        return Rows(scores, self.budget.double(), self.eps, self.seen())
-
-
-def problem(
-    shape: tuple[int, int, int, int, int],
-    budget: float | tuple[int, ...],
-    *,
-    dtype: torch.dtype = torch.float32,
-    eps: float = 0.2,
-    scale: float | None = None,
-    causal: bool = True,
-    seed: int = 0,
-) -> Problem:
-    """Of shape B, H, T, S, D; `budget` is a number, or the shape of budgets from 0.3 on."""
-    B, H, T, S, D = shape
-    query, grad_output = random_rows(B, H, T, D, seed=seed), random_rows(B, H, T, D, seed=seed + 1)
-    key, value = random_rows(B, H, S, D, seed=seed + 2), random_rows(B, H, S, D, seed=seed + 3)
-    k = 0.3 + 3 * random_rows(*budget, seed=seed + 4).abs() if isinstance(budget, tuple) else torch.tensor(budget)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    query, key, value, grad_output = (tensor.to(dtype) for tensor in (query, key, value, grad_output))
-    return Problem(query, key, value, k.to(wide), grad_output, eps, D**-0.5 if scale is None else scale, causal)
-
-
-def run(this: Problem, **settings: object) -> list[Tensor]:
-    """What NAMES names, by the door."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in this[:4]]
-    output = soft_topk_attention(*leaves, eps=this.eps, scale=this.scale, causal=this.causal, **settings)
-    return [output.detach(), *torch.autograd.grad(output, leaves, this.grad_output)]
-
-
-def expect(this: Problem, solver: str = "exact") -> list[Tensor]:
-    """What NAMES names, in float64 and dense: the specification, or the published operator where a query sees a key."""
-    query, key, value, grad_output = (tensor.double() for tensor in (*this[:3], this.grad_output))
-    grad_weights = grad_output @ value.transpose(-1, -2)
-    rows = this.rows()
-    budget = this.budget.double().expand(rows.scores.shape[:-1])
-    if solver == "exact":
-        _, solution = reference_attention(query, key, value, budget, this.eps, this.scale, this.causal)
-        weights = solution.weights
-        grad_scores, grad_budget = reference_gradients(solution, budget, this.eps, grad_weights)
-    else:
-        weights, grad_scores, grad_budget = _published_weights(rows, budget, grad_weights)
-    return [
-        weights @ value,
-        this.scale * grad_scores @ key,
-        this.scale * grad_scores.transpose(-1, -2) @ query,
-        weights.transpose(-1, -2) @ grad_output,
-        grad_budget.sum_to_size(this.budget.shape),
-    ]
-
-
-def _published_weights(rows: Rows, budget: Tensor, grad_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    seeing = rows.visible().expand_as(rows.scores).any(-1)
-    scores, k = rows.scores[seeing].requires_grad_(), budget[seeing].requires_grad_()
-    mask = rows.visible().expand_as(rows.scores)[seeing]
-    found = coor_descent(scores, k=k, mask=mask, eps=rows.eps, **ANNEALING)
-    grad_scores, grad_k = torch.autograd.grad(found, (scores, k), grad_weights[seeing])
-    weights, all_grad_scores, grad_budget = (torch.zeros_like(x) for x in (rows.scores, rows.scores, budget))
-    weights[seeing], all_grad_scores[seeing], grad_budget[seeing] = found.detach(), grad_scores, grad_k
-    return weights.detach(), all_grad_scores, grad_budget
-
-
-def assert_close(actual: list[Tensor], expected: list[Tensor], relative: float, this: Problem) -> None:
-    """To `relative` of the largest entry (of 1, for the output of queries that see nothing)."""
-    for name, mine, exact, given_one in zip(NAMES, actual, expected, (this.value, *this[:4]), strict=True):
-        assert mine.dtype == given_one.dtype, name
-        assert_within(mine, exact, relative * exact.abs().max().clamp(min=1e-3).item(), name)
-
-
-def smooth(this: Problem, margin: float) -> bool:
-    rows = this.rows()
-    _, solution = reference_attention(
-        this.query, this.key, this.value, rows.budget(), this.eps, this.scale, this.causal
-    )
-    spread = Rows(rows.scores, rows.budget(), rows.eps, rows.visible().expand_as(rows.scores))
-    return bool(differentiable(spread, solution, margin).all())
-
-
-CASES = {
-    "T=S": problem((2, 3, 17, 17, 8), 2.0),
-    "a budget of each query": problem((2, 3, 19, 19, 7), (2, 3, 19)),
-    "a budget of each head": problem((2, 3, 9, 9, 5), (3, 1)),
-    "k=1 is softmax": problem((1, 2, 12, 12, 4), 1.0),
-    "keys in front": problem((1, 2, 13, 22, 16), (1, 2, 13)),
-    "one query against a cache": problem((2, 2, 1, 41, 8), 2.5),
-    "queries that see nothing": problem((2, 1, 21, 13, 6), (2, 1, 21)),
-    "many blocks": problem((1, 2, 70, 75, 4), 3.0),
-    "k larger than the visible keys": problem((1, 2, 11, 11, 3), 5.0),
-    "k larger than all keys": problem((1, 2, 11, 11, 3), 11.5),
-    "not causal": problem((2, 2, 15, 18, 9), (2, 2, 15), causal=False),
-    "not causal, T>S": problem((1, 2, 18, 5, 9), 2.0, causal=False),
-    "D=1": problem((1, 3, 14, 14, 1), 2.0),
-    "D=40": problem((1, 1, 23, 23, 40), 2.0),
-    "a scale of its own": problem((1, 2, 16, 16, 8), 2.0, scale=0.9),
-    "a negative scale": problem((1, 2, 16, 16, 8), 2.0, scale=-0.4),
-    "a small eps": problem((1, 2, 16, 16, 8), 2.0, eps=0.03),
-    "a large eps": problem((1, 2, 16, 16, 8), 2.0, eps=4.0),
-    "one of each": problem((1, 1, 1, 1, 1), 0.5),
-}
 cases = pytest.mark.parametrize("name", CASES)
 solvers = pytest.mark.parametrize("solver", ["exact", "iterative"])
 
@@ -233,6 +118,7 @@ def test_the_weights_follow_from_the_threshold(name: str, solver: str) -> None:
         eps=this.eps,
         scale=this.scale,
         causal=this.causal,
+        documents=this.documents,
         solver=solver,
         return_threshold=True,
         **ANNEALING,
@@ -244,14 +130,13 @@ def test_the_weights_follow_from_the_threshold(name: str, solver: str) -> None:
     budget = this.budget.double().expand(rows.scores.shape[:-1])
     if solver == "exact":
         last_eps = this.eps
-        _, solution = reference_attention(*this[:3], budget, this.eps, this.scale, this.causal)
-        expected = solution.weights
+        expected = reference_soft_topk(rows.scores, budget, this.eps, rows.mask).weights
         full = this.seen().sum(-1).expand_as(budget) <= budget
         assert (threshold[full] == torch.inf).all()
         assert threshold[~full].isfinite().all()
     else:
         last_eps = max(ANNEALING["eps_init"] * ANNEALING["eps_decay"] ** ANNEALING["n_iters"], this.eps)
-        expected, _, _ = _published_weights(rows, budget, torch.zeros_like(rows.scores))
+        expected, _, _ = published_weights(rows, budget, torch.zeros_like(rows.scores))
     exponent = (rows.scores + threshold.double().unsqueeze(-1)) / last_eps
     weights = exponent.clamp(max=0).exp() * this.seen()
     tol = 1e-5 + 4 * UNIT * rows.scores.abs().max().item() / last_eps

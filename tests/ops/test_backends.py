@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +15,7 @@ from torch import Tensor
 from cda_cli.ops import choose_backend, soft_topk, soft_topk_attention
 from cda_cli.ops.attention import blockwise_attention, blockwise_attention_backward
 from cda_cli.ops.rows import soft_topk_rows, soft_topk_rows_backward
-from tests.ops.cases import assert_within, random_mask, random_rows
+from tests.ops.cases import DEVICE, assert_within, random_mask, random_rows
 
 ITERATIVE = {"solver": "iterative", "n_iters": 7, "eps_init": 3.0, "eps_decay": 0.6, "eps": 0.2}
 
@@ -86,7 +89,7 @@ def test_the_exact_solver_refuses_colt5_and_names_the_remedy(door: Callable[...,
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"backend": "cuda"}, "auto, torch, colt5, not 'cuda'"),
+        ({"backend": "cuda"}, "auto, torch, triton, colt5, not 'cuda'"),
         ({"solver": "newton"}, "exact, iterative, not 'newton'"),
         ({"eps": 0.0}, "eps must be greater than 0"),
         ({"eps": -1.0}, "eps must be greater than 0"),
@@ -114,11 +117,32 @@ def test_colt5_refuses_to_give_a_threshold() -> None:
 
 
 @pytest.mark.parametrize("solver", ["exact", "iterative"])
-def test_auto_is_torch(solver: str) -> None:
-    chosen = choose_backend("auto", solver)
+def test_auto_is_torch_on_a_cpu(solver: str) -> None:
+    chosen = choose_backend("auto", solver, torch.device("cpu"))
     assert chosen.name == "torch"
     assert chosen.reason
     assert torch.equal(rows_door(backend="auto", solver=solver), rows_door(backend="torch", solver=solver))
+
+
+def test_triton_refuses_what_it_cannot_run_and_names_the_remedy() -> None:
+    """No quiet way round: float64 here, and a CPU without the interpreter in a process of its own."""
+    with pytest.raises(ValueError, match="float64; choose backend 'torch'"):
+        soft_topk(random_rows(3, 9).double(), 2.0, backend="triton")
+    program = (
+        "import torch; from cda_cli.ops import choose_backend as c; "
+        "print(c('auto', 'exact', torch.device('cpu'))); c('triton', 'exact', torch.device('cpu'))"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert "name='torch'" in done.stdout
+    assert "ValueError: backend 'triton' cannot run: its kernels are for a GPU" in done.stderr
+    assert "choose backend 'torch'" in done.stderr
+
+
+def test_float64_is_never_computed_in_float32() -> None:
+    """Left to itself, a machine with kernels still takes the torch backend for float64."""
+    chosen = choose_backend("auto", "exact", torch.device(DEVICE), torch.float64)
+    assert chosen.name == "torch"
 
 
 @pytest.mark.parametrize("solver", ["exact", "iterative"])
@@ -143,7 +167,7 @@ def test_autocast_changes_nothing_for_colt5() -> None:
 
 def row_samples(solver: str, dtype: torch.dtype) -> tuple[object, ...]:
     budget = torch.full((4,), 2.5, requires_grad=True)
-    return random_rows(4, 9).to(dtype).requires_grad_(), budget, 0.1, solver, 5, 4.0, 0.7
+    return random_rows(4, 9).to(dtype).requires_grad_(), budget, 0.1, solver, 5, 4.0, 0.7, "torch"
 
 
 def attention_samples(solver: str, dtype: torch.dtype) -> tuple[object, ...]:
@@ -151,7 +175,7 @@ def attention_samples(solver: str, dtype: torch.dtype) -> tuple[object, ...]:
     # As a model makes its heads: views of [B, T, H, D].
     half = [tensor.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key, value)]
     half = [tensor.requires_grad_() for tensor in half]
-    return *half, budget.requires_grad_(), 0.1, 0.3, True, solver, 5, 4.0, 0.7
+    return *half, budget.requires_grad_(), None, 0.1, 0.3, True, solver, 5, 4.0, 0.7, "torch"
 
 
 @pytest.mark.parametrize("solver", ["exact", "iterative"])
@@ -170,9 +194,9 @@ def test_the_registered_backwards_keep_the_rules_of_torch(solver: str) -> None:
         scores, budget, *settings = row_samples(solver, torch.float32)
         weights, saved = soft_topk_rows(scores, budget, *settings)
         torch.library.opcheck(soft_topk_rows_backward, (weights, scores, budget, saved, *settings), test_utils=checks)
-        query, key, value, budget, *settings = attention_samples(solver, torch.float32)
-        output, _, saved = blockwise_attention(query, key, value, budget, *settings)
-        arguments = (output, query, key, value, budget, saved, *settings)
+        query, key, value, budget, documents, *settings = attention_samples(solver, torch.float32)
+        output, _, saved = blockwise_attention(query, key, value, budget, documents, *settings)
+        arguments = (output, query, key, value, budget, saved, documents, *settings)
         torch.library.opcheck(blockwise_attention_backward, arguments, test_utils=checks)
 
 

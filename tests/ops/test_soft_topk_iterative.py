@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cda_cli.ops import reference_soft_topk, soft_topk
-from tests.ops.cases import assert_within, gradients, random_mask, random_rows, untimed
+from tests.ops.cases import BACKENDS, assert_within, gradients, random_mask, random_rows, soft_topk_of, untimed
 
+BACKENDS_AND_DTYPES = [("torch", torch.float32), ("torch", torch.float64), ("triton", torch.float32)]
 SEED_SETTINGS = {"eps": 0.1, "n_iters": 20, "eps_init": 4.0, "eps_decay": 0.7}
 
 
@@ -21,12 +22,13 @@ def published(scores: Tensor, budget: Tensor, **settings: object) -> Tensor:
     return coor_descent(scores, k=budget, **settings)
 
 
-def ours(scores: Tensor, budget: Tensor, **settings: object) -> Tensor:
-    return soft_topk(scores, budget, solver="iterative", **settings)
+def assert_parity(backend: str, scores: Tensor, budget: Tensor, mask: Tensor | None, **settings: float) -> None:
+    """λ, ∂s and ∂k, to the natural scale of a summand of the unrolled gradient: max |g|/ε.
 
-
-def assert_parity(scores: Tensor, budget: Tensor, mask: Tensor | None, **settings: float) -> None:
-    """λ, ∂s and ∂k, to the natural scale of a summand of the unrolled gradient: max |g|/ε."""
+    PyTorch repeats the published operations one by one, and so their rounding. The kernels take the same order, but
+    with an exp, a log and sums of their own, and one unit in the last place of a (2.4e-7 where |a| is from 2 to 4) is
+    1.2e-5 of a weight at ε = 0.02: on top of the rule they may be off by what the published float32 result itself is.
+    """
     precision = 1e-9 if scores.dtype == torch.float64 else 1e-5
     if mask is not None:
         # Autograd through the published code has no finite gradient in a row that sees nothing.
@@ -36,27 +38,34 @@ def assert_parity(scores: Tensor, budget: Tensor, mask: Tensor | None, **setting
         return
     grad_weights = random_rows(*scores.shape, seed=77).to(scores.dtype)
     expected = gradients(published, scores, budget, grad_weights, mask=mask, **settings)
-    actual = gradients(ours, scores, budget, grad_weights, mask=mask, **settings)
+    door = soft_topk_of(backend)
+    actual = gradients(door, scores, budget, grad_weights, mask=mask, solver="iterative", **settings)
     scale = precision * max(1.0, grad_weights.abs().max().item()) / settings["eps"]
-    assert_within(actual[0], expected[0], precision, "λ")
-    assert_within(actual[1], expected[1], scale, "∂L/∂s")
-    assert_within(actual[2], expected[2], scale, "∂L/∂k")
+    rounding = [0.0, 0.0, 0.0]
+    if backend == "triton":
+        exact = gradients(published, scores.double(), budget.double(), grad_weights.double(), mask=mask, **settings)
+        rounding = [(ours - theirs).abs().max().item() for ours, theirs in zip(expected, exact, strict=True)]
+    assert_within(actual[0], expected[0], precision + rounding[0], "λ")
+    assert_within(actual[1], expected[1], scale + rounding[1], "∂L/∂s")
+    assert_within(actual[2], expected[2], scale + rounding[2], "∂L/∂k")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("eps", [0.02, 0.1, 1.0, 4.0, 6.0])
 @pytest.mark.parametrize("k", [0.5, 1.0, 2.0, 12.3, 90.0])
-def test_parity_with_the_published_operator(dtype: torch.dtype, masked: bool, eps: float, k: float) -> None:
+def test_parity_with_the_published_operator(
+    backend: str, dtype: torch.dtype, masked: bool, eps: float, k: float
+) -> None:
     """At the annealing of the seed, from far fewer than n to more than n, and with ε above its own start."""
     scores = random_rows(8, 77, seed=1).to(dtype)
     mask = random_mask(8, 77, seed=2, share=0.6) if masked else None
-    assert_parity(scores, torch.full((8,), k, dtype=dtype), mask, **{**SEED_SETTINGS, "eps": eps})
+    assert_parity(backend, scores, torch.full((8,), k, dtype=dtype), mask, **{**SEED_SETTINGS, "eps": eps})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("name", ["equal", "tied", "led", "far"])
-def test_parity_on_rows_at_the_edge(name: str, dtype: torch.dtype) -> None:
+def test_parity_on_rows_at_the_edge(name: str, backend: str, dtype: torch.dtype) -> None:
     """All equal, ties at the cap, one score leading by 1,000 ε, far from zero."""
     scores = {
         "equal": torch.full((4, 19), 3.7),
@@ -64,7 +73,7 @@ def test_parity_on_rows_at_the_edge(name: str, dtype: torch.dtype) -> None:
         "led": torch.cat((random_rows(4, 18), torch.full((4, 1), 100.0)), -1),
         "far": random_rows(4, 19) - 50,
     }[name]
-    assert_parity(scores.to(dtype), torch.tensor([1.0, 2.0, 2.5, 7.0], dtype=dtype), None, **SEED_SETTINGS)
+    assert_parity(backend, scores.to(dtype), torch.tensor([1.0, 2.0, 2.5, 7.0], dtype=dtype), None, **SEED_SETTINGS)
 
 
 @untimed
@@ -73,7 +82,7 @@ def test_parity_whatever_the_annealing(data: st.DataObject) -> None:
     """Any shape, any k per row, n_iters from 1 to 25, eps_decay up to 1.0 and eps_init on either side of ε."""
     shape = (*data.draw(st.lists(st.integers(1, 4), max_size=2)), data.draw(st.integers(1, 60)))
     seed = data.draw(st.integers(0, 2**32))
-    dtype = data.draw(st.sampled_from((torch.float32, torch.float64)))
+    backend, dtype = data.draw(st.sampled_from(BACKENDS_AND_DTYPES))
     settings = {
         "eps": data.draw(st.floats(0.05, 4.0)),
         "n_iters": data.draw(st.integers(1, 25)),
@@ -86,9 +95,9 @@ def test_parity_whatever_the_annealing(data: st.DataObject) -> None:
     if mask is not None and not shape[:-1]:
         mask[0] = True
         scores = random_rows(*shape, seed=seed).to(dtype)
-        assert_parity(scores[None], budget[None], mask[None], **settings)
+        assert_parity(backend, scores[None], budget[None], mask[None], **settings)
     else:
-        assert_parity(random_rows(*shape, seed=seed).to(dtype), budget, mask, **settings)
+        assert_parity(backend, random_rows(*shape, seed=seed).to(dtype), budget, mask, **settings)
 
 
 def test_eps_is_decayed_once_more_after_the_last_update() -> None:
@@ -119,12 +128,14 @@ def test_many_iterations_approach_the_optimum() -> None:
     assert_within(weights, reference_soft_topk(scores, 3.5, 0.3).weights, 1e-10, "λ")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_float32_inside(dtype: torch.dtype) -> None:
+def test_half_precision_is_float32_inside(dtype: torch.dtype, backend: str) -> None:
     """The published float32 result on the rounded inputs, rounded once."""
     scores, grad_weights = random_rows(8, 50).to(dtype), random_rows(8, 50, seed=1).to(dtype)
     budget = torch.full((8,), 2.5)
-    weights, grad_scores, grad_k = gradients(ours, scores, budget, grad_weights, **SEED_SETTINGS)
+    door = soft_topk_of(backend)
+    weights, grad_scores, grad_k = gradients(door, scores, budget, grad_weights, solver="iterative", **SEED_SETTINGS)
     expected = gradients(published, scores.float(), budget, grad_weights.float(), **SEED_SETTINGS)
     unit = torch.finfo(dtype).eps / 2
     assert weights.dtype == grad_scores.dtype == dtype

@@ -1,0 +1,405 @@
+"""Attention forward in two passes over the keys, no T × S tensor.
+
+`solve_kernel` finds the dual of each row; `output_kernel` sums the values under the weights that the dual gives.
+
+The first pass keeps, for each row, the largest scores of BLOCK_N classes of keys (column j of every tile) out of the
+running sum of the others: an insertion is two comparisons per score, with no branch and no exception for ties, and
+whatever falls out of a class joins the sum. Newton's method on these few candidates is exact as soon as no score of
+the sum is capped; where one is (two large scores of one class, or many capped entries), further passes over the keys
+finish it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cda_cli.ops.triton.tiles import (
+    BEYOND,
+    HIDDEN,
+    capped_exp2,
+    load_dual,
+    load_tile,
+    powers,
+    product,
+    rounded,
+    store_tile,
+    visible_range,
+)
+
+
+@triton.jit
+def _scores(
+    q,
+    base,
+    start,
+    stride,
+    S,
+    first,
+    last,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """q·k of one tile of keys, HIDDEN where CHECK finds a key out of sight."""
+    columns = start + tl.arange(0, BLOCK_N)
+    k = load_tile(base, columns, stride, S, D, BLOCK_D, CHECK)
+    scores = product(q, tl.trans(k))
+    if CHECK:
+        visible = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+        scores = tl.where(visible, scores, HIDDEN)
+    return scores
+
+
+@triton.jit
+def _insert(
+    q,
+    base,
+    start,
+    stride,
+    S,
+    first,
+    last,
+    top,
+    second,
+    largest,
+    total,
+    shift,
+    factor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr,
+    CHECK: tl.constexpr,
+    MOVE: tl.constexpr,
+):
+    """One tile of keys into the classes: top ≥ second (kept where DEPTH is 2); what falls out joins the sum.
+
+    MOVE follows the row's maximum with `shift`; without it the shift stays, which saves a reduction for each tile.
+    """
+    scores = _scores(q, base, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, CHECK)
+    if MOVE:
+        new_shift = tl.maximum(shift, tl.max(scores, 1))
+        total *= tl.exp2((shift - new_shift) * factor)[:, None]
+        shift = new_shift
+    out = tl.minimum(top, scores)
+    top = tl.maximum(top, scores)
+    if DEPTH == 2:
+        lower = tl.minimum(second, out)
+        second = tl.maximum(second, out)
+        out = lower
+        largest = tl.maximum(largest, out)
+    total += tl.exp2(out * factor - (shift * factor)[:, None])
+    return top, second, largest, total, shift
+
+
+@triton.jit
+def _refine(
+    q,
+    base,
+    start,
+    stride,
+    S,
+    first,
+    last,
+    cut,
+    count,
+    largest,
+    total,
+    factor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """One tile of a Newton pass: how many scores exceed `cut`, the largest of the others and their sum."""
+    scores = _scores(q, base, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, CHECK)
+    capped = scores * factor > cut[:, None]
+    count += tl.sum(capped.to(tl.float32), 1)
+    scores = tl.where(capped, HIDDEN, scores)
+    shift = tl.maximum(largest, tl.max(scores, 1))
+    added = tl.sum(tl.exp2(scores * factor - (shift * factor)[:, None]), 1)
+    return count, shift, total * tl.exp2((largest - shift) * factor) + added
+
+
+@triton.jit
+def solve_kernel(
+    query,
+    key,
+    budget,
+    first_ptr,
+    last_ptr,
+    stats,
+    factor,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    heads,
+    group,
+    T,
+    S,
+    rows_total,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    RANGES: tl.constexpr,
+):
+    """stats [4, B, H, T] float32 of every row: shift, in units of q·k; peak and margin, in powers of two; mass = k − m.
+
+    λ = exp2(min(0, y)) with y = factor·(q·k − shift) + peak; an entry is capped if y > margin, the threshold that told
+    capped from free when the last of them was capped: further from both than the rounding of a backward's scores.
+    """
+    # The last queries of a causal row see the most keys: they go first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = tl.program_id(1)
+    batch, head = row // heads, row % heads
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first, last = visible_range(rows, T, S, first_ptr + batch * T, last_ptr + batch * T, CAUSAL, RANGES)
+    base_q = query + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    base_k = key + batch.to(tl.int64) * stride_kb + (head // group).to(tl.int64) * stride_kh
+    q = load_tile(base_q, rows, stride_qt, T, D, BLOCK_D, True)
+    place = row.to(tl.int64) * T + rows
+    k_row = tl.load(budget + place, mask=rows < T, other=1.0)
+
+    low, high = tl.min(first) // BLOCK_N * BLOCK_N, tl.max(last)
+    full_low = (tl.max(first) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_high = tl.maximum(tl.min(last) // BLOCK_N * BLOCK_N, full_low)
+    top = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
+    second = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
+    largest = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    reference = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    # The tiles at the borders and one other move the shift; it then stays for the rest of the row.
+    if RANGES:
+        for start in range(low, tl.minimum(full_low, high), BLOCK_N):
+            top, second, largest, total, reference = _insert(
+                q, base_k, start, stride_ks, S, first, last, top, second, largest, total, reference, factor, D,
+                BLOCK_D, BLOCK_N, DEPTH, True, True,
+            )  # fmt: skip
+    for start in range(full_high, high, BLOCK_N):
+        top, second, largest, total, reference = _insert(
+            q, base_k, start, stride_ks, S, first, last, top, second, largest, total, reference, factor, D, BLOCK_D,
+            BLOCK_N, DEPTH, True, True,
+        )  # fmt: skip
+    if full_low < full_high:
+        top, second, largest, total, reference = _insert(
+            q, base_k, full_low, stride_ks, S, first, last, top, second, largest, total, reference, factor, D,
+            BLOCK_D, BLOCK_N, DEPTH, False, True,
+        )  # fmt: skip
+    for start in range(full_low + BLOCK_N, full_high, BLOCK_N):
+        top, second, largest, total, reference = _insert(
+            q, base_k, start, stride_ks, S, first, last, top, second, largest, total, reference, factor, D, BLOCK_D,
+            BLOCK_N, DEPTH, False, False,
+        )  # fmt: skip
+
+    # Newton on the candidates, from nothing capped, in powers of two.
+    reference *= factor
+    rest = tl.sum(total, 1)
+    hidden = tl.max(largest, 1) * factor
+    top *= factor
+    count = tl.zeros([BLOCK_M], tl.float32)
+    cut = tl.full([BLOCK_M], BEYOND, tl.float32)
+    highest = tl.max(top, 1)
+    shift = highest
+    free = tl.sum(tl.exp2(top - shift[:, None]), 1) + rest * tl.exp2(reference - shift)
+    if DEPTH == 2:
+        second *= factor
+        free += tl.sum(tl.exp2(second - shift[:, None]), 1)
+    level = tl.log2(k_row / free)
+    offset = level - shift
+    covered = (last - first).to(tl.float32) <= k_row
+    # A row goes on while its largest free weight exceeds 1 and another entry may be capped.
+    going = (shift + offset > 0) & (k_row > 1) & ~covered
+    while tl.max(going.to(tl.int32)) > 0:
+        capped = top > -offset[:, None]
+        new_count = tl.sum(capped.to(tl.float32), 1)
+        free_top = tl.where(capped, HIDDEN * factor, top)
+        new_shift = tl.max(free_top, 1)
+        if DEPTH == 2:
+            capped = second > -offset[:, None]
+            new_count += tl.sum(capped.to(tl.float32), 1)
+            free_second = tl.where(capped, HIDDEN * factor, second)
+            new_shift = tl.maximum(new_shift, tl.max(free_second, 1))
+        free = tl.sum(tl.exp2(free_top - new_shift[:, None]), 1) + rest * tl.exp2(reference - new_shift)
+        if DEPTH == 2:
+            free += tl.sum(tl.exp2(free_second - new_shift[:, None]), 1)
+        # As many as k entries above 1 can only be all 1 to rounding: none of them is capped.
+        going = going & (new_count < k_row)
+        cut = tl.where(going, -offset, cut)
+        count = tl.where(going, new_count, count)
+        shift = tl.where(going, new_shift, shift)
+        level = tl.where(going, tl.log2((k_row - new_count) / free), level)
+        offset = level - shift
+        going = going & (shift + offset > 0) & (count + 1 < k_row)
+
+    # The sum has lost its accuracy where it overflowed, or where what is free lies far below the shift: start again.
+    lost = (rest > 1e37) | (reference - shift > 60)
+    if DEPTH == 1:
+        lost = lost | (k_row > 2)  # whether the sum hides a capped entry is not known here
+    shift = tl.where(lost, highest, shift)
+    level = tl.where(lost, tl.log2(k_row / (last - first + 1).to(tl.float32)), level)
+    offset = level - shift
+    going = lost & ~covered
+    if DEPTH == 2:
+        going = going | ((hidden + offset > 0) & (count + 1 < k_row) & ~covered)
+    # Rows with a capped entry outside the candidates: the same step over all keys.
+    while tl.max(going.to(tl.int32)) > 0:
+        new_count = tl.zeros([BLOCK_M], tl.float32)
+        largest_row = tl.full([BLOCK_M], HIDDEN, tl.float32)
+        free = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(low, full_low, BLOCK_N):
+            new_count, largest_row, free = _refine(
+                q, base_k, start, stride_ks, S, first, last, -offset, new_count, largest_row, free, factor, D,
+                BLOCK_D, BLOCK_N, True,
+            )  # fmt: skip
+        for start in range(full_low, full_high, BLOCK_N):
+            new_count, largest_row, free = _refine(
+                q, base_k, start, stride_ks, S, first, last, -offset, new_count, largest_row, free, factor, D,
+                BLOCK_D, BLOCK_N, False,
+            )  # fmt: skip
+        for start in range(full_high, high, BLOCK_N):
+            new_count, largest_row, free = _refine(
+                q, base_k, start, stride_ks, S, first, last, -offset, new_count, largest_row, free, factor, D,
+                BLOCK_D, BLOCK_N, True,
+            )  # fmt: skip
+        new_shift = largest_row * factor
+        going = going & (new_count < k_row)
+        cut = tl.where(going, tl.where(new_count > 0, -offset, BEYOND), cut)
+        count = tl.where(going, new_count, count)
+        shift = tl.where(going, new_shift, shift)
+        level = tl.where(going, tl.log2((k_row - new_count) / free), level)
+        offset = level - shift
+        going = going & (shift + offset > 0) & (count + 1 < k_row)
+
+    margin = tl.where(count > 0, cut + offset, BEYOND)
+    inside = rows < T
+    tl.store(stats + place, tl.where(covered, 0.0, shift / factor), mask=inside)
+    tl.store(stats + rows_total + place, tl.where(covered, BEYOND, level), mask=inside)
+    tl.store(stats + 2 * rows_total + place, tl.where(covered, -BEYOND, margin), mask=inside)
+    tl.store(stats + 3 * rows_total + place, tl.where(covered, 0.0, k_row - count), mask=inside)
+
+
+@triton.jit
+def _accumulate(
+    q,
+    base_k,
+    base_v,
+    start,
+    stride_ks,
+    stride_vs,
+    S,
+    first,
+    last,
+    shift,
+    peak,
+    margin,
+    free,
+    capped,
+    factor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """One tile of values under their weights; `capped` takes those of the capped entries where SPLIT is on."""
+    columns = start + tl.arange(0, BLOCK_N)
+    k = load_tile(base_k, columns, stride_ks, S, D, BLOCK_D, CHECK)
+    v = load_tile(base_v, columns, stride_vs, S, D, BLOCK_D, CHECK)
+    power = powers(product(q, tl.trans(k)), shift[:, None], peak[:, None], factor, k.dtype)
+    weights = capped_exp2(power)
+    if CHECK:
+        visible = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+        weights = tl.where(visible, weights, 0.0)
+    if SPLIT:
+        above = power > margin[:, None]
+        free += product(rounded(tl.where(above, 0.0, weights), v.dtype), v)
+        capped += product(rounded(tl.where(above, weights, 0.0), v.dtype), v)
+    else:
+        free += product(rounded(weights, v.dtype), v)
+    return free, capped
+
+
+@triton.jit
+def output_kernel(
+    query,
+    key,
+    value,
+    stats,
+    first_ptr,
+    last_ptr,
+    output,
+    free_output,
+    factor,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    heads,
+    group,
+    T,
+    S,
+    rows_total,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    RANGES: tl.constexpr,
+):
+    """output [B, H, T, D] = Σ λ v; with SPLIT also free_output, the part of the free entries, for the backward."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = tl.program_id(1)
+    batch, head = row // heads, row % heads
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first, last = visible_range(rows, T, S, first_ptr + batch * T, last_ptr + batch * T, CAUSAL, RANGES)
+    base_q = query + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    base_k = key + batch.to(tl.int64) * stride_kb + (head // group).to(tl.int64) * stride_kh
+    base_v = value + batch.to(tl.int64) * stride_vb + (head // group).to(tl.int64) * stride_vh
+    q = load_tile(base_q, rows, stride_qt, T, D, BLOCK_D, True)
+    place = row.to(tl.int64) * T + rows
+    shift, peak, margin = load_dual(stats + place, rows < T, rows_total)
+
+    low, high = tl.min(first) // BLOCK_N * BLOCK_N, tl.max(last)
+    full_low = (tl.max(first) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_high = tl.maximum(tl.min(last) // BLOCK_N * BLOCK_N, full_low)
+    free = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    capped = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if RANGES:
+        for start in range(low, tl.minimum(full_low, high), BLOCK_N):
+            free, capped = _accumulate(
+                q, base_k, base_v, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, free, capped,
+                factor, D, BLOCK_D, BLOCK_N, SPLIT, True,
+            )  # fmt: skip
+    for start in range(full_low, full_high, BLOCK_N):
+        free, capped = _accumulate(
+            q, base_k, base_v, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, free, capped,
+            factor, D, BLOCK_D, BLOCK_N, SPLIT, False,
+        )  # fmt: skip
+    for start in range(full_high, high, BLOCK_N):
+        free, capped = _accumulate(
+            q, base_k, base_v, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, free, capped,
+            factor, D, BLOCK_D, BLOCK_N, SPLIT, True,
+        )  # fmt: skip
+
+    place_o = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    if SPLIT:
+        store_tile(free_output + place_o, rows, stride_ot, T, rounded(free, free_output.dtype.element_ty), D, BLOCK_D)
+        free += capped
+    store_tile(output + place_o, rows, stride_ot, T, rounded(free, output.dtype.element_ty), D, BLOCK_D)

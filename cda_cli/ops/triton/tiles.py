@@ -1,0 +1,94 @@
+"""What the attention kernels share: the keys that a query sees, and one tile of scores.
+
+Names inside kernels: M rows of queries, N of keys, D head width (BLOCK_D is the power of two that holds it). Scores are
+the raw products q·k; `factor` = scale·log2(e)/ε turns them into powers of two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# A score that nothing reaches; finite, so that differences of two of them are 0 and not NaN.
+HIDDEN = tl.constexpr(-1e20)
+# Beyond every offset and margin: "every key is capped", "no key is".
+BEYOND = tl.constexpr(1e30)
+# Triton's interpreter multiplies the bit patterns of bf16, and cuts off where a GPU rounds.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def visible_range(rows, T, S, first_ptr, last_ptr, CAUSAL: tl.constexpr, RANGES: tl.constexpr):
+    """[first, last): the keys that each query of `rows` sees."""
+    if RANGES:
+        first = tl.load(first_ptr + rows, mask=rows < T, other=0)
+        last = tl.load(last_ptr + rows, mask=rows < T, other=0)
+    else:
+        first = rows * 0
+        last = tl.minimum(tl.maximum(rows + (S - T + 1), 0), S) if CAUSAL else first + S
+    return first, last
+
+
+@triton.jit
+def load_tile(base, rows, stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+    """[rows, BLOCK_D] of a matrix whose row `limit` and channel D are the first outside it; zeros there."""
+    channels = tl.arange(0, BLOCK_D)
+    pointers = base + rows[:, None] * stride + channels[None, :]
+    if CHECK and BLOCK_D != D:
+        return tl.load(pointers, mask=(rows < limit)[:, None] & (channels < D)[None, :], other=0.0)
+    if CHECK:
+        return tl.load(pointers, mask=(rows < limit)[:, None], other=0.0)
+    if BLOCK_D != D:
+        return tl.load(pointers, mask=(channels < D)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_tile(base, rows, stride, limit, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    channels = tl.arange(0, BLOCK_D)
+    pointers = base + rows[:, None] * stride + channels[None, :]
+    tl.store(pointers, tile, mask=(rows < limit)[:, None] & (channels < D)[None, :])
+
+
+@triton.jit
+def product(left, right):
+    """left @ right in float32; float32 operands are not rounded to tf32."""
+    if INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def load_dual(stats, inside, rows_total):
+    """shift, peak and margin of rows; a row outside weighs nothing."""
+    shift = tl.load(stats, mask=inside, other=0.0)
+    peak = tl.load(stats + rows_total, mask=inside, other=-BEYOND)
+    margin = tl.load(stats + 2 * rows_total, mask=inside, other=BEYOND)
+    return shift, peak, margin
+
+
+@triton.jit
+def powers(scores, shift, peak, factor, dtype: tl.constexpr):
+    """log2 of the weights of `scores` before the cap, factor·(q·k − shift) + peak.
+
+    float32 keeps the digits that |q·k| ≫ |q·k − shift| would cost; for half precision one multiply-add does.
+    """
+    if dtype == tl.float32:
+        return (scores - shift) * factor + peak
+    return scores * factor + (peak - shift * factor)
+
+
+@triton.jit
+def capped_exp2(power):
+    """min(1, exp2(power)); NaN stays NaN, so that a broken query or key shows in the output."""
+    return tl.exp2(tl.minimum(power, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 `x` in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)

@@ -1,0 +1,350 @@
+"""The fused attention against float64: on a GPU where there is one, elsewhere in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cda_cli.ops import reference_soft_topk, soft_topk, soft_topk_attention
+from cda_cli.ops.triton.attention import fused_attention, fused_attention_backward
+from tests.ops.attention_problems import (
+    ANNEALING,
+    CASES,
+    NAMES,
+    Problem,
+    assert_close,
+    expect,
+    packed,
+    problem,
+    run,
+    smooth,
+)
+from tests.ops.cases import DEVICE, UNIT, assert_within, random_rows
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def fused(this: Problem, **settings: object) -> list[Tensor]:
+    return run(this, DEVICE, backend="triton", **settings)
+
+
+class Scores(torch.autograd.Function):
+    """query·keyᵀ with factors in their dtype and float32 sums, forward and backward, as matrix units have it."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key)
+        return query.float() @ key.float().transpose(-1, -2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = ctx.saved_tensors
+        grad = grad.to(query.dtype)
+        return grad @ key, grad.transpose(-1, -2) @ query
+
+
+def plain(this: Problem, rounded_scores: bool) -> list[Tensor]:
+    """Dense attention in PyTorch in the dtype of the problem; the scores in it too, or in float32."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in this[:4]]
+    query, key, value, budget = leaves
+    group = query.shape[1] // key.shape[1]
+    keys = key.repeat_interleave(group, 1)
+    scores = this.scale * (query @ keys.transpose(-1, -2) if rounded_scores else Scores.apply(query, keys))
+    weights = soft_topk(scores, budget, eps=this.eps, mask=this.seen(), backend="torch")
+    output = weights.to(value.dtype) @ value.repeat_interleave(group, 1)
+    return [output.detach(), *torch.autograd.grad(output, leaves, this.grad_output)]
+
+
+def differentiable_problem(shape: tuple[int, int, int, int, int], k: float, **settings: Any) -> Problem:
+    """The first seed without a kink; k is given for each query, so that each has its own gradient."""
+    for seed in range(100):
+        this = problem(shape, k, seed=seed, **settings)
+        if smooth(this, 1e-4):
+            break
+    return this._replace(budget=this.budget.expand(this.query.shape[:3]).clone())
+
+
+def assert_at_most_twice_plain(this: Problem, **settings: object) -> None:
+    """The accuracy rule of a kernel: against float64, at most twice the error of plain PyTorch in the same dtype.
+
+    The error is ‖x − x*‖; the largest single one may be five times that of plain PyTorch, being one draw of a noise.
+    Where plain PyTorch has float32 scores, ‖x − x*‖ is at most three times its own: as in any flash attention, δ comes
+    from the rounded output.
+    """
+    assert smooth(this, 1e-4), "a kink of the operator: its gradient there is not one number"
+    expected = expect(this)
+    results = zip(NAMES, fused(this, **settings), plain(this, True), plain(this, False), expected, strict=True)
+    for name, mine, theirs, careful, exact in results:
+        assert mine.dtype == theirs.dtype, name
+        error, rough, fine = (tensor.double() - exact for tensor in (mine, theirs, careful))
+        assert error.norm() <= 2 * rough.norm(), f"{name}: error {error.norm():.3e}, plain PyTorch {rough.norm():.3e}"
+        assert error.norm() <= 3 * fine.norm(), f"{name}: error {error.norm():.3e}, float32 scores {fine.norm():.3e}"
+        assert_within(mine, exact, 5 * rough.abs().max().item(), name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_output_and_every_gradient(name: str) -> None:
+    this = CASES[name]
+    assert_close(fused(this), expect(this), 1e-4, this)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_output_keeps_the_rule_of_the_weights(name: str) -> None:
+    """Weights to 1e-5 + 4u·max|s|/ε, so rows of the output to k times that, times the largest value."""
+    this = CASES[name]
+    tol = 1e-5 + 4 * UNIT * this.rows().scores.abs().max().item() / this.eps
+    bound = tol * this.budget.max().item() * this.value.abs().max().item()
+    assert_within(fused(this)[0], expect(this)[0], bound, "output")
+
+
+WIDTHS = (16, 32, 64, 80, 96, 128, 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_head_width(width: int, dtype: torch.dtype) -> None:
+    """With lengths that no tile divides, keys in front, grouped heads and a learned budget."""
+    assert_at_most_twice_plain(problem((1, 2, 75, 90, width), (1, 2, 75), dtype=dtype, key_heads=1, eps=0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("k", [1.0, 1.5, 2.0, 3.0, 8.0, 16.0, 40.0])
+def test_every_budget(k: float, dtype: torch.dtype) -> None:
+    assert_at_most_twice_plain(differentiable_problem((1, 2, 131, 131, 32), k, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("k", [2.0, 6.0])
+def test_packed_documents(causal: bool, dtype: torch.dtype, k: float) -> None:
+    """Some longer than a tile, some of one token, starting where they will."""
+    documents = torch.stack((packed(70, 1, 2, 80, 40), packed(3, 130, 60)))
+    assert_at_most_twice_plain(
+        differentiable_problem((2, 2, 150, 193, 16), k, dtype=dtype, causal=causal, documents=documents)
+    )
+
+
+@settings(deadline=None, max_examples=100 if DEVICE == "cuda" else 15)
+@given(data=st.data())
+def test_any_shape_as_the_torch_backend(data: st.DataObject) -> None:
+    """In float32, both backends on the same tensors: output and every gradient."""
+    B, group, G = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    T, S, D = (data.draw(st.integers(1, most), name) for most, name in ((70, "T"), (70, "S"), (40, "D")))
+    H = G * group
+    budget = data.draw(st.sampled_from((1.0, 2.0, 5.5, (B, H, T), (H, 1))))
+    documents = None
+    if T <= S and data.draw(st.booleans()):
+        documents = torch.rand(B, S, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))) < 0.1
+        documents = documents.cumsum(1)
+    this = problem(
+        (B, H, T, S, D),
+        budget,
+        eps=data.draw(st.floats(0.05, 4.0)),
+        causal=data.draw(st.booleans()),
+        seed=data.draw(st.integers(0, 2**32)),
+        key_heads=G,
+        documents=documents,
+    )
+    actual, expected = fused(this), run(this, backend="torch")
+    if not smooth(this, 1e-4):
+        actual, expected = actual[:1], expected[:1]
+    for name, mine, theirs in zip(NAMES, actual, expected, strict=False):
+        assert_within(mine, theirs, 3e-4 * theirs.abs().max().clamp(min=1e-2).item(), name)
+
+
+def with_scores(scores: Tensor, k: float, eps: float) -> Problem:
+    """One head whose scores are `scores` [T, S] exactly: the keys are unit vectors, the queries the rows."""
+    T, S = scores.shape
+    identity, value = torch.eye(S)[None, None], random_rows(1, 1, S, S, seed=7)
+    return Problem(
+        scores[None, None], identity, value, torch.tensor(k), random_rows(1, 1, T, S, seed=8), eps, 1.0, False
+    )
+
+
+def hard_rows() -> dict[str, Tensor]:
+    rows = random_rows(3, 200)
+    equal = torch.zeros(3, 200)
+    tied = torch.tensor([3.0, 3.0, 2.0, 2.0, 2.0, 1.0, 1.0, 0.0, 0.0, -1.0]).repeat(20).roll(3).expand(2, -1).clone()
+    led = rows.clone()
+    led[:, 77] += 100.0
+    two_led = led.clone()
+    two_led[:, 13] += 300.0
+    one_class = rows.clone()
+    for place in (5, 37, 69, 101, 133, 165):  # one class of keys, whatever the width of a tile up to 32
+        one_class[:, place] = 4 + place / 100
+    far = rows + 1000.0
+    spread = rows * 50
+    return {
+        "all equal": equal, "ties": tied, "one leads by 1000 eps": led, "two lead by far": two_led,
+        "many large scores of one class": one_class, "far from zero": far, "a wide spread": spread,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("k", [1.0, 1.7, 2.0, 3.0, 5.0, 9.5])
+@pytest.mark.parametrize("name", hard_rows())
+def test_hard_rows(name: str, k: float) -> None:
+    """The inputs that the accuracy rules name, in float32: the output under the rule of the weights."""
+    this = with_scores(hard_rows()[name], k, 0.1)
+    tol = 1e-5 + 4 * UNIT * this.query.abs().max().item() / this.eps
+    assert_within(fused(this)[0], expect(this)[0], tol * k * this.value.abs().max().item(), "output")
+
+
+@pytest.mark.parametrize("k", [2.0, 5.0])
+@pytest.mark.parametrize("name", ["all equal", "one leads by 1000 eps", "many large scores of one class"])
+def test_gradients_of_hard_rows(name: str, k: float) -> None:
+    this = with_scores(hard_rows()[name] * torch.tensor([[1.0], [0.9], [1.1]]), k, 0.1)
+    assert_close(fused(this), expect(this), 1e-3, this)
+
+
+def test_a_wrong_bound_of_k_costs_time_and_nothing_else() -> None:
+    this = problem((1, 2, 90, 90, 16), (1, 2, 90))
+    assert this.budget.max() > 2
+    assert_close(fused(this, largest_k=1.0), expect(this), 1e-4, this)
+
+
+THRESHOLDS = ("a budget of each query", "k larger than the visible keys", "grouped heads", "documents")
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_the_weights_follow_from_the_threshold(name: str) -> None:
+    this = CASES[name]
+    inputs = [tensor.to(DEVICE) for tensor in this[:4]]
+    _, threshold = soft_topk_attention(*inputs, **this.settings(DEVICE), backend="triton", return_threshold=True)
+    rows = this.rows()
+    budget = this.budget.double().expand(rows.scores.shape[:-1])
+    exponent = (rows.scores + threshold.double().cpu().unsqueeze(-1)) / this.eps
+    expected = reference_soft_topk(rows.scores, budget, this.eps, rows.mask)
+    assert torch.equal(threshold.cpu().isinf(), expected.threshold.isinf())
+    tol = 1e-5 + 4 * UNIT * rows.scores.abs().max().item() / this.eps
+    assert_within(exponent.clamp(max=0).exp() * this.seen(), expected.weights, tol, "λ from the threshold")
+
+
+def test_training_and_inference_give_the_same_output() -> None:
+    """Training sums the capped and the free values apart."""
+    this = problem((1, 2, 90, 90, 32), 2.0)
+    inputs = [tensor.to(DEVICE) for tensor in this[:4]]
+    output = soft_topk_attention(*inputs, **this.settings(), backend="triton")
+    assert_within(output.cpu(), fused(this)[0], 1e-5, "output")
+
+
+def test_the_backward_is_deterministic() -> None:
+    this = problem((1, 4, 150, 150, 16), 2.0, dtype=torch.bfloat16, key_heads=2)
+    first, second = fused(this), fused(this)
+    for name, one, other in zip(NAMES, first, second, strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_nan_query_or_key_shows_in_the_output() -> None:
+    query, key, value = (random_rows(1, 1, 70, 16, seed=seed).to(DEVICE) for seed in range(3))
+    spoilt = query.clone()
+    spoilt[0, 0, 40, 3] = torch.nan
+    output = soft_topk_attention(spoilt, key, value, 2.0, backend="triton")
+    assert output[0, 0, 40].isnan().all()
+    assert output[0, 0, 41:].isfinite().all()
+    spoilt = key.clone()
+    spoilt[0, 0, 40, 3] = torch.nan
+    output = soft_topk_attention(query, spoilt, value, 2.0, backend="triton")
+    assert output[0, 0, :40].isfinite().all()
+    assert output[0, 0, 40:].isnan().all()
+
+
+FENCE, MARK = 64, 12345.0
+
+
+@pytest.fixture
+def fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """Every new tensor lies inside a larger one, poisoned; the borders must stand at the end."""
+    made: list[Tensor] = []
+
+    def new_empty(self: Tensor, *shape: object, dtype: torch.dtype | None = None, **_: object) -> Tensor:
+        sizes = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+        whole = torch.full((sizes.numel() + 2 * FENCE,), MARK, device=self.device, dtype=dtype or self.dtype)
+        whole[FENCE : FENCE + sizes.numel()] = torch.nan
+        made.append(whole)
+        return whole[FENCE : FENCE + sizes.numel()].view(sizes)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield made
+    assert len(made) >= 6, "the operator makes its tensors in another way: this test sees nothing"
+    for whole in made:
+        mark = torch.full((FENCE,), MARK, dtype=whole.dtype)
+        assert torch.equal(whole[:FENCE].cpu(), mark), "something was written before the start"
+        assert torch.equal(whole[-FENCE:].cpu(), mark), "something was written past the end"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_element_is_written_and_nothing_else(fenced: list[Tensor], dtype: torch.dtype) -> None:
+    this = problem((2, 2, 67, 71, 20), (2, 2, 67), dtype=dtype, key_heads=1)
+    for name, tensor in zip(NAMES, fused(this), strict=True):
+        assert tensor.isfinite().all(), f"{name} has an element that nothing wrote"
+
+
+def samples(dtype: torch.dtype, documents: Tensor | None) -> tuple[object, ...]:
+    """Arguments of the registered operator, with heads that are views, as a model makes them."""
+    this = problem((2, 4, 20, 23, 16), (2, 4, 20), dtype=dtype, key_heads=2)
+    heads = [x.to(DEVICE).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in this[:3]]
+    documents = None if documents is None else documents.to(DEVICE)
+    return *heads, this.budget.to(DEVICE).requires_grad_(), documents, 0.2, 0.25, True, 2, True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("documents", [None, packed(9, 14).expand(2, -1)])
+def test_the_registered_operators_keep_the_rules_of_torch(dtype: torch.dtype, documents: Tensor | None) -> None:
+    """Schema, fake shapes and strides, autograd registration; of the backward, what a gradient needs not."""
+    arguments = samples(dtype, documents)
+    torch.library.opcheck(
+        fused_attention, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+    )
+    with torch.no_grad():
+        query, key, value, _, documents, eps, scale, causal, *_ = arguments
+        output, free, stats = fused_attention(*arguments)
+        backward = output, query, key, value, free, stats, documents, eps, scale, causal
+        torch.library.opcheck(fused_attention_backward, backward, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiled_attention_equals_eager_attention() -> None:
+    """One graph without a break, with the same values and gradients."""
+
+    def function(query: Tensor, key: Tensor, value: Tensor, budget: Tensor) -> Tensor:
+        heads = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        output = soft_topk_attention(*heads, budget, eps=0.3, backend="triton", largest_k=2)
+        return output.transpose(1, 2).flatten(2) + 1
+
+    inputs = [random_rows(2, 9, 3, 8, seed=seed).to(DEVICE) for seed in range(3)]
+    inputs.append(1 + random_rows(2, 3, 9, seed=5).abs().clamp(max=1).to(DEVICE))
+    results = []
+    for door in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        output = door(*leaves)
+        results.append([output, *torch.autograd.grad(output, leaves, torch.ones_like(output))])
+    for name, eager, compiled in zip(NAMES, *results, strict=True):
+        assert_within(compiled.cpu(), eager.cpu(), 1e-6, name)
+
+
+def test_the_iterative_solver_runs_on_the_row_kernels() -> None:
+    """In blocks of queries, equal to the torch backend."""
+    this = problem((1, 2, 40, 44, 8), (1, 2, 40), documents=packed(13, 31)[None])
+    expected = run(this, backend="torch", solver="iterative", **ANNEALING)
+    for name, mine, theirs in zip(NAMES, fused(this, solver="iterative", **ANNEALING), expected, strict=True):
+        assert_within(mine, theirs, 1e-4 * theirs.abs().max().item(), name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": (1, 3, 9, 8)}, "H a multiple of G"),
+        ({"value": (1, 2, 8, 8)}, "do not fit"),
+        ({"documents": (1, 8)}, "documents must be"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change: dict[str, tuple[int, ...]], message: str) -> None:
+    shapes = {"query": (1, 4, 9, 8), "key": (1, 2, 9, 8), "value": (1, 2, 9, 8)} | change
+    tensors = {name: random_rows(*shape) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        soft_topk_attention(tensors["query"], tensors["key"], tensors["value"], 2.0, documents=tensors.get("documents"))
