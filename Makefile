@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test lint format bench docs clean
+.PHONY: help setup demo test test-gpu lint format bench bench-gpu docs clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,10 @@ demo: setup ## Train, evaluate, sample from and inspect a small model, in about 
 test: setup ## Run the tests
 	$(BIN)/python -m pytest
 
+test-gpu: setup ## Run the tests of the operator and its kernels on a GPU
+	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu needs a CUDA device")'
+	$(BIN)/python -m pytest tests/ops
+
 lint: setup ## Check style, types and generated docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,6 +47,9 @@ docs: setup ## Rewrite the generated parts of the docs
 
 bench: setup ## Measure speed on this CPU: the tables of docs/benchmarks.md
 	$(BIN)/python benchmarks/cpu.py
+
+bench-gpu: setup ## Measure speed on a GPU: the tables of docs/kernels.md
+	$(BIN)/python benchmarks/gpu.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

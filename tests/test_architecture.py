@@ -278,6 +278,8 @@ def test_files_can_be_read_in_one_sitting(folder: str) -> None:
     """And each is named after what is in it."""
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
-    long = [str(path) for path in files if len(path.read_text(encoding="utf-8").splitlines()) >= 400]
-    assert not long, f"400 lines or more: {', '.join(long)}"
+    kernels = ROOT / "cda_cli" / "ops" / "triton"
+    limits = {path: 600 if kernels in path.parents else 400 for path in files}
+    long = [str(path) for path, limit in limits.items() if len(path.read_text(encoding="utf-8").splitlines()) >= limit]
+    assert not long, f"400 lines or more, or 600 for kernels: {', '.join(long)}"
     assert not [path for path in files if path.stem in {"utils", "util", "misc"}]

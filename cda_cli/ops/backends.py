@@ -53,7 +53,7 @@ def choose_backend(
         if obstacle or device.type != "cuda":
             return Choice("torch", obstacle or "the kernels of backend 'triton' are for a GPU")
         return Choice("triton", "this GPU runs its kernels")
-    return Choice(backend, "asked for")
+    return Choice("colt5" if backend == "colt5" else "torch", "asked for")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

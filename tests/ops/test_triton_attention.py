@@ -233,6 +233,23 @@ def test_training_and_inference_give_the_same_output() -> None:
     assert_within(output.cpu(), fused(this)[0], 1e-5, "output")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("documents", [None, packed(60, 71).expand(2, -1)])
+def test_a_few_queries_against_a_cache(T: int, documents: Tensor | None, dtype: torch.dtype) -> None:
+    """Decoding: without gradients, over blocks of keys; as plain PyTorch, and the threshold too."""
+    this = problem((2, 4, T, 131, 24), (2, 4, T), dtype=dtype, key_heads=2, documents=documents)
+    inputs = [tensor.to(DEVICE) for tensor in this[:4]]
+    output, threshold = soft_topk_attention(*inputs, **this.settings(DEVICE), backend="triton", return_threshold=True)
+    expected = expect(this)[0]
+    error = (plain(this, False)[0].double() - expected).norm()
+    assert output.dtype == dtype
+    assert (output.cpu().double() - expected).norm() <= 2 * error
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    _, blocks = soft_topk_attention(*leaves, **this.settings(DEVICE), backend="triton", return_threshold=True)
+    assert_within(threshold.cpu(), blocks.cpu(), 1e-4, "threshold")
+
+
 def test_the_backward_is_deterministic() -> None:
     this = problem((1, 4, 150, 150, 16), 2.0, dtype=torch.bfloat16, key_heads=2)
     first, second = fused(this), fused(this)

@@ -14,8 +14,12 @@ from torch import Tensor
 
 from cda_cli.ops.documents import VisibleRanges, visible_ranges
 from cda_cli.ops.triton.attention_backward import delta_kernel, key_value_kernel, query_kernel
-from cda_cli.ops.triton.attention_forward import output_kernel, solve_kernel
+from cda_cli.ops.triton.attention_forward import few_scores_kernel, output_kernel, solve_kernel
+from cda_cli.ops.triton.rows import exact_forward
 from cda_cli.ops.triton.tiles import BEYOND
+
+# Up to so many queries are too few for a program per block of queries.
+FEW_QUERIES = 4
 
 
 class Tile(NamedTuple):
@@ -35,32 +39,35 @@ class Tile(NamedTuple):
 
 
 def tile(kernel: str, width: int, dtype: torch.dtype) -> Tile:
-    """The tile of each kernel, as measured on an H200 (docs/kernels.md)."""
+    """The tile of each kernel for heads of `width`, as measured on an H200 (docs/kernels.md)."""
     if dtype == torch.float32:
         # Exact float32 products run outside the matrix units and keep both operands in registers.
         return Tile(16, 32, 4, 1) if width > 64 else Tile(32, 32, 4, 1)
     if width > 128:
         return {
-            "solve": Tile(64, 64, 4, 2),
+            "solve 1": Tile(64, 64, 4, 2),
+            "solve 2": Tile(64, 64, 4, 2),
             "output": Tile(64, 64, 4, 2),
             "split": Tile(64, 32, 8, 2),
-            "query": Tile(64, 32, 8, 2),
+            "query": Tile(64, 32, 4, 2),
             "key_value": Tile(32, 64, 8, 1),
         }[kernel]
     if width > 64:
         return {
-            "solve": Tile(64, 64, 4, 3, 168),
+            "solve 1": Tile(64, 64, 4, 3, 168),
+            "solve 2": Tile(64, 64, 4, 3),
             "output": Tile(64, 64, 4, 3),
             "split": Tile(64, 64, 4, 3),
             "query": Tile(64, 64, 4, 2),
             "key_value": Tile(32, 64, 4, 3),
         }[kernel]
     return {
-        "solve": Tile(64, 64, 4, 3, 168),
+        "solve 1": Tile(64, 64, 4, 3, 168),
+        "solve 2": Tile(64, 64, 4, 3),
         "output": Tile(64, 64, 4, 3),
         "split": Tile(64, 32, 4, 3),
         "query": Tile(64, 64, 4, 3),
-        "key_value": Tile(64, 64, 4, 3),
+        "key_value": Tile(64, 64, 4, 2),
     }[kernel]
 
 
@@ -72,6 +79,42 @@ def _heads_inside(x: Tensor, length: int) -> Tensor:
     """An empty [B, H, length, D] whose memory is [B, length, H, D], so that merging the heads needs no copy."""
     B, H, _, D = x.shape
     return x.new_empty(B, length, H, D).transpose(1, 2)
+
+
+def _few_queries(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    budget: Tensor,
+    ranges: VisibleRanges,
+    eps: float,
+    scale: float,
+    causal: bool,
+    documents: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fused_attention`, for a few queries against a long cache: a program for each block of keys, not of queries.
+
+    The scores [B, H, T, S] are few here; the row kernels solve them, and one product with the values ends it.
+    """
+    B, H, T, D = query.shape
+    G, S = key.shape[1:3]
+    scores = query.new_empty((B, H, T, S), dtype=torch.float32)
+    few_scores_kernel[triton.cdiv(S, 64), B * G](
+        query, key, ranges.first, ranges.last, scores, scale, *query.stride()[:3], *key.stride()[:3], G, H // G, T, S,
+        D=D, BLOCK_D=_padded(D), BLOCK_M=max(16, triton.next_power_of_2(H // G * T)), BLOCK_N=64,
+        CAUSAL=causal, RANGES=documents, num_warps=4,
+    )  # fmt: skip
+    weights, (shift, peak) = exact_forward(scores.view(-1, S), budget.view(-1), eps)
+    weights = weights.to(value.dtype).view(B, G, H // G * T, S)
+    output = _heads_inside(query, T).copy_((weights @ value).view(B, H, T, D))
+    covered = shift <= torch.finfo(shift.dtype).min
+    stats = torch.stack((
+        torch.where(covered, 0.0, shift / scale),
+        torch.where(covered, BEYOND.value, peak.log2()),
+        torch.zeros_like(shift),  # margin and mass are for a backward, which this has not
+        torch.zeros_like(shift),
+    ))  # fmt: skip
+    return output, query.new_empty(0), stats.view(4, B, H, T)
 
 
 def _ranges(documents: Tensor | None, query: Tensor, causal: bool) -> VisibleRanges:
@@ -97,9 +140,9 @@ def fused_attention(
     scale: float,
     causal: bool,
     depth: int,
-    split: bool,
+    trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, H, T, D], the free entries' part of it (if `split`, and in half precision only), and statistics.
+    """Output [B, H, T, D], the free entries' part of it (if `trained`, and in half precision only), and statistics.
 
     query [B, H, T, D]; key, value [B, G, S, D] with H a multiple of G, all of one dtype (float32, bf16, fp16) and
     contiguous in the last dimension; budget [B, H, T] float32; documents [B, S] or None; scale > 0. `depth` is the
@@ -110,7 +153,7 @@ def fused_attention(
     G, S = key.shape[1:3]
     budget = budget.contiguous()
     stats = budget.new_empty(4, B, H, T)
-    split = split and query.dtype != torch.float32
+    split = trained and query.dtype != torch.float32
     output = _heads_inside(query, T)
     free_output = _heads_inside(query, T) if split else query.new_empty(0)
     if not output.numel():
@@ -119,8 +162,11 @@ def fused_attention(
     factor = _factor(eps, scale)
     sizes = (H, H // G, T, S, B * H * T)
     strides = (*query.stride()[:3], *key.stride()[:3])
+    if T <= FEW_QUERIES and not trained:
+        with torch.cuda.device_of(query):
+            return _few_queries(query, key, value, budget, ranges, eps, scale, causal, documents is not None)
     with torch.cuda.device_of(query):
-        this = tile("solve", D, query.dtype)
+        this = tile(f"solve {depth}", D, query.dtype)
         solve_kernel[triton.cdiv(T, this.queries), B * H](
             query, key, budget, ranges.first, ranges.last, stats, factor, *strides, *sizes,
             DEPTH=depth, **this.options(D, causal, documents),
@@ -145,10 +191,12 @@ def _(
     scale: float,
     causal: bool,
     depth: int,
-    split: bool,
+    trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = _heads_inside(query, query.shape[2])
-    free_output = _heads_inside(query, query.shape[2]) if split and query.dtype != torch.float32 else query.new_empty(0)
+    free_output = (
+        _heads_inside(query, query.shape[2]) if trained and query.dtype != torch.float32 else query.new_empty(0)
+    )
     return output, free_output, budget.new_empty(4, *query.shape[:3])
 
 
@@ -196,7 +244,7 @@ def fused_attention_backward(
         key_value_kernel[triton.cdiv(S, this.keys), B * G](
             query, key, value, grad_output, stats, delta, *ranges, grad_key, grad_value, factor, unit,
             *strides, *grad_key.stride()[:3], *grad_value.stride()[:3], G, H // G, T, S, rows,
-            **this.options(D, causal, documents),
+            KEYS_DOWN=64 < D <= 128, **this.options(D, causal, documents),
         )  # fmt: skip
     return grad_query, grad_key, grad_value, delta
 

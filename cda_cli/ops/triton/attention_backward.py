@@ -243,24 +243,42 @@ def _key_tile(
     BLOCK_M: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
+    KEYS_DOWN: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """One tile of queries. Those past T have weight 0 by their peak."""
+    """One tile of queries. Those past T have weight 0 by their peak.
+
+    KEYS_DOWN computes the scores transposed, which spares a turn through shared memory; for narrow heads that is dearer
+    than the registers for the numbers of each query, which then lie along the long side.
+    """
     rows = start + tl.arange(0, BLOCK_M)
     q = load_tile(base_q, rows, stride_qt, T, D, BLOCK_D, CHECK)
     grad = load_tile(base_g, rows, stride_gt, T, D, BLOCK_D, CHECK)
     inside = rows < T
     shift, peak, margin = load_dual(stats + rows, inside, rows_total)
     delta_row = tl.load(delta + rows, mask=inside, other=0.0)
-    power = powers(product(q, tl.trans(k)), shift[:, None], peak[:, None], factor, k.dtype)
-    weights = capped_exp2(power)
     if CHECK:
         first, last = visible_range(rows, T, S, first_ptr, last_ptr, CAUSAL, RANGES)
-        visible = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
-        weights = tl.where(visible, weights, 0.0)
-    grad_v += product(tl.trans(rounded(weights, grad.dtype)), grad)
-    grad_scores = tl.where(power <= margin[:, None], weights * (product(grad, tl.trans(v)) - delta_row[:, None]), 0.0)
-    grad_k += product(tl.trans(rounded(grad_scores, q.dtype)), q)
+    if KEYS_DOWN:
+        power = powers(product(k, tl.trans(q)), shift[None, :], peak[None, :], factor, k.dtype)
+        weights = capped_exp2(power)
+        if CHECK:
+            visible = (columns[:, None] >= first[None, :]) & (columns[:, None] < last[None, :])
+            weights = tl.where(visible, weights, 0.0)
+        grad_scores = weights * (product(v, tl.trans(grad)) - delta_row[None, :])
+        grad_scores = tl.where(power <= margin[None, :], grad_scores, 0.0)
+        grad_v += product(rounded(weights, grad.dtype), grad)
+        grad_k += product(rounded(grad_scores, q.dtype), q)
+    else:
+        power = powers(product(q, tl.trans(k)), shift[:, None], peak[:, None], factor, k.dtype)
+        weights = capped_exp2(power)
+        if CHECK:
+            visible = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+            weights = tl.where(visible, weights, 0.0)
+        grad_scores = weights * (product(grad, tl.trans(v)) - delta_row[:, None])
+        grad_scores = tl.where(power <= margin[:, None], grad_scores, 0.0)
+        grad_v += product(tl.trans(rounded(weights, grad.dtype)), grad)
+        grad_k += product(tl.trans(rounded(grad_scores, q.dtype)), q)
     return grad_k, grad_v
 
 
@@ -309,6 +327,7 @@ def key_value_kernel(
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
+    KEYS_DOWN: tl.constexpr,
 ):
     """grad_key, grad_value [B, G, S, D], of BLOCK_N keys, summed over the query heads that share them.
 
@@ -349,17 +368,20 @@ def key_value_kernel(
         for start in range(low, full_low, BLOCK_M):
             grad_k, grad_v = _key_tile(
                 k, v, base_q, base_g, start, stride_qt, stride_gt, columns, stats + place, delta + place, first_ptr,
-                last_ptr, T, S, rows_total, grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES, True,
+                last_ptr, T, S, rows_total, grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES,
+                KEYS_DOWN, True,
             )  # fmt: skip
         for start in range(full_low, full_high, BLOCK_M):
             grad_k, grad_v = _key_tile(
                 k, v, base_q, base_g, start, stride_qt, stride_gt, columns, stats + place, delta + place, first_ptr,
-                last_ptr, T, S, rows_total, grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES, False,
+                last_ptr, T, S, rows_total, grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES,
+                KEYS_DOWN, False,
             )  # fmt: skip
         for start in range(full_high, high, BLOCK_M):
             grad_k, grad_v = _key_tile(
                 k, v, base_q, base_g, start, stride_qt, stride_gt, columns, stats + place, delta + place, first_ptr,
-                last_ptr, T, S, rows_total, grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES, True,
+                last_ptr, T, S, rows_total, grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES,
+                KEYS_DOWN, True,
             )  # fmt: skip
     base_d = grad_key + batch.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh
     base_e = grad_value + batch.to(tl.int64) * stride_eb + head.to(tl.int64) * stride_eh

@@ -53,6 +53,12 @@ def _scores(
 
 
 @triton.jit
+def _base(shift, factor):
+    """The shift in powers of two; 0 where nothing was seen: of two products of HIDDEN only one may be rounded."""
+    return tl.where(shift > 0.5 * HIDDEN, shift * factor, 0.0)
+
+
+@triton.jit
 def _insert(
     q,
     base,
@@ -90,7 +96,7 @@ def _insert(
         second = tl.maximum(second, out)
         out = lower
         largest = tl.maximum(largest, out)
-    total += tl.exp2(out * factor - (shift * factor)[:, None])
+    total += tl.exp2(out * factor - _base(shift, factor)[:, None])
     return top, second, largest, total, shift
 
 
@@ -119,7 +125,7 @@ def _refine(
     count += tl.sum(capped.to(tl.float32), 1)
     scores = tl.where(capped, HIDDEN, scores)
     shift = tl.maximum(largest, tl.max(scores, 1))
-    added = tl.sum(tl.exp2(scores * factor - (shift * factor)[:, None]), 1)
+    added = tl.sum(tl.exp2(scores * factor - _base(shift, factor)[:, None]), 1)
     return count, shift, total * tl.exp2((largest - shift) * factor) + added
 
 
@@ -403,3 +409,48 @@ def output_kernel(
         store_tile(free_output + place_o, rows, stride_ot, T, rounded(free, free_output.dtype.element_ty), D, BLOCK_D)
         free += capped
     store_tile(output + place_o, rows, stride_ot, T, rounded(free, output.dtype.element_ty), D, BLOCK_D)
+
+
+@triton.jit
+def few_scores_kernel(
+    query,
+    key,
+    first_ptr,
+    last_ptr,
+    scores,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    key_heads,
+    group,
+    T,
+    S,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    RANGES: tl.constexpr,
+):
+    """scores [B, H, T, S] float32 = scale·q·k, −inf out of sight: one block of keys, all queries that share them."""
+    pair = tl.program_id(1)
+    batch, head = pair // key_heads, pair % key_heads
+    member = tl.arange(0, BLOCK_M)  # of the group·T queries, heads first
+    query_head, rows = head * group + member // T, member % T
+    exists = member < group * T
+    first, last = visible_range(rows, T, S, first_ptr + batch * T, last_ptr + batch * T, CAUSAL, RANGES)
+    channels = tl.arange(0, BLOCK_D)
+    place_q = batch.to(tl.int64) * stride_qb + query_head.to(tl.int64) * stride_qh + rows * stride_qt
+    inside = exists[:, None] & (channels < D)[None, :]
+    q = tl.load(query + place_q[:, None] + channels[None, :], mask=inside, other=0.0)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    base_k = key + batch.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
+    k = load_tile(base_k, columns, stride_ks, S, D, BLOCK_D, True)
+    visible = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+    values = tl.where(visible, product(q, tl.trans(k)) * scale, float("-inf"))
+    place = ((batch.to(tl.int64) * (key_heads * group) + query_head) * T + rows) * S
+    tl.store(scores + place[:, None] + columns[None, :], values, mask=exists[:, None] & (columns < S)[None, :])

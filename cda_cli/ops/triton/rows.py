@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cda_cli.ops.triton.tiles import rounded
+from cda_cli.ops.triton.tiles import INTERPRETED, rounded
 
 REGISTER_LIMIT = 16384  # of n: 16 warps hold the scores and their exponentials, 32 of each per thread
 PART = 4096  # entries of a longer row that are read at a time
@@ -27,6 +27,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the shift of a row with
 # exp(−28): a sum of exponentials below it has lost digits of its terms, and soon the terms.
 SMALL = tl.constexpr(1e-12)
 LEAST_BUDGET = tl.constexpr(1e-20)
+FAR = tl.constexpr(-1e20)
 
 
 def exact_forward(rows: Tensor, budget: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -152,24 +153,68 @@ def _exponentials(s, shift, scale):
 
 
 @triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _beyond(e, cut):
+    """How many e exceed `cut` [ROWS], and the sum of the others: both by one reduction."""
+    above = e > cut[:, None]
+    if INTERPRETED:  # it reduces pairs entry by entry
+        return tl.sum(tl.where(above, 1.0, 0.0), 1), tl.sum(tl.where(above, 0.0, e), 1)
+    return tl.reduce((tl.where(above, 1.0, 0.0), tl.where(above, 0.0, e)), 1, _add_pairs)
+
+
+@triton.jit
+def _normal_cut(s, visible, budget, shift, scale):
+    """The e of the smallest capped score, if its scores were normal with the mean and deviation that they have.
+
+    A first step of Newton from any guess lands left of the solution, since F is concave; from a near one it lands near,
+    which saves most of the steps. Of n normal scores n·(Q(t) + (ε/σ)·φ(t)) = k at the threshold t, and φ/Q ≈ t + 1/2
+    there; Q⁻¹ by formula 26.2.22 of Abramowitz and Stegun.
+    """
+    seen = s > float("-inf")
+    mean = tl.sum(tl.where(seen, s, 0.0), 1) / visible
+    spread = tl.where(seen, s - mean[:, None], 0.0)
+    deviation = tl.sqrt(tl.sum(spread * spread, 1) / visible) + 1e-30
+    share = tl.minimum(budget / visible, 0.4)
+    threshold = _normal_quantile(share)
+    share /= 1 + (threshold + 0.5) * 1.4427 / (scale * deviation)
+    return tl.exp2((mean + deviation * _normal_quantile(share) - shift) * scale)
+
+
+@triton.jit
+def _normal_quantile(share):
+    """t with Q(t) = share, to 3e-3, for shares up to 1/2."""
+    x = tl.sqrt(-2.0 * tl.log(share))
+    return x - (2.30753 + 0.27061 * x) / (1.0 + x * (0.99229 + 0.04481 * x))
+
+
+@triton.jit
 def _exact_forward(rows, budgets, weights, saved, R, n, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, exists, offset, inside = _place(R, n, ROWS, BLOCK)
     s = _load(rows, offset, inside, float("-inf"))
     budget = tl.load(budgets + row, mask=exists, other=1.0)
-    full = tl.sum(tl.where(s > float("-inf"), 1.0, 0.0), 1) <= budget
+    visible = tl.sum(tl.where(s > float("-inf"), 1.0, 0.0), 1)
+    full = visible <= budget
     shift = tl.where(full, LOWEST, tl.max(s, 1))
     e = _exponentials(s, shift[:, None], scale)
     m = tl.zeros_like(budget)
     peak = budget / tl.sum(e, 1)
     active = (peak > 1) & ~full
+    first_cut = 1 / peak
+    if tl.max(tl.where(active, budget, 0.0), 0) > 4:
+        reached, rest = _beyond(e, _normal_cut(s, visible, budget, shift, scale))
+        guess = rest / (budget - reached)
+        first_cut = tl.where((reached < budget) & (rest > SMALL), tl.minimum(first_cut, guess), first_cut)
     while tl.max(active.to(tl.int32), 0) > 0:
         # Newton on e, which needs no further exponential: an entry is capped if its e exceeds that of weight 1.
-        cut, accepted, count = 1 / peak, tl.full([ROWS], float("inf"), tl.float32), m
+        cut, accepted, count = first_cut, tl.full([ROWS], float("inf"), tl.float32), m
         searching = active
         while tl.max(searching.to(tl.int32), 0) > 0:
-            above = e > cut[:, None]
-            reached = m + tl.sum(tl.where(above, 1.0, 0.0), 1)
-            rest = tl.sum(tl.where(above, 0.0, e), 1)
+            reached, rest = _beyond(e, cut)
+            reached += m
             # Always fewer than the budget in exact arithmetic. Rounding alone can break that, and only where the
             # entries in question are all 1 to rounding: they stay free.
             more = searching & (reached > count) & (reached < budget)
@@ -183,6 +228,7 @@ def _exact_forward(rows, budgets, weights, saved, R, n, scale, ROWS: tl.constexp
         m = tl.where(progress, count, m)
         e = _exponentials(s, shift[:, None], scale)
         peak = (budget - m) / tl.sum(e, 1)
+        first_cut = 1 / peak
         active = progress & (peak > 1)
     peak = tl.where(full | (peak > 1), 1.0, peak)
     _store(weights, offset, tl.where(s > shift[:, None], 1.0, e * peak[:, None]), inside)
@@ -270,14 +316,39 @@ def _exact_backward_parts(
 
 
 # The iterative solver, in the published order of operations and with its division: at a small ε their rounding is the
-# largest part of the result's error (see cda_cli.ops.iterative). −inf − … stays −inf, which exp makes 0.
+# largest part of the result's error (see cda_cli.ops.iterative). A masked score is FAR below all others, where −inf
+# would make NaN of a division's remainder.
+
+
+@triton.jit
+def _load_scores(pointer, offset, inside):
+    s = _load(pointer, offset, inside, FAR)
+    return tl.where(s == float("-inf"), FAR, s)
+
+
+@triton.jit
+def _visible(s):
+    """1 for each entry that is not masked; NaN of NaN."""
+    return tl.where(s <= 0.5 * FAR, 0.0, tl.where(s == s, 1.0, s))
+
+
+@triton.jit
+def _divide(x, eps):
+    """x/ε rounded to nearest: the quotient by the reciprocal, and its remainder once more, for half the instructions.
+
+    Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990.
+    """
+    if INTERPRETED:  # it has no fused multiply-add
+        return tl.div_rn(x, eps)
+    inverse = tl.div_rn(1.0, eps)
+    quotient = x * inverse
+    return tl.fma(tl.fma(-quotient, eps, x), inverse, quotient)
 
 
 @triton.jit
 def _scaled(s, a, eps):
     """(s + b)/ε with b = −relu(s + a); NaN stays NaN."""
-    x = s + a
-    return tl.div_rn(s - tl.where(x < 0, 0.0, x), eps)
+    return _divide(s - tl.maximum(s + a, 0.0, propagate_nan=tl.PropagateNan.ALL), eps)
 
 
 @triton.jit
@@ -288,13 +359,12 @@ def _next_a(log_k, largest, total, eps):
 
 @triton.jit
 def _finite_or_0(top):
-    return tl.where(top == float("-inf"), 0.0, top)
+    return tl.where(top <= 0.5 * FAR, 0.0, top)
 
 
 @triton.jit
 def _weights(s, a, last_eps):
-    x = s + a
-    return tl.exp(tl.div_rn(tl.where(x > 0, 0.0, x), last_eps))
+    return tl.exp(_divide(tl.minimum(s + a, 0.0, propagate_nan=tl.PropagateNan.ALL), last_eps))
 
 
 @triton.jit(do_not_specialize=["n_iters"])
@@ -302,11 +372,11 @@ def _iterative_forward(
     rows, budgets, steps, weights, history, R, n, n_iters, last_eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     row, exists, offset, inside = _place(R, n, ROWS, BLOCK)
-    s = _load(rows, offset, inside, float("-inf"))
+    s = _load_scores(rows, offset, inside)
     log_k = tl.log(tl.maximum(tl.load(budgets + row, mask=exists, other=1.0), LEAST_BUDGET))
     top = _finite_or_0(tl.max(s, 1))
     # b starts as −s: every exponent is 0.
-    visible = tl.sum(tl.where(s == float("-inf"), 0.0, tl.where(s == s, 1.0, s)), 1)
+    visible = tl.sum(_visible(s), 1)
     a = _next_a(log_k, 0.0, visible, tl.load(steps))
     history += row
     tl.store(history, a, mask=exists)
@@ -325,11 +395,11 @@ def _iterative_forward_parts(rows, budgets, steps, weights, history, R, n, n_ite
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     log_k = tl.log(tl.maximum(tl.load(budgets + row), LEAST_BUDGET))
-    top, visible = float("-inf"), 0.0
+    top, visible = FAR + 0.0, 0.0
     for start in range(0, n, BLOCK):
-        s = _load(rows + row * n + start, column, column < n - start, float("-inf"))
+        s = _load_scores(rows + row * n + start, column, column < n - start)
         top = tl.maximum(top, tl.max(s, 0))
-        visible += tl.sum(tl.where(s == float("-inf"), 0.0, tl.where(s == s, 1.0, s)), 0)
+        visible += tl.sum(_visible(s), 0)
     top = _finite_or_0(top)
     a = _next_a(log_k, 0.0, visible, tl.load(steps))
     history += row
@@ -338,13 +408,13 @@ def _iterative_forward_parts(rows, budgets, steps, weights, history, R, n, n_ite
         eps = tl.load(steps + t)
         largest, total = _scaled(top, a, eps), 0.0
         for start in range(0, n, BLOCK):
-            s = _load(rows + row * n + start, column, column < n - start, float("-inf"))
+            s = _load_scores(rows + row * n + start, column, column < n - start)
             total += tl.sum(tl.exp(_scaled(s, a, eps) - largest), 0)
         a = _next_a(log_k, largest, total, eps)
         history += R
         tl.store(history, a)
     for start in range(0, n, BLOCK):
-        s = _load(rows + row * n + start, column, column < n - start, float("-inf"))
+        s = _load_scores(rows + row * n + start, column, column < n - start)
         _store(weights + row * n + start, column, _weights(s, a, last_eps), column < n - start)
 
 
@@ -359,7 +429,7 @@ def _iterative_backward(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, exists, offset, inside = _place(R, n, ROWS, BLOCK)
-    s = _load(rows, offset, inside, float("-inf"))
+    s = _load_scores(rows, offset, inside)
     g = _load(grad_weights, offset, inside, 0.0)
     top = _finite_or_0(tl.max(s, 1))
     history += row + (n_iters - 1).to(tl.int64) * R
@@ -393,9 +463,9 @@ def _iterative_backward_parts(
     column = tl.arange(0, BLOCK)
     last = row + (n_iters - 1).to(tl.int64) * R
     last_a = tl.load(history + last)
-    top, grad_a = float("-inf"), 0.0
+    top, grad_a = FAR + 0.0, 0.0
     for start in range(0, n, BLOCK):
-        s = _load(rows + row * n + start, column, column < n - start, float("-inf"))
+        s = _load_scores(rows + row * n + start, column, column < n - start)
         g = _load(grad_weights + row * n + start, column, column < n - start, 0.0)
         top = tl.maximum(top, tl.max(s, 0))
         grad_a += tl.sum(tl.where(s + last_a > 0, 0.0, _weights(s, last_a, last_eps) * g / last_eps), 0)
@@ -409,7 +479,7 @@ def _iterative_backward_parts(
         eps = tl.load(steps + t + 1)
         largest, total, passed = _scaled(top, a, eps), 0.0, 0.0
         for start in range(0, n, BLOCK):
-            s = _load(rows + row * n + start, column, column < n - start, float("-inf"))
+            s = _load_scores(rows + row * n + start, column, column < n - start)
             e = tl.exp(_scaled(s, a, eps) - largest)
             total += tl.sum(e, 0)
             passed += tl.sum(tl.where(s + a > 0, e, 0.0), 0)
@@ -419,7 +489,7 @@ def _iterative_backward_parts(
         grad_log_k += tl.load(steps + t) * grad_a
     tl.debug_barrier()  # every thread reads below what one has stored above
     for start in range(0, n, BLOCK):
-        s = _load(rows + row * n + start, column, column < n - start, float("-inf"))
+        s = _load_scores(rows + row * n + start, column, column < n - start)
         g = _load(grad_weights + row * n + start, column, column < n - start, 0.0)
         grad = tl.where(s + last_a > 0, 0.0, _weights(s, last_a, last_eps) * g / last_eps)
         place = last

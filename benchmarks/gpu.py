@@ -1,0 +1,239 @@
+"""Speed on this GPU: the row operator, attention, and training, each beside what it has to be measured against.
+
+    make bench-gpu
+
+Every table is one run; times are medians of `triton.testing.do_bench`, which empties the cache between calls. The
+package `adasplash` is timed if it is installed. Sizes are those of docs/kernels.md; `python benchmarks/gpu.py rows`
+(or attention, or models) makes one table only.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench
+
+from cda_cli.config import Config, resolve
+from cda_cli.data import Batch
+from cda_cli.model import Transformer
+from cda_cli.ops import soft_topk, soft_topk_attention
+from cda_cli.training.loop import accumulate_gradients, clip_gradients
+from cda_cli.training.optimizer import build_optimizer
+
+GPU = torch.device("cuda")
+EPS = 0.1
+PUBLISHED_ITERATIONS = 25
+ROWS = ((16384, 2048, 128.0), (65536, 1024, 2.0), (512, 131072, 128.0))
+SHAPES = (
+    (8, 8, 1024, 64),
+    (4, 8, 4096, 64),
+    (2, 8, 8192, 64),
+    (1, 8, 32768, 64),
+    (2, 8, 8192, 128),
+    (1, 8, 65536, 128),
+)
+PUBLISHED_SHAPES = SHAPES[:2]
+MODELS: tuple[tuple[str, int, int], ...] = (("seed", 512, 128), ("small", 1024, 32), ("small", 8192, 4))
+
+
+def main(wanted: Sequence[str]) -> None:
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}", flush=True)
+    for name, table in (("rows", rows_table), ("attention", attention_table), ("models", models_table)):
+        if not wanted or name in wanted:
+            table()
+
+
+def median(function: Callable[[], object], budget_ms: int = 60) -> float:
+    return do_bench(function, warmup=10, rep=budget_ms, return_mode="median")
+
+
+def row(*cells: object) -> None:
+    print(
+        "| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
+    )
+
+
+def header(title: str, *columns: str) -> None:
+    print(f"\n{title}\n")
+    row(*columns)
+    print("|---|" + "---:|" * (len(columns) - 1), flush=True)
+
+
+def forward_and_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[float, float]:
+    """Milliseconds of the forward alone, without gradients, and of the backward."""
+    with torch.no_grad():
+        forward = median(lambda: function(*inputs))
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    output = function(*leaves)
+    grad = torch.randn_like(output)
+    backward = median(lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True))
+    return forward, backward
+
+
+def rows_table() -> None:
+    header("The row operator, milliseconds (ε = 0.1)", "rows × n, k, dtype", "read + write", "softmax", "softmax ∂",
+           "exact", "exact ∂", "iterative 25", "iterative 25 ∂", "colt5 25", "colt5 25 ∂", "extra memory, exact")  # fmt: skip
+    for R, n, k in ROWS:
+        for dtype in (torch.float32, torch.bfloat16):
+            scores = torch.randn(R, n, device=GPU).to(dtype)
+            target = scores.clone()
+
+            def iterative(s: Tensor, backend: Any, k: float = k) -> Tensor:
+                return soft_topk(s, k, eps=EPS, solver="iterative", n_iters=PUBLISHED_ITERATIONS, backend=backend)
+
+            times = [median(lambda target=target, scores=scores: target.copy_(scores))]  # type: ignore[misc]
+            times += forward_and_backward(lambda s: torch.softmax(s, -1), [scores])
+            times += forward_and_backward(lambda s, k=k: soft_topk(s, k, eps=EPS), [scores])
+            times += forward_and_backward(lambda s: iterative(s, "auto"), [scores])
+            colt5: tuple[object, object] = ("–", "–")
+            if dtype == torch.float32 and n <= 2048:
+                colt5 = forward_and_backward(lambda s, k=k: published_rows(s, k), [scores])
+            extra = peak_memory(lambda scores=scores, k=k: soft_topk(scores, k, eps=EPS))  # type: ignore[misc]
+            copies = f"{extra / scores.nbytes:.2f} × input"
+            row(f"{R} × {n}, k = {k:g}, {str(dtype)[6:]}", *times, *colt5, copies)
+
+
+def published_rows(scores: Tensor, k: float) -> Tensor:
+    from colt5_attention.triton_coor_descent import triton_coor_descent
+
+    budget = torch.full(scores.shape[:-1], k, device=scores.device)
+    return triton_coor_descent(
+        scores, n_iters=PUBLISHED_ITERATIONS, k=budget, eps=EPS, eps_init=4.0, eps_decay=0.7, checkpoint_segments=5
+    )
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """Bytes at the worst moment, over what stood before."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def published_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scores, the published operator, product with the values, in float32: the published pipeline, patched to run."""
+    query, key, value = query.float(), key.float(), value.float()
+    scores = query.shape[-1] ** -0.5 * query @ key.transpose(-1, -2)
+    T = scores.shape[-1]
+    scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=GPU).triu(1), -torch.finfo(scores.dtype).max)
+    return published_rows(scores.flatten(0, 2), 2.0).view(scores.shape) @ value
+
+
+def attention_table() -> None:
+    def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    def with_backend(backend: SDPBackend) -> Callable[..., Tensor]:
+        def run(*inputs: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return sdpa(*inputs)
+
+        return run
+
+    def ours(k: float) -> Callable[..., Tensor]:
+        def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            output = soft_topk_attention(query, key, value, k, eps=EPS)
+            assert isinstance(output, Tensor)
+            return output
+
+        return run
+
+    ways: dict[str, Callable[..., Tensor]] = {
+        "SDPA cuDNN": with_backend(SDPBackend.CUDNN_ATTENTION),
+        "SDPA flash": with_backend(SDPBackend.FLASH_ATTENTION),
+    }
+    if importlib.util.find_spec("adasplash"):
+        from adasplash import adasplash_v2
+
+        ways["AdaSplash-2"] = adasplash_v2
+    ways |= {"k = 2": ours(2.0), "k = 8": ours(8.0), "k = 64": ours(64.0), "published": published_attention}
+    header("Causal attention, bf16, normal q, k, v, ε = 0.1: forward / forward + backward, ms; memory of both",
+           "B,H,T,D", *ways, "memory, k = 2 / flash")  # fmt: skip
+    for shape in SHAPES:
+        inputs = [torch.randn(shape, device=GPU, dtype=torch.bfloat16) for _ in range(3)]
+        cells: list[str] = []
+        for name, way in ways.items():
+            if (name == "published" and shape not in PUBLISHED_SHAPES) or (name == "k = 64" and shape[2] > 8192):
+                cells.append("–")
+                continue
+            try:
+                forward, backward = forward_and_backward(way, inputs)
+            except Exception as error:  # noqa: BLE001 - another library's limit is a cell of the table
+                cells.append(type(error).__name__)
+                continue
+            cells.append(f"{forward:.3f} / {forward + backward:.3f}")
+        memory = [training_memory(ways[name], inputs) for name in ("k = 2", "SDPA flash")]
+        row(",".join(map(str, shape)), *cells, f"{memory[0] / memory[1]:.2f}")
+
+
+def training_memory(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> int:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    grad = torch.randn_like(inputs[0])
+    return peak_memory(lambda: torch.autograd.grad(function(*leaves), leaves, grad))
+
+
+def models_table() -> None:
+    header("Training, compiled, bf16: tokens a second and memory", "preset, T, batch", "softmax", "coordinate descent",
+           "ratio", "memory, softmax", "memory, coordinate descent", "ratio")  # fmt: skip
+    for preset, seq_len, batch in MODELS:
+        sets = [f"model.seq_len={seq_len}", f"optim.batch_size={batch}", "model.vocab_size=257"]
+        softmax = ["model.attention=softmax", "model.learned_k=false"]
+        solver = ["model.solver=exact"] if preset == "seed" else []
+        speed, memory = {}, {}
+        for name, extra in (("softmax", softmax), ("coordinate descent", solver)):
+            config = resolve(preset=preset, sets=sets + solver + extra)
+            speed[name], memory[name] = train_speed(config)
+        row(
+            f"{preset}, {seq_len}, {batch}",
+            *(f"{value / 1e3:.0f} k" for value in speed.values()),
+            f"{speed['coordinate descent'] / speed['softmax']:.2f}",
+            *(f"{value / 2**30:.2f} GiB" for value in memory.values()),
+            f"{memory['coordinate descent'] / memory['softmax']:.2f}",
+        )
+
+
+def train_speed(config: Config, steps: int = 12) -> tuple[float, int]:
+    """Tokens a second (median step) and the peak of allocated bytes."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Transformer(config.model).to(GPU)
+    compiled = torch.compile(model)
+    optimizer = build_optimizer(model, config.optim)
+    shape = (config.optim.batch_size, config.model.seq_len)
+    tokens = torch.randint(0, 256, (shape[0], shape[1] + 1))
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    seconds = []
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        accumulate_gradients(compiled, [batch], GPU, torch.bfloat16)  # type: ignore[arg-type]
+        clip_gradients(model, config.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    memory = torch.cuda.max_memory_allocated()
+    del model, compiled, optimizer
+    gc.collect()
+    torch.cuda.empty_cache()
+    return shape[0] * shape[1] / statistics.median(seconds[3:]), memory
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
