@@ -83,7 +83,7 @@ def forward_and_backward(function: Callable[..., Tensor], inputs: Sequence[Tenso
 
 def rows_table() -> None:
     header("The row operator, milliseconds (ε = 0.1)", "rows × n, k, dtype", "read + write", "softmax", "softmax ∂",
-           "exact", "exact ∂", "iterative 25", "iterative 25 ∂", "colt5 25", "colt5 25 ∂", "extra memory, exact")  # fmt: skip
+           "exact", "exact ∂", "iterative 25", "iterative 25 ∂", "colt5 25", "colt5 25 ∂", "exact, memory")  # fmt: skip
     for R, n, k in ROWS:
         for dtype in (torch.float32, torch.bfloat16):
             scores = torch.randn(R, n, device=GPU).to(dtype)

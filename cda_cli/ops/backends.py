@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Literal, NamedTuple, TypedDict, get_args
 
@@ -59,6 +60,11 @@ def choose_backend(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """Why the Triton kernels cannot run, or nothing."""
+    return _find_triton_obstacle(device, dtype)
+
+
+@functools.cache  # asked at every call of the operator
+def _find_triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "the kernels compute in float32, and these tensors are float64"
     if importlib.util.find_spec("triton") is None:
