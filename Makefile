@@ -27,11 +27,11 @@ demo: setup ## Train, evaluate, sample from and inspect a small model, in about 
 	$(BIN)/cda inspect-sparsity runs/demo --max-batches 4
 
 test: setup ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-gpu: setup ## Run the tests of the operator and its kernels on a GPU
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu needs a CUDA device")'
-	$(BIN)/python -m pytest tests/ops
+	$(BIN)/python -m pytest -n 8 tests/ops
 
 lint: setup ## Check style, types and generated docs
 	$(BIN)/ruff check .

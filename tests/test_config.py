@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -251,11 +251,15 @@ SOME = st.fixed_dictionaries(
         "data": st.fixed_dictionaries({}, optional={"source": st.text(), "text_column": st.text()}),
         "optim": st.fixed_dictionaries({}, optional={"lr": FLOATS, "schedule_steps": st.none() | st.integers(1)}),
         "model": st.fixed_dictionaries({}, optional={"attn_eps": FLOATS, "learned_k_bias": st.floats(-1e9, 1e9)}),
-        "run": st.fixed_dictionaries({}, optional={"compile": st.none() | st.booleans(), "seed": st.integers(0)}),
+        "run": st.fixed_dictionaries(
+            {}, optional={"compile": st.none() | st.booleans(), "seed": st.integers(0, 2**63 - 1)}
+        ),
     },
 )
 
 
+# The first text of a process takes hypothesis a second or two to set up.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SOME)
 def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
     """Through a file, whatever the strings hold and however fine the numbers are; all of it, with no preset below."""

@@ -41,7 +41,7 @@ RANGE = "greater than 0"
         (["--attention", "linear"], ["model.attention = 'linear'", "'softmax' or 'coordinate-descent'"]),
         (["--ff", "relu"], ["model.ff = 'relu'"]),
         (["--dtype", "f16"], ["run.dtype = 'f16'", "'float32' or 'bfloat16'"]),
-        (["--backend", "cuda"], ["run.backend = 'cuda'", "'torch' or 'colt5'"]),
+        (["--backend", "cuda"], ["run.backend = 'cuda'", "'triton' or 'colt5'"]),
         (["--backend", "colt5"], ["no exact solver", "solver 'iterative' or backend 'torch'"]),
         (["--device", "cuda"], ["no device 'cuda'", "--device cpu"]),
         (["--device", "cuda:7"], ["no device 'cuda:7'"]),
@@ -101,7 +101,7 @@ def test_a_file_of_settings_that_cannot_be_read(cda: Cda, tmp_path: Path) -> Non
         (["--device", "nonsense"], ["unknown device 'nonsense'"]),
         (["--dtype", "float16"], ["unknown dtype 'float16'", "did you mean 'bfloat16'?"]),
         (["--backend", "colt5"], ["no exact solver"]),
-        (["--backend", "cuda"], ["backend must be one of auto, torch, colt5"]),
+        (["--backend", "cuda"], ["backend must be one of auto, torch, triton, colt5"]),
     ],
 )
 def test_reading_a_run_is_refused(

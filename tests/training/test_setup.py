@@ -43,12 +43,13 @@ def test_nothing_is_said_without_cause(model: dict[str, object]) -> None:
 
 def test_the_backend_is_described_with_its_reason() -> None:
     softmax = {"attention": "softmax", "ff": "gelu"}
-    assert "SDPA" in describe_backend(parse({"model": softmax}))
-    assert "exact solver" in describe_backend(parse({"model": {**softmax, "ff": "coordinate-descent"}}))
+    cpu = torch.device("cpu")
+    assert "SDPA" in describe_backend(parse({"model": softmax}), cpu)
+    assert "exact solver" in describe_backend(parse({"model": {**softmax, "ff": "coordinate-descent"}}), cpu)
     asked = parse({"model": {"solver": "iterative"}, "run": {"backend": "colt5"}})
-    assert describe_backend(asked) == "colt5, iterative solver (asked for)"
+    assert describe_backend(asked, cpu) == "colt5, iterative solver (asked for)"
     with pytest.raises(DeviceError, match="no exact solver"):
-        describe_backend(parse({"run": {"backend": "colt5"}}))
+        describe_backend(parse({"run": {"backend": "colt5"}}), cpu)
 
 
 def test_the_seed_is_that_of_the_weights(config: Config) -> None:
