@@ -46,14 +46,14 @@ def choose_backend(
     if backend == "colt5" and solver == "exact":
         raise ValueError("backend 'colt5' has no exact solver; choose solver 'iterative' or backend 'torch'")
     if backend in ("auto", "triton"):
+        if backend == "auto" and device.type == "cpu":
+            return Choice("torch", "the kernels of backend 'triton' are for a GPU")
         obstacle = _triton_obstacle(device, dtype)
-        if backend == "triton" and obstacle:
+        if backend == "auto":
+            return Choice("torch", obstacle) if obstacle else Choice("triton", "this GPU runs its kernels")
+        if obstacle:
             raise ValueError(f"backend 'triton' cannot run: {obstacle}; choose backend 'torch'")
-        if backend == "triton":
-            return Choice("triton", "asked for")
-        if obstacle or device.type != "cuda":
-            return Choice("torch", obstacle or "the kernels of backend 'triton' are for a GPU")
-        return Choice("triton", "this GPU runs its kernels")
+        return Choice("triton", "asked for")
     return Choice("colt5" if backend == "colt5" else "torch", "asked for")
 
 
