@@ -23,8 +23,8 @@ from cda_cli.data import (
     tokenizer_from_json,
 )
 from cda_cli.errors import CheckpointError, ConfigError, did_you_mean
-from cda_cli.model import Transformer, expected_tensors, load_state_tensors
-from cda_cli.ops import Backend, choose_backend
+from cda_cli.model import Transformer, expected_tensors, load_state_tensors, model_backend
+from cda_cli.ops import Backend
 from cda_cli.runtime import Dtype, pick_device, pick_dtype
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, check_fits, load, locate
@@ -60,7 +60,7 @@ def restore_on(path: Path, device: str, dtype: str, backend: str) -> tuple[Resto
     where = pick_device(device)
     restored = restore(path, where, cast(Backend, backend))
     try:
-        choose_backend(cast(Backend, backend), restored.config.model.solver, where)
+        model_backend(restored.config.model, cast(Backend, backend), where)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return restored, pick_dtype(cast(Dtype, dtype), where)

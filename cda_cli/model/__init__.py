@@ -1,6 +1,7 @@
 """The model: token embeddings → blocks of attention and feed-forward → logits."""
 
 from cda_cli.model.cache import KeyValueCache
+from cda_cli.model.layers import model_backend
 from cda_cli.model.published import from_published
 from cda_cli.model.transformer import Transformer, expected_tensors, load_state_tensors, state_tensors
 
@@ -10,5 +11,6 @@ __all__ = [
     "expected_tensors",
     "from_published",
     "load_state_tensors",
+    "model_backend",
     "state_tensors",
 ]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
-from cda_cli.ops import SolverSettings
+from cda_cli.ops import Backend, Choice, SolverSettings, choose_backend
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -18,6 +18,12 @@ def solver_settings(config: ModelConfig) -> SolverSettings:
     return SolverSettings(
         solver=config.solver, n_iters=config.n_iters, eps_init=config.eps_init, eps_decay=config.eps_decay
     )
+
+
+def model_backend(config: ModelConfig, backend: Backend, device: torch.device) -> Choice:
+    """The backend of a model's layers on `device`. Raises ValueError where a forced one cannot run."""
+    width = config.head_width if config.attention == "coordinate-descent" else 0
+    return choose_backend(backend, config.solver, device, head_width=width)
 
 
 class RMSNorm(nn.RMSNorm):

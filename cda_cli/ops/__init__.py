@@ -132,7 +132,7 @@ def soft_topk_attention(
         ValueError: a setting without meaning. ImportError: a backend that this machine lacks.
     """
     B, H, T, D = query_BHTD.shape
-    chosen = choose_backend(backend, solver, query_BHTD.device, query_BHTD.dtype)
+    chosen = choose_backend(backend, solver, query_BHTD.device, query_BHTD.dtype, D)
     _check_positive(eps=eps, eps_init=eps_init, n_iters=n_iters)
     _check_shapes(query_BHTD, key_BHSD, value_BHSD, documents)
     budget = _budget(sparsity_k, query_BHTD, (B, H, T))
@@ -171,6 +171,11 @@ def _fused(
 ) -> tuple[Tensor, Tensor | None]:
     from cda_cli.ops.triton.attention import fused_attention, threshold
 
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"backend 'triton' takes query, key and value of one dtype, not {query.dtype}, {key.dtype} and "
+            f"{value.dtype}; convert them or choose backend 'torch'"
+        )
     if scale <= 0:
         # The kernels compare the products q·k themselves: a negative scale would turn their order round.
         query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
@@ -222,7 +227,7 @@ def _check_positive(**values: float) -> None:
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> None:
     B, H, T, D = query.shape
     G, S = key.shape[1:3]
-    if key.shape != (B, G, S, D) or value.shape[:3] != (B, G, S) or not G or H % G:
+    if key.shape != (B, G, S, D) or value.shape != key.shape or not G or H % G:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: they are "
             "[B, H, T, D] and twice [B, G, S, D], with H a multiple of G"

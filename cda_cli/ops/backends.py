@@ -13,6 +13,8 @@ Solver = Literal["exact", "iterative"]
 
 # What the kernels ask of a GPU: bf16 in the matrix units and asynchronous copies (Ampere and later).
 LEAST_CAPABILITY = (8, 0)
+# A tile of wider heads does not fit the memory of a multiprocessor.
+WIDEST_HEAD = 256
 
 
 class SolverSettings(TypedDict):
@@ -32,9 +34,9 @@ class Choice(NamedTuple):
 
 
 def choose_backend(
-    backend: Backend, solver: Solver, device: torch.device, dtype: torch.dtype = torch.float32
+    backend: Backend, solver: Solver, device: torch.device, dtype: torch.dtype = torch.float32, head_width: int = 0
 ) -> Choice:
-    """The backend for `solver` on tensors of `device` and `dtype`.
+    """The backend for `solver` on tensors of `device` and `dtype`, in attention with heads of `head_width` channels.
 
     "auto" is "triton" on a GPU that can run it and "torch" elsewhere. Forcing a backend that cannot run is a ValueError
     that names the remedy.
@@ -49,6 +51,8 @@ def choose_backend(
         if backend == "auto" and device.type == "cpu":
             return Choice("torch", "the kernels of backend 'triton' are for a GPU")
         obstacle = _triton_obstacle(device, dtype)
+        if solver == "exact" and head_width > WIDEST_HEAD:
+            obstacle = f"its attention holds heads of up to {WIDEST_HEAD} channels, not {head_width}"
         if backend == "auto":
             return Choice("torch", obstacle) if obstacle else Choice("triton", "this GPU runs its kernels")
         if obstacle:

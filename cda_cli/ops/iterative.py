@@ -84,7 +84,7 @@ def iterative_rows(scores: Tensor, budget: Tensor, plan: Annealing, backend: str
         from cda_cli.ops.triton.rows import iterative_forward
 
         return iterative_forward(scores, budget, plan.steps, plan.last)
-    return solve_iterative(scores, budget, plan)
+    return solve_iterative(scores.to(budget.dtype), budget, plan)
 
 
 def iterative_rows_gradients(
@@ -95,7 +95,7 @@ def iterative_rows_gradients(
         from cda_cli.ops.triton.rows import iterative_backward
 
         return iterative_backward(grad_weights, scores, budget, history, plan.steps, plan.last)
-    return iterative_gradients(scores, budget, history, grad_weights, plan)
+    return iterative_gradients(scores.to(budget.dtype), budget, history, grad_weights.to(budget.dtype), plan)
 
 
 def iterative_dual(history: Tensor) -> Dual:

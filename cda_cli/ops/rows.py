@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cda_cli.ops.dual import Dual, exact_gradients, parts
 from cda_cli.ops.exact import solve_exact
-from cda_cli.ops.iterative import annealing, iterative_gradients, solve_iterative
+from cda_cli.ops.iterative import annealing, iterative_rows, iterative_rows_gradients
 
 
 @torch.library.custom_op("cda::soft_topk", mutates_args=())
@@ -24,7 +24,7 @@ def soft_topk_rows(
     n_iters: int,
     eps_init: float,
     eps_decay: float,
-    backend: str = "torch",
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Weights [R, n] in the dtype of `scores`, and what the backward needs of each row.
 
@@ -32,19 +32,16 @@ def soft_topk_rows(
     peak), for the exact solver and the history of a, [n_iters, R], for the iterative one; it has no gradient.
     backend is "torch" or "triton"; the latter computes in float32.
     """
+    if solver == "iterative":
+        weights, saved = iterative_rows(scores, budget, annealing(eps, n_iters, eps_init, eps_decay), backend)
+        return weights.to(scores.dtype), saved
     if backend == "triton":
-        from cda_cli.ops.triton import rows as kernels
+        from cda_cli.ops.triton.rows import exact_forward
 
-        if solver == "exact":
-            return kernels.exact_forward(scores, budget, eps)
-        return kernels.iterative_forward(scores, budget, *annealing(eps, n_iters, eps_init, eps_decay))
+        return exact_forward(scores, budget, eps)
     rows = scores.to(budget.dtype)
-    if solver == "exact":
-        weights, dual = solve_exact(_finite(rows), budget, (rows > -torch.inf).sum(-1), eps)
-        saved = torch.stack(dual)
-    else:
-        weights, saved = solve_iterative(rows, budget, annealing(eps, n_iters, eps_init, eps_decay))
-    return weights.to(scores.dtype), saved
+    weights, dual = solve_exact(_finite(rows), budget, (rows > -torch.inf).sum(-1), eps)
+    return weights.to(scores.dtype), torch.stack(dual)
 
 
 @soft_topk_rows.register_fake
@@ -56,7 +53,7 @@ def _(
     n_iters: int,
     eps_init: float,
     eps_decay: float,
-    backend: str = "torch",
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return scores.new_empty(scores.shape), budget.new_empty(2 if solver == "exact" else n_iters, *budget.shape)
 
@@ -72,24 +69,20 @@ def soft_topk_rows_backward(
     n_iters: int,
     eps_init: float,
     eps_decay: float,
-    backend: str = "torch",
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(∂L/∂s [R, n] in the dtype of `scores`, ∂L/∂k [R])."""
+    if solver == "iterative":
+        plan = annealing(eps, n_iters, eps_init, eps_decay)
+        grad_scores, grad_budget = iterative_rows_gradients(scores, budget, saved, grad_weights, plan, backend)
+        return grad_scores.to(scores.dtype), grad_budget
     if backend == "triton":
-        from cda_cli.ops.triton import rows as kernels
+        from cda_cli.ops.triton.rows import exact_backward
 
-        if solver == "exact":
-            return kernels.exact_backward(grad_weights, scores, saved, eps)
-        plan = annealing(eps, n_iters, eps_init, eps_decay)
-        return kernels.iterative_backward(grad_weights, scores, budget, saved, *plan)
+        return exact_backward(grad_weights, scores, saved, eps)
     rows, grad = scores.to(budget.dtype), grad_weights.to(budget.dtype)
-    if solver == "exact":
-        grad_scores, grad_budget = exact_gradients(parts(_finite(rows), Dual(*saved), eps), grad)
-        grad_scores /= eps
-    else:
-        plan = annealing(eps, n_iters, eps_init, eps_decay)
-        grad_scores, grad_budget = iterative_gradients(rows, budget, saved, grad, plan)
-    return grad_scores.to(scores.dtype), grad_budget
+    grad_scores, grad_budget = exact_gradients(parts(_finite(rows), Dual(*saved), eps), grad)
+    return grad_scores.div_(eps).to(scores.dtype), grad_budget
 
 
 @soft_topk_rows_backward.register_fake
@@ -103,7 +96,7 @@ def _(
     n_iters: int,
     eps_init: float,
     eps_decay: float,
-    backend: str = "torch",
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return scores.new_empty(scores.shape), budget.new_empty(budget.shape)
 

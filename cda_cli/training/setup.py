@@ -26,8 +26,7 @@ from cda_cli.data import (
     streamed_validation,
 )
 from cda_cli.errors import DeviceError
-from cda_cli.model import Transformer, state_tensors
-from cda_cli.ops import choose_backend
+from cda_cli.model import Transformer, model_backend, state_tensors
 from cda_cli.restore import fill
 from cda_cli.runtime import pick_device, pick_dtype, random_states, restore_random_states
 from cda_cli.storage import Checkpoint, pack_optimizer, unpack_optimizer
@@ -181,7 +180,7 @@ def describe_backend(config: Config, device: torch.device) -> str:
     if model.attention == "softmax" and model.ff == "gelu":
         return "PyTorch SDPA (no layer selects with coordinate descent)"
     try:
-        choice = choose_backend(config.run.backend, model.solver, device)
+        choice = model_backend(model, config.run.backend, device)
     except ValueError as error:
         raise DeviceError(str(error)) from error
     return f"{choice.name}, {model.solver} solver ({choice.reason})"

@@ -139,6 +139,28 @@ def test_triton_refuses_what_it_cannot_run_and_names_the_remedy() -> None:
     assert "choose backend 'torch'" in done.stderr
 
 
+def test_heads_that_the_kernels_cannot_hold_are_left_to_torch() -> None:
+    """A forced backend says so; the iterative solver has no such limit, since its kernels are those of rows."""
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="up to 256 channels, not 257; choose backend 'torch'"):
+        choose_backend("triton", "exact", cpu, head_width=257)
+    wide = torch.zeros(1, 1, 2, 257)
+    with pytest.raises(ValueError, match="up to 256 channels"):
+        soft_topk_attention(wide, wide, wide, 2.0, backend="triton")
+
+
+def test_the_kernels_refuse_a_mixture_of_dtypes() -> None:
+    query, key, value, _ = attention_inputs(5, 5)
+    with pytest.raises(ValueError, match="of one dtype"):
+        soft_topk_attention(query, key.bfloat16(), value, 2.0, backend="triton")
+
+
+def test_a_value_of_another_width_is_refused() -> None:
+    query, key, value, _ = attention_inputs(5, 5)
+    with pytest.raises(ValueError, match="do not fit"):
+        soft_topk_attention(query, key, value[..., :4], 2.0)
+
+
 def test_float64_is_never_computed_in_float32() -> None:
     """Left to itself, a machine with kernels still takes the torch backend for float64."""
     chosen = choose_backend("auto", "exact", torch.device(DEVICE), torch.float64)
