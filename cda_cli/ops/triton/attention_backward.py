@@ -18,7 +18,9 @@ from cda_cli.ops.triton.tiles import (
     powers,
     product,
     rounded,
+    sees,
     store_tile,
+    tile_bounds,
     visible_range,
 )
 
@@ -84,7 +86,7 @@ def _free_tile(
     power = powers(product(q, tl.trans(k)), shift[:, None], peak[:, None], factor, k.dtype)
     free = power <= margin[:, None]
     if CHECK:
-        free = free & (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+        free = free & sees(first, last, columns)
     return tl.where(free, tl.exp2(power), 0.0), product(grad, tl.trans(v)), k
 
 
@@ -180,9 +182,7 @@ def query_kernel(
     shift, peak, margin = load_dual(stats + place, rows < T, rows_total)
     peak = tl.where(margin < -0.5 * BEYOND, -BEYOND, peak)  # a row that k covers has no free entry
 
-    low, high = tl.min(first) // BLOCK_N * BLOCK_N, tl.max(last)
-    full_low = (tl.max(first) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    full_high = tl.maximum(tl.min(last) // BLOCK_N * BLOCK_N, full_low)
+    low, high, full_low, full_high = tile_bounds(first, last, BLOCK_N)
     if FIND_DELTA:
         weighted = tl.zeros([BLOCK_M], tl.float32)
         mass = tl.zeros([BLOCK_M], tl.float32)
@@ -273,7 +273,7 @@ def _key_tile(
         power = powers(product(q, tl.trans(k)), shift[:, None], peak[:, None], factor, k.dtype)
         weights = capped_exp2(power)
         if CHECK:
-            visible = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+            visible = sees(first, last, columns)
             weights = tl.where(visible, weights, 0.0)
         grad_scores = weights * (product(grad, tl.trans(v)) - delta_row[:, None])
         grad_scores = tl.where(power <= margin[:, None], grad_scores, 0.0)

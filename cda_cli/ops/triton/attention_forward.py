@@ -23,7 +23,9 @@ from cda_cli.ops.triton.tiles import (
     powers,
     product,
     rounded,
+    sees,
     store_tile,
+    tile_bounds,
     visible_range,
 )
 
@@ -47,7 +49,7 @@ def _scores(
     k = load_tile(base, columns, stride, S, D, BLOCK_D, CHECK)
     scores = product(q, tl.trans(k))
     if CHECK:
-        visible = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+        visible = sees(first, last, columns)
         scores = tl.where(visible, scores, HIDDEN)
     return scores
 
@@ -174,9 +176,7 @@ def solve_kernel(
     place = row.to(tl.int64) * T + rows
     k_row = tl.load(budget + place, mask=rows < T, other=1.0)
 
-    low, high = tl.min(first) // BLOCK_N * BLOCK_N, tl.max(last)
-    full_low = (tl.max(first) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    full_high = tl.maximum(tl.min(last) // BLOCK_N * BLOCK_N, full_low)
+    low, high, full_low, full_high = tile_bounds(first, last, BLOCK_N)
     top = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
     second = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
     largest = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
@@ -322,7 +322,7 @@ def _accumulate(
     power = powers(product(q, tl.trans(k)), shift[:, None], peak[:, None], factor, k.dtype)
     weights = capped_exp2(power)
     if CHECK:
-        visible = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+        visible = sees(first, last, columns)
         weights = tl.where(visible, weights, 0.0)
     if SPLIT:
         above = power > margin[:, None]
@@ -382,9 +382,7 @@ def output_kernel(
     place = row.to(tl.int64) * T + rows
     shift, peak, margin = load_dual(stats + place, rows < T, rows_total)
 
-    low, high = tl.min(first) // BLOCK_N * BLOCK_N, tl.max(last)
-    full_low = (tl.max(first) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    full_high = tl.maximum(tl.min(last) // BLOCK_N * BLOCK_N, full_low)
+    low, high, full_low, full_high = tile_bounds(first, last, BLOCK_N)
     free = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     capped = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if RANGES:
@@ -450,7 +448,7 @@ def few_scores_kernel(
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     base_k = key + batch.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
     k = load_tile(base_k, columns, stride_ks, S, D, BLOCK_D, True)
-    visible = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+    visible = sees(first, last, columns)
     values = tl.where(visible, product(q, tl.trans(k)) * scale, float("-inf"))
     place = ((batch.to(tl.int64) * (key_heads * group) + query_head) * T + rows) * S
     tl.store(scores + place[:, None] + columns[None, :], values, mask=exists[:, None] & (columns < S)[None, :])

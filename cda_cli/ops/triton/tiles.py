@@ -30,6 +30,22 @@ def visible_range(rows, T, S, first_ptr, last_ptr, CAUSAL: tl.constexpr, RANGES:
 
 
 @triton.jit
+def sees(first, last, columns):
+    """[queries, keys]: which of the keys `columns` each query sees."""
+    return (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+
+
+@triton.jit
+def tile_bounds(first, last, BLOCK_N: tl.constexpr):
+    """low, high, full_low, full_high: some query sees a key of [low, high); every query sees all of the whole tiles
+    [full_low, full_high), which need no check (none where they are equal)."""
+    low, high = tl.min(first) // BLOCK_N * BLOCK_N, tl.max(last)
+    full_low = (tl.max(first) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_high = tl.maximum(tl.min(last) // BLOCK_N * BLOCK_N, full_low)
+    return low, high, full_low, full_high
+
+
+@triton.jit
 def load_tile(base, rows, stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
     """[rows, BLOCK_D] of a matrix whose row `limit` and channel D are the first outside it; zeros there."""
     channels = tl.arange(0, BLOCK_D)
