@@ -24,8 +24,16 @@ REGISTER_LIMIT = 16384  # of n: 16 warps hold the scores and their exponentials,
 PART = 4096  # entries of a longer row that are read at a time
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the shift of a row with nothing free, as in cda_cli.ops.dual
-# exp(−28): a sum of exponentials below it has lost digits of its terms, and soon the terms.
-SMALL = tl.constexpr(1e-12)
+LOG2E = tl.constexpr(math.log2(math.e))
+# exp(28), the reach of one shift: the exponent of an entry with weight 1 that is further below has lost digits.
+FAINT = tl.constexpr(2.0**40)
+REACH = tl.constexpr(30.0)  # log2, of a guess
+# A weight up to here is 1 to rounding, and its entry stays free: with an integer k and a small ε the k-th entry is.
+ONE = tl.constexpr(1 + 2.0**-20)
+SHARP = tl.constexpr(2.0**60)
+HIGHEST = tl.constexpr(100.0)  # of an exponent whose entry is capped for certain
+HIGH = tl.constexpr(2.0**100)
+TINY = tl.constexpr(1e-37)
 LEAST_BUDGET = tl.constexpr(1e-20)
 FAR = tl.constexpr(-1e20)
 
@@ -43,10 +51,8 @@ def exact_forward(rows: Tensor, budget: Tensor, eps: float) -> tuple[Tensor, Ten
         if n > REGISTER_LIMIT:
             _exact_forward_parts[(R,)](rows, budget, weights, saved, R, n, scale, BLOCK=PART, num_warps=8)
         elif R:
-            ROWS, BLOCK, num_warps = _tile(n, entries_per_thread=32)
-            _exact_forward[(triton.cdiv(R, ROWS),)](
-                rows, budget, weights, saved, R, n, scale, ROWS=ROWS, BLOCK=BLOCK, num_warps=num_warps
-            )
+            grid, options = _tile(R, n, entries_per_thread=64)
+            _exact_forward[grid](rows, budget, weights, saved, R, n, scale, **options)
     return weights, saved
 
 
@@ -61,10 +67,8 @@ def exact_backward(grad_weights: Tensor, rows: Tensor, saved: Tensor, eps: float
         if n > REGISTER_LIMIT:
             _exact_backward_parts[(R,)](*tensors, R, n, scale, 1 / eps, BLOCK=PART, num_warps=8)
         elif R:
-            ROWS, BLOCK, num_warps = _tile(n, entries_per_thread=32)
-            _exact_backward[(triton.cdiv(R, ROWS),)](
-                *tensors, R, n, scale, 1 / eps, ROWS=ROWS, BLOCK=BLOCK, num_warps=num_warps
-            )
+            grid, options = _tile(R, n, entries_per_thread=32)
+            _exact_backward[grid](*tensors, R, n, scale, 1 / eps, **options)
     return grad_scores, grad_budget
 
 
@@ -81,10 +85,8 @@ def iterative_forward(
         if n > REGISTER_LIMIT:
             _iterative_forward_parts[(R,)](*tensors, R, n, len(eps_steps), last_eps, BLOCK=PART, num_warps=8)
         elif R:
-            ROWS, BLOCK, num_warps = _tile(n, entries_per_thread=16)
-            _iterative_forward[(triton.cdiv(R, ROWS),)](
-                *tensors, R, n, len(eps_steps), last_eps, ROWS=ROWS, BLOCK=BLOCK, num_warps=num_warps
-            )
+            grid, options = _tile(R, n, entries_per_thread=16)
+            _iterative_forward[grid](*tensors, R, n, len(eps_steps), last_eps, **options)
     return weights, history
 
 
@@ -105,21 +107,21 @@ def iterative_backward(
             factors = torch.empty_like(history)
             _iterative_backward_parts[(R,)](*tensors, factors, R, n, len(eps_steps), last_eps, BLOCK=PART, num_warps=8)
         elif R:
-            ROWS, BLOCK, num_warps = _tile(n, entries_per_thread=16)
-            _iterative_backward[(triton.cdiv(R, ROWS),)](
-                *tensors, R, n, len(eps_steps), last_eps, ROWS=ROWS, BLOCK=BLOCK, num_warps=num_warps
-            )
+            grid, options = _tile(R, n, entries_per_thread=16)
+            _iterative_backward[grid](*tensors, R, n, len(eps_steps), last_eps, **options)
     return grad_scores, grad_budget
 
 
-def _tile(n: int, entries_per_thread: int) -> tuple[int, int, int]:
-    """(rows of a program, entries of a row, warps of a program); a program has 512 entries at least, or 32 rows.
+def _tile(R: int, n: int, entries_per_thread: int) -> tuple[tuple[int], dict[str, int | bool]]:
+    """The grid, and of a program: rows, entries of a row, whether all of these exist, warps.
 
-    Chosen so that the kernel spills no registers on sm_90.
+    A program has 512 entries at least, or 32 rows. Chosen so that the kernel spills no registers on sm_90.
     """
     block: int = triton.next_power_of_2(n)
     rows = min(32, max(1, 512 // block))
-    return rows, block, min(16, max(1, rows * block // (32 * entries_per_thread)))
+    warps = min(16, max(1, rows * block // (32 * entries_per_thread)))
+    whole = n == block and R % rows == 0
+    return (triton.cdiv(R, rows),), {"ROWS": rows, "BLOCK": block, "WHOLE": whole, "num_warps": warps}
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,19 +139,39 @@ def _place(R, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, offset, inside, absent):
+def _load(pointer, offset, inside, absent, WHOLE: tl.constexpr = False):
+    """float32; WHOLE: everything is inside."""
+    if WHOLE:
+        return tl.load(pointer + offset).to(tl.float32)
     return tl.load(pointer + offset, mask=inside, other=absent).to(tl.float32)
 
 
 @triton.jit
-def _store(pointer, offset, values, inside):
-    tl.store(pointer + offset, rounded(values, pointer.dtype.element_ty), mask=inside)
+def _store(pointer, offset, values, inside, WHOLE: tl.constexpr = False):
+    values = rounded(values, pointer.dtype.element_ty)
+    if WHOLE:
+        tl.store(pointer + offset, values)
+    else:
+        tl.store(pointer + offset, values, mask=inside)
 
 
 @triton.jit
-def _exponentials(s, shift, scale):
-    """exp((s − shift)/ε) of the entries up to `shift`, 0 of those above it; NaN of NaN."""
-    return tl.where(s > shift, 0.0, tl.exp2((s - shift) * scale))
+def _exp2(x):
+    """2^x, and 0 where that is below 2^−126: the numbers below it would cost three instructions more."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _saturated(a, b, c):
+    """a·b + c, held between 0 and 1, in one instruction of the pipe that is least busy; 0 for NaN."""
+    if INTERPRETED:
+        value = a * b + c
+        return tl.where(value == value, tl.minimum(tl.maximum(value, 0.0), 1.0), 0.0)
+    return tl.inline_asm_elementwise(
+        "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -158,82 +180,141 @@ def _add_pairs(a, b, c, d):
 
 
 @triton.jit
-def _beyond(e, cut):
-    """How many e exceed `cut` [ROWS], and the sum of the others: both by one reduction."""
-    above = e > cut[:, None]
+def _sums(a, b):
+    """The sums of both over a row, by one reduction."""
     if INTERPRETED:  # it reduces pairs entry by entry
-        return tl.sum(tl.where(above, 1.0, 0.0), 1), tl.sum(tl.where(above, 0.0, e), 1)
-    return tl.reduce((tl.where(above, 1.0, 0.0), tl.where(above, 0.0, e)), 1, _add_pairs)
+        return tl.sum(a, 1), tl.sum(b, 1)
+    return tl.reduce((a, b), 1, _add_pairs)
 
 
 @triton.jit
-def _normal_cut(s, visible, budget, shift, scale):
-    """The e of the smallest capped score, if its scores were normal with the mean and deviation that they have.
+def _any(condition):
+    return tl.max(condition.to(tl.int32), 0) > 0
 
-    A first step of Newton from any guess lands left of the solution, since F is concave; from a near one it lands near,
-    which saves most of the steps. Of n normal scores n·(Q(t) + (ε/σ)·φ(t)) = k at the threshold t, and φ/Q ≈ t + 1/2
-    there; Q⁻¹ by formula 26.2.22 of Abramowitz and Stegun.
+
+# The exact solver. e = exp((s − shift)/ε) for a shift near the solution, weights min(1, y·e): Newton's method on
+# F(y) = Σ min(1, y·e) = k. F is concave, so a step from any y lands left of the solution, and from there on the steps
+# only grow, until no further entry is capped.
+
+
+@triton.jit
+def _capped(e, y, BLOCK: tl.constexpr):
+    """How many entries have y·e above 1 (to rounding), and the sum of the e of the others.
+
+    The comparison is a multiply-add that is 1 or 0: SHARP·(1 − y·e), whose product is not rounded.
     """
-    seen = s > float("-inf")
-    mean = tl.sum(tl.where(seen, s, 0.0), 1) / visible
-    spread = tl.where(seen, s - mean[:, None], 0.0)
-    deviation = tl.sqrt(tl.sum(spread * spread, 1) / visible) + 1e-30
+    free = _saturated(e, -(y * (SHARP / ONE))[:, None], SHARP)
+    count, rest = _sums(free, free * e)
+    return BLOCK - count, rest
+
+
+@triton.jit
+def _newton(e, y, count, budget, searching, BLOCK: tl.constexpr):
+    """y, the number of capped entries that it belongs to, the y that capped these, and whether no more are.
+
+    Starts from a y that is not above the solution and that caps more than `count`, or is the one that `count` gives.
+    """
+    accepted, settled = tl.zeros_like(y), searching & False
+    while _any(searching):
+        reached, rest = _capped(e, y, BLOCK)
+        settled |= searching & (reached <= count)
+        # Always fewer than the budget in exact arithmetic. Rounding alone can break that, and only where the entries
+        # in question are all 1 to rounding: they stay free.
+        more = searching & (reached > count) & (reached < budget)
+        accepted, count = tl.where(more, y, accepted), tl.where(more, reached, count)
+        y = tl.where(more, (budget - reached) / tl.maximum(rest, TINY), y)
+        searching = more & (y < FAINT)
+    return y, count, accepted, settled
+
+
+@triton.jit
+def _normal_cut(mean, squares, visible, budget):
+    """The exponent of the smallest capped score, if the exponents were normal with these mean and mean square.
+
+    Of n normal scores n·(Q(t) + φ(t)/σ) = k at the threshold t, σ in units of ε, and φ/Q ≈ t + 1/2 there. Exponents
+    are powers of two.
+    """
+    deviation = tl.sqrt(tl.maximum(squares - mean * mean, 0.0)) + 1e-30
     share = tl.minimum(budget / visible, 0.4)
-    threshold = _normal_quantile(share)
-    share /= 1 + (threshold + 0.5) * 1.4427 / (scale * deviation)
-    return tl.exp2((mean + deviation * _normal_quantile(share) - shift) * scale)
+    share /= 1 + (_normal_quantile(share) + 0.5) * LOG2E / deviation
+    return tl.minimum(mean + deviation * _normal_quantile(share), 0.0)
 
 
 @triton.jit
 def _normal_quantile(share):
-    """t with Q(t) = share, to 3e-3, for shares up to 1/2."""
+    """t with Q(t) = share, to 3e-3, for shares up to 1/2: formula 26.2.22 of Abramowitz and Stegun."""
     x = tl.sqrt(-2.0 * tl.log(share))
     return x - (2.30753 + 0.27061 * x) / (1.0 + x * (0.99229 + 0.04481 * x))
 
 
 @triton.jit
-def _exact_forward(rows, budgets, weights, saved, R, n, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _exact_forward(
+    rows, budgets, weights, saved, R, n, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Where a rare branch needs the scores again, it reads them again: they are in the cache, and not in registers."""
     row, exists, offset, inside = _place(R, n, ROWS, BLOCK)
-    s = _load(rows, offset, inside, float("-inf"))
+    s = _load(rows, offset, inside, float("-inf"), WHOLE)
     budget = tl.load(budgets + row, mask=exists, other=1.0)
-    visible = tl.sum(tl.where(s > float("-inf"), 1.0, 0.0), 1)
-    full = visible <= budget
-    shift = tl.where(full, LOWEST, tl.max(s, 1))
-    e = _exponentials(s, shift[:, None], scale)
-    m = tl.zeros_like(budget)
-    peak = budget / tl.sum(e, 1)
-    active = (peak > 1) & ~full
-    first_cut = 1 / peak
-    if tl.max(tl.where(active, budget, 0.0), 0) > 4:
-        reached, rest = _beyond(e, _normal_cut(s, visible, budget, shift, scale))
-        guess = rest / (budget - reached)
-        first_cut = tl.where((reached < budget) & (rest > SMALL), tl.minimum(first_cut, guess), first_cut)
-    while tl.max(active.to(tl.int32), 0) > 0:
-        # Newton on e, which needs no further exponential: an entry is capped if its e exceeds that of weight 1.
-        cut, accepted, count = first_cut, tl.full([ROWS], float("inf"), tl.float32), m
-        searching = active
-        while tl.max(searching.to(tl.int32), 0) > 0:
-            reached, rest = _beyond(e, cut)
-            reached += m
-            # Always fewer than the budget in exact arithmetic. Rounding alone can break that, and only where the
-            # entries in question are all 1 to rounding: they stay free.
-            more = searching & (reached > count) & (reached < budget)
-            accepted, count = tl.where(more, cut, accepted), tl.where(more, reached, count)
-            searching = more & (rest > SMALL)
-            cut = tl.where(searching, rest / (budget - reached), cut)
-        # Once more from the largest free score, for all digits, and because what follows may have underflowed.
-        progress = active & (count > m)
-        free = (e <= accepted[:, None]) & (s <= shift[:, None])
-        shift = tl.where(progress, tl.max(tl.where(free, s, float("-inf")), 1), shift)
-        m = tl.where(progress, count, m)
-        e = _exponentials(s, shift[:, None], scale)
-        peak = (budget - m) / tl.sum(e, 1)
-        first_cut = 1 / peak
-        active = progress & (peak > 1)
-    peak = tl.where(full | (peak > 1), 1.0, peak)
-    _store(weights, offset, tl.where(s > shift[:, None], 1.0, e * peak[:, None]), inside)
+    shift = tl.maximum(tl.max(s, 1), LOWEST)
+    exponent = (s - shift[:, None]) * scale
+    visible = tl.zeros_like(budget) + n
+    total, squares = _sums(exponent, exponent * exponent)
+    broken = total != total
+    if _any(total == float("-inf")):
+        s = _load(rows, offset, inside, float("-inf"), WHOLE)
+        visible = tl.sum(tl.where(s > float("-inf"), 1.0, 0.0), 1)
+        seen = tl.where(exponent > float("-inf"), exponent, 0.0)
+        total, squares = _sums(seen, seen * seen)
+    unsolved = (visible > budget) & (total == total)
+    e = _exp2(exponent)
+    if tl.max(tl.where(unsolved, budget, 0.0), 0) > 4:
+        guess = _normal_cut(total / visible, squares / visible, visible, budget)
+        if _any(unsolved & (guess < -REACH)):
+            # The exponentials of the largest score and of the threshold do not go together.
+            shift = tl.where(guess < -REACH, shift + guess / scale, shift)
+            guess = tl.where(guess < -REACH, 0.0, guess)
+            s = _load(rows, offset, inside, float("-inf"), WHOLE)
+            e = _exp2(tl.minimum((s - shift[:, None]) * scale, HIGHEST))
+        y = _exp2(-guess)
+        reached, rest = _capped(e, y, BLOCK)
+        while _any(unsolved & (reached >= budget) & (y > 1 / HIGH)):
+            y = tl.where(reached >= budget, y / 64, y)
+            reached, rest = _capped(e, y, BLOCK)
+        y = (budget - reached) / tl.maximum(rest, TINY)
+        searching = unsolved & (reached < budget) & (y < FAINT)
+        first = tl.full([ROWS], -1.0, tl.float32)
+    else:
+        y = budget / tl.sum(e, 1)
+        searching, first = unsolved, tl.zeros_like(y)
+    y, count, accepted, settled = _newton(e, y, first, budget, searching, BLOCK)
+    # Elsewhere once more, from the largest score that is not capped for certain: for all digits, and because what
+    # follows it may have underflowed.
+    count = tl.maximum(count, 0.0)
+    unsettled = unsolved & ~settled & (count > first)
+    while _any(unsettled):
+        first = tl.where(unsettled, count, first)
+        s = _load(rows, offset, inside, float("-inf"), WHOLE)
+        top = tl.max(tl.where(e * accepted[:, None] <= ONE, s, float("-inf")), 1)
+        shift = tl.where(unsettled, top, shift)
+        below = s <= shift[:, None]
+        again = tl.where(below, _exp2((s - shift[:, None]) * scale), HIGH)
+        e = tl.where(unsettled[:, None], again, e)
+        y = tl.where(unsettled, (budget - first) / tl.sum(tl.where(below, e, 0.0), 1), y)
+        y, count, accepted, now_settled = _newton(e, y, first, budget, unsettled, BLOCK)
+        settled |= now_settled
+        unsettled &= ~now_settled & (count > first)
+    y = tl.where(settled, y, tl.minimum(y, 1.0))
+    values = _saturated(e, y[:, None], 0.0)
+    if _any(~unsolved):
+        full = ~unsolved & ~broken
+        s = _load(rows, offset, inside, float("-inf"), WHOLE)
+        values = tl.where(full[:, None], tl.where(s > float("-inf"), 1.0, 0.0), values)
+        values = tl.where(broken[:, None], float("nan"), values)
+        shift = tl.where(full, LOWEST, shift)
+        y = tl.where(full, 1.0, tl.where(broken, float("nan"), y))
+    _store(weights, offset, values, inside, WHOLE)
     tl.store(saved + row, shift, mask=exists)
-    tl.store(saved + R + row, peak, mask=exists)
+    tl.store(saved + R + row, y, mask=exists)
 
 
 @triton.jit
@@ -269,26 +350,33 @@ def _exact_forward_parts(rows, budgets, weights, saved, R, n, scale, BLOCK: tl.c
     peak = tl.where(peak > 1, 1.0, peak)
     for start in range(0, n, BLOCK):
         s = _load(rows + row * n + start, column, column < n - start, float("-inf"))
-        values = tl.where(s > shift, 1.0, _exponentials(s, shift, scale) * peak)
+        values = tl.where(s > shift, 1.0, tl.exp2((s - shift) * scale) * peak)
         _store(weights + row * n + start, column, values, column < n - start)
     tl.store(saved + row, shift)
     tl.store(saved + R + row, peak)
 
 
 @triton.jit
+def _free_weights(s, shift, peak, scale):
+    """Weights of the entries that are not capped, 0 of the others; NaN of NaN."""
+    weights = _exp2((s - shift) * scale) * peak
+    return tl.where(weights > ONE, 0.0, weights)
+
+
+@triton.jit
 def _exact_backward(
     grad_weights, rows, saved, grad_scores, grad_budget, R, n, scale, inverse_eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row, exists, offset, inside = _place(R, n, ROWS, BLOCK)
-    s = _load(rows, offset, inside, float("-inf"))
-    g = _load(grad_weights, offset, inside, 0.0)
+    s = _load(rows, offset, inside, float("-inf"), WHOLE)
+    g = _load(grad_weights, offset, inside, 0.0, WHOLE)
     shift = tl.load(saved + row, mask=exists, other=LOWEST)
     peak = tl.load(saved + R + row, mask=exists, other=1.0)
-    free = _exponentials(s, shift[:, None], scale) * peak[:, None]
-    mass = tl.sum(free, 1)
-    delta = tl.where(mass == 0, 0.0, tl.sum(free * g, 1) / tl.where(mass == 0, 1.0, mass))
-    _store(grad_scores, offset, free * inverse_eps * (g - delta[:, None]), inside)
+    free = _free_weights(s, shift[:, None], peak[:, None], scale)
+    mass, weighted = _sums(free, free * g)
+    delta = tl.where(mass == 0, 0.0, weighted / tl.where(mass == 0, 1.0, mass))
+    _store(grad_scores, offset, free * inverse_eps * (g - delta[:, None]), inside, WHOLE)
     tl.store(grad_budget + row, delta, mask=exists)
 
 
@@ -303,26 +391,27 @@ def _exact_backward_parts(
     for start in range(0, n, BLOCK):
         s = _load(rows + row * n + start, column, column < n - start, float("-inf"))
         g = _load(grad_weights + row * n + start, column, column < n - start, 0.0)
-        free = _exponentials(s, shift, scale) * peak
+        free = _free_weights(s, shift, peak, scale)
         mass += tl.sum(free, 0)
         weighted += tl.sum(free * g, 0)
     delta = tl.where(mass == 0, 0.0, weighted / tl.where(mass == 0, 1.0, mass))
     for start in range(0, n, BLOCK):
         s = _load(rows + row * n + start, column, column < n - start, float("-inf"))
         g = _load(grad_weights + row * n + start, column, column < n - start, 0.0)
-        free = _exponentials(s, shift, scale) * peak
+        free = _free_weights(s, shift, peak, scale)
         _store(grad_scores + row * n + start, column, free * inverse_eps * (g - delta), column < n - start)
     tl.store(grad_budget + row, delta)
 
 
-# The iterative solver, in the published order of operations and with its division: at a small ε their rounding is the
-# largest part of the result's error (see cda_cli.ops.iterative). A masked score is FAR below all others, where −inf
-# would make NaN of a division's remainder.
+# The iterative solver (cda_cli.ops.iterative) on d = s − max(s) and a + max(s), which the iteration does not tell from s
+# and a, and whose digits are worth more. Since s + b = min(s, −a), its exponentials are min(e, cut) for
+# e = exp((d − origin)/ε) and one number per row, cut = exp((−a − origin)/ε): as long as ε stays, no iteration needs new
+# ones. A masked score is FAR below all others.
 
 
 @triton.jit
-def _load_scores(pointer, offset, inside):
-    s = _load(pointer, offset, inside, FAR)
+def _load_scores(pointer, offset, inside, WHOLE: tl.constexpr = False):
+    s = _load(pointer, offset, inside, FAR, WHOLE)
     return tl.where(s == float("-inf"), FAR, s)
 
 
@@ -333,123 +422,138 @@ def _visible(s):
 
 
 @triton.jit
-def _divide(x, eps):
-    """x/ε rounded to nearest: the quotient by the reciprocal, and its remainder once more, for half the instructions.
-
-    Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990.
-    """
-    if INTERPRETED:  # it has no fused multiply-add
-        return tl.div_rn(x, eps)
-    inverse = tl.div_rn(1.0, eps)
-    quotient = x * inverse
-    return tl.fma(tl.fma(-quotient, eps, x), inverse, quotient)
-
-
-@triton.jit
-def _scaled(s, a, eps):
-    """(s + b)/ε with b = −relu(s + a); NaN stays NaN."""
-    return _divide(s - tl.maximum(s + a, 0.0, propagate_nan=tl.PropagateNan.ALL), eps)
-
-
-@triton.jit
-def _next_a(log_k, largest, total, eps):
-    """ε(log k − logsumexp), from the largest exponent and the sum relative to it; a row without entries has sum 0."""
-    return eps * (log_k - (largest + tl.log(tl.where(total == 0, 1.0, total))))
-
-
-@triton.jit
 def _finite_or_0(top):
     return tl.where(top <= 0.5 * FAR, 0.0, top)
 
 
 @triton.jit
-def _weights(s, a, last_eps):
-    return tl.exp(_divide(tl.minimum(s + a, 0.0, propagate_nan=tl.PropagateNan.ALL), last_eps))
+def _next_a(log_k, origin, total, eps):
+    """ε(log k − logsumexp), from exponentials relative to `origin`; logarithms of base 2; a blind row has sum 0."""
+    return eps * (1 / LOG2E) * (log_k - tl.log2(tl.where(total == 0, 1.0, total))) - origin
+
+
+@triton.jit
+def _is_near(level, origin, scale):
+    """Whether all rows have exponentials that still reach: min(d, −a) is within FAINT of their origin."""
+    return tl.max(tl.abs(level - origin), 0) * scale < 40
+
+
+@triton.jit
+def _exponentials(d, origin, scale):
+    return _exp2(tl.minimum((d - origin[:, None]) * scale, HIGHEST))
 
 
 @triton.jit(do_not_specialize=["n_iters"])
 def _iterative_forward(
-    rows, budgets, steps, weights, history, R, n, n_iters, last_eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    rows, budgets, steps, weights, history, R, n, n_iters, last_eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     row, exists, offset, inside = _place(R, n, ROWS, BLOCK)
-    s = _load_scores(rows, offset, inside)
-    log_k = tl.log(tl.maximum(tl.load(budgets + row, mask=exists, other=1.0), LEAST_BUDGET))
+    s = _load_scores(rows, offset, inside, WHOLE)
     top = _finite_or_0(tl.max(s, 1))
     # b starts as −s: every exponent is 0.
     visible = tl.sum(_visible(s), 1)
-    a = _next_a(log_k, 0.0, visible, tl.load(steps))
+    log_k = tl.log2(tl.maximum(tl.load(budgets + row, mask=exists, other=1.0), LEAST_BUDGET)) + 0 * visible
+    eps = tl.load(steps)
+    a = _next_a(log_k, -top, visible, eps)
     history += row
-    tl.store(history, a, mask=exists)
+    tl.store(history, a - top, mask=exists)
+    d = s - top[:, None]
+    origin, scale = tl.zeros_like(top), 0.0
+    e = tl.zeros_like(d)
     for t in range(1, n_iters):
         eps = tl.load(steps + t)
-        largest = _scaled(top, a, eps)
-        total = tl.sum(tl.exp(_scaled(s, a[:, None], eps) - largest[:, None]), 1)
-        a = _next_a(log_k, largest, total, eps)
+        level = tl.minimum(-a, 0.0)
+        if (scale != LOG2E / eps) | ~_is_near(level, origin, scale):
+            origin, scale = level, LOG2E / eps
+            e = _exponentials(d, origin, scale)
+        cut = _exp2((-a - origin) * scale)
+        a = _next_a(log_k, origin, tl.sum(tl.minimum(e, cut[:, None]), 1), eps)
         history += R
-        tl.store(history, a, mask=exists)
-    _store(weights, offset, _weights(s, a[:, None], last_eps), inside)
+        tl.store(history, a - top, mask=exists)
+    level = tl.minimum(-a, 0.0)
+    if (scale != LOG2E / last_eps) | ~_is_near(level, origin, scale):
+        origin, scale = level, LOG2E / last_eps
+        e = _exponentials(d, origin, scale)
+    values = e * _exp2((a + origin) * scale)[:, None]
+    _store(weights, offset, tl.minimum(values, 1.0, propagate_nan=tl.PropagateNan.ALL), inside, WHOLE)
 
 
 @triton.jit(do_not_specialize=["n_iters"])
 def _iterative_forward_parts(rows, budgets, steps, weights, history, R, n, n_iters, last_eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    log_k = tl.log(tl.maximum(tl.load(budgets + row), LEAST_BUDGET))
     top, visible = FAR + 0.0, 0.0
     for start in range(0, n, BLOCK):
         s = _load_scores(rows + row * n + start, column, column < n - start)
         top = tl.maximum(top, tl.max(s, 0))
         visible += tl.sum(_visible(s), 0)
     top = _finite_or_0(top)
-    a = _next_a(log_k, 0.0, visible, tl.load(steps))
+    log_k = tl.log2(tl.maximum(tl.load(budgets + row), LEAST_BUDGET)) + 0 * visible
+    a = _next_a(log_k, -top, visible, tl.load(steps))
     history += row
-    tl.store(history, a)
+    tl.store(history, a - top)
     for t in range(1, n_iters):
         eps = tl.load(steps + t)
-        largest, total = _scaled(top, a, eps), 0.0
+        level, total = tl.minimum(-a, 0.0), 0.0
         for start in range(0, n, BLOCK):
             s = _load_scores(rows + row * n + start, column, column < n - start)
-            total += tl.sum(tl.exp(_scaled(s, a, eps) - largest), 0)
-        a = _next_a(log_k, largest, total, eps)
+            total += tl.sum(_exp2((tl.minimum(s - top, -a) - level) * (LOG2E / eps)), 0)
+        a = _next_a(log_k, level, total, eps)
         history += R
-        tl.store(history, a)
+        tl.store(history, a - top)
     for start in range(0, n, BLOCK):
         s = _load_scores(rows + row * n + start, column, column < n - start)
-        _store(weights + row * n + start, column, _weights(s, a, last_eps), column < n - start)
+        _store(weights + row * n + start, column, _weights(s - top, a, last_eps), column < n - start)
+
+
+@triton.jit
+def _weights(d, a, last_eps):
+    return _exp2(tl.minimum(d + a, 0.0, propagate_nan=tl.PropagateNan.ALL) * (LOG2E / last_eps))
 
 
 # Backwards, ∂L/∂a of a step is the share of the next one's that goes through the entries with s + a > 0; the others
 # pass theirs on to ∂L/∂s. So a step leaves one number per row and changes no other entry of ∂L/∂s:
 #     ∂s −= ∂a·p over the entries with s + a ≤ 0,   ∂a ← ∂a·Σ p over those with s + a > 0,   p = softmax((s + b)/ε).
+# With exponentials e that last for several steps, ∂s −= e·sent, where each step adds its factor to `sent`.
 
 
 @triton.jit(do_not_specialize=["n_iters"])
 def _iterative_backward(
     grad_weights, rows, budgets, history, steps, grad_scores, grad_budget, R, n, n_iters, last_eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row, exists, offset, inside = _place(R, n, ROWS, BLOCK)
-    s = _load_scores(rows, offset, inside)
-    g = _load(grad_weights, offset, inside, 0.0)
+    s = _load_scores(rows, offset, inside, WHOLE)
+    g = _load(grad_weights, offset, inside, 0.0, WHOLE)
     top = _finite_or_0(tl.max(s, 1))
+    d = s - top[:, None]
     history += row + (n_iters - 1).to(tl.int64) * R
-    a = tl.load(history, mask=exists, other=0.0)
-    grad = tl.where(s + a[:, None] > 0, 0.0, _weights(s, a[:, None], last_eps) * g / last_eps)
+    a = tl.load(history, mask=exists, other=0.0) + top
+    grad = tl.where(d + a[:, None] > 0, 0.0, _weights(d, a[:, None], last_eps) * g / last_eps)
     grad_a = tl.sum(grad, 1)
     grad_log_k = tl.load(steps + n_iters - 1) * grad_a
+    origin, scale = tl.zeros_like(top), 0.0
+    e, sent = tl.zeros_like(d), tl.zeros_like(d)
     for back in range(1, n_iters):
         t = n_iters - 1 - back
         history -= R
-        a = tl.load(history, mask=exists, other=0.0)
+        a = tl.load(history, mask=exists, other=0.0) + top
         eps = tl.load(steps + t + 1)
-        e = tl.exp(_scaled(s, a[:, None], eps) - _scaled(top, a, eps)[:, None])
-        passed = tl.sum(tl.where(s + a[:, None] > 0, e, 0.0), 1)
-        total = tl.sum(e, 1)
+        level = tl.minimum(-a, 0.0)
+        if (scale != LOG2E / eps) | ~_is_near(level, origin, scale):
+            grad -= e * sent
+            origin, scale, sent = level, LOG2E / eps, tl.zeros_like(d)
+            e = _exponentials(d, origin, scale)
+        free = _saturated(level[:, None] - d, SHARP, 1.0)  # 1 where s + a ≤ 0, else 0
+        count, rest = _sums(free, free * e)
+        passed = (BLOCK - count) * _exp2((level - origin) * scale)
+        total = passed + rest
         factor = grad_a / tl.where(total == 0, 1.0, total)
-        grad -= tl.where(s + a[:, None] > 0, 0.0, e * factor[:, None])
+        sent += free * factor[:, None]
         grad_a = factor * passed
         grad_log_k += tl.load(steps + t) * grad_a
-    _store(grad_scores, offset, grad, inside)
+    _store(grad_scores, offset, grad - e * sent, inside, WHOLE)
     budget = tl.load(budgets + row, mask=exists, other=1.0)
     tl.store(grad_budget + row, grad_log_k / tl.maximum(budget, LEAST_BUDGET), mask=exists)
 
@@ -462,43 +566,44 @@ def _iterative_backward_parts(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     last = row + (n_iters - 1).to(tl.int64) * R
-    last_a = tl.load(history + last)
     top, grad_a = FAR + 0.0, 0.0
     for start in range(0, n, BLOCK):
         s = _load_scores(rows + row * n + start, column, column < n - start)
-        g = _load(grad_weights + row * n + start, column, column < n - start, 0.0)
         top = tl.maximum(top, tl.max(s, 0))
-        grad_a += tl.sum(tl.where(s + last_a > 0, 0.0, _weights(s, last_a, last_eps) * g / last_eps), 0)
     top = _finite_or_0(top)
+    last_a = tl.load(history + last) + top
+    for start in range(0, n, BLOCK):
+        d = _load_scores(rows + row * n + start, column, column < n - start) - top
+        g = _load(grad_weights + row * n + start, column, column < n - start, 0.0)
+        grad_a += tl.sum(tl.where(d + last_a > 0, 0.0, _weights(d, last_a, last_eps) * g / last_eps), 0)
     grad_log_k = tl.load(steps + n_iters - 1) * grad_a
     place = last
     for back in range(1, n_iters):
         t = n_iters - 1 - back
         place -= R
-        a = tl.load(history + place)
-        eps = tl.load(steps + t + 1)
-        largest, total, passed = _scaled(top, a, eps), 0.0, 0.0
+        a = tl.load(history + place) + top
+        scale = LOG2E / tl.load(steps + t + 1)
+        level, count, rest = tl.minimum(-a, 0.0), 0.0, 0.0
         for start in range(0, n, BLOCK):
-            s = _load_scores(rows + row * n + start, column, column < n - start)
-            e = tl.exp(_scaled(s, a, eps) - largest)
-            total += tl.sum(e, 0)
-            passed += tl.sum(tl.where(s + a > 0, e, 0.0), 0)
+            d = _load_scores(rows + row * n + start, column, column < n - start) - top
+            count += tl.sum(tl.where(d > level, 1.0, 0.0), 0)
+            rest += tl.sum(tl.where(d > level, 0.0, _exp2((d - level) * scale)), 0)
+        total = count + rest
         factor = grad_a / tl.where(total == 0, 1.0, total)
         tl.store(factors + place, factor)
-        grad_a = factor * passed
+        grad_a = factor * count
         grad_log_k += tl.load(steps + t) * grad_a
     tl.debug_barrier()  # every thread reads below what one has stored above
     for start in range(0, n, BLOCK):
-        s = _load_scores(rows + row * n + start, column, column < n - start)
+        d = _load_scores(rows + row * n + start, column, column < n - start) - top
         g = _load(grad_weights + row * n + start, column, column < n - start, 0.0)
-        grad = tl.where(s + last_a > 0, 0.0, _weights(s, last_a, last_eps) * g / last_eps)
+        grad = tl.where(d + last_a > 0, 0.0, _weights(d, last_a, last_eps) * g / last_eps)
         place = last
         for back in range(1, n_iters):
             place -= R
-            a = tl.load(history + place)
-            eps = tl.load(steps + n_iters - back)
-            e = tl.exp(_scaled(s, a, eps) - _scaled(top, a, eps))
-            grad -= tl.where(s + a > 0, 0.0, e * tl.load(factors + place))
+            level = tl.minimum(-(tl.load(history + place) + top), 0.0)
+            scale = LOG2E / tl.load(steps + n_iters - back)
+            grad -= tl.where(d > level, 0.0, _exp2((d - level) * scale) * tl.load(factors + place))
         _store(grad_scores + row * n + start, column, grad, column < n - start)
     budget = tl.load(budgets + row)
     tl.store(grad_budget + row, grad_log_k / tl.maximum(budget, LEAST_BUDGET))
