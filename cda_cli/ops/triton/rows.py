@@ -2,7 +2,8 @@
 
 A row of up to `REGISTER_LIMIT` scores is held in registers, by one program (several short rows share one); a longer
 one is read again, in parts, for every step of its solver. Scores are float32, bf16 or fp16, −inf where masked; the
-arithmetic is float32. What is saved is what the PyTorch path saves, so that either backward can follow.
+arithmetic is float32. What is saved is as on the PyTorch path, but that the exact dual's shift may be any score near
+the solution, and its peak above 1.
 
 Shapes: R rows, n entries. In the kernels [ROWS, BLOCK] tensors, or [BLOCK] where the row comes in parts.
 """
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from cda_cli.ops.triton.tiles import INTERPRETED, rounded
 
-REGISTER_LIMIT = 16384  # of n: 16 warps hold the scores and their exponentials, 32 of each per thread
-PART = 4096  # entries of a longer row that are read at a time
+REGISTER_LIMIT = 16384  # of n
+PART = 4096  # entries of a longer row that are read at a time; of half precision twice as many
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the shift of a row with nothing free, as in cda_cli.ops.dual
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -33,6 +34,7 @@ ONE = tl.constexpr(1 + 2.0**-20)
 SHARP = tl.constexpr(2.0**60)
 HIGHEST = tl.constexpr(100.0)  # of an exponent whose entry is capped for certain
 HIGH = tl.constexpr(2.0**100)
+LEAST_Y = tl.constexpr(2.0**-80)  # below it, entries that are not capped may be as high
 TINY = tl.constexpr(1e-37)
 LEAST_BUDGET = tl.constexpr(1e-20)
 FAR = tl.constexpr(-1e20)
@@ -49,7 +51,7 @@ def exact_forward(rows: Tensor, budget: Tensor, eps: float) -> tuple[Tensor, Ten
     scale = math.log2(math.e) / eps
     with torch.cuda.device_of(rows):
         if n > REGISTER_LIMIT:
-            _exact_forward_parts[(R,)](rows, budget, weights, saved, R, n, scale, BLOCK=PART, num_warps=8)
+            _exact_forward_parts[(R,)](rows, budget, weights, saved, R, n, scale, BLOCK=_part(rows), num_warps=8)
         elif R:
             grid, options = _tile(R, n, entries_per_thread=64)
             _exact_forward[grid](rows, budget, weights, saved, R, n, scale, **options)
@@ -65,7 +67,7 @@ def exact_backward(grad_weights: Tensor, rows: Tensor, saved: Tensor, eps: float
     tensors = (grad_weights, rows, saved, grad_scores, grad_budget)
     with torch.cuda.device_of(rows):
         if n > REGISTER_LIMIT:
-            _exact_backward_parts[(R,)](*tensors, R, n, scale, 1 / eps, BLOCK=PART, num_warps=8)
+            _exact_backward_parts[(R,)](*tensors, R, n, scale, 1 / eps, BLOCK=_part(rows), num_warps=8)
         elif R:
             grid, options = _tile(R, n, entries_per_thread=32)
             _exact_backward[grid](*tensors, R, n, scale, 1 / eps, **options)
@@ -83,7 +85,7 @@ def iterative_forward(
     tensors = (rows, budget, _on_device(eps_steps, rows.device), weights, history)
     with torch.cuda.device_of(rows):
         if n > REGISTER_LIMIT:
-            _iterative_forward_parts[(R,)](*tensors, R, n, len(eps_steps), last_eps, BLOCK=PART, num_warps=8)
+            _iterative_forward_parts[(R,)](*tensors, R, n, len(eps_steps), last_eps, BLOCK=_part(rows), num_warps=8)
         elif R:
             grid, options = _tile(R, n, entries_per_thread=16)
             _iterative_forward[grid](*tensors, R, n, len(eps_steps), last_eps, **options)
@@ -105,7 +107,9 @@ def iterative_backward(
     with torch.cuda.device_of(rows):
         if n > REGISTER_LIMIT // 2:  # it holds twice as much of a row as the others
             factors = torch.empty_like(history)
-            _iterative_backward_parts[(R,)](*tensors, factors, R, n, len(eps_steps), last_eps, BLOCK=PART, num_warps=8)
+            _iterative_backward_parts[(R,)](
+                *tensors, factors, R, n, len(eps_steps), last_eps, BLOCK=_part(rows), num_warps=8
+            )
         elif R:
             grid, options = _tile(R, n, entries_per_thread=16)
             _iterative_backward[grid](*tensors, R, n, len(eps_steps), last_eps, **options)
@@ -122,6 +126,10 @@ def _tile(R: int, n: int, entries_per_thread: int) -> tuple[tuple[int], dict[str
     warps = min(16, max(1, rows * block // (32 * entries_per_thread)))
     whole = n == block and R % rows == 0
     return (triton.cdiv(R, rows),), {"ROWS": rows, "BLOCK": block, "WHOLE": whole, "num_warps": warps}
+
+
+def _part(rows: Tensor) -> int:
+    return PART * 4 // rows.element_size()
 
 
 @functools.lru_cache(maxsize=64)
@@ -228,23 +236,24 @@ def _newton(e, y, count, budget, searching, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _normal_cut(mean, squares, visible, budget):
-    """The exponent of the smallest capped score, if the exponents were normal with these mean and mean square.
+def _normal_cut(mean, variance, visible, budget):
+    """The exponent of the smallest capped score, if the exponents were normal with these mean and variance.
 
-    Of n normal scores n·(Q(t) + φ(t)/σ) = k at the threshold t, σ in units of ε, and φ/Q ≈ t + 1/2 there. Exponents
-    are powers of two.
+    Of n normal scores n·(Q(t) + φ(t)/σ) = k at the threshold t, σ in units of ε, and φ/Q is about t + 1/2, or 1/4 for
+    negative t. Exponents are powers of two.
     """
-    deviation = tl.sqrt(tl.maximum(squares - mean * mean, 0.0)) + 1e-30
-    share = tl.minimum(budget / visible, 0.4)
-    share /= 1 + (_normal_quantile(share) + 0.5) * LOG2E / deviation
+    deviation = tl.sqrt(tl.maximum(variance, 0.0)) + 1e-30
+    share = budget / visible
+    share /= 1 + tl.maximum(_normal_quantile(share) + 0.5, 0.25) * LOG2E / deviation
     return tl.minimum(mean + deviation * _normal_quantile(share), 0.0)
 
 
 @triton.jit
 def _normal_quantile(share):
-    """t with Q(t) = share, to 3e-3, for shares up to 1/2: formula 26.2.22 of Abramowitz and Stegun."""
-    x = tl.sqrt(-2.0 * tl.log(share))
-    return x - (2.30753 + 0.27061 * x) / (1.0 + x * (0.99229 + 0.04481 * x))
+    """t with Q(t) = share, to 3e-3: formula 26.2.22 of Abramowitz and Stegun."""
+    x = tl.sqrt(-2.0 * tl.log(tl.maximum(tl.minimum(share, 1 - share), 1e-12)))
+    t = x - (2.30753 + 0.27061 * x) / (1.0 + x * (0.99229 + 0.04481 * x))
+    return tl.where(share > 0.5, -t, t)
 
 
 @triton.jit
@@ -268,7 +277,8 @@ def _exact_forward(
     unsolved = (visible > budget) & (total == total)
     e = _exp2(exponent)
     if tl.max(tl.where(unsolved, budget, 0.0), 0) > 4:
-        guess = _normal_cut(total / visible, squares / visible, visible, budget)
+        mean = total / visible
+        guess = _normal_cut(mean, squares / visible - mean * mean, visible, budget)
         if _any(unsolved & (guess < -REACH)):
             # The exponentials of the largest score and of the threshold do not go together.
             shift = tl.where(guess < -REACH, shift + guess / scale, shift)
@@ -277,11 +287,11 @@ def _exact_forward(
             e = _exp2(tl.minimum((s - shift[:, None]) * scale, HIGHEST))
         y = _exp2(-guess)
         reached, rest = _capped(e, y, BLOCK)
-        while _any(unsolved & (reached >= budget) & (y > 1 / HIGH)):
+        while _any(unsolved & (reached >= budget) & (y > LEAST_Y)):
             y = tl.where(reached >= budget, y / 64, y)
             reached, rest = _capped(e, y, BLOCK)
         y = (budget - reached) / tl.maximum(rest, TINY)
-        searching = unsolved & (reached < budget) & (y < FAINT)
+        searching = unsolved & (reached < budget) & (y < FAINT) & (y > LEAST_Y)
         first = tl.full([ROWS], -1.0, tl.float32)
     else:
         y = budget / tl.sum(e, 1)
@@ -318,42 +328,137 @@ def _exact_forward(
 
 
 @triton.jit
-def _exact_forward_parts(rows, budgets, weights, saved, R, n, scale, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    budget = tl.load(budgets + row)
-    visible = 0.0
+def _place_in_part(start, n, BLOCK: tl.constexpr):
+    """Offsets [4, BLOCK / 4] of a part of a row, and which exist. Sums over the first axis stay within a thread."""
+    column = start + tl.arange(0, 4)[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+    return column, column < n
+
+
+@triton.jit
+def _capped_parts(rows, n, shift, scale, y, spread, BLOCK: tl.constexpr):
+    """`_capped` for y, y(1 + spread), y(1 + 4·spread) and y(1 + 16·spread), by one reading of the row."""
+    y1, y2, y3 = y * (1 + spread), y * (1 + 4 * spread), y * (1 + 16 * spread)
+    free0, free1, free2, free3 = (tl.zeros([BLOCK // 4], tl.float32),) * 4
+    rest0, rest1, rest2, rest3 = (tl.zeros([BLOCK // 4], tl.float32),) * 4
     for start in range(0, n, BLOCK):
-        s = _load(rows + row * n + start, column, column < n - start, float("-inf"))
-        visible += tl.sum(tl.where(s > float("-inf"), 1.0, 0.0), 0)
-    lowest = tl.full([], LOWEST, tl.float32)
-    shift, peak = lowest, 1.0
+        column, inside = _place_in_part(start, n, BLOCK)
+        s = _load(rows, column, inside, float("-inf"))
+        e = _exp2(tl.minimum((s - shift) * scale, HIGHEST))
+        free = _saturated(e, -y * (SHARP / ONE), SHARP)
+        free0, rest0 = free0 + tl.sum(free, 0), rest0 + tl.sum(free * e, 0)
+        free = _saturated(e, -y1 * (SHARP / ONE), SHARP)
+        free1, rest1 = free1 + tl.sum(free, 0), rest1 + tl.sum(free * e, 0)
+        free = _saturated(e, -y2 * (SHARP / ONE), SHARP)
+        free2, rest2 = free2 + tl.sum(free, 0), rest2 + tl.sum(free * e, 0)
+        free = _saturated(e, -y3 * (SHARP / ONE), SHARP)
+        free3, rest3 = free3 + tl.sum(free, 0), rest3 + tl.sum(free * e, 0)
+    read = tl.cdiv(n, BLOCK) * BLOCK
+    return (
+        (y, read - tl.sum(free0), tl.sum(rest0)),
+        (y1, read - tl.sum(free1), tl.sum(rest1)),
+        (y2, read - tl.sum(free2), tl.sum(rest2)),
+        (y3, read - tl.sum(free3), tl.sum(rest3)),
+    )
+
+
+@triton.jit
+def _exact_forward_parts(rows, budgets, weights, saved, R, n, scale, BLOCK: tl.constexpr):
+    """The row is read once for its mean and deviation, once for each step of Newton, and once to be written."""
+    row = tl.program_id(0).to(tl.int64)
+    rows += row * n
+    weights += row * n
+    budget = tl.load(budgets + row)
+    pivot = tl.load(rows).to(tl.float32)
+    pivot = tl.where(tl.abs(pivot) < 1e30, pivot, 0.0)
+    tops = tl.full([BLOCK // 4], LOWEST, tl.float32)
+    visibles, totals, squares = (tl.zeros([BLOCK // 4], tl.float32),) * 3
+    for start in range(0, n, BLOCK):
+        column, inside = _place_in_part(start, n, BLOCK)
+        s = _load(rows, column, inside, float("-inf"))
+        tops = tl.maximum(tops, tl.max(s, 0))
+        visibles += tl.sum(tl.where(s > float("-inf"), 1.0, 0.0), 0)
+        exponent = tl.where(s == float("-inf"), 0.0, (s - pivot) * scale)
+        totals += tl.sum(exponent, 0)
+        squares += tl.sum(exponent * exponent, 0)
+    top, visible = tl.max(tops), tl.sum(visibles)
+    mean = tl.sum(totals) / tl.maximum(visible, 1.0)
+    guess = _normal_cut(
+        mean - (top - pivot) * scale, tl.sum(squares) / tl.maximum(visible, 1.0) - mean * mean, visible, budget
+    )
+    unsolved = (visible > budget) & (mean == mean)
+    shift = tl.where(visible > budget, top + guess / scale, LOWEST)
+    y, count, settled = tl.where(unsolved, 0.8, tl.where(mean == mean, 1.0, mean)), -1.0, False
+    # Four values of y at each reading, far apart around the guess and close together after it: the best of their steps
+    # is next, and if two of them bracket it and cap the same entries, it is the last.
+    spread = 0.06
+    searching = unsolved
+    while searching:
+        first, second, third, fourth = _capped_parts(rows, n, shift, scale, y, spread, BLOCK)
+        if first[1] >= budget:
+            searching = (count < 0) & (y > LEAST_Y)
+            y = tl.where(searching, y / 64, y)
+        elif first[1] <= count:
+            settled, searching = True, False
+        else:
+            best = _better(first, _better(second, _better(third, fourth, budget), budget), budget)
+            y = (budget - best[1]) / tl.maximum(best[2], TINY)
+            settled = _brackets(first, best, y) | _brackets(second, best, y)
+            settled |= _brackets(third, best, y) | _brackets(fourth, best, y)
+            count = tl.where(best[0] <= y, best[1], -1.0)
+            reliable = (y < FAINT) & (y > LEAST_Y)
+            settled &= reliable
+            searching = ~settled & reliable
+            spread = 0.004
+    if unsolved & ~settled:
+        shift, y = _search_parts(rows, n, top, scale, budget, BLOCK)
+    for start in range(0, n, BLOCK):
+        column, inside = _place_in_part(start, n, BLOCK)
+        s = _load(rows, column, inside, float("-inf"))
+        values = tl.minimum(_exp2((s - shift) * scale) * y, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        _store(weights, column, values, inside)
+    tl.store(saved + row, shift)
+    tl.store(saved + R + row, y)
+
+
+@triton.jit
+def _better(one, other, budget):
+    """Of two (y, capped, rest) the one with the larger step of Newton; steps never pass the solution."""
+    valid = (other[1] < budget) & ((one[1] >= budget) | ((budget - other[1]) * one[2] > (budget - one[1]) * other[2]))
+    return tl.where(valid, other[0], one[0]), tl.where(valid, other[1], one[1]), tl.where(valid, other[2], one[2])
+
+
+@triton.jit
+def _brackets(one, best, y):
+    """Whether y stands between two values that cap the same entries."""
+    return (one[1] == best[1]) & (tl.minimum(one[0], best[0]) <= y) & (y <= tl.maximum(one[0], best[0]))
+
+
+@triton.jit
+def _search_parts(rows, n, top, scale, budget, BLOCK: tl.constexpr):
+    """The dual by steps from nothing capped, each relative to the largest score that is free: for any row."""
+    shift, peak = top, 1.0
     # An entry is capped above `cut`, the score of weight 1, and from `edge` on, the largest score that was free.
     cut, edge = float("inf"), float("inf")
-    searching = visible > budget
+    searching = True
     while searching:
-        top, total, count = lowest, 0.0, 0.0
+        lowest = tl.full([], LOWEST, tl.float32)
+        highest, total, count = lowest, 0.0, 0.0
         for start in range(0, n, BLOCK):
-            s = _load(rows + row * n + start, column, column < n - start, float("-inf"))
+            column, inside = _place_in_part(start, n, BLOCK)
+            s = _load(rows, column, inside, float("-inf"))
             capped = (s > cut) | (s >= edge)
-            count += tl.sum(tl.where(capped, 1.0, 0.0), 0)
+            count += tl.sum(tl.where(capped, 1.0, 0.0))
             s = tl.where(capped, float("-inf"), s)
-            higher = tl.maximum(top, tl.max(s, 0))
-            total = total * tl.exp2((top - higher) * scale) + tl.sum(tl.exp2((s - higher) * scale), 0)
-            top = higher
+            higher = tl.maximum(highest, tl.max(s))
+            total = total * tl.exp2((highest - higher) * scale) + tl.sum(_exp2((s - higher) * scale))
+            highest = higher
         # As in the kernel above: if rounding alone would cap as many as the budget, they stay free.
         allowed = count < budget
-        shift = tl.where(allowed, top, shift)
+        shift = tl.where(allowed, highest, shift)
         peak = tl.where(allowed, (budget - count) / total, peak)
         cut, edge = shift - tl.log2(peak) / scale, shift
         searching = allowed & (peak > 1)
-    peak = tl.where(peak > 1, 1.0, peak)
-    for start in range(0, n, BLOCK):
-        s = _load(rows + row * n + start, column, column < n - start, float("-inf"))
-        values = tl.where(s > shift, 1.0, tl.exp2((s - shift) * scale) * peak)
-        _store(weights + row * n + start, column, values, column < n - start)
-    tl.store(saved + row, shift)
-    tl.store(saved + R + row, peak)
+    return shift, tl.minimum(peak, 1.0)
 
 
 @triton.jit
@@ -403,10 +508,9 @@ def _exact_backward_parts(
     tl.store(grad_budget + row, delta)
 
 
-# The iterative solver (cda_cli.ops.iterative) on d = s − max(s) and a + max(s), which the iteration does not tell from s
-# and a, and whose digits are worth more. Since s + b = min(s, −a), its exponentials are min(e, cut) for
-# e = exp((d − origin)/ε) and one number per row, cut = exp((−a − origin)/ε): as long as ε stays, no iteration needs new
-# ones. A masked score is FAR below all others.
+# The iterative solver (cda_cli.ops.iterative) on d = s − max(s) and a + max(s): the iteration is the same, and fewer
+# digits are lost. Since s + b = min(s, −a), its exponentials are min(e, cut) for e = exp((d − origin)/ε) and one number
+# per row, cut = exp((−a − origin)/ε): as long as ε stays, no iteration needs new ones. A masked score is FAR below all.
 
 
 @triton.jit
