@@ -25,9 +25,9 @@ def published(scores: Tensor, budget: Tensor, **settings: object) -> Tensor:
 def assert_parity(backend: str, scores: Tensor, budget: Tensor, mask: Tensor | None, **settings: float) -> None:
     """λ, ∂s and ∂k, to the natural scale of a summand of the unrolled gradient: max |g|/ε.
 
-    PyTorch repeats the published operations one by one, and so their rounding. The kernels take the same order, but
-    with an exp, a log and sums of their own, and one unit in the last place of a (2.4e-7 where |a| is from 2 to 4) is
-    1.2e-5 of a weight at ε = 0.02: on top of the rule they may be off by what the published float32 result itself is.
+    PyTorch repeats the published operations one by one, and so their rounding. The kernels compute the same numbers in
+    an order of their own, and one unit in the last place of a (2.4e-7 where |a| is from 2 to 4) is 1.2e-5 of a weight
+    at ε = 0.02: on top of the rule they may be off by what the published float32 result itself is.
     """
     precision = 1e-9 if scores.dtype == torch.float64 else 1e-5
     if mask is not None:

@@ -11,7 +11,17 @@ from torch import Tensor
 from cda_cli.ops import soft_topk
 from cda_cli.ops.iterative import annealing
 from cda_cli.ops.triton import rows as kernels
-from tests.ops.cases import DEVICE, UNIT, Rows, assert_within, optimum, optimum_gradients, random_rows, tolerance
+from tests.ops.cases import (
+    DEVICE,
+    UNIT,
+    Rows,
+    assert_within,
+    differentiable,
+    optimum,
+    optimum_gradients,
+    random_rows,
+    tolerance,
+)
 
 PLAN = annealing(0.1, 4, 4.0, 0.3)
 BUDGETS = (0.5, 1.0, 2.5, 7.0, 1e6)
@@ -60,6 +70,39 @@ def test_exact_at_every_length(n: int) -> None:
     assert_within(grad_scores, expected_scores, bound.unsqueeze(-1).expand_as(grad_scores), "∂L/∂s")
     assert_within(grad_k, expected_k, 1e-4 * expected_k.abs() + floor, "∂L/∂k")
     assert (grad_scores[solution.capped] == 0).all()
+
+
+@pytest.mark.usefixtures("part")
+@pytest.mark.parametrize("eps", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("scores", ["normal", "long tails", "flat", "tied", "far from zero", "two heaps"])
+def test_exact_wherever_the_guess_of_the_threshold_lands(scores: str, eps: float) -> None:
+    """Newton starts from the threshold of normal scores: near, too high, too low, and beyond what one shift reaches."""
+    normal = random_rows(4, 150)
+    rows = Rows(
+        {
+            "normal": normal,
+            "long tails": normal.abs().pow(3) * normal.sign(),
+            "flat": torch.linspace(-2, 1, 150).expand(4, 150).contiguous(),
+            "tied": (4 * normal).round() / 4,
+            "far from zero": normal + 1e3,
+            "two heaps": torch.cat((normal[:, :145], normal[:, 145:] + 40), -1),
+        }[scores],
+        torch.tensor([2.0, 7.5, 40.0, 140.0]),
+        eps,
+    )
+    weights, saved = kernels.exact_forward(rows.scores.to(DEVICE), rows.budget().to(DEVICE), eps)
+    solution, tol = optimum(rows), tolerance(rows)
+    assert_within(weights.cpu(), solution.weights, tol, "λ")
+    assert_within(weights.cpu().double().sum(-1), rows.budget().double(), rows.budget().double() * tol, "Σλ")
+    smooth = differentiable(rows, solution, tol)
+    assert smooth.any()
+    grad_weights = random_rows(4, 150, seed=1)
+    grads = kernels.exact_backward(grad_weights.to(DEVICE), rows.scores.to(DEVICE), saved, eps)
+    expected_scores, expected_k = optimum_gradients(rows, solution, grad_weights)
+    floor = 8 * UNIT * grad_weights.abs().amax(-1).double()
+    bound = (1e-4 * expected_scores.abs().amax(-1) + floor / eps).unsqueeze(-1).expand(4, 150)
+    assert_within(grads[0].cpu()[smooth], expected_scores[smooth], bound[smooth], "∂L/∂s")
+    assert_within(grads[1].cpu()[smooth], expected_k[smooth], (1e-4 * expected_k.abs() + floor)[smooth], "∂L/∂k")
 
 
 @pytest.mark.usefixtures("part")

@@ -123,8 +123,8 @@ def _tile(R: int, n: int, entries_per_thread: int) -> tuple[tuple[int], dict[str
     """
     block: int = triton.next_power_of_2(n)
     rows = min(32, max(1, 512 // block))
-    warps = min(16, max(1, rows * block // (32 * entries_per_thread)))
     whole = n == block and R % rows == 0
+    warps = min(16, max(1, rows * block // (32 * (entries_per_thread if whole else min(entries_per_thread, 32)))))
     return (triton.cdiv(R, rows),), {"ROWS": rows, "BLOCK": block, "WHOLE": whole, "num_warps": warps}
 
 
