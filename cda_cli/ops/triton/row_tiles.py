@@ -1,0 +1,70 @@
+"""What the row kernels share: which entries a program holds, their loads and stores, and arithmetic."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cda_cli.ops.triton.tiles import INTERPRETED, rounded
+
+
+@triton.jit
+def place_rows(R, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of this program: its rows [ROWS], which of them exist, the offsets of their entries and which of these exist."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    return row, row < R, row[:, None] * n + column[None, :], (row < R)[:, None] & (column < n)[None, :]
+
+
+@triton.jit
+def load_entries(pointer, offset, inside, absent, WHOLE: tl.constexpr = False):
+    """float32; WHOLE: everything is inside."""
+    if WHOLE:
+        return tl.load(pointer + offset).to(tl.float32)
+    return tl.load(pointer + offset, mask=inside, other=absent).to(tl.float32)
+
+
+@triton.jit
+def store_entries(pointer, offset, values, inside, WHOLE: tl.constexpr = False):
+    values = rounded(values, pointer.dtype.element_ty)
+    if WHOLE:
+        tl.store(pointer + offset, values)
+    else:
+        tl.store(pointer + offset, values, mask=inside)
+
+
+@triton.jit
+def exp2(x):
+    """2^x, and 0 where that is below 2^−126: the numbers below it would cost three instructions more."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def saturated(a, b, c):
+    """a·b + c, held between 0 and 1, in one instruction of the pipe that is least busy; 0 for NaN."""
+    if INTERPRETED:
+        value = a * b + c
+        return tl.where(value == value, tl.minimum(tl.maximum(value, 0.0), 1.0), 0.0)
+    return tl.inline_asm_elementwise(
+        "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def sums(a, b):
+    """The sums of both over a row, by one reduction."""
+    if INTERPRETED:  # it reduces pairs entry by entry
+        return tl.sum(a, 1), tl.sum(b, 1)
+    return tl.reduce((a, b), 1, _add_pairs)
+
+
+@triton.jit
+def any_of(condition):
+    return tl.max(condition.to(tl.int32), 0) > 0

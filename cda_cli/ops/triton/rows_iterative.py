@@ -1,0 +1,228 @@
+"""The iterative solver's row kernels, forward and backward: rows in registers, and longer ones in parts.
+
+Shapes: R rows, n entries; [ROWS, BLOCK] tensors, or [BLOCK] where the row comes in parts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from cda_cli.ops.triton.row_tiles import exp2, load_entries, place_rows, saturated, store_entries, sums
+
+LOG2E = tl.constexpr(math.log2(math.e))
+# exp(28), the reach of one shift: the exponent of an entry with weight 1 that is further below has lost digits.
+FAINT = tl.constexpr(2.0**40)
+SHARP = tl.constexpr(2.0**60)
+HIGHEST = tl.constexpr(100.0)  # of an exponent whose entry is capped for certain
+LEAST_BUDGET = tl.constexpr(1e-20)
+FAR = tl.constexpr(-1e20)
+
+
+# The iterative solver (cda_cli.ops.iterative) on d = s − max(s) and a + max(s): the iteration is the same, and fewer
+# digits are lost. Since s + b = min(s, −a), its exponentials are min(e, cut) for e = exp((d − origin)/ε) and one number
+# per row, cut = exp((−a − origin)/ε): as long as ε stays, no iteration needs new ones. A masked score is FAR below all.
+
+
+@triton.jit
+def _load_scores(pointer, offset, inside, WHOLE: tl.constexpr = False):
+    s = load_entries(pointer, offset, inside, FAR, WHOLE)
+    return tl.where(s == float("-inf"), FAR, s)
+
+
+@triton.jit
+def _visible(s):
+    """1 for each entry that is not masked; NaN of NaN."""
+    return tl.where(s <= 0.5 * FAR, 0.0, tl.where(s == s, 1.0, s))
+
+
+@triton.jit
+def _finite_or_0(top):
+    return tl.where(top <= 0.5 * FAR, 0.0, top)
+
+
+@triton.jit
+def _next_a(log_k, origin, total, eps):
+    """ε(log k − logsumexp), from exponentials relative to `origin`; logarithms of base 2; a blind row has sum 0."""
+    return eps * (1 / LOG2E) * (log_k - tl.log2(tl.where(total == 0, 1.0, total))) - origin
+
+
+@triton.jit
+def _is_near(level, origin, scale):
+    """Whether all rows have exponentials that still reach: min(d, −a) is within FAINT of their origin."""
+    return tl.max(tl.abs(level - origin), 0) * scale < 40
+
+
+@triton.jit
+def _exponentials(d, origin, scale):
+    return exp2(tl.minimum((d - origin[:, None]) * scale, HIGHEST))
+
+
+@triton.jit(do_not_specialize=["n_iters"])
+def iterative_forward_kernel(
+    rows, budgets, steps, weights, history, R, n, n_iters, last_eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    row, exists, offset, inside = place_rows(R, n, ROWS, BLOCK)
+    s = _load_scores(rows, offset, inside, WHOLE)
+    top = _finite_or_0(tl.max(s, 1))
+    # b starts as −s: every exponent is 0.
+    visible = tl.sum(_visible(s), 1)
+    log_k = tl.log2(tl.maximum(tl.load(budgets + row, mask=exists, other=1.0), LEAST_BUDGET)) + 0 * visible
+    eps = tl.load(steps)
+    a = _next_a(log_k, -top, visible, eps)
+    history += row
+    tl.store(history, a - top, mask=exists)
+    d = s - top[:, None]
+    origin, scale = tl.zeros_like(top), 0.0
+    e = tl.zeros_like(d)
+    for t in range(1, n_iters):
+        eps = tl.load(steps + t)
+        level = tl.minimum(-a, 0.0)
+        if (scale != LOG2E / eps) | ~_is_near(level, origin, scale):
+            origin, scale = level, LOG2E / eps
+            e = _exponentials(d, origin, scale)
+        cut = exp2((-a - origin) * scale)
+        a = _next_a(log_k, origin, tl.sum(tl.minimum(e, cut[:, None]), 1), eps)
+        history += R
+        tl.store(history, a - top, mask=exists)
+    level = tl.minimum(-a, 0.0)
+    if (scale != LOG2E / last_eps) | ~_is_near(level, origin, scale):
+        origin, scale = level, LOG2E / last_eps
+        e = _exponentials(d, origin, scale)
+    values = e * exp2((a + origin) * scale)[:, None]
+    store_entries(weights, offset, tl.minimum(values, 1.0, propagate_nan=tl.PropagateNan.ALL), inside, WHOLE)
+
+
+@triton.jit(do_not_specialize=["n_iters"])
+def iterative_forward_parts_kernel(
+    rows, budgets, steps, weights, history, R, n, n_iters, last_eps, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    top, visible = FAR + 0.0, 0.0
+    for start in range(0, n, BLOCK):
+        s = _load_scores(rows + row * n + start, column, column < n - start)
+        top = tl.maximum(top, tl.max(s, 0))
+        visible += tl.sum(_visible(s), 0)
+    top = _finite_or_0(top)
+    log_k = tl.log2(tl.maximum(tl.load(budgets + row), LEAST_BUDGET)) + 0 * visible
+    a = _next_a(log_k, -top, visible, tl.load(steps))
+    history += row
+    tl.store(history, a - top)
+    for t in range(1, n_iters):
+        eps = tl.load(steps + t)
+        level, total = tl.minimum(-a, 0.0), 0.0
+        for start in range(0, n, BLOCK):
+            s = _load_scores(rows + row * n + start, column, column < n - start)
+            total += tl.sum(exp2((tl.minimum(s - top, -a) - level) * (LOG2E / eps)), 0)
+        a = _next_a(log_k, level, total, eps)
+        history += R
+        tl.store(history, a - top)
+    for start in range(0, n, BLOCK):
+        s = _load_scores(rows + row * n + start, column, column < n - start)
+        store_entries(weights + row * n + start, column, _weights(s - top, a, last_eps), column < n - start)
+
+
+@triton.jit
+def _weights(d, a, last_eps):
+    return exp2(tl.minimum(d + a, 0.0, propagate_nan=tl.PropagateNan.ALL) * (LOG2E / last_eps))
+
+
+# Backwards, ∂L/∂a of a step is the share of the next one's that goes through the entries with s + a > 0; the others
+# pass theirs on to ∂L/∂s. So a step leaves one number per row and changes no other entry of ∂L/∂s:
+#     ∂s −= ∂a·p over the entries with s + a ≤ 0,   ∂a ← ∂a·Σ p over those with s + a > 0,   p = softmax((s + b)/ε).
+# With exponentials e that last for several steps, ∂s −= e·sent, where each step adds its factor to `sent`.
+
+
+@triton.jit(do_not_specialize=["n_iters"])
+def iterative_backward_kernel(
+    grad_weights, rows, budgets, history, steps, grad_scores, grad_budget, R, n, n_iters, last_eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    row, exists, offset, inside = place_rows(R, n, ROWS, BLOCK)
+    s = _load_scores(rows, offset, inside, WHOLE)
+    g = load_entries(grad_weights, offset, inside, 0.0, WHOLE)
+    top = _finite_or_0(tl.max(s, 1))
+    d = s - top[:, None]
+    history += row + (n_iters - 1).to(tl.int64) * R
+    a = tl.load(history, mask=exists, other=0.0) + top
+    grad = tl.where(d + a[:, None] > 0, 0.0, _weights(d, a[:, None], last_eps) * g / last_eps)
+    grad_a = tl.sum(grad, 1)
+    grad_log_k = tl.load(steps + n_iters - 1) * grad_a
+    origin, scale = tl.zeros_like(top), 0.0
+    e, sent = tl.zeros_like(d), tl.zeros_like(d)
+    for back in range(1, n_iters):
+        t = n_iters - 1 - back
+        history -= R
+        a = tl.load(history, mask=exists, other=0.0) + top
+        eps = tl.load(steps + t + 1)
+        level = tl.minimum(-a, 0.0)
+        if (scale != LOG2E / eps) | ~_is_near(level, origin, scale):
+            grad -= e * sent
+            origin, scale, sent = level, LOG2E / eps, tl.zeros_like(d)
+            e = _exponentials(d, origin, scale)
+        free = saturated(level[:, None] - d, SHARP, 1.0)  # 1 where s + a ≤ 0, else 0
+        count, rest = sums(free, free * e)
+        passed = (BLOCK - count) * exp2((level - origin) * scale)
+        total = passed + rest
+        factor = grad_a / tl.where(total == 0, 1.0, total)
+        sent += free * factor[:, None]
+        grad_a = factor * passed
+        grad_log_k += tl.load(steps + t) * grad_a
+    store_entries(grad_scores, offset, grad - e * sent, inside, WHOLE)
+    budget = tl.load(budgets + row, mask=exists, other=1.0)
+    tl.store(grad_budget + row, grad_log_k / tl.maximum(budget, LEAST_BUDGET), mask=exists)
+
+
+@triton.jit(do_not_specialize=["n_iters"])
+def iterative_backward_parts_kernel(
+    grad_weights, rows, budgets, history, steps, grad_scores, grad_budget, factors, R, n, n_iters, last_eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    last = row + (n_iters - 1).to(tl.int64) * R
+    top, grad_a = FAR + 0.0, 0.0
+    for start in range(0, n, BLOCK):
+        s = _load_scores(rows + row * n + start, column, column < n - start)
+        top = tl.maximum(top, tl.max(s, 0))
+    top = _finite_or_0(top)
+    last_a = tl.load(history + last) + top
+    for start in range(0, n, BLOCK):
+        d = _load_scores(rows + row * n + start, column, column < n - start) - top
+        g = load_entries(grad_weights + row * n + start, column, column < n - start, 0.0)
+        grad_a += tl.sum(tl.where(d + last_a > 0, 0.0, _weights(d, last_a, last_eps) * g / last_eps), 0)
+    grad_log_k = tl.load(steps + n_iters - 1) * grad_a
+    place = last
+    for back in range(1, n_iters):
+        t = n_iters - 1 - back
+        place -= R
+        a = tl.load(history + place) + top
+        scale = LOG2E / tl.load(steps + t + 1)
+        level, count, rest = tl.minimum(-a, 0.0), 0.0, 0.0
+        for start in range(0, n, BLOCK):
+            d = _load_scores(rows + row * n + start, column, column < n - start) - top
+            count += tl.sum(tl.where(d > level, 1.0, 0.0), 0)
+            rest += tl.sum(tl.where(d > level, 0.0, exp2((d - level) * scale)), 0)
+        total = count + rest
+        factor = grad_a / tl.where(total == 0, 1.0, total)
+        tl.store(factors + place, factor)
+        grad_a = factor * count
+        grad_log_k += tl.load(steps + t) * grad_a
+    tl.debug_barrier()  # every thread reads below what one has stored above
+    for start in range(0, n, BLOCK):
+        d = _load_scores(rows + row * n + start, column, column < n - start) - top
+        g = load_entries(grad_weights + row * n + start, column, column < n - start, 0.0)
+        grad = tl.where(d + last_a > 0, 0.0, _weights(d, last_a, last_eps) * g / last_eps)
+        place = last
+        for back in range(1, n_iters):
+            place -= R
+            level = tl.minimum(-(tl.load(history + place) + top), 0.0)
+            scale = LOG2E / tl.load(steps + n_iters - back)
+            grad -= tl.where(d > level, 0.0, exp2((d - level) * scale) * tl.load(factors + place))
+        store_entries(grad_scores + row * n + start, column, grad, column < n - start)
+    budget = tl.load(budgets + row)
+    tl.store(grad_budget + row, grad_log_k / tl.maximum(budget, LEAST_BUDGET))
