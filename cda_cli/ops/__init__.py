@@ -119,7 +119,7 @@ def soft_topk_attention(
         solver, n_iters, eps_init, eps_decay, backend: as for `soft_topk`. With "triton" the exact solver is fused, with
             no T × S tensor; the iterative one works through blocks of queries, as "torch" does, on the row kernels.
         largest_k: an upper bound of a `sparsity_k` that is a tensor. The kernels are faster if they know that it is at
-            most 2; the result does not depend on it.
+            most 2; a row whose k then exceeds 2 is NaN.
         return_threshold: also return a [B, H, T], without gradient: weights are min(1, exp((scores + a)/ε)), where ε
             is the last of the annealing for the iterative solver; +inf where k covers all that the query sees.
 
@@ -181,8 +181,8 @@ def _fused(
         query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, budget))
-    depth = 1 if largest_k is not None and largest_k <= 2 else 2
-    output, _, stats = fused_attention(query, key, value, budget, documents, eps, scale, causal, depth, trained)
+    at_most_two = largest_k is not None and largest_k <= 2
+    output, stats, *_ = fused_attention(query, key, value, budget, documents, eps, scale, causal, at_most_two, trained)
     return output, threshold(stats.detach(), eps, scale) if return_threshold else None
 
 

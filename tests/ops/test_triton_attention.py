@@ -155,8 +155,9 @@ def test_any_shape_as_the_torch_backend(data: st.DataObject) -> None:
     actual, expected = fused(this), run(this, backend="torch")
     if not smooth(this, 1e-4):
         actual, expected = actual[:1], expected[:1]
+    least = 1e-2 / min(this.eps, 1.0)  # what a gradient is made of: differences, divided by ε, of numbers near 1
     for name, mine, theirs in zip(NAMES, actual, expected, strict=False):
-        assert_within(mine, theirs, 3e-4 * theirs.abs().max().clamp(min=1e-2).item(), name)
+        assert_within(mine, theirs, 3e-4 * theirs.abs().max().clamp(min=least).item(), name)
 
 
 def with_scores(scores: Tensor, k: float, eps: float) -> Problem:
@@ -203,10 +204,17 @@ def test_gradients_of_hard_rows(name: str, k: float) -> None:
     assert_close(fused(this), expect(this), 1e-3, this)
 
 
-def test_a_wrong_bound_of_k_costs_time_and_nothing_else() -> None:
+def test_a_row_beyond_the_bound_of_k_is_nan_and_the_others_are_right() -> None:
+    """Never a silently wrong result."""
     this = problem((1, 2, 90, 90, 16), (1, 2, 90))
-    assert this.budget.max() > 2
-    assert_close(fused(this, largest_k=1.0), expect(this), 1e-4, this)
+    beyond = this.budget > 2
+    assert beyond.any()
+    assert not beyond.all()
+    output = fused(this, largest_k=2.0)[0]
+    assert output[beyond].isnan().all()
+    within = output[~beyond]
+    expected = run(this, backend="torch")[0][~beyond]
+    assert_within(within, expected, 1e-5 * expected.abs().max().item(), "output")
 
 
 THRESHOLDS = ("a budget of each query", "k larger than the visible keys", "grouped heads", "documents")
@@ -283,7 +291,7 @@ def fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     def new_empty(self: Tensor, *shape: object, dtype: torch.dtype | None = None, **_: object) -> Tensor:
         sizes = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
         whole = torch.full((sizes.numel() + 2 * FENCE,), MARK, device=self.device, dtype=dtype or self.dtype)
-        whole[FENCE : FENCE + sizes.numel()] = torch.nan
+        whole[FENCE : FENCE + sizes.numel()] = torch.nan if whole.is_floating_point() else -(2**30)
         made.append(whole)
         return whole[FENCE : FENCE + sizes.numel()].view(sizes)
 
@@ -308,7 +316,7 @@ def samples(dtype: torch.dtype, documents: Tensor | None) -> tuple[object, ...]:
     this = problem((2, 4, 20, 23, 16), (2, 4, 20), dtype=dtype, key_heads=2)
     heads = [x.to(DEVICE).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in this[:3]]
     documents = None if documents is None else documents.to(DEVICE)
-    return *heads, this.budget.to(DEVICE).requires_grad_(), documents, 0.2, 0.25, True, 2, True
+    return *heads, this.budget.to(DEVICE).requires_grad_(), documents, 0.2, 0.25, True, False, True
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -321,8 +329,9 @@ def test_the_registered_operators_keep_the_rules_of_torch(dtype: torch.dtype, do
     )
     with torch.no_grad():
         query, key, value, _, documents, eps, scale, causal, *_ = arguments
-        output, free, stats = fused_attention(*arguments)
-        backward = output, query, key, value, free, stats, documents, eps, scale, causal
+        output, stats, leaders, free = fused_attention(*arguments)
+        summed = free if free.numel() else output
+        backward = output, query, key, value, summed, stats, leaders, documents, eps, scale, causal
         torch.library.opcheck(fused_attention_backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from cda_cli.ops.triton.tiles import (
-    BEYOND,
     capped_exp2,
-    load_dual,
+    combined,
+    head_of,
+    load_block,
     load_tile,
     powers,
     product,
@@ -26,44 +27,98 @@ from cda_cli.ops.triton.tiles import (
 
 
 @triton.jit
-def delta_kernel(
+def dual_kernel(
     grad_output,
-    free_output,
+    summed,
+    value,
     stats,
-    delta,
+    leaders,
+    duals,
+    grad_budget,
+    factor,
     stride_gb,
     stride_gh,
     stride_gt,
     stride_ob,
     stride_oh,
     stride_ot,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_dt,
     heads,
+    group,
     T,
     rows_total,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    LEADERS: tl.constexpr,
+    FIND_DELTA: tl.constexpr,
 ):
-    """delta [B, H, T] float32 = ∂L/∂k; 0 where everything visible is capped."""
+    """duals [4, B, H, stride_dt] float32, what the other kernels need of a query: shift, margin, δ, and peak.
+
+    The shift is as `powers` takes it. δ, also into grad_budget [B, H, T], is
+    0 where everything visible is capped; with FIND_DELTA it is left to `query_kernel`. `summed` is the free part of the
+    output, or with LEADERS the output, from which the value row of a capped leader is taken away.
+    """
     row = tl.program_id(1)
     batch, head = row // heads, row % heads
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    base_g = grad_output + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
-    base_o = free_output + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
-    grad = load_tile(base_g, rows, stride_gt, T, D, BLOCK_D, True).to(tl.float32)
-    out = load_tile(base_o, rows, stride_ot, T, D, BLOCK_D, True).to(tl.float32)
+    inside = rows < T
     place = row.to(tl.int64) * T + rows
-    mass = tl.load(stats + 3 * rows_total + place, mask=rows < T, other=0.0)
-    value = tl.where(mass > 0, tl.sum(grad * out, 1) / tl.where(mass > 0, mass, 1.0), 0.0)
-    tl.store(delta + place, value, mask=rows < T)
+    place_d = row.to(tl.int64) * stride_dt + rows
+    duals_total = tl.num_programs(1).to(tl.int64) * stride_dt
+    shift = tl.load(stats + place, mask=inside, other=0.0)
+    peak = tl.load(stats + rows_total + place, mask=inside, other=0.0)
+    margin = tl.load(stats + 2 * rows_total + place, mask=inside, other=0.0)
+    tl.store(duals + place_d, combined(shift, peak, factor, value.dtype.element_ty), mask=inside)
+    tl.store(duals + duals_total + place_d, margin, mask=inside)
+    tl.store(duals + 3 * duals_total + place_d, peak, mask=inside)
+    if not FIND_DELTA:
+        base_g = grad_output + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
+        base_o = summed + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+        grad = load_tile(base_g, rows, stride_gt, T, D, BLOCK_D, True).to(tl.float32)
+        out = load_tile(base_o, rows, stride_ot, T, D, BLOCK_D, True).to(tl.float32)
+        if LEADERS:
+            leader = tl.load(leaders + place, mask=inside, other=-1)
+            base_v = value + batch.to(tl.int64) * stride_vb + (head // group).to(tl.int64) * stride_vh
+            lead_value = load_tile(base_v, tl.maximum(leader, 0), stride_vs, T, D, BLOCK_D, False).to(tl.float32)
+            out = tl.where((leader >= 0)[:, None], out - lead_value, out)
+        mass = tl.load(stats + 3 * rows_total + place, mask=inside, other=0.0)
+        delta = tl.where(mass > 0, tl.sum(grad * out, 1) / tl.where(mass > 0, mass, 1.0), 0.0)
+        tl.store(duals + 2 * duals_total + place_d, delta, mask=inside)
+        tl.store(grad_budget + place, delta, mask=inside)
+
+
+@triton.jit
+def _load_dual(duals, start, T, BLOCK: tl.constexpr):
+    """shift, margin, δ, peak of the queries [start, start + BLOCK), zeros past T.
+
+    `duals` is a pointer and the distance of its four parts, or a descriptor, the row, and that distance in rows; then
+    the precision is half, and the peak is not needed.
+    """
+    if len(duals) == 3:
+        shift = duals[0].load([duals[1], start]).reshape(BLOCK)
+        margin = duals[0].load([duals[1] + duals[2], start]).reshape(BLOCK)
+        delta = duals[0].load([duals[1] + 2 * duals[2], start]).reshape(BLOCK)
+        peak = shift
+    else:
+        rows = start + tl.arange(0, BLOCK)
+        inside = rows < T
+        shift = tl.load(duals[0] + rows, mask=inside, other=0.0)
+        margin = tl.load(duals[0] + duals[1] + rows, mask=inside, other=0.0)
+        delta = tl.load(duals[0] + 2 * duals[1] + rows, mask=inside, other=0.0)
+        peak = tl.load(duals[0] + 3 * duals[1] + rows, mask=inside, other=0.0)
+    return shift, margin, delta, peak
 
 
 @triton.jit
 def _free_tile(
     q,
     grad,
-    base_k,
-    base_v,
+    keys,
+    values,
     start,
     stride_ks,
     stride_vs,
@@ -80,13 +135,12 @@ def _free_tile(
     CHECK: tl.constexpr,
 ):
     """λ of the free entries of one tile of keys (0 elsewhere), g, and the keys."""
-    columns = start + tl.arange(0, BLOCK_N)
-    k = load_tile(base_k, columns, stride_ks, S, D, BLOCK_D, CHECK)
-    v = load_tile(base_v, columns, stride_vs, S, D, BLOCK_D, CHECK)
+    k = load_block(keys, start, stride_ks, S, D, BLOCK_D, BLOCK_N, CHECK)
+    v = load_block(values, start, stride_vs, S, D, BLOCK_D, BLOCK_N, CHECK)
     power = powers(product(q, tl.trans(k)), shift[:, None], peak[:, None], factor, k.dtype)
     free = power <= margin[:, None]
     if CHECK:
-        free = free & sees(first, last, columns)
+        free = free & sees(first, last, start + tl.arange(0, BLOCK_N))
     return tl.where(free, tl.exp2(power), 0.0), product(grad, tl.trans(v)), k
 
 
@@ -94,8 +148,8 @@ def _free_tile(
 def _query_tile(
     q,
     grad,
-    base_k,
-    base_v,
+    keys,
+    values,
     start,
     stride_ks,
     stride_vs,
@@ -114,7 +168,7 @@ def _query_tile(
     CHECK: tl.constexpr,
 ):
     weights, grad_weights, k = _free_tile(
-        q, grad, base_k, base_v, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, factor,
+        q, grad, keys, values, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, factor,
         D, BLOCK_D, BLOCK_N, CHECK,
     )  # fmt: skip
     grad_scores = weights * (grad_weights - delta[:, None])
@@ -127,8 +181,8 @@ def query_kernel(
     key,
     value,
     grad_output,
-    stats,
-    delta,
+    duals,
+    grad_budget,
     first_ptr,
     last_ptr,
     grad_query,
@@ -149,11 +203,12 @@ def query_kernel(
     stride_db,
     stride_dh,
     stride_dt,
+    duals_total,
+    duals_length,
     heads,
     group,
     T,
     S,
-    rows_total,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -161,6 +216,7 @@ def query_kernel(
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
     FIND_DELTA: tl.constexpr,
+    BULK: tl.constexpr,
 ):
     """grad_query [B, H, T, D]; `unit` = scale/ε.
 
@@ -173,14 +229,13 @@ def query_kernel(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     first, last = visible_range(rows, T, S, first_ptr + batch * T, last_ptr + batch * T, CAUSAL, RANGES)
     base_q = query + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    base_k = key + batch.to(tl.int64) * stride_kb + (head // group).to(tl.int64) * stride_kh
-    base_v = value + batch.to(tl.int64) * stride_vb + (head // group).to(tl.int64) * stride_vh
+    keys = head_of(key, stride_kb, stride_kh, batch, head // group, BULK)
+    values = head_of(value, stride_vb, stride_vh, batch, head // group, BULK)
     base_g = grad_output + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
     q = load_tile(base_q, rows, stride_qt, T, D, BLOCK_D, True)
     grad = load_tile(base_g, rows, stride_gt, T, D, BLOCK_D, True)
-    place = row.to(tl.int64) * T + rows
-    shift, peak, margin = load_dual(stats + place, rows < T, rows_total)
-    peak = tl.where(margin < -0.5 * BEYOND, -BEYOND, peak)  # a row that k covers has no free entry
+    own = duals + row.to(tl.int64) * duals_length
+    shift, margin, delta, peak = _load_dual((own, duals_total), block * BLOCK_M, T, BLOCK_M)
 
     low, high, full_low, full_high = tile_bounds(first, last, BLOCK_N)
     if FIND_DELTA:
@@ -188,30 +243,29 @@ def query_kernel(
         mass = tl.zeros([BLOCK_M], tl.float32)
         for start in range(low, high, BLOCK_N):
             weights, grad_weights, _ = _free_tile(
-                q, grad, base_k, base_v, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, factor,
+                q, grad, keys, values, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, factor,
                 D, BLOCK_D, BLOCK_N, True,
             )  # fmt: skip
             weighted += tl.sum(weights * grad_weights, 1)
             mass += tl.sum(weights, 1)
-        delta_row = tl.where(mass > 0, weighted / tl.where(mass > 0, mass, 1.0), 0.0)
-        tl.store(delta + place, delta_row, mask=rows < T)
-    else:
-        delta_row = tl.load(delta + place, mask=rows < T, other=0.0)
+        delta = tl.where(mass > 0, weighted / tl.where(mass > 0, mass, 1.0), 0.0)
+        tl.store(own + 2 * duals_total + rows, delta, mask=rows < T)
+        tl.store(grad_budget + row.to(tl.int64) * T + rows, delta, mask=rows < T)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if RANGES:
         for start in range(low, tl.minimum(full_low, high), BLOCK_N):
             total = _query_tile(
-                q, grad, base_k, base_v, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, delta_row,
+                q, grad, keys, values, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, delta,
                 total, factor, D, BLOCK_D, BLOCK_N, True,
             )  # fmt: skip
     for start in range(full_low, full_high, BLOCK_N):
         total = _query_tile(
-            q, grad, base_k, base_v, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, delta_row,
+            q, grad, keys, values, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, delta,
             total, factor, D, BLOCK_D, BLOCK_N, False,
         )  # fmt: skip
     for start in range(full_high, high, BLOCK_N):
         total = _query_tile(
-            q, grad, base_k, base_v, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, delta_row,
+            q, grad, keys, values, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, delta,
             total, factor, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
     base_d = grad_query + batch.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh
@@ -222,19 +276,17 @@ def query_kernel(
 def _key_tile(
     k,
     v,
-    base_q,
-    base_g,
+    queries,
+    grads,
+    duals,
     start,
     stride_qt,
     stride_gt,
     columns,
-    stats,
-    delta,
     first_ptr,
     last_ptr,
     T,
     S,
-    rows_total,
     grad_k,
     grad_v,
     factor,
@@ -243,42 +295,26 @@ def _key_tile(
     BLOCK_M: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
-    KEYS_DOWN: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """One tile of queries. Those past T have weight 0 by their peak.
+    """One tile of queries, with the scores transposed: so the weights go from registers into the products.
 
-    KEYS_DOWN computes the scores transposed, which spares a turn through shared memory; for narrow heads that is dearer
-    than the registers for the numbers of each query, which then lie along the long side.
+    Queries past T add nothing: they and their output gradients are zeros.
     """
-    rows = start + tl.arange(0, BLOCK_M)
-    q = load_tile(base_q, rows, stride_qt, T, D, BLOCK_D, CHECK)
-    grad = load_tile(base_g, rows, stride_gt, T, D, BLOCK_D, CHECK)
-    inside = rows < T
-    shift, peak, margin = load_dual(stats + rows, inside, rows_total)
-    delta_row = tl.load(delta + rows, mask=inside, other=0.0)
+    q = load_block(queries, start, stride_qt, T, D, BLOCK_D, BLOCK_M, CHECK)
+    grad = load_block(grads, start, stride_gt, T, D, BLOCK_D, BLOCK_M, CHECK)
+    shift, margin, delta, peak = _load_dual(duals, start, T, BLOCK_M)
+    power = powers(product(k, tl.trans(q)), shift[None, :], peak[None, :], factor, k.dtype)
+    weights = capped_exp2(power)
     if CHECK:
-        first, last = visible_range(rows, T, S, first_ptr, last_ptr, CAUSAL, RANGES)
-    if KEYS_DOWN:
-        power = powers(product(k, tl.trans(q)), shift[None, :], peak[None, :], factor, k.dtype)
-        weights = capped_exp2(power)
-        if CHECK:
-            visible = (columns[:, None] >= first[None, :]) & (columns[:, None] < last[None, :])
-            weights = tl.where(visible, weights, 0.0)
-        grad_scores = weights * (product(v, tl.trans(grad)) - delta_row[None, :])
-        grad_scores = tl.where(power <= margin[None, :], grad_scores, 0.0)
-        grad_v += product(rounded(weights, grad.dtype), grad)
-        grad_k += product(rounded(grad_scores, q.dtype), q)
-    else:
-        power = powers(product(q, tl.trans(k)), shift[:, None], peak[:, None], factor, k.dtype)
-        weights = capped_exp2(power)
-        if CHECK:
-            visible = sees(first, last, columns)
-            weights = tl.where(visible, weights, 0.0)
-        grad_scores = weights * (product(grad, tl.trans(v)) - delta_row[:, None])
-        grad_scores = tl.where(power <= margin[:, None], grad_scores, 0.0)
-        grad_v += product(tl.trans(rounded(weights, grad.dtype)), grad)
-        grad_k += product(tl.trans(rounded(grad_scores, q.dtype)), q)
+        first, last = visible_range(start + tl.arange(0, BLOCK_M), T, S, first_ptr, last_ptr, CAUSAL, RANGES)
+        visible = (columns[:, None] >= first[None, :]) & (columns[:, None] < last[None, :])
+        weights = tl.where(visible, weights, 0.0)
+    grad_v += product(rounded(weights, grad.dtype), grad)
+    # The selection stands before the product, not beside the rounding: there it would be made in halves.
+    free = tl.where(power <= margin[None, :], weights, 0.0)
+    grad_scores = free * (product(v, tl.trans(grad)) - delta[None, :])
+    grad_k += product(rounded(grad_scores, q.dtype), q)
     return grad_k, grad_v
 
 
@@ -288,8 +324,7 @@ def key_value_kernel(
     key,
     value,
     grad_output,
-    stats,
-    delta,
+    duals,
     first_ptr,
     last_ptr,
     low_ptr,
@@ -316,18 +351,19 @@ def key_value_kernel(
     stride_eb,
     stride_eh,
     stride_es,
+    duals_total,
+    duals_length,
     key_heads,
     group,
     T,
     S,
-    rows_total,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
-    KEYS_DOWN: tl.constexpr,
+    BULK: tl.constexpr,
 ):
     """grad_key, grad_value [B, G, S, D], of BLOCK_N keys, summed over the query heads that share them.
 
@@ -362,26 +398,27 @@ def key_value_kernel(
     last_ptr += batch * T
     for member in range(0, group):
         query_head = head * group + member
-        base_q = query + batch.to(tl.int64) * stride_qb + query_head.to(tl.int64) * stride_qh
-        base_g = grad_output + batch.to(tl.int64) * stride_gb + query_head.to(tl.int64) * stride_gh
-        place = (batch.to(tl.int64) * (key_heads * group) + query_head) * T
+        queries = head_of(query, stride_qb, stride_qh, batch, query_head, BULK)
+        grads = head_of(grad_output, stride_gb, stride_gh, batch, query_head, BULK)
+        query_row = batch * (key_heads * group) + query_head
+        if BULK:
+            own = (duals, query_row, tl.num_programs(1) * group)
+        else:
+            own = (duals + query_row.to(tl.int64) * duals_length, duals_total)
         for start in range(low, full_low, BLOCK_M):
             grad_k, grad_v = _key_tile(
-                k, v, base_q, base_g, start, stride_qt, stride_gt, columns, stats + place, delta + place, first_ptr,
-                last_ptr, T, S, rows_total, grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES,
-                KEYS_DOWN, True,
+                k, v, queries, grads, own, start, stride_qt, stride_gt, columns, first_ptr, last_ptr, T, S,
+                grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES, True,
             )  # fmt: skip
         for start in range(full_low, full_high, BLOCK_M):
             grad_k, grad_v = _key_tile(
-                k, v, base_q, base_g, start, stride_qt, stride_gt, columns, stats + place, delta + place, first_ptr,
-                last_ptr, T, S, rows_total, grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES,
-                KEYS_DOWN, False,
+                k, v, queries, grads, own, start, stride_qt, stride_gt, columns, first_ptr, last_ptr, T, S,
+                grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES, False,
             )  # fmt: skip
         for start in range(full_high, high, BLOCK_M):
             grad_k, grad_v = _key_tile(
-                k, v, base_q, base_g, start, stride_qt, stride_gt, columns, stats + place, delta + place, first_ptr,
-                last_ptr, T, S, rows_total, grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES,
-                KEYS_DOWN, True,
+                k, v, queries, grads, own, start, stride_qt, stride_gt, columns, first_ptr, last_ptr, T, S,
+                grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES, True,
             )  # fmt: skip
     base_d = grad_key + batch.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh
     base_e = grad_value + batch.to(tl.int64) * stride_eb + head.to(tl.int64) * stride_eh

@@ -1,11 +1,11 @@
-"""Attention forward in two passes over the keys, no T × S tensor.
+"""Attention forward for any k, in two passes over the keys, no T × S tensor.
 
 `solve_kernel` finds the dual of each row; `output_kernel` sums the values under the weights that the dual gives.
 
-The first pass keeps, for each row, the largest scores of BLOCK_N classes of keys (column j of every tile) out of the
-running sum of the others: an insertion is two comparisons per score, with no branch and no exception for ties, and
+The first pass keeps, for each row, the two largest scores of BLOCK_N classes of keys (column j of every tile) out of
+the running sum of the others: an insertion is four comparisons per score, with no branch and no exception for ties, and
 whatever falls out of a class joins the sum. Newton's method on these few candidates is exact as soon as no score of
-the sum is capped; where one is (two large scores of one class, or many capped entries), further passes over the keys
+the sum is capped; where one is (three large scores of one class, or many capped entries), further passes over the keys
 finish it.
 """
 
@@ -18,6 +18,8 @@ from cda_cli.ops.triton.tiles import (
     BEYOND,
     HIDDEN,
     capped_exp2,
+    head_of,
+    load_block,
     load_dual,
     load_tile,
     powers,
@@ -26,32 +28,9 @@ from cda_cli.ops.triton.tiles import (
     sees,
     store_tile,
     tile_bounds,
+    tile_scores,
     visible_range,
 )
-
-
-@triton.jit
-def _scores(
-    q,
-    base,
-    start,
-    stride,
-    S,
-    first,
-    last,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHECK: tl.constexpr,
-):
-    """q·k of one tile of keys, HIDDEN where CHECK finds a key out of sight."""
-    columns = start + tl.arange(0, BLOCK_N)
-    k = load_tile(base, columns, stride, S, D, BLOCK_D, CHECK)
-    scores = product(q, tl.trans(k))
-    if CHECK:
-        visible = sees(first, last, columns)
-        scores = tl.where(visible, scores, HIDDEN)
-    return scores
 
 
 @triton.jit
@@ -63,7 +42,7 @@ def _base(shift, factor):
 @triton.jit
 def _insert(
     q,
-    base,
+    keys,
     start,
     stride,
     S,
@@ -78,34 +57,31 @@ def _insert(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    DEPTH: tl.constexpr,
     CHECK: tl.constexpr,
     MOVE: tl.constexpr,
 ):
-    """One tile of keys into the classes: top ≥ second (kept where DEPTH is 2); what falls out joins the sum.
+    """One tile of keys into the classes, top ≥ second; what falls out joins the sum, and `largest` is the most of it.
 
     MOVE follows the row's maximum with `shift`; without it the shift stays, which saves a reduction for each tile.
     """
-    scores = _scores(q, base, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, CHECK)
+    scores = tile_scores(q, keys, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, CHECK)
     if MOVE:
         new_shift = tl.maximum(shift, tl.max(scores, 1))
-        total *= tl.exp2((shift - new_shift) * factor)[:, None]
+        total *= tl.exp2((shift - new_shift) * factor)
         shift = new_shift
     out = tl.minimum(top, scores)
     top = tl.maximum(top, scores)
-    if DEPTH == 2:
-        lower = tl.minimum(second, out)
-        second = tl.maximum(second, out)
-        out = lower
-        largest = tl.maximum(largest, out)
-    total += tl.exp2(out * factor - _base(shift, factor)[:, None])
+    rest = tl.minimum(second, out)
+    second = tl.maximum(second, out)
+    largest = tl.maximum(largest, tl.max(rest, 1))
+    total += tl.sum(tl.exp2(rest * factor - _base(shift, factor)[:, None]), 1)
     return top, second, largest, total, shift
 
 
 @triton.jit
 def _refine(
     q,
-    base,
+    keys,
     start,
     stride,
     S,
@@ -122,7 +98,7 @@ def _refine(
     CHECK: tl.constexpr,
 ):
     """One tile of a Newton pass: how many scores exceed `cut`, the largest of the others and their sum."""
-    scores = _scores(q, base, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, CHECK)
+    scores = tile_scores(q, keys, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, CHECK)
     capped = scores * factor > cut[:, None]
     count += tl.sum(capped.to(tl.float32), 1)
     scores = tl.where(capped, HIDDEN, scores)
@@ -155,9 +131,9 @@ def solve_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    DEPTH: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
+    BULK: tl.constexpr,
 ):
     """stats [4, B, H, T] float32 of every row: shift, in units of q·k; peak and margin, in powers of two; mass = k − m.
 
@@ -171,7 +147,7 @@ def solve_kernel(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     first, last = visible_range(rows, T, S, first_ptr + batch * T, last_ptr + batch * T, CAUSAL, RANGES)
     base_q = query + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    base_k = key + batch.to(tl.int64) * stride_kb + (head // group).to(tl.int64) * stride_kh
+    keys = head_of(key, stride_kb, stride_kh, batch, head // group, BULK)
     q = load_tile(base_q, rows, stride_qt, T, D, BLOCK_D, True)
     place = row.to(tl.int64) * T + rows
     k_row = tl.load(budget + place, mask=rows < T, other=1.0)
@@ -179,45 +155,43 @@ def solve_kernel(
     low, high, full_low, full_high = tile_bounds(first, last, BLOCK_N)
     top = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
     second = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
-    largest = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    largest = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    rest = tl.zeros([BLOCK_M], tl.float32)
     reference = tl.full([BLOCK_M], HIDDEN, tl.float32)
     # The tiles at the borders and one other move the shift; it then stays for the rest of the row.
     if RANGES:
         for start in range(low, tl.minimum(full_low, high), BLOCK_N):
-            top, second, largest, total, reference = _insert(
-                q, base_k, start, stride_ks, S, first, last, top, second, largest, total, reference, factor, D,
-                BLOCK_D, BLOCK_N, DEPTH, True, True,
+            top, second, largest, rest, reference = _insert(
+                q, keys, start, stride_ks, S, first, last, top, second, largest, rest, reference, factor, D,
+                BLOCK_D, BLOCK_N, True, True,
             )  # fmt: skip
     for start in range(full_high, high, BLOCK_N):
-        top, second, largest, total, reference = _insert(
-            q, base_k, start, stride_ks, S, first, last, top, second, largest, total, reference, factor, D, BLOCK_D,
-            BLOCK_N, DEPTH, True, True,
+        top, second, largest, rest, reference = _insert(
+            q, keys, start, stride_ks, S, first, last, top, second, largest, rest, reference, factor, D, BLOCK_D,
+            BLOCK_N, True, True,
         )  # fmt: skip
     if full_low < full_high:
-        top, second, largest, total, reference = _insert(
-            q, base_k, full_low, stride_ks, S, first, last, top, second, largest, total, reference, factor, D,
-            BLOCK_D, BLOCK_N, DEPTH, False, True,
+        top, second, largest, rest, reference = _insert(
+            q, keys, full_low, stride_ks, S, first, last, top, second, largest, rest, reference, factor, D,
+            BLOCK_D, BLOCK_N, False, True,
         )  # fmt: skip
     for start in range(full_low + BLOCK_N, full_high, BLOCK_N):
-        top, second, largest, total, reference = _insert(
-            q, base_k, start, stride_ks, S, first, last, top, second, largest, total, reference, factor, D, BLOCK_D,
-            BLOCK_N, DEPTH, False, False,
+        top, second, largest, rest, reference = _insert(
+            q, keys, start, stride_ks, S, first, last, top, second, largest, rest, reference, factor, D, BLOCK_D,
+            BLOCK_N, False, False,
         )  # fmt: skip
 
     # Newton on the candidates, from nothing capped, in powers of two.
     reference *= factor
-    rest = tl.sum(total, 1)
-    hidden = tl.max(largest, 1) * factor
+    hidden = largest * factor
     top *= factor
+    second *= factor
     count = tl.zeros([BLOCK_M], tl.float32)
     cut = tl.full([BLOCK_M], BEYOND, tl.float32)
     highest = tl.max(top, 1)
     shift = highest
     free = tl.sum(tl.exp2(top - shift[:, None]), 1) + rest * tl.exp2(reference - shift)
-    if DEPTH == 2:
-        second *= factor
-        free += tl.sum(tl.exp2(second - shift[:, None]), 1)
+    free += tl.sum(tl.exp2(second - shift[:, None]), 1)
     level = tl.log2(k_row / free)
     offset = level - shift
     covered = (last - first).to(tl.float32) <= k_row
@@ -228,14 +202,12 @@ def solve_kernel(
         new_count = tl.sum(capped.to(tl.float32), 1)
         free_top = tl.where(capped, HIDDEN * factor, top)
         new_shift = tl.max(free_top, 1)
-        if DEPTH == 2:
-            capped = second > -offset[:, None]
-            new_count += tl.sum(capped.to(tl.float32), 1)
-            free_second = tl.where(capped, HIDDEN * factor, second)
-            new_shift = tl.maximum(new_shift, tl.max(free_second, 1))
+        capped = second > -offset[:, None]
+        new_count += tl.sum(capped.to(tl.float32), 1)
+        free_second = tl.where(capped, HIDDEN * factor, second)
+        new_shift = tl.maximum(new_shift, tl.max(free_second, 1))
         free = tl.sum(tl.exp2(free_top - new_shift[:, None]), 1) + rest * tl.exp2(reference - new_shift)
-        if DEPTH == 2:
-            free += tl.sum(tl.exp2(free_second - new_shift[:, None]), 1)
+        free += tl.sum(tl.exp2(free_second - new_shift[:, None]), 1)
         # As many as k entries above 1 can only be all 1 to rounding: none of them is capped.
         going = going & (new_count < k_row)
         cut = tl.where(going, -offset, cut)
@@ -247,14 +219,10 @@ def solve_kernel(
 
     # The sum has lost its accuracy where it overflowed, or where what is free lies far below the shift: start again.
     lost = (rest > 1e37) | (reference - shift > 60)
-    if DEPTH == 1:
-        lost = lost | (k_row > 2)  # whether the sum hides a capped entry is not known here
     shift = tl.where(lost, highest, shift)
     level = tl.where(lost, tl.log2(k_row / (last - first + 1).to(tl.float32)), level)
     offset = level - shift
-    going = lost & ~covered
-    if DEPTH == 2:
-        going = going | ((hidden + offset > 0) & (count + 1 < k_row) & ~covered)
+    going = (lost | ((hidden + offset > 0) & (count + 1 < k_row))) & ~covered
     # Rows with a capped entry outside the candidates: the same step over all keys.
     while tl.max(going.to(tl.int32)) > 0:
         new_count = tl.zeros([BLOCK_M], tl.float32)
@@ -262,17 +230,17 @@ def solve_kernel(
         free = tl.zeros([BLOCK_M], tl.float32)
         for start in range(low, full_low, BLOCK_N):
             new_count, largest_row, free = _refine(
-                q, base_k, start, stride_ks, S, first, last, -offset, new_count, largest_row, free, factor, D,
+                q, keys, start, stride_ks, S, first, last, -offset, new_count, largest_row, free, factor, D,
                 BLOCK_D, BLOCK_N, True,
             )  # fmt: skip
         for start in range(full_low, full_high, BLOCK_N):
             new_count, largest_row, free = _refine(
-                q, base_k, start, stride_ks, S, first, last, -offset, new_count, largest_row, free, factor, D,
+                q, keys, start, stride_ks, S, first, last, -offset, new_count, largest_row, free, factor, D,
                 BLOCK_D, BLOCK_N, False,
             )  # fmt: skip
         for start in range(full_high, high, BLOCK_N):
             new_count, largest_row, free = _refine(
-                q, base_k, start, stride_ks, S, first, last, -offset, new_count, largest_row, free, factor, D,
+                q, keys, start, stride_ks, S, first, last, -offset, new_count, largest_row, free, factor, D,
                 BLOCK_D, BLOCK_N, True,
             )  # fmt: skip
         new_shift = largest_row * factor
@@ -295,8 +263,8 @@ def solve_kernel(
 @triton.jit
 def _accumulate(
     q,
-    base_k,
-    base_v,
+    keys,
+    values,
     start,
     stride_ks,
     stride_vs,
@@ -317,17 +285,18 @@ def _accumulate(
 ):
     """One tile of values under their weights; `capped` takes those of the capped entries where SPLIT is on."""
     columns = start + tl.arange(0, BLOCK_N)
-    k = load_tile(base_k, columns, stride_ks, S, D, BLOCK_D, CHECK)
-    v = load_tile(base_v, columns, stride_vs, S, D, BLOCK_D, CHECK)
+    k = load_block(keys, start, stride_ks, S, D, BLOCK_D, BLOCK_N, CHECK)
+    v = load_block(values, start, stride_vs, S, D, BLOCK_D, BLOCK_N, CHECK)
     power = powers(product(q, tl.trans(k)), shift[:, None], peak[:, None], factor, k.dtype)
-    weights = capped_exp2(power)
     if CHECK:
         visible = sees(first, last, columns)
-        weights = tl.where(visible, weights, 0.0)
+        power = tl.where(visible, power, -BEYOND)
+    weights = capped_exp2(power)
     if SPLIT:
-        above = power > margin[:, None]
-        free += product(rounded(tl.where(above, 0.0, weights), v.dtype), v)
-        capped += product(rounded(tl.where(above, weights, 0.0), v.dtype), v)
+        # The selection stands before the exponential, not beside the rounding: there it would be made in halves.
+        unlimited = tl.exp2(tl.where(power > margin[:, None], -BEYOND, power))
+        free += product(rounded(unlimited, v.dtype), v)
+        capped += product(rounded(weights - unlimited, v.dtype), v)
     else:
         free += product(rounded(weights, v.dtype), v)
     return free, capped
@@ -368,6 +337,7 @@ def output_kernel(
     SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
+    BULK: tl.constexpr,
 ):
     """output [B, H, T, D] = Σ λ v; with SPLIT also free_output, the part of the free entries, for the backward."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -376,11 +346,11 @@ def output_kernel(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     first, last = visible_range(rows, T, S, first_ptr + batch * T, last_ptr + batch * T, CAUSAL, RANGES)
     base_q = query + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    base_k = key + batch.to(tl.int64) * stride_kb + (head // group).to(tl.int64) * stride_kh
-    base_v = value + batch.to(tl.int64) * stride_vb + (head // group).to(tl.int64) * stride_vh
+    keys = head_of(key, stride_kb, stride_kh, batch, head // group, BULK)
+    values = head_of(value, stride_vb, stride_vh, batch, head // group, BULK)
     q = load_tile(base_q, rows, stride_qt, T, D, BLOCK_D, True)
     place = row.to(tl.int64) * T + rows
-    shift, peak, margin = load_dual(stats + place, rows < T, rows_total)
+    shift, peak, margin = load_dual(stats + place, rows < T, rows_total, factor, q.dtype)
 
     low, high, full_low, full_high = tile_bounds(first, last, BLOCK_N)
     free = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -388,17 +358,17 @@ def output_kernel(
     if RANGES:
         for start in range(low, tl.minimum(full_low, high), BLOCK_N):
             free, capped = _accumulate(
-                q, base_k, base_v, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, free, capped,
+                q, keys, values, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, free, capped,
                 factor, D, BLOCK_D, BLOCK_N, SPLIT, True,
             )  # fmt: skip
     for start in range(full_low, full_high, BLOCK_N):
         free, capped = _accumulate(
-            q, base_k, base_v, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, free, capped,
+            q, keys, values, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, free, capped,
             factor, D, BLOCK_D, BLOCK_N, SPLIT, False,
         )  # fmt: skip
     for start in range(full_high, high, BLOCK_N):
         free, capped = _accumulate(
-            q, base_k, base_v, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, free, capped,
+            q, keys, values, start, stride_ks, stride_vs, S, first, last, shift, peak, margin, free, capped,
             factor, D, BLOCK_D, BLOCK_N, SPLIT, True,
         )  # fmt: skip
 

@@ -60,6 +60,29 @@ def load_tile(base, rows, stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr,
 
 
 @triton.jit
+def head_of(tensor, stride_b, stride_h, batch, head, BULK: tl.constexpr):
+    """One head of a tensor [B, H, rows, D], for `load_block`: its pointer, or with BULK a descriptor and the place."""
+    if BULK:
+        return tensor, batch, head
+    else:  # noqa: RET505 - Triton compiles what follows a return
+        return (tensor + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h,)
+
+
+@triton.jit
+def load_block(
+    source, start, stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr
+):
+    """Rows [start, start + BLOCK) of one head; those past `limit` (which CHECK looks for) are zeros.
+
+    By the bulk copy engine where `source` is a descriptor: no address and no register for each thread.
+    """
+    if len(source) == 3:
+        return source[0].load([source[1], source[2], start, 0]).reshape(BLOCK, BLOCK_D)
+    else:  # noqa: RET505
+        return load_tile(source[0], start + tl.arange(0, BLOCK), stride, limit, D, BLOCK_D, CHECK)
+
+
+@triton.jit
 def store_tile(base, rows, stride, limit, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
     channels = tl.arange(0, BLOCK_D)
     pointers = base + rows[:, None] * stride + channels[None, :]
@@ -75,23 +98,42 @@ def product(left, right):
 
 
 @triton.jit
-def load_dual(stats, inside, rows_total):
-    """shift, peak and margin of rows; a row outside weighs nothing."""
+def tile_scores(
+    q, keys, start, stride, S, first, last,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """q·k of one tile of keys, HIDDEN where CHECK finds a key out of sight."""
+    k = load_block(keys, start, stride, S, D, BLOCK_D, BLOCK_N, CHECK)
+    scores = product(q, tl.trans(k))
+    if CHECK:
+        visible = sees(first, last, start + tl.arange(0, BLOCK_N))
+        scores = tl.where(visible, scores, HIDDEN)
+    return scores
+
+
+@triton.jit
+def load_dual(stats, inside, rows_total, factor, dtype: tl.constexpr):
+    """shift and peak, as `powers` takes them, and margin of rows; a row outside weighs nothing."""
     shift = tl.load(stats, mask=inside, other=0.0)
     peak = tl.load(stats + rows_total, mask=inside, other=-BEYOND)
     margin = tl.load(stats + 2 * rows_total, mask=inside, other=BEYOND)
-    return shift, peak, margin
+    return combined(shift, peak, factor, dtype), peak, margin
+
+
+@triton.jit
+def combined(shift, peak, factor, dtype: tl.constexpr):
+    """The shift as `powers` takes it: in half precision all that is added to the scaled scores, else as it is."""
+    return shift if dtype == tl.float32 else peak - shift * factor
 
 
 @triton.jit
 def powers(scores, shift, peak, factor, dtype: tl.constexpr):
     """log2 of the weights of `scores` before the cap, factor·(q·k − shift) + peak.
 
-    float32 keeps the digits that |q·k| ≫ |q·k − shift| would cost; for half precision one multiply-add does.
+    float32 keeps the digits that |q·k| ≫ |q·k − shift| would cost; for half precision one multiply-add does, to a
+    shift that is `combined` with the peak.
     """
-    if dtype == tl.float32:
-        return (scores - shift) * factor + peak
-    return scores * factor + (peak - shift * factor)
+    return (scores - shift) * factor + peak if dtype == tl.float32 else scores * factor + shift
 
 
 @triton.jit
