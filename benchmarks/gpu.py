@@ -2,9 +2,10 @@
 
     make bench-gpu
 
-Every table is one run; times are medians of `triton.testing.do_bench`, which empties the cache between calls. The
-package `adasplash` is timed if it is installed. Sizes are those of docs/kernels.md; `python benchmarks/gpu.py rows`
-(or attention, or models) makes one table only.
+Every table is one run; times are medians on the device, of CUDA graphs, so that no host is in them; the published
+operator and the package `adasplash`, which is timed if it is installed, cannot be captured and are timed by
+`triton.testing.do_bench`. Sizes are those of docs/kernels.md; `python benchmarks/gpu.py rows` (or attention, or models)
+makes one table only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 from cda_cli.config import Config, resolve
 from cda_cli.data import Batch
@@ -44,6 +45,7 @@ SHAPES = (
     (1, 8, 65536, 128),
 )
 PUBLISHED_SHAPES = SHAPES[:2]
+CACHES = ((8, 8, 8192, 64), (1, 8, 65536, 128))
 MODELS: tuple[tuple[str, int, int], ...] = (("seed", 512, 128), ("small", 1024, 32), ("small", 8192, 4))
 
 
@@ -54,8 +56,12 @@ def main(wanted: Sequence[str]) -> None:
             table()
 
 
-def median(function: Callable[[], object], budget_ms: int = 60) -> float:
-    return do_bench(function, warmup=10, rep=budget_ms, return_mode="median")
+def median(function: Callable[[], object], captured: bool = True) -> float:
+    """Milliseconds."""
+    if not captured:
+        return do_bench(function, warmup=10, rep=50, return_mode="median")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return do_bench_cudagraph(function, rep=20, return_mode="median")
 
 
 def row(*cells: object) -> None:
@@ -70,15 +76,22 @@ def header(title: str, *columns: str) -> None:
     print("|---|" + "---:|" * (len(columns) - 1), flush=True)
 
 
-def forward_and_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[float, float]:
-    """Milliseconds of the forward alone, without gradients, and of the backward."""
+def forward_and_both(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], captured: bool = True
+) -> tuple[float, float]:
+    """Milliseconds of the forward without gradients, and of forward and backward."""
     with torch.no_grad():
-        forward = median(lambda: function(*inputs))
+        forward = median(lambda: function(*inputs), captured)
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    output = function(*leaves)
-    grad = torch.randn_like(output)
-    backward = median(lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True))
-    return forward, backward
+    grad = torch.randn_like(function(*leaves))
+    return forward, median(lambda: torch.autograd.grad(function(*leaves), leaves, grad), captured)
+
+
+def forward_and_backward(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], captured: bool = True
+) -> tuple[float, float]:
+    forward, both = forward_and_both(function, inputs, captured)
+    return forward, both - forward
 
 
 def rows_table() -> None:
@@ -98,7 +111,7 @@ def rows_table() -> None:
             times += forward_and_backward(lambda s: iterative(s, "auto"), [scores])
             colt5: tuple[object, object] = ("–", "–")
             if dtype == torch.float32 and n <= 2048:
-                colt5 = forward_and_backward(lambda s, k=k: published_rows(s, k), [scores])
+                colt5 = forward_and_backward(lambda s, k=k: published_rows(s, k), [scores], captured=False)
             extra = peak_memory(lambda scores=scores, k=k: soft_topk(scores, k, eps=EPS))  # type: ignore[misc]
             copies = f"{extra / scores.nbytes:.2f} × input"
             row(f"{R} × {n}, k = {k:g}, {str(dtype)[6:]}", *times, *colt5, copies)
@@ -172,13 +185,21 @@ def attention_table() -> None:
                 cells.append("–")
                 continue
             try:
-                forward, backward = forward_and_backward(way, inputs)
+                forward, both = forward_and_both(way, inputs, captured=name not in ("AdaSplash-2", "published"))
             except Exception as error:  # noqa: BLE001 - another library's limit is a cell of the table
                 cells.append(type(error).__name__)
                 continue
-            cells.append(f"{forward:.3f} / {forward + backward:.3f}")
+            cells.append(f"{forward:.3f} / {both:.3f}")
         memory = [training_memory(ways[name], inputs) for name in ("k = 2", "SDPA flash")]
         row(",".join(map(str, shape)), *cells, f"{memory[0] / memory[1]:.2f}")
+    header("Decoding, one query against a cache, bf16, ε = 0.1, ms", "B,H,S,D", "SDPA", "k = 2", "k = 8")
+    for B, H, S, D in CACHES:
+        query = torch.randn(B, H, 1, D, device=GPU, dtype=torch.bfloat16)
+        cache = [torch.randn(B, H, S, D, device=GPU, dtype=torch.bfloat16) for _ in range(2)]
+        with torch.no_grad():
+            dense = median(lambda query=query, cache=cache: F.scaled_dot_product_attention(query, *cache))  # type: ignore[misc]
+            sparse = [median(lambda k=k, query=query, cache=cache: ours(k)(query, *cache)) for k in (2.0, 8.0)]  # type: ignore[misc]
+        row(f"{B},{H},{S},{D}", dense, *sparse)
 
 
 def training_memory(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> int:

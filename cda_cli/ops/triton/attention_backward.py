@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from cda_cli.ops.triton.tiles import (
+    SIZES,
     capped_exp2,
     combined,
     head_of,
@@ -26,7 +27,7 @@ from cda_cli.ops.triton.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dual_kernel(
     grad_output,
     summed,
@@ -175,7 +176,7 @@ def _query_tile(
     return total + product(rounded(grad_scores, k.dtype), k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def query_kernel(
     query,
     key,
@@ -318,7 +319,7 @@ def _key_tile(
     return grad_k, grad_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def key_value_kernel(
     query,
     key,

@@ -17,6 +17,7 @@ import triton.language as tl
 from cda_cli.ops.triton.tiles import (
     BEYOND,
     HIDDEN,
+    SIZES,
     capped_exp2,
     head_of,
     load_block,
@@ -107,7 +108,7 @@ def _refine(
     return count, shift, total * tl.exp2((largest - shift) * factor) + added
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def solve_kernel(
     query,
     key,
@@ -302,7 +303,7 @@ def _accumulate(
     return free, capped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def output_kernel(
     query,
     key,
@@ -379,7 +380,7 @@ def output_kernel(
     store_tile(output + place_o, rows, stride_ot, T, rounded(free, output.dtype.element_ty), D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def few_scores_kernel(
     query,
     key,

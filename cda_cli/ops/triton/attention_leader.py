@@ -18,6 +18,7 @@ import triton.language as tl
 from cda_cli.ops.triton.tiles import (
     BEYOND,
     HIDDEN,
+    SIZES,
     capped_exp2,
     combined,
     head_of,
@@ -60,7 +61,7 @@ def _follow(
     return total + tl.sum(weights, 1), weighted + product(rounded(weights, v.dtype), v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def leader_kernel(
     query,
     key,
@@ -156,7 +157,7 @@ def leader_kernel(
     tl.store(stats + rows_total + position, tl.where(seen, largest, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def follower_kernel(
     query,
     key,

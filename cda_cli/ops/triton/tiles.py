@@ -13,6 +13,8 @@ import triton.language as tl
 HIDDEN = tl.constexpr(-1e20)
 # Beyond every offset and margin: "every key is capped", "no key is".
 BEYOND = tl.constexpr(1e30)
+# Arguments that a kernel is not compiled anew for: texts of many lengths are usual.
+SIZES = ("heads", "key_heads", "T", "S", "rows_total", "duals_total", "duals_length")
 # Triton's interpreter multiplies the bit patterns of bf16, and cuts off where a GPU rounds.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
