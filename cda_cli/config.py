@@ -128,8 +128,15 @@ class RunConfig(Section):
     eval_every: int = Field(250, ge=0, description="Steps between two validations; 0: only at the end.")
     eval_batches: int = Field(20, ge=1, description="Batches of a validation during training.")
     save_every: int = Field(250, ge=0, description="Steps between two checkpoints; 0: only at the end.")
+    save_minutes: float = Field(0.0, ge=0, description="Minutes between two checkpoints, besides save_every; 0: none.")
     sample_every: int = Field(0, ge=0, description="Steps between two samples of text; 0: none.")
     keep: int = Field(2, ge=2, description="Newest checkpoints kept.")
+    keep_best: bool = Field(
+        True, description="Also keep the best by validation loss, of those saved at a step that was validated."
+    )
+    patience: int = Field(
+        0, ge=0, description="Validations in a row without a new lowest loss that end the run; 0: it has all its steps."
+    )
 
 
 class Config(Section):

@@ -27,7 +27,7 @@ from cda_cli.model import Transformer, expected_tensors, load_state_tensors, mod
 from cda_cli.ops import Backend
 from cda_cli.runtime import Dtype, pick_device, pick_dtype
 from cda_cli.signals import StopRequest
-from cda_cli.storage import Checkpoint, check_fits, load, locate
+from cda_cli.storage import Checkpoint, check_fits, load, locate, locate_best
 
 STREAMED_TOKENS = 2**20  # of the held-out documents of a stream, which has no end to wait for
 
@@ -43,9 +43,12 @@ class Restored(NamedTuple):
     device: torch.device
 
 
-def restore(path: Path, device: torch.device, backend: Backend = "auto") -> Restored:
-    """The model of a checkpoint, or of the newest whole checkpoint of a run. Raises CheckpointError."""
-    checkpoint = load(locate(path), parts=("model",))
+def restore(path: Path, device: torch.device, backend: Backend = "auto", best: bool = False) -> Restored:
+    """The model of a checkpoint, or of the newest whole checkpoint of a run, or of its best one.
+
+    Raises CheckpointError.
+    """
+    checkpoint = load(locate_best(path) if best else locate(path), parts=("model",))
     config = saved_config(checkpoint)
     model = Transformer(config.model, backend)
     fill(model, checkpoint, config)
@@ -53,12 +56,12 @@ def restore(path: Path, device: torch.device, backend: Backend = "auto") -> Rest
     return Restored(model.to(device).eval(), config, tokenizer, checkpoint.state, checkpoint.path, device)
 
 
-def restore_on(path: Path, device: str, dtype: str, backend: str) -> tuple[Restored, torch.dtype]:
+def restore_on(path: Path, device: str, dtype: str, backend: str, best: bool = False) -> tuple[Restored, torch.dtype]:
     """`restore`, with device, dtype and backend as a command line names them, and the dtype of the matrix products."""
     if dtype not in get_args(Dtype):
         raise ConfigError(f"unknown dtype {dtype!r}: {did_you_mean(dtype, get_args(Dtype))}")
     where = pick_device(device)
-    restored = restore(path, where, cast(Backend, backend))
+    restored = restore(path, where, cast(Backend, backend), best)
     try:
         model_backend(restored.config.model, cast(Backend, backend), where)
     except ValueError as error:

@@ -8,6 +8,7 @@ import typer
 
 from cda_cli.commands.options import (
     BackendOption,
+    BestOption,
     CheckpointArgument,
     DataOption,
     DeviceOption,
@@ -18,6 +19,7 @@ from cda_cli.commands.options import (
 
 def inspect_sparsity(
     checkpoint: CheckpointArgument,
+    best: BestOption = False,
     data: DataOption = None,
     layers: Annotated[str | None, typer.Option(help="Layers to report, such as 0,2-3; all where not given.")] = None,
     heads: Annotated[str | None, typer.Option(help="Heads to report; the first is drawn as a heat map.")] = None,
@@ -37,7 +39,7 @@ def inspect_sparsity(
     from cda_cli.signals import StopRequest
 
     with StopRequest() as stop:
-        restored, precision = restore_on(checkpoint, device, dtype, backend)
+        restored, precision = restore_on(checkpoint, device, dtype, backend, best)
         chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
         chosen_heads = parse_selection(heads, restored.config.model.heads, "--heads")
         text = open_side(restored, data, "validation", stop, show_progress=is_terminal() and not as_json)

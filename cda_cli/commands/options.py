@@ -10,6 +10,9 @@ import typer
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT|RUN", help="A checkpoint folder, or a run: then its newest checkpoint.")
 ]
+BestOption = Annotated[
+    bool, typer.Option("--best", help="Of a run: the checkpoint with the lowest validation loss, not the newest.")
+]
 DataOption = Annotated[
     str | None,
     typer.Option("--data", help="stdlib, a path or glob, or hf:OWNER/NAME[:CONFIG]; the run's own where not given."),

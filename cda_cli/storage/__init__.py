@@ -6,10 +6,12 @@ Takes tensors and plain dicts, never a module. `atomic` is for any file, `checkp
 from cda_cli.storage.atomic import published_folder, remove_published, remove_stale, write_file
 from cda_cli.storage.checkpoint import (
     Checkpoint,
+    best,
     check_fits,
     list_steps,
     load,
     locate,
+    locate_best,
     newest,
     pack_optimizer,
     publish,
@@ -18,10 +20,12 @@ from cda_cli.storage.checkpoint import (
 
 __all__ = [
     "Checkpoint",
+    "best",
     "check_fits",
     "list_steps",
     "load",
     "locate",
+    "locate_best",
     "newest",
     "pack_optimizer",
     "publish",

@@ -29,10 +29,12 @@ from cda_cli.storage.tensors import check_fits, read_tensors, write_tensors
 __all__ = [
     "PARTS",
     "Checkpoint",
+    "best",
     "check_fits",
     "list_steps",
     "load",
     "locate",
+    "locate_best",
     "newest",
     "pack_optimizer",
     "publish",
@@ -47,6 +49,8 @@ _FOLDER = "checkpoints"
 _STEP = re.compile(r"step-([0-9]{8})")
 _ALWAYS_KEPT = 2
 _log = logging.getLogger(__name__)
+
+VALIDATION_LOSS = "validation_loss"  # in the state of a checkpoint: of its step, or None where it was not measured
 
 
 @dataclass
@@ -90,14 +94,16 @@ def publish(
     state: Mapping[str, Any],
     tokenizer_json: str | None = None,
     keep: int = 2,
+    keep_best: bool = False,
 ) -> Path:
     """Saves a checkpoint, only then removes old ones, and returns its folder.
 
     A checkpoint of this step that verifies already stays as it is: a resumed run comes by the same state again, and
     to replace it would mean a moment without it. One that is damaged is removed first.
 
-    Of the others the newest `keep` verified stay (never fewer than two) and whatever is newer than those; older
-    ones go, damaged or not. Names other than `step-` and eight digits are never touched.
+    Of the others the newest `keep` verified stay (never fewer than two) and whatever is newer than those, with
+    `keep_best` also the one that `best` finds; the rest goes, damaged or not. Names other than `step-` and eight
+    digits are never touched.
 
     Raises StorageError where a write fails; the earlier checkpoints are then whole. Raises ValueError or TypeError
     for a `state` that JSON does not return as it was (NaN, a tuple, a key that is no string).
@@ -114,7 +120,7 @@ def publish(
             if tokenizer_json is not None:
                 (folder / "tokenizer.json").write_bytes(tokenizer_json.encode())
             write_manifest(folder)
-    _prune(run, keep=max(keep, _ALWAYS_KEPT), published=path)
+    _prune(run, keep=max(keep, _ALWAYS_KEPT), keep_best=keep_best, published=path)
     return path
 
 
@@ -156,6 +162,21 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
+def best(run: Path) -> Path | None:
+    """The checkpoint of `run` that verifies and has the lowest validation loss in its state, the newest of equals."""
+    found: list[tuple[float, int]] = []
+    for step in list_steps(run):
+        try:
+            loss = load(step_folder(run, step), parts=()).state.get(VALIDATION_LOSS)
+        except CheckpointError:
+            continue
+        if isinstance(loss, float):
+            found.append((loss, -step))
+    # The few kilobytes of a state tell who is best; only the best is read whole.
+    whole = (step_folder(run, -step) for _, step in sorted(found))
+    return next((path for path in whole if _is_whole(path)), None)
+
+
 def locate(path: Path, warn: Callable[[str], object] = _log.warning) -> Path:
     """The checkpoint folder that a user means by `path`: a checkpoint itself, a run, or a run's `checkpoints`.
 
@@ -169,6 +190,20 @@ def locate(path: Path, warn: Callable[[str], object] = _log.warning) -> Path:
         return _locate(path, warn)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); allow reading it") from error
+
+
+def locate_best(path: Path) -> Path:
+    """The `best` checkpoint of the run that a user means by `path`. Raises CheckpointError where there is none."""
+    newest_one = locate(path)
+    if newest_one == Path(path):
+        raise CheckpointError(f"{path} is one checkpoint; give the folder of its run to have the best of them")
+    found = best(newest_one.parent.parent)
+    if found is None:
+        raise CheckpointError(
+            f"no checkpoint of {path} was validated at its step; leave --best out, or train with eval-every and "
+            "save-every that meet"
+        )
+    return found
 
 
 def _locate(path: Path, warn: Callable[[str], object]) -> Path:
@@ -208,13 +243,14 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _prune(run: Path, *, keep: int, published: Path) -> None:
+def _prune(run: Path, *, keep: int, keep_best: bool, published: Path) -> None:
+    spared = {published, best(run) if keep_best else published}
     whole = 0
     for step in reversed(list_steps(run)):
         path = step_folder(run, step)
         if whole < keep:
             whole += _is_whole(path)
-        elif path != published:
+        elif path not in spared:
             remove_published(path)
 
 

@@ -23,6 +23,7 @@ from cda_cli.inspection import inspect, layer_means
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish
+from cda_cli.training.milestones import Minutes, Patience
 from cda_cli.training.optimizer import learning_rate, set_learning_rate
 from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup
@@ -52,11 +53,14 @@ class Display(Protocol):
         """No more steps come, for whatever reason."""
 
 
-def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: StopRequest) -> None:
-    """Trains from `setup.step` to `optim.steps`. Raises InterruptedRunError, after saving, when asked to stop."""
+def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: StopRequest, patience: Patience) -> None:
+    """Trains from `setup.step` to `optim.steps`, or until `patience` is over.
+
+    Raises InterruptedRunError, after saving, when asked to stop.
+    """
     optim, every = setup.config.optim, setup.config.run
     model, optimizer = setup.model, setup.optimizer
-    speed, losses = Speed(), Losses()
+    speed, losses, minutes = Speed(), Losses(), Minutes(every.save_minutes)
     saved = setup.step if setup.position is not None else None
 
     def record(kind: str, **figures: Any) -> None:
@@ -65,7 +69,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         display.show(line)
 
     model.train()
-    while setup.step < optim.steps and not stop:
+    while setup.step < optim.steps and not (stop or patience.over):
         rate = learning_rate(optim, setup.config.schedule_steps, setup.step)
         set_learning_rate(optimizer, rate)
         eps = annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps)
@@ -77,6 +81,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         setup.step += 1
+        setup.validation_loss = None
         setup.tokens += sum(batch.inputs.numel() for batch in batches)
         losses.add(loss)
         display.advance(setup.step)
@@ -104,12 +109,17 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                 result = validate(setup, stop)
                 if result is not None:
                     record("validation", **result._asdict())
+                    setup.validation_loss = result.loss
+                    patience.add(result.loss)
             if due(setup.step, every.sample_every) and not stop:
                 record("sample", text=sample(setup))
-            if due(setup.step, every.save_every) or last or stop:
+            if due(setup.step, every.save_every) or minutes.passed() or last or stop or patience.over:
                 path = publish(run, **setup.publishable())
                 saved = setup.step
+                minutes.restart()
                 record("checkpoint", path=str(path))
+    if patience.over:
+        display.note(f"stopped early at step {setup.step} of {optim.steps}: {patience.words()}")
     if stop:
         if saved != setup.step:
             publish(run, **setup.publishable())

@@ -12,7 +12,8 @@ from cda_cli.restore import saved_config
 from cda_cli.runtime import describe_device, peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.training.loop import Display, accumulate_gradients, next_batch, train
-from cda_cli.training.run_folder import check_same_run, find_checkpoint, open_run
+from cda_cli.training.milestones import Patience
+from cda_cli.training.run_folder import check_same_run, find_checkpoint, open_run, validation_losses
 from cda_cli.training.setup import Setup, build, describe_backend, open_data, remarks, with_vocabulary
 
 
@@ -61,10 +62,14 @@ def run_training(config: Config, run: Path, resume: str, display: Display, stop:
                 f"the learning-rate schedule is now {now} steps long and was {before}; "
                 f"--set optim.schedule_steps={before} keeps it"
             )
+    patience = Patience(setup.config.run.patience, validation_losses(run, setup.step))
+    if patience.over:
+        display.note(f"{run} was stopped early: {patience.words()}; raise --set run.patience to go on")
+        return
     metrics = open_run(run, setup.config, setup.step)
     try:
         display.start(make_plan(setup, run))
-        train(setup, run, metrics, display, stop)
+        train(setup, run, metrics, display, stop, patience)
     finally:
         metrics.close()
         display.finish()

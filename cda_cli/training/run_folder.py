@@ -94,6 +94,12 @@ class Metrics:
             self._file.close()
 
 
+def validation_losses(run: Path, step: int) -> list[float | None]:
+    """The validation losses of the run in folder `run` up to `step`, oldest first; None for one that was not finite."""
+    records = [record for record in read_metrics(run / METRICS_FILE) if record.get("kind") == "validation"]
+    return [record["loss"] for record in records if record["step"] <= step]
+
+
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a metrics file; a last line that a kill cut short is left out."""
     if not path.exists():

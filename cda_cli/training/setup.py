@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class RunData:
 
 @dataclass
 class Setup:
-    """A run that is ready for its next step. `compiled` is `model`, or torch.compile's wrapper of it."""
+    """A run that is ready for its next step. `compiled` is `model`, or torch.compile's wrapper of it; `validation_loss`
+    is that of this very step, where it was measured."""
 
     config: Config
     device: torch.device
@@ -61,6 +63,7 @@ class Setup:
     step: int
     tokens: int
     position: dict[str, Any] | None
+    validation_loss: float | None = None
 
     def publishable(self) -> dict[str, Any]:
         """What a checkpoint of this moment holds, for `storage.publish`."""
@@ -69,6 +72,7 @@ class Setup:
             "step": self.step,
             "tokens": self.tokens,
             "position": self.position,
+            "validation_loss": self.validation_loss if math.isfinite(self.validation_loss or 0.0) else None,
             "config": self.config.model_dump(mode="json"),
             "optimizer": plain,
             "versions": {"cda": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]},
@@ -81,6 +85,7 @@ class Setup:
             "state": state,
             "tokenizer_json": self.data.tokenizer.to_json(),
             "keep": self.config.run.keep,
+            "keep_best": self.config.run.keep_best,
         }
 
 
