@@ -123,6 +123,9 @@ class RunConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the matrix products.")
     compile: bool | None = Field(None, description="torch.compile; null: on a GPU only.")
+    activation_checkpointing: bool = Field(
+        False, description="Keep only each block's input for the backward and compute the rest again."
+    )
     backend: Literal["auto", "torch", "triton", "colt5"] = Field("auto", description="Backend of the operator.")
     log_every: int = Field(10, ge=1, description="Steps between two lines of figures.")
     eval_every: int = Field(250, ge=0, description="Steps between two validations; 0: only at the end.")

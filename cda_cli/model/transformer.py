@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.attention import Attention
@@ -49,6 +50,7 @@ class Transformer(nn.Module):
         self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=not config.tied_embeddings)
         if config.tied_embeddings:
             self.to_logits.weight = self.token_embedding.weight
+        self.activation_checkpointing = False  # keep only the inputs of the blocks, and compute them again backward
         self._scale_initial_weights()
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -61,7 +63,12 @@ class Transformer(nn.Module):
             x_BTC = x_BTC + self.position_embedding.weight[start : start + T]
         x_BTC = self.dropout(x_BTC)
         for block in self.blocks:
-            x_BTC = block(x_BTC, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # Without dropout a block draws no random numbers, so their state need not be kept.
+                draws = self.config.dropout > 0
+                x_BTC = checkpoint(block, x_BTC, cache, use_reentrant=False, preserve_rng_state=draws)
+            else:
+                x_BTC = block(x_BTC, cache)
         if cache is not None:
             cache.advance(T)
         return self.to_logits(self.norm(x_BTC))

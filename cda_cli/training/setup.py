@@ -135,6 +135,7 @@ def build(
     torch.manual_seed(config.run.seed)
     describe_backend(config, device)  # a backend that cannot run is an error before any work
     model = Transformer(config.model, config.run.backend).to(device)
+    model.activation_checkpointing = config.run.activation_checkpointing
     optimizer = build_optimizer(model, config.optim)
     state: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:

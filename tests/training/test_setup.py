@@ -113,3 +113,9 @@ def test_speed_follows_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
         speed.mark(1, 8)
     assert speed.tokens_per_second == 2
     assert speed.seconds_left(3) == 12
+
+
+def test_activation_checkpointing_is_asked_for(config: Config) -> None:
+    asked = config.model_copy(update={"run": config.run.model_copy(update={"activation_checkpointing": True})})
+    for each, expected in ((config, False), (asked, True)):
+        assert build(each, open_data(each, show_progress=False)).model.activation_checkpointing is expected
