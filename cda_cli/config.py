@@ -107,10 +107,13 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
     batch_size: int = Field(16, ge=1, description="Sequences in one forward pass.")
     grad_accum: int = Field(1, ge=1, description="Forward passes for one step.")
-    lr: float = Field(1e-3, gt=0, le=1e3, description="Peak learning rate.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="adamw; or muon for the matrices within blocks, and AdamW for the rest."
+    )
+    lr: float = Field(1e-3, gt=0, le=1e3, description="Peak learning rate, of Muon and AdamW alike.")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Final learning rate, as a share of lr.")
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's, on matrices only.")
+    weight_decay: float = Field(0.1, ge=0, description="On matrices only.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")

@@ -44,7 +44,7 @@ def find_checkpoint(run: Path, resume: str) -> tuple[Checkpoint | None, list[str
 
 
 def check_same_run(before: Config, now: Config, where: Path) -> None:
-    """Model, data, seed and tokens must be those of the run that goes on; steps, rates and intervals may change."""
+    """Model, data, seed and optimizer must be those of the run that goes on; steps, rates, intervals may change."""
     pairs = [("model", before.model, now.model), ("data", before.data, now.data)]
     for section, old, new in pairs:
         for name, value in old.model_dump().items():
@@ -52,6 +52,8 @@ def check_same_run(before: Config, now: Config, where: Path) -> None:
                 _refuse(where, f"{section}.{name}", value, getattr(new, name))
     if before.run.seed != now.run.seed:
         _refuse(where, "run.seed", before.run.seed, now.run.seed)
+    if before.optim.optimizer != now.optim.optimizer:
+        _refuse(where, "optim.optimizer", before.optim.optimizer, now.optim.optimizer)
 
 
 def _refuse(where: Path, key: str, before: object, now: object) -> None:

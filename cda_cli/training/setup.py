@@ -31,7 +31,7 @@ from cda_cli.model import Transformer, model_backend, state_tensors
 from cda_cli.restore import fill
 from cda_cli.runtime import pick_device, pick_dtype, random_states, restore_random_states
 from cda_cli.storage import Checkpoint, pack_optimizer, unpack_optimizer
-from cda_cli.training.optimizer import build_optimizer
+from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optimizer
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Setup:
     data: RunData
     model: Transformer
     compiled: nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     batches: Iterator[tuple[Batch, dict[str, Any]]]
     step: int
     tokens: int
@@ -140,11 +140,7 @@ def build(
     state: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:
         fill(model, checkpoint, config)
-        configured = [(group["weight_decay"], group["betas"]) for group in optimizer.param_groups]
-        optimizer.load_state_dict(unpack_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"]))
-        for group, (weight_decay, betas) in zip(optimizer.param_groups, configured, strict=True):
-            # A resumed run may change these, and loading has put back the old ones.
-            group.update(weight_decay=weight_decay, betas=betas)
+        restore_optimizer(optimizer, unpack_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"]))
         restore_random_states(checkpoint.rng)
     return Setup(
         config=config,

@@ -62,6 +62,16 @@ def test_steps_after_the_last_checkpoint_are_redone_the_same(config: Config, who
     assert_same_end(run, whole)
 
 
+@pytest.mark.parametrize("settings", [{"optimizer": "muon"}], ids=str)
+def test_what_is_on_request_goes_on_as_exactly(config: Config, tmp_path: Path, settings: dict[str, object]) -> None:
+    """State of other optimizers and averages."""
+    asked = changed(config, **settings)
+    trained(asked, tmp_path / "whole")
+    for steps in (2, 5, 12):
+        trained(changed(asked, steps=steps), tmp_path / "run")
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
 def test_another_seed_is_another_run(config: Config, whole: Path, tmp_path: Path) -> None:
     """Else the equalities above would show nothing."""
     other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})})

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from cda_cli.config import ModelConfig, OptimConfig
 from cda_cli.model import Transformer
-from cda_cli.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from cda_cli.storage import pack_optimizer
+from cda_cli.training.optimizer import (
+    MuonAndAdamW,
+    build_optimizer,
+    learning_rate,
+    restore_optimizer,
+    set_learning_rate,
+)
 
 SETTINGS = {"lr": 0.5, "min_lr_ratio": 0.1, "warmup_steps": 4}
 
@@ -110,3 +117,63 @@ def test_the_settings_reach_adamw() -> None:
         assert (group["lr"], group["betas"]) == (0.25, (0.5, 0.75))
     set_learning_rate(optimizer, 0.125)
     assert {group["lr"] for group in optimizer.param_groups} == {0.125}
+
+
+def with_muon(model: Transformer, **settings: float) -> MuonAndAdamW:
+    optimizer = build_optimizer(model, OptimConfig(optimizer="muon", weight_decay=0.3, **settings))
+    assert isinstance(optimizer, MuonAndAdamW)
+    return optimizer
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_no_others() -> None:
+    """Embeddings and the logits are matrices too, but rows of theirs are steered one by one."""
+    model = a_model(tied_embeddings=False, null_kv=2)
+    optimizer = with_muon(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owned = {
+        part: {names[id(p)] for group in one.param_groups for p in group["params"]}
+        for part, one in optimizer.parts.items()
+    }
+    assert not owned["muon"] & owned["adamw"]
+    assert owned["muon"] | owned["adamw"] == set(names.values())
+    assert owned["muon"] == {
+        name for name in names.values() if "blocks" in name and model.get_parameter(name).ndim == 2
+    }
+    assert {"token_embedding.weight", "to_logits.weight"} <= owned["adamw"]
+    assert {"blocks.0.attention.to_qkv.weight", "blocks.1.feed_forward.proj_in.weight"} <= owned["muon"]
+
+
+def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:
+    """The same rate serves both: the root mean square of a step is about 0.2 of it, whatever the gradient's size."""
+    for size in (1e-3, 1e3):
+        model = a_model(dim=64)
+        weight = model.get_parameter("blocks.0.attention.to_qkv.weight")
+        for parameter in model.parameters():
+            parameter.grad = size * torch.randn_like(parameter)
+        optimizer = build_optimizer(model, OptimConfig(optimizer="muon", weight_decay=0.0))
+        set_learning_rate(optimizer, 0.5)
+        before = weight.detach().clone()
+        optimizer.step()
+        step = (weight.detach() - before).square().mean().sqrt().item()
+        assert step == pytest.approx(0.5 * 0.2, rel=0.2)
+        optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in model.parameters() if parameter.numel())
+
+
+def test_a_restored_optimizer_keeps_its_settings_and_gets_the_state() -> None:
+    """What a resumed run changed must not be undone by what was saved."""
+    for name in ("adamw", "muon"):
+        model = a_model()
+        before = build_optimizer(model, OptimConfig(optimizer=name, weight_decay=0.25, beta1=0.5))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before.step()
+        after = build_optimizer(model, OptimConfig(optimizer=name, weight_decay=0.5, beta1=0.75))
+        restore_optimizer(after, before.state_dict())
+        assert {group["weight_decay"] for group in after.param_groups} == {0.0, 0.5}
+        assert {group["betas"] for group in after.param_groups if "betas" in group} == {(0.75, 0.95)}
+        (saved, first), (restored, second) = pack_optimizer(before.state_dict()), pack_optimizer(after.state_dict())
+        assert saved
+        assert saved.keys() == restored.keys()
+        assert all(saved[key].equal(restored[key]) for key in saved), name
+        assert first != second
