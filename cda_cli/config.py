@@ -117,6 +117,9 @@ class OptimConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="Decay of a moving average of the weights, such as 0.999; 0: none."
+    )
 
 
 class RunConfig(Section):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
+from torch import Tensor
 
 from cda_cli.config import Config, annealed_eps, parse
 from cda_cli.data import (
@@ -43,25 +44,35 @@ class Restored(NamedTuple):
     device: torch.device
 
 
-def restore(path: Path, device: torch.device, backend: Backend = "auto", best: bool = False) -> Restored:
-    """The model of a checkpoint, or of the newest whole checkpoint of a run, or of its best one.
+def restore(
+    path: Path, device: torch.device, backend: Backend = "auto", *, best: bool = False, ema: bool = False
+) -> Restored:
+    """The model of a checkpoint, or of the newest whole checkpoint of a run (its best one, if `best`).
 
-    Raises CheckpointError.
+    `ema`: with the moving average of its weights. Raises CheckpointError, also where it has none.
     """
-    checkpoint = load(locate_best(path) if best else locate(path), parts=("model",))
+    part = "ema" if ema else "model"
+    checkpoint = load(locate_best(path) if best else locate(path), parts=(part,))
     config = saved_config(checkpoint)
+    if ema and not checkpoint.ema:
+        raise CheckpointError(
+            f"{checkpoint.path} has no moving average of the weights; leave --ema out, or train with "
+            "--set optim.ema_decay=0.999"
+        )
     model = Transformer(config.model, backend)
-    fill(model, checkpoint, config)
+    fill(model, checkpoint.ema if ema else checkpoint.model, checkpoint, config)
     tokenizer = tokenizer_of(checkpoint)
     return Restored(model.to(device).eval(), config, tokenizer, checkpoint.state, checkpoint.path, device)
 
 
-def restore_on(path: Path, device: str, dtype: str, backend: str, best: bool = False) -> tuple[Restored, torch.dtype]:
+def restore_on(
+    path: Path, device: str, dtype: str, backend: str, *, best: bool = False, ema: bool = False
+) -> tuple[Restored, torch.dtype]:
     """`restore`, with device, dtype and backend as a command line names them, and the dtype of the matrix products."""
     if dtype not in get_args(Dtype):
         raise ConfigError(f"unknown dtype {dtype!r}: {did_you_mean(dtype, get_args(Dtype))}")
     where = pick_device(device)
-    restored = restore(path, where, cast(Backend, backend), best)
+    restored = restore(path, where, cast(Backend, backend), best=best, ema=ema)
     try:
         model_backend(restored.config.model, cast(Backend, backend), where)
     except ValueError as error:
@@ -129,10 +140,10 @@ def saved_config(checkpoint: Checkpoint) -> Config:
         ) from error
 
 
-def fill(model: Transformer, checkpoint: Checkpoint, config: Config) -> None:
-    """Puts a checkpoint's tensors into `model`, whose ε becomes that of the checkpoint's step."""
-    check_fits(checkpoint.model, expected_tensors(config.model))
-    load_state_tensors(model, checkpoint.model)
+def fill(model: Transformer, tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:
+    """Puts `tensors`, the weights of a checkpoint or their average, into `model`, whose ε becomes that of its step."""
+    check_fits(tensors, expected_tensors(config.model))
+    load_state_tensors(model, tensors)
     model.set_attention_eps(annealed_eps(config.model, checkpoint.state["step"], config.schedule_steps))
 
 

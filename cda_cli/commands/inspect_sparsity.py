@@ -13,6 +13,7 @@ from cda_cli.commands.options import (
     DataOption,
     DeviceOption,
     DtypeOption,
+    EmaOption,
     JsonOption,
 )
 
@@ -20,6 +21,7 @@ from cda_cli.commands.options import (
 def inspect_sparsity(
     checkpoint: CheckpointArgument,
     best: BestOption = False,
+    ema: EmaOption = False,
     data: DataOption = None,
     layers: Annotated[str | None, typer.Option(help="Layers to report, such as 0,2-3; all where not given.")] = None,
     heads: Annotated[str | None, typer.Option(help="Heads to report; the first is drawn as a heat map.")] = None,
@@ -39,7 +41,7 @@ def inspect_sparsity(
     from cda_cli.signals import StopRequest
 
     with StopRequest() as stop:
-        restored, precision = restore_on(checkpoint, device, dtype, backend, best)
+        restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
         chosen_heads = parse_selection(heads, restored.config.model.heads, "--heads")
         text = open_side(restored, data, "validation", stop, show_progress=is_terminal() and not as_json)

@@ -117,8 +117,9 @@ def train_words(record: dict[str, Any]) -> str:
 
 
 def validation_words(record: dict[str, Any]) -> str:
+    averaged = f"; of the averaged weights {record['ema_loss']:.4f}" if "ema_loss" in record else ""
     return f"loss {plus_minus(record['loss'], record['standard_error'])}, " + (
-        f"{record['bits_per_byte']:.4f} bits per byte"
+        f"{record['bits_per_byte']:.4f} bits per byte{averaged}"
     )
 
 

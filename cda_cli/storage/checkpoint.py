@@ -1,7 +1,8 @@
 """Checkpoints that survive a kill at any moment.
 
     RUN/checkpoints/step-00000100/
-        model.safetensors  optimizer.safetensors  rng.safetensors  state.json  [tokenizer.json]  manifest.json
+        model.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
+        [ema.safetensors  tokenizer.json]
 
 A checkpoint is published whole (see `atomic`) and verified before it is used (see `manifest`). There is no pointer
 to the latest one that could go stale: the newest is found by verifying from the highest step down.
@@ -43,7 +44,7 @@ __all__ = [
     "verify",
 ]
 
-PARTS = ("model", "optimizer", "rng")
+PARTS = ("model", "optimizer", "rng", "ema")
 
 _FOLDER = "checkpoints"
 _STEP = re.compile(r"step-([0-9]{8})")
@@ -55,12 +56,16 @@ VALIDATION_LOSS = "validation_loss"  # in the state of a checkpoint: of its step
 
 @dataclass
 class Checkpoint:
-    """What one checkpoint holds. Tensors are on the CPU; a part that was not asked for is an empty dict."""
+    """What one checkpoint holds. Tensors are on the CPU; a part that was not asked for is an empty dict.
+
+    So is `ema`, the moving average of the weights, where there is none.
+    """
 
     path: Path
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
+    ema: dict[str, Tensor]
     state: dict[str, Any]
     tokenizer_json: str | None
 
@@ -93,6 +98,7 @@ def publish(
     rng: Mapping[str, Tensor],
     state: Mapping[str, Any],
     tokenizer_json: str | None = None,
+    ema: Mapping[str, Tensor] | None = None,
     keep: int = 2,
     keep_best: bool = False,
 ) -> Path:
@@ -116,6 +122,8 @@ def publish(
             write_tensors(folder / "model.safetensors", model)
             write_tensors(folder / "optimizer.safetensors", optimizer)
             write_tensors(folder / "rng.safetensors", rng)
+            if ema is not None:
+                write_tensors(folder / "ema.safetensors", ema)
             (folder / "state.json").write_bytes(state_json)
             if tokenizer_json is not None:
                 (folder / "tokenizer.json").write_bytes(tokenizer_json.encode())
@@ -137,12 +145,14 @@ def load(path: Path, parts: Collection[str] = PARTS) -> Checkpoint:
     if unknown:
         raise ValueError(f"a checkpoint has no part {sorted(unknown)[0]!r}; its parts are {', '.join(PARTS)}")
     present = verify(path, {"state.json", "tokenizer.json", *(f"{part}.safetensors" for part in parts)})
-    tensors = {part: read_tensors(path / f"{part}.safetensors") if part in parts else {} for part in PARTS}
+    wanted = {part: part in parts and f"{part}.safetensors" in present for part in PARTS}
+    tensors = {part: read_tensors(path / f"{part}.safetensors") if wanted[part] else {} for part in PARTS}
     return Checkpoint(
         path=path,
         model=tensors["model"],
         optimizer=tensors["optimizer"],
         rng=tensors["rng"],
+        ema=tensors["ema"],
         state=_decode_state(path / "state.json"),
         tokenizer_json=_read_text(path / "tokenizer.json") if "tokenizer.json" in present else None,
     )

@@ -20,7 +20,7 @@ from cda_cli.errors import CheckpointError
 FORMAT = 1
 MANIFEST = "manifest.json"
 REQUIRED = frozenset({"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"})
-OPTIONAL = frozenset({"tokenizer.json"})
+OPTIONAL = frozenset({"tokenizer.json", "ema.safetensors"})
 
 # Bounds on what is parsed in one piece; our own files stay far below them.
 MAX_MANIFEST_BYTES = 64 * 1024

@@ -81,6 +81,8 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         setup.step += 1
+        if setup.average:
+            setup.average.update(setup.step)
         setup.validation_loss = None
         setup.tokens += sum(batch.inputs.numel() for batch in batches)
         losses.add(loss)
@@ -108,7 +110,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
             if (due(setup.step, every.eval_every) or last) and not stop:
                 result = validate(setup, stop)
                 if result is not None:
-                    record("validation", **result._asdict())
+                    record("validation", **result._asdict(), **averaged_figures(setup, stop))
                     setup.validation_loss = result.loss
                     patience.add(result.loss)
             if due(setup.step, every.sample_every) and not stop:
@@ -191,6 +193,15 @@ def validate(setup: Setup, stop: StopRequest) -> Evaluation | None:
     )
     result = evaluate(setup.compiled, stop.until(batches), validation.bytes_per_token, setup.device, setup.dtype)
     return None if stop else result
+
+
+def averaged_figures(setup: Setup, stop: StopRequest) -> dict[str, float]:
+    """The same figures of the averaged weights, where there are any."""
+    if setup.average is None:
+        return {}
+    with setup.average.in_place():
+        result = validate(setup, stop)
+    return {f"ema_{name}": getattr(result, name) for name in ("loss", "bits_per_byte")} if result else {}
 
 
 def layer_figures(setup: Setup, batch: Batch) -> list[dict[str, float]]:

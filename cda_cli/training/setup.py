@@ -27,10 +27,11 @@ from cda_cli.data import (
     streamed_validation,
 )
 from cda_cli.errors import DeviceError
-from cda_cli.model import Transformer, model_backend, state_tensors
+from cda_cli.model import Transformer, expected_tensors, model_backend, state_tensors
 from cda_cli.restore import fill
 from cda_cli.runtime import pick_device, pick_dtype, random_states, restore_random_states
-from cda_cli.storage import Checkpoint, pack_optimizer, unpack_optimizer
+from cda_cli.storage import Checkpoint, check_fits, pack_optimizer, unpack_optimizer
+from cda_cli.training.average import WeightAverage
 from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optimizer
 
 
@@ -49,8 +50,11 @@ class RunData:
 
 @dataclass
 class Setup:
-    """A run that is ready for its next step. `compiled` is `model`, or torch.compile's wrapper of it; `validation_loss`
-    is that of this very step, where it was measured."""
+    """A run that is ready for its next step. `compiled` is `model`, or torch.compile's wrapper of it.
+
+    `average` is that of its weights, where one was asked for; `validation_loss` is that of this very step, where it was
+    measured.
+    """
 
     config: Config
     device: torch.device
@@ -63,6 +67,7 @@ class Setup:
     step: int
     tokens: int
     position: dict[str, Any] | None
+    average: WeightAverage | None
     validation_loss: float | None = None
 
     def publishable(self) -> dict[str, Any]:
@@ -83,6 +88,7 @@ class Setup:
             "optimizer": optimizer,
             "rng": random_states(),
             "state": state,
+            "ema": self.average.tensors() if self.average else None,
             "tokenizer_json": self.data.tokenizer.to_json(),
             "keep": self.config.run.keep,
             "keep_best": self.config.run.keep_best,
@@ -139,9 +145,16 @@ def build(
     optimizer = build_optimizer(model, config.optim)
     state: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:
-        fill(model, checkpoint, config)
+        fill(model, checkpoint.model, checkpoint, config)
         restore_optimizer(optimizer, unpack_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"]))
         restore_random_states(checkpoint.rng)
+    average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
+    if average and checkpoint:
+        if checkpoint.ema:
+            check_fits(checkpoint.ema, expected_tensors(config.model))
+            average.load(checkpoint.ema)
+        else:
+            note(f"the moving average of the weights begins at step {state['step']}")
     return Setup(
         config=config,
         device=device,
@@ -154,6 +167,7 @@ def build(
         step=state["step"],
         tokens=state["tokens"],
         position=state["position"],
+        average=average,
     )
 
 

@@ -36,6 +36,34 @@ def test_the_best_is_kept_and_can_be_taken(cda: Cda, wandered: Path) -> None:
     assert found[()]["loss"] == pytest.approx(validations[9], rel=1e-6)
 
 
+def test_the_average_is_reported_and_can_be_taken(cda: Cda, tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = cda("train", "--config", tiny, "--out", run, "--set", "optim.ema_decay=0.9")
+    assert result.code == 0, result.err
+    last = metrics(run, "validation")[-1]
+    assert f"of the averaged weights {last['ema_loss']:.4f}" in result.out
+    texts = set()
+    for flags, name in (((), "loss"), (("--ema",), "ema_loss"), (("--ema", "--best"), "ema_loss")):
+        evaluated = cda("eval", run, "--max-batches", 2, "--batch-size", 4, "--json", *flags)
+        assert json.loads(evaluated.out)["loss"] == pytest.approx(last[name], rel=1e-6)
+        texts.add(cda("sample", run, "--prompt", "a", "--max-new-tokens", 40, *flags).out)
+    assert last["loss"] != last["ema_loss"]
+    assert len(texts) == 2
+
+
+def test_a_run_without_an_average_says_so(cda: Cda, finished: Path) -> None:
+    for command in (("eval",), ("sample", "--prompt", "a"), ("inspect-sparsity",)):
+        assert_refused(cda(command[0], finished, *command[1:], "--ema"), "no moving average", "optim.ema_decay")
+
+
+def test_an_average_can_begin_in_a_resumed_run(cda: Cda, tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cda("train", "--config", tiny, "--out", run, "--steps", 2)
+    result = cda("train", "--config", tiny, "--out", run, "--set", "optim.ema_decay=0.9")
+    assert "the moving average of the weights begins at step 2" in result.out
+    assert cda("eval", run, "--max-batches", 1, "--ema").code == 0
+
+
 def test_there_may_be_no_best(cda: Cda, tiny: Path, tmp_path: Path, finished: Path) -> None:
     checkpoint = finished / "checkpoints" / "step-00000004"
     for command in (("eval",), ("sample", "--prompt", "a"), ("inspect-sparsity",)):

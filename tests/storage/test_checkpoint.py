@@ -95,6 +95,19 @@ def test_a_name_that_could_not_be_read_again_is_refused(tmp_path: Path) -> None:
         write_tensors(tmp_path / "model.safetensors", {"__metadata__": torch.ones(1)})
 
 
+def test_an_average_is_a_part_of_its_own(tmp_path: Path, contents) -> None:
+    """Whoever does not ask for it does not read it; whoever asks where there is none gets nothing."""
+    average = {"tied.a": torch.randn(7)}
+    path = publish(tmp_path, **contents(1), ema=average)
+    assert same_bits(load(path).ema, average)
+    assert same_bits(load(path, parts=("ema",)).ema, average)
+    assert load(publish(tmp_path, **contents(2))).ema == {}
+    damage(path, "ema.safetensors")
+    assert load(path, parts=("model",)).ema == {}
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors is damaged"):
+        load(path)
+
+
 def test_loaded_tensors_outlive_their_file(tmp_path: Path, contents) -> None:
     path = publish(tmp_path, **contents(1, size=100_000))
     back = load(path, parts=("model",))
