@@ -82,6 +82,8 @@ class TrainingDisplay:
             "validation": f"{validation_words(validation)} at step {validation['step']}" if validation else "–",
             "learning rate": f"{train['lr']:.2e}, gradient norm {train['grad_norm']:.2f}",
             "speed": f"{count(train['tokens_per_second'])} tokens/s, {duration(train['seconds_left'])} left",
+            **utilisation_rows(train),
+            "waiting for data": f"{share(train['data_wait'])} of a step",
             "tokens": count(train["tokens"]),
             "memory": memory(train["memory_bytes"]),
         }
@@ -101,9 +103,20 @@ def plan_rows(plan: Plan) -> dict[str, str]:
     }
 
 
+def utilisation_rows(record: dict[str, Any]) -> dict[str, str]:
+    """Where a device's peak is known."""
+    if "mfu_computed" not in record:
+        return {}
+    computed, dense = share(record["mfu_computed"]), share(record["mfu_dense"])
+    return {"FLOPs utilisation": f"{computed} of what is computed, {dense} of a dense model's (6N + 12LdT)"}
+
+
 def train_words(record: dict[str, Any]) -> str:
     """A record as one plain line; the sparsity figures are those of the layers, first to last."""
     layers = record["layers"]
+    utilisation = ""
+    if "mfu_computed" in record:
+        utilisation = f"MFU {share(record['mfu_computed'])} computed, {share(record['mfu_dense'])} dense  "
 
     def each(name: str, form: str) -> str:
         return "/".join(format(layer[name], form) for layer in layers)
@@ -111,6 +124,7 @@ def train_words(record: dict[str, Any]) -> str:
     return (
         f"loss {record['loss']:.4f}  {record['bits_per_byte']:.3f} bits/byte  lr {record['lr']:.2e}  "
         f"{count(record['tokens_per_second'])} tokens/s  {duration(record['seconds_left'])} left  "
+        f"{utilisation}data wait {share(record['data_wait'])}  "
         f"{memory(record['memory_bytes'])}  support {each('effective_support', '.1f')}  "
         f"capped {each('capped_share', '.0%')}  k {each('sparsity_k', '.2f')}"
     )

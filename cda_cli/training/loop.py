@@ -74,7 +74,8 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         set_learning_rate(optimizer, rate)
         eps = annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps)
         model.set_attention_eps(eps)
-        batches = [next_batch(setup) for _ in range(optim.grad_accum)]
+        with speed.waiting():
+            batches = [next_batch(setup) for _ in range(optim.grad_accum)]
         loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype)
         norm = clip_gradients(model, optim.clip)
         require_finite(setup, loss, norm)
@@ -84,14 +85,16 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         if setup.average:
             setup.average.update(setup.step)
         setup.validation_loss = None
-        setup.tokens += sum(batch.inputs.numel() for batch in batches)
+        tokens = sum(batch.inputs.numel() for batch in batches)
+        setup.tokens += tokens
         losses.add(loss)
+        speed.add(tokens, loss)
         display.advance(setup.step)
 
         last = setup.step == optim.steps
         if due(setup.step, every.log_every) or last or stop:
             mean = losses.take()
-            speed.mark(losses.steps, losses.steps * sum(batch.inputs.numel() for batch in batches))
+            speed.mark()
             with speed.paused():
                 record(
                     "train",
@@ -103,6 +106,8 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                     tokens=setup.tokens,
                     tokens_per_second=speed.tokens_per_second,
                     seconds_left=speed.seconds_left(optim.steps - setup.step),
+                    data_wait=speed.data_wait,
+                    **setup.utilisation(speed.tokens_per_second),
                     memory_bytes=peak_memory(setup.device),
                     layers=layer_figures(setup, batches[0]),
                 )
@@ -172,15 +177,13 @@ class Losses:
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
-        self.steps = 0
 
     def add(self, loss: Tensor) -> None:
         self._losses.append(loss)
 
     def take(self) -> float:
-        """Their mean; `steps` is then how many there were."""
+        """Their mean; the next one begins anew."""
         mean = torch.stack(self._losses).mean().item()
-        self.steps = len(self._losses)
         self._losses.clear()
         return mean
 

@@ -14,7 +14,7 @@ from cda_cli.signals import StopRequest
 from cda_cli.training.loop import Display, accumulate_gradients, next_batch, train
 from cda_cli.training.milestones import Patience
 from cda_cli.training.run_folder import check_same_run, find_checkpoint, open_run, validation_losses
-from cda_cli.training.setup import Setup, build, describe_backend, open_data, remarks, with_vocabulary
+from cda_cli.training.setup import Setup, build, describe_backend, describe_peak, open_data, remarks, with_vocabulary
 
 
 class Plan(NamedTuple):
@@ -62,6 +62,9 @@ def run_training(config: Config, run: Path, resume: str, display: Display, stop:
                 f"the learning-rate schedule is now {now} steps long and was {before}; "
                 f"--set optim.schedule_steps={before} keeps it"
             )
+    unknown = describe_peak(setup.device, setup.dtype)
+    if unknown:
+        display.note(unknown)
     patience = Patience(setup.config.run.patience, validation_losses(run, setup.step))
     if patience.over:
         display.note(f"{run} was stopped early: {patience.words()}; raise --set run.patience to go on")

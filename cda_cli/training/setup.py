@@ -28,10 +28,12 @@ from cda_cli.data import (
 )
 from cda_cli.errors import DeviceError
 from cda_cli.model import Transformer, expected_tensors, model_backend, state_tensors
+from cda_cli.ops import Choice
 from cda_cli.restore import fill
 from cda_cli.runtime import pick_device, pick_dtype, random_states, restore_random_states
 from cda_cli.storage import Checkpoint, check_fits, pack_optimizer, unpack_optimizer
 from cda_cli.training.average import WeightAverage
+from cda_cli.training.flops import flops_per_token, peak_flops
 from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optimizer
 
 
@@ -69,6 +71,14 @@ class Setup:
     position: dict[str, Any] | None
     average: WeightAverage | None
     validation_loss: float | None = None
+
+    def utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOPs utilisation, `mfu_computed` and `mfu_dense` (see `flops`); nothing where no peak is known."""
+        peak = peak_flops(self.device, self.dtype)
+        if peak is None:
+            return {}
+        flops = flops_per_token(self.config, _choice(self.config, self.device).name)
+        return {f"mfu_{name}": tokens_per_second * value / peak for name, value in flops._asdict().items()}
 
     def publishable(self) -> dict[str, Any]:
         """What a checkpoint of this moment holds, for `storage.publish`."""
@@ -195,11 +205,23 @@ def describe_backend(config: Config, device: torch.device) -> str:
     model = config.model
     if model.attention == "softmax" and model.ff == "gelu":
         return "PyTorch SDPA (no layer selects with coordinate descent)"
+    choice = _choice(config, device)
+    return f"{choice.name}, {model.solver} solver ({choice.reason})"
+
+
+def describe_peak(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a GPU's utilisation is not shown, where it is not."""
+    if device.type == "cpu" or peak_flops(device, dtype) is not None:
+        return None
+    name, precision = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")
+    return f"the peak of {name} in {precision} is not known here, so model FLOPs utilisation is not shown"
+
+
+def _choice(config: Config, device: torch.device) -> Choice:
     try:
-        choice = model_backend(model, config.run.backend, device)
+        return model_backend(config.model, config.run.backend, device)
     except ValueError as error:
         raise DeviceError(str(error)) from error
-    return f"{choice.name}, {model.solver} solver ({choice.reason})"
 
 
 def _compile(model: Transformer, config: Config, device: torch.device, note: Callable[[str], None]) -> nn.Module:

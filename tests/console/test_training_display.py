@@ -18,7 +18,7 @@ LAYER = {
 }  # fmt: skip
 TRAIN = {
     "step": 10, "kind": "train", "loss": 2.5, "bits_per_byte": 3.6067, "lr": 1e-3, "eps": 0.1, "grad_norm": 0.75,
-    "tokens": 5120, "tokens_per_second": 999.9, "seconds_left": 61.0, "memory_bytes": 2**29,
+    "tokens": 5120, "tokens_per_second": 999.9, "seconds_left": 61.0, "data_wait": 0.0123, "memory_bytes": 2**29,
     "layers": [LAYER, LAYER | {"layer": 1, "effective_support": 9.0}],
 }  # fmt: skip
 VALIDATION = {
@@ -51,7 +51,7 @@ def test_plain_lines(screen: MakeScreen) -> None:
     assert "run       runs/[x]" in lines
     assert "steps     20, of 512 tokens (1.25 passes over the text)" in lines
     assert (
-        "10/20  loss 2.5000  3.607 bits/byte  lr 1.00e-03  1 k tokens/s  1:01 left  512 MiB  "
+        "10/20  loss 2.5000  3.607 bits/byte  lr 1.00e-03  1 k tokens/s  1:01 left  data wait 1.2%  512 MiB  "
         "support 4.2/9.0  capped 12%/12%  k 1.50/1.50"
     ) in lines
     assert "10/20  validation loss 2.6250 ± 0.5000, 3.7500 bits per byte" in lines
@@ -68,6 +68,19 @@ def test_a_terminal_keeps_the_figures_at_the_end(screen: MakeScreen) -> None:
     for words in ("10 of 20", "2.5000", "at step 10", "effective support", "12.5%", "75.0%"):
         assert words in end
     assert "\N{ESCAPE}[2J" not in text, "the text of a sample cleared the screen"
+
+
+def test_utilisation_names_both_figures(screen: MakeScreen) -> None:
+    """One number without its rule could be either; on a CPU there is none."""
+    made = screen()
+    known = TRAIN | {"mfu_computed": 0.4567, "mfu_dense": 0.5}
+    display = TrainingDisplay()
+    display.start(PLAN)
+    display.show(known)
+    display.finish()
+    assert "MFU 45.7% computed, 50.0% dense" in made.getvalue()
+    assert "45.7% of what is computed, 50.0% of a dense model's (6N + 12LdT)" in made.getvalue()
+    assert "utilisation" not in shown(screen())
 
 
 def test_a_run_without_figures_ends_quietly(screen: MakeScreen) -> None:
