@@ -44,6 +44,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`. From pinned memory, as any other copy first waits for all that a GPU has in hand."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def random_states() -> dict[str, Tensor]:
     """The states of the generators that dropout draws from, as uint8 tensors."""
     states = {"cpu": torch.get_rng_state()}
