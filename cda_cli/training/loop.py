@@ -24,7 +24,7 @@ from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish
 from cda_cli.training.milestones import Minutes, Patience
-from cda_cli.training.optimizer import learning_rate, set_learning_rate
+from cda_cli.training.optimizer import learning_rate, set_learning_rate, step_if_finite
 from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup
 from cda_cli.training.speed import Speed
@@ -78,8 +78,10 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
             batches = [next_batch(setup) for _ in range(optim.grad_accum)]
         loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype)
         norm = clip_gradients(model, optim.clip)
+        launched = step_if_finite(optimizer, loss + norm)
         require_finite(setup, loss, norm)
-        optimizer.step()
+        if not launched:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         setup.step += 1
         if setup.average:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cda_cli.config import OptimConfig
 
@@ -72,6 +72,21 @@ def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict(dict(state))
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update(settings)
+
+
+def step_if_finite(optimizer: Optimizer, loss_and_norm: Tensor) -> bool:
+    """Takes the step, which the device itself leaves out where the scalar is not finite; or does nothing, and is False.
+
+    Fused AdamW on a GPU can do this (it is how gradient scaling skips a step). The host then judges the step while the
+    device takes it: to judge first would leave the device idle until all of the next kernels are launched.
+    """
+    fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
+    plain = all(type(p.data) is Tensor for group in optimizer.param_groups for p in group["params"])
+    if not (fused and plain):
+        return False
+    optimizer.found_inf = (~torch.isfinite(loss_and_norm)).float()  # type: ignore[union-attr]
+    optimizer.step()
+    return True
 
 
 def learning_rate(config: OptimConfig, schedule_steps: int, step: int) -> float:

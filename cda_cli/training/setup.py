@@ -16,6 +16,7 @@ from cda_cli import __version__
 from cda_cli.config import Config
 from cda_cli.data import (
     Batch,
+    Prefetched,
     StreamedBatches,
     Tokenizer,
     Tokens,
@@ -173,7 +174,8 @@ def build(
         model=model,
         compiled=_compile(model, config, device, note),
         optimizer=optimizer,
-        batches=data.open_batches(state["position"]),
+        # So many that the next step's are there while this one's are trained on.
+        batches=Prefetched(data.open_batches(state["position"]), ahead=config.optim.grad_accum),
         step=state["step"],
         tokens=state["tokens"],
         position=state["position"],

@@ -18,6 +18,7 @@ from cda_cli.training.optimizer import (
     learning_rate,
     restore_optimizer,
     set_learning_rate,
+    step_if_finite,
 )
 
 SETTINGS = {"lr": 0.5, "min_lr_ratio": 0.1, "warmup_steps": 4}
@@ -177,3 +178,32 @@ def test_a_restored_optimizer_keeps_its_settings_and_gets_the_state() -> None:
         assert saved.keys() == restored.keys()
         assert all(saved[key].equal(restored[key]) for key in saved), name
         assert first != second
+
+
+@pytest.mark.parametrize("seen", [math.nan, math.inf, 1.0])
+def test_the_device_leaves_a_step_out_that_is_not_finite(seen: float) -> None:
+    """Weights, averages and the count of steps stay as they were, and the next step is taken as if nothing was."""
+    model = a_model(null_kv=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for loss in (2.0, seen, 3.0):
+        before = {name: tensor.clone() for name, tensor in pack_optimizer(optimizer.state_dict())[0].items()}
+        weights = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, loss)
+        assert step_if_finite(optimizer, torch.tensor(loss))
+        taken = math.isfinite(loss)
+        for old, new in zip(weights, model.parameters(), strict=True):
+            assert old.equal(new) is not taken
+        after, _ = pack_optimizer(optimizer.state_dict())
+        assert all(after[name].equal(tensor) is not taken for name, tensor in before.items())
+
+
+def test_other_optimizers_are_left_to_the_host() -> None:
+    """They could not leave the step out by themselves, so it must be judged before."""
+    for name in ("adamw", "muon"):
+        model = a_model(null_kv=1)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        assert not step_if_finite(build_optimizer(model, OptimConfig(optimizer=name)), torch.tensor(1.0))
+        assert all(old.equal(new) for old, new in zip(before, model.parameters(), strict=True))
