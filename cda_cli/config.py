@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cda_cli.errors import ConfigError, did_you_mean
 
@@ -138,6 +138,9 @@ class RunConfig(Section):
     eval_batches: int = Field(20, ge=1, description="Batches of a validation during training.")
     save_every: int = Field(250, ge=0, description="Steps between two checkpoints; 0: only at the end.")
     save_minutes: float = Field(0.0, ge=0, description="Minutes between two checkpoints, besides save_every; 0: none.")
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="Trackers besides metrics.jsonl: tensorboard, wandb, trackio."
+    )
     sample_every: int = Field(0, ge=0, description="Steps between two samples of text; 0: none.")
     keep: int = Field(2, ge=2, description="Newest checkpoints kept.")
     keep_best: bool = Field(
@@ -146,6 +149,11 @@ class RunConfig(Section):
     patience: int = Field(
         0, ge=0, description="Validations in a row without a new lowest loss that end the run; 0: it has all its steps."
     )
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 class Config(Section):

@@ -39,6 +39,9 @@ def train(
     eval_every: Annotated[int | None, Option(help="Steps between validations.", rich_help_panel=RUN)] = None,
     save_every: Annotated[int | None, Option(help="Steps between checkpoints.", rich_help_panel=RUN)] = None,
     sample_every: Annotated[int | None, Option(help="Steps between samples of text.", rich_help_panel=RUN)] = None,
+    track: Annotated[
+        str | None, Option(help="Also to tensorboard, wandb or trackio, with commas between.", rich_help_panel=RUN)
+    ] = None,
     data: Annotated[
         str | None,
         Option(
@@ -91,7 +94,7 @@ def train(
         }.items()},
         **{f"run.{name}": value for name, value in {
             "seed": seed, "device": device, "dtype": dtype, "compile": compile_, "backend": backend,
-            "eval_every": eval_every, "save_every": save_every, "sample_every": sample_every,
+            "eval_every": eval_every, "save_every": save_every, "sample_every": sample_every, "track": track,
         }.items()},
     }  # fmt: skip
     run = out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))

@@ -15,6 +15,7 @@ from cda_cli.training.loop import Display, accumulate_gradients, next_batch, tra
 from cda_cli.training.milestones import Patience
 from cda_cli.training.run_folder import check_same_run, find_checkpoint, open_run, validation_losses
 from cda_cli.training.setup import Setup, build, describe_backend, describe_peak, open_data, remarks, with_vocabulary
+from cda_cli.training.trackers import check_trackers
 
 
 class Plan(NamedTuple):
@@ -46,6 +47,7 @@ class DryRun(NamedTuple):
 
 def run_training(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> None:
     """Trains into the folder `run` (see `find_checkpoint` for `resume`); `display` hears of everything."""
+    check_trackers(config.run.track)
     checkpoint, damaged = find_checkpoint(run, resume)
     for sentence in damaged:
         display.note(sentence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from cda_cli import strict_json
 from cda_cli.config import CONFIG_FILE, Config, dump_yaml
 from cda_cli.errors import CheckpointError, ConfigError, StorageError
 from cda_cli.storage import Checkpoint, list_steps, load, locate, newest, write_file
+from cda_cli.training.trackers import Tracker, numbers, open_trackers
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -70,13 +71,17 @@ def open_run(run: Path, config: Config, resumed_step: int) -> Metrics:
     except OSError as error:
         raise StorageError(f"{run} cannot be made ({error.strerror}); choose another --out") from error
     write_file(run / CONFIG_FILE, dump_yaml(config).encode())
-    return Metrics(run / METRICS_FILE, resumed_step)
+    return Metrics(run / METRICS_FILE, resumed_step, open_trackers(run, config, resumed_step))
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, with its step. Lines of steps that are about to be redone are dropped."""
+    """metrics.jsonl: one JSON object a line, with its step. Lines of steps that are about to be redone are dropped.
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    The numbers of each line also go to the trackers.
+    """
+
+    def __init__(self, path: Path, resumed_step: int, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
         write_file(path, "".join(strict_json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
@@ -89,8 +94,13 @@ class Metrics:
             raise StorageError(
                 f"{self._file.name} cannot be written ({error.strerror}); free some space and start again to resume"
             ) from error
+        if self._trackers and (figures := numbers(record)):
+            for tracker in self._trackers:
+                tracker.log(record["step"], figures)
 
     def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
         # What could not be flushed was said by `write`.
         with contextlib.suppress(OSError):
             self._file.close()
