@@ -78,7 +78,7 @@ class Setup:
         peak = peak_flops(self.device, self.dtype)
         if peak is None:
             return {}
-        flops = flops_per_token(self.config, _choice(self.config, self.device).name)
+        flops = flops_per_token(self.config, choose(self.config, self.device).name)
         return {f"mfu_{name}": tokens_per_second * value / peak for name, value in flops._asdict().items()}
 
     def publishable(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def describe_backend(config: Config, device: torch.device) -> str:
     model = config.model
     if model.attention == "softmax" and model.ff == "gelu":
         return "PyTorch SDPA (no layer selects with coordinate descent)"
-    choice = _choice(config, device)
+    choice = choose(config, device)
     return f"{choice.name}, {model.solver} solver ({choice.reason})"
 
 
@@ -219,7 +219,8 @@ def describe_peak(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"the peak of {name} in {precision} is not known here, so model FLOPs utilisation is not shown"
 
 
-def _choice(config: Config, device: torch.device) -> Choice:
+def choose(config: Config, device: torch.device) -> Choice:
+    """The backend of the layers. Raises DeviceError where a forced one cannot run."""
     try:
         return model_backend(config.model, config.run.backend, device)
     except ValueError as error:
