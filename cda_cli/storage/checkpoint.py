@@ -172,8 +172,11 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def best(run: Path) -> Path | None:
-    """The checkpoint of `run` that verifies and has the lowest validation loss in its state, the newest of equals."""
+def best(run: Path, known: Collection[Path] = ()) -> Path | None:
+    """The checkpoint of `run` that verifies and has the lowest validation loss in its state, the newest of equals.
+
+    Those of `known` have been verified already.
+    """
     found: list[tuple[float, int]] = []
     for step in list_steps(run):
         try:
@@ -183,8 +186,8 @@ def best(run: Path) -> Path | None:
         if isinstance(loss, float):
             found.append((loss, -step))
     # The few kilobytes of a state tell who is best; only the best is read whole.
-    whole = (step_folder(run, -step) for _, step in sorted(found))
-    return next((path for path in whole if _is_whole(path)), None)
+    candidates = (step_folder(run, -step) for _, step in sorted(found))
+    return next((path for path in candidates if path in known or _is_whole(path)), None)
 
 
 def locate(path: Path, warn: Callable[[str], object] = _log.warning) -> Path:
@@ -254,13 +257,19 @@ def _is_whole(path: Path) -> bool:
 
 
 def _prune(run: Path, *, keep: int, keep_best: bool, published: Path) -> None:
-    spared = {published, best(run) if keep_best else published}
-    whole = 0
+    """`published` is whole: its files were read, for the manifest or against it, a moment ago."""
+    whole: set[Path] = set()
+    spared, doomed = {published}, []
     for step in reversed(list_steps(run)):
         path = step_folder(run, step)
-        if whole < keep:
-            whole += _is_whole(path)
-        elif path not in spared:
+        if len(whole) >= keep:
+            doomed.append(path)
+        elif path == published or _is_whole(path):
+            whole.add(path)
+    if doomed and keep_best and (found := best(run, known=whole)):
+        spared.add(found)
+    for path in doomed:
+        if path not in spared:
             remove_published(path)
 
 

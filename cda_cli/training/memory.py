@@ -103,7 +103,7 @@ def _kept(config: Config, device: torch.device, dtype: torch.dtype, compiled_dep
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[id(tensor.untyped_storage())] = tensor
+        kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -113,7 +113,7 @@ def _kept(config: Config, device: torch.device, dtype: torch.dtype, compiled_dep
             called = torch.compile(model, backend="aot_eager_decomp_partition")  # type: ignore[assignment]
         loss = _loss(called, config, device, dtype)
     for tensor in [*model.parameters(), *model.buffers()]:
-        kept.pop(id(tensor.untyped_storage()), None)
+        kept.pop(tensor.untyped_storage()._cdata, None)
     rows, vocabulary = config.optim.batch_size * config.model.seq_len, config.model.vocab_size
     sizes = {key: tensor.untyped_storage().nbytes() for key, tensor in kept.items()}
     of_logits = [key for key, t in kept.items() if t.shape[-1:] == (vocabulary,) and t.numel() == rows * vocabulary]
