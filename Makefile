@@ -48,8 +48,10 @@ docs: setup ## Rewrite the generated parts of the docs
 bench: setup ## Measure speed on this CPU: the tables of docs/benchmarks.md
 	$(BIN)/python benchmarks/cpu.py
 
-bench-gpu: setup ## Measure speed on a GPU: the tables of docs/kernels.md
+bench-gpu: setup ## Measure speed and memory on a GPU: the tables of docs/kernels.md and docs/training.md
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/memory.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

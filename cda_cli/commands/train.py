@@ -25,7 +25,7 @@ def train(
         str, Option(metavar="auto|never|CHECKPOINT", help="What to go on from.", rich_help_panel=RUN)
     ] = "auto",
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Build all, run one batch, print the plan.", rich_help_panel=RUN)
+        bool, Option("--dry-run", help="Build all, forecast memory, try a batch, print the plan.", rich_help_panel=RUN)
     ] = False,
     seed: Annotated[int | None, Option(rich_help_panel=RUN)] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=RUN)] = None,
