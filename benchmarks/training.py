@@ -2,9 +2,9 @@
 
     python benchmarks/training.py [small] [base]
 
-Presets with GPT-2's vocabulary and their own batches, bf16, compiled. `cda`'s figures are those of its whole loop,
-lines of figures included, on a wall clock; two lines lie in the measured steps. `cudnn` is the softmax model with
-cuDNN's attention in place of the one that PyTorch prefers.
+Presets with GPT-2's vocabulary and their own batches, bf16, compiled. `cda`'s figures are those of its whole loop on a
+wall clock, over as many steps as lie between two lines of figures, with one such line. `cudnn` is the softmax model
+with cuDNN's attention in place of the one that PyTorch prefers.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from cda_cli.config import Config
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish
 from cda_cli.training.flops import flops_per_token, peak_flops
-from cda_cli.training.loop import train
+from cda_cli.training.loop import layer_figures, next_batch, train
 from cda_cli.training.milestones import Patience
 from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup, build
 
 PRESETS = ("small", "base")
-WARM, STEPS = 22, 40  # the first line of figures, at step 20, compiles too
+WARM = 5
 
 
 class Clock:
@@ -69,11 +69,13 @@ class Measured(NamedTuple):
 
 def measure(setup: Setup) -> Measured:
     clock = Clock()
+    layer_figures(setup, next_batch(setup))  # compiles too
+    steps = setup.config.run.log_every
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         metrics = Metrics(Path(folder) / "metrics.jsonl", 0)
         train(setup, Path(folder), metrics, clock, stop, Patience(0))
         metrics.close()
-    return Measured((clock.times[WARM + STEPS] - clock.times[WARM]) / STEPS, clock.figures["data_wait"])
+    return Measured((clock.times[WARM + steps] - clock.times[WARM]) / steps, clock.figures["data_wait"])
 
 
 def saving(setup: Setup) -> float:
@@ -90,7 +92,8 @@ def saving(setup: Setup) -> float:
 
 def run_settings(preset: str, sets: Sequence[str]) -> Config:
     quiet = ["run.eval_every=0", "run.save_every=0", "run.eval_batches=1"]
-    return settings(preset, [*quiet, f"optim.steps={WARM + STEPS}", "optim.warmup_steps=10", *sets])
+    steps = WARM + settings(preset).run.log_every
+    return settings(preset, [*quiet, f"optim.steps={steps}", "optim.warmup_steps=10", *sets])
 
 
 def speed_table(presets: Sequence[str], device: torch.device) -> None:
@@ -107,11 +110,11 @@ def speed_table(presets: Sequence[str], device: torch.device) -> None:
         config = run_settings(preset, SOFTMAX)
         batches = random_data(config).open_batches(None)
 
-        def next_batch(batches: Any = batches) -> tuple[torch.Tensor, torch.Tensor]:
+        def two_tensors(batches: Any = batches) -> tuple[torch.Tensor, torch.Tensor]:
             batch, _ = next(batches)
             return batch.inputs, batch.targets
 
-        beside = nanogpt.tokens_per_second(config, next_batch, device, WARM, STEPS)
+        beside = nanogpt.tokens_per_second(config, two_tensors, device, WARM, config.run.log_every)
         row(preset, "nanoGPT", f"{beside / 1e3:.1f} k", "1.00", *utilisation(config, beside), "–")
         for name, sets in {**ATTENTION, "softmax, cudnn": SOFTMAX}.items():
             _free()

@@ -127,7 +127,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                 saved = setup.step
                 minutes.restart()
                 record("checkpoint", path=str(path))
-    if patience.over:
+    if patience.over and setup.step < optim.steps:
         display.note(f"stopped early at step {setup.step} of {optim.steps}: {patience.words()}")
     if stop:
         if saved != setup.step:
