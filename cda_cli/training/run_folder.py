@@ -109,7 +109,7 @@ class Metrics:
 def validation_losses(run: Path, step: int) -> list[float | None]:
     """The validation losses of the run in folder `run` up to `step`, oldest first; None for one that was not finite."""
     records = [record for record in read_metrics(run / METRICS_FILE) if record.get("kind") == "validation"]
-    return [record["loss"] for record in records if record["step"] <= step]
+    return [record.get("loss") for record in records if record["step"] <= step]
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
