@@ -34,7 +34,7 @@ STREAMED_TOKENS = 2**20  # of the held-out documents of a stream, which has no e
 
 
 class Restored(NamedTuple):
-    """A model in evaluation mode on its device, with all that its checkpoint says."""
+    """A model in evaluation mode on its device, with all that its checkpoint says; `averaged`: its weights are."""
 
     model: Transformer
     config: Config
@@ -42,6 +42,7 @@ class Restored(NamedTuple):
     state: dict[str, Any]
     path: Path
     device: torch.device
+    averaged: bool = False
 
 
 def restore(
@@ -62,7 +63,7 @@ def restore(
     model = Transformer(config.model, backend)
     fill(model, checkpoint.ema if ema else checkpoint.model, checkpoint, config)
     tokenizer = tokenizer_of(checkpoint)
-    return Restored(model.to(device).eval(), config, tokenizer, checkpoint.state, checkpoint.path, device)
+    return Restored(model.to(device).eval(), config, tokenizer, checkpoint.state, checkpoint.path, device, ema)
 
 
 def restore_on(

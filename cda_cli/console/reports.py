@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def show_evaluation(result: Evaluation, restored: Restored, data: str, split: str) -> None:
     rows = {
-        "checkpoint": str(restored.path),
+        "checkpoint": f"{restored.path}{', averaged weights' if restored.averaged else ''}",
         "data": f"{data}, {split}",
         "tokens": f"{result.tokens:,} in {result.windows:,} windows",
         "loss": f"{plus_minus(result.loss, result.standard_error)} nats per token",

@@ -47,6 +47,8 @@ def test_the_average_is_reported_and_can_be_taken(cda: Cda, tiny: Path, tmp_path
     for flags, name in (((), "loss"), (("--ema",), "ema_loss")):
         evaluated = cda("eval", run, "--max-batches", 2, "--batch-size", 4, "--json", *flags)
         assert json.loads(evaluated.out)["loss"] == pytest.approx(last[name], rel=1e-6)
+        shown = cda("eval", run, "--max-batches", 1, *flags).out
+        assert ("averaged weights" in " ".join(shown.split())) is bool(flags)
         texts.add(cda("sample", run, "--prompt", "a", "--max-new-tokens", 40, *flags).out)
     assert last["loss"] != last["ema_loss"]
     assert len(texts) == 2
