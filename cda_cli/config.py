@@ -114,6 +114,7 @@ class OptimConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
+    max_refused: int = Field(5, ge=1, description="Batches in a row without a finite loss and gradient that end a run.")
 
 
 class RunConfig(Section):

@@ -13,7 +13,9 @@ from cda_cli.storage.checkpoint import (
     newest,
     pack_optimizer,
     publish,
+    step_folder,
     unpack_optimizer,
+    verify,
 )
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "published_folder",
     "remove_published",
     "remove_stale",
+    "step_folder",
     "unpack_optimizer",
+    "verify",
     "write_file",
 ]

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from cda_cli.config import annealed_eps
 from cda_cli.data import IGNORE, Batch, evaluation_batches
-from cda_cli.errors import TrainingError
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
 from cda_cli.generation import SamplingSettings, generate
 from cda_cli.inspection import inspect, layer_means
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish
+from cda_cli.training.finite import Refusals
 from cda_cli.training.optimizer import learning_rate, set_learning_rate
 from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup
@@ -43,7 +43,7 @@ class Display(Protocol):
         """A step is done."""
 
     def show(self, record: dict[str, Any]) -> None:
-        """A record, as it goes into metrics.jsonl; its `kind` is train, validation, sample or checkpoint."""
+        """A record, as it goes into metrics.jsonl; its `kind` is train, refused, validation, sample or checkpoint."""
 
     def note(self, text: str) -> None:
         """A sentence."""
@@ -56,7 +56,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
     """Trains from `setup.step` to `optim.steps`. Raises InterruptedRunError, after saving, when asked to stop."""
     optim, every = setup.config.optim, setup.config.run
     model, optimizer = setup.model, setup.optimizer
-    speed, losses = Speed(), Losses()
+    speed, losses, refusals = Speed(), Losses(), Refusals(run, optim.max_refused)
     saved = setup.step if setup.position is not None else None
 
     def record(kind: str, **figures: Any) -> None:
@@ -73,7 +73,11 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         batches = [next_batch(setup) for _ in range(optim.grad_accum)]
         loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype)
         norm = clip_gradients(model, optim.clip)
-        require_finite(setup, loss, norm)
+        if refusals.refuses(loss, norm):
+            optimizer.zero_grad(set_to_none=True)
+            record("refused", **refusals.figures(setup.step + 1))
+            refusals.check(setup.step + 1)
+            continue
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         setup.step += 1
@@ -145,14 +149,6 @@ def accumulate_gradients(
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scales the gradients to a norm of at most `limit` (0: leaves them) and returns the norm they had."""
     return nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf)
-
-
-def require_finite(setup: Setup, loss: Tensor, norm: Tensor) -> None:
-    if not torch.isfinite(loss + norm):
-        raise TrainingError(
-            f"the loss or its gradient is not finite at step {setup.step + 1} (loss {loss.item()}, gradient norm "
-            f"{norm.item()}); the weights of the newest checkpoint are good: resume with a smaller --lr"
-        )
 
 
 class Losses:

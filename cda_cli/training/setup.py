@@ -30,6 +30,7 @@ from cda_cli.model import Transformer, model_backend, state_tensors
 from cda_cli.restore import fill
 from cda_cli.runtime import pick_device, pick_dtype, random_states, restore_random_states
 from cda_cli.storage import Checkpoint, pack_optimizer, unpack_optimizer
+from cda_cli.training.finite import require_finite_weights
 from cda_cli.training.optimizer import build_optimizer
 
 
@@ -63,7 +64,10 @@ class Setup:
     position: dict[str, Any] | None
 
     def publishable(self) -> dict[str, Any]:
-        """What a checkpoint of this moment holds, for `storage.publish`."""
+        """What a checkpoint of this moment holds, for `storage.publish`. Raises TrainingError for weights that are not
+        finite."""
+        model = state_tensors(self.model)
+        require_finite_weights(self.step, model)
         optimizer, plain = pack_optimizer(self.optimizer.state_dict())
         state = {
             "step": self.step,
@@ -75,7 +79,7 @@ class Setup:
         }
         return {
             "step": self.step,
-            "model": state_tensors(self.model),
+            "model": model,
             "optimizer": optimizer,
             "rng": random_states(),
             "state": state,
