@@ -1,7 +1,8 @@
 """What is not finite stays out of the weights, and weights that are not finite stay out of checkpoints.
 
 A step whose loss or gradient is not finite is refused: its gradients are dropped, and the same step is tried with the
-next batches, so that one bad batch costs a run nothing but itself. Several in a row mean that the weights are the cause.
+next batches, so that one bad batch costs a run nothing but itself. Several in a row mean that the weights are the
+cause.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Refusals:
         return True
 
     def figures(self, step: int) -> dict[str, Any]:
-        """The record of step number `step`, which was refused; that of a step which is tried again after a resume is dropped."""
+        """The record of step number `step`, which was refused."""
         return {"step": step, "saw": self._saw, "in_a_row": self._in_a_row}
 
     def check(self, step: int) -> None:

@@ -57,8 +57,8 @@ def test_plain_lines(screen: MakeScreen) -> None:
     ) in lines
     assert "10/20  validation loss 2.6250 ± 0.5000, 3.7500 bits per byte" in lines
     assert (
-        "11/20  refused: loss nan, gradient norm inf; the weights stay as they were, and the step is tried with the next "
-        "batch (2 in a row)"
+        "11/20  refused: loss nan, gradient norm inf; the weights stay as they were, and the step is tried with the "
+        "next batch (2 in a row)"
     ) in lines
     assert "10/20  saved runs/[x]/checkpoints/step-00000010" in lines
     assert "\N{REPLACEMENT CHARACTER}[2J[bold]" in text
