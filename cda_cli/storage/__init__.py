@@ -3,7 +3,7 @@
 Takes tensors and plain dicts, never a module. `atomic` is for any file, `checkpoint` is the door to the rest.
 """
 
-from cda_cli.storage.atomic import published_folder, remove_published, remove_stale, write_file
+from cda_cli.storage.atomic import is_hidden, published_folder, remove_published, remove_stale, write_file
 from cda_cli.storage.checkpoint import (
     Checkpoint,
     check_fits,
@@ -17,14 +17,18 @@ from cda_cli.storage.checkpoint import (
     unpack_optimizer,
     verify,
 )
+from cda_cli.storage.lock import LOCK, only_writer
 
 __all__ = [
+    "LOCK",
     "Checkpoint",
     "check_fits",
+    "is_hidden",
     "list_steps",
     "load",
     "locate",
     "newest",
+    "only_writer",
     "pack_optimizer",
     "publish",
     "published_folder",

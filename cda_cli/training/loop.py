@@ -109,7 +109,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                 if result is not None:
                     record("validation", **result._asdict())
             if due(setup.step, every.sample_every) and not stop:
-                record("sample", text=sample(setup))
+                record("sample", text=sample(setup, stop))
             if due(setup.step, every.save_every) or last or stop:
                 path = publish(run, **setup.publishable())
                 saved = setup.step
@@ -185,13 +185,12 @@ def layer_figures(setup: Setup, batch: Batch) -> list[dict[str, float]]:
     return layer_means(inspect(setup.model, [first], setup.device, setup.dtype).report())
 
 
-def sample(setup: Setup) -> str:
-    """Text that follows the beginning of the validation split; same step, same text."""
+def sample(setup: Setup, stop: StopRequest) -> str:
+    """Text that follows the beginning of the validation split, until a stop; same step, same text."""
     tokenizer, prompt_tokens = setup.data.tokenizer, min(64, setup.config.model.seq_len // 2)
     prompt = [int(token) for token in setup.data.validation.ids[:prompt_tokens]]
     setup.model.eval()
-    tokens = list(
-        generate(setup.model, prompt, SAMPLE_TOKENS, SamplingSettings(), seed=setup.config.run.seed, dtype=setup.dtype)
-    )
+    seed, settings = setup.config.run.seed, SamplingSettings()
+    tokens = list(stop.until(generate(setup.model, prompt, SAMPLE_TOKENS, settings, seed=seed, dtype=setup.dtype)))
     setup.model.train()
     return tokenizer.decode(prompt) + "▸" + tokenizer.decode(tokens)

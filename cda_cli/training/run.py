@@ -11,9 +11,11 @@ from cda_cli.data import PreparationStoppedError
 from cda_cli.restore import saved_config
 from cda_cli.runtime import describe_device, peak_memory
 from cda_cli.signals import StopRequest
+from cda_cli.storage import only_writer
 from cda_cli.training.loop import Display, accumulate_gradients, next_batch, train
-from cda_cli.training.run_folder import check_same_run, find_checkpoint, open_run
+from cda_cli.training.run_folder import check_folder, check_same_run, find_checkpoint, open_run
 from cda_cli.training.setup import Setup, build, describe_backend, open_data, remarks, with_vocabulary
+from cda_cli.training.space import check_space
 
 
 class Plan(NamedTuple):
@@ -44,11 +46,21 @@ class DryRun(NamedTuple):
 
 
 def run_training(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> None:
-    """Trains into the folder `run` (see `find_checkpoint` for `resume`); `display` hears of everything."""
-    checkpoint, damaged = find_checkpoint(run, resume)
-    for sentence in damaged:
-        display.note(sentence)
-    setup = _set_up(config, run, checkpoint, display, stop)
+    """Trains into the folder `run` (see `find_checkpoint` for `resume`); `display` hears of everything.
+
+    Raises StorageError where another process writes into `run`.
+    """
+    check_folder(run)
+    with only_writer(run, display.note):
+        _run(config, run, resume, display, stop)
+
+
+def _run(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> None:
+    with stop.at_once("stopped before the first step, with nothing to save; the same command starts again"):
+        checkpoint, damaged = find_checkpoint(run, resume)
+        for sentence in damaged:
+            display.note(sentence)
+        setup = _set_up(config, run, checkpoint, display, stop)
     if checkpoint and setup.step >= setup.config.optim.steps:
         display.note(f"{run} has all its {setup.step} steps; raise --steps to go on")
         return
@@ -61,6 +73,7 @@ def run_training(config: Config, run: Path, resume: str, display: Display, stop:
                 f"the learning-rate schedule is now {now} steps long and was {before}; "
                 f"--set optim.schedule_steps={before} keeps it"
             )
+    check_space(run, setup)
     metrics = open_run(run, setup.config, setup.step)
     try:
         display.start(make_plan(setup, run))
@@ -72,10 +85,13 @@ def run_training(config: Config, run: Path, resume: str, display: Display, stop:
 
 def dry_run(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> DryRun:
     """Builds everything and runs one batch forward and backward; writes nothing but a cache that it removes."""
-    checkpoint, damaged = find_checkpoint(run, resume)
-    for sentence in damaged:
-        display.note(sentence)
-    with tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache:
+    with (
+        stop.at_once("stopped; nothing was written"),
+        tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache,
+    ):
+        checkpoint, damaged = find_checkpoint(run, resume)
+        for sentence in damaged:
+            display.note(sentence)
         setup = _set_up(config, run, checkpoint, display, stop, spare_cache=Path(cache))
         loss = accumulate_gradients(setup.compiled, [next_batch(setup)], setup.device, setup.dtype)
         weights = sum(parameter.nbytes for parameter in setup.model.parameters())

@@ -61,7 +61,7 @@ def test_a_stop_while_preparing_leaves_nothing(tiny: Path, tmp_path: Path, numbe
     run = ["train", "--config", str(tiny), "--out", str(tmp_path / "run")]
     done = subprocess.run([*command, *run], capture_output=True, text=True, check=False)
     assert done.returncode == 128 + number, done.stderr
-    assert done.stderr == "stopped while preparing the data; run again to start it anew\n"
+    assert done.stderr == "stopped before the first step, with nothing to save; the same command starts again\n"
     assert not (tmp_path / "run").exists()
     assert contents(tmp_path / "cache") == {"tokens": None}
 
@@ -86,6 +86,31 @@ def test_handlers_are_given_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), StopRequest():
         raise ZeroDivisionError
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_work_with_nothing_to_save_ends_at_once(number: signal.Signals) -> None:
+    """A download does not come by to ask; what it has begun is cleaned up on the way out."""
+    cleaned = []
+    with pytest.raises(InterruptedRunError, match="^nothing to save$") as caught, StopRequest() as stop:  # noqa: PT012
+        with stop.at_once("nothing to save"):
+            try:
+                signal.raise_signal(number)
+                pytest.fail("the work went on")
+            finally:
+                cleaned.append(True)
+    assert caught.value.exit_code == 128 + number
+    assert cleaned == [True]
+
+
+def test_a_request_from_before_ends_it_too() -> None:
+    """And afterwards a request is only noted again."""
+    with StopRequest() as stop:
+        with stop.at_once("none yet"):
+            pass
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(InterruptedRunError, match="asked before"), stop.at_once("asked before"):
+            pytest.fail("the work was begun")
 
 
 def test_items_end_with_the_request() -> None:
