@@ -92,13 +92,17 @@ def test_handlers_are_given_back_after_an_error() -> None:
 def test_work_with_nothing_to_save_ends_at_once(number: signal.Signals) -> None:
     """A download does not come by to ask; what it has begun is cleaned up on the way out."""
     cleaned = []
-    with pytest.raises(InterruptedRunError, match="^nothing to save$") as caught, StopRequest() as stop:  # noqa: PT012
-        with stop.at_once("nothing to save"):
-            try:
-                signal.raise_signal(number)
-                pytest.fail("the work went on")
-            finally:
-                cleaned.append(True)
+
+    def work() -> None:
+        try:
+            signal.raise_signal(number)
+            pytest.fail("the work went on")
+        finally:
+            cleaned.append(True)
+
+    with pytest.raises(InterruptedRunError, match="nothing to save") as caught:  # noqa: SIM117 - the order matters
+        with StopRequest() as stop, stop.at_once("nothing to save"):
+            work()
     assert caught.value.exit_code == 128 + number
     assert cleaned == [True]
 
