@@ -47,6 +47,7 @@ def restore(path: Path, device: torch.device, backend: Backend = "auto") -> Rest
     """The model of a checkpoint, or of the newest whole checkpoint of a run. Raises CheckpointError."""
     checkpoint = load(locate(path), parts=("model",))
     config = saved_config(checkpoint)
+    check_model(checkpoint, config)
     model = Transformer(config.model, backend)
     fill(model, checkpoint, config)
     tokenizer = tokenizer_of(checkpoint)
@@ -116,19 +117,44 @@ def open_side(restored: Restored, data: str | None, split: str, stop: StopReques
     return TextSide(sides[split], seq_len, corpus.description)
 
 
+_STATE: dict[str, type | tuple[type, ...]] = {
+    "step": int, "tokens": int, "position": (dict, type(None)), "optimizer": dict,
+}  # fmt: skip
+
+
 def saved_config(checkpoint: Checkpoint) -> Config:
+    """The configuration of a checkpoint. Raises CheckpointError where its state.json is not one of a run."""
+    for name, kind in _STATE.items():
+        if name not in checkpoint.state or not isinstance(checkpoint.state[name], kind):
+            raise CheckpointError(
+                f"the state.json of {checkpoint.path} says nothing usable of its {name}; use an earlier one"
+            )
     try:
-        return parse(checkpoint.state["config"])
-    except (ConfigError, KeyError) as error:
+        return parse(dict(checkpoint.state["config"]))
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the configuration in {checkpoint.path} is not one of this version of cda ({error}); "
             "use the version that wrote it"
         ) from error
 
 
+def check_model(checkpoint: Checkpoint, config: Config) -> None:
+    """Raises CheckpointError where the checkpoint's tensors are not those of the model that `config` describes; asked
+    before that model takes any memory."""
+    try:
+        if config.model.depth > len(checkpoint.model):
+            raise CheckpointError(
+                f"{checkpoint.path} has {len(checkpoint.model)} tensors, too few for the {config.model.depth} blocks "
+                "of the configuration; use the configuration it was trained with"
+            )
+        expected = expected_tensors(config.model)
+    except RuntimeError as error:  # a size that no tensor can have
+        raise CheckpointError(f"no model can be as the configuration of {checkpoint.path} says ({error})") from error
+    check_fits(checkpoint.model, expected)
+
+
 def fill(model: Transformer, checkpoint: Checkpoint, config: Config) -> None:
-    """Puts a checkpoint's tensors into `model`, whose ε becomes that of the checkpoint's step."""
-    check_fits(checkpoint.model, expected_tensors(config.model))
+    """Puts a checkpoint's tensors, which must fit, into `model`, whose ε becomes that of the checkpoint's step."""
     load_state_tensors(model, checkpoint.model)
     model.set_attention_eps(annealed_eps(config.model, checkpoint.state["step"], config.schedule_steps))
 

@@ -99,8 +99,8 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file; one that a kill cut short or a disk damaged is left out."""
-    if not path.exists():
+    """The whole lines of a metrics file; one that a kill cut short or a disk damaged is left out. A link is none."""
+    if path.is_symlink() or not path.is_file():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

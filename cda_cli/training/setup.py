@@ -25,9 +25,9 @@ from cda_cli.data import (
     prepare,
     streamed_validation,
 )
-from cda_cli.errors import DeviceError
+from cda_cli.errors import CheckpointError, DeviceError
 from cda_cli.model import Transformer, model_backend, state_tensors
-from cda_cli.restore import fill
+from cda_cli.restore import check_model, fill
 from cda_cli.runtime import pick_device, pick_dtype, random_states, restore_random_states
 from cda_cli.storage import Checkpoint, pack_optimizer, unpack_optimizer
 from cda_cli.training.finite import require_finite_weights
@@ -133,13 +133,15 @@ def build(
     dtype = pick_dtype(config.run.dtype, device)
     torch.manual_seed(config.run.seed)
     describe_backend(config, device)  # a backend that cannot run is an error before any work
+    if checkpoint:
+        check_model(checkpoint, config)
     model = Transformer(config.model, config.run.backend).to(device)
     optimizer = build_optimizer(model, config.optim)
     state: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:
         fill(model, checkpoint, config)
         configured = [(group["weight_decay"], group["betas"]) for group in optimizer.param_groups]
-        optimizer.load_state_dict(unpack_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"]))
+        fill_optimizer(optimizer, checkpoint)
         for group, (weight_decay, betas) in zip(optimizer.param_groups, configured, strict=True):
             # A resumed run may change these, and loading has put back the old ones.
             group.update(weight_decay=weight_decay, betas=betas)
@@ -157,6 +159,20 @@ def build(
         tokens=state["tokens"],
         position=state["position"],
     )
+
+
+def fill_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint's moments into `optimizer`. Raises CheckpointError where they are not those of its model."""
+    try:
+        optimizer.load_state_dict(unpack_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"]))
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {tuple(value.shape)} for {tuple(parameter.shape)}")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"the optimizer in {checkpoint.path} is not that of its model ({error}); use an earlier checkpoint"
+        ) from error
 
 
 def with_vocabulary(config: Config, data: RunData) -> Config:
