@@ -71,4 +71,5 @@ def _remedy(run: Path, step: int) -> str:
             continue
         elsewhere = "" if earlier == steps[-1] else " and another --out"
         return f"the last good checkpoint is {path}; go on from it (--resume) with a smaller --lr{elsewhere}"
-    return "there is no checkpoint of earlier weights; start again with a smaller --lr and another --out"
+    elsewhere = " and another --out" if steps else ""
+    return f"there is no checkpoint of earlier weights; start again with a smaller --lr{elsewhere}"

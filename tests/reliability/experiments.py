@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from tests.reliability import (
     damage,
     data_position,
@@ -12,7 +14,9 @@ from tests.reliability import (
     saving,
     stopping,
 )
-from tests.reliability.harness import Experiment
+from tests.reliability.harness import Experiment, Sum, results
+
+SECONDS_BETWEEN_LINES = 10.0
 
 EXPERIMENTS: dict[str, Experiment] = {
     "kills": Experiment(
@@ -132,3 +136,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         variants=("links followed", "any name in a manifest", "everything else pruned"),
     ),
 }
+
+
+def run_in_full(name: str, seed: int) -> tuple[str, Sum, float]:
+    """One experiment with its full count; says now and then how far it is."""
+    experiment, total, began = EXPERIMENTS[name], Sum(), time.monotonic()
+    said = began
+    for failure in results(experiment.trials, experiment.full, seed):
+        total.add(failure)
+        if failure is not None:
+            print(f"{name}: FAILED: {failure}", flush=True)
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            print(f"{name}: {total.tried} of at most {experiment.full}, {total.failed} failed", flush=True)
+    return name, total, time.monotonic() - began

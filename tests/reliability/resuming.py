@@ -21,14 +21,15 @@ def cuts(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # Every step is saved and kept, so that one run holds what a kill after any of its steps would leave.
-        config = micro.settings(micro.mapped_text(folder), save_every=1, keep=steps)
+        text = micro.mapped_text(folder)
+        config = micro.settings(text, save_every=1, keep=steps)
         whole = folder / "whole"
         if fault := train_afresh(config, whole, folder / "cache", steps=steps, variant=variant):
             yield fault
             return
         for step in sorted(chance.sample(range(1, steps), min(count, steps - 1))):
             run = micro.copy_of_run(whole, folder / f"cut-{step}", step)
-            fault = train_afresh(config, run, folder / "cache", steps=steps, variant=variant)
+            fault = train_afresh(micro.settings(text), run, folder / "cache", steps=steps, variant=variant)
             fault = fault or micro.difference(run, whole)
             yield fault and f"cut after step {step}: {fault}"
 

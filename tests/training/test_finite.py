@@ -57,8 +57,9 @@ def test_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
             refusals.check(step)
         return str(caught.value)
 
-    assert said(5).endswith("start again with a smaller --lr and another --out")
+    assert said(5).endswith("start again with a smaller --lr")
     saved(tmp_path, 2, 4)
+    assert said(2).endswith("start again with a smaller --lr and another --out")
     assert said(6).endswith(f"{step_folder(tmp_path, 4)}; go on from it (--resume) with a smaller --lr")
     assert said(5).endswith(
         f"{step_folder(tmp_path, 2)}; go on from it (--resume) with a smaller --lr and another --out"
