@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-gpu lint format bench bench-gpu docs clean
+.PHONY: help setup demo test test-gpu reliability lint format bench bench-gpu docs clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ test: setup ## Run the tests
 test-gpu: setup ## Run the tests of the operator and its kernels on a GPU
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu needs a CUDA device")'
 	$(BIN)/python -m pytest -n 8 tests/ops
+
+reliability: setup ## Try to break each promise of docs/reliability.md many times, and rewrite its table
+	$(BIN)/python -m tests.reliability
 
 lint: setup ## Check style, types and generated docs
 	$(BIN)/ruff check .

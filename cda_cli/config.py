@@ -6,6 +6,7 @@ Four sections, each a frozen model whose fields say what they mean where they ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +121,7 @@ class OptimConfig(Section):
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="Decay of a moving average of the weights, such as 0.999; 0: none."
     )
+    max_refused: int = Field(5, ge=1, description="Batches in a row without a finite loss and gradient that end a run.")
 
 
 class RunConfig(Section):
@@ -235,11 +237,18 @@ def settings_of(run: Path, resume: str) -> Config | None:
         return None
     named = Path(resume).resolve()
     for folder in [run] if resume == "auto" else [named, named.parent, named.parent.parent]:
-        if (folder / CONFIG_FILE).is_file():
-            return parse(_read_yaml(folder / CONFIG_FILE))
-        if (folder / "state.json").is_file():  # a checkpoint, wherever it was copied to
-            return parse(_read_yaml(folder / "state.json").get("config", {}))
+        if os.path.lexists(folder / CONFIG_FILE):
+            return parse(_read_yaml(_no_link(folder / CONFIG_FILE)))
+        if os.path.lexists(folder / "state.json"):  # a checkpoint, wherever it was copied to
+            return parse(_read_yaml(_no_link(folder / "state.json")).get("config", {}))
     return None
+
+
+def _no_link(path: Path) -> Path:
+    """A run is read that may come from anywhere; a file of it that is a link would lead to another one."""
+    if path.is_symlink() or not path.is_file():
+        raise ConfigError(f"{path} is a link, or no file; put a file in its place")
+    return path
 
 
 def _preset_layer(name: str) -> Layer:
@@ -255,7 +264,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"there is no configuration file {path}; check the path given to --config") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); give --config a YAML text file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML ({' '.join(str(error).split())}); mend it there") from error
     if values is None:
         return {}

@@ -60,8 +60,10 @@ def restore(
             f"{checkpoint.path} has no moving average of the weights; leave --ema out, or train with "
             "--set optim.ema_decay=0.999"
         )
+    weights = checkpoint.ema if ema else checkpoint.model
+    check_model(weights, checkpoint, config)
     model = Transformer(config.model, backend)
-    fill(model, checkpoint.ema if ema else checkpoint.model, checkpoint, config)
+    fill(model, weights, checkpoint, config)
     tokenizer = tokenizer_of(checkpoint)
     return Restored(model.to(device).eval(), config, tokenizer, checkpoint.state, checkpoint.path, device, ema)
 
@@ -131,19 +133,44 @@ def open_side(restored: Restored, data: str | None, split: str, stop: StopReques
     return TextSide(sides[split], seq_len, corpus.description)
 
 
+_STATE: dict[str, type | tuple[type, ...]] = {
+    "step": int, "tokens": int, "position": (dict, type(None)), "optimizer": dict,
+}  # fmt: skip
+
+
 def saved_config(checkpoint: Checkpoint) -> Config:
+    """The configuration of a checkpoint. Raises CheckpointError where its state.json is not one of a run."""
+    for name, kind in _STATE.items():
+        if name not in checkpoint.state or not isinstance(checkpoint.state[name], kind):
+            raise CheckpointError(
+                f"the state.json of {checkpoint.path} says nothing usable of its {name}; use an earlier one"
+            )
     try:
-        return parse(checkpoint.state["config"])
-    except (ConfigError, KeyError) as error:
+        return parse(dict(checkpoint.state["config"]))
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the configuration in {checkpoint.path} is not one of this version of cda ({error}); "
             "use the version that wrote it"
         ) from error
 
 
+def check_model(tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:
+    """Raises CheckpointError where `tensors`, the weights of a checkpoint or their average, are not those of the model
+    that `config` describes; asked before that model takes any memory."""
+    try:
+        if config.model.depth > len(tensors):
+            raise CheckpointError(
+                f"{checkpoint.path} has {len(tensors)} tensors, too few for the {config.model.depth} blocks "
+                "of the configuration; use the configuration it was trained with"
+            )
+        expected = expected_tensors(config.model)
+    except RuntimeError as error:  # a size that no tensor can have
+        raise CheckpointError(f"no model can be as the configuration of {checkpoint.path} says ({error})") from error
+    check_fits(tensors, expected)
+
+
 def fill(model: Transformer, tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:
-    """Puts `tensors`, the weights of a checkpoint or their average, into `model`, whose ε becomes that of its step."""
-    check_fits(tensors, expected_tensors(config.model))
+    """Puts `tensors`, which must fit (see `check_model`), into `model`, whose ε becomes that of the step."""
     load_state_tensors(model, tensors)
     model.set_attention_eps(annealed_eps(config.model, checkpoint.state["step"], config.schedule_steps))
 

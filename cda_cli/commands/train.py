@@ -101,13 +101,14 @@ def train(
     # A wrong setting is said before torch is imported.
     settings = resolve(preset, config, set_ or (), flags, base=settings_of(run, resume))
 
-    from cda_cli.console import TrainingDisplay, show_dry_run
     from cda_cli.signals import StopRequest
-    from cda_cli.training.run import dry_run as try_out
-    from cda_cli.training.run import run_training
 
-    display = TrainingDisplay()
     with StopRequest() as stop:
+        from cda_cli.console import TrainingDisplay, show_dry_run
+        from cda_cli.training.run import dry_run as try_out
+        from cda_cli.training.run import run_training
+
+        display = TrainingDisplay()
         if dry_run:
             show_dry_run(try_out(settings, run, resume, display, stop))
         else:

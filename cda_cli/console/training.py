@@ -45,6 +45,8 @@ class TrainingDisplay:
         if kind == "train":
             if not self.interactive:
                 self._line(record["step"], train_words(record))
+        elif kind == "refused":
+            self._line(record["step"], Text(refused_words(record), style="yellow"))
         elif kind == "validation":
             self._line(record["step"], Text(f"validation {validation_words(record)}", style="bold"))
         elif kind == "sample":
@@ -127,6 +129,13 @@ def train_words(record: dict[str, Any]) -> str:
         f"{utilisation}data wait {share(record['data_wait'])}  "
         f"{memory(record['memory_bytes'])}  support {each('effective_support', '.1f')}  "
         f"capped {each('capped_share', '.0%')}  k {each('sparsity_k', '.2f')}"
+    )
+
+
+def refused_words(record: dict[str, Any]) -> str:
+    return (
+        f"refused: {record['saw']}; the weights stay as they were, and the step is tried with the next batch "
+        f"({record['in_a_row']} in a row)"
     )
 
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from cda_cli.config import annealed_eps
 from cda_cli.data import IGNORE, Batch, evaluation_batches
-from cda_cli.errors import TrainingError
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
 from cda_cli.generation import SamplingSettings, generate
 from cda_cli.inspection import inspect, layer_means
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish
+from cda_cli.training.finite import Refusals
 from cda_cli.training.milestones import Minutes, Patience
 from cda_cli.training.optimizer import learning_rate, set_learning_rate, step_if_finite
 from cda_cli.training.run_folder import Metrics
@@ -44,7 +44,7 @@ class Display(Protocol):
         """A step is done."""
 
     def show(self, record: dict[str, Any]) -> None:
-        """A record, as it goes into metrics.jsonl; its `kind` is train, validation, sample or checkpoint."""
+        """A record, as it goes into metrics.jsonl; its `kind` is train, refused, validation, sample or checkpoint."""
 
     def note(self, text: str) -> None:
         """A sentence."""
@@ -60,7 +60,8 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
     """
     optim, every = setup.config.optim, setup.config.run
     model, optimizer = setup.model, setup.optimizer
-    speed, losses, minutes = Speed(), Losses(), Minutes(every.save_minutes)
+    speed, losses = Speed(), Losses()
+    minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
     saved = setup.step if setup.position is not None else None
 
     def record(kind: str, **figures: Any) -> None:
@@ -79,7 +80,11 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype)
         norm = clip_gradients(model, optim.clip)
         launched = step_if_finite(optimizer, loss + norm)
-        require_finite(setup, loss, norm)
+        if refusals.refuses(loss, norm):
+            optimizer.zero_grad(set_to_none=True)
+            record("refused", **refusals.figures(setup.step + 1))
+            refusals.check(setup.step + 1)
+            continue
         if not launched:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -121,7 +126,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                     setup.validation_loss = result.loss
                     patience.add(result.loss)
             if due(setup.step, every.sample_every) and not stop:
-                record("sample", text=sample(setup))
+                record("sample", text=sample(setup, stop))
             if due(setup.step, every.save_every) or minutes.passed() or last or stop or patience.over:
                 path = publish(run, **setup.publishable())
                 saved = setup.step
@@ -166,14 +171,6 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf)
 
 
-def require_finite(setup: Setup, loss: Tensor, norm: Tensor) -> None:
-    if not torch.isfinite(loss + norm):
-        raise TrainingError(
-            f"the loss or its gradient is not finite at step {setup.step + 1} (loss {loss.item()}, gradient norm "
-            f"{norm.item()}); the weights of the newest checkpoint are good: resume with a smaller --lr"
-        )
-
-
 class Losses:
     """The losses since the last line of figures; read from the device only when they are taken."""
 
@@ -215,13 +212,12 @@ def layer_figures(setup: Setup, batch: Batch) -> list[dict[str, float]]:
     return layer_means(inspect(setup.model, [first], setup.device, setup.dtype).report())
 
 
-def sample(setup: Setup) -> str:
-    """Text that follows the beginning of the validation split; same step, same text."""
+def sample(setup: Setup, stop: StopRequest) -> str:
+    """Text that follows the beginning of the validation split, until a stop; same step, same text."""
     tokenizer, prompt_tokens = setup.data.tokenizer, min(64, setup.config.model.seq_len // 2)
     prompt = [int(token) for token in setup.data.validation.ids[:prompt_tokens]]
     setup.model.eval()
-    tokens = list(
-        generate(setup.model, prompt, SAMPLE_TOKENS, SamplingSettings(), seed=setup.config.run.seed, dtype=setup.dtype)
-    )
+    seed, settings = setup.config.run.seed, SamplingSettings()
+    tokens = list(stop.until(generate(setup.model, prompt, SAMPLE_TOKENS, settings, seed=seed, dtype=setup.dtype)))
     setup.model.train()
     return tokenizer.decode(prompt) + "▸" + tokenizer.decode(tokens)

@@ -22,6 +22,10 @@ class MuonAndAdamW:
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for part in self.parts.values() for group in part.param_groups]
 
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        return {parameter: state for part in self.parts.values() for parameter, state in part.state.items()}
+
     def step(self) -> None:
         for part in self.parts.values():
             part.step()
@@ -72,6 +76,12 @@ def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict(dict(state))
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update(settings)
+
+
+def moments_bytes(optimizer: Optimizer) -> int:
+    """Of the tensors that its steps keep: AdamW two like each parameter, Muon one."""
+    groups = optimizer.param_groups
+    return sum((2 if "betas" in group else 1) * p.nbytes for group in groups for p in group["params"])
 
 
 def step_if_finite(optimizer: Optimizer, loss_and_norm: Tensor) -> bool:

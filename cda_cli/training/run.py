@@ -13,10 +13,11 @@ from cda_cli.data import PreparationStoppedError
 from cda_cli.restore import saved_config
 from cda_cli.runtime import describe_device, peak_memory
 from cda_cli.signals import StopRequest
+from cda_cli.storage import only_writer
 from cda_cli.training.loop import Display, accumulate_gradients, clip_gradients, next_batch, train
 from cda_cli.training.memory import Forecast, forecast
 from cda_cli.training.milestones import Patience
-from cda_cli.training.run_folder import check_same_run, find_checkpoint, open_run, validation_losses
+from cda_cli.training.run_folder import check_folder, check_same_run, find_checkpoint, open_run, validation_losses
 from cda_cli.training.setup import (
     Setup,
     build,
@@ -27,6 +28,7 @@ from cda_cli.training.setup import (
     remarks,
     with_vocabulary,
 )
+from cda_cli.training.space import check_space
 from cda_cli.training.trackers import check_trackers
 
 
@@ -59,12 +61,22 @@ class DryRun(NamedTuple):
 
 
 def run_training(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> None:
-    """Trains into the folder `run` (see `find_checkpoint` for `resume`); `display` hears of everything."""
+    """Trains into the folder `run` (see `find_checkpoint` for `resume`); `display` hears of everything.
+
+    Raises StorageError where another process writes into `run`.
+    """
     check_trackers(config.run.track)
-    checkpoint, damaged = find_checkpoint(run, resume)
-    for sentence in damaged:
-        display.note(sentence)
-    setup = _set_up(config, run, checkpoint, display, stop)
+    check_folder(run)
+    with only_writer(run, display.note):
+        _run(config, run, resume, display, stop)
+
+
+def _run(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> None:
+    with stop.at_once("stopped before the first step, with nothing to save; the same command starts again"):
+        checkpoint, damaged = find_checkpoint(run, resume)
+        for sentence in damaged:
+            display.note(sentence)
+        setup = _set_up(config, run, checkpoint, display, stop)
     if checkpoint and setup.step >= setup.config.optim.steps:
         display.note(f"{run} has all its {setup.step} steps; raise --steps to go on")
         return
@@ -84,6 +96,7 @@ def run_training(config: Config, run: Path, resume: str, display: Display, stop:
     if patience.over:
         display.note(f"{run} was stopped early: {patience.words()}; raise --set run.patience to go on")
         return
+    check_space(run, setup)
     metrics = open_run(run, setup.config, setup.step)
     try:
         display.start(make_plan(setup, run))
@@ -95,10 +108,13 @@ def run_training(config: Config, run: Path, resume: str, display: Display, stop:
 
 def dry_run(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> DryRun:
     """Builds everything and tries it (see `DryRun`); writes nothing but a cache that it removes."""
-    checkpoint, damaged = find_checkpoint(run, resume)
-    for sentence in damaged:
-        display.note(sentence)
-    with tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache:
+    with (
+        stop.at_once("stopped; nothing was written"),
+        tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache,
+    ):
+        checkpoint, damaged = find_checkpoint(run, resume)
+        for sentence in damaged:
+            display.note(sentence)
         setup = _set_up(config, run, checkpoint, display, stop, spare_cache=Path(cache))
         plan, choice = make_plan(setup, run), choose(setup.config, setup.device)
         followed = choice.name != "colt5"

@@ -27,13 +27,14 @@ from cda_cli.data import (
     prepare,
     streamed_validation,
 )
-from cda_cli.errors import DeviceError
-from cda_cli.model import Transformer, expected_tensors, model_backend, state_tensors
+from cda_cli.errors import CheckpointError, DeviceError
+from cda_cli.model import Transformer, model_backend, state_tensors
 from cda_cli.ops import Choice
-from cda_cli.restore import fill
+from cda_cli.restore import check_model, fill
 from cda_cli.runtime import pick_device, pick_dtype, random_states, restore_random_states
-from cda_cli.storage import Checkpoint, check_fits, pack_optimizer, unpack_optimizer
+from cda_cli.storage import Checkpoint, pack_optimizer, unpack_optimizer
 from cda_cli.training.average import WeightAverage
+from cda_cli.training.finite import require_finite_weights
 from cda_cli.training.flops import flops_per_token, peak_flops
 from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optimizer
 
@@ -82,7 +83,11 @@ class Setup:
         return {f"mfu_{name}": tokens_per_second * value / peak for name, value in flops._asdict().items()}
 
     def publishable(self) -> dict[str, Any]:
-        """What a checkpoint of this moment holds, for `storage.publish`."""
+        """What a checkpoint of this moment holds, for `storage.publish`. Raises TrainingError for weights that are not
+        finite."""
+        model, average = state_tensors(self.model), self.average.tensors() if self.average else None
+        require_finite_weights(self.step, model)
+        require_finite_weights(self.step, {f"the average of {name}": one for name, one in (average or {}).items()})
         optimizer, plain = pack_optimizer(self.optimizer.state_dict())
         state = {
             "step": self.step,
@@ -95,11 +100,11 @@ class Setup:
         }
         return {
             "step": self.step,
-            "model": state_tensors(self.model),
+            "model": model,
             "optimizer": optimizer,
             "rng": random_states(),
             "state": state,
-            "ema": self.average.tensors() if self.average else None,
+            "ema": average,
             "tokenizer_json": self.data.tokenizer.to_json(),
             "keep": self.config.run.keep,
             "keep_best": self.config.run.keep_best,
@@ -151,18 +156,20 @@ def build(
     dtype = pick_dtype(config.run.dtype, device)
     torch.manual_seed(config.run.seed)
     describe_backend(config, device)  # a backend that cannot run is an error before any work
+    if checkpoint:
+        check_model(checkpoint.model, checkpoint, config)
     model = Transformer(config.model, config.run.backend).to(device)
     model.activation_checkpointing = config.run.activation_checkpointing
     optimizer = build_optimizer(model, config.optim)
     state: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:
         fill(model, checkpoint.model, checkpoint, config)
-        restore_optimizer(optimizer, unpack_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"]))
+        fill_optimizer(optimizer, checkpoint)
         restore_random_states(checkpoint.rng)
     average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
     if average and checkpoint:
         if checkpoint.ema:
-            check_fits(checkpoint.ema, expected_tensors(config.model))
+            check_model(checkpoint.ema, checkpoint, config)
             average.load(checkpoint.ema)
         else:
             note(f"the moving average of the weights begins at step {state['step']}")
@@ -190,6 +197,20 @@ def _pinned(
     if device.type != "cuda":
         return batches
     return ((Batch(batch.inputs.pin_memory(), batch.targets.pin_memory()), state) for batch, state in batches)
+
+
+def fill_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint's moments into `optimizer`. Raises CheckpointError where they are not those of its model."""
+    try:
+        restore_optimizer(optimizer, unpack_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"]))
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {tuple(value.shape)} for {tuple(parameter.shape)}")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"the optimizer in {checkpoint.path} is not that of its model ({error}); use an earlier checkpoint"
+        ) from error
 
 
 def with_vocabulary(config: Config, data: RunData) -> Config:

@@ -29,6 +29,7 @@ RECORDS: list[dict[str, Any]] = [
     TRAIN,
     VALIDATION,
     {"step": 10, "kind": "sample", "text": "a\tb \N{ESCAPE}[2J[bold]\nend"},
+    {"step": 11, "kind": "refused", "saw": "loss nan, gradient norm inf", "in_a_row": 2},
     {"step": 10, "kind": "checkpoint", "path": "runs/[x]/checkpoints/step-00000010"},
 ]
 
@@ -56,6 +57,10 @@ def test_plain_lines(screen: MakeScreen) -> None:
         "support 4.2/9.0  capped 12%/12%  k 1.50/1.50"
     ) in lines
     assert "10/20  validation loss 2.6250 ± 0.5000, 3.7500 bits per byte" in lines
+    assert (
+        "11/20  refused: loss nan, gradient norm inf; the weights stay as they were, and the step is tried with the "
+        "next batch (2 in a row)"
+    ) in lines
     assert "10/20  saved runs/[x]/checkpoints/step-00000010" in lines
     assert "\N{REPLACEMENT CHARACTER}[2J[bold]" in text
     assert "\N{ESCAPE}" not in text
