@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-gpu lint format bench bench-gpu docs clean
+.PHONY: help setup demo test test-gpu reliability lint format bench bench-gpu docs clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ test-gpu: setup ## Run the tests of the operator and its kernels on a GPU
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu needs a CUDA device")'
 	$(BIN)/python -m pytest -n 8 tests/ops
 
+reliability: setup ## Try to break each promise of docs/reliability.md many times, and rewrite its table
+	$(BIN)/python -m tests.reliability
+
 lint: setup ## Check style, types and generated docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,8 +51,10 @@ docs: setup ## Rewrite the generated parts of the docs
 bench: setup ## Measure speed on this CPU: the tables of docs/benchmarks.md
 	$(BIN)/python benchmarks/cpu.py
 
-bench-gpu: setup ## Measure speed on a GPU: the tables of docs/kernels.md
+bench-gpu: setup ## Measure speed and memory on a GPU: the tables of docs/kernels.md and docs/training.md
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/memory.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -6,12 +6,13 @@ Four sections, each a frozen model whose fields say what they mean where they ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cda_cli.errors import ConfigError, did_you_mean
 
@@ -107,13 +108,20 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
     batch_size: int = Field(16, ge=1, description="Sequences in one forward pass.")
     grad_accum: int = Field(1, ge=1, description="Forward passes for one step.")
-    lr: float = Field(1e-3, gt=0, le=1e3, description="Peak learning rate.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="adamw; or muon for the matrices within blocks, and AdamW for the rest."
+    )
+    lr: float = Field(1e-3, gt=0, le=1e3, description="Peak learning rate, of Muon and AdamW alike.")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Final learning rate, as a share of lr.")
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's, on matrices only.")
+    weight_decay: float = Field(0.1, ge=0, description="On matrices only.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="Decay of a moving average of the weights, such as 0.999; 0: none."
+    )
+    max_refused: int = Field(5, ge=1, description="Batches in a row without a finite loss and gradient that end a run.")
 
 
 class RunConfig(Section):
@@ -123,13 +131,31 @@ class RunConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the matrix products.")
     compile: bool | None = Field(None, description="torch.compile; null: on a GPU only.")
+    activation_checkpointing: bool = Field(
+        False, description="Keep only each block's input for the backward and compute the rest again."
+    )
     backend: Literal["auto", "torch", "triton", "colt5"] = Field("auto", description="Backend of the operator.")
     log_every: int = Field(10, ge=1, description="Steps between two lines of figures.")
     eval_every: int = Field(250, ge=0, description="Steps between two validations; 0: only at the end.")
     eval_batches: int = Field(20, ge=1, description="Batches of a validation during training.")
     save_every: int = Field(250, ge=0, description="Steps between two checkpoints; 0: only at the end.")
+    save_minutes: float = Field(0.0, ge=0, description="Minutes between two checkpoints, besides save_every; 0: none.")
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="Trackers besides metrics.jsonl: tensorboard, wandb, trackio."
+    )
     sample_every: int = Field(0, ge=0, description="Steps between two samples of text; 0: none.")
     keep: int = Field(2, ge=2, description="Newest checkpoints kept.")
+    keep_best: bool = Field(
+        True, description="Also keep the best by validation loss, of those saved at a step that was validated."
+    )
+    patience: int = Field(
+        0, ge=0, description="Validations in a row without a new lowest loss that end the run; 0: it has all its steps."
+    )
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 class Config(Section):
@@ -211,11 +237,18 @@ def settings_of(run: Path, resume: str) -> Config | None:
         return None
     named = Path(resume).resolve()
     for folder in [run] if resume == "auto" else [named, named.parent, named.parent.parent]:
-        if (folder / CONFIG_FILE).is_file():
-            return parse(_read_yaml(folder / CONFIG_FILE))
-        if (folder / "state.json").is_file():  # a checkpoint, wherever it was copied to
-            return parse(_read_yaml(folder / "state.json").get("config", {}))
+        if os.path.lexists(folder / CONFIG_FILE):
+            return parse(_read_yaml(_no_link(folder / CONFIG_FILE)))
+        if os.path.lexists(folder / "state.json"):  # a checkpoint, wherever it was copied to
+            return parse(_read_yaml(_no_link(folder / "state.json")).get("config", {}))
     return None
+
+
+def _no_link(path: Path) -> Path:
+    """A run is read that may come from anywhere; a file of it that is a link would lead to another one."""
+    if path.is_symlink() or not path.is_file():
+        raise ConfigError(f"{path} is a link, or no file; put a file in its place")
+    return path
 
 
 def _preset_layer(name: str) -> Layer:
@@ -231,7 +264,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"there is no configuration file {path}; check the path given to --config") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); give --config a YAML text file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML ({' '.join(str(error).split())}); mend it there") from error
     if values is None:
         return {}

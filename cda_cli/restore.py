@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
+from torch import Tensor
 
 from cda_cli.config import Config, annealed_eps, parse
 from cda_cli.data import (
@@ -27,13 +28,13 @@ from cda_cli.model import Transformer, expected_tensors, load_state_tensors, mod
 from cda_cli.ops import Backend
 from cda_cli.runtime import Dtype, pick_device, pick_dtype
 from cda_cli.signals import StopRequest
-from cda_cli.storage import Checkpoint, check_fits, load, locate
+from cda_cli.storage import Checkpoint, check_fits, load, locate, locate_best
 
 STREAMED_TOKENS = 2**20  # of the held-out documents of a stream, which has no end to wait for
 
 
 class Restored(NamedTuple):
-    """A model in evaluation mode on its device, with all that its checkpoint says."""
+    """A model in evaluation mode on its device, with all that its checkpoint says; `averaged`: its weights are."""
 
     model: Transformer
     config: Config
@@ -41,24 +42,40 @@ class Restored(NamedTuple):
     state: dict[str, Any]
     path: Path
     device: torch.device
+    averaged: bool = False
 
 
-def restore(path: Path, device: torch.device, backend: Backend = "auto") -> Restored:
-    """The model of a checkpoint, or of the newest whole checkpoint of a run. Raises CheckpointError."""
-    checkpoint = load(locate(path), parts=("model",))
+def restore(
+    path: Path, device: torch.device, backend: Backend = "auto", *, best: bool = False, ema: bool = False
+) -> Restored:
+    """The model of a checkpoint, or of the newest whole checkpoint of a run (its best one, if `best`).
+
+    `ema`: with the moving average of its weights. Raises CheckpointError, also where it has none.
+    """
+    part = "ema" if ema else "model"
+    checkpoint = load(locate_best(path) if best else locate(path), parts=(part,))
     config = saved_config(checkpoint)
+    if ema and not checkpoint.ema:
+        raise CheckpointError(
+            f"{checkpoint.path} has no moving average of the weights; leave --ema out, or train with "
+            "--set optim.ema_decay=0.999"
+        )
+    weights = checkpoint.ema if ema else checkpoint.model
+    check_model(weights, checkpoint, config)
     model = Transformer(config.model, backend)
-    fill(model, checkpoint, config)
+    fill(model, weights, checkpoint, config)
     tokenizer = tokenizer_of(checkpoint)
-    return Restored(model.to(device).eval(), config, tokenizer, checkpoint.state, checkpoint.path, device)
+    return Restored(model.to(device).eval(), config, tokenizer, checkpoint.state, checkpoint.path, device, ema)
 
 
-def restore_on(path: Path, device: str, dtype: str, backend: str) -> tuple[Restored, torch.dtype]:
+def restore_on(
+    path: Path, device: str, dtype: str, backend: str, *, best: bool = False, ema: bool = False
+) -> tuple[Restored, torch.dtype]:
     """`restore`, with device, dtype and backend as a command line names them, and the dtype of the matrix products."""
     if dtype not in get_args(Dtype):
         raise ConfigError(f"unknown dtype {dtype!r}: {did_you_mean(dtype, get_args(Dtype))}")
     where = pick_device(device)
-    restored = restore(path, where, cast(Backend, backend))
+    restored = restore(path, where, cast(Backend, backend), best=best, ema=ema)
     try:
         model_backend(restored.config.model, cast(Backend, backend), where)
     except ValueError as error:
@@ -116,20 +133,45 @@ def open_side(restored: Restored, data: str | None, split: str, stop: StopReques
     return TextSide(sides[split], seq_len, corpus.description)
 
 
+_STATE: dict[str, type | tuple[type, ...]] = {
+    "step": int, "tokens": int, "position": (dict, type(None)), "optimizer": dict,
+}  # fmt: skip
+
+
 def saved_config(checkpoint: Checkpoint) -> Config:
+    """The configuration of a checkpoint. Raises CheckpointError where its state.json is not one of a run."""
+    for name, kind in _STATE.items():
+        if name not in checkpoint.state or not isinstance(checkpoint.state[name], kind):
+            raise CheckpointError(
+                f"the state.json of {checkpoint.path} says nothing usable of its {name}; use an earlier one"
+            )
     try:
-        return parse(checkpoint.state["config"])
-    except (ConfigError, KeyError) as error:
+        return parse(dict(checkpoint.state["config"]))
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the configuration in {checkpoint.path} is not one of this version of cda ({error}); "
             "use the version that wrote it"
         ) from error
 
 
-def fill(model: Transformer, checkpoint: Checkpoint, config: Config) -> None:
-    """Puts a checkpoint's tensors into `model`, whose ε becomes that of the checkpoint's step."""
-    check_fits(checkpoint.model, expected_tensors(config.model))
-    load_state_tensors(model, checkpoint.model)
+def check_model(tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:
+    """Raises CheckpointError where `tensors`, the weights of a checkpoint or their average, are not those of the model
+    that `config` describes; asked before that model takes any memory."""
+    try:
+        if config.model.depth > len(tensors):
+            raise CheckpointError(
+                f"{checkpoint.path} has {len(tensors)} tensors, too few for the {config.model.depth} blocks "
+                "of the configuration; use the configuration it was trained with"
+            )
+        expected = expected_tensors(config.model)
+    except RuntimeError as error:  # a size that no tensor can have
+        raise CheckpointError(f"no model can be as the configuration of {checkpoint.path} says ({error})") from error
+    check_fits(tensors, expected)
+
+
+def fill(model: Transformer, tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:
+    """Puts `tensors`, which must fit (see `check_model`), into `model`, whose ε becomes that of the step."""
+    load_state_tensors(model, tensors)
     model.set_attention_eps(annealed_eps(config.model, checkpoint.state["step"], config.schedule_steps))
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cda_cli.errors import DeviceError
+from cda_cli.errors import CheckpointError, DeviceError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,6 +44,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`. From pinned memory, as any other copy first waits for all that a GPU has in hand."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def random_states() -> dict[str, Tensor]:
     """The states of the generators that dropout draws from, as uint8 tensors."""
     states = {"cpu": torch.get_rng_state()}
@@ -53,11 +58,16 @@ def random_states() -> dict[str, Tensor]:
 
 
 def restore_random_states(states: dict[str, Tensor]) -> None:
-    """Puts back what `random_states` gave; states of devices that are not here are left out."""
-    torch.set_rng_state(states["cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda.{index}" in states:
-            torch.cuda.set_rng_state(states[f"cuda.{index}"], index)
+    """Puts back what `random_states` gave; states of devices that are not here are left out. Raises CheckpointError."""
+    try:
+        torch.set_rng_state(states["cpu"])
+        for index in range(torch.cuda.device_count()):
+            if f"cuda.{index}" in states:
+                torch.cuda.set_rng_state(states[f"cuda.{index}"], index)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the random states of the checkpoint do not fit this PyTorch ({error}); use the version that saved them"
+        ) from error
 
 
 def peak_memory(device: torch.device) -> int:

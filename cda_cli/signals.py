@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import TypeVar
 
@@ -13,10 +14,14 @@ T = TypeVar("T")
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set `signal_number` and do nothing else; a second one changes nothing."""
+    """While entered, SIGINT and SIGTERM set `signal_number` and do nothing else; a second one changes nothing.
+
+    Inside `at_once` they end the block; leaving the request then raises InterruptedRunError.
+    """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._at_once, self._ended = False, "interrupted"
         self._before: dict[int, signal.Handlers] = {}
 
     def __bool__(self) -> bool:
@@ -30,6 +35,21 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is KeyboardInterrupt:
+            self.check(self._ended)
+
+    @contextmanager
+    def at_once(self, message: str) -> Iterator[None]:
+        """For work that has nothing to save and may not come by to ask (a download, reading a large file): a request
+        ends it wherever it is, by KeyboardInterrupt, which the clean-up on the way sees. `message` is what the
+        InterruptedRunError says."""
+        self.check(message)
+        self._ended, self._at_once = message, True
+        try:
+            yield
+        finally:
+            self._at_once = False
+        self.check(message)
 
     def check(self, message: str = "interrupted") -> None:
         """Raises InterruptedRunError once a stop was asked for."""
@@ -45,3 +65,5 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = self.signal_number or number
+        if self._at_once:
+            raise KeyboardInterrupt

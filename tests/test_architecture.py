@@ -187,12 +187,20 @@ PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "she
 FUNCTIONS = {"eval", "exec", "__import__", "compile"}
 ATTRIBUTES = {
     ("torch", "load"),
+    ("torch.jit", "load"),
+    ("torch.hub", "load"),
+    ("torch.serialization", "load"),
     ("yaml", "load"),
     ("yaml", "load_all"),
     ("yaml", "full_load"),
     ("yaml", "unsafe_load"),
     ("runpy", "run_path"),
+    ("runpy", "run_module"),
+    ("pkgutil", "resolve_name"),
 }
+
+
+KEYWORDS = {"allow_pickle", "trust_remote_code"}
 
 
 def dangers(tree: ast.Module) -> list[str]:
@@ -211,8 +219,7 @@ def dangers(tree: ast.Module) -> list[str]:
             found.append(f"{node.lineno}: {called}()")
         if called.rpartition(".")[2] == "import_module" and not isinstance(node.args[0], ast.Constant):
             found.append(f"{node.lineno}: imports a module by a name that is no literal")
-        if any(word.arg == "allow_pickle" for word in node.keywords):
-            found.append(f"{node.lineno}: allow_pickle")
+        found += [f"{node.lineno}: {word.arg}" for word in node.keywords if word.arg in KEYWORDS]
     return found
 
 
@@ -239,6 +246,9 @@ def test_no_file_can_make_the_package_run_code(path: Path) -> None:
         "importlib.import_module(name)",
         "import_module(f'x.{name}')",
         "np.load(path, allow_pickle=True)",
+        "torch.jit.load(path)",
+        "from runpy import run_module",
+        "load_dataset(name, trust_remote_code=True)",
     ],
 )
 def test_the_search_for_dangers_finds_them(code: str) -> None:

@@ -298,3 +298,20 @@ def test_reading_a_configuration_imports_nothing_heavy(module: str) -> None:
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "cda_cli" in loaded
     assert not loaded & {"torch", "numpy", "datasets", "triton", "transformers", "safetensors", "einops"}
+
+
+def test_a_run_whose_configuration_is_a_link_is_refused(tmp_path: Path) -> None:
+    """A run may come from anywhere, and the link would lead out of it."""
+    (tmp_path / "elsewhere").write_text("run:\n  seed: 3\n")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"config\.yaml is a link, or no file; put a file in its place"):
+        settings_of(run, "auto")
+
+
+@pytest.mark.parametrize("text", ["[" * 5_000, "a: " + "9" * 5_000])
+def test_yaml_that_is_too_much_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml is not valid YAML"):
+        settings_of(tmp_path, "auto")

@@ -8,16 +8,20 @@ import typer
 
 from cda_cli.commands.options import (
     BackendOption,
+    BestOption,
     CheckpointArgument,
     DataOption,
     DeviceOption,
     DtypeOption,
+    EmaOption,
     JsonOption,
 )
 
 
 def evaluate(
     checkpoint: CheckpointArgument,
+    best: BestOption = False,
+    ema: EmaOption = False,
     data: DataOption = None,
     split: Annotated[str, typer.Option(help="validation or train: which side of the text.")] = "validation",
     max_batches: Annotated[int | None, typer.Option(min=1, help="Stop after so many batches.")] = None,
@@ -34,7 +38,7 @@ def evaluate(
     from cda_cli.signals import StopRequest
 
     with StopRequest() as stop:
-        restored, precision = restore_on(checkpoint, device, dtype, backend)
+        restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         text = open_side(restored, data, split, stop, show_progress=is_terminal() and not as_json)
         batches, windows = text.batches(batch_size, max_batches)
         with progress("evaluating", windows, quiet=as_json) as advance:

@@ -8,16 +8,20 @@ import typer
 
 from cda_cli.commands.options import (
     BackendOption,
+    BestOption,
     CheckpointArgument,
     DataOption,
     DeviceOption,
     DtypeOption,
+    EmaOption,
     JsonOption,
 )
 
 
 def inspect_sparsity(
     checkpoint: CheckpointArgument,
+    best: BestOption = False,
+    ema: EmaOption = False,
     data: DataOption = None,
     layers: Annotated[str | None, typer.Option(help="Layers to report, such as 0,2-3; all where not given.")] = None,
     heads: Annotated[str | None, typer.Option(help="Heads to report; the first is drawn as a heat map.")] = None,
@@ -37,7 +41,7 @@ def inspect_sparsity(
     from cda_cli.signals import StopRequest
 
     with StopRequest() as stop:
-        restored, precision = restore_on(checkpoint, device, dtype, backend)
+        restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
         chosen_heads = parse_selection(heads, restored.config.model.heads, "--heads")
         text = open_side(restored, data, "validation", stop, show_progress=is_terminal() and not as_json)

@@ -10,6 +10,12 @@ import typer
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT|RUN", help="A checkpoint folder, or a run: then its newest checkpoint.")
 ]
+BestOption = Annotated[
+    bool, typer.Option("--best", help="Of a run: the checkpoint with the lowest validation loss, not the newest.")
+]
+EmaOption = Annotated[
+    bool, typer.Option("--ema", help="The moving average of the weights, of a run with optim.ema_decay.")
+]
 DataOption = Annotated[
     str | None,
     typer.Option("--data", help="stdlib, a path or glob, or hf:OWNER/NAME[:CONFIG]; the run's own where not given."),

@@ -8,11 +8,21 @@ from typing import Annotated
 
 import typer
 
-from cda_cli.commands.options import BackendOption, CheckpointArgument, DeviceOption, DtypeOption, JsonOption
+from cda_cli.commands.options import (
+    BackendOption,
+    BestOption,
+    CheckpointArgument,
+    DeviceOption,
+    DtypeOption,
+    EmaOption,
+    JsonOption,
+)
 
 
 def sample(
     checkpoint: CheckpointArgument,
+    best: BestOption = False,
+    ema: EmaOption = False,
     prompt: Annotated[str | None, typer.Option(help="Text to go on from.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -40,7 +50,7 @@ def sample(
     prompts = read_prompts(prompt, prompts_file, sys.stdin)
     samples = []
     with StopRequest() as stop:
-        restored, precision = restore_on(checkpoint, device, dtype, backend)
+        restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         display = SampleDisplay(stream=stream, quiet=as_json, several=len(prompts) * num_samples > 1)
         for index, text in enumerate(prompts):
             for number in range(num_samples):

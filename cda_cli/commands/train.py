@@ -25,7 +25,7 @@ def train(
         str, Option(metavar="auto|never|CHECKPOINT", help="What to go on from.", rich_help_panel=RUN)
     ] = "auto",
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Build all, run one batch, print the plan.", rich_help_panel=RUN)
+        bool, Option("--dry-run", help="Build all, forecast memory, try a batch, print the plan.", rich_help_panel=RUN)
     ] = False,
     seed: Annotated[int | None, Option(rich_help_panel=RUN)] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=RUN)] = None,
@@ -39,6 +39,9 @@ def train(
     eval_every: Annotated[int | None, Option(help="Steps between validations.", rich_help_panel=RUN)] = None,
     save_every: Annotated[int | None, Option(help="Steps between checkpoints.", rich_help_panel=RUN)] = None,
     sample_every: Annotated[int | None, Option(help="Steps between samples of text.", rich_help_panel=RUN)] = None,
+    track: Annotated[
+        str | None, Option(help="Also to tensorboard, wandb or trackio, with commas between.", rich_help_panel=RUN)
+    ] = None,
     data: Annotated[
         str | None,
         Option(
@@ -91,20 +94,21 @@ def train(
         }.items()},
         **{f"run.{name}": value for name, value in {
             "seed": seed, "device": device, "dtype": dtype, "compile": compile_, "backend": backend,
-            "eval_every": eval_every, "save_every": save_every, "sample_every": sample_every,
+            "eval_every": eval_every, "save_every": save_every, "sample_every": sample_every, "track": track,
         }.items()},
     }  # fmt: skip
     run = out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))
     # A wrong setting is said before torch is imported.
     settings = resolve(preset, config, set_ or (), flags, base=settings_of(run, resume))
 
-    from cda_cli.console import TrainingDisplay, show_dry_run
     from cda_cli.signals import StopRequest
-    from cda_cli.training.run import dry_run as try_out
-    from cda_cli.training.run import run_training
 
-    display = TrainingDisplay()
     with StopRequest() as stop:
+        from cda_cli.console import TrainingDisplay, show_dry_run
+        from cda_cli.training.run import dry_run as try_out
+        from cda_cli.training.run import run_training
+
+        display = TrainingDisplay()
         if dry_run:
             show_dry_run(try_out(settings, run, resume, display, stop))
         else:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def show_evaluation(result: Evaluation, restored: Restored, data: str, split: str) -> None:
     rows = {
-        "checkpoint": str(restored.path),
+        "checkpoint": f"{restored.path}{', averaged weights' if restored.averaged else ''}",
         "data": f"{data}, {split}",
         "tokens": f"{result.tokens:,} in {result.windows:,} windows",
         "loss": f"{plus_minus(result.loss, result.standard_error)} nats per token",
@@ -92,9 +92,29 @@ def show_dry_run(result: DryRun) -> None:
     console = out()
     rows = plan_rows(result.plan)
     rows["loss of one batch"] = f"{result.loss:.4f}"
-    rows["memory of the run"] = (
-        f"weights {memory(result.weights)}, gradients {memory(result.gradients)}, AdamW {memory(result.optimizer)}"
-    )
-    rows["peak with one batch"] = f"{memory(result.peak)} (without AdamW, which comes with the first step)"
+    rows["memory, forecast"] = forecast_words(result)
+    if result.on_gpu:
+        rows["memory, measured"] = f"peak {memory(result.peak)} in two steps"
+        if result.forecast:
+            rows["memory, measured"] += f" (the forecast is {share(result.forecast.peak / result.peak)} of it)"
+    else:
+        rows["memory, measured"] = f"peak {memory(result.peak)} of this process with one batch, PyTorch itself included"
     console.print(pairs(rows))
     console.print("dry run: nothing was written")
+
+
+def forecast_words(result: DryRun) -> str:
+    """The parts are each at its largest; they do not all meet."""
+    parts = result.forecast
+    if parts is None:
+        return "none for backend colt5, whose memory cannot be followed"
+    words = [
+        f"weights {memory(parts.weights)}",
+        f"gradients {memory(parts.gradients)}",
+        f"{result.optimizer} {memory(parts.optimizer)}",
+        f"averaged weights {memory(parts.average)}" if parts.average else "",
+        f"activations {memory(parts.activations)}",
+        f"logits and loss {memory(parts.logits)}",
+        f"workspaces {memory(parts.workspaces)}" if parts.workspaces else "",
+    ]
+    return f"peak {memory(parts.peak)}: {', '.join(filter(None, words))}"

@@ -45,6 +45,8 @@ class TrainingDisplay:
         if kind == "train":
             if not self.interactive:
                 self._line(record["step"], train_words(record))
+        elif kind == "refused":
+            self._line(record["step"], Text(refused_words(record), style="yellow"))
         elif kind == "validation":
             self._line(record["step"], Text(f"validation {validation_words(record)}", style="bold"))
         elif kind == "sample":
@@ -82,6 +84,8 @@ class TrainingDisplay:
             "validation": f"{validation_words(validation)} at step {validation['step']}" if validation else "–",
             "learning rate": f"{train['lr']:.2e}, gradient norm {train['grad_norm']:.2f}",
             "speed": f"{count(train['tokens_per_second'])} tokens/s, {duration(train['seconds_left'])} left",
+            **utilisation_rows(train),
+            "waiting for data": f"{share(train['data_wait'])} of a step",
             "tokens": count(train["tokens"]),
             "memory": memory(train["memory_bytes"]),
         }
@@ -101,9 +105,20 @@ def plan_rows(plan: Plan) -> dict[str, str]:
     }
 
 
+def utilisation_rows(record: dict[str, Any]) -> dict[str, str]:
+    """Where a device's peak is known."""
+    if "mfu_computed" not in record:
+        return {}
+    computed, dense = share(record["mfu_computed"]), share(record["mfu_dense"])
+    return {"FLOPs utilisation": f"{computed} of what is computed, {dense} of a dense model's (6N + 12LdT)"}
+
+
 def train_words(record: dict[str, Any]) -> str:
     """A record as one plain line; the sparsity figures are those of the layers, first to last."""
     layers = record["layers"]
+    utilisation = ""
+    if "mfu_computed" in record:
+        utilisation = f"MFU {share(record['mfu_computed'])} computed, {share(record['mfu_dense'])} dense  "
 
     def each(name: str, form: str) -> str:
         return "/".join(format(layer[name], form) for layer in layers)
@@ -111,14 +126,23 @@ def train_words(record: dict[str, Any]) -> str:
     return (
         f"loss {record['loss']:.4f}  {record['bits_per_byte']:.3f} bits/byte  lr {record['lr']:.2e}  "
         f"{count(record['tokens_per_second'])} tokens/s  {duration(record['seconds_left'])} left  "
+        f"{utilisation}data wait {share(record['data_wait'])}  "
         f"{memory(record['memory_bytes'])}  support {each('effective_support', '.1f')}  "
         f"capped {each('capped_share', '.0%')}  k {each('sparsity_k', '.2f')}"
     )
 
 
+def refused_words(record: dict[str, Any]) -> str:
+    return (
+        f"refused: {record['saw']}; the weights stay as they were, and the step is tried with the next batch "
+        f"({record['in_a_row']} in a row)"
+    )
+
+
 def validation_words(record: dict[str, Any]) -> str:
+    averaged = f"; of the averaged weights {record['ema_loss']:.4f}" if "ema_loss" in record else ""
     return f"loss {plus_minus(record['loss'], record['standard_error'])}, " + (
-        f"{record['bits_per_byte']:.4f} bits per byte"
+        f"{record['bits_per_byte']:.4f} bits per byte{averaged}"
     )
 
 

@@ -6,9 +6,11 @@ text → tokens        tokenizers  bytes, or a tokenizer.json
 tokens → disk        prepare     memory-mapped, cached, written whole
 tokens → batches     batches     windows; iterators that can say and restore their position
 documents → batches  streaming   the same without preparing
+batches → ahead      prefetch    made in a thread, before they are asked for
 """
 
 from cda_cli.data.batches import IGNORE, Batch, TrainBatches, check_lengths, count_windows, evaluation_batches
+from cda_cli.data.prefetch import Prefetched
 from cda_cli.data.prepare import Corpus, PreparationStoppedError, Tokens, prepare
 from cda_cli.data.sources import Source, open_source
 from cda_cli.data.streaming import StreamedBatches, streamed_validation
@@ -27,6 +29,7 @@ __all__ = [
     "ByteTokenizer",
     "Corpus",
     "JsonTokenizer",
+    "Prefetched",
     "PreparationStoppedError",
     "Source",
     "StreamDecoder",

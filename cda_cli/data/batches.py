@@ -70,6 +70,7 @@ class TrainBatches:
         self._seed, self._epoch, self._position = seed, 0, 0
         if state is not None:
             check_state(state, {"seq_len": seq_len, "tokens": len(tokens)})
+            check_counts(state, {"seed": 2**63, "epoch": 2**63, "position": self._windows})
             self._seed, self._epoch, self._position = state["seed"], state["epoch"], state["position"]
         self._order = self._epoch_order()
 
@@ -141,3 +142,10 @@ def check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
                 f"the saved data position is for {name} {state.get(name)}, and this run has {value}; resume with the "
                 "data and settings of the run, or start a new one"
             )
+
+
+def check_counts(state: Mapping[str, Any], most: Mapping[str, int]) -> None:
+    """Raises DataError where something in `state` is no whole number from 0 to the `most` of its name."""
+    for name, limit in most.items():
+        if type(state.get(name)) is not int or not 0 <= state[name] <= limit:
+            raise DataError(f"the saved data position has {name} {state.get(name)!r}; use an earlier checkpoint")

@@ -58,7 +58,10 @@ class Documents:
         """
         rows = self._open()
         if position is not None:
-            rows.load_state_dict(position)
+            try:
+                rows.load_state_dict(position)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise DataError(f"the saved position in {self._where} is not one of it; use an earlier one") from error
         for row in self._rows(rows):
             if text := self._text(row):
                 yield text, rows.state_dict()

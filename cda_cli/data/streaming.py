@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cda_cli.config import DataConfig
-from cda_cli.data.batches import Batch, State, check_state, to_batch
+from cda_cli.data.batches import Batch, State, check_counts, check_state, to_batch
 from cda_cli.data.prepare import Tokens
 from cda_cli.data.sources import Position, Source, open_source
 from cda_cli.data.split import HashRule
@@ -60,6 +60,7 @@ class StreamedBatches:
         epoch, position, self._offset = 0, None, 0
         if state is not None:
             check_state(state, self._identity)
+            check_counts(state, {"epoch": 2**63, "offset": 2**63})
             epoch, position, self._offset = state["epoch"], state["position"], state["offset"]
         self._parts: deque[_Part] = deque()
         self._buffered = 0

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cda_cli.data import IGNORE, Batch
-from cda_cli.runtime import autocast
+from cda_cli.runtime import autocast, to_device
 
 
 class Evaluation(NamedTuple):
@@ -34,11 +33,8 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 def token_losses(model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Cross-entropy of each target, nats, float32 [B, T]; 0 where the target is IGNORE."""
-    targets = batch.targets.to(device, non_blocking=True)
     with autocast(device, dtype):
-        logits_BTV = model(batch.inputs.to(device, non_blocking=True))
-    losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
-    return losses.view_as(targets)
+        return model(to_device(batch.inputs, device), targets_BT=to_device(batch.targets, device))
 
 
 @torch.no_grad()

@@ -9,7 +9,9 @@ import math
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.attention import Attention
@@ -49,10 +51,17 @@ class Transformer(nn.Module):
         self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=not config.tied_embeddings)
         if config.tied_embeddings:
             self.to_logits.weight = self.token_embedding.weight
+        self.activation_checkpointing = False  # keep only the inputs of the blocks, and compute them again backward
         self._scale_initial_weights()
 
-    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits [B, T, V] in the dtype of the computation; with a cache, of the T positions that follow it."""
+    def forward(
+        self, tokens_BT: Tensor, cache: KeyValueCache | None = None, targets_BT: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, T, V] in the dtype of the computation; with a cache, of the T positions that follow it.
+
+        With targets their cross-entropy instead, nats, float32 [B, T], 0 where a target is −100. Within the model, so
+        that torch.compile fuses it: outside, the logits would be written once more in float32, and their gradient too.
+        """
         start, T = (cache.length if cache is not None else 0), tokens_BT.shape[1]
         if start + T > self.config.seq_len:
             raise ValueError(f"{start + T} positions exceed the context of {self.config.seq_len}")
@@ -61,10 +70,19 @@ class Transformer(nn.Module):
             x_BTC = x_BTC + self.position_embedding.weight[start : start + T]
         x_BTC = self.dropout(x_BTC)
         for block in self.blocks:
-            x_BTC = block(x_BTC, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # Without dropout a block draws no random numbers, so their state need not be kept.
+                draws = self.config.dropout > 0
+                x_BTC = checkpoint(block, x_BTC, cache, use_reentrant=False, preserve_rng_state=draws)
+            else:
+                x_BTC = block(x_BTC, cache)
         if cache is not None:
             cache.advance(T)
-        return self.to_logits(self.norm(x_BTC))
+        logits_BTV = self.to_logits(self.norm(x_BTC))
+        if targets_BT is None:
+            return logits_BTV
+        losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
+        return losses.view_as(targets_BT)
 
     def each_block(self) -> list[Block]:
         return [cast(Block, block) for block in self.blocks]

@@ -3,31 +3,43 @@
 Takes tensors and plain dicts, never a module. `atomic` is for any file, `checkpoint` is the door to the rest.
 """
 
-from cda_cli.storage.atomic import published_folder, remove_published, remove_stale, write_file
+from cda_cli.storage.atomic import is_hidden, published_folder, remove_published, remove_stale, write_file
 from cda_cli.storage.checkpoint import (
     Checkpoint,
+    best,
     check_fits,
     list_steps,
     load,
     locate,
+    locate_best,
     newest,
     pack_optimizer,
     publish,
+    step_folder,
     unpack_optimizer,
+    verify,
 )
+from cda_cli.storage.lock import LOCK, only_writer
 
 __all__ = [
+    "LOCK",
     "Checkpoint",
+    "best",
     "check_fits",
+    "is_hidden",
     "list_steps",
     "load",
     "locate",
+    "locate_best",
     "newest",
+    "only_writer",
     "pack_optimizer",
     "publish",
     "published_folder",
     "remove_published",
     "remove_stale",
+    "step_folder",
     "unpack_optimizer",
+    "verify",
     "write_file",
 ]

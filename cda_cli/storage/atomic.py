@@ -101,6 +101,11 @@ def remove_stale(parent: Path) -> None:
                 _discard(entry)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a name is that of a hidden sibling: of a write that is going on, or that was cut short."""
+    return _HIDDEN.fullmatch(name) is not None
+
+
 def _hidden_sibling(path: Path) -> Path:
     return path.parent / f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
 

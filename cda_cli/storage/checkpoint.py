@@ -1,7 +1,8 @@
 """Checkpoints that survive a kill at any moment.
 
     RUN/checkpoints/step-00000100/
-        model.safetensors  optimizer.safetensors  rng.safetensors  state.json  [tokenizer.json]  manifest.json
+        model.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
+        [ema.safetensors  tokenizer.json]
 
 A checkpoint is published whole (see `atomic`) and verified before it is used (see `manifest`). There is no pointer
 to the latest one that could go stale: the newest is found by verifying from the highest step down.
@@ -29,10 +30,12 @@ from cda_cli.storage.tensors import check_fits, read_tensors, write_tensors
 __all__ = [
     "PARTS",
     "Checkpoint",
+    "best",
     "check_fits",
     "list_steps",
     "load",
     "locate",
+    "locate_best",
     "newest",
     "pack_optimizer",
     "publish",
@@ -41,22 +44,28 @@ __all__ = [
     "verify",
 ]
 
-PARTS = ("model", "optimizer", "rng")
+PARTS = ("model", "optimizer", "rng", "ema")
 
 _FOLDER = "checkpoints"
 _STEP = re.compile(r"step-([0-9]{8})")
 _ALWAYS_KEPT = 2
 _log = logging.getLogger(__name__)
 
+VALIDATION_LOSS = "validation_loss"  # in the state of a checkpoint: of its step, or None where it was not measured
+
 
 @dataclass
 class Checkpoint:
-    """What one checkpoint holds. Tensors are on the CPU; a part that was not asked for is an empty dict."""
+    """What one checkpoint holds. Tensors are on the CPU; a part that was not asked for is an empty dict.
+
+    So is `ema`, the moving average of the weights, where there is none.
+    """
 
     path: Path
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
+    ema: dict[str, Tensor]
     state: dict[str, Any]
     tokenizer_json: str | None
 
@@ -89,15 +98,18 @@ def publish(
     rng: Mapping[str, Tensor],
     state: Mapping[str, Any],
     tokenizer_json: str | None = None,
+    ema: Mapping[str, Tensor] | None = None,
     keep: int = 2,
+    keep_best: bool = False,
 ) -> Path:
     """Saves a checkpoint, only then removes old ones, and returns its folder.
 
     A checkpoint of this step that verifies already stays as it is: a resumed run comes by the same state again, and
     to replace it would mean a moment without it. One that is damaged is removed first.
 
-    Of the others the newest `keep` verified stay (never fewer than two) and whatever is newer than those; older
-    ones go, damaged or not. Names other than `step-` and eight digits are never touched.
+    Of the others the newest `keep` verified stay (never fewer than two) and whatever is newer than those, with
+    `keep_best` also the one that `best` finds; the rest goes, damaged or not. Names other than `step-` and eight
+    digits are never touched.
 
     Raises StorageError where a write fails; the earlier checkpoints are then whole. Raises ValueError or TypeError
     for a `state` that JSON does not return as it was (NaN, a tuple, a key that is no string).
@@ -110,11 +122,13 @@ def publish(
             write_tensors(folder / "model.safetensors", model)
             write_tensors(folder / "optimizer.safetensors", optimizer)
             write_tensors(folder / "rng.safetensors", rng)
+            if ema is not None:
+                write_tensors(folder / "ema.safetensors", ema)
             (folder / "state.json").write_bytes(state_json)
             if tokenizer_json is not None:
                 (folder / "tokenizer.json").write_bytes(tokenizer_json.encode())
             write_manifest(folder)
-    _prune(run, keep=max(keep, _ALWAYS_KEPT), published=path)
+    _prune(run, keep=max(keep, _ALWAYS_KEPT), keep_best=keep_best, published=path)
     return path
 
 
@@ -131,12 +145,14 @@ def load(path: Path, parts: Collection[str] = PARTS) -> Checkpoint:
     if unknown:
         raise ValueError(f"a checkpoint has no part {sorted(unknown)[0]!r}; its parts are {', '.join(PARTS)}")
     present = verify(path, {"state.json", "tokenizer.json", *(f"{part}.safetensors" for part in parts)})
-    tensors = {part: read_tensors(path / f"{part}.safetensors") if part in parts else {} for part in PARTS}
+    wanted = {part: part in parts and f"{part}.safetensors" in present for part in PARTS}
+    tensors = {part: read_tensors(path / f"{part}.safetensors") if wanted[part] else {} for part in PARTS}
     return Checkpoint(
         path=path,
         model=tensors["model"],
         optimizer=tensors["optimizer"],
         rng=tensors["rng"],
+        ema=tensors["ema"],
         state=_decode_state(path / "state.json"),
         tokenizer_json=_read_text(path / "tokenizer.json") if "tokenizer.json" in present else None,
     )
@@ -156,6 +172,24 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
+def best(run: Path, known: Collection[Path] = ()) -> Path | None:
+    """The checkpoint of `run` that verifies and has the lowest validation loss in its state, the newest of equals.
+
+    Those of `known` have been verified already.
+    """
+    found: list[tuple[float, int]] = []
+    for step in list_steps(run):
+        try:
+            loss = load(step_folder(run, step), parts=()).state.get(VALIDATION_LOSS)
+        except CheckpointError:
+            continue
+        if isinstance(loss, float):
+            found.append((loss, -step))
+    # The few kilobytes of a state tell who is best; only the best is read whole.
+    candidates = (step_folder(run, -step) for _, step in sorted(found))
+    return next((path for path in candidates if path in known or _is_whole(path)), None)
+
+
 def locate(path: Path, warn: Callable[[str], object] = _log.warning) -> Path:
     """The checkpoint folder that a user means by `path`: a checkpoint itself, a run, or a run's `checkpoints`.
 
@@ -169,6 +203,20 @@ def locate(path: Path, warn: Callable[[str], object] = _log.warning) -> Path:
         return _locate(path, warn)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); allow reading it") from error
+
+
+def locate_best(path: Path) -> Path:
+    """The `best` checkpoint of the run that a user means by `path`. Raises CheckpointError where there is none."""
+    newest_one = locate(path)
+    if newest_one == Path(path):
+        raise CheckpointError(f"{path} is one checkpoint; give the folder of its run to have the best of them")
+    found = best(newest_one.parent.parent)
+    if found is None:
+        raise CheckpointError(
+            f"no checkpoint of {path} was validated at its step; leave --best out, or train with eval-every and "
+            "save-every that meet"
+        )
+    return found
 
 
 def _locate(path: Path, warn: Callable[[str], object]) -> Path:
@@ -208,13 +256,20 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _prune(run: Path, *, keep: int, published: Path) -> None:
-    whole = 0
+def _prune(run: Path, *, keep: int, keep_best: bool, published: Path) -> None:
+    """`published` is whole: its files were read, for the manifest or against it, a moment ago."""
+    whole: set[Path] = set()
+    spared, doomed = {published}, []
     for step in reversed(list_steps(run)):
         path = step_folder(run, step)
-        if whole < keep:
-            whole += _is_whole(path)
-        elif path != published:
+        if len(whole) >= keep:
+            doomed.append(path)
+        elif path == published or _is_whole(path):
+            whole.add(path)
+    if doomed and keep_best and (found := best(run, known=whole)):
+        spared.add(found)
+    for path in doomed:
+        if path not in spared:
             remove_published(path)
 
 

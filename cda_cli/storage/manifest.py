@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cda_cli.errors import CheckpointError
 FORMAT = 1
 MANIFEST = "manifest.json"
 REQUIRED = frozenset({"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"})
-OPTIONAL = frozenset({"tokenizer.json"})
+OPTIONAL = frozenset({"tokenizer.json", "ema.safetensors"})
 
 # Bounds on what is parsed in one piece; our own files stay far below them.
 MAX_MANIFEST_BYTES = 64 * 1024
@@ -36,7 +37,9 @@ def damaged(path: Path, fault: str) -> CheckpointError:
 
 def write_manifest(folder: Path) -> None:
     """Writes the manifest of every file in `folder`, a checkpoint that is not published yet."""
-    files = {file.name: {"sha256": _sha256(file), "size": file.stat().st_size} for file in folder.iterdir()}
+    paths = list(folder.iterdir())
+    digests = _sha256_of(paths)
+    files = {path.name: {"sha256": digests[path], "size": path.stat().st_size} for path in paths}
     (folder / MANIFEST).write_bytes(_canonical({"files": files, "format": FORMAT}))
 
 
@@ -52,8 +55,11 @@ def verify(path: Path, hashed: Collection[str] = REQUIRED | OPTIONAL) -> frozens
     try:
         entries = _read_manifest(path)
         _check_names(path, entries)
-        for name, (size, sha256) in sorted(entries.items()):
-            _check_file(path / name, size, sha256 if name in hashed else None)
+        for name, (size, _) in sorted(entries.items()):
+            _check_size(path / name, size)
+        digests = _sha256_of([path / name for name in sorted(entries) if name in hashed])
+        for file, digest in digests.items():
+            _check_content(file, digest, entries[file.name][1])
     except OSError as error:
         broken = Path(os.fsdecode(error.filename)) if error.filename is not None else path
         raise damaged(broken, f"cannot be read ({error.strerror})") from error
@@ -108,15 +114,16 @@ def _check_names(path: Path, entries: Collection[str]) -> None:
         raise CheckpointError(f"{path / name} is not in the manifest of its checkpoint; move it elsewhere")
 
 
-def _check_file(file: Path, size: int, sha256: str | None) -> None:
+def _check_size(file: Path, size: int) -> None:
     actual = _regular_size(file)
     if actual != size:
         raise damaged(file, f"has {actual} bytes instead of {size}")
     if file.suffix == ".json" and size > MAX_JSON_BYTES:
         raise damaged(file, f"is larger than {MAX_JSON_BYTES} bytes")
-    if sha256 is None:
-        return
-    if _sha256(file) != sha256:
+
+
+def _check_content(file: Path, found: str, sha256: str) -> None:
+    if found != sha256:
         raise damaged(file, "is damaged (its SHA-256 is not the manifest's)")
     if file.suffix == ".safetensors":
         with file.open("rb") as stream:
@@ -133,6 +140,12 @@ def _regular_size(file: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise damaged(file, "is not a regular file")
     return status.st_size
+
+
+def _sha256_of(files: Sequence[Path]) -> dict[Path, str]:
+    """In threads, as hashing does not hold the interpreter, and most of a checkpoint is in two or three files."""
+    with ThreadPoolExecutor(max_workers=4) as threads:
+        return dict(zip(files, threads.map(_sha256, files), strict=True))
 
 
 def _sha256(file: Path) -> str:

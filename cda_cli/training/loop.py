@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from cda_cli.config import annealed_eps
 from cda_cli.data import IGNORE, Batch, evaluation_batches
-from cda_cli.errors import TrainingError
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
 from cda_cli.generation import SamplingSettings, generate
 from cda_cli.inspection import inspect, layer_means
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish
-from cda_cli.training.optimizer import learning_rate, set_learning_rate
+from cda_cli.training.finite import Refusals
+from cda_cli.training.milestones import Minutes, Patience
+from cda_cli.training.optimizer import learning_rate, set_learning_rate, step_if_finite
 from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup
 from cda_cli.training.speed import Speed
@@ -43,7 +44,7 @@ class Display(Protocol):
         """A step is done."""
 
     def show(self, record: dict[str, Any]) -> None:
-        """A record, as it goes into metrics.jsonl; its `kind` is train, validation, sample or checkpoint."""
+        """A record, as it goes into metrics.jsonl; its `kind` is train, refused, validation, sample or checkpoint."""
 
     def note(self, text: str) -> None:
         """A sentence."""
@@ -52,11 +53,15 @@ class Display(Protocol):
         """No more steps come, for whatever reason."""
 
 
-def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: StopRequest) -> None:
-    """Trains from `setup.step` to `optim.steps`. Raises InterruptedRunError, after saving, when asked to stop."""
+def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: StopRequest, patience: Patience) -> None:
+    """Trains from `setup.step` to `optim.steps`, or until `patience` is over.
+
+    Raises InterruptedRunError, after saving, when asked to stop.
+    """
     optim, every = setup.config.optim, setup.config.run
     model, optimizer = setup.model, setup.optimizer
     speed, losses = Speed(), Losses()
+    minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
     saved = setup.step if setup.position is not None else None
 
     def record(kind: str, **figures: Any) -> None:
@@ -65,26 +70,38 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         display.show(line)
 
     model.train()
-    while setup.step < optim.steps and not stop:
+    while setup.step < optim.steps and not (stop or patience.over):
         rate = learning_rate(optim, setup.config.schedule_steps, setup.step)
         set_learning_rate(optimizer, rate)
         eps = annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps)
         model.set_attention_eps(eps)
-        batches = [next_batch(setup) for _ in range(optim.grad_accum)]
+        with speed.waiting():
+            batches = [next_batch(setup) for _ in range(optim.grad_accum)]
         loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype)
         norm = clip_gradients(model, optim.clip)
-        require_finite(setup, loss, norm)
-        optimizer.step()
+        launched = step_if_finite(optimizer, loss + norm)
+        if refusals.refuses(loss, norm):
+            optimizer.zero_grad(set_to_none=True)
+            record("refused", **refusals.figures(setup.step + 1))
+            refusals.check(setup.step + 1)
+            continue
+        if not launched:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         setup.step += 1
-        setup.tokens += sum(batch.inputs.numel() for batch in batches)
+        if setup.average:
+            setup.average.update(setup.step)
+        setup.validation_loss = None
+        tokens = sum(batch.inputs.numel() for batch in batches)
+        setup.tokens += tokens
         losses.add(loss)
+        speed.add(tokens, loss)
         display.advance(setup.step)
 
         last = setup.step == optim.steps
         if due(setup.step, every.log_every) or last or stop:
             mean = losses.take()
-            speed.mark(losses.steps, losses.steps * sum(batch.inputs.numel() for batch in batches))
+            speed.mark()
             with speed.paused():
                 record(
                     "train",
@@ -96,6 +113,8 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                     tokens=setup.tokens,
                     tokens_per_second=speed.tokens_per_second,
                     seconds_left=speed.seconds_left(optim.steps - setup.step),
+                    data_wait=speed.data_wait,
+                    **setup.utilisation(speed.tokens_per_second),
                     memory_bytes=peak_memory(setup.device),
                     layers=layer_figures(setup, batches[0]),
                 )
@@ -103,13 +122,18 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
             if (due(setup.step, every.eval_every) or last) and not stop:
                 result = validate(setup, stop)
                 if result is not None:
-                    record("validation", **result._asdict())
+                    record("validation", **result._asdict(), **averaged_figures(setup, stop))
+                    setup.validation_loss = result.loss
+                    patience.add(result.loss)
             if due(setup.step, every.sample_every) and not stop:
-                record("sample", text=sample(setup))
-            if due(setup.step, every.save_every) or last or stop:
+                record("sample", text=sample(setup, stop))
+            if due(setup.step, every.save_every) or minutes.passed() or last or stop or patience.over:
                 path = publish(run, **setup.publishable())
                 saved = setup.step
+                minutes.restart()
                 record("checkpoint", path=str(path))
+    if patience.over and setup.step < optim.steps:
+        display.note(f"stopped early at step {setup.step} of {optim.steps}: {patience.words()}")
     if stop:
         if saved != setup.step:
             publish(run, **setup.publishable())
@@ -147,28 +171,18 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf)
 
 
-def require_finite(setup: Setup, loss: Tensor, norm: Tensor) -> None:
-    if not torch.isfinite(loss + norm):
-        raise TrainingError(
-            f"the loss or its gradient is not finite at step {setup.step + 1} (loss {loss.item()}, gradient norm "
-            f"{norm.item()}); the weights of the newest checkpoint are good: resume with a smaller --lr"
-        )
-
-
 class Losses:
     """The losses since the last line of figures; read from the device only when they are taken."""
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
-        self.steps = 0
 
     def add(self, loss: Tensor) -> None:
         self._losses.append(loss)
 
     def take(self) -> float:
-        """Their mean; `steps` is then how many there were."""
+        """Their mean; the next one begins anew."""
         mean = torch.stack(self._losses).mean().item()
-        self.steps = len(self._losses)
         self._losses.clear()
         return mean
 
@@ -183,19 +197,27 @@ def validate(setup: Setup, stop: StopRequest) -> Evaluation | None:
     return None if stop else result
 
 
+def averaged_figures(setup: Setup, stop: StopRequest) -> dict[str, float]:
+    """The same figures of the averaged weights, where there are any."""
+    if setup.average is None:
+        return {}
+    with setup.average.in_place():
+        result = validate(setup, stop)
+    return {f"ema_{name}": getattr(result, name) for name in ("loss", "bits_per_byte")} if result else {}
+
+
 def layer_figures(setup: Setup, batch: Batch) -> list[dict[str, float]]:
     """What each layer selects, on the first sequence of a batch."""
     first = Batch(batch.inputs[:1], batch.targets[:1])
     return layer_means(inspect(setup.model, [first], setup.device, setup.dtype).report())
 
 
-def sample(setup: Setup) -> str:
-    """Text that follows the beginning of the validation split; same step, same text."""
+def sample(setup: Setup, stop: StopRequest) -> str:
+    """Text that follows the beginning of the validation split, until a stop; same step, same text."""
     tokenizer, prompt_tokens = setup.data.tokenizer, min(64, setup.config.model.seq_len // 2)
     prompt = [int(token) for token in setup.data.validation.ids[:prompt_tokens]]
     setup.model.eval()
-    tokens = list(
-        generate(setup.model, prompt, SAMPLE_TOKENS, SamplingSettings(), seed=setup.config.run.seed, dtype=setup.dtype)
-    )
+    seed, settings = setup.config.run.seed, SamplingSettings()
+    tokens = list(stop.until(generate(setup.model, prompt, SAMPLE_TOKENS, settings, seed=seed, dtype=setup.dtype)))
     setup.model.train()
     return tokenizer.decode(prompt) + "▸" + tokenizer.decode(tokens)

@@ -1,24 +1,102 @@
-"""AdamW and its schedule. The learning rate is a function of the step alone, so there is no state to restore."""
+"""The optimizer, and its schedule: the learning rate is a function of the step alone, so it has no state to restore."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cda_cli.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices only: not on gains, biases and null keys."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.numel()]
+class MuonAndAdamW:
+    """`torch.optim.Muon` for some parameters and AdamW for the others, called as one optimizer is."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        self.parts: dict[str, torch.optim.Optimizer] = {"muon": muon, "adamw": adamw}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        return {parameter: state for part in self.parts.values() for parameter, state in part.state.items()}
+
+    def step(self) -> None:
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts.values():
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+Optimizer = torch.optim.AdamW | MuonAndAdamW
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """Weight decay on matrices only: not on gains, biases and null keys.
+
+    Muon (arXiv 2502.16982) takes the matrices within the model's blocks. Embeddings, the logits and all that is no
+    matrix stay with AdamW. Its steps are scaled to the size of AdamW's, so one learning rate and weight decay serve
+    both.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    matrices = [p for p in named.values() if p.ndim == 2]
+    hidden = [p for name, p in named.items() if p.ndim == 2 and name.startswith("blocks.")]
+    with_muon = hidden if config.optimizer == "muon" else []
+    taken = {id(p) for p in with_muon}
     groups = [
-        {"params": [p for p in parameters if p.ndim == 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0},
+        {"params": [p for p in matrices if id(p) not in taken], "weight_decay": config.weight_decay},
+        {"params": [p for p in named.values() if p.ndim != 2], "weight_decay": 0.0},
     ]
-    on_gpu = parameters[0].is_cuda
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=on_gpu or None)
+    on_gpu = matrices[0].is_cuda
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=on_gpu or None)
+    if not with_muon:
+        return adamw
+    muon = torch.optim.Muon(with_muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return MuonAndAdamW(muon, adamw)
+
+
+def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Loads a state dict, but not the settings in it that a resumed run may change."""
+    kept = ("weight_decay", "betas")
+    configured = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
+
+
+def moments_bytes(optimizer: Optimizer) -> int:
+    """Of the tensors that its steps keep: AdamW two like each parameter, Muon one."""
+    groups = optimizer.param_groups
+    return sum((2 if "betas" in group else 1) * p.nbytes for group in groups for p in group["params"])
+
+
+def step_if_finite(optimizer: Optimizer, loss_and_norm: Tensor) -> bool:
+    """Takes the step, which the device itself leaves out where the scalar is not finite; or does nothing, and is False.
+
+    Fused AdamW on a GPU can do this (it is how gradient scaling skips a step). The host then judges the step while the
+    device takes it: to judge first would leave the device idle until all of the next kernels are launched.
+    """
+    fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
+    plain = all(type(p.data) is Tensor for group in optimizer.param_groups for p in group["params"])
+    if not (fused and plain):
+        return False
+    optimizer.found_inf = (~torch.isfinite(loss_and_norm)).float()  # type: ignore[union-attr]
+    optimizer.step()
+    return True
 
 
 def learning_rate(config: OptimConfig, schedule_steps: int, step: int) -> float:
@@ -32,6 +110,6 @@ def learning_rate(config: OptimConfig, schedule_steps: int, step: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+def set_learning_rate(optimizer: Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = value

@@ -6,14 +6,30 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from cda_cli.config import Config
 from cda_cli.data import PreparationStoppedError
 from cda_cli.restore import saved_config
 from cda_cli.runtime import describe_device, peak_memory
 from cda_cli.signals import StopRequest
-from cda_cli.training.loop import Display, accumulate_gradients, next_batch, train
-from cda_cli.training.run_folder import check_same_run, find_checkpoint, open_run
-from cda_cli.training.setup import Setup, build, describe_backend, open_data, remarks, with_vocabulary
+from cda_cli.storage import only_writer
+from cda_cli.training.loop import Display, accumulate_gradients, clip_gradients, next_batch, train
+from cda_cli.training.memory import Forecast, forecast
+from cda_cli.training.milestones import Patience
+from cda_cli.training.run_folder import check_folder, check_same_run, find_checkpoint, open_run, validation_losses
+from cda_cli.training.setup import (
+    Setup,
+    build,
+    choose,
+    describe_backend,
+    describe_peak,
+    open_data,
+    remarks,
+    with_vocabulary,
+)
+from cda_cli.training.space import check_space
+from cda_cli.training.trackers import check_trackers
 
 
 class Plan(NamedTuple):
@@ -33,22 +49,34 @@ class Plan(NamedTuple):
 
 
 class DryRun(NamedTuple):
-    """The plan, the loss of one batch, and memory in bytes: of weights, gradients and AdamW, and the measured peak."""
+    """The plan, the loss of one batch, and memory: as forecast (None for the published code, which cannot be followed),
+    and the measured peak in bytes, on a GPU of two steps, elsewhere of the whole process with one batch."""
 
     plan: Plan
     loss: float
-    weights: int
-    gradients: int
-    optimizer: int
+    optimizer: str
+    forecast: Forecast | None
     peak: int
+    on_gpu: bool
 
 
 def run_training(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> None:
-    """Trains into the folder `run` (see `find_checkpoint` for `resume`); `display` hears of everything."""
-    checkpoint, damaged = find_checkpoint(run, resume)
-    for sentence in damaged:
-        display.note(sentence)
-    setup = _set_up(config, run, checkpoint, display, stop)
+    """Trains into the folder `run` (see `find_checkpoint` for `resume`); `display` hears of everything.
+
+    Raises StorageError where another process writes into `run`.
+    """
+    check_trackers(config.run.track)
+    check_folder(run)
+    with only_writer(run, display.note):
+        _run(config, run, resume, display, stop)
+
+
+def _run(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> None:
+    with stop.at_once("stopped before the first step, with nothing to save; the same command starts again"):
+        checkpoint, damaged = find_checkpoint(run, resume)
+        for sentence in damaged:
+            display.note(sentence)
+        setup = _set_up(config, run, checkpoint, display, stop)
     if checkpoint and setup.step >= setup.config.optim.steps:
         display.note(f"{run} has all its {setup.step} steps; raise --steps to go on")
         return
@@ -61,32 +89,59 @@ def run_training(config: Config, run: Path, resume: str, display: Display, stop:
                 f"the learning-rate schedule is now {now} steps long and was {before}; "
                 f"--set optim.schedule_steps={before} keeps it"
             )
+    unknown = describe_peak(setup.device, setup.dtype)
+    if unknown:
+        display.note(unknown)
+    patience = Patience(setup.config.run.patience, validation_losses(run, setup.step))
+    if patience.over:
+        display.note(f"{run} was stopped early: {patience.words()}; raise --set run.patience to go on")
+        return
+    check_space(run, setup)
     metrics = open_run(run, setup.config, setup.step)
     try:
         display.start(make_plan(setup, run))
-        train(setup, run, metrics, display, stop)
+        train(setup, run, metrics, display, stop, patience)
     finally:
         metrics.close()
         display.finish()
 
 
 def dry_run(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> DryRun:
-    """Builds everything and runs one batch forward and backward; writes nothing but a cache that it removes."""
-    checkpoint, damaged = find_checkpoint(run, resume)
-    for sentence in damaged:
-        display.note(sentence)
-    with tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache:
+    """Builds everything and tries it (see `DryRun`); writes nothing but a cache that it removes."""
+    with (
+        stop.at_once("stopped; nothing was written"),
+        tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache,
+    ):
+        checkpoint, damaged = find_checkpoint(run, resume)
+        for sentence in damaged:
+            display.note(sentence)
         setup = _set_up(config, run, checkpoint, display, stop, spare_cache=Path(cache))
+        plan, choice = make_plan(setup, run), choose(setup.config, setup.device)
+        followed = choice.name != "colt5"
+        expected = forecast(setup.config, setup.device, setup.dtype, plan.compiled, choice) if followed else None
+        loss, peak = try_steps(setup)
+        name = "Muon and AdamW" if setup.config.optim.optimizer == "muon" else "AdamW"
+        return DryRun(plan, loss, name, expected, peak, on_gpu=setup.device.type == "cuda")
+
+
+def try_steps(setup: Setup) -> tuple[float, int]:
+    """The loss of the first batch, and the peak of memory in bytes.
+
+    On a GPU two whole steps, as only the second meets the optimizer's state, with up to two batches each, as only the
+    second meets gradients.
+    """
+    if setup.device.type == "cpu":
         loss = accumulate_gradients(setup.compiled, [next_batch(setup)], setup.device, setup.dtype)
-        weights = sum(parameter.nbytes for parameter in setup.model.parameters())
-        return DryRun(
-            plan=make_plan(setup, run),
-            loss=loss.item(),
-            weights=weights,
-            gradients=weights,
-            optimizer=2 * weights,
-            peak=peak_memory(setup.device),
-        )
+        return loss.item(), peak_memory(setup.device)
+    torch.cuda.reset_peak_memory_stats(setup.device)
+    losses = []
+    for _ in range(2):
+        batches = [next_batch(setup) for _ in range(min(2, setup.config.optim.grad_accum))]
+        losses.append(accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype))
+        clip_gradients(setup.model, setup.config.optim.clip)
+        setup.optimizer.step()
+        setup.optimizer.zero_grad(set_to_none=True)
+    return losses[0].item(), peak_memory(setup.device)
 
 
 def make_plan(setup: Setup, run: Path) -> Plan:

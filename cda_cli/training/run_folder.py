@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cda_cli import strict_json
 from cda_cli.config import CONFIG_FILE, Config, dump_yaml
 from cda_cli.errors import CheckpointError, ConfigError, StorageError
-from cda_cli.storage import Checkpoint, list_steps, load, locate, newest, write_file
+from cda_cli.storage import LOCK, Checkpoint, is_hidden, list_steps, load, locate, newest, remove_stale, write_file
+from cda_cli.training.trackers import Tracker, numbers, open_trackers
 
 METRICS_FILE = "metrics.jsonl"
+
+
+def check_folder(run: Path) -> None:
+    """Raises ConfigError where `run` is a file, or a folder that holds something other than a run."""
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"{run} is a file; give --out the name of a folder")
+    if run.is_dir() and not (run / CONFIG_FILE).exists():
+        # A run that was killed before it had its configuration leaves no more than these.
+        foreign = [entry.name for entry in run.iterdir() if entry.name != LOCK and not is_hidden(entry.name)]
+        if foreign:
+            raise ConfigError(f"{run} is not empty and holds no run; choose another folder for --out")
 
 
 def find_checkpoint(run: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
@@ -23,11 +35,7 @@ def find_checkpoint(run: Path, resume: str) -> tuple[Checkpoint | None, list[str
     run; anything else is the path of a run or checkpoint to go on from. It is then the newest of `run`, or `run`
     holds no run yet: two histories never mix in one folder.
     """
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"{run} is a file; give --out the name of a folder")
-    foreign = run.is_dir() and not (run / CONFIG_FILE).exists() and any(run.iterdir())
-    if foreign:
-        raise ConfigError(f"{run} is not empty and holds no run; choose another folder for --out")
+    check_folder(run)
     if resume == "auto":
         path, damaged = newest(run)
         if path is None and list_steps(run):
@@ -44,7 +52,7 @@ def find_checkpoint(run: Path, resume: str) -> tuple[Checkpoint | None, list[str
 
 
 def check_same_run(before: Config, now: Config, where: Path) -> None:
-    """Model, data, seed and tokens must be those of the run that goes on; steps, rates and intervals may change."""
+    """Model, data, seed and optimizer must be those of the run that goes on; steps, rates, intervals may change."""
     pairs = [("model", before.model, now.model), ("data", before.data, now.data)]
     for section, old, new in pairs:
         for name, value in old.model_dump().items():
@@ -52,6 +60,8 @@ def check_same_run(before: Config, now: Config, where: Path) -> None:
                 _refuse(where, f"{section}.{name}", value, getattr(new, name))
     if before.run.seed != now.run.seed:
         _refuse(where, "run.seed", before.run.seed, now.run.seed)
+    if before.optim.optimizer != now.optim.optimizer:
+        _refuse(where, "optim.optimizer", before.optim.optimizer, now.optim.optimizer)
 
 
 def _refuse(where: Path, key: str, before: object, now: object) -> None:
@@ -62,19 +72,20 @@ def _refuse(where: Path, key: str, before: object, now: object) -> None:
 
 
 def open_run(run: Path, config: Config, resumed_step: int) -> Metrics:
-    """Makes the folder, writes the configuration, and opens the metrics at `resumed_step`."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{run} cannot be made ({error.strerror}); choose another --out") from error
+    """Writes the configuration, and opens the metrics at `resumed_step`."""
+    remove_stale(run)
     write_file(run / CONFIG_FILE, dump_yaml(config).encode())
-    return Metrics(run / METRICS_FILE, resumed_step)
+    return Metrics(run / METRICS_FILE, resumed_step, open_trackers(run, config, resumed_step))
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, with its step. Lines of steps that are about to be redone are dropped."""
+    """metrics.jsonl: one JSON object a line, with its step. Lines of steps that are about to be redone are dropped.
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    The numbers of each line also go to the trackers.
+    """
+
+    def __init__(self, path: Path, resumed_step: int, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
         kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
         write_file(path, "".join(strict_json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
@@ -87,21 +98,32 @@ class Metrics:
             raise StorageError(
                 f"{self._file.name} cannot be written ({error.strerror}); free some space and start again to resume"
             ) from error
+        if self._trackers and (figures := numbers(record)):
+            for tracker in self._trackers:
+                tracker.log(record["step"], figures)
 
     def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
         # What could not be flushed was said by `write`.
         with contextlib.suppress(OSError):
             self._file.close()
 
 
+def validation_losses(run: Path, step: int) -> list[float | None]:
+    """The validation losses of the run in folder `run` up to `step`, oldest first; None for one that was not finite."""
+    records = [record for record in read_metrics(run / METRICS_FILE) if record.get("kind") == "validation"]
+    return [record.get("loss") for record in records if record["step"] <= step]
+
+
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file; a last line that a kill cut short is left out."""
-    if not path.exists():
+    """The whole lines of a metrics file; one that a kill cut short or a disk damaged is left out. A link is none."""
+    if path.is_symlink() or not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and "step" in record:
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             yield record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from cda_cli import __version__
 from cda_cli.config import Config
 from cda_cli.data import (
     Batch,
+    Prefetched,
     StreamedBatches,
     Tokenizer,
     Tokens,
@@ -25,12 +27,16 @@ from cda_cli.data import (
     prepare,
     streamed_validation,
 )
-from cda_cli.errors import DeviceError
+from cda_cli.errors import CheckpointError, DeviceError
 from cda_cli.model import Transformer, model_backend, state_tensors
-from cda_cli.restore import fill
+from cda_cli.ops import Choice
+from cda_cli.restore import check_model, fill
 from cda_cli.runtime import pick_device, pick_dtype, random_states, restore_random_states
 from cda_cli.storage import Checkpoint, pack_optimizer, unpack_optimizer
-from cda_cli.training.optimizer import build_optimizer
+from cda_cli.training.average import WeightAverage
+from cda_cli.training.finite import require_finite_weights
+from cda_cli.training.flops import flops_per_token, peak_flops
+from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optimizer
 
 
 @dataclass
@@ -48,7 +54,11 @@ class RunData:
 
 @dataclass
 class Setup:
-    """A run that is ready for its next step. `compiled` is `model`, or torch.compile's wrapper of it."""
+    """A run that is ready for its next step. `compiled` is `model`, or torch.compile's wrapper of it.
+
+    `average` is that of its weights, where one was asked for; `validation_loss` is that of this very step, where it was
+    measured.
+    """
 
     config: Config
     device: torch.device
@@ -56,31 +66,48 @@ class Setup:
     data: RunData
     model: Transformer
     compiled: nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     batches: Iterator[tuple[Batch, dict[str, Any]]]
     step: int
     tokens: int
     position: dict[str, Any] | None
+    average: WeightAverage | None
+    validation_loss: float | None = None
+
+    def utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOPs utilisation, `mfu_computed` and `mfu_dense` (see `flops`); nothing where no peak is known."""
+        peak = peak_flops(self.device, self.dtype)
+        if peak is None:
+            return {}
+        flops = flops_per_token(self.config, choose(self.config, self.device).name)
+        return {f"mfu_{name}": tokens_per_second * value / peak for name, value in flops._asdict().items()}
 
     def publishable(self) -> dict[str, Any]:
-        """What a checkpoint of this moment holds, for `storage.publish`."""
+        """What a checkpoint of this moment holds, for `storage.publish`. Raises TrainingError for weights that are not
+        finite."""
+        model, average = state_tensors(self.model), self.average.tensors() if self.average else None
+        require_finite_weights(self.step, model)
+        require_finite_weights(self.step, {f"the average of {name}": one for name, one in (average or {}).items()})
         optimizer, plain = pack_optimizer(self.optimizer.state_dict())
         state = {
             "step": self.step,
             "tokens": self.tokens,
             "position": self.position,
+            "validation_loss": self.validation_loss if math.isfinite(self.validation_loss or 0.0) else None,
             "config": self.config.model_dump(mode="json"),
             "optimizer": plain,
             "versions": {"cda": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]},
         }
         return {
             "step": self.step,
-            "model": state_tensors(self.model),
+            "model": model,
             "optimizer": optimizer,
             "rng": random_states(),
             "state": state,
+            "ema": average,
             "tokenizer_json": self.data.tokenizer.to_json(),
             "keep": self.config.run.keep,
+            "keep_best": self.config.run.keep_best,
         }
 
 
@@ -129,17 +156,23 @@ def build(
     dtype = pick_dtype(config.run.dtype, device)
     torch.manual_seed(config.run.seed)
     describe_backend(config, device)  # a backend that cannot run is an error before any work
+    if checkpoint:
+        check_model(checkpoint.model, checkpoint, config)
     model = Transformer(config.model, config.run.backend).to(device)
+    model.activation_checkpointing = config.run.activation_checkpointing
     optimizer = build_optimizer(model, config.optim)
     state: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:
-        fill(model, checkpoint, config)
-        configured = [(group["weight_decay"], group["betas"]) for group in optimizer.param_groups]
-        optimizer.load_state_dict(unpack_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"]))
-        for group, (weight_decay, betas) in zip(optimizer.param_groups, configured, strict=True):
-            # A resumed run may change these, and loading has put back the old ones.
-            group.update(weight_decay=weight_decay, betas=betas)
+        fill(model, checkpoint.model, checkpoint, config)
+        fill_optimizer(optimizer, checkpoint)
         restore_random_states(checkpoint.rng)
+    average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
+    if average and checkpoint:
+        if checkpoint.ema:
+            check_model(checkpoint.ema, checkpoint, config)
+            average.load(checkpoint.ema)
+        else:
+            note(f"the moving average of the weights begins at step {state['step']}")
     return Setup(
         config=config,
         device=device,
@@ -148,11 +181,36 @@ def build(
         model=model,
         compiled=_compile(model, config, device, note),
         optimizer=optimizer,
-        batches=data.open_batches(state["position"]),
+        # So many that the next step's are there while this one's are trained on.
+        batches=Prefetched(_pinned(data.open_batches(state["position"]), device), ahead=config.optim.grad_accum),
         step=state["step"],
         tokens=state["tokens"],
         position=state["position"],
+        average=average,
     )
+
+
+def _pinned(
+    batches: Iterator[tuple[Batch, dict[str, Any]]], device: torch.device
+) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """For a GPU in pinned memory (see `to_device`), where that takes none of the training loop's time."""
+    if device.type != "cuda":
+        return batches
+    return ((Batch(batch.inputs.pin_memory(), batch.targets.pin_memory()), state) for batch, state in batches)
+
+
+def fill_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint's moments into `optimizer`. Raises CheckpointError where they are not those of its model."""
+    try:
+        restore_optimizer(optimizer, unpack_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"]))
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {tuple(value.shape)} for {tuple(parameter.shape)}")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"the optimizer in {checkpoint.path} is not that of its model ({error}); use an earlier checkpoint"
+        ) from error
 
 
 def with_vocabulary(config: Config, data: RunData) -> Config:
@@ -179,11 +237,24 @@ def describe_backend(config: Config, device: torch.device) -> str:
     model = config.model
     if model.attention == "softmax" and model.ff == "gelu":
         return "PyTorch SDPA (no layer selects with coordinate descent)"
+    choice = choose(config, device)
+    return f"{choice.name}, {model.solver} solver ({choice.reason})"
+
+
+def describe_peak(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a GPU's utilisation is not shown, where it is not."""
+    if device.type == "cpu" or peak_flops(device, dtype) is not None:
+        return None
+    name, precision = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")
+    return f"the peak of {name} in {precision} is not known here, so model FLOPs utilisation is not shown"
+
+
+def choose(config: Config, device: torch.device) -> Choice:
+    """The backend of the layers. Raises DeviceError where a forced one cannot run."""
     try:
-        choice = model_backend(model, config.run.backend, device)
+        return model_backend(config.model, config.run.backend, device)
     except ValueError as error:
         raise DeviceError(str(error)) from error
-    return f"{choice.name}, {model.solver} solver ({choice.reason})"
 
 
 def _compile(model: Transformer, config: Config, device: torch.device, note: Callable[[str], None]) -> nn.Module:

@@ -1,4 +1,7 @@
-"""Tokens per second over a window, and the time that is left; pauses for validation and saving are not counted."""
+"""Tokens per second over a window, the time that is left, and the share of it that went into waiting for data.
+
+Pauses for validation and saving are not counted.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,54 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor
 
 WINDOW = 20  # intervals between two lines of figures
 
 
+class Interval(NamedTuple):
+    """Some steps: their number, tokens, seconds, and the seconds of those in which the next batch was not there."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    waited: float
+
+
 class Speed:
-    """`mark` after some steps; the first interval (compilation, warm-up) is forgotten once a second one is there."""
+    """`add` each step, `mark` before a line of figures.
+
+    The first step of a process compiles and warms up. It is an interval of its own, forgotten once there is another,
+    so that the first line of figures, after a resume too, has the speed of the steps to come.
+    """
 
     def __init__(self) -> None:
-        self._intervals: deque[tuple[int, int, float]] = deque(maxlen=WINDOW)
+        self._intervals: deque[Interval] = deque(maxlen=WINDOW)
         self._last = time.perf_counter()
-        self._warm = False
+        self._steps = self._tokens = 0
+        self._waited = 0.0
+        self._marks = 0
 
-    def mark(self, steps: int, tokens: int) -> None:
+    def add(self, tokens: int, loss: Tensor) -> None:
+        """A step is done, or on its way on the device, with this many tokens and this loss."""
+        self._steps += 1
+        self._tokens += tokens
+        if not self._marks:
+            loss.item()  # waits for the device
+            self.mark()
+
+    def mark(self) -> None:
+        """Ends an interval, if it has a step."""
+        if not self._steps:
+            return
         now = time.perf_counter()
-        if not self._warm and len(self._intervals) == 1:
+        if self._marks == 1:
             self._intervals.clear()
-            self._warm = True
-        self._intervals.append((steps, tokens, now - self._last))
-        self._last = now
+        self._intervals.append(Interval(self._steps, self._tokens, now - self._last, self._waited))
+        self._last, self._steps, self._tokens, self._waited = now, 0, 0, 0.0
+        self._marks += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -32,12 +64,28 @@ class Speed:
         yield
         self._last += time.perf_counter() - began
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around whatever makes the next batch."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
     @property
     def tokens_per_second(self) -> float:
-        seconds = sum(interval[2] for interval in self._intervals)
-        return sum(interval[1] for interval in self._intervals) / seconds if seconds else 0.0
+        seconds = self._sum("seconds")
+        return self._sum("tokens") / seconds if seconds else 0.0
+
+    @property
+    def data_wait(self) -> float:
+        """The share of the time in which the loop waited for data."""
+        seconds = self._sum("seconds")
+        return self._sum("waited") / seconds if seconds else 0.0
 
     def seconds_left(self, steps: int) -> float | None:
         """Seconds for `steps` more, or None before anything was measured."""
-        done = sum(interval[0] for interval in self._intervals)
-        return steps * sum(interval[2] for interval in self._intervals) / done if done else None
+        done = self._sum("steps")
+        return steps * self._sum("seconds") / done if done else None
+
+    def _sum(self, name: str) -> float:
+        return sum(getattr(interval, name) for interval in self._intervals)

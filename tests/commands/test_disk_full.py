@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from cda_cli.storage import load, newest
-from tests.commands.helpers import Cda, metrics
+from cda_cli.restore import saved_config
+from cda_cli.storage import load, locate, newest
+from cda_cli.training.setup import build, open_data
+from cda_cli.training.space import OTHER_BYTES, checkpoint_bytes
+from tests.commands.helpers import Cda, assert_refused, metrics
 
 LIMITED = """
 import resource, sys
@@ -73,3 +76,32 @@ def test_tokens_that_do_not_fit(tiny: Path, tmp_path: Path) -> None:
     assert_one_sentence(done, "CDA_CACHE")
     assert not (tmp_path / "run").exists()
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+
+
+@pytest.mark.parametrize(("keep_best", "count"), [("true", "1000000002"), ("false", "1000000001")])
+def test_checkpoints_that_can_never_fit_are_said_at_the_start(
+    cda: Cda, tiny: Path, tmp_path: Path, keep_best: str, count: str
+) -> None:
+    """Not after hours, when the first is due. A billion of them fit on no disk."""
+    settings = ("--set", "run.keep=1000000000", "--set", f"run.keep_best={keep_best}")
+    result = cda("train", "--config", tiny, "--out", tmp_path / "run", *settings)
+    assert_refused(result, "free, and the checkpoints of this run need", f"({count} of 1.4 MiB, 0 there)", "--out")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_said_of_a_checkpoint_is_its_size(finished: Path) -> None:
+    """Else a run would be refused for nothing, or end in a full disk."""
+    checkpoint = load(locate(finished))
+    files = sum(file.stat().st_size for file in checkpoint.path.iterdir())
+    config = saved_config(checkpoint)
+    data = open_data(config, show_progress=False)
+    said = checkpoint_bytes(build(config, data, checkpoint))
+    assert files < said < files + OTHER_BYTES
+
+
+def test_so_is_what_is_said_with_muon_and_an_average(cda: Cda, tiny: Path, tmp_path: Path) -> None:
+    """Muon keeps one tensor like each of its weights, where AdamW keeps two; the average is a third part."""
+    settings = ("--steps", "2", "--set", "optim.optimizer=muon", "--set", "optim.ema_decay=0.9")
+    done = cda("train", "--config", tiny, "--out", tmp_path / "run", *settings)
+    assert done.code == 0, done.err
+    test_what_is_said_of_a_checkpoint_is_its_size(tmp_path / "run")

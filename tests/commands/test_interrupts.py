@@ -16,12 +16,12 @@ from cda_cli.errors import InterruptedRunError
 from cda_cli.signals import StopRequest
 from tests.commands.helpers import Cda, contents, in_subprocess, metrics, steps_saved
 
-# Sends itself the signal when it opens the file of prepared tokens.
-WHILE_PREPARING = """
-import os, signal, sys
-number = int(sys.argv.pop(1))
+# Sends itself the signal when it imports torch, or opens the file of prepared tokens.
+AT_AN_EVENT = """
+import os, sys
+number, wanted, name = int(sys.argv.pop(1)), sys.argv.pop(1), sys.argv.pop(1)
 def hook(event, arguments):
-    if event == "open" and str(arguments[0]).endswith("train.bin"):
+    if event == wanted and str(arguments[0]).endswith(name):
         os.kill(os.getpid(), number)
 sys.addaudithook(hook)
 from cda_cli.main import run
@@ -54,16 +54,25 @@ def test_a_run_that_is_stopped_saves_and_goes_on(cda: Cda, tiny: Path, tmp_path:
     assert [record["step"] for record in metrics(run, "train")] == list(range(1, last + 3))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_while_preparing_leaves_nothing(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "event", "name", "left"),
+    [
+        (signal.SIGINT, "open", "train.bin", {"tokens": None}),
+        (signal.SIGTERM, "open", "train.bin", {"tokens": None}),
+        (signal.SIGTERM, "import", "torch", {}),
+    ],
+)
+def test_a_stop_before_the_first_step_leaves_nothing(
+    tiny: Path, tmp_path: Path, number: signal.Signals, event: str, name: str, left: dict[str, object]
+) -> None:
     """No run folder, and no half of the tokens in the cache, which a later run would take for whole."""
-    command = [sys.executable, "-c", WHILE_PREPARING, str(int(number))]
+    command = [sys.executable, "-c", AT_AN_EVENT, str(int(number)), event, name]
     run = ["train", "--config", str(tiny), "--out", str(tmp_path / "run")]
     done = subprocess.run([*command, *run], capture_output=True, text=True, check=False)
     assert done.returncode == 128 + number, done.stderr
-    assert done.stderr == "stopped while preparing the data; run again to start it anew\n"
+    assert done.stderr == "stopped before the first step, with nothing to save; the same command starts again\n"
     assert not (tmp_path / "run").exists()
-    assert contents(tmp_path / "cache") == {"tokens": None}
+    assert contents(tmp_path / "cache") == left
 
 
 def test_requests_are_noted_and_handlers_given_back() -> None:
@@ -86,6 +95,35 @@ def test_handlers_are_given_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), StopRequest():
         raise ZeroDivisionError
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_work_with_nothing_to_save_ends_at_once(number: signal.Signals) -> None:
+    """A download does not come by to ask; what it has begun is cleaned up on the way out."""
+    cleaned = []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(number)
+            pytest.fail("the work went on")
+        finally:
+            cleaned.append(True)
+
+    with pytest.raises(InterruptedRunError, match="nothing to save") as caught:  # noqa: SIM117 - the order matters
+        with StopRequest() as stop, stop.at_once("nothing to save"):
+            work()
+    assert caught.value.exit_code == 128 + number
+    assert cleaned == [True]
+
+
+def test_a_request_from_before_ends_it_too() -> None:
+    """And afterwards a request is only noted again."""
+    with StopRequest() as stop:
+        with stop.at_once("none yet"):
+            pass
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(InterruptedRunError, match="asked before"), stop.at_once("asked before"):
+            pytest.fail("the work was begun")
 
 
 def test_items_end_with_the_request() -> None:

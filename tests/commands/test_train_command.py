@@ -14,7 +14,7 @@ from tests.commands.helpers import OVERFLOWING, Cda, assert_refused, contents, e
 
 TRAIN_FIGURES = {
     "step", "kind", "loss", "bits_per_byte", "lr", "eps", "grad_norm", "tokens", "tokens_per_second", "seconds_left",
-    "memory_bytes", "layers",
+    "memory_bytes", "layers", "data_wait",
 }  # fmt: skip
 LAYER_FIGURES = {"layer", "sparsity_k", "effective_support", "capped_share", "distance_back", "active_units"}
 VALIDATION_FIGURES = {

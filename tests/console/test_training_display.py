@@ -8,6 +8,7 @@ from typing import Any
 from cda_cli.console import TrainingDisplay
 from cda_cli.console.reports import show_doctor, show_dry_run
 from cda_cli.diagnosis import Check, Diagnosis
+from cda_cli.training.memory import Forecast
 from cda_cli.training.run import DryRun, Plan
 from tests.console.conftest import MakeScreen, Screen
 
@@ -18,7 +19,7 @@ LAYER = {
 }  # fmt: skip
 TRAIN = {
     "step": 10, "kind": "train", "loss": 2.5, "bits_per_byte": 3.6067, "lr": 1e-3, "eps": 0.1, "grad_norm": 0.75,
-    "tokens": 5120, "tokens_per_second": 999.9, "seconds_left": 61.0, "memory_bytes": 2**29,
+    "tokens": 5120, "tokens_per_second": 999.9, "seconds_left": 61.0, "data_wait": 0.0123, "memory_bytes": 2**29,
     "layers": [LAYER, LAYER | {"layer": 1, "effective_support": 9.0}],
 }  # fmt: skip
 VALIDATION = {
@@ -28,6 +29,7 @@ RECORDS: list[dict[str, Any]] = [
     TRAIN,
     VALIDATION,
     {"step": 10, "kind": "sample", "text": "a\tb \N{ESCAPE}[2J[bold]\nend"},
+    {"step": 11, "kind": "refused", "saw": "loss nan, gradient norm inf", "in_a_row": 2},
     {"step": 10, "kind": "checkpoint", "path": "runs/[x]/checkpoints/step-00000010"},
 ]
 
@@ -51,10 +53,14 @@ def test_plain_lines(screen: MakeScreen) -> None:
     assert "run       runs/[x]" in lines
     assert "steps     20, of 512 tokens (1.25 passes over the text)" in lines
     assert (
-        "10/20  loss 2.5000  3.607 bits/byte  lr 1.00e-03  1 k tokens/s  1:01 left  512 MiB  "
+        "10/20  loss 2.5000  3.607 bits/byte  lr 1.00e-03  1 k tokens/s  1:01 left  data wait 1.2%  512 MiB  "
         "support 4.2/9.0  capped 12%/12%  k 1.50/1.50"
     ) in lines
     assert "10/20  validation loss 2.6250 ± 0.5000, 3.7500 bits per byte" in lines
+    assert (
+        "11/20  refused: loss nan, gradient norm inf; the weights stay as they were, and the step is tried with the "
+        "next batch (2 in a row)"
+    ) in lines
     assert "10/20  saved runs/[x]/checkpoints/step-00000010" in lines
     assert "\N{REPLACEMENT CHARACTER}[2J[bold]" in text
     assert "\N{ESCAPE}" not in text
@@ -68,6 +74,19 @@ def test_a_terminal_keeps_the_figures_at_the_end(screen: MakeScreen) -> None:
     for words in ("10 of 20", "2.5000", "at step 10", "effective support", "12.5%", "75.0%"):
         assert words in end
     assert "\N{ESCAPE}[2J" not in text, "the text of a sample cleared the screen"
+
+
+def test_utilisation_names_both_figures(screen: MakeScreen) -> None:
+    """One number without its rule could be either; on a CPU there is none."""
+    made = screen()
+    known = TRAIN | {"mfu_computed": 0.4567, "mfu_dense": 0.5}
+    display = TrainingDisplay()
+    display.start(PLAN)
+    display.show(known)
+    display.finish()
+    assert "MFU 45.7% computed, 50.0% dense" in made.getvalue()
+    assert "45.7% of what is computed, 50.0% of a dense model's (6N + 12LdT)" in made.getvalue()
+    assert "utilisation" not in shown(screen())
 
 
 def test_a_run_without_figures_ends_quietly(screen: MakeScreen) -> None:
@@ -88,9 +107,18 @@ def test_the_plan_says_where_it_goes_on(screen: MakeScreen) -> None:
 
 def test_a_dry_run_tells_the_memory(screen: MakeScreen) -> None:
     made = screen()
-    show_dry_run(DryRun(PLAN, 5.5, 2**20, 2**20, 2**21, 2**30))
-    for words in ("1.23 M parameters", "5.5000", "weights 1 MiB, gradients 1 MiB, AdamW 2 MiB", "1 GiB", "nothing"):
-        assert words in made.getvalue()
+    parts = Forecast(2**20, 2**20, 2**21, 2**20, 2**24, 2**23, 2**26, 2**29)
+    show_dry_run(DryRun(PLAN, 5.5, "AdamW", parts, 2**30, on_gpu=True))
+    for words in (
+        "1.23 M parameters", "5.5000", "peak 512 MiB: weights 1 MiB, gradients 1 MiB, AdamW 2 MiB, averaged weights 1",
+        "activations 16 MiB", "logits and loss 8 MiB", "workspaces 64 MiB", "peak 1 GiB in two steps",
+        "the forecast is 50.0% of it", "nothing",
+    ):  # fmt: skip
+        assert words in " ".join(made.getvalue().split())
+    unknown = screen()
+    show_dry_run(DryRun(PLAN, 5.5, "AdamW", None, 2**30, on_gpu=False))
+    assert "none for backend colt5" in unknown.getvalue()
+    assert "peak 1 GiB of this process with one batch" in unknown.getvalue()
 
 
 def test_a_check_that_failed_is_seen(screen: MakeScreen) -> None:

@@ -106,6 +106,15 @@ def test_a_position_of_other_data_is_one_sentence() -> None:
         TrainBatches(numbered(101), 10, 2, 0, state)
 
 
+@pytest.mark.parametrize("change", [{"position": 11}, {"position": -1}, {"epoch": "1"}, {"seed": None}])
+def test_a_position_that_cannot_be_is_refused(change: dict[str, object]) -> None:
+    """Beyond the last window there is no next one: a batch would be waited for without end."""
+    _, state = next(TrainBatches(numbered(100), 10, 2, 0))
+    TrainBatches(numbered(100), 10, 2, 0, state | {"position": 10})
+    with pytest.raises(DataError, match=r"the saved data position has \w+ .*; use an earlier checkpoint"):
+        TrainBatches(numbered(100), 10, 2, 0, state | change)
+
+
 def test_a_text_shorter_than_one_sequence_names_the_length_that_fits() -> None:
     assert count_windows(numbered(9), 8) == 1
     with pytest.raises(DataError, match=r"training text is shorter than one sequence.*; --seq-len 7 would fit$"):

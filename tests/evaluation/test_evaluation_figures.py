@@ -88,19 +88,16 @@ def test_the_batch_size_does_not_show(lengths: tuple[int, int], batch_sizes: tup
     assert one._asdict() == pytest.approx(other._asdict(), rel=1e-5, abs=1e-5, nan_ok=True)
 
 
-class Constant(nn.Module):
-    """The same logits [V] everywhere."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.logits.expand(*inputs.shape, -1)
+def constant(logits: Tensor) -> Transformer:
+    """A model with the same logits [V] everywhere."""
+    model = build(vocab_size=len(logits))
+    nn.init.zeros_(model.to_logits.weight)
+    model.to_logits.bias.data.copy_(logits)
+    return model
 
 
 def test_a_uniform_guess_over_bytes_is_eight_bits() -> None:
-    found = run(Constant(torch.zeros(256)), text(100), 7, 4, ratio=1.0)
+    found = run(constant(torch.zeros(256)), text(100), 7, 4, ratio=1.0)
     assert found.bits_per_byte == pytest.approx(8, abs=1e-5)
     assert found.perplexity == pytest.approx(256, rel=1e-5)
     assert found.standard_error == pytest.approx(0, abs=1e-6)
@@ -111,7 +108,7 @@ def test_a_model_that_is_utterly_wrong_has_figures_too() -> None:
     """e to the loss would be more than a float holds."""
     logits = torch.full((VOCABULARY + 1,), -5000.0)
     logits[-1] = 5000.0
-    found = run(Constant(logits), text(50), 7, 4)
+    found = run(constant(logits), text(50), 7, 4)
     assert found.loss == pytest.approx(10_000)
     assert math.isfinite(found.perplexity)
 

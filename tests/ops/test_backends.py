@@ -150,7 +150,7 @@ def test_heads_that_the_kernels_cannot_hold_are_left_to_torch() -> None:
 
 
 def test_the_kernels_refuse_a_mixture_of_dtypes() -> None:
-    query, key, value, _ = attention_inputs(5, 5)
+    query, key, value, _ = (tensor.to(DEVICE) for tensor in attention_inputs(5, 5))
     with pytest.raises(ValueError, match="of one dtype"):
         soft_topk_attention(query, key.bfloat16(), value, 2.0, backend="triton")
 

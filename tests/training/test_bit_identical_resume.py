@@ -25,7 +25,9 @@ def whole(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same_end(run: Path, whole: Path) -> None:
     assert losses(run) == losses(whole), "a loss differs: data, dropout, weights or optimizer were not restored"
-    for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"):
+    names = {file.name for file in locate(whole).iterdir()}
+    assert {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"} < names
+    for name in sorted(names):
         assert (locate(run) / name).read_bytes() == (locate(whole) / name).read_bytes(), f"{name} differs at the end"
 
 
@@ -60,6 +62,16 @@ def test_steps_after_the_last_checkpoint_are_redone_the_same(config: Config, who
     trained(config, run)
     assert {step: loss for step, loss in losses(run).items() if step <= 6} == first
     assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "muon"}, {"ema_decay": 0.6}], ids=str)
+def test_what_is_on_request_goes_on_as_exactly(config: Config, tmp_path: Path, settings: dict[str, object]) -> None:
+    """State of other optimizers and averages."""
+    asked = changed(config, **settings)
+    trained(asked, tmp_path / "whole")
+    for steps in (2, 5, 12):
+        trained(changed(asked, steps=steps), tmp_path / "run")
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
 def test_another_seed_is_another_run(config: Config, whole: Path, tmp_path: Path) -> None:

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from cda_cli.config import ModelConfig, OptimConfig
 from cda_cli.model import Transformer
-from cda_cli.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from cda_cli.storage import pack_optimizer
+from cda_cli.training.optimizer import (
+    MuonAndAdamW,
+    build_optimizer,
+    learning_rate,
+    restore_optimizer,
+    set_learning_rate,
+    step_if_finite,
+)
 
 SETTINGS = {"lr": 0.5, "min_lr_ratio": 0.1, "warmup_steps": 4}
 
@@ -110,3 +118,92 @@ def test_the_settings_reach_adamw() -> None:
         assert (group["lr"], group["betas"]) == (0.25, (0.5, 0.75))
     set_learning_rate(optimizer, 0.125)
     assert {group["lr"] for group in optimizer.param_groups} == {0.125}
+
+
+def with_muon(model: Transformer, **settings: float) -> MuonAndAdamW:
+    optimizer = build_optimizer(model, OptimConfig(optimizer="muon", weight_decay=0.3, **settings))
+    assert isinstance(optimizer, MuonAndAdamW)
+    return optimizer
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_no_others() -> None:
+    """Embeddings and the logits are matrices too, but rows of theirs are steered one by one."""
+    model = a_model(tied_embeddings=False, null_kv=2)
+    optimizer = with_muon(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owned = {
+        part: {names[id(p)] for group in one.param_groups for p in group["params"]}
+        for part, one in optimizer.parts.items()
+    }
+    assert not owned["muon"] & owned["adamw"]
+    assert owned["muon"] | owned["adamw"] == set(names.values())
+    assert owned["muon"] == {
+        name for name in names.values() if "blocks" in name and model.get_parameter(name).ndim == 2
+    }
+    assert {"token_embedding.weight", "to_logits.weight"} <= owned["adamw"]
+    assert {"blocks.0.attention.to_qkv.weight", "blocks.1.feed_forward.proj_in.weight"} <= owned["muon"]
+
+
+def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:
+    """The same rate serves both: the root mean square of a step is about 0.2 of it, whatever the gradient's size."""
+    for size in (1e-3, 1e3):
+        model = a_model(dim=64)
+        weight = model.get_parameter("blocks.0.attention.to_qkv.weight")
+        for parameter in model.parameters():
+            parameter.grad = size * torch.randn_like(parameter)
+        optimizer = build_optimizer(model, OptimConfig(optimizer="muon", weight_decay=0.0))
+        set_learning_rate(optimizer, 0.5)
+        before = weight.detach().clone()
+        optimizer.step()
+        step = (weight.detach() - before).square().mean().sqrt().item()
+        assert step == pytest.approx(0.5 * 0.2, rel=0.2)
+        optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in model.parameters() if parameter.numel())
+
+
+def test_a_restored_optimizer_keeps_its_settings_and_gets_the_state() -> None:
+    """What a resumed run changed must not be undone by what was saved."""
+    for name in ("adamw", "muon"):
+        model = a_model()
+        before = build_optimizer(model, OptimConfig(optimizer=name, weight_decay=0.25, beta1=0.5))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before.step()
+        after = build_optimizer(model, OptimConfig(optimizer=name, weight_decay=0.5, beta1=0.75))
+        restore_optimizer(after, before.state_dict())
+        assert {group["weight_decay"] for group in after.param_groups} == {0.0, 0.5}
+        assert {group["betas"] for group in after.param_groups if "betas" in group} == {(0.75, 0.95)}
+        (saved, first), (restored, second) = pack_optimizer(before.state_dict()), pack_optimizer(after.state_dict())
+        assert saved
+        assert saved.keys() == restored.keys()
+        assert all(saved[key].equal(restored[key]) for key in saved), name
+        assert first != second
+
+
+@pytest.mark.parametrize("seen", [math.nan, math.inf, 1.0])
+def test_the_device_leaves_a_step_out_that_is_not_finite(seen: float) -> None:
+    """Weights, averages and the count of steps stay as they were, and the next step is taken as if nothing was."""
+    model = a_model(null_kv=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for loss in (2.0, seen, 3.0):
+        before = {name: tensor.clone() for name, tensor in pack_optimizer(optimizer.state_dict())[0].items()}
+        weights = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, loss)
+        assert step_if_finite(optimizer, torch.tensor(loss))
+        taken = math.isfinite(loss)
+        for old, new in zip(weights, model.parameters(), strict=True):
+            assert old.equal(new) is not taken
+        after, _ = pack_optimizer(optimizer.state_dict())
+        assert all(after[name].equal(tensor) is not taken for name, tensor in before.items())
+
+
+def test_other_optimizers_are_left_to_the_host() -> None:
+    """They could not leave the step out by themselves, so it must be judged before."""
+    for name in ("adamw", "muon"):
+        model = a_model(null_kv=1)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        assert not step_if_finite(build_optimizer(model, OptimConfig(optimizer=name)), torch.tensor(1.0))
+        assert all(old.equal(new) for old, new in zip(before, model.parameters(), strict=True))

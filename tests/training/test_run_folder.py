@@ -8,7 +8,8 @@ import pytest
 
 from cda_cli.config import Config, parse
 from cda_cli.errors import ConfigError
-from cda_cli.training.run_folder import Metrics, check_same_run, read_metrics
+from cda_cli.storage import LOCK
+from cda_cli.training.run_folder import Metrics, check_folder, check_same_run, read_metrics
 
 
 def written(path: Path, *steps: int) -> None:
@@ -40,15 +41,32 @@ def test_lines_of_steps_to_come_are_dropped(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("rest", ['{"step": 3, "lo', "\0\0\0", "[1, 2]\n", "3\n", "\n", '{"loss": 1}\n'])
-def test_what_a_kill_left_behind_is_passed_over(tmp_path: Path, rest: str) -> None:
-    """A run must not refuse to go on because its last line of figures is cut short."""
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b'{"step": 3, "lo', b"\0\0\0", b"[1, 2]\n", b"3\n", b"\n", b'{"loss": 1}\n', b"\xff\xfe\n",
+        b'{"step": "3"}\n', b"[" * 100_000 + b"\n",
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_what_a_kill_or_a_bad_disk_left_behind_is_passed_over(tmp_path: Path, rest: bytes) -> None:
+    """A run must not refuse to go on because a line of figures is cut short or damaged."""
     file = tmp_path / "metrics.jsonl"
     written(file, 1, 2)
-    file.write_text(file.read_text() + rest)
+    file.write_bytes(file.read_bytes() + rest)
     assert [line["step"] for line in read_metrics(file)] == [1, 2]
     written(file, 3)
     assert [line["step"] for line in read_metrics(file)] == [1, 2, 3]
+
+
+def test_what_a_kill_leaves_before_there_is_a_configuration_is_no_other_folder(tmp_path: Path) -> None:
+    """The same command must start again, and not ask for another folder."""
+    (tmp_path / LOCK).touch()
+    (tmp_path / ".tmp-config.yaml-123-0123abcd").touch()
+    check_folder(tmp_path)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        check_folder(tmp_path)
 
 
 def test_no_figures_yet(tmp_path: Path) -> None:

@@ -86,22 +86,41 @@ class Clock:
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
 
+LOSS = torch.tensor(0.0)
+
+
 def test_speed_is_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validation and saving are paused; the first interval, which may hold a compilation, is forgotten."""
+    """Validation and saving are paused."""
     clock = Clock(monkeypatch)
     speed = Speed()
-    assert speed.tokens_per_second == 0
+    assert speed.tokens_per_second == speed.data_wait == 0
     assert speed.seconds_left(5) is None
     clock.now = 100.0
-    speed.mark(1, 50)
+    speed.add(50, LOSS)
     assert speed.tokens_per_second == 0.5, "better than nothing"
+    speed.mark()
+    assert speed.tokens_per_second == 0.5, "no step since"
     clock.now = 102.0
     with speed.paused():
         clock.now = 1000.0
     clock.now += 3.0
-    speed.mark(10, 500)
+    for _ in range(10):
+        speed.add(50, LOSS)
+    speed.mark()
     assert speed.tokens_per_second == 100
     assert speed.seconds_left(4) == 2.0
+
+
+def test_speed_is_right_in_the_first_line_of_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a resume too: the step that compiles stands for none of those to come."""
+    clock = Clock(monkeypatch)
+    speed = Speed()
+    for seconds in [60.0] + [0.5] * 9:
+        clock.now += seconds
+        speed.add(10, LOSS)
+    speed.mark()
+    assert speed.tokens_per_second == 20
+    assert speed.seconds_left(100) == 50
 
 
 def test_speed_follows_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +129,25 @@ def test_speed_follows_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     speed = Speed()
     for seconds in [1.0] * 50 + [4.0] * WINDOW:
         clock.now += seconds
-        speed.mark(1, 8)
+        speed.add(8, LOSS)
+        speed.mark()
     assert speed.tokens_per_second == 2
     assert speed.seconds_left(3) == 12
+
+
+def test_the_wait_for_data_is_a_share_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    speed = Speed()
+    for _ in range(5):
+        with speed.waiting():
+            clock.now += 1.0
+        clock.now += 3.0
+        speed.add(8, LOSS)
+    speed.mark()
+    assert speed.data_wait == 0.25
+
+
+def test_activation_checkpointing_is_asked_for(config: Config) -> None:
+    asked = config.model_copy(update={"run": config.run.model_copy(update={"activation_checkpointing": True})})
+    for each, expected in ((config, False), (asked, True)):
+        assert build(each, open_data(each, show_progress=False)).model.activation_checkpointing is expected

@@ -1,0 +1,98 @@
+"""The forecast of memory beside the measured peak of two training steps, on this GPU.
+
+    python benchmarks/memory.py
+
+Presets tiny, small and base with GPT-2's vocabulary, both kinds of attention, with and without torch.compile and
+activation checkpointing. Each case has a process of its own, several at a time; the whole takes about two minutes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+from synthetic import ATTENTION, header, random_data, row, settings
+
+from cda_cli.training.memory import forecast
+from cda_cli.training.run import try_steps
+from cda_cli.training.setup import build, choose
+
+PRESETS = ("tiny", "small", "base")
+BATCH = 8  # so that a few of the largest fit beside each other
+AT_A_TIME = 6
+
+
+class Case(NamedTuple):
+    preset: str
+    attention: str
+    compiled: bool
+    checkpointing: bool
+
+
+class Outcome(NamedTuple):
+    """Bytes, and the seconds that the forecast took."""
+
+    forecast: int
+    measured: int
+    seconds: float
+
+
+def outcome(case: Case) -> Outcome:
+    config = settings(
+        case.preset,
+        [
+            *ATTENTION[case.attention],
+            f"optim.batch_size={BATCH}",
+            f"run.compile={case.compiled}",
+            f"run.activation_checkpointing={case.checkpointing}",
+            "run.device=cuda",
+        ],
+    )
+    device = torch.device("cuda")
+    began = time.perf_counter()
+    expected = forecast(config, device, torch.bfloat16, case.compiled, choose(config, device))
+    seconds = time.perf_counter() - began
+    setup = build(config, random_data(config))
+    return Outcome(expected.peak, try_steps(setup)[1], seconds)
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/memory.py measures on a CUDA device, and there is none")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+    began = time.perf_counter()
+    # What compiles takes longest, and starts first.
+    cases = [
+        Case(preset, attention, compiled, checkpointing)
+        for compiled, preset, attention, checkpointing in itertools.product(
+            (True, False), reversed(PRESETS), ATTENTION, (False, True)
+        )
+    ]
+    with multiprocessing.get_context("spawn").Pool(AT_A_TIME, maxtasksperchild=1) as pool:
+        outcomes = dict(zip(cases, pool.imap(outcome, cases), strict=True))
+    header(
+        f"Memory of a training step, {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, batch {BATCH}, "
+        "bf16, MiB", "preset, attention", "compiled", "checkpointing", "forecast", "measured", "ratio", "forecast took"
+    )  # fmt: skip
+    for case in sorted(cases, key=lambda case: (PRESETS.index(case.preset), case.attention, *case[2:])):
+        found = outcomes[case]
+        row(
+            f"{case.preset}, {case.attention}",
+            "yes" if case.compiled else "no",
+            "yes" if case.checkpointing else "no",
+            f"{found.forecast / 2**20:.0f}",
+            f"{found.measured / 2**20:.0f}",
+            f"{found.forecast / found.measured:.3f}",
+            f"{found.seconds:.1f} s",
+        )
+    ratios = [found.forecast / found.measured for found in outcomes.values()]
+    print(f"\nratios from {min(ratios):.3f} to {max(ratios):.3f}; {time.perf_counter() - began:.0f} s for all")
+
+
+if __name__ == "__main__":
+    main()

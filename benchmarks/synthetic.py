@@ -1,0 +1,43 @@
+"""Random tokens in place of a text, so that a benchmark needs no data, and what the benchmarks of training share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cda_cli.config import Config, resolve
+from cda_cli.data import Tokens, TrainBatches, load_tokenizer
+from cda_cli.training.setup import RunData
+
+VOCABULARY = 50304  # GPT-2's, rounded up to a multiple of 64
+TOKENS = 2**22
+SOFTMAX = ("model.attention=softmax", "model.learned_k=false")
+ATTENTION = {"softmax": SOFTMAX, "coordinate-descent": ()}
+
+
+def settings(preset: str, sets: Sequence[str] = ()) -> Config:
+    """A preset with GPT-2's vocabulary."""
+    return resolve(preset=preset, sets=[f"model.vocab_size={VOCABULARY}", *sets])
+
+
+def random_data(config: Config) -> RunData:
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, TOKENS, dtype=np.uint16)
+    tokens = Tokens(ids, text_bytes=4 * TOKENS)
+    seq_len, batch_size = config.model.seq_len, config.optim.batch_size
+
+    def open_batches(position: Any) -> TrainBatches:
+        return TrainBatches(tokens, seq_len, batch_size, 0, position)
+
+    return RunData(load_tokenizer("bytes"), tokens, 4.0, "random tokens", TOKENS // seq_len, open_batches)
+
+
+def row(*cells: object) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def header(title: str, *columns: str) -> None:
+    print(f"\n{title}\n", flush=True)
+    row(*columns)
+    print("|---|" + "---:|" * (len(columns) - 1), flush=True)

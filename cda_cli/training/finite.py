@@ -1,0 +1,75 @@
+"""What is not finite stays out of the weights, and weights that are not finite stay out of checkpoints.
+
+A step whose loss or gradient is not finite is refused: its gradients are dropped, and the same step is tried with the
+next batches, so that one bad batch costs a run nothing but itself. Several in a row mean that the weights are the
+cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cda_cli.errors import CheckpointError, TrainingError
+from cda_cli.storage import list_steps, step_folder, verify
+
+
+class Refusals:
+    """Steps refused in a row. The run in folder `run` stops at the `limit`-th."""
+
+    def __init__(self, run: Path, limit: int) -> None:
+        self._run = run
+        self._limit = limit
+        self._in_a_row = 0
+        self._saw = ""
+
+    def refuses(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether the step with this loss and gradient norm, scalars, must not reach the weights."""
+        if torch.isfinite(loss + norm):
+            self._in_a_row = 0
+            return False
+        self._in_a_row += 1
+        self._saw = f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}"
+        return True
+
+    def figures(self, step: int) -> dict[str, Any]:
+        """The record of step number `step`, which was refused."""
+        return {"step": step, "saw": self._saw, "in_a_row": self._in_a_row}
+
+    def check(self, step: int) -> None:
+        """Raises TrainingError once step number `step` was refused for the last time."""
+        if self._in_a_row >= self._limit:
+            raise TrainingError(
+                f"the loss or its gradient was not finite at step {step}, with {self._in_a_row} batches in a row "
+                f"({self._saw}), and none of it reached the weights; {_remedy(self._run, step - 1)}"
+            )
+
+
+def require_finite_weights(step: int, weights: Mapping[str, Tensor]) -> None:
+    """Raises TrainingError that names the first tensor of `weights`, those of `step`, with an infinity or a NaN."""
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"{name} is not finite after step {step}, so that these weights are not saved; go on from the newest "
+                "checkpoint with a smaller --lr or weight decay"
+            )
+
+
+def _remedy(run: Path, step: int) -> str:
+    """Where to go on from: the newest whole checkpoint below `step`, whose weights are those that failed; the loss of
+    an earlier one's weights was finite."""
+    steps = list_steps(run)
+    for earlier in reversed([one for one in steps if one < step]):
+        path = step_folder(run, earlier)
+        try:
+            verify(path)
+        except CheckpointError:
+            continue
+        elsewhere = "" if earlier == steps[-1] else " and another --out"
+        return f"the last good checkpoint is {path}; go on from it (--resume) with a smaller --lr{elsewhere}"
+    elsewhere = " and another --out" if steps else ""
+    return f"there is no checkpoint of earlier weights; start again with a smaller --lr{elsewhere}"

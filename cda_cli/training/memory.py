@@ -1,0 +1,230 @@
+"""A forecast of the memory that training takes: nothing is allocated, so it can be had where the run would not fit.
+
+The model runs forward and backward on fake tensors (shapes without memory), and what autograd keeps is counted:
+
+- as it is, every tensor is followed from its making to its end, which gives the peak itself;
+- compiled, PyTorch's own partitioner decides what is kept and what is computed again, for a model of one block and of
+  two; each further block keeps as much as the second. Fused code has no intermediate results but those at its seams.
+
+Not seen are tensors within an operator, and the workspaces of the libraries, for which there is an allowance.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cda_cli.config import Config, ModelConfig
+from cda_cli.model import Transformer
+from cda_cli.ops import Choice
+from cda_cli.ops.attention import BLOCK_SCORES_CPU, BLOCK_SCORES_GPU
+from cda_cli.runtime import autocast
+
+MIB = 2**20
+
+
+class Forecast(NamedTuple):
+    """Bytes. Of each part the most that there is of it; `peak` is less than their sum where they do not meet."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int  # kept for the backward, but not the next
+    logits: int  # of the last layer, and what the loss keeps
+    workspaces: int
+    peak: int
+
+
+class _Kept(NamedTuple):
+    """Kept for the backward."""
+
+    activations: int
+    logits: int
+
+
+def forecast(config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, choice: Choice) -> Forecast:
+    """Of a training step with `config`; `choice` is the backend of its layers."""
+    model, optim = config.model, config.optim
+    weights = 4 * _parameters(model)
+    matrices = 4 * _parameters(model, lambda name, p: p.ndim == 2 and name.startswith("blocks."))
+    optimizer = 2 * weights - (matrices if optim.optimizer == "muon" else 0)  # Muon keeps one tensor, AdamW two
+    average = weights if optim.ema_decay else 0
+    accumulated = weights if optim.grad_accum > 1 else 0
+    workspaces, scratch = _workspaces(device), _scratch(config, device, choice)
+    if compiled:
+        kept = _kept_compiled(config, device, dtype)
+        at_loss = weights + accumulated + sum(kept) + _passing(config, device, dtype, scratch)
+    else:
+        kept = _kept(config, device, dtype)
+        at_loss = _followed(config, device, dtype, scratch)
+    return Forecast(
+        weights=weights,
+        gradients=weights,
+        optimizer=optimizer,
+        average=average,
+        activations=kept.activations,
+        logits=kept.logits,
+        workspaces=workspaces,
+        # Either in the middle of a step, or at its end, when all gradients are there and nothing else is.
+        peak=max(at_loss, 2 * weights) + optimizer + average + workspaces,
+    )
+
+
+def _followed(config: Config, device: torch.device, dtype: torch.dtype, scratch: dict[str, int]) -> int:
+    """The peak of forward and backward as they run; twice where gradients accumulate, as the second meets those of the
+    first."""
+    with FakeTensorMode(), _Followed(scratch) as followed:
+        model = _model(config, device)
+        for _ in range(min(2, config.optim.grad_accum)):
+            # Nothing looks at what is kept, as that would let it live for longer.
+            _loss(model, config, device, dtype).backward()
+        return followed.peak
+
+
+def _kept_compiled(config: Config, device: torch.device, dtype: torch.dtype) -> _Kept:
+    one, two = (_kept(config, device, dtype, depth) for depth in (1, 2))
+    return _Kept(one.activations + (config.model.depth - 1) * (two.activations - one.activations), one.logits)
+
+
+def _kept(config: Config, device: torch.device, dtype: torch.dtype, compiled_depth: int | None = None) -> _Kept:
+    """What autograd keeps of a batch besides the weights, each piece of memory once; or, with a depth, what it would
+    keep of a compiled model of so many blocks."""
+    if compiled_depth is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"depth": compiled_depth})})
+        torch._dynamo.reset()
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model = called = _model(config, device)
+        if compiled_depth is not None:
+            # Inductor's decompositions and its partitioner, without its code generation.
+            called = torch.compile(model, backend="aot_eager_decomp_partition")  # type: ignore[assignment]
+        loss = _loss(called, config, device, dtype)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    rows, vocabulary = config.optim.batch_size * config.model.seq_len, config.model.vocab_size
+    sizes = {key: tensor.untyped_storage().nbytes() for key, tensor in kept.items()}
+    of_logits = [key for key, t in kept.items() if t.shape[-1:] == (vocabulary,) and t.numel() == rows * vocabulary]
+    del loss
+    if compiled_depth is not None:
+        torch._dynamo.reset()
+    logits = sum(sizes[key] for key in of_logits)
+    return _Kept(sum(sizes.values()) - logits, logits)
+
+
+def _loss(model: nn.Module, config: Config, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Of a batch."""
+    shape = (config.optim.batch_size, config.model.seq_len)
+    inputs, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+    with autocast(device, dtype):
+        return model(inputs, targets_BT=targets).sum()
+
+
+def _passing(config: Config, device: torch.device, dtype: torch.dtype, scratch: dict[str, int]) -> int:
+    """What comes and goes at the worst moment of a compiled backward, of the two that it can be.
+
+    At its start there is the gradient of the logits, which takes the place of the logits, and those of the last weights
+    and of the last block's output. Later the logits are gone, and there are the gradients within a block, with what it
+    keeps where it is computed again, what is within an operator, and the gradient of the last weights.
+    """
+    model, width = config.model, dtype.itemsize
+    rows = config.optim.batch_size * model.seq_len
+    at_start = width * (model.vocab_size * model.dim + rows * model.dim)
+    in_block = (
+        rows * (2 * width * model.ff_width + 4 * model.dim) + 4 * model.vocab_size * model.dim + max(scratch.values())
+    )
+    if config.run.activation_checkpointing:
+        plain = config.model_copy(update={"run": config.run.model_copy(update={"activation_checkpointing": False})})
+        one, two = (_kept(plain, device, dtype, depth) for depth in (1, 2))
+        in_block += two.activations - one.activations
+    return max(at_start, in_block - width * rows * model.vocab_size)
+
+
+class _Followed(TorchDispatchMode):
+    """Follows the memory of every tensor that is made while it is entered; the operator has `scratch` more."""
+
+    def __init__(self, scratch: dict[str, int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._scratch = scratch
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        within = next((size for name, size in self._scratch.items() if str(function).startswith(name)), 0)
+        self.peak = max(self.peak, self.now + within)
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        return made
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._alive.remove(key)
+        self.now -= size
+
+
+def _model(config: Config, device: torch.device) -> Transformer:
+    with torch.device(device):
+        model = Transformer(config.model, config.run.backend)
+    model.activation_checkpointing = config.run.activation_checkpointing
+    return model.train()
+
+
+def _parameters(config: ModelConfig, wanted: Callable[[str, Tensor], bool] = lambda name, p: True) -> int:
+    with torch.device("meta"):
+        model = Transformer(config)
+    return sum(p.numel() for name, p in model.named_parameters() if wanted(name, p))
+
+
+def _workspaces(device: torch.device) -> int:
+    """cuBLAS takes one for the thread of the forward and one for that of the backward, from PyTorch's allocator."""
+    if device.type != "cuda":
+        return 0
+    each = 32 * MIB if torch.cuda.get_device_capability(device) >= (9, 0) else 8320 * 1024
+    return 2 * each
+
+
+def _scratch(config: Config, device: torch.device, choice: Choice) -> dict[str, int]:
+    """Bytes within an operator in PyTorch, by the start of its name, as measured on a CPU.
+
+    Attention in blocks: float32 of q, k, v and four gradients, and six tensors like a block's scores. Over rows: nine
+    like the scores forward, and six backward.
+    """
+    model, rows = config.model, config.optim.batch_size * config.model.seq_len
+    limit = BLOCK_SCORES_GPU if device.type == "cuda" else BLOCK_SCORES_CPU
+    block = min(rows * model.heads * (model.seq_len + model.null_kv), limit)
+    fused = choice.name == "triton"
+    attention = model.attention == "coordinate-descent" and not (fused and model.solver == "exact")
+    units = rows * model.ff_width if model.ff == "coordinate-descent" and not fused else 0
+    return {
+        "cda.soft_topk_attention": 4 * (7 * rows * model.heads * model.head_width + 6 * block) if attention else 0,
+        "cda.soft_topk_backward": 4 * 6 * units,
+        "cda.soft_topk.": 4 * 9 * units,
+    }

@@ -1,0 +1,139 @@
+"""Trackers of experiments, each through its own library, which is imported only where it is asked for.
+
+They get the numbers of what goes into metrics.jsonl, under "KIND/NAME" (train/loss, train/layer 0/sparsity_k), and a
+resumed run goes on in the same place: the folder's own identity, in RUN/tracker-id, is its name there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import secrets
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from cda_cli.config import Config
+from cda_cli.errors import ConfigError
+from cda_cli.storage import write_file
+
+PROJECT = "cda"
+ID_FILE = "tracker-id"
+
+
+class Tracker(Protocol):
+    """Where the figures of a run also go."""
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard; `tensorboard --logdir runs` shows them."""
+
+    def __init__(self, run: Path, config: Config, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What was written of steps that are about to be redone is hidden.
+        self._writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of project `cda` (or WANDB_PROJECT), with its files in RUN/wandb; WANDB_MODE=offline needs no account."""
+
+    def __init__(self, run: Path, config: Config, step: int) -> None:
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                dir=str(run),
+                id=_identity(run),
+                name=run.name,
+                resume="allow",
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ConfigError(
+                f"wandb did not start ({reason}); run `wandb login`, or set WANDB_MODE=offline to keep the run here"
+            ) from error
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """A run of project `cda` where trackio keeps its data (TRACKIO_DIR); `trackio show` shows it."""
+
+    def __init__(self, run: Path, config: Config, step: int) -> None:
+        import trackio
+
+        with contextlib.redirect_stdout(sys.stderr):  # it speaks of itself
+            name = f"{run.name}-{_identity(run)}"
+            settings = config.model_dump(mode="json")
+            self._run = trackio.init(PROJECT, name=name, config=settings, resume="allow", embed=False)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        import trackio
+
+        with contextlib.redirect_stdout(sys.stderr):
+            trackio.finish()
+
+
+TRACKERS: dict[str, type[TensorBoard] | type[WeightsAndBiases] | type[Trackio]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+}
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raises ConfigError where a tracker's library, which has its name, is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"the tracker {name} is not installed; install it (pip install {name}), or track without")
+
+
+def open_trackers(run: Path, config: Config, step: int) -> list[Tracker]:
+    """Those that the configuration asks for. `step` is the last one that is not redone."""
+    return [TRACKERS[name](run, config, step) for name in config.run.track]
+
+
+def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record of metrics.jsonl, by the names they have in a tracker."""
+    kind = record["kind"]
+    found = _numbers(f"{kind}/", record, leave={"step", "kind"})
+    for layer in record.get("layers", ()):
+        found |= _numbers(f"{kind}/layer {layer['layer']}/", layer, leave={"layer"})
+    return found
+
+
+def _numbers(prefix: str, values: Mapping[str, Any], leave: set[str]) -> dict[str, float]:
+    kept = {key: value for key, value in values.items() if key not in leave}
+    return {prefix + key: value for key, value in kept.items() if isinstance(value, (int, float))}
+
+
+def _identity(run: Path) -> str:
+    """Of the run in this folder, wherever it is moved to."""
+    file = run / ID_FILE
+    if not file.exists():
+        write_file(file, secrets.token_hex(4).encode())
+    return file.read_text(encoding="utf-8").strip()

@@ -1,0 +1,152 @@
+"""Every promise of docs/reliability.md, the experiment that could break it, and the broken variants that must."""
+
+from __future__ import annotations
+
+import time
+
+from tests.reliability import (
+    damage,
+    data_position,
+    hostile,
+    non_finite,
+    one_writer,
+    resuming,
+    saving,
+    stopping,
+)
+from tests.reliability.harness import Experiment, Sum, results
+
+SECONDS_BETWEEN_LINES = 10.0
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "kills": Experiment(
+        "A process that is killed while it saves, renames or prunes loses no published checkpoint",
+        saving.kills,
+        full=200,
+        reduced=20,
+        variants=("saved in place", "removed before the new one is there"),
+    ),
+    "faults": Experiment(
+        "A kill, or an error of the disk, before and after every call that changes it loses no published checkpoint",
+        saving.faults,
+        full=10_000,
+        reduced=40,
+        variants=("saved in place", "pruned in place", "removed before the new one is there"),
+    ),
+    "power": Experiment(
+        "What is renamed is on the disk before, and what is removed is replaced before (computed from the order of "
+        "the calls)",
+        saving.power_losses,
+        full=10_000,
+        reduced=10_000,
+        variants=("never synced", "synced after the rename", "saved in place"),
+    ),
+    "full disks": Experiment(
+        "A full disk, at any byte of any file, leaves the checkpoint before, nothing half, and one sentence",
+        saving.full_disks,
+        full=50,
+        reduced=12,
+        variants=("saved in place",),
+    ),
+    "damage": Experiment(
+        "A damaged file of a checkpoint, the manifest too, is never taken for whole, and is said in one sentence",
+        damage.damaged_files,
+        full=10_000,
+        reduced=500,
+        variants=("manifest not checked", "only sizes checked", "manifest in any spelling"),
+    ),
+    "cuts": Experiment(
+        "60 steps that are cut after any of the first 59 and resumed in a fresh process are the run that was not cut, "
+        "to the last bit",
+        resuming.cuts,
+        full=59,
+        reduced=3,
+        variants=(
+            "random states not restored",
+            "moments not restored",
+            "position not restored",
+            "order from hidden random state",
+        ),
+    ),
+    "chains": Experiment(
+        "The same for chains of 3 to 5 resumes, each in a fresh process, of mapped and of streamed texts",
+        resuming.chains,
+        full=20,
+        reduced=1,
+        variants=("offset in the document lost",),
+    ),
+    "mapped": Experiment(
+        "The position in a memory-mapped text resumes exactly after random cuts: no token lost, none doubled",
+        data_position.mapped,
+        full=200,
+        reduced=100,
+        variants=(
+            "order from hidden random state",
+            "order of the first epoch only",
+            "position of what was fetched ahead",
+        ),
+    ),
+    "streamed": Experiment(
+        "The same for a streamed text, of 1, 3 and 7 files",
+        data_position.streamed,
+        full=200,
+        reduced=20,
+        variants=("offset in the document lost", "epoch of the stream lost"),
+    ),
+    "signals": Experiment(
+        "SIGTERM and SIGINT at any moment, and a second one, end the run within 10 s with exit code 143 or 130, lose "
+        "no step, and the run goes on as if it had not been stopped",
+        stopping.signals,
+        full=105,
+        reduced=14,
+        variants=(
+            "stop not asked for while evaluating",
+            "only one signal heard",
+            "second signal kills",
+            "stopped anywhere",
+        ),
+    ),
+    "not finite": Experiment(
+        "A loss, gradient or activation that is not finite never reaches weights, moments or a checkpoint; the step "
+        "is named",
+        non_finite.poisoned_steps,
+        full=360,
+        reduced=24,
+        variants=("what is not finite let through", "only the loss looked at"),
+    ),
+    "pairs": Experiment(
+        "Of two processes started together in one folder exactly one runs, and a kill frees it",
+        one_writer.pairs,
+        full=50,
+        reduced=4,
+        variants=("lock left out", "lock is a file that exists"),
+    ),
+    "hostile files": Experiment(
+        "Hostile files in a checkpoint, a configuration or a tokenizer run no code, and are said in one sentence",
+        hostile.files,
+        full=1_000,
+        reduced=8,
+        variants=("tensors unpickled", "YAML with tags"),
+    ),
+    "hostile names": Experiment(
+        "Hostile names and links in a run: nothing outside it is read, written or removed",
+        hostile.names,
+        full=1_000,
+        reduced=8,
+        variants=("links followed", "any name in a manifest", "everything else pruned"),
+    ),
+}
+
+
+def run_in_full(name: str, seed: int) -> tuple[str, Sum, float]:
+    """One experiment with its full count; says now and then how far it is."""
+    experiment, total, began = EXPERIMENTS[name], Sum(), time.monotonic()
+    said = began
+    for failure in results(experiment.trials, experiment.full, seed):
+        total.add(failure)
+        if failure is not None:
+            print(f"{name}: FAILED: {failure}", flush=True)
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            print(f"{name}: {total.tried} of at most {experiment.full}, {total.failed} failed", flush=True)
+    return name, total, time.monotonic() - began

@@ -1,0 +1,108 @@
+"""What the experiments share: trials, their sum, and processes to try things in.
+
+An experiment is a generator function of (count, seed, variant): for each trial it yields None where the promise held,
+or a sentence that says what did not. `variant` names a deliberately broken version of the product (see `variants`), or
+is empty.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+Trials = Callable[[int, int, str], Iterator[str | None]]
+
+# Children are forked from a process that has imported everything and done nothing: as good as new, in milliseconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.reliability.preload"])
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A promise, the trials that could break it, how many of them there are, and variants that must break it."""
+
+    promise: str
+    trials: Trials
+    full: int
+    reduced: int
+    variants: tuple[str, ...]
+
+
+@dataclass
+class Sum:
+    """Trials and failures; `first` is what the first failure said."""
+
+    tried: int = 0
+    failed: int = 0
+    first: str | None = None
+
+    def add(self, failure: str | None) -> None:
+        self.tried += 1
+        if failure is not None:
+            self.failed += 1
+            self.first = self.first or failure
+
+
+def upper_bound(tried: int, failed: int, confidence: float = 0.95) -> float:
+    """The largest rate of failure that is still compatible with `failed` of `tried` (Clopper and Pearson, one-sided):
+    at this rate, so few failures or fewer have a probability of 1 − confidence."""
+    if failed >= tried:
+        return 1.0
+    low, high = failed / tried, 1.0
+    for _ in range(60):
+        rate = (low + high) / 2
+        terms = (math.comb(tried, k) * rate**k * (1 - rate) ** (tried - k) for k in range(failed + 1))
+        low, high = (rate, high) if sum(terms) > 1 - confidence else (low, rate)
+    return high
+
+
+def results(trials: Trials, count: int, seed: int, variant: str = "") -> Iterator[str | None]:
+    """The trials; an exception ends them as a failure, for a traceback is what no promise allows."""
+    try:
+        yield from trials(count, seed, variant)
+    except Exception:  # noqa: BLE001 - whatever it is
+        yield traceback.format_exc()
+
+
+def start(target: Callable[..., object], *arguments: Any) -> BaseProcess:
+    """A child that calls `target(*arguments)`."""
+    process = FORKS.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def exit_code(process: BaseProcess, seconds: float = 60.0) -> int | None:
+    """How a child ended, −N for signal N, or None, and it is killed, where it had not after that time."""
+    process.join(seconds)
+    code = process.exitcode
+    if code is None:
+        process.kill()
+        process.join()
+    process.close()
+    return code
+
+
+def become_cda(arguments: list[object], cache: Path, said: Path) -> None:
+    """For a child: runs `cda ARGUMENTS`, with all that it says in the file `said`, and ends the process."""
+    from cda_cli.main import run
+
+    os.environ["CDA_CACHE"] = str(cache)
+    speak_into(said)
+    sys.argv = ["cda", *map(str, arguments)]
+    run()
+
+
+def speak_into(said: Path) -> None:
+    """What this process prints goes into a file."""
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)

@@ -1,0 +1,134 @@
+"""A loss or a gradient that is not finite never reaches the weights."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cda_cli.training.run
+from cda_cli.config import Config
+from cda_cli.errors import TrainingError
+from cda_cli.signals import StopRequest
+from cda_cli.storage import list_steps, load, newest
+from cda_cli.training.setup import Setup
+from tests.reliability import micro
+from tests.reliability.variants import broken
+from tests.training.helpers import Memory
+
+STEPS = 20
+VALUES = (float("nan"), float("inf"), float("-inf"))
+LIMIT = 3
+
+
+class Poison:
+    """Spoils one value of one training step, and of its repetitions up to `times` in all; remembers the weights and
+    moments before, and what they were at each step that was refused."""
+
+    def __init__(self, setup: Setup, step: int, place: str, value: float, times: int) -> None:
+        self.setup, self.step, self.value, self.left = setup, step, value, times
+        if place == "gradient":
+            list(setup.model.parameters())[step % 7].register_hook(self._spoilt)
+        else:
+            # The first block's output is an activation; that of the model goes straight into the loss.
+            module = setup.model if place == "loss" else setup.model.each_block()[0]
+            module.register_forward_hook(lambda module, inputs, output: self._spoilt(output))
+
+    def _spoilt(self, tensor: Tensor) -> Tensor:
+        if self.setup.step != self.step - 1 or not self.left or not self.setup.model.training:
+            return tensor
+        self.left -= 1
+        spoilt = tensor.clone()
+        spoilt.view(-1)[: max(1, tensor.numel() // 2)] = self.value
+        return spoilt
+
+
+class Watching(Memory):
+    """Compares weights and moments, as each step ends, with what they are when the next is refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fault: str | None = None
+        self._setup: Setup | None = None
+        self._before: list[Tensor] = []
+
+    def watch(self, setup: Setup) -> None:
+        self._setup = setup
+        self.advance(setup.step)
+
+    def advance(self, step: int) -> None:
+        self._before = self._tensors()
+        if not all(tensor.isfinite().all() for tensor in self._before):
+            self.fault = self.fault or f"weights or moments are not finite after step {step}"
+
+    def show(self, record: dict[str, Any]) -> None:
+        super().show(record)
+        if record["kind"] == "refused":
+            now = self._tensors()
+            if len(now) != len(self._before) or not all(map(torch.equal, now, self._before)):
+                self.fault = self.fault or f"weights or moments changed with the refused step {record['step']}"
+
+    def _tensors(self) -> list[Tensor]:
+        assert self._setup is not None
+        moments = [value for state in self._setup.optimizer.state.values() for value in state.values()]
+        return [tensor.detach().clone() for tensor in [*self._setup.model.state_dict().values(), *moments]]
+
+
+def poisoned_steps(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
+    """NaN, +∞ and −∞ in the loss, in a gradient and in an activation, at each of 20 steps: once, and then the run goes
+    on with the next batch; and time and again, and then it ends, naming the step and the last good checkpoint."""
+    cases = list(itertools.product(range(1, STEPS + 1), ("loss", "gradient", "activation"), VALUES, (1, 99)))
+    # Spread over the cases, so that few of them are of all kinds.
+    chosen = [cases[(number * 37 + seed) % len(cases)] for number in range(min(count, len(cases)))]
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder = Path(name)
+        patch.setenv("CDA_CACHE", str(folder / "cache"))
+        config = micro.settings(micro.mapped_text(folder), eval_every=0)
+        optim = config.optim.model_copy(update={"steps": STEPS, "max_refused": LIMIT})
+        config = config.model_copy(update={"optim": optim})
+        for number, (step, place, value, times) in enumerate(chosen):
+            with broken(variant):
+                fault = fault_of(config, folder / str(number), step, place, value, times)
+            yield fault and f"{value} in the {place} of step {step}, {times} times: {fault}"
+
+
+def fault_of(config: Config, run: Path, step: int, place: str, value: float, times: int) -> str | None:
+    display = Watching()
+    train = cda_cli.training.run.train
+
+    def poisoned(setup: Setup, *rest: Any) -> None:
+        display.watch(setup)
+        Poison(setup, step, place, value, times)
+        train(setup, *rest)
+
+    said = ""
+    with pytest.MonkeyPatch.context() as patch:
+        # The door through which the run hands its model to the loop; the loop itself is as it is.
+        patch.setattr(cda_cli.training.run, "train", poisoned)
+        try:
+            with StopRequest() as stop:
+                cda_cli.training.run.run_training(config, run, "auto", display, stop)
+        except TrainingError as error:
+            said = str(error)
+    if display.fault:
+        return display.fault
+    refused = [record["step"] for record in display.records if record["kind"] == "refused"]
+    if refused != [step] * min(times, LIMIT):
+        return f"the steps {refused} were refused"
+    found, _ = newest(run)
+    for saved in list_steps(run):
+        if not all(t.isfinite().all() for t in load(run / "checkpoints" / f"step-{saved:08}").model.values()):
+            return f"the checkpoint of step {saved} holds what is not finite"
+    if times == 1:
+        return None if found and found.name == f"step-{STEPS:08}" and not said else f"{found}, and it said {said!r}"
+    good = max((saved for saved in list_steps(run) if saved < step - 1), default=None)
+    named = "there is no checkpoint" if good is None else f"step-{good:08}"
+    if f"not finite at step {step}, with {LIMIT} batches in a row" not in said or named not in said:
+        return f"it said {said!r}"
+    return None

@@ -1,0 +1,157 @@
+"""SIGTERM and SIGINT at any moment: the run saves and goes, and no step that was done is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+from cda_cli.storage import newest
+from tests.reliability import micro
+from tests.reliability.harness import FORKS, become_cda, exit_code, start
+from tests.reliability.moments import Moments, Within
+from tests.reliability.variants import broken
+
+DEADLINE = 10.0  # seconds from the first signal to the end of the process
+VARIANT_DEADLINE = 3.0  # for a variant, which would only make the tests wait
+STEPS = 12
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# Where the signal falls: within the so many-th call of a function.
+PHASES = {
+    "preparing": ("cda_cli.data.prepare", "prepare", 1),
+    "building": ("cda_cli.training.setup", "build", 1),
+    "the first step": ("cda_cli.training.loop", "accumulate_gradients", 1),
+    "a later step": ("cda_cli.training.loop", "accumulate_gradients", 6),
+    "evaluating": ("cda_cli.training.loop", "validate", 1),
+    "saving": ("cda_cli.storage.checkpoint", "publish", 2),
+    "figures": ("cda_cli.training.loop", "layer_figures", 3),
+}
+VARIANT_PHASES = ("a later step", "evaluating", "saving")
+BEFORE_THE_RUN = ("preparing", "building")
+
+
+class Shot(NamedTuple):
+    """A signal at a moment of a phase, and after so many more calls a second one, or none."""
+
+    phase: str
+    moment: int
+    number: int
+    again_after: int | None
+    second: int
+
+
+def train_and_shoot(
+    arguments: list[object], cache: Path, phase: str, shot: Shot | None, variant: str, said: Connection
+) -> None:
+    """A child that trains, and sends itself the signals; it says when it did, and, in the end, how many moments the
+    phase had."""
+    within = Within(*PHASES[phase])
+
+    def shoot() -> None:
+        assert shot is not None
+        said.send(time.monotonic())
+        if shot.again_after is None:
+            moments.__exit__()
+        else:
+            moments.act_again(shot.again_after, lambda: os.kill(os.getpid(), shot.second))
+        os.kill(os.getpid(), shot.number)
+
+    moments = Moments(within, shot.moment if shot else None, shoot)
+    try:
+        with broken(variant), moments:
+            become_cda(arguments, cache, cache.parent / "said")
+    finally:
+        if shot is None:
+            said.send(moments.seen)
+
+
+def fault_of(shot: Shot, arguments: list[object], cache: Path, run: Path, variant: str) -> str | None:
+    """What went wrong with a run that was shot at."""
+    listener, said = FORKS.Pipe(duplex=False)
+    child = start(train_and_shoot, arguments, cache, shot.phase, shot, variant, said)
+    said.close()
+    try:
+        shot_at = listener.recv()
+    except EOFError:
+        return f"the run ended with {exit_code(child)} before it was shot at"
+    deadline = VARIANT_DEADLINE if variant else DEADLINE
+    code = exit_code(child, max(0.0, shot_at + deadline - time.monotonic()))
+    if code != 128 + shot.number:
+        return f"no end within {deadline} s" if code is None else f"the exit code is {code}"
+    if shot.phase in BEFORE_THE_RUN:
+        # A second signal may cut the cleaning up short; what is left is hidden, and goes with the next run.
+        visible = run.exists() and shot.again_after is None
+        hidden = [] if shot.again_after else [str(path) for path in cache.rglob(".tmp-*")]
+        return f"the run's folder or {hidden} is left" if visible or hidden else None
+    done = max(micro.losses(run), default=0)
+    found, passed_over = newest(run)
+    reached = int(found.name.removeprefix("step-")) if found else -1
+    return f"step {done} was done, and {reached} is saved ({passed_over})" if passed_over or reached < done else None
+
+
+def signals(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
+    """At random moments of each phase, from the preparation of the data to the middle of a save, half of them followed
+    by a second signal; then the same command goes on, and ends as a run that nobody stopped."""
+    chance = random.Random(seed)
+    phases = PHASES if not variant else {name: PHASES[name] for name in VARIANT_PHASES}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = micro.mapped_text(folder, 30_000, repeats=100)
+        # It evaluates for long only where the signal falls there: who does not ask for it then is late.
+        quick, long = (settings_file(folder, text, batches) for batches in (2, 10**6))
+        moments = {
+            phase: count_moments(command(quick, folder / phase / "run"), folder / phase, phase) for phase in phases
+        }
+        # The run of any phase is whole, as nobody shot at it.
+        whole, cache = folder / "evaluating" / "run", folder / "evaluating" / "cache"
+        for trial in range(count):
+            phase = list(phases)[trial % len(phases)]
+            again_after = chance.randrange(2_000) if chance.random() < 0.5 else None
+            shot = Shot(
+                phase, chance.randrange(moments[phase]), chance.choice(SIGNALS), again_after, chance.choice(SIGNALS)
+            )
+            apart = folder / f"trial-{trial}"
+            apart.mkdir()
+            tokens = apart / "cache" if phase == "preparing" else cache
+            settings = long if phase == "evaluating" else quick
+            fault = fault_of(shot, command(settings, apart / "run"), tokens, apart / "run", variant)
+            fault = fault or fault_after(command(quick, apart / "run"), tokens, apart, whole)
+            yield fault and f"{shot}: {fault}"
+
+
+def settings_file(folder: Path, text: Path, eval_batches: int) -> Path:
+    config = micro.settings(text, eval_every=5, eval_batches=eval_batches)
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"steps": STEPS})})
+    return micro.write_settings(folder / f"evaluating-{eval_batches}.yaml", config)
+
+
+def command(settings: Path, run: Path) -> list[object]:
+    return ["train", "--config", settings, "--out", run]
+
+
+def count_moments(arguments: list[object], folder: Path, phase: str) -> int:
+    """How many moments a phase has, in a run that is not shot at."""
+    folder.mkdir()
+    listener, said = FORKS.Pipe(duplex=False)
+    child = start(train_and_shoot, arguments, folder / "cache", phase, None, "", said)
+    said.close()
+    seen = listener.recv()
+    code = exit_code(child)
+    assert code == 0, (folder / "said").read_text()
+    return int(seen)
+
+
+def fault_after(arguments: list[object], cache: Path, folder: Path, whole: Path) -> str | None:
+    """Whether the same command then ends as the run that nobody stopped."""
+    code = exit_code(start(become_cda, arguments, cache, folder / "said"))
+    if code != 0:
+        return f"going on ended with {code}: {(folder / 'said').read_text()[-500:]}"
+    difference = micro.difference(folder / "run", whole)
+    return difference and f"after going on, {difference}"

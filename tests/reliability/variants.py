@@ -1,0 +1,348 @@
+"""Deliberately broken versions of the product. Each experiment must fail with those that it names.
+
+An experiment that passes whatever the product does shows nothing; these are the proof that it can fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import cda_cli.config
+import cda_cli.data.batches
+import cda_cli.data.streaming
+import cda_cli.signals
+import cda_cli.storage.atomic
+import cda_cli.storage.checkpoint
+import cda_cli.storage.manifest
+import cda_cli.training.finite
+import cda_cli.training.run
+import cda_cli.training.setup
+from cda_cli.errors import StorageError
+
+Patch = pytest.MonkeyPatch
+VARIANTS: dict[str, Callable[[Patch], None]] = {}
+
+atomic, checkpoint, manifest = cda_cli.storage.atomic, cda_cli.storage.checkpoint, cda_cli.storage.manifest
+batches, streaming = cda_cli.data.batches, cda_cli.data.streaming
+StopRequest = cda_cli.signals.StopRequest
+
+
+@contextlib.contextmanager
+def broken(name: str) -> Iterator[None]:
+    """Inside, the product is the variant of that name; "" is the product as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name:
+            VARIANTS[name](patch)
+        yield
+
+
+def variant(function: Callable[[Patch], None]) -> Callable[[Patch], None]:
+    VARIANTS[function.__name__.replace("_", " ").replace("yaml", "YAML")] = function
+    return function
+
+
+# Saving
+
+
+@variant
+def saved_in_place(patch: Patch) -> None:
+    @contextlib.contextmanager
+    def published_folder(path: Path) -> Iterator[Path]:
+        path.mkdir(parents=True)
+        yield path
+
+    patch.setattr(checkpoint, "published_folder", published_folder)
+
+
+@variant
+def pruned_in_place(patch: Patch) -> None:
+    patch.setattr(checkpoint, "remove_published", shutil.rmtree)
+
+
+@variant
+def never_synced(patch: Patch) -> None:
+    patch.setattr(atomic, "_fsync", lambda path: None)
+
+
+@variant
+def synced_after_the_rename(patch: Patch) -> None:
+    settle = atomic._settle
+
+    @contextlib.contextmanager
+    def published_folder(path: Path) -> Iterator[Path]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hidden = atomic._hidden_sibling(path)
+        hidden.mkdir()
+        yield hidden
+        hidden.rename(path)
+        settle(path)
+        atomic._fsync(path.parent)
+
+    patch.setattr(checkpoint, "published_folder", published_folder)
+
+
+@variant
+def removed_before_the_new_one_is_there(patch: Patch) -> None:
+    published_folder = checkpoint.published_folder
+
+    @contextlib.contextmanager
+    def after_making_room(path: Path) -> Iterator[Path]:
+        for old in path.parent.glob("step-*"):
+            checkpoint.remove_published(old)
+        with published_folder(path) as folder:
+            yield folder
+
+    patch.setattr(checkpoint, "published_folder", after_making_room)
+
+
+# Damage
+
+
+@variant
+def manifest_not_checked(patch: Patch) -> None:
+    patch.setattr(checkpoint, "verify", lambda path, hashed=(): frozenset(entry.name for entry in Path(path).iterdir()))
+
+
+@variant
+def only_sizes_checked(patch: Patch) -> None:
+    check = manifest._check_content
+    # The header of a file is still looked at, but any content has the right digest.
+    patch.setattr(manifest, "_check_content", lambda file, found, sha256: check(file, sha256, sha256))
+
+
+@variant
+def manifest_in_any_spelling(patch: Patch) -> None:
+    canonical = manifest._canonical
+
+    class Anything(bytes):
+        __hash__ = None  # type: ignore[assignment]
+
+        def __ne__(self, other: object) -> bool:
+            return False
+
+    patch.setattr(manifest, "_canonical", lambda content: Anything(canonical(content)))
+
+
+# Resuming
+
+
+@variant
+def random_states_not_restored(patch: Patch) -> None:
+    patch.setattr(cda_cli.training.setup, "restore_random_states", lambda states: None)
+
+
+@variant
+def moments_not_restored(patch: Patch) -> None:
+    unpack = cda_cli.training.setup.unpack_optimizer
+    patch.setattr(
+        cda_cli.training.setup, "unpack_optimizer", lambda tensors, plain: unpack(tensors, plain) | {"state": {}}
+    )
+
+
+@variant
+def position_not_restored(patch: Patch) -> None:
+    for name, place in (("TrainBatches", 4), ("StreamedBatches", 4)):
+        original = getattr(cda_cli.training.setup, name)
+        patch.setattr(
+            cda_cli.training.setup, name, lambda *given, original=original, place=place: original(*given[:place])
+        )
+
+
+@variant
+def order_from_hidden_random_state(patch: Patch) -> None:
+    patch.setattr(batches.TrainBatches, "_epoch_order", lambda self: torch.randperm(self._windows).numpy())
+
+
+@variant
+def order_of_the_first_epoch_only(patch: Patch) -> None:
+    """A resumed pass takes the order of pass 0: right until the first pass is over."""
+    order = batches.TrainBatches._epoch_order
+
+    def resumed_order(self: Any) -> Any:
+        epoch, self._epoch = self._epoch, 0 if self._position else self._epoch
+        try:
+            return order(self)
+        finally:
+            self._epoch = epoch
+
+    patch.setattr(batches.TrainBatches, "_epoch_order", resumed_order)
+
+
+@variant
+def position_of_what_was_fetched_ahead(patch: Patch) -> None:
+    state = batches.TrainBatches.state
+    patch.setattr(
+        batches.TrainBatches,
+        "state",
+        lambda self: state(self) | {"position": min(self._windows, self._position + self._batch_size)},
+    )
+
+
+@variant
+def offset_in_the_document_lost(patch: Patch) -> None:
+    state = streaming.StreamedBatches.state
+    patch.setattr(streaming.StreamedBatches, "state", lambda self: state(self) | {"offset": 0})
+
+
+@variant
+def epoch_of_the_stream_lost(patch: Patch) -> None:
+    """The second pass begins again at the place where the first was resumed."""
+    documents = streaming.StreamedBatches._documents
+
+    def stuck(self: Any, epoch: int, position: Any) -> Iterator[Any]:
+        while True:
+            for part in documents(self, epoch, position):
+                if part.epoch > epoch:
+                    break
+                yield part
+
+    patch.setattr(streaming.StreamedBatches, "_documents", stuck)
+
+
+# Stopping
+
+
+@variant
+def stop_not_asked_for_while_evaluating(patch: Patch) -> None:
+    patch.setattr(StopRequest, "until", lambda self, items: iter(items))
+
+
+@variant
+def only_one_signal_heard(patch: Patch) -> None:
+    enter = StopRequest.__enter__
+
+    def without_sigterm(self: Any) -> Any:
+        enter(self)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return self
+
+    patch.setattr(StopRequest, "__enter__", without_sigterm)
+
+
+@variant
+def second_signal_kills(patch: Patch) -> None:
+    receive = StopRequest._receive
+
+    def once(self: Any, number: int, frame: Any) -> None:
+        receive(self, number, frame)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    patch.setattr(StopRequest, "_receive", once)
+
+
+@variant
+def stopped_anywhere(patch: Patch) -> None:
+    def leave(self: Any, number: int, frame: Any) -> None:
+        self.signal_number = self.signal_number or number
+        raise KeyboardInterrupt
+
+    patch.setattr(StopRequest, "_receive", leave)
+
+
+# What is not finite
+
+
+@variant
+def what_is_not_finite_let_through(patch: Patch) -> None:
+    patch.setattr(cda_cli.training.finite.Refusals, "refuses", lambda self, loss, norm: False)
+
+
+@variant
+def only_the_loss_looked_at(patch: Patch) -> None:
+    refuses = cda_cli.training.finite.Refusals.refuses
+    patch.setattr(
+        cda_cli.training.finite.Refusals, "refuses", lambda self, loss, norm: refuses(self, loss, torch.zeros(()))
+    )
+
+
+# One writer
+
+
+@variant
+def lock_left_out(patch: Patch) -> None:
+    @contextlib.contextmanager
+    def only_writer(folder: Path, warn: object) -> Iterator[None]:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+
+    patch.setattr(cda_cli.training.run, "only_writer", only_writer)
+
+
+@variant
+def lock_is_a_file_that_exists(patch: Patch) -> None:
+    @contextlib.contextmanager
+    def only_writer(folder: Path, warn: object) -> Iterator[None]:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            os.close(os.open(folder / ".lock", os.O_CREAT | os.O_EXCL))
+        except FileExistsError as error:
+            raise StorageError(f"{folder} is being written by another process ({folder / '.lock'}); wait") from error
+        yield
+        (folder / ".lock").unlink()
+
+    patch.setattr(cda_cli.training.run, "only_writer", only_writer)
+
+
+# Hostile files
+
+
+@variant
+def tensors_unpickled(patch: Patch) -> None:
+    def read(path: Path) -> Any:
+        try:
+            return original(path)
+        except cda_cli.errors.CheckpointError:
+            return pickle.loads(path.read_bytes())
+
+    original = checkpoint.read_tensors
+    patch.setattr(checkpoint, "read_tensors", read)
+    patch.setattr(manifest, "MAX_HEADER_BYTES", 2**64)  # a pickle's first bytes, taken for a length, are beyond it
+
+
+@variant
+def yaml_with_tags(patch: Patch) -> None:
+    patch.setattr(yaml, "safe_load", yaml.unsafe_load)
+
+
+@variant
+def links_followed(patch: Patch) -> None:
+    patch.setattr(manifest, "_regular_size", lambda file: file.stat().st_size)
+
+
+@variant
+def any_name_in_a_manifest(patch: Patch) -> None:
+    class Everything(frozenset[str]):
+        def __contains__(self, name: object) -> bool:
+            return True
+
+        def __ror__(self, other: object) -> Everything:
+            return self
+
+    patch.setattr(manifest, "OPTIONAL", Everything())
+
+
+@variant
+def everything_else_pruned(patch: Patch) -> None:
+    prune = checkpoint._prune
+
+    def prune_all(run: Path, *, keep: int, keep_best: bool, published: Path) -> None:
+        prune(run, keep=keep, keep_best=keep_best, published=published)
+        for entry in published.parent.iterdir():
+            if entry.is_dir() and entry not in {
+                checkpoint.step_folder(run, step) for step in checkpoint.list_steps(run)
+            }:
+                shutil.rmtree(entry, ignore_errors=True)
+
+    patch.setattr(checkpoint, "_prune", prune_all)

@@ -1,0 +1,126 @@
+"""The forecast of memory, beside the real peak of a step on a CPU, as PyTorch's profiler sees every allocation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from cda_cli.config import Config, parse
+from cda_cli.data import Batch
+from cda_cli.model import Transformer
+from cda_cli.ops import Choice
+from cda_cli.training.loop import accumulate_gradients
+from cda_cli.training.memory import Forecast, forecast
+from cda_cli.training.optimizer import build_optimizer
+
+CPU = torch.device("cpu")
+MODEL: dict[str, Any] = {
+    "vocab_size": 257, "seq_len": 128, "dim": 64, "depth": 3, "heads": 2, "position": "rotary", "norm": "rmsnorm",
+    "qk_norm": True, "tied_embeddings": True,
+}  # fmt: skip
+
+
+def a_config(model: dict[str, Any] | None = None, checkpointing: bool = False, **optim: Any) -> Config:
+    return parse(
+        {
+            "model": MODEL | (model or {}),
+            "optim": {"batch_size": 4} | optim,
+            "run": {"activation_checkpointing": checkpointing},
+        }
+    )
+
+
+def of(config: Config, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Forecast:
+    return forecast(config, CPU, dtype, compiled, Choice("torch", "a test"))
+
+
+def measured(config: Config, dtype: torch.dtype) -> int:
+    """Bytes at the worst moment of a step's forward and backward, the weights included; without the optimizer's."""
+    torch.manual_seed(0)
+    model = Transformer(config.model)
+    model.activation_checkpointing = config.run.activation_checkpointing
+    shape = (config.optim.batch_size, config.model.seq_len)
+    batches = [Batch(*torch.randint(257, (2, *shape)).unbind()) for _ in range(config.optim.grad_accum)]
+    accumulate_gradients(model, batches, CPU, dtype)
+    model.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        accumulate_gradients(model, batches, CPU, dtype)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = sum(parameter.nbytes for parameter in model.parameters())
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"attention": "softmax"},
+        {"attention": "softmax", "vocab_size": 5000},
+        {"learned_k": True, "null_kv": 1},
+        {"ff": "coordinate-descent", "ff_k": 16, "tied_embeddings": False, "norm": "layernorm"},
+    ],
+    ids=str,
+)
+def test_the_peak_is_the_measured_one(model: dict[str, Any], checkpointing: bool, dtype: torch.dtype) -> None:
+    """Within 15 %: with a large vocabulary it is at the loss, else in the last block."""
+    config = a_config(model, checkpointing)
+    found = of(config, dtype)
+    assert found.peak - found.optimizer == pytest.approx(measured(config, dtype), rel=0.15)
+
+
+def test_accumulated_gradients_are_there_in_the_second_forward() -> None:
+    """With large weights and small activations they make a fifth of the peak."""
+    config = a_config({"dim": 256, "seq_len": 32}, batch_size=2, grad_accum=3)
+    found, alone = (
+        of(config),
+        of(config.model_copy(update={"optim": config.optim.model_copy(update={"grad_accum": 1})})),
+    )
+    assert found.peak > 1.1 * alone.peak
+    assert found.peak - found.optimizer == pytest.approx(measured(config, torch.float32), rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_stays_is_what_is_allocated(name: str) -> None:
+    config = a_config(optimizer=name, ema_decay=0.9)
+    model = Transformer(config.model)
+    optimizer = build_optimizer(model, config.optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    parts = optimizer.parts.values() if name == "muon" else [optimizer]
+    tensors = [tensor for part in parts for state in part.state.values() for tensor in state.values()]
+    found = of(config)
+    assert found.weights == found.gradients == found.average == sum(p.nbytes for p in model.parameters())
+    assert found.optimizer == sum(tensor.nbytes for tensor in tensors if tensor.ndim)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
+def test_a_compiled_model_keeps_less_and_as_much_for_each_block(attention: str) -> None:
+    """Each block beyond the second adds what the second did: the forecast knows deep models by shallow ones."""
+    found = [of(a_config({"attention": attention, "depth": depth}), torch.bfloat16, compiled=True) for depth in (2, 5)]
+    per_block = (found[1].activations - found[0].activations) / 3
+    rows, width = 4 * 128, 64
+    # At least q, k, v, the output of attention, both sides of the activation, and the stream, each for the backward.
+    assert per_block > rows * width * (4 * 2 + 2 * 4 * 2 + 4)
+    eager = of(a_config({"attention": attention, "depth": 5}), torch.bfloat16)
+    assert found[1].activations < 0.8 * eager.activations
+    assert found[1].logits == rows * 257 * 2, "the logits in bf16, and none of them in float32"
+
+
+def test_a_forecast_allocates_nothing() -> None:
+    """It is asked for where the run may not fit: this one would take terabytes."""
+    found = of(parse({"model": MODEL | {"dim": 2**16, "depth": 2, "heads": 512}, "optim": {"batch_size": 2**10}}))
+    assert found.peak > 2**40
+
+
+def test_checkpointing_is_seen_compiled_too() -> None:
+    plain, less = (of(a_config(checkpointing=on), torch.bfloat16, compiled=True) for on in (False, True))
+    assert less.activations < plain.activations / 3
+    assert less.peak < plain.peak
