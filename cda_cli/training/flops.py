@@ -3,8 +3,8 @@
 Only matrix products count, a multiplication and an addition as two. Two figures, both named wherever they are shown:
 
 - *computed*: every product that the code makes. Causal attention makes half of them. Attention with coordinate descent
-  goes over its scores a second time, and sums the values of free and capped entries apart. A fused backward computes
-  the scores again, and activation checkpointing whole blocks.
+  goes over its scores a second time, and for k above 2 sums the values of free and capped entries apart. A fused
+  backward computes the scores again, and activation checkpointing whole blocks.
 - *dense*: 6N + 12·L·d·T a token (PaLM, arXiv 2204.02311, appendix B), whatever the code does: work that is wanted, not
   work that is done, so that implementations of different economy compare. N leaves out what is only looked up.
 
@@ -96,6 +96,7 @@ def _attention(model: ModelConfig, backend: str) -> _Attention:
     if backend == "colt5":
         return _Attention(2, 4, S)
     if backend == "triton" and model.solver == "exact":
-        # Scores twice, values of free and of capped entries; then scores and ∂L/∂λ in two kernels, three gradients.
-        return _Attention(4, 7, seen)
+        # Scores twice, and the values, for k > 2 of free and of capped entries apart; then scores and ∂L/∂λ in two
+        # kernels, and three gradients.
+        return _Attention(3 if model.attn_k <= 2 else 4, 7, seen)
     return _Attention(2, 5, seen)
