@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from synthetic import SOFTMAX, header, row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench, do_bench_cudagraph
@@ -62,18 +63,6 @@ def median(function: Callable[[], object], captured: bool = True) -> float:
         return do_bench(function, warmup=10, rep=50, return_mode="median")
     with torch.cuda.stream(torch.cuda.Stream()):
         return do_bench_cudagraph(function, rep=20, return_mode="median")
-
-
-def row(*cells: object) -> None:
-    print(
-        "| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
-    )
-
-
-def header(title: str, *columns: str) -> None:
-    print(f"\n{title}\n")
-    row(*columns)
-    print("|---|" + "---:|" * (len(columns) - 1), flush=True)
 
 
 def forward_and_both(
@@ -213,11 +202,10 @@ def models_table() -> None:
            "ratio", "memory, softmax", "memory, coordinate descent", "ratio")  # fmt: skip
     for preset, seq_len, batch in MODELS:
         sets = [f"model.seq_len={seq_len}", f"optim.batch_size={batch}", "model.vocab_size=257"]
-        softmax = ["model.attention=softmax", "model.learned_k=false"]
         solver = ["model.solver=exact"] if preset == "seed" else []
         speed, memory = {}, {}
-        for name, extra in (("softmax", softmax), ("coordinate descent", solver)):
-            config = resolve(preset=preset, sets=sets + solver + extra)
+        for name, extra in (("softmax", SOFTMAX), ("coordinate descent", ())):
+            config = resolve(preset=preset, sets=[*sets, *solver, *extra])
             speed[name], memory[name] = train_speed(config)
         row(
             f"{preset}, {seq_len}, {batch}",

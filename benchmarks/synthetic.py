@@ -1,4 +1,4 @@
-"""Random tokens in place of a text, so that a benchmark needs no data, and what the benchmarks of training share."""
+"""Random tokens in place of a text, so that a benchmark needs no data, and the tables of the benchmarks on a GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def random_data(config: Config) -> RunData:
 
 
 def row(*cells: object) -> None:
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    """A line of a table; numbers with three decimals."""
+    print(
+        "| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
+    )
 
 
 def header(title: str, *columns: str) -> None:

@@ -119,7 +119,7 @@ def soft_topk_attention(
         solver, n_iters, eps_init, eps_decay, backend: as for `soft_topk`. With "triton" the exact solver is fused, with
             no T × S tensor; the iterative one works through blocks of queries, as "torch" does, on the row kernels.
         largest_k: an upper bound of a `sparsity_k` that is a tensor. The kernels are faster if they know that it is at
-            most 2; a row whose k then exceeds 2 is NaN.
+            most 2. A row whose k then exceeds 2 is NaN there, except in decoding.
         return_threshold: also return a [B, H, T], without gradient: weights are min(1, exp((scores + a)/ε)), where ε
             is the last of the annealing for the iterative solver; +inf where k covers all that the query sees.
 

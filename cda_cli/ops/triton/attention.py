@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
 
 def tile(kernel: str, width: int, dtype: torch.dtype) -> Tile:
-    """The tile of each kernel for heads of `width`, as measured on an H200 (docs/kernels.md)."""
+    """The tile of each kernel for heads of `width`, as measured on Hopper (docs/kernels.md)."""
     if dtype == torch.float32:
         # Exact float32 products run outside the matrix units and keep both operands in registers.
         return Tile(16, 32, 4, 1) if width > 64 else Tile(32, 32, 4, 1)
