@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -14,6 +16,8 @@ from cda_cli.errors import CheckpointError, DeviceError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # the values that NVIDIA names as deterministic
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,6 +46,41 @@ def pick_dtype(name: Dtype, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Matrix products in `dtype`; the weights stay float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Within it, where `wanted`, every operation gives the same bits each time on one kind of device and one PyTorch.
+
+    PyTorch then leaves out what adds in any order (attention of cuDNN, atomic sums in the backward of flash attention
+    and of embeddings) and Inductor what it would choose by the clock; our kernels have no such sums. Its settings are
+    put back at the end. To be entered before the first product on a GPU, as cuBLAS reads its variable then.
+
+    Raises DeviceError where the environment, or an operation within, does not allow it.
+    """
+    if not wanted:
+        yield
+        return
+    workspace = os.environ.setdefault(CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES[0])
+    if workspace not in DETERMINISTIC_WORKSPACES:
+        raise DeviceError(
+            f"run.deterministic needs {CUBLAS_WORKSPACE} to be {' or '.join(DETERMINISTIC_WORKSPACES)}, and it is "
+            f"{workspace!r}; unset it"
+        )
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        said = str(error).strip().splitlines()[0].split(". ")[0]
+        raise DeviceError(f"this cannot be run with run.deterministic ({said}); set it to false") from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from cda_cli.config import Config
 from cda_cli.data import PreparationStoppedError
 from cda_cli.restore import saved_config
-from cda_cli.runtime import describe_device, peak_memory
+from cda_cli.runtime import describe_device, deterministic, peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import only_writer
 from cda_cli.training.loop import Display, accumulate_gradients, clip_gradients, next_batch, train
@@ -67,7 +67,7 @@ def run_training(config: Config, run: Path, resume: str, display: Display, stop:
     """
     check_trackers(config.run.track)
     check_folder(run)
-    with only_writer(run, display.note):
+    with only_writer(run, display.note), deterministic(config.run.deterministic):
         _run(config, run, resume, display, stop)
 
 
@@ -109,6 +109,7 @@ def _run(config: Config, run: Path, resume: str, display: Display, stop: StopReq
 def dry_run(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> DryRun:
     """Builds everything and tries it (see `DryRun`); writes nothing but a cache that it removes."""
     with (
+        deterministic(config.run.deterministic),
         stop.at_once("stopped; nothing was written"),
         tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache,
     ):
