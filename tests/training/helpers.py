@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cda_cli.config import Config
+from cda_cli.config import Config, parse
 from cda_cli.signals import StopRequest
 from cda_cli.training.run import run_training
 
@@ -44,6 +45,15 @@ class Memory:
 
 def changed(config: Config, **optim: object) -> Config:
     return config.model_copy(update={"optim": config.optim.model_copy(update=optim)})
+
+
+def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
+    """With other values of settings that are named as `--set` names them."""
+    values = config.model_dump()
+    for key, value in settings.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    return parse(values)
 
 
 def trained(config: Config, run: Path, resume: str = "auto", stop_after: int | None = None) -> Memory:

@@ -1,26 +1,74 @@
-"""A run that was cut anywhere ends where an uninterrupted one does, to the last bit, on a CPU in float32."""
+"""A run that was cut anywhere ends where an uninterrupted one does, to the last bit: on a CPU in float32, and on a GPU
+with deterministic settings in float32 and bf16, compiled and not."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from cda_cli.config import Config
 from cda_cli.errors import InterruptedRunError
 from cda_cli.storage import locate
-from tests.training.helpers import changed, losses, trained
+from tests.devices import DEVICES
+from tests.training.helpers import Memory, changed, losses, trained, with_settings
+
+# What each case changes of the settings. k ≤ 2 and a larger one take different kernels; softmax takes flash attention
+# in bf16 without a null key, and another one elsewhere; where ε is annealed nothing is compiled.
+ON_CPU: dict[str, dict[str, Any]] = {"cpu": {}}
+ON_GPU: dict[str, dict[str, Any]] = {
+    "float32": {"run.dtype": "float32"},
+    "bf16": {"run.dtype": "bfloat16"},
+    "bf16, k = 2": {"run.dtype": "bfloat16", "model.attn_k": 2.0},
+    "softmax, float32": {"run.dtype": "float32", "model.attention": "softmax"},
+    "softmax, bf16": {"run.dtype": "bfloat16", "model.attention": "softmax", "model.null_kv": 0},
+    "compiled, bf16": {
+        "run.dtype": "bfloat16", "run.compile": True, "model.eps_anneal_start": None, "model.attn_k": 2.0,
+        "model.tied_embeddings": True, "model.position": "rotary",
+    },
+    "compiled, softmax, float32": {
+        "run.dtype": "float32", "run.compile": True, "model.eps_anneal_start": None, "model.attention": "softmax",
+    },
+}  # fmt: skip
+CASES = ON_CPU | {
+    f"{device}, {name}": {"run.device": device, "run.deterministic": True, "run.compile": False} | settings
+    for device in DEVICES[1:]
+    for name, settings in ON_GPU.items()
+}
+CUTS = [("cpu", [1]), ("cpu", [4]), ("cpu", [11]), ("cpu", [*range(1, 12)]), *((case, [3, 4, 9]) for case in CASES)]
+STOPS = [("cpu", 2), ("cpu", 8), *((case, 5) for case in CASES)]
+ON_REQUEST = [
+    (case, settings)
+    for case in CASES
+    if case in ("cpu", "cuda, bf16")
+    for settings in ({"optimizer": "muon"}, {"ema_decay": 0.6})
+]
+
+
+class Whole(NamedTuple):
+    """A run without a cut, and its settings."""
+
+    config: Config
+    run: Path
 
 
 @pytest.fixture(scope="module")
-def whole(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve steps without a cut."""
-    folder = tmp_path_factory.mktemp("whole")
+def whole(request: pytest.FixtureRequest, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Twelve steps of the case that a test is about."""
+    folder, asked = tmp_path_factory.mktemp("whole"), with_settings(config, CASES[request.param])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CDA_CACHE", str(folder / "cache"))
-        trained(config, folder / "run")
+        trained_afresh(asked, folder / "run")
     assert sorted(losses(folder / "run")) == list(range(1, 13))
-    return folder / "run"
+    return Whole(asked, folder / "run")
+
+
+def trained_afresh(config: Config, run: Path, stop_after: int | None = None) -> Memory:
+    """Trains, as a process of its own would, without what an earlier run has compiled."""
+    torch._dynamo.reset()
+    return trained(config, run, stop_after=stop_after)
 
 
 def assert_same_end(run: Path, whole: Path) -> None:
@@ -31,51 +79,54 @@ def assert_same_end(run: Path, whole: Path) -> None:
         assert (locate(run) / name).read_bytes() == (locate(whole) / name).read_bytes(), f"{name} differs at the end"
 
 
-@pytest.mark.parametrize("cuts", [[1], [4], [11], [3, 4, 9], list(range(1, 12))])
-def test_a_run_that_ended_early_and_goes_on(config: Config, whole: Path, tmp_path: Path, cuts: list[int]) -> None:
+@pytest.mark.parametrize(("whole", "cuts"), CUTS, indirect=["whole"])
+def test_a_run_that_ended_early_and_goes_on(whole: Whole, tmp_path: Path, cuts: list[int]) -> None:
     """Also across a validation, a sample and a checkpoint, which must not draw from what training draws from."""
     for steps in [*cuts, 12]:
-        trained(changed(config, steps=steps), tmp_path / "run")
-    assert_same_end(tmp_path / "run", whole)
+        trained_afresh(changed(whole.config, steps=steps), tmp_path / "run")
+    assert_same_end(tmp_path / "run", whole.run)
 
 
-@pytest.mark.parametrize("step", [2, 5, 8])
-def test_a_run_that_was_stopped_and_goes_on(config: Config, whole: Path, tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize(("whole", "step"), STOPS, indirect=["whole"])
+def test_a_run_that_was_stopped_and_goes_on(whole: Whole, tmp_path: Path, step: int) -> None:
     """The step in hand when the signal came is in the checkpoint, whole."""
     with pytest.raises(InterruptedRunError, match=f"stopped at step {step} of 12, and saved"):
-        trained(config, tmp_path / "run", stop_after=step)
+        trained_afresh(whole.config, tmp_path / "run", stop_after=step)
     assert list(losses(tmp_path / "run")) == list(range(1, step + 1))
     assert locate(tmp_path / "run").name == f"step-{step:08}"
-    trained(config, tmp_path / "run")
-    assert_same_end(tmp_path / "run", whole)
+    trained_afresh(whole.config, tmp_path / "run")
+    assert_same_end(tmp_path / "run", whole.run)
 
 
-def test_steps_after_the_last_checkpoint_are_redone_the_same(config: Config, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", CASES, indirect=True)
+def test_steps_after_the_last_checkpoint_are_redone_the_same(whole: Whole, tmp_path: Path) -> None:
     """A kill leaves figures of steps that no checkpoint has; done again, they are the same."""
     run = tmp_path / "run"
-    trained(changed(config, steps=4), run)
+    trained_afresh(changed(whole.config, steps=4), run)
     with pytest.raises(InterruptedRunError):
-        trained(config, run, stop_after=6)
+        trained_afresh(whole.config, run, stop_after=6)
     first = losses(run)
     for file in (run / "checkpoints" / "step-00000006").iterdir():
         file.unlink()
-    trained(config, run)
+    trained_afresh(whole.config, run)
     assert {step: loss for step, loss in losses(run).items() if step <= 6} == first
-    assert_same_end(run, whole)
+    assert_same_end(run, whole.run)
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "muon"}, {"ema_decay": 0.6}], ids=str)
-def test_what_is_on_request_goes_on_as_exactly(config: Config, tmp_path: Path, settings: dict[str, object]) -> None:
+@pytest.mark.parametrize(("case", "settings"), ON_REQUEST, ids=str)
+def test_what_is_on_request_goes_on_as_exactly(
+    config: Config, tmp_path: Path, case: str, settings: dict[str, object]
+) -> None:
     """State of other optimizers and averages."""
-    asked = changed(config, **settings)
-    trained(asked, tmp_path / "whole")
+    asked = changed(with_settings(config, CASES[case]), **settings)
+    trained_afresh(asked, tmp_path / "whole")
     for steps in (2, 5, 12):
-        trained(changed(asked, steps=steps), tmp_path / "run")
+        trained_afresh(changed(asked, steps=steps), tmp_path / "run")
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-def test_another_seed_is_another_run(config: Config, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", CASES, indirect=True)
+def test_another_seed_is_another_run(whole: Whole, tmp_path: Path) -> None:
     """Else the equalities above would show nothing."""
-    other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})})
-    trained(other, tmp_path / "run")
-    assert not set(losses(tmp_path / "run").values()) & set(losses(whole).values())
+    trained_afresh(with_settings(whole.config, {"run.seed": 1}), tmp_path / "run")
+    assert not set(losses(tmp_path / "run").values()) & set(losses(whole.run).values())
