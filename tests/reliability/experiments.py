@@ -107,12 +107,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     ),
     "not finite": Experiment(
-        "A loss, gradient or activation that is not finite never reaches weights, moments or a checkpoint; the step "
-        "is named",
+        "A loss, gradient or activation that is not finite never reaches weights, moments, their average or a "
+        "checkpoint, with AdamW or Muon; the step is named",
         non_finite.poisoned_steps,
         full=360,
         reduced=24,
-        variants=("what is not finite let through", "only the loss looked at"),
+        variants=(
+            "what is not finite let through",
+            "only the loss looked at",
+            "step taken before it is judged",
+            "average taken of a refused step too",
+        ),
     ),
     "pairs": Experiment(
         "Of two processes started together in one folder exactly one runs, and a kill frees it",

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite never reaches the weights."""
+"""A loss or a gradient that is not finite never reaches the weights, the moments or the average of the weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from cda_cli.storage import list_steps, load, newest
 from cda_cli.training.setup import Setup
 from tests.reliability import micro
 from tests.reliability.variants import broken
-from tests.training.helpers import Memory
+from tests.training.helpers import Memory, changed
 
 STEPS = 20
 VALUES = (float("nan"), float("inf"), float("-inf"))
 LIMIT = 3
+OPTIM: tuple[dict[str, object], ...] = ({}, {"optimizer": "muon"}, {"ema_decay": 0.9})  # by turns
 
 
 class Poison:
@@ -50,7 +51,7 @@ class Poison:
 
 
 class Watching(Memory):
-    """Compares weights and moments, as each step ends, with what they are when the next is refused."""
+    """Compares weights, moments and averages, as each step ends, with what they are when the next is refused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,24 +66,27 @@ class Watching(Memory):
     def advance(self, step: int) -> None:
         self._before = self._tensors()
         if not all(tensor.isfinite().all() for tensor in self._before):
-            self.fault = self.fault or f"weights or moments are not finite after step {step}"
+            self.fault = self.fault or f"weights, moments or averages are not finite after step {step}"
 
     def show(self, record: dict[str, Any]) -> None:
         super().show(record)
         if record["kind"] == "refused":
             now = self._tensors()
             if len(now) != len(self._before) or not all(map(torch.equal, now, self._before)):
-                self.fault = self.fault or f"weights or moments changed with the refused step {record['step']}"
+                changed = f"weights, moments or averages changed with the refused step {record['step']}"
+                self.fault = self.fault or changed
 
     def _tensors(self) -> list[Tensor]:
         assert self._setup is not None
         moments = [value for state in self._setup.optimizer.state.values() for value in state.values()]
-        return [tensor.detach().clone() for tensor in [*self._setup.model.state_dict().values(), *moments]]
+        averages = self._setup.average.tensors().values() if self._setup.average else []
+        return [tensor.detach().clone() for tensor in [*self._setup.model.state_dict().values(), *moments, *averages]]
 
 
 def poisoned_steps(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
     """NaN, +∞ and −∞ in the loss, in a gradient and in an activation, at each of 20 steps: once, and then the run goes
-    on with the next batch; and time and again, and then it ends, naming the step and the last good checkpoint."""
+    on with the next batch; and time and again, and then it ends, naming the step and the last good checkpoint. With
+    AdamW, with Muon, and with an average of the weights, by turns."""
     cases = list(itertools.product(range(1, STEPS + 1), ("loss", "gradient", "activation"), VALUES, (1, 99)))
     # Spread over the cases, so that few of them are of all kinds.
     chosen = [cases[(number * 37 + seed) % len(cases)] for number in range(min(count, len(cases)))]
@@ -90,12 +94,12 @@ def poisoned_steps(count: int, seed: int, variant: str = "") -> Iterator[str | N
         folder = Path(name)
         patch.setenv("CDA_CACHE", str(folder / "cache"))
         config = micro.settings(micro.mapped_text(folder), eval_every=0)
-        optim = config.optim.model_copy(update={"steps": STEPS, "max_refused": LIMIT})
-        config = config.model_copy(update={"optim": optim})
         for number, (step, place, value, times) in enumerate(chosen):
+            optim = OPTIM[number % len(OPTIM)]
+            asked = changed(config, steps=STEPS, max_refused=LIMIT, **optim)
             with broken(variant):
-                fault = fault_of(config, folder / str(number), step, place, value, times)
-            yield fault and f"{value} in the {place} of step {step}, {times} times: {fault}"
+                fault = fault_of(asked, folder / str(number), step, place, value, times)
+            yield fault and f"{value} in the {place} of step {step}, {times} times, {optim or 'AdamW'}: {fault}"
 
 
 def fault_of(config: Config, run: Path, step: int, place: str, value: float, times: int) -> str | None:

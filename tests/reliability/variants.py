@@ -26,6 +26,7 @@ import cda_cli.storage.atomic
 import cda_cli.storage.checkpoint
 import cda_cli.storage.manifest
 import cda_cli.training.finite
+import cda_cli.training.loop
 import cda_cli.training.run
 import cda_cli.training.setup
 from cda_cli.errors import StorageError
@@ -265,6 +266,36 @@ def only_the_loss_looked_at(patch: Patch) -> None:
     patch.setattr(
         cda_cli.training.finite.Refusals, "refuses", lambda self, loss, norm: refuses(self, loss, torch.zeros(()))
     )
+
+
+@variant
+def step_taken_before_it_is_judged(patch: Patch) -> None:
+    def step_if_finite(optimizer: Any, loss_and_norm: torch.Tensor) -> bool:
+        optimizer.step()
+        return True
+
+    patch.setattr(cda_cli.training.loop, "step_if_finite", step_if_finite)
+
+
+@variant
+def average_taken_of_a_refused_step_too(patch: Patch) -> None:
+    """With every batch that comes to its end, as its gradients are dropped."""
+    build = cda_cli.training.run.build
+
+    def built(*given: Any) -> Any:
+        setup = build(*given)
+        if setup.average:
+            zero_grad, update = setup.optimizer.zero_grad, setup.average.update
+
+            def then_averaged(set_to_none: bool = True) -> None:
+                zero_grad(set_to_none)
+                update(setup.step + 1)
+
+            patch.setattr(setup.optimizer, "zero_grad", then_averaged)
+            patch.setattr(setup.average, "update", lambda step: None)
+        return setup
+
+    patch.setattr(cda_cli.training.run, "build", built)
 
 
 # One writer

@@ -1,16 +1,30 @@
-"""Steps that are refused: which, how many in a row, and what the run then says."""
+"""Steps that are refused: which, how many in a row, what the run then says, and that they leave no trace."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from cda_cli.config import Config
+from cda_cli.data import Batch
 from cda_cli.errors import TrainingError
-from cda_cli.storage import publish, step_folder
+from cda_cli.runtime import deterministic
+from cda_cli.signals import StopRequest
+from cda_cli.storage import pack_optimizer, publish, step_folder
 from cda_cli.training.finite import Refusals, require_finite_weights
+from cda_cli.training.loop import train
+from cda_cli.training.milestones import Patience
+from cda_cli.training.run_folder import Metrics
+from cda_cli.training.setup import Setup, build, open_data
+from tests.devices import DEVICES
+from tests.reliability.non_finite import Poison
+from tests.training.helpers import Memory, with_settings
 
 ONE = torch.tensor(1.0)
 BAD = [torch.tensor(float(word)) for word in ("nan", "inf", "-inf")]
@@ -76,3 +90,52 @@ def test_weights_that_are_not_finite_are_named(bad: Tensor) -> None:
         TrainingError, match=r"^b is not finite after step 3, so that these weights are not saved; go on"
     ):
         require_finite_weights(3, {"a": torch.ones(4), "b": torch.stack([ONE, bad])})
+
+
+STEPS = 5
+
+
+def trained_with(config: Config, run: Path, step: int, poisoned: bool) -> Setup:
+    """After STEPS steps: the batch that comes first at `step` has a loss that is not finite, or is left out."""
+    data = open_data(config, show_progress=False)
+    run.mkdir()
+    metrics, display = Metrics(run / "metrics.jsonl", 0), Memory()
+
+    def without_it(position: Any) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        return (item for number, item in enumerate(data.open_batches(position), 1) if number != step)
+
+    with deterministic(config.run.deterministic), StopRequest() as stop:
+        setup = build(config, data if poisoned else replace(data, open_batches=without_it))
+        if poisoned:
+            Poison(setup, step, "loss", torch.nan, times=1)
+        train(setup, run, metrics, display, stop, Patience(0))
+    metrics.close()
+    refused = [record["step"] for record in display.records if record["kind"] == "refused"]
+    assert refused == [step] * poisoned
+    return setup
+
+
+def everything(setup: Setup) -> dict[str, Tensor]:
+    """Weights, moments with their count of steps, and the average of the weights."""
+    averages = setup.average.tensors() if setup.average else {}
+    moments, _ = pack_optimizer(setup.optimizer.state_dict())
+    return {**setup.model.state_dict(), **moments, **{f"average of {name}": one for name, one in averages.items()}}
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("optim", [{}, {"optim.optimizer": "muon"}, {"optim.ema_decay": 0.5}], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_refused_step_leaves_no_trace(
+    config: Config, tmp_path: Path, device: str, optim: dict[str, object], step: int
+) -> None:
+    """To the last bit it is the run that never met that batch; on a GPU fused AdamW itself leaves the step out."""
+    plain = {
+        "model.dropout": 0.0, "optim.steps": STEPS, "optim.grad_accum": 1, "run.device": device, "run.compile": False,
+        "run.deterministic": True,
+    }  # fmt: skip
+    asked = with_settings(config, plain | optim)
+    refused, spared = (trained_with(asked, tmp_path / str(poisoned), step, poisoned) for poisoned in (True, False))
+    found, wanted = everything(refused), everything(spared)
+    assert any(name.endswith("step") for name in wanted), sorted(wanted)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not found[name].equal(wanted[name])] == []

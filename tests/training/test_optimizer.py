@@ -20,6 +20,7 @@ from cda_cli.training.optimizer import (
     set_learning_rate,
     step_if_finite,
 )
+from tests.devices import DEVICES
 
 SETTINGS = {"lr": 0.5, "min_lr_ratio": 0.1, "warmup_steps": 4}
 
@@ -180,17 +181,18 @@ def test_a_restored_optimizer_keeps_its_settings_and_gets_the_state() -> None:
         assert first != second
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("seen", [math.nan, math.inf, 1.0])
-def test_the_device_leaves_a_step_out_that_is_not_finite(seen: float) -> None:
+def test_the_device_leaves_a_step_out_that_is_not_finite(seen: float, device: str) -> None:
     """Weights, averages and the count of steps stay as they were, and the next step is taken as if nothing was."""
-    model = a_model(null_kv=1)
+    model = a_model(null_kv=1).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     for loss in (2.0, seen, 3.0):
         before = {name: tensor.clone() for name, tensor in pack_optimizer(optimizer.state_dict())[0].items()}
         weights = [parameter.detach().clone() for parameter in model.parameters()]
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, loss)
-        assert step_if_finite(optimizer, torch.tensor(loss))
+        assert step_if_finite(optimizer, torch.tensor(loss, device=device))
         taken = math.isfinite(loss)
         for old, new in zip(weights, model.parameters(), strict=True):
             assert old.equal(new) is not taken
