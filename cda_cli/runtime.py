@@ -88,10 +88,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def random_states() -> dict[str, Tensor]:
-    """The states of the generators that dropout draws from, as uint8 tensors."""
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of the generators that dropout draws from, as uint8 tensors.
+
+    Those of GPUs only where `device` is one: to ask for them starts CUDA, which takes memory there and fails in a fork.
+    """
     states = {"cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count() if device.type == "cuda" else 0):
         states[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
     return states
 

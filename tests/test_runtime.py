@@ -14,7 +14,9 @@ from cda_cli.runtime import CUBLAS_WORKSPACE, deterministic
 from tests.commands.helpers import environment, in_subprocess, real_text
 from tests.devices import DEVICES
 
-TINY = "model.seq_len=16 model.dim=16 model.depth=1 model.heads=2 optim.batch_size=2 run.eval_batches=1".split()
+TINY = (
+    "model.seq_len=16", "model.dim=16", "model.depth=1", "model.heads=2", "optim.batch_size=2", "run.eval_batches=1",
+)  # fmt: skip
 
 
 def global_settings() -> tuple[object, ...]:
@@ -39,20 +41,24 @@ def test_settings_are_put_back(monkeypatch: pytest.MonkeyPatch, warn_only: bool)
     """Also after an error, and to what they were rather than to PyTorch's defaults."""
     monkeypatch.delenv(CUBLAS_WORKSPACE)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+
+    def fail() -> None:
+        assert global_settings() == (True, False, False, ":4096:8")
+        raise RuntimeError("of another kind")
+
     torch.use_deterministic_algorithms(warn_only, warn_only=warn_only)
     try:
-        with pytest.raises(RuntimeError, match="^of another kind$"), deterministic(True):
-            assert global_settings() == (True, False, False, ":4096:8")
-            raise RuntimeError("of another kind")
+        with pytest.raises(RuntimeError, match=r"^of another kind$"), deterministic(True):
+            fail()
         assert global_settings()[:3] == (warn_only, warn_only, True)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_what_has_no_deterministic_way_is_one_sentence() -> None:
-    with pytest.raises(DeviceError, match=r"^this cannot be run with run.deterministic \(put_ .*\); set it to false$"):
-        with deterministic(True):
-            torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
+    said = r"^this cannot be run with run.deterministic \(put_ .*\); set it to false$"
+    with pytest.raises(DeviceError, match=said), deterministic(True):
+        torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
 
 
 def test_a_workspace_that_is_not_deterministic_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,8 +73,9 @@ def test_the_setting_is_enough(tmp_path: Path, device: str) -> None:
     """From the command line: on a GPU every product fails where the variable was set too late."""
     text = tmp_path / "text.txt"
     text.write_text(real_text(), encoding="utf-8")
-    asked = [f"--set={setting}" for setting in [*TINY, "run.deterministic=true"]]
-    command = in_subprocess("train", "--device", device, "--data", text, "--steps", 2, "--out", tmp_path / "run", *asked)
-    variables = {name: value for name, value in environment(CDA_CACHE=str(tmp_path)).items() if name != CUBLAS_WORKSPACE}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    asked = [f"--set={setting}" for setting in (*TINY, "run.deterministic=true")]
+    command = in_subprocess("train", "--device", device, "--data", text, "--steps", 2, "--out", tmp_path / "run")
+    variables = dict(environment(CDA_CACHE=str(tmp_path)))
+    del variables[CUBLAS_WORKSPACE]
+    done = subprocess.run([*command, *asked], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -107,9 +107,9 @@ def publish(
     A checkpoint of this step that verifies already stays as it is: a resumed run comes by the same state again, and
     to replace it would mean a moment without it. One that is damaged is removed first.
 
-    Of the others the newest `keep` verified stay (never fewer than two) and whatever is newer than those, with
-    `keep_best` also the one that `best` finds; the rest goes, damaged or not. Names other than `step-` and eight
-    digits are never touched.
+    Of the others the newest `keep` verified stay (never fewer than two) and whatever is newer than those; with
+    `keep_best` also the one that `best` finds and, this time, any that the disk does not give. The rest goes, damaged
+    or not. Names other than `step-` and eight digits are never touched.
 
     Raises StorageError where a write fails; the earlier checkpoints are then whole. Raises ValueError or TypeError
     for a `state` that JSON does not return as it was (NaN, a tuple, a key that is no string).
@@ -177,17 +177,37 @@ def best(run: Path, known: Collection[Path] = ()) -> Path | None:
 
     Those of `known` have been verified already.
     """
+    return _best_and_unread(run, known)[0]
+
+
+def _best_and_unread(run: Path, known: Collection[Path]) -> tuple[Path | None, set[Path]]:
+    """See `best`; and those of which the disk did not give all that was asked for, each of which may be better."""
     found: list[tuple[float, int]] = []
+    unread: set[Path] = set()
     for step in list_steps(run):
+        path = step_folder(run, step)
         try:
-            loss = load(step_folder(run, step), parts=()).state.get(VALIDATION_LOSS)
-        except CheckpointError:
+            loss = load(path, parts=()).state.get(VALIDATION_LOSS)
+        except CheckpointError as error:
+            unread |= {path} if _is_unread(error) else set()
             continue
         if isinstance(loss, float):
             found.append((loss, -step))
     # The few kilobytes of a state tell who is best; only the best is read whole.
-    candidates = (step_folder(run, -step) for _, step in sorted(found))
-    return next((path for path in candidates if path in known or _is_whole(path)), None)
+    for path in (step_folder(run, -step) for _, step in sorted(found)):
+        try:
+            if path not in known:
+                verify(path)
+        except CheckpointError as error:
+            unread |= {path} if _is_unread(error) else set()
+            continue
+        return path, unread
+    return None, unread
+
+
+def _is_unread(error: CheckpointError) -> bool:
+    """Whether the disk failed, which it may not do another time, rather than gave what is damaged."""
+    return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
 
 
 def locate(path: Path, warn: Callable[[str], object] = _log.warning) -> Path:
@@ -259,15 +279,17 @@ def _is_whole(path: Path) -> bool:
 def _prune(run: Path, *, keep: int, keep_best: bool, published: Path) -> None:
     """`published` is whole: its files were read, for the manifest or against it, a moment ago."""
     whole: set[Path] = set()
-    spared, doomed = {published}, []
+    spared: set[Path | None] = {published}
+    doomed: list[Path] = []
     for step in reversed(list_steps(run)):
         path = step_folder(run, step)
         if len(whole) >= keep:
             doomed.append(path)
         elif path == published or _is_whole(path):
             whole.add(path)
-    if doomed and keep_best and (found := best(run, known=whole)):
-        spared.add(found)
+    if doomed and keep_best:
+        found, unread = _best_and_unread(run, whole)
+        spared |= {found, *unread}
     for path in doomed:
         if path not in spared:
             remove_published(path)

@@ -102,7 +102,7 @@ class Setup:
             "step": self.step,
             "model": model,
             "optimizer": optimizer,
-            "rng": random_states(),
+            "rng": random_states(self.device),
             "state": state,
             "ema": average,
             "tokenizer_json": self.data.tokenizer.to_json(),

@@ -32,7 +32,10 @@ run:
   eval_every: 3
   eval_batches: 2
   save_every: 2
+  device: cpu
 """
+
+WITH_DEVICE = ("train", "eval", "sample", "inspect-sparsity")
 
 # Weights that grow by 27 orders of magnitude in the first step: the second one overflows.
 OVERFLOWING = ("--set", "optim.weight_decay=1e30")
@@ -49,10 +52,19 @@ class Result(NamedTuple):
 Cda = Callable[..., Result]
 
 
+def on_cpu(*args: object) -> list[str]:
+    """The same arguments with `--device cpu`, where they choose no device: the tests then say the same whether or not
+    there is a GPU."""
+    given = list(map(str, args))
+    if given and given[0] in WITH_DEVICE and "--device" not in given:
+        given[1:1] = ["--device", "cpu"]
+    return given
+
+
 def run_cda(*args: object, stdin: bytes | None = None) -> Result:
-    """`cda ARGS` in this process, off a terminal; `stdin` is what it would read there."""
+    """`cda ARGS` in this process, off a terminal, and on the CPU; `stdin` is what it would read there."""
     out, err, before = io.StringIO(), io.StringIO(), (sys.argv, sys.stdin)
-    sys.argv = ["cda", *map(str, args)]
+    sys.argv = ["cda", *on_cpu(*args)]
     sys.stdin = io.TextIOWrapper(io.BytesIO(stdin or b""))
     code: Any = 0
     try:
@@ -66,8 +78,8 @@ def run_cda(*args: object, stdin: bytes | None = None) -> Result:
 
 
 def in_subprocess(*args: object) -> list[str]:
-    """The command line of `cda ARGS` in an interpreter of its own."""
-    return [sys.executable, "-m", "cda_cli", *map(str, args)]
+    """The command line of `cda ARGS` in an interpreter of its own, on the CPU."""
+    return [sys.executable, "-m", "cda_cli", *on_cpu(*args)]
 
 
 def real_text(size: int = 12_000) -> str:

@@ -43,8 +43,7 @@ RANGE = "greater than 0"
         (["--dtype", "f16"], ["run.dtype = 'f16'", "'float32' or 'bfloat16'"]),
         (["--backend", "cuda"], ["run.backend = 'cuda'", "'triton' or 'colt5'"]),
         (["--backend", "colt5"], ["no exact solver", "solver 'iterative' or backend 'torch'"]),
-        (["--device", "cuda"], ["no device 'cuda'", "--device cpu"]),
-        (["--device", "cuda:7"], ["no device 'cuda:7'"]),
+        (["--device", "cuda:99"], ["no device 'cuda:99'", "--device cpu"]),
         (["--device", "nonsense"], ["unknown device 'nonsense'", "auto, cpu, cuda"]),
         (["--device", "meta"], ["'meta' is not supported"]),
         (["--steps", "0"], ["optim.steps = 0"]),
@@ -97,7 +96,7 @@ def test_a_file_of_settings_that_cannot_be_read(cda: Cda, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--device", "cuda"], ["no device 'cuda'", "--device cpu"]),
+        (["--device", "cuda:99"], ["no device 'cuda:99'", "--device cpu"]),
         (["--device", "nonsense"], ["unknown device 'nonsense'"]),
         (["--dtype", "float16"], ["unknown dtype 'float16'", "did you mean 'bfloat16'?"]),
         (["--backend", "colt5"], ["no exact solver"]),

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from tests.commands.helpers import Cda, environment
 
 # One interpreter does all three, since PyTorch takes seconds to import.
@@ -41,8 +43,9 @@ def test_json_is_all_of_stdout(cda: Cda) -> None:
     document, end = json.JSONDecoder().raw_decode(result.out)
     assert result.out[end:] == "\n"
     assert set(document) == {"versions", "devices", "backends", "checks"}
-    assert set(document["backends"]) == {"cpu, exact", "cpu, iterative"}
-    assert len(document["checks"]) == 11
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    assert set(document["backends"]) == {f"{one}, {solver}" for one in devices for solver in ("exact", "iterative")}
+    assert len(document["checks"]) == 11 * len(devices)
     for check in document["checks"]:
         assert set(check) == {"name", "error", "tolerance", "passed"}
         assert check["passed"]
@@ -53,7 +56,8 @@ def test_triton_may_be_absent_on_a_cpu(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "stub" / "triton").mkdir(parents=True)
     (tmp_path / "stub" / "triton" / "__init__.py").write_text("raise ImportError('no triton here')\n")
     command = [sys.executable, "-c", THREE_COMMANDS, str(tiny), str(tmp_path / "run")]
-    path = environment(PYTHONPATH=os.pathsep.join([str(tmp_path / "stub"), os.environ.get("PYTHONPATH", "")]))
+    folders = os.pathsep.join([str(tmp_path / "stub"), os.environ.get("PYTHONPATH", "")])
+    path = environment(PYTHONPATH=folders, CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(command, env=path, capture_output=True, text=True, check=False)
     for name in ("doctor", "train", "eval"):
         assert f"exit code 0 of {name}\n" in done.stdout, f"{done.stdout}{done.stderr}"

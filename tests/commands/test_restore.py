@@ -103,7 +103,8 @@ def test_the_dtype_is_of_the_products_alone() -> None:
 
 def test_random_states_go_back() -> None:
     """Dropout after a resumed step draws what it would have drawn."""
-    states = random_states()
+    states = random_states(CPU)
+    assert set(states) == {"cpu"}, "a run on the CPU started CUDA"
     first = torch.rand(5)
     restore_random_states(states)
     assert torch.rand(5).equal(first)

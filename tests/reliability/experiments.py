@@ -20,18 +20,25 @@ SECONDS_BETWEEN_LINES = 10.0
 
 EXPERIMENTS: dict[str, Experiment] = {
     "kills": Experiment(
-        "A process that is killed while it saves, renames or prunes loses no published checkpoint",
+        "A process that is killed while it saves, renames or prunes loses neither the newest published checkpoint nor "
+        "the best",
         saving.kills,
         full=200,
         reduced=20,
-        variants=("saved in place", "removed before the new one is there"),
+        variants=("saved in place", "removed before the new one is there", "best pruned as the others"),
     ),
     "faults": Experiment(
-        "A kill, or an error of the disk, before and after every call that changes it loses no published checkpoint",
+        "The same for a kill, or an error of the disk, before and after every call that changes it",
         saving.faults,
         full=10_000,
         reduced=40,
-        variants=("saved in place", "pruned in place", "removed before the new one is there"),
+        variants=(
+            "saved in place",
+            "pruned in place",
+            "removed before the new one is there",
+            "best pruned as the others",
+            "best moved aside while pruning",
+        ),
     ),
     "power": Experiment(
         "What is renamed is on the disk before, and what is removed is replaced before (computed from the order of "
@@ -39,7 +46,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         saving.power_losses,
         full=10_000,
         reduced=10_000,
-        variants=("never synced", "synced after the rename", "saved in place"),
+        variants=("never synced", "synced after the rename", "saved in place", "best pruned as the others"),
     ),
     "full disks": Experiment(
         "A full disk, at any byte of any file, leaves the checkpoint before, nothing half, and one sentence",

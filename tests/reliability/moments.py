@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
@@ -70,7 +70,8 @@ def changing_calls(frame: FrameType, event: str, arg: Any) -> bool:
         return False
     # A buffered file is written when it is closed, at the end of a `with`.
     closes_file = arg.__name__ == "__exit__" and isinstance(arg.__self__, io.BufferedWriter)
-    return closes_file or (arg.__name__ in CHANGING and not isinstance(arg, type(list.append)))
+    # Of a list or a string a method of that name changes nothing on the disk.
+    return closes_file or (arg.__name__ in CHANGING and not isinstance(arg.__self__, Collection))
 
 
 class Within:

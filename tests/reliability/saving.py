@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cda_cli.errors import CdaError, StorageError
-from cda_cli.storage import list_steps, load, newest, publish, step_folder, verify
+from cda_cli.storage import best, list_steps, load, newest, publish, step_folder, verify
 from tests.reliability.harness import FORKS, exit_code, start
 from tests.reliability.moments import Moments, changing_calls, every_call
 from tests.reliability.variants import broken
@@ -26,15 +26,23 @@ from tests.reliability.variants import broken
 SIZE = 20_000  # values a tensor: a file of 80 kB, a checkpoint of 240 kB
 
 
+def validation_loss(step: int) -> float:
+    """The lowest so far at steps 2, 7, 12 …: the best of a run is soon older than the two newest, which always stay."""
+    return (step - 2) % 5 - step / 1000
+
+
 def save(run: Path, step: int) -> Path:
-    """A checkpoint whose every value is its step."""
+    """A checkpoint whose every value is its step; of the others the newest stay, and the best."""
     part = {"w": torch.full((SIZE,), float(step))}
-    return publish(run, step=step, model=part, optimizer=part, rng=part, state={"step": step}, tokenizer_json="{}")
+    state = {"step": step, "validation_loss": validation_loss(step)}
+    return publish(
+        run, step=step, model=part, optimizer=part, rng=part, state=state, tokenizer_json="{}", keep_best=True
+    )
 
 
 def fault_of(run: Path, promised: int, spoilt: int | None = None) -> str | None:
-    """What is wrong with a run in which step `promised` had been published: it was lost, or something is in sight that
-    is not whole (but for step `spoilt`, which was damaged before)."""
+    """What is wrong with a run in which all steps up to `promised` had been published: that one or the best was lost,
+    or something is in sight that is not whole (but for step `spoilt`, which was damaged before)."""
     for step in list_steps(run):
         try:
             verify(step_folder(run, step))
@@ -42,12 +50,20 @@ def fault_of(run: Path, promised: int, spoilt: int | None = None) -> str | None:
             if step != spoilt:
                 return f"a checkpoint in sight is not whole: {error}"
     found, _ = newest(run)
-    reached = int(found.name.removeprefix("step-")) if found else 0
+    reached = number(found) if found else 0
     if reached < promised:
         return f"step {promised} had been published, and {reached} is the newest whole one"
     if found and not all(tensors["w"].eq(reached).all() for tensors in (load(found).model, load(found).optimizer)):
         return f"step {reached} holds other values than were saved"
+    if promised:
+        lowest, kept = min(range(1, promised + 1), key=validation_loss), best(run)
+        if kept is None or validation_loss(number(kept)) > validation_loss(lowest):
+            return f"step {lowest} had been the best published, and {kept} is the best whole one"
     return None
+
+
+def number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def kill_self() -> None:
@@ -99,11 +115,11 @@ def kills(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
             fault = fault_of(run, step)
             yield f"after kill {trial}: {fault}" if fault else f"the saver ended with {code}" if code != -9 else None
             found, _ = newest(run)
-            step = int(found.name.removeprefix("step-")) if found else 0
+            step = number(found) if found else 0
 
 
-# What is in the run before the save that is cut: nothing; the two that are kept, so that one is pruned; a damaged
-# checkpoint of the very step.
+# What is in the run before the save that is cut: nothing; the two newest and the best, so that one of those is pruned
+# and the best stays; a damaged checkpoint of the very step.
 Before = Callable[[Path], int]
 
 
@@ -111,10 +127,10 @@ def nothing_before(run: Path) -> int:
     return 1
 
 
-def two_before(run: Path) -> int:
-    save(run, 1)
-    save(run, 2)
-    return 3
+def four_before(run: Path) -> int:
+    for step in (1, 2, 3, 4):
+        save(run, step)
+    return 5
 
 
 def damaged_before(run: Path) -> int:
@@ -124,7 +140,7 @@ def damaged_before(run: Path) -> int:
     return 3
 
 
-SITUATIONS: tuple[Before, ...] = (nothing_before, two_before, damaged_before)
+SITUATIONS: tuple[Before, ...] = (nothing_before, four_before, damaged_before)
 KILL, ERROR = "killed", "an error"
 
 
@@ -203,14 +219,14 @@ def power_losses(count: int, seed: int, variant: str = "") -> Iterator[str | Non
 
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
-        two_before(run)
+        four_before(run)
         with broken(variant), recorded(changes):
-            for step in (3, 4, 5):
+            for step in (5, 6):
                 save(run, step)
-        present = {str(step_folder(run, step)) for step in (1, 2)}
+        present = {str(step_folder(run, step)) for step in (2, 3, 4)}
     moments = range(len(changes) + 1)
     for moment in sorted(chance.sample(moments, min(count, len(moments)))):
-        yield loss_after(changes[:moment], present)
+        yield loss_after(changes[:moment], present, str(step_folder(run, 2)))
 
 
 @contextlib.contextmanager
@@ -235,8 +251,9 @@ def recorded(changes: list[tuple[str, str, str]]) -> Iterator[None]:
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "tokenizer.json")
 
 
-def loss_after(changes: list[tuple[str, str, str]], present: set[str]) -> str | None:
-    """What a loss of power after `changes` could have cost. `present`: the checkpoints that were durable before."""
+def loss_after(changes: list[tuple[str, str, str]], present: set[str], lowest: str) -> str | None:
+    """What a loss of power after `changes` could have cost. `present`: the checkpoints that were durable before;
+    `lowest`: the one of them that stays the best."""
     synced: set[str] = set()  # files and folders whose content is durable, under the name of the moment
     certain, possible = set(present), set(present)  # checkpoints that are there, and that may be
     removed: set[str] = set()  # names whose removal may have happened
@@ -266,6 +283,8 @@ def loss_after(changes: list[tuple[str, str, str]], present: set[str]) -> str | 
     newest_certain = max(certain)
     if newest_certain not in surely_left:
         return f"{newest_certain}, the newest, may be gone"
+    if lowest not in surely_left:
+        return f"{lowest}, the best, may be gone"
     return None
 
 
@@ -275,8 +294,8 @@ def full_disks(count: int, seed: int, variant: str = "") -> Iterator[str | None]
     for _ in range(count):
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder)
-            step = two_before(run)
-            files = sorted(step_folder(run, 2).iterdir())
+            step = four_before(run)
+            files = sorted(step_folder(run, step - 1).iterdir())
             file = chance.choice(files)
             offset = chance.randrange(file.stat().st_size)
             listener, said = FORKS.Pipe(duplex=False)
@@ -293,7 +312,7 @@ def full_disks(count: int, seed: int, variant: str = "") -> Iterator[str | None]
                 fault = f"the saver ended with {code} and said {word!r}"
             elif not word.startswith("StorageError") or "what was saved earlier is whole" not in word or "\n" in word:
                 fault = f"it said {word!r}"
-            elif sorted(shown) != ["step-00000001", "step-00000002"]:
+            elif sorted(shown) != [f"step-{kept:08}" for kept in (2, 3, 4)]:
                 fault = f"{sorted(shown)} is in sight"
             yield fault and f"full at byte {offset} of {file.name}: {fault}"
 

@@ -107,6 +107,27 @@ def removed_before_the_new_one_is_there(patch: Patch) -> None:
     patch.setattr(checkpoint, "published_folder", after_making_room)
 
 
+@variant
+def best_pruned_as_the_others(patch: Patch) -> None:
+    prune = checkpoint._prune
+    patch.setattr(checkpoint, "_prune", lambda run, **rest: prune(run, **rest | {"keep_best": False}))
+
+
+@variant
+def best_moved_aside_while_pruning(patch: Patch) -> None:
+    """Whole again once the pruning is over."""
+    prune = checkpoint._prune
+
+    def with_best_aside(run: Path, **rest: Any) -> None:
+        found = checkpoint.best(run)
+        assert found
+        aside = found.rename(found.with_name(f"aside-{found.name}"))
+        prune(run, **rest)
+        aside.rename(found)
+
+    patch.setattr(checkpoint, "_prune", with_best_aside)
+
+
 # Damage
 
 
@@ -270,11 +291,7 @@ def only_the_loss_looked_at(patch: Patch) -> None:
 
 @variant
 def step_taken_before_it_is_judged(patch: Patch) -> None:
-    def step_if_finite(optimizer: Any, loss_and_norm: torch.Tensor) -> bool:
-        optimizer.step()
-        return True
-
-    patch.setattr(cda_cli.training.loop, "step_if_finite", step_if_finite)
+    patch.setattr(cda_cli.training.loop, "step_if_finite", lambda optimizer, loss_and_norm: optimizer.step() is None)
 
 
 @variant
@@ -285,13 +302,8 @@ def average_taken_of_a_refused_step_too(patch: Patch) -> None:
     def built(*given: Any) -> Any:
         setup = build(*given)
         if setup.average:
-            zero_grad, update = setup.optimizer.zero_grad, setup.average.update
-
-            def then_averaged(set_to_none: bool = True) -> None:
-                zero_grad(set_to_none)
-                update(setup.step + 1)
-
-            patch.setattr(setup.optimizer, "zero_grad", then_averaged)
+            drop, update = setup.optimizer.zero_grad, setup.average.update
+            patch.setattr(setup.optimizer, "zero_grad", lambda set_to_none: (drop(set_to_none), update(setup.step + 1)))
             patch.setattr(setup.average, "update", lambda step: None)
         return setup
 
