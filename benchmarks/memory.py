@@ -1,4 +1,6 @@
-"""The forecast of memory beside the measured peak of two training steps, on this GPU.
+"""The forecast of memory beside the measured peak of two training steps, on this GPU: the most bytes that PyTorch's
+allocator had given out at once (`torch.cuda.max_memory_allocated`). What it holds in reserve and CUDA itself are not in
+it.
 
     python benchmarks/memory.py
 
@@ -73,24 +75,24 @@ def main() -> None:
             (True, False), reversed(PRESETS), ATTENTION, (False, True)
         )
     ]
-    with multiprocessing.get_context("spawn").Pool(AT_A_TIME, maxtasksperchild=1) as pool:
-        outcomes = dict(zip(cases, pool.imap(outcome, cases), strict=True))
     header(
         f"Memory of a training step, {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, batch {BATCH}, "
-        "bf16, MiB", "preset, attention", "compiled", "checkpointing", "forecast", "measured", "ratio", "forecast took"
+        "bf16, MiB", "preset, attention", "compiled", "checkpointing", "forecast", "allocated", "ratio", "forecast took"
     )  # fmt: skip
-    for case in sorted(cases, key=lambda case: (PRESETS.index(case.preset), case.attention, *case[2:])):
-        found = outcomes[case]
-        row(
-            f"{case.preset}, {case.attention}",
-            "yes" if case.compiled else "no",
-            "yes" if case.checkpointing else "no",
-            f"{found.forecast / 2**20:.0f}",
-            f"{found.measured / 2**20:.0f}",
-            f"{found.forecast / found.measured:.3f}",
-            f"{found.seconds:.1f} s",
-        )
-    ratios = [found.forecast / found.measured for found in outcomes.values()]
+    outcomes = []
+    with multiprocessing.get_context("spawn").Pool(AT_A_TIME, maxtasksperchild=1) as pool:
+        for case, found in zip(cases, pool.imap(outcome, cases), strict=True):
+            outcomes.append(found)
+            row(
+                f"{case.preset}, {case.attention}",
+                "yes" if case.compiled else "no",
+                "yes" if case.checkpointing else "no",
+                f"{found.forecast / 2**20:.0f}",
+                f"{found.measured / 2**20:.0f}",
+                f"{found.forecast / found.measured:.3f}",
+                f"{found.seconds:.1f} s",
+            )
+    ratios = [found.forecast / found.measured for found in outcomes]
     print(f"\nratios from {min(ratios):.3f} to {max(ratios):.3f}; {time.perf_counter() - began:.0f} s for all")
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from synthetic import ATTENTION, SOFTMAX, header, random_data, row, settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cda_cli.config import Config
+from cda_cli.errors import InterruptedRunError
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish
 from cda_cli.training.flops import flops_per_token, peak_flops
@@ -38,11 +41,15 @@ WARM = 5
 
 
 class Clock:
-    """A display that shows nothing, and knows when each step was done, and what the last line of figures was."""
+    """A display that shows nothing, and knows when each step was done, and what the last line of figures was.
+
+    It stops the run after step `last`: a run that comes to its own end is validated, which compiles once more.
+    """
 
     interactive = False
 
-    def __init__(self) -> None:
+    def __init__(self, last: int) -> None:
+        self.last = last
         self.times: dict[int, float] = {}
         self.figures: dict[str, Any] = {}
 
@@ -50,6 +57,8 @@ class Clock:
 
     def advance(self, step: int) -> None:
         self.times[step] = time.perf_counter()
+        if step == self.last:
+            os.kill(os.getpid(), signal.SIGINT)
 
     def show(self, record: dict[str, Any]) -> None:
         if record["kind"] == "train":
@@ -68,12 +77,13 @@ class Measured(NamedTuple):
 
 
 def measure(setup: Setup) -> Measured:
-    clock = Clock()
-    layer_figures(setup, next_batch(setup))  # compiles too
     steps = setup.config.run.log_every
+    clock = Clock(WARM + steps)
+    layer_figures(setup, next_batch(setup))  # compiles kernels too
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         metrics = Metrics(Path(folder) / "metrics.jsonl", 0)
-        train(setup, Path(folder), metrics, clock, stop, Patience(0))
+        with contextlib.suppress(InterruptedRunError):
+            train(setup, Path(folder), metrics, clock, stop, Patience(0))
         metrics.close()
     return Measured((clock.times[WARM + steps] - clock.times[WARM]) / steps, clock.figures["data_wait"])
 
@@ -92,7 +102,7 @@ def saving(setup: Setup) -> float:
 
 def run_settings(preset: str, sets: Sequence[str]) -> Config:
     quiet = ["run.eval_every=0", "run.save_every=0", "run.eval_batches=1"]
-    steps = WARM + settings(preset).run.log_every
+    steps = WARM + settings(preset).run.log_every + 1  # it is stopped before the last
     return settings(preset, [*quiet, f"optim.steps={steps}", "optim.warmup_steps=10", *sets])
 
 

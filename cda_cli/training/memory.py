@@ -62,9 +62,10 @@ def forecast(config: Config, device: torch.device, dtype: torch.dtype, compiled:
     if compiled:
         kept = _kept_compiled(config, device, dtype)
         at_loss = weights + accumulated + sum(kept) + _passing(config, device, dtype, scratch)
+        at_end = 2 * weights + accumulated  # all its gradients come at once, and are then added
     else:
         kept = _kept(config, device, dtype)
-        at_loss = _followed(config, device, dtype, scratch)
+        at_loss, at_end = _followed(config, device, dtype, scratch), 2 * weights
     return Forecast(
         weights=weights,
         gradients=weights,
@@ -74,7 +75,7 @@ def forecast(config: Config, device: torch.device, dtype: torch.dtype, compiled:
         logits=kept.logits,
         workspaces=workspaces,
         # Either in the middle of a step, or at its end, when all gradients are there and nothing else is.
-        peak=max(at_loss, 2 * weights) + optimizer + average + workspaces,
+        peak=max(at_loss, at_end) + optimizer + average + workspaces,
     )
 
 
