@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
+from tests.devices import DEVICES
 from tests.reliability import (
     damage,
     data_position,
@@ -148,6 +150,24 @@ EXPERIMENTS: dict[str, Experiment] = {
         variants=("links followed", "any name in a manifest", "everything else pruned"),
     ),
 }
+
+if "cuda" in DEVICES:
+    EXPERIMENTS |= {
+        "cuts on a GPU": Experiment(
+            "60 steps that are cut and resumed on a GPU, in bf16 with run.deterministic, are the run that was not cut",
+            functools.partial(resuming.cuts, device=resuming.ON_GPU, at_once=8),
+            full=59,
+            reduced=1,
+            variants=("moments not restored",),
+        ),
+        "chains on a GPU": Experiment(
+            "The same for chains of 3 to 5 resumes",
+            functools.partial(resuming.chains, device=resuming.ON_GPU, at_once=8),
+            full=20,
+            reduced=1,
+            variants=("offset in the document lost",),
+        ),
+    }
 
 
 def run_in_full(name: str, seed: int) -> tuple[str, Sum, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cda_cli.config import Config
@@ -12,9 +13,13 @@ from tests.reliability import micro
 from tests.reliability.fresh import train_afresh
 
 VARIANT_STEPS = 12  # enough for what is broken to show
+ON_CPU: dict[str, object] = {}  # as the micro run is
+ON_GPU: dict[str, object] = {"device": "cuda", "dtype": "bfloat16", "compile": False, "deterministic": True}
 
 
-def cuts(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
+def cuts(
+    count: int, seed: int, variant: str = "", device: Mapping[str, object] = ON_CPU, at_once: int = 1
+) -> Iterator[str | None]:
     """60 steps killed right after each of the 59 (count: at a choice of them), each gone on from in a process of its
     own: the loss of every step, the weights, the moments, the random states and the position are equal."""
     chance, steps = random.Random(seed), VARIANT_STEPS if variant else micro.STEPS
@@ -22,39 +27,49 @@ def cuts(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
         folder = Path(name)
         # Every step is saved and kept, so that one run holds what a kill after any of its steps would leave.
         text = micro.mapped_text(folder)
-        config = micro.settings(text, save_every=1, keep=steps)
+        config = micro.settings(text, save_every=1, keep=steps, **device)
         whole = folder / "whole"
         if fault := train_afresh(config, whole, folder / "cache", steps=steps, variant=variant):
             yield fault
             return
-        for step in sorted(chance.sample(range(1, steps), min(count, steps - 1))):
+
+        def fault_of(step: int) -> str | None:
             run = micro.copy_of_run(whole, folder / f"cut-{step}", step)
-            fault = train_afresh(micro.settings(text), run, folder / "cache", steps=steps, variant=variant)
+            fault = train_afresh(micro.settings(text, **device), run, folder / "cache", steps=steps, variant=variant)
             fault = fault or micro.difference(run, whole)
-            yield fault and f"cut after step {step}: {fault}"
+            return fault and f"cut after step {step}: {fault}"
+
+        with ThreadPoolExecutor(at_once) as threads:
+            yield from threads.map(fault_of, sorted(chance.sample(range(1, steps), min(count, steps - 1))))
 
 
-def chains(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
+def chains(
+    count: int, seed: int, variant: str = "", device: Mapping[str, object] = ON_CPU, at_once: int = 1
+) -> Iterator[str | None]:
     """Chains of 3 to 5 resumes, each in a process of its own, of a streamed text and of a mapped one by turns; the cuts
     are stops by a signal and ends in good order."""
     chance, steps = random.Random(seed), VARIANT_STEPS if variant else micro.STEPS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts = [micro.mapped_text(folder), micro.streamed_text(folder)]
-        configs = [micro.settings(text, streaming=text.suffix == ".jsonl") for text in texts]
-        wholes: dict[int, Path] = {}
-        for number in range(count):
-            kind = (number + 1) % 2
-            if kind not in wholes:
-                wholes[kind] = folder / f"whole-{kind}"
-                if fault := train_afresh(configs[kind], wholes[kind], folder / "cache", steps=steps):
-                    yield fault
-                    return
+        texts = [micro.streamed_text(folder), micro.mapped_text(folder)][:count]
+        configs = [micro.settings(text, streaming=text.suffix == ".jsonl", **device) for text in texts]
+        wholes = [folder / f"whole-{text.stem}" for text in texts]
+        for config, whole in zip(configs, wholes, strict=True):
+            if fault := train_afresh(config, whole, folder / "cache", steps=steps):
+                yield fault
+                return
+        plans = []
+        for _ in range(count):
             places = sorted(chance.sample(range(1, steps), chance.randint(3, 5)))
-            signals = [chance.random() < 0.5 for _ in places]
-            fault = chain(configs[kind], folder / f"chain-{number}", steps, places, signals, variant)
-            fault = fault or micro.difference(folder / f"chain-{number}", wholes[kind])
-            yield fault and f"{'streamed' if kind else 'mapped'}, cut after {places}: {fault}"
+            plans.append((places, [chance.random() < 0.5 for _ in places]))
+
+        def fault_of(number: int) -> str | None:
+            kind, (places, signals), run = number % 2, plans[number], folder / f"chain-{number}"
+            fault = chain(configs[kind], run, steps, places, signals, variant) or micro.difference(run, wholes[kind])
+            return fault and f"{texts[kind].name}, cut after {places}: {fault}"
+
+        with ThreadPoolExecutor(at_once) as threads:
+            yield from threads.map(fault_of, range(count))
 
 
 def chain(config: Config, run: Path, steps: int, places: list[int], signals: list[bool], variant: str) -> str | None:
