@@ -132,7 +132,7 @@ class RunConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the matrix products.")
     compile: bool | None = Field(None, description="torch.compile; null: on a GPU only.")
     deterministic: bool = Field(
-        False, description="On a GPU too the same bits each time, on one kind of device; slower."
+        False, description="PyTorch's deterministic algorithms: the same bits each time on one kind of GPU."
     )
     activation_checkpointing: bool = Field(
         False, description="Keep only each block's input for the backward and compute the rest again."

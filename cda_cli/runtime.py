@@ -53,8 +53,9 @@ def deterministic(wanted: bool) -> Iterator[None]:
     """Within it, where `wanted`, every operation gives the same bits each time on one kind of device and one PyTorch.
 
     PyTorch then leaves out what adds in any order (attention of cuDNN, atomic sums in the backward of flash attention
-    and of embeddings) and Inductor what it would choose by the clock; our kernels have no such sums. Its settings are
-    put back at the end. To be entered before the first product on a GPU, as cuBLAS reads its variable then.
+    and of embeddings) and Inductor what it would choose by the clock; our kernels have no such sums. PyTorch's settings
+    are put back at the end, the variable of cuBLAS stays. To be entered before the first product on a GPU, as cuBLAS
+    reads it then.
 
     Raises DeviceError where the environment, or an operation within, does not allow it.
     """

@@ -172,16 +172,16 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def best(run: Path, known: Collection[Path] = ()) -> Path | None:
-    """The checkpoint of `run` that verifies and has the lowest validation loss in its state, the newest of equals.
+def best(run: Path) -> Path | None:
+    """The checkpoint of `run` that verifies and has the lowest validation loss in its state, the newest of equals."""
+    return _best_and_unread(run)[0]
+
+
+def _best_and_unread(run: Path, known: Collection[Path] = ()) -> tuple[Path | None, set[Path]]:
+    """See `best`; and those of which the disk did not give all that was asked for, each of which may be better.
 
     Those of `known` have been verified already.
     """
-    return _best_and_unread(run, known)[0]
-
-
-def _best_and_unread(run: Path, known: Collection[Path]) -> tuple[Path | None, set[Path]]:
-    """See `best`; and those of which the disk did not give all that was asked for, each of which may be better."""
     found: list[tuple[float, int]] = []
     unread: set[Path] = set()
     for step in list_steps(run):
@@ -189,7 +189,8 @@ def _best_and_unread(run: Path, known: Collection[Path]) -> tuple[Path | None, s
         try:
             loss = load(path, parts=()).state.get(VALIDATION_LOSS)
         except CheckpointError as error:
-            unread |= {path} if _is_unread(error) else set()
+            if _is_unread(error):
+                unread.add(path)
             continue
         if isinstance(loss, float):
             found.append((loss, -step))
@@ -199,9 +200,10 @@ def _best_and_unread(run: Path, known: Collection[Path]) -> tuple[Path | None, s
             if path not in known:
                 verify(path)
         except CheckpointError as error:
-            unread |= {path} if _is_unread(error) else set()
-            continue
-        return path, unread
+            if _is_unread(error):
+                unread.add(path)
+        else:
+            return path, unread
     return None, unread
 
 
@@ -279,8 +281,7 @@ def _is_whole(path: Path) -> bool:
 def _prune(run: Path, *, keep: int, keep_best: bool, published: Path) -> None:
     """`published` is whole: its files were read, for the manifest or against it, a moment ago."""
     whole: set[Path] = set()
-    spared: set[Path | None] = {published}
-    doomed: list[Path] = []
+    spared, doomed = {published}, []
     for step in reversed(list_steps(run)):
         path = step_folder(run, step)
         if len(whole) >= keep:
@@ -289,7 +290,7 @@ def _prune(run: Path, *, keep: int, keep_best: bool, published: Path) -> None:
             whole.add(path)
     if doomed and keep_best:
         found, unread = _best_and_unread(run, whole)
-        spared |= {found, *unread}
+        spared |= unread | ({found} if found else set())
     for path in doomed:
         if path not in spared:
             remove_published(path)
