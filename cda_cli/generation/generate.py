@@ -99,7 +99,8 @@ def filtered_distribution(logits_V: Tensor, settings: SamplingSettings) -> Tenso
         logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[-1], -torch.inf)
     probabilities = logits.softmax(-1).float()
     if settings.top_p is not None and settings.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
+        order = logits.argsort(descending=True)  # two logits that differ may round to one probability
+        ordered = probabilities[order]
         beyond = ordered.cumsum(-1) - ordered >= settings.top_p
         probabilities = probabilities.scatter(0, order[beyond], 0.0)
     if settings.min_p is not None:

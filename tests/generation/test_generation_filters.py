@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from cda_cli.errors import ConfigError
@@ -67,6 +67,7 @@ def test_filters_are_those_of_their_definitions(logits: list[float], settings: S
     SETTINGS,
     st.floats(0.01, 5),
 )
+@example([0.0, 1e-30], SamplingSettings(top_p=0.5), 1.0)
 def test_a_token_always_stays_and_shares_sum_to_1(
     logits: list[float], settings: SamplingSettings, temperature: float
 ) -> None:
