@@ -28,12 +28,8 @@ def train(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Build all, forecast memory, try a batch, print the plan.", rich_help_panel=RUN)
     ] = False,
-    devices: Annotated[
-        int, Option(min=1, help="Processes to start on this machine, a GPU each.", rich_help_panel=RUN)
-    ] = 1,
-    parallel: Annotated[
-        str | None, Option(help="Several processes: ddp (copies) or fsdp (shards).", rich_help_panel=RUN)
-    ] = None,
+    devices: Annotated[int, Option(min=1, help="Processes to start here, a GPU each.", rich_help_panel=RUN)] = 1,
+    parallel: Annotated[str | None, Option(help="Of several processes: ddp or fsdp.", rich_help_panel=RUN)] = None,
     seed: Annotated[int | None, Option(rich_help_panel=RUN)] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=RUN)] = None,
     dtype: Annotated[str | None, Option(help="auto, float32 or bfloat16.", rich_help_panel=RUN)] = None,
@@ -102,9 +98,8 @@ def train(
             "steps": steps, "batch_size": batch_size, "grad_accum": grad_accum, "lr": lr,
         }.items()},
         **{f"run.{name}": value for name, value in {
-            "seed": seed, "device": device, "dtype": dtype, "compile": compile_, "backend": backend,
+            "seed": seed, "device": device, "dtype": dtype, "compile": compile_, "backend": backend, "track": track,
             "parallel": parallel, "eval_every": eval_every, "save_every": save_every, "sample_every": sample_every,
-            "track": track,
         }.items()},
     }  # fmt: skip
     run = out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))
@@ -116,13 +111,12 @@ def train(
             sys.exit(launch(processes, stop))
 
         from cda_cli.console import TrainingDisplay, show_dry_run
+        from cda_cli.training import run as training
         from cda_cli.training.distribution import Silence, join
-        from cda_cli.training.run import dry_run as try_out
-        from cda_cli.training.run import run_training
 
-        if dry_run:
-            show_dry_run(try_out(settings, run, resume, TrainingDisplay(), stop))
-            return
         with join(voice, settings) as joined:
             display = TrainingDisplay() if joined.first else Silence()
-            run_training(settings, run, resume, display, stop, joined)
+            if dry_run:
+                show_dry_run(training.dry_run(settings, run, resume, display, stop))
+            else:
+                training.run_training(settings, run, resume, display, stop, joined)
