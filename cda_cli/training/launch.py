@@ -161,11 +161,13 @@ class OneVoice:
         self._store: Any = None
 
     def store(self) -> Any:
-        """The store of torchrun, which outlives the processes."""
+        """The store of torchrun, which outlives the processes: so these take what is of their attempt only."""
         if self._store is None:
+            from torch.distributed import PrefixStore  # type: ignore[attr-defined]
             from torch.distributed.rendezvous import rendezvous
 
-            self._store = next(rendezvous("env://"))[0]
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._store = PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
         return self._store
 
     def __enter__(self) -> OneVoice:

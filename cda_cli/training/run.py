@@ -12,6 +12,7 @@ import torch
 
 from cda_cli.config import Config
 from cda_cli.data import PreparationStoppedError
+from cda_cli.errors import ConfigError
 from cda_cli.restore import saved_config
 from cda_cli.runtime import describe_device, peak_memory
 from cda_cli.signals import StopRequest
@@ -92,6 +93,7 @@ def _run(config: Config, run: Path, resume: str, display: Display, stop: StopReq
     with stop.at_once(NOT_BEGUN):
         checkpoint = _find(run, resume, display, processes)
         setup = _set_up(config, run, checkpoint, display, stop, processes)
+        _check_same_start(setup)
     if checkpoint and setup.step >= setup.config.optim.steps:
         display.note(f"{run} has all its {setup.step} steps; raise --steps to go on")
         return
@@ -189,6 +191,18 @@ def _find(run: Path, resume: str, display: Display, processes: Processes) -> Che
         display.note(sentence)
     processes.say("checkpoint", str(checkpoint.path) if checkpoint else "")
     return checkpoint
+
+
+def _check_same_start(setup: Setup) -> None:
+    """Raises ConfigError where a machine sees another run folder or text than the first: it would train on, in vain."""
+    text = f"{setup.data.windows} windows of text and {len(setup.data.validation)} validation tokens"
+    here = f"step {setup.step}, {text}"
+    first = setup.processes.told("start", lambda: here)
+    if here != first:
+        raise ConfigError(
+            f"the processes do not start from the same ({here} here, {first} in the first one); "
+            "give all machines the same run folder and --data"
+        )
 
 
 def _set_up(

@@ -2,7 +2,7 @@
 
 One process imports everything and then forks the ranks of each run: `python -m tests.training.processes`. A line of
 its stdin is a job, a line of its stdout the exit codes of the ranks. It holds the store that they meet in, as
-torchrun's agent does.
+torchrun's agent does, and as there each run finds in it what the attempts before have left.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Nursery:
         """`cda ARGS` in `count` processes, with `only[rank]` in the environment of one."""
         self._runs += 1
         said = [[self._folder / f"{self._runs}.{rank}.{stream}" for stream in ("out", "err")] for rank in range(count)]
-        environments = [{**os.environ, **(only or {}).get(rank, {})} for rank in range(count)]
+        here = {**os.environ, "PWD": str(Path.cwd())}
+        environments = [{**here, **(only or {}).get(rank, {})} for rank in range(count)]
         job = {"args": [str(arg) for arg in args], "said": said, "environments": environments}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -61,15 +62,15 @@ def main() -> None:
     import cda_cli.main
     import cda_cli.training.run  # noqa: F401
 
-    for line in sys.stdin:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for attempt, line in enumerate(sys.stdin):
         job = json.loads(line)
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        children = [fork(job, rank, store.port) for rank in range(len(job["said"]))]
+        children = [fork(job, rank, store.port, attempt) for rank in range(len(job["said"]))]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(codes), flush=True)
 
 
-def fork(job: dict[str, Any], rank: int, port: int) -> int:
+def fork(job: dict[str, Any], rank: int, port: int, attempt: int) -> int:
     child = os.fork()
     if child:
         return child
@@ -81,6 +82,8 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo"} | job["environments"][rank] | place | meeting
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+    os.chdir(os.environ["PWD"])
     sys.argv = ["cda", *job["args"]]
     code: Any = 0
     try:

@@ -132,6 +132,19 @@ def test_what_one_meets_ends_all(nursery: Nursery, small: Config, tmp_path: Path
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_other_data_on_another_machine_is_refused(nursery: Nursery, small: Config, tmp_path: Path) -> None:
+    """Each process would train on its own text, and say nothing."""
+    text = Path(small.data.source).read_text(encoding="utf-8")
+    for name, length in (("first", 500), ("second", 400)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(text[:length], encoding="utf-8")
+    command = ("train", "--config", settings(small, tmp_path), "--out", tmp_path / "run", "--data", "text.txt")
+    ended = nursery.run(2, *command, only={0: {"PWD": str(tmp_path / "first")}, 1: {"PWD": str(tmp_path / "second")}})
+    assert ended.codes == [2, 2]
+    assert not ended.err[0]
+    assert "do not start from the same" in ended.err[1]
+
+
 @pytest.mark.parametrize(("accumulated", "rows", "count"), [(1, 4, 2), (4, 1, 2), (2, 2, 4), (6, 3, 9), (3, 6, 2)])
 def test_rows_are_shared_once_and_evenly(accumulated: int, rows: int, count: int) -> None:
     numbers = torch.arange(accumulated * rows).view(accumulated, rows, 1)
