@@ -124,8 +124,8 @@ class Processes:
         over all processes is taken."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
-        elif self.count > 1 and not last:
-            return cast(DistributedDataParallel, model).no_sync()
+        elif isinstance(model, DistributedDataParallel) and not last:
+            return cast(AbstractContextManager[object], model.no_sync())
         return nullcontext()
 
     def sum(self, value: Tensor) -> Tensor:
@@ -166,19 +166,19 @@ class Processes:
     def wrap(self, model: Transformer, parallel: str, dtype: torch.dtype, compiled: bool) -> nn.Module:
         """The module to call in place of `model`, whose parameters may become sharded ones: build optimizers after it.
 
-        Compiled, gradients travel while the backward pass goes on: torch.compile cuts what DDP wraps at its buckets,
-        and blocks are compiled one by one before they are sharded.
+        Of several processes each compiles block by block, so that gradients travel while the backward pass goes on.
         """
         if self.count == 1:
             return cast(nn.Module, torch.compile(model)) if compiled else model
+        if compiled:
+            model.compile_parts()
         # An empty parameter (no null keys) has nothing to share, and DDP would wait for its gradient.
         empty = {parameter for parameter in model.parameters() if not parameter.numel()}
         for parameter in empty:
             parameter.requires_grad_(False)
         if parallel == "fsdp":
-            return _shard(model, dtype, compiled, empty)
-        copies = DistributedDataParallel(model, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
-        return cast(nn.Module, torch.compile(copies)) if compiled else copies
+            return _shard(model, dtype, empty)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole tensors, sharded ones put together one at a time, in the first process; nothing in the others."""
@@ -261,7 +261,7 @@ def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def _shard(model: Transformer, dtype: torch.dtype, compiled: bool, ignored: set[nn.Parameter]) -> nn.Module:
+def _shard(model: Transformer, dtype: torch.dtype, ignored: set[nn.Parameter]) -> nn.Module:
     """FSDP2 over blocks: each is gathered while the one before it is computed.
 
     The parameters of blocks are gathered, and stay, in the dtype of the matrix products; gradients are summed in
@@ -275,8 +275,6 @@ def _shard(model: Transformer, dtype: torch.dtype, compiled: bool, ignored: set[
     if dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.each_block():
-        if compiled:
-            block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
     # After a forward pass without a backward one the model's parameters would else not be its shards.
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
