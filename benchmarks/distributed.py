@@ -1,11 +1,12 @@
-"""Tokens a second of one process and of several, a GPU each, through `cda train` itself.
+"""Tokens a second of one process and of several, a GPU each, with DDP and with FSDP2.
 
-    python benchmarks/distributed.py                      DDP and FSDP2 on two GPUs, preset base
-    python benchmarks/distributed.py fsdp --devices 4
+    python benchmarks/distributed.py
+    python benchmarks/distributed.py --devices 4 --set model.attention=softmax --set model.learned_k=false
+    python benchmarks/distributed.py --device cpu --preset tiny --steps 3
 
-Each line is a run that is stopped after some steps (the saving is not part of the figure); the rate is the one that
-the run shows, from its second step on. Two GPUs share the batch of one, so that a step has as many tokens in every run.
-What follows `--` goes to `cda train`: `-- --preset tiny --device cpu` tries it on a CPU.
+A preset with GPT-2's vocabulary and its own batch, bf16, compiled, on the whole loop of `cda train`. Every run has the
+same tokens a step: W processes share the grad_accum batches of a step, so that each batch is as large as alone where
+grad_accum is a multiple of W (strong scaling). torchrun starts this file again for each row.
 """
 
 from __future__ import annotations
@@ -13,48 +14,81 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import torch
+from synthetic import header, random_data, row
+from training import measure, run_settings
+
+from cda_cli.signals import StopRequest
+from cda_cli.training.distribution import join
+from cda_cli.training.launch import OneVoice
+from cda_cli.training.setup import build
+
+LIMIT = 240  # seconds that a row may take
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parallel", nargs="*", default=["ddp", "fsdp"], help="ddp, fsdp")
+    parser.add_argument("--preset", default="base")
     parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=30)
-    own, dashes, rest = sys.argv[1:], "--", ["--preset", "base"]
-    if dashes in own:
-        own, rest = own[: own.index(dashes)], own[own.index(dashes) + 1 :]
-    options = parser.parse_args(own)
-    print("| processes | tokens/s | × one | seconds, all |\n|---|---:|---:|---:|", flush=True)
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument("--steps", type=int, default=30, help="that are measured, after some that are not")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # set in what torchrun has started
+    options = parser.parse_args()
+    sets = [f"run.device={options.device}", *options.set, f"run.log_every={options.steps}"]
+    if options.result:
+        work(options.preset, sets, options.result)
+    elif options.device == "cuda" and torch.cuda.device_count() < options.devices:
+        print(f"benchmarks/distributed.py needs {options.devices} GPUs, and there are {torch.cuda.device_count()}")
+    else:
+        table(options.preset, options.devices, options.device)
+
+
+def table(preset: str, devices: int, device: str) -> None:
+    rows = {"1": (1, "ddp"), **{f"{devices}, {parallel}": (devices, parallel) for parallel in ("ddp", "fsdp")}}
+    results = {}
     with tempfile.TemporaryDirectory(prefix="cda-bench-") as folder:
-        one = tokens_per_second("1", Path(folder), options.steps, rest)
-        for parallel in options.parallel:
-            several = ["--devices", str(options.devices), "--parallel", parallel]
-            tokens_per_second(f"{options.devices}, {parallel}", Path(folder), options.steps, rest + several, one)
+        for name, (count, parallel) in rows.items():
+            began, result = time.perf_counter(), Path(folder) / name
+            run_again(count, [*sys.argv[1:], "--set", f"run.parallel={parallel}", "--result", str(result)])
+            if result.exists():
+                results[name] = (*json.loads(result.read_text(encoding="utf-8")), time.perf_counter() - began)
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    header(f"Training in several processes, preset {preset}, {where}, PyTorch {torch.__version__}", "processes",
+           "tokens/s", "× one", "waiting for data", "seconds, with start and compiling")  # fmt: skip
+    one = results["1"][0] if "1" in results else float("nan")
+    for name, (speed, waited, seconds) in results.items():
+        row(name, f"{speed / 1e3:.1f} k", f"{speed / one:.2f}", f"{waited:.2%}", f"{seconds:.0f}")
+    if len(results) < len(rows):
+        sys.exit(f"no figures of {', '.join(rows.keys() - results)}: see the messages above")
 
 
-def tokens_per_second(name: str, folder: Path, steps: int, settings: list[str], one: float | None = None) -> float:
-    """Of a run that is stopped once the line of figures of step `steps` has come; prints a row."""
-    run, began = folder / name.replace(", ", "-"), time.perf_counter()
-    never = ["--steps", "1000000", "--eval-every", "0", "--save-every", "0", "--set", "run.log_every=5"]
-    command = [sys.executable, "-m", "cda_cli", "train", *settings, *never, "--out", str(run)]
-    environment = {**os.environ, "CDA_CACHE": str(folder / "cache")}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.lstrip().startswith(f"{steps}/"):
-                process.send_signal(signal.SIGTERM)
-    if process.returncode != 128 + signal.SIGTERM:
-        sys.exit(f"the run of {name} ended with exit code {process.returncode}")
-    records = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    rate = {record["step"]: record["tokens_per_second"] for record in records if record["kind"] == "train"}[steps]
-    print(f"| {name} | {rate:,.0f} | {rate / (one or rate):.2f} | {time.perf_counter() - began:.0f} |", flush=True)
-    return float(rate)
+def run_again(count: int, arguments: list[str]) -> None:
+    """This file in `count` processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+    command = [*torchrun, "--nproc-per-node", str(count), __file__, *arguments]
+    environment = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **os.environ}
+    with subprocess.Popen(command, env=environment, stdout=sys.stderr) as process:
+        try:
+            process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends what it has started
+
+
+def work(preset: str, sets: list[str], result: Path) -> None:
+    """In each process; the first writes [tokens a second, share of a step that waits for data]."""
+    config = run_settings(preset, sets)
+    with OneVoice() as voice, StopRequest(), join(voice, config) as processes:
+        found = measure(build(config, random_data(config), processes=processes))
+        tokens = config.optim.batch_size * config.optim.grad_accum * config.model.seq_len
+        if processes.first:
+            result.write_text(json.dumps([tokens / found.seconds, found.waited]), encoding="utf-8")
 
 
 if __name__ == "__main__":

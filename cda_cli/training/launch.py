@@ -61,8 +61,7 @@ class Place:
 def count_processes(config: Config, place: Place, devices: int, dry_run: bool) -> int:
     """Those that torchrun has started, or else `--devices`.
 
-    Raises ConfigError where they cannot share the sequences of a step evenly, and where the two, `--device` or
-    `--dry-run` do not go together.
+    Raises ConfigError where they cannot share the sequences of a step evenly, and where settings do not go together.
     """
     started, optim = place.processes, config.optim
     if started > 1 and devices not in (1, place.local_processes):
@@ -74,6 +73,10 @@ def count_processes(config: Config, place: Place, devices: int, dry_run: bool) -
         raise ConfigError("--dry-run tries one process; leave out --devices, or torchrun")
     if processes > 1 and ":" in config.run.device:
         raise ConfigError(f"--device {config.run.device} is for one process, and there are {processes}; give cuda")
+    if processes > 1 and config.run.parallel == "fsdp" and optim.optimizer == "muon":
+        raise ConfigError(
+            "Muon takes whole matrices, and fsdp cuts them; give --parallel ddp, or --set optim.optimizer=adamw"
+        )
     if sequences % processes:
         raise ConfigError(
             f"a step has {sequences} sequences (batch_size {optim.batch_size} × grad_accum {optim.grad_accum}), which "
