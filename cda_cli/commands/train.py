@@ -103,13 +103,10 @@ def train(
         }.items()},
     }  # fmt: skip
     run = out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))
-    with OneVoice() as voice, StopRequest() as stop:
-        # A wrong setting is said before torch is imported.
+    with OneVoice() as voice, StopRequest() as stop:  # a wrong setting is said before torch is imported
         settings = resolve(preset, config, set_ or (), flags, base=settings_of(run, resume))
-        processes = count_processes(settings, voice.place, devices, dry_run)
-        if processes > voice.place.processes:
+        if (processes := count_processes(settings, voice.place, devices, dry_run)) > voice.place.processes:
             sys.exit(launch(processes, stop))
-
         from cda_cli.console import TrainingDisplay, show_dry_run
         from cda_cli.training import run as training
         from cda_cli.training.distribution import Silence, join
