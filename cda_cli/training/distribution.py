@@ -178,6 +178,7 @@ class Processes:
             parameter.requires_grad_(False)
         if parallel == "fsdp":
             return _shard(model, dtype, empty)
+        torch._dynamo.config.optimize_ddp = False  # which would cut the graph of a block: it is small enough
         return DistributedDataParallel(model, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
