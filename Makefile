@@ -55,6 +55,7 @@ bench-gpu: setup ## Measure speed and memory on a GPU: the tables of docs/kernel
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/distributed.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -83,7 +83,7 @@ def measure(setup: Setup) -> Measured:
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         metrics = Metrics(Path(folder) / "metrics.jsonl", 0)
         with contextlib.suppress(InterruptedRunError):
-            train(setup, Path(folder), metrics, clock, stop, Patience(0))
+            train(setup, Path(folder), metrics, clock, setup.processes.agreed(stop), Patience(0))
         metrics.close()
     return Measured((clock.times[WARM + steps] - clock.times[WARM]) / steps, clock.figures["data_wait"])
 
@@ -102,7 +102,7 @@ def saving(setup: Setup) -> float:
 
 def run_settings(preset: str, sets: Sequence[str]) -> Config:
     quiet = ["run.eval_every=0", "run.save_every=0", "run.eval_batches=1"]
-    steps = WARM + settings(preset).run.log_every + 1  # it is stopped before the last
+    steps = WARM + settings(preset, sets).run.log_every + 1  # it is stopped before the last
     return settings(preset, [*quiet, f"optim.steps={steps}", "optim.warmup_steps=10", *sets])
 
 

@@ -137,6 +137,7 @@ class RunConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="Keep only each block's input for the backward and compute the rest again."
     )
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="Of several processes: whole copies, or shards.")
     backend: Literal["auto", "torch", "triton", "colt5"] = Field("auto", description="Backend of the operator.")
     log_every: int = Field(10, ge=1, description="Steps between two lines of figures.")
     eval_every: int = Field(250, ge=0, description="Steps between two validations; 0: only at the end.")

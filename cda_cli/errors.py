@@ -56,6 +56,15 @@ class InterruptedRunError(CdaError):
         self.exit_code = 128 + signal_number
 
 
+def exit_code(error: Exception) -> int:
+    """What a command that ends with `error` returns."""
+    if isinstance(error, CdaError):
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
+        return 141  # the reader of our output has gone
+    return 2 if isinstance(error, OSError) and error.filename else 1
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean 'NEAREST'?`, or the list of what is known where nothing is near."""
     names = sorted(known)

@@ -11,7 +11,7 @@ import typer
 
 from cda_cli import __version__
 from cda_cli.commands import doctor, eval, inspect_sparsity, sample, train
-from cda_cli.errors import CdaError, InterruptedRunError
+from cda_cli.errors import CdaError, InterruptedRunError, exit_code
 
 app = typer.Typer(
     name="cda",
@@ -70,20 +70,17 @@ def run() -> None:
 def _leave(error: Exception) -> NoReturn:
     """One sentence on stderr, and the exit code."""
     if isinstance(error, BrokenPipeError):
-        # The reader of our output has gone. Python would complain once more while it closes stdout.
+        # Python would complain once more while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    if isinstance(error, CdaError):
+    elif isinstance(error, CdaError):
         _say(str(error), "" if isinstance(error, InterruptedRunError) else "error: ")
-        sys.exit(error.exit_code)
-    if type(error).__name__ == "OutOfMemoryError":
+    elif type(error).__name__ == "OutOfMemoryError":
         _say("the GPU's memory is used up; use a smaller --batch-size with a larger --grad-accum")
-        sys.exit(1)
-    if isinstance(error, OSError) and error.filename:
+    elif isinstance(error, OSError) and error.filename:
         _say(f"{error.filename}: {error.strerror}; check the path and the space and rights there")
-        sys.exit(2)
-    _say(f"unexpected {type(error).__name__}: {error} (a fault of cda: run `cda --debug …` for the traceback)")
-    sys.exit(1)
+    else:
+        _say(f"unexpected {type(error).__name__}: {error} (a fault of cda: run `cda --debug …` for the traceback)")
+    sys.exit(exit_code(error))
 
 
 def _say(sentence: str, label: str = "error: ") -> None:

@@ -56,10 +56,14 @@ class StopRequest:
         if self.signal_number is not None:
             raise InterruptedRunError(message, self.signal_number)
 
+    def agree(self) -> None:
+        """Where a run has several processes, each calls this at the same places and learns what any was asked."""
+
     def until(self, items: Iterable[T]) -> Iterator[T]:
         """`items`, the first always, until a stop was asked for."""
         for item in items:
             yield item
+            self.agree()
             if self:
                 return
 

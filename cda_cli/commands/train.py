@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,8 @@ def train(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Build all, forecast memory, try a batch, print the plan.", rich_help_panel=RUN)
     ] = False,
+    devices: Annotated[int, Option(min=1, help="Processes to start here, a GPU each.", rich_help_panel=RUN)] = 1,
+    parallel: Annotated[str | None, Option(help="Of several processes: ddp or fsdp.", rich_help_panel=RUN)] = None,
     seed: Annotated[int | None, Option(rich_help_panel=RUN)] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=RUN)] = None,
     dtype: Annotated[str | None, Option(help="auto, float32 or bfloat16.", rich_help_panel=RUN)] = None,
@@ -79,6 +82,8 @@ def train(
     docs/configuration.md.
     """
     from cda_cli.config import DEFAULT_PRESET, resolve, settings_of
+    from cda_cli.signals import StopRequest
+    from cda_cli.training.launch import OneVoice, count_processes, launch
 
     flags = {
         **{f"model.{name}": value for name, value in {
@@ -93,23 +98,22 @@ def train(
             "steps": steps, "batch_size": batch_size, "grad_accum": grad_accum, "lr": lr,
         }.items()},
         **{f"run.{name}": value for name, value in {
-            "seed": seed, "device": device, "dtype": dtype, "compile": compile_, "backend": backend,
-            "eval_every": eval_every, "save_every": save_every, "sample_every": sample_every, "track": track,
+            "seed": seed, "device": device, "dtype": dtype, "compile": compile_, "backend": backend, "track": track,
+            "parallel": parallel, "eval_every": eval_every, "save_every": save_every, "sample_every": sample_every,
         }.items()},
     }  # fmt: skip
     run = out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))
-    # A wrong setting is said before torch is imported.
-    settings = resolve(preset, config, set_ or (), flags, base=settings_of(run, resume))
-
-    from cda_cli.signals import StopRequest
-
-    with StopRequest() as stop:
+    with OneVoice() as voice, StopRequest() as stop:  # a wrong setting is said before torch is imported
+        settings = resolve(preset, config, set_ or (), flags, base=settings_of(run, resume))
+        if (processes := count_processes(settings, voice.place, devices, dry_run)) > voice.place.processes:
+            sys.exit(launch(processes, stop))
         from cda_cli.console import TrainingDisplay, show_dry_run
-        from cda_cli.training.run import dry_run as try_out
-        from cda_cli.training.run import run_training
+        from cda_cli.training import run as training
+        from cda_cli.training.distribution import Silence, join
 
-        display = TrainingDisplay()
-        if dry_run:
-            show_dry_run(try_out(settings, run, resume, display, stop))
-        else:
-            run_training(settings, run, resume, display, stop)
+        with join(voice, settings) as joined:
+            display = TrainingDisplay() if joined.first else Silence()
+            if dry_run:
+                show_dry_run(training.dry_run(settings, run, resume, display, stop))
+            else:
+                training.run_training(settings, run, resume, display, stop, joined)

@@ -95,8 +95,10 @@ class TrainingDisplay:
 def plan_rows(plan: Plan) -> dict[str, str]:
     passes = "streamed" if plan.epochs is None else f"{plan.epochs:.2f} passes over the text"
     first = f"from step {plan.first_step} to {plan.steps}" if plan.first_step else f"{plan.steps}"
+    processes = {"processes": plan.processes} if plan.processes != "1" else {}
     return {
         "run": str(plan.run),
+        **processes,
         "data": plan.data,
         "model": f"{count(plan.parameters)} parameters",
         "steps": f"{first}, of {count(plan.tokens_per_step)} tokens ({passes})",

@@ -78,11 +78,21 @@ class Transformer(nn.Module):
                 x_BTC = block(x_BTC, cache)
         if cache is not None:
             cache.advance(T)
+        return self.head(x_BTC, targets_BT)
+
+    def head(self, x_BTC: Tensor, targets_BT: Tensor | None) -> Tensor:
+        """From the residual stream of the last block to what `forward` returns."""
         logits_BTV = self.to_logits(self.norm(x_BTC))
         if targets_BT is None:
             return logits_BTV
         losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
         return losses.view_as(targets_BT)
+
+    def compile_parts(self) -> None:
+        """Compiles the blocks, and what follows them, each by itself: for whatever works between them."""
+        for block in self.each_block():
+            block.compile()
+        self.head = torch.compile(self.head)  # type: ignore[method-assign]
 
     def each_block(self) -> list[Block]:
         return [cast(Block, block) for block in self.blocks]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from cda_cli.training.distribution import placed_like
+
 
 class WeightAverage:
     """After step t: average ← d·average + (1 − d)·weights, with d = min(decay, (1 + t)/(10 + t)).
@@ -36,7 +38,7 @@ class WeightAverage:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts back what `tensors` gave."""
         for name, average in self._average.items():
-            average.copy_(tensors[name])
+            average.copy_(placed_like(tensors[name], average))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -21,7 +21,8 @@ from cda_cli.generation import SamplingSettings, generate
 from cda_cli.inspection import inspect, layer_means
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
-from cda_cli.storage import publish
+from cda_cli.storage import publish, step_folder
+from cda_cli.training.distribution import ALONE, Processes, whole
 from cda_cli.training.finite import Refusals
 from cda_cli.training.milestones import Minutes, Patience
 from cda_cli.training.optimizer import learning_rate, set_learning_rate, step_if_finite
@@ -59,7 +60,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
     Raises InterruptedRunError, after saving, when asked to stop.
     """
     optim, every = setup.config.optim, setup.config.run
-    model, optimizer = setup.model, setup.optimizer
+    model, optimizer, processes = setup.model, setup.optimizer, setup.processes
     speed, losses = Speed(), Losses()
     minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
     saved = setup.step if setup.position is not None else None
@@ -77,9 +78,10 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         model.set_attention_eps(eps)
         with speed.waiting():
             batches = [next_batch(setup) for _ in range(optim.grad_accum)]
-        loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype)
+        loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, processes)
         norm = clip_gradients(model, optim.clip)
         launched = step_if_finite(optimizer, loss + norm)
+        stop.agree()
         if refusals.refuses(loss, norm):
             optimizer.zero_grad(set_to_none=True)
             record("refused", **refusals.figures(setup.step + 1))
@@ -123,12 +125,13 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                 result = validate(setup, stop)
                 if result is not None:
                     record("validation", **result._asdict(), **averaged_figures(setup, stop))
-                    setup.validation_loss = result.loss
-                    patience.add(result.loss)
+                    setup.validation_loss = processes.of_first(result.loss)
+                    patience.add(setup.validation_loss)
             if due(setup.step, every.sample_every) and not stop:
                 record("sample", text=sample(setup, stop))
-            if due(setup.step, every.save_every) or minutes.passed() or last or stop or patience.over:
-                path = publish(run, **setup.publishable())
+            passed = processes.any(minutes.passed())
+            if due(setup.step, every.save_every) or passed or last or stop or patience.over:
+                path = save(setup, run)
                 saved = setup.step
                 minutes.restart()
                 record("checkpoint", path=str(path))
@@ -136,7 +139,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         display.note(f"stopped early at step {setup.step} of {optim.steps}: {patience.words()}")
     if stop:
         if saved != setup.step:
-            publish(run, **setup.publishable())
+            save(setup, run)
         stop.check(f"stopped at step {setup.step} of {optim.steps}, and saved; the same command goes on from there")
 
 
@@ -149,26 +152,42 @@ def next_batch(setup: Setup) -> Batch:
     return batch
 
 
+def save(setup: Setup, run: Path) -> Path:
+    """Publishes a checkpoint of this moment, and returns its folder."""
+    contents = setup.publishable()
+    if setup.processes.first:
+        publish(run, **contents)
+    setup.processes.wait()
+    return step_folder(run, setup.step)
+
+
 def accumulate_gradients(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Adds the gradients of the mean loss over the tokens of all `batches`, and returns that loss, a scalar.
 
-    Each batch's sum is divided by the tokens of all, so that accumulation equals one large batch.
+    Each batch's sum is divided by the tokens of all, so that accumulation, and the sharing of rows among processes,
+    equal one large batch.
     """
     batches = list(batches)
     tokens = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
     total = torch.zeros((), device=device)
-    for batch in batches:
-        loss = token_losses(model, batch, device, dtype).sum() / tokens
-        loss.backward()
+    shared = processes.share(batches)
+    for number, batch in enumerate(shared, start=1):
+        with processes.accumulating(model, last=number == len(shared)):
+            loss = token_losses(model, batch, device, dtype).sum() / tokens
+            (loss * processes.count).backward()  # of which the mean over processes is taken
         total += loss.detach()
-    return total
+    return processes.sum(total)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scales the gradients to a norm of at most `limit` (0: leaves them) and returns the norm they had."""
-    return nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf)
+    return whole(nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf))
 
 
 class Losses:
@@ -209,7 +228,8 @@ def averaged_figures(setup: Setup, stop: StopRequest) -> dict[str, float]:
 def layer_figures(setup: Setup, batch: Batch) -> list[dict[str, float]]:
     """What each layer selects, on the first sequence of a batch."""
     first = Batch(batch.inputs[:1], batch.targets[:1])
-    return layer_means(inspect(setup.model, [first], setup.device, setup.dtype).report())
+    with torch.compiler.set_stance("force_eager"):  # blocks that are compiled one by one would be so once more
+        return layer_means(inspect(setup.model, [first], setup.device, setup.dtype).report())
 
 
 def sample(setup: Setup, stop: StopRequest) -> str:
@@ -218,6 +238,7 @@ def sample(setup: Setup, stop: StopRequest) -> str:
     prompt = [int(token) for token in setup.data.validation.ids[:prompt_tokens]]
     setup.model.eval()
     seed, settings = setup.config.run.seed, SamplingSettings()
-    tokens = list(stop.until(generate(setup.model, prompt, SAMPLE_TOKENS, settings, seed=seed, dtype=setup.dtype)))
+    with torch.compiler.set_stance("force_eager"):
+        tokens = list(stop.until(generate(setup.model, prompt, SAMPLE_TOKENS, settings, seed=seed, dtype=setup.dtype)))
     setup.model.train()
     return tokenizer.decode(prompt) + "▸" + tokenizer.decode(tokens)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.config import OptimConfig
+from cda_cli.training.distribution import placed_like
 
 
 class MuonAndAdamW:
@@ -73,9 +74,22 @@ def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Loads a state dict, but not the settings in it that a resumed run may change."""
     kept = ("weight_decay", "betas")
     configured = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(dict(state))
+    if isinstance(optimizer, MuonAndAdamW):
+        optimizer.load_state_dict({name: _placed(state[name], part) for name, part in optimizer.parts.items()})
+    else:
+        optimizer.load_state_dict(_placed(state, optimizer))
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update(settings)
+
+
+def _placed(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A state dict with its moments sharded as the parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {name: placed_like(value, parameters[index]) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def moments_bytes(optimizer: Optimizer) -> int:
@@ -90,11 +104,9 @@ def step_if_finite(optimizer: Optimizer, loss_and_norm: Tensor) -> bool:
     Fused AdamW on a GPU can do this (it is how gradient scaling skips a step). The host then judges the step while the
     device takes it: to judge first would leave the device idle until all of the next kernels are launched.
     """
-    fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
-    plain = all(type(p.data) is Tensor for group in optimizer.param_groups for p in group["params"])
-    if not (fused and plain):
+    if not (isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]):
         return False
-    optimizer.found_inf = (~torch.isfinite(loss_and_norm)).float()  # type: ignore[union-attr]
+    optimizer.found_inf = (~torch.isfinite(loss_and_norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
     return True
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from cda_cli.config import Config
 from cda_cli.data import PreparationStoppedError
+from cda_cli.errors import ConfigError
 from cda_cli.restore import saved_config
 from cda_cli.runtime import describe_device, deterministic, peak_memory
 from cda_cli.signals import StopRequest
-from cda_cli.storage import only_writer
+from cda_cli.storage import Checkpoint, load, only_writer
+from cda_cli.training.distribution import ALONE, Processes
+from cda_cli.training.launch import NOT_BEGUN
 from cda_cli.training.loop import Display, accumulate_gradients, clip_gradients, next_batch, train
 from cda_cli.training.memory import Forecast, forecast
 from cda_cli.training.milestones import Patience
-from cda_cli.training.run_folder import check_folder, check_same_run, find_checkpoint, open_run, validation_losses
+from cda_cli.training.run_folder import (
+    NoMetrics,
+    check_folder,
+    check_same_run,
+    find_checkpoint,
+    open_run,
+    validation_losses,
+)
 from cda_cli.training.setup import (
     Setup,
     build,
@@ -46,6 +58,7 @@ class Plan(NamedTuple):
     steps: int
     tokens_per_step: int
     epochs: float | None
+    processes: str = "1"
 
 
 class DryRun(NamedTuple):
@@ -60,23 +73,28 @@ class DryRun(NamedTuple):
     on_gpu: bool
 
 
-def run_training(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> None:
+def run_training(
+    config: Config, run: Path, resume: str, display: Display, stop: StopRequest, processes: Processes = ALONE
+) -> None:
     """Trains into the folder `run` (see `find_checkpoint` for `resume`); `display` hears of everything.
 
-    Raises StorageError where another process writes into `run`.
+    Of several processes each calls this, and the first alone writes. Raises StorageError where another run writes into
+    `run`.
     """
-    check_trackers(config.run.track)
-    check_folder(run)
-    with only_writer(run, display.note), deterministic(config.run.deterministic):
-        _run(config, run, resume, display, stop)
+    with contextlib.ExitStack() as held:
+        if processes.first:
+            check_trackers(config.run.track)
+            check_folder(run)
+            held.enter_context(only_writer(run, display.note))
+        held.enter_context(deterministic(config.run.deterministic))
+        _run(config, run, resume, display, stop, processes)
 
 
-def _run(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> None:
-    with stop.at_once("stopped before the first step, with nothing to save; the same command starts again"):
-        checkpoint, damaged = find_checkpoint(run, resume)
-        for sentence in damaged:
-            display.note(sentence)
-        setup = _set_up(config, run, checkpoint, display, stop)
+def _run(config: Config, run: Path, resume: str, display: Display, stop: StopRequest, processes: Processes) -> None:
+    with stop.at_once(NOT_BEGUN):
+        checkpoint = _find(run, resume, display, processes)
+        setup = _set_up(config, run, checkpoint, display, stop, processes)
+        _check_same_start(setup)
     if checkpoint and setup.step >= setup.config.optim.steps:
         display.note(f"{run} has all its {setup.step} steps; raise --steps to go on")
         return
@@ -92,15 +110,17 @@ def _run(config: Config, run: Path, resume: str, display: Display, stop: StopReq
     unknown = describe_peak(setup.device, setup.dtype)
     if unknown:
         display.note(unknown)
-    patience = Patience(setup.config.run.patience, validation_losses(run, setup.step))
+    before_this = processes.told("validation losses", lambda: json.dumps(validation_losses(run, setup.step)))
+    patience = Patience(setup.config.run.patience, json.loads(before_this))
     if patience.over:
         display.note(f"{run} was stopped early: {patience.words()}; raise --set run.patience to go on")
         return
-    check_space(run, setup)
-    metrics = open_run(run, setup.config, setup.step)
+    if processes.first:
+        check_space(run, setup)
+    metrics = open_run(run, setup.config, setup.step) if processes.first else NoMetrics()
     try:
         display.start(make_plan(setup, run))
-        train(setup, run, metrics, display, stop, patience)
+        train(setup, run, metrics, display, processes.agreed(stop), patience)
     finally:
         metrics.close()
         display.finish()
@@ -113,10 +133,8 @@ def dry_run(config: Config, run: Path, resume: str, display: Display, stop: Stop
         stop.at_once("stopped; nothing was written"),
         tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache,
     ):
-        checkpoint, damaged = find_checkpoint(run, resume)
-        for sentence in damaged:
-            display.note(sentence)
-        setup = _set_up(config, run, checkpoint, display, stop, spare_cache=Path(cache))
+        checkpoint = _find(run, resume, display, ALONE)
+        setup = _set_up(config, run, checkpoint, display, stop, ALONE, spare_cache=Path(cache))
         plan, choice = make_plan(setup, run), choose(setup.config, setup.device)
         followed = choice.name != "colt5"
         expected = forecast(setup.config, setup.device, setup.dtype, plan.compiled, choice) if followed else None
@@ -155,27 +173,54 @@ def make_plan(setup: Setup, run: Path) -> Plan:
         parameters=setup.model.parameter_count(),
         device=describe_device(setup.device),
         dtype=str(setup.dtype).removeprefix("torch."),
-        compiled=setup.compiled is not setup.model,
+        compiled=setup.is_compiled,
         backend=describe_backend(config, setup.device),
         first_step=setup.step,
         steps=optim.steps,
         tokens_per_step=per_step * config.model.seq_len,
         epochs=optim.steps * per_step / windows if windows else None,
+        processes=f"{count}, {config.run.parallel}" if (count := setup.processes.count) > 1 else "1",
     )
+
+
+def _find(run: Path, resume: str, display: Display, processes: Processes) -> Checkpoint | None:
+    """What the run goes on from. The first process looks for it, and the others take the same."""
+    if not processes.first:
+        path = processes.hear("checkpoint")
+        return load(Path(path)) if path else None
+    checkpoint, damaged = find_checkpoint(run, resume)
+    for sentence in damaged:
+        display.note(sentence)
+    processes.say("checkpoint", str(checkpoint.path) if checkpoint else "")
+    return checkpoint
+
+
+def _check_same_start(setup: Setup) -> None:
+    """Raises ConfigError where a machine sees another run folder or text than the first: it would train on, in vain."""
+    text = f"{setup.data.windows} windows of text and {len(setup.data.validation)} validation tokens"
+    here = f"step {setup.step}, {text}"
+    first = setup.processes.told("start", lambda: here)
+    if here != first:
+        raise ConfigError(
+            f"the processes do not start from the same ({here} here, {first} in the first one); "
+            "give all machines the same run folder and --data"
+        )
 
 
 def _set_up(
     config: Config,
     run: Path,
-    checkpoint: Any,
+    checkpoint: Checkpoint | None,
     display: Display,
     stop: StopRequest,
+    processes: Processes,
     spare_cache: Path | None = None,
 ) -> Setup:
     try:
-        data = open_data(
-            config, show_progress=display.interactive, should_stop=lambda: bool(stop), spare_cache=spare_cache
-        )
+        with processes.in_turn():
+            data = open_data(
+                config, show_progress=display.interactive, should_stop=lambda: bool(stop), spare_cache=spare_cache
+            )
     except PreparationStoppedError as error:
         stop.check(str(error))
         raise
@@ -184,4 +229,4 @@ def _set_up(
         check_same_run(saved_config(checkpoint), config, run)
     for sentence in remarks(config):
         display.note(sentence)
-    return build(config, data, checkpoint, display.note)
+    return build(config, data, checkpoint, display.note, processes)

@@ -110,6 +110,16 @@ class Metrics:
             self._file.close()
 
 
+class NoMetrics(Metrics):
+    """Of a process that does not write."""
+
+    def __init__(self) -> None: ...
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def validation_losses(run: Path, step: int) -> list[float | None]:
     """The validation losses of the run in folder `run` up to `step`, oldest first; None for one that was not finite."""
     records = [record for record in read_metrics(run / METRICS_FILE) if record.get("kind") == "validation"]

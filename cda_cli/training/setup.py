@@ -31,9 +31,10 @@ from cda_cli.errors import CheckpointError, DeviceError
 from cda_cli.model import Transformer, model_backend, state_tensors
 from cda_cli.ops import Choice
 from cda_cli.restore import check_model, fill
-from cda_cli.runtime import pick_device, pick_dtype, random_states, restore_random_states
+from cda_cli.runtime import pick_dtype
 from cda_cli.storage import Checkpoint, pack_optimizer, unpack_optimizer
 from cda_cli.training.average import WeightAverage
+from cda_cli.training.distribution import ALONE, Processes
 from cda_cli.training.finite import require_finite_weights
 from cda_cli.training.flops import flops_per_token, peak_flops
 from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optimizer
@@ -54,7 +55,7 @@ class RunData:
 
 @dataclass
 class Setup:
-    """A run that is ready for its next step. `compiled` is `model`, or torch.compile's wrapper of it.
+    """A run that is ready for its next step. `compiled` is what is called in training: `model`, or a wrapper of it.
 
     `average` is that of its weights, where one was asked for; `validation_loss` is that of this very step, where it was
     measured.
@@ -66,6 +67,7 @@ class Setup:
     data: RunData
     model: Transformer
     compiled: nn.Module
+    is_compiled: bool
     optimizer: Optimizer
     batches: Iterator[tuple[Batch, dict[str, Any]]]
     step: int
@@ -73,6 +75,7 @@ class Setup:
     position: dict[str, Any] | None
     average: WeightAverage | None
     validation_loss: float | None = None
+    processes: Processes = ALONE
 
     def utilisation(self, tokens_per_second: float) -> dict[str, float]:
         """Model FLOPs utilisation, `mfu_computed` and `mfu_dense` (see `flops`); nothing where no peak is known."""
@@ -80,12 +83,16 @@ class Setup:
         if peak is None:
             return {}
         flops = flops_per_token(self.config, choose(self.config, self.device).name)
-        return {f"mfu_{name}": tokens_per_second * value / peak for name, value in flops._asdict().items()}
+        return {
+            f"mfu_{name}": tokens_per_second * value / (peak * self.processes.count)
+            for name, value in flops._asdict().items()
+        }
 
     def publishable(self) -> dict[str, Any]:
         """What a checkpoint of this moment holds, for `storage.publish`. Raises TrainingError for weights that are not
-        finite."""
-        model, average = state_tensors(self.model), self.average.tensors() if self.average else None
+        finite. Of several processes all must ask, and the first one gets it; it is the same for any number of them."""
+        model = self.processes.gathered(state_tensors(self.model))
+        average = self.processes.gathered(self.average.tensors()) if self.average else None
         require_finite_weights(self.step, model)
         require_finite_weights(self.step, {f"the average of {name}": one for name, one in (average or {}).items()})
         optimizer, plain = pack_optimizer(self.optimizer.state_dict())
@@ -101,8 +108,8 @@ class Setup:
         return {
             "step": self.step,
             "model": model,
-            "optimizer": optimizer,
-            "rng": random_states(self.device),
+            "optimizer": self.processes.gathered(optimizer),
+            "rng": self.processes.random_states(self.device),
             "state": state,
             "ema": average,
             "tokenizer_json": self.data.tokenizer.to_json(),
@@ -149,10 +156,14 @@ def open_data(
 
 
 def build(
-    config: Config, data: RunData, checkpoint: Checkpoint | None = None, note: Callable[[str], None] = print
+    config: Config,
+    data: RunData,
+    checkpoint: Checkpoint | None = None,
+    note: Callable[[str], None] = print,
+    processes: Processes = ALONE,
 ) -> Setup:
     """Model, optimizer and batches of `config`, as `checkpoint` left them where there is one."""
-    device = pick_device(config.run.device)
+    device = processes.device(config.run.device)
     dtype = pick_dtype(config.run.dtype, device)
     torch.manual_seed(config.run.seed)
     describe_backend(config, device)  # a backend that cannot run is an error before any work
@@ -160,12 +171,15 @@ def build(
         check_model(checkpoint.model, checkpoint, config)
     model = Transformer(config.model, config.run.backend).to(device)
     model.activation_checkpointing = config.run.activation_checkpointing
+    if checkpoint:
+        fill(model, checkpoint.model, checkpoint, config)
+    is_compiled = compiles(config, device, note)
+    called = processes.wrap(model, config.run.parallel, dtype, is_compiled)
     optimizer = build_optimizer(model, config.optim)
     state: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:
-        fill(model, checkpoint.model, checkpoint, config)
         fill_optimizer(optimizer, checkpoint)
-        restore_random_states(checkpoint.rng)
+    processes.set_random_states(checkpoint.rng if checkpoint else None, config.run.seed, state["step"], device)
     average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
     if average and checkpoint:
         if checkpoint.ema:
@@ -179,7 +193,8 @@ def build(
         dtype=dtype,
         data=data,
         model=model,
-        compiled=_compile(model, config, device, note),
+        compiled=called,
+        is_compiled=is_compiled,
         optimizer=optimizer,
         # So many that the next step's are there while this one's are trained on.
         batches=Prefetched(_pinned(data.open_batches(state["position"]), device), ahead=config.optim.grad_accum),
@@ -187,6 +202,7 @@ def build(
         tokens=state["tokens"],
         position=state["position"],
         average=average,
+        processes=processes,
     )
 
 
@@ -257,11 +273,12 @@ def choose(config: Config, device: torch.device) -> Choice:
         raise DeviceError(str(error)) from error
 
 
-def _compile(model: Transformer, config: Config, device: torch.device, note: Callable[[str], None]) -> nn.Module:
+def compiles(config: Config, device: torch.device, note: Callable[[str], None]) -> bool:
+    """Whether the model is compiled: as asked for, or on a GPU."""
     wanted = config.run.compile
     if wanted is None:
         wanted = device.type == "cuda"
     if wanted and config.model.eps_anneal_start is not None:
         note("torch.compile is off: an ε that changes every step would compile every step")
-        wanted = False
-    return torch.compile(model) if wanted else model  # type: ignore[return-value]
+        return False
+    return wanted

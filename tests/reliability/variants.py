@@ -25,6 +25,7 @@ import cda_cli.signals
 import cda_cli.storage.atomic
 import cda_cli.storage.checkpoint
 import cda_cli.storage.manifest
+import cda_cli.training.distribution
 import cda_cli.training.finite
 import cda_cli.training.loop
 import cda_cli.training.run
@@ -161,7 +162,7 @@ def manifest_in_any_spelling(patch: Patch) -> None:
 
 @variant
 def random_states_not_restored(patch: Patch) -> None:
-    patch.setattr(cda_cli.training.setup, "restore_random_states", lambda states: None)
+    patch.setattr(cda_cli.training.distribution, "restore_random_states", lambda states: None)
 
 
 @variant

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from cda_cli.config import ModelConfig, OptimConfig
 from cda_cli.model import Transformer
@@ -181,11 +185,24 @@ def test_a_restored_optimizer_keeps_its_settings_and_gets_the_state() -> None:
         assert first != second
 
 
+@pytest.fixture
+def group() -> Iterator[None]:
+    """Of one process."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("seen", [math.nan, math.inf, 1.0])
-def test_the_device_leaves_a_step_out_that_is_not_finite(seen: float, device: str) -> None:
+def test_the_device_leaves_a_step_out_that_is_not_finite(seen: float, sharded: bool, device: str) -> None:
     """Weights, averages and the count of steps stay as they were, and the next step is taken as if nothing was."""
     model = a_model(null_kv=1).to(device)
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh(device, (1,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     for loss in (2.0, seen, 3.0):
         before = {name: tensor.clone() for name, tensor in pack_optimizer(optimizer.state_dict())[0].items()}

@@ -1,0 +1,95 @@
+"""Tokens a second of one process and of several, a GPU each, with DDP and with FSDP2.
+
+    python benchmarks/distributed.py
+    python benchmarks/distributed.py --devices 4 --set model.attention=softmax --set model.learned_k=false
+    python benchmarks/distributed.py --device cpu --preset tiny --steps 3
+
+A preset with GPT-2's vocabulary and its own batch, bf16, compiled, on the whole loop of `cda train`. Every run has the
+same tokens a step: W processes share the grad_accum batches of a step, so that each batch is as large as alone where
+grad_accum is a multiple of W (strong scaling). torchrun starts this file again for each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from synthetic import header, random_data, row
+from training import measure, run_settings
+
+from cda_cli.signals import StopRequest
+from cda_cli.training.distribution import join
+from cda_cli.training.launch import OneVoice
+from cda_cli.training.setup import build
+
+LIMIT = 240  # seconds that a row may take
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="base")
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument("--steps", type=int, default=30, help="that are measured, after some that are not")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # set in what torchrun has started
+    options = parser.parse_args()
+    sets = [f"run.device={options.device}", *options.set, f"run.log_every={options.steps}"]
+    if options.result:
+        work(options.preset, sets, options.result)
+    elif options.device == "cuda" and torch.cuda.device_count() < options.devices:
+        print(f"benchmarks/distributed.py needs {options.devices} GPUs, and there are {torch.cuda.device_count()}")
+    else:
+        table(options.preset, options.devices, options.device)
+
+
+def table(preset: str, devices: int, device: str) -> None:
+    rows = {"1": (1, "ddp"), **{f"{devices}, {parallel}": (devices, parallel) for parallel in ("ddp", "fsdp")}}
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="cda-bench-") as folder:
+        for name, (count, parallel) in rows.items():
+            began, result = time.perf_counter(), Path(folder) / name
+            run_again(count, [*sys.argv[1:], "--set", f"run.parallel={parallel}", "--result", str(result)])
+            if result.exists():
+                results[name] = (*json.loads(result.read_text(encoding="utf-8")), time.perf_counter() - began)
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    header(f"Training in several processes, preset {preset}, {where}, PyTorch {torch.__version__}", "processes",
+           "tokens/s", "× one", "waiting for data", "seconds, with start and compiling")  # fmt: skip
+    one = results["1"][0] if "1" in results else float("nan")
+    for name, (speed, waited, seconds) in results.items():
+        row(name, f"{speed / 1e3:.1f} k", f"{speed / one:.2f}", f"{waited:.2%}", f"{seconds:.0f}")
+    if len(results) < len(rows):
+        sys.exit(f"no figures of {', '.join(rows.keys() - results)}: see the messages above")
+
+
+def run_again(count: int, arguments: list[str]) -> None:
+    """This file in `count` processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+    command = [*torchrun, "--nproc-per-node", str(count), __file__, *arguments]
+    environment = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **os.environ}
+    with subprocess.Popen(command, env=environment, stdout=sys.stderr) as process:
+        try:
+            process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends what it has started
+
+
+def work(preset: str, sets: list[str], result: Path) -> None:
+    """In each process; the first writes [tokens a second, share of a step that waits for data]."""
+    config = run_settings(preset, sets)
+    with OneVoice() as voice, StopRequest(), join(voice, config) as processes:
+        found = measure(build(config, random_data(config), processes=processes))
+        tokens = config.optim.batch_size * config.optim.grad_accum * config.model.seq_len
+        if processes.first:
+            result.write_text(json.dumps([tokens / found.seconds, found.waited]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Runs of several processes on this machine that meet as torchrun's do, without as many imports of torch.
+
+One process imports everything and then forks the ranks of each run: `python -m tests.training.processes`. A line of
+its stdin is a job, a line of its stdout the exit codes of the ranks. It holds the store that they meet in, as
+torchrun's agent does, and as there each run finds in it what the attempts before have left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+
+class Ended(NamedTuple):
+    """How each rank of a run ended, and what it said."""
+
+    codes: list[int]
+    out: list[str]
+    err: list[str]
+
+
+class Nursery:
+    """`run` forks a run; left at the end of a `with`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._runs = folder, 0
+
+    def __enter__(self) -> Nursery:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._process.communicate()
+
+    def run(self, count: int, *args: object, only: Mapping[int, Mapping[str, str]] | None = None) -> Ended:
+        """`cda ARGS` in `count` processes, with `only[rank]` in the environment of one."""
+        self._runs += 1
+        said = [[self._folder / f"{self._runs}.{rank}.{stream}" for stream in ("out", "err")] for rank in range(count)]
+        here = {**os.environ, "PWD": str(Path.cwd())}
+        environments = [{**here, **(only or {}).get(rank, {})} for rank in range(count)]
+        job = {"args": [str(arg) for arg in args], "said": said, "environments": environments}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(job, default=str), file=self._process.stdin, flush=True)
+        codes = json.loads(self._process.stdout.readline())
+        out, err = ([path.read_text(encoding="utf-8") for path in paths] for paths in zip(*said, strict=True))
+        return Ended(codes, out, err)
+
+
+def main() -> None:
+    from torch.distributed import TCPStore
+
+    import cda_cli.console
+    import cda_cli.main
+    import cda_cli.training.run  # noqa: F401
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for attempt, line in enumerate(sys.stdin):
+        job = json.loads(line)
+        children = [fork(job, rank, store.port, attempt) for rank in range(len(job["said"]))]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), flush=True)
+
+
+def fork(job: dict[str, Any], rank: int, port: int, attempt: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    from cda_cli.main import run
+
+    for stream, path in enumerate(job["said"][rank], start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+    count = str(len(job["said"]))
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"} | job["environments"][rank] | place | meeting
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+    os.chdir(os.environ["PWD"])
+    sys.argv = ["cda", *job["args"]]
+    code: Any = 0
+    try:
+        run()
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

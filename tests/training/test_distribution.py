@@ -1,0 +1,193 @@
+"""A run in several processes is the run in one: the same losses, the same files, one voice. On CPUs, over gloo."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cda_cli.config import Config, dump_yaml, parse
+from cda_cli.data import Batch
+from cda_cli.errors import ConfigError
+from cda_cli.storage import load, locate
+from cda_cli.training.distribution import Processes
+from cda_cli.training.launch import Place, count_processes
+from tests.commands.helpers import OVERFLOWING, contents, metrics
+from tests.training.helpers import changed, losses, trained
+from tests.training.processes import Nursery
+
+STEPS = 8
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    with Nursery(tmp_path_factory.mktemp("said")) as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="module")
+def small(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Without dropout; four sequences a step, of a text so short that its last window, with few targets, comes up."""
+    text = tmp_path_factory.mktemp("text") / "short.txt"
+    text.write_text(Path(config.data.source).read_text(encoding="utf-8")[:500], encoding="utf-8")
+    values = config.model_dump()
+    values["model"] |= {"dropout": 0.0, "tied_embeddings": True, "null_kv": 0}
+    values["data"] |= {"source": str(text)}
+    values["optim"] |= {"steps": STEPS, "schedule_steps": STEPS, "ema_decay": 0.9}
+    return parse(values)
+
+
+@pytest.fixture(scope="module")
+def alone(small: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process that the others are held against."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CDA_CACHE", str(run.parent / "cache"))
+        trained(small, run)
+    return run
+
+
+def settings(config: Config, folder: Path) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(dump_yaml(config), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("count", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
+def test_the_number_of_processes_changes_no_loss(
+    nursery: Nursery, small: Config, alone: Path, tmp_path: Path, count: int, parallel: str
+) -> None:
+    """Nor the gradient norm, the data position or what a checkpoint holds; and the first process alone speaks."""
+    run = tmp_path / "run"
+    ended = nursery.run(count, "train", "--config", settings(small, tmp_path), "--out", run, "--parallel", parallel)
+    assert ended.codes == [0] * count, ended.err
+    assert f"processes  {count}, {parallel}" in ended.out[0]
+    assert not any(ended.out[1:] + ended.err), "a process that is not the first one spoke"
+    assert len(losses(run)) == STEPS
+    assert losses(run) == pytest.approx(losses(alone), rel=0, abs=TOLERANCE)
+    for kind, figure in (("train", "grad_norm"), ("validation", "loss")):
+        expected = [record[figure] for record in metrics(alone, kind)]
+        assert [record[figure] for record in metrics(run, kind)] == pytest.approx(expected, rel=1e-5)
+    assert contents(run).keys() == contents(alone).keys()
+    saved, expected_save = load(locate(run)), load(locate(alone))
+    for name in ("step", "tokens", "position"):
+        assert saved.state[name] == expected_save.state[name]
+    for part in ("model", "optimizer", "ema"):
+        torch.testing.assert_close(getattr(saved, part), getattr(expected_save, part), rtol=1e-4, atol=1e-6)
+
+
+def test_muon_in_several_processes(nursery: Nursery, small: Config, tmp_path: Path) -> None:
+    """It makes its matrices orthogonal in bfloat16, where a last bit of a gradient is seen: so the bound is wider."""
+    config, runs = changed(small, optimizer="muon"), [tmp_path / "one", tmp_path / "two"]
+    for run in runs:
+        count = 1 + runs.index(run)
+        assert nursery.run(count, "train", "--config", settings(config, tmp_path), "--out", run).codes == [0] * count
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=0, abs=1e-5)
+    sharded = config.model_copy(update={"run": config.run.model_copy(update={"parallel": "fsdp"})})
+    assert count_processes(sharded, Place(), 1, dry_run=False) == 1
+    with pytest.raises(ConfigError, match="Muon takes whole matrices, and fsdp cuts them; give --parallel ddp"):
+        count_processes(sharded, Place(), 2, dry_run=False)
+
+
+def test_a_run_goes_on_under_any_number(nursery: Nursery, small: Config, alone: Path, tmp_path: Path) -> None:
+    """Each part resumes what another number of processes has saved, with the other way to share."""
+    run, path = tmp_path / "run", settings(small, tmp_path)
+    for count, parallel, steps in ((2, "fsdp", 2), (4, "ddp", 4), (1, "ddp", 6), (2, "fsdp", STEPS)):
+        command = ("train", "--config", path, "--out", run, "--parallel", parallel, "--steps", steps)
+        ended = nursery.run(count, *command)
+        assert ended.codes == [0] * count, ended.err
+    assert losses(run) == pytest.approx(losses(alone), rel=0, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_dropout_goes_on_where_it_was(nursery: Nursery, config: Config, tmp_path: Path, parallel: str) -> None:
+    """Each process has random numbers of its own, and the same number of processes resumes to the last bit."""
+    path = settings(changed(config, steps=6, schedule_steps=6), tmp_path)
+    for run, steps in (("whole", (6,)), ("cut", (3, 6))):
+        for last in steps:
+            command = ("train", "--config", path, "--out", tmp_path / run, "--parallel", parallel, "--steps", last)
+            assert nursery.run(2, *command).codes == [0, 0]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, cut = load(locate(tmp_path / "whole")), load(locate(tmp_path / "cut"))
+    torch.testing.assert_close(cut.model, whole.model, rtol=0, atol=0)
+    assert not torch.equal(whole.rng["cpu"], whole.rng["rank1.cpu"])
+
+
+def test_a_step_that_is_not_finite_is_refused_by_all(nursery: Nursery, small: Config, tmp_path: Path) -> None:
+    """Were one to take it, the next sum of gradients would never end."""
+    run = tmp_path / "run"
+    ended = nursery.run(2, "train", "--config", settings(small, tmp_path), "--out", run, *OVERFLOWING)
+    assert ended.codes == [1, 1]
+    assert ended.err[0].startswith("error: the loss or its gradient was not finite at step 2")
+    assert not ended.err[1]
+    assert [record["step"] for record in metrics(run, "refused")] == [2] * small.optim.max_refused
+
+
+def test_what_all_meet_is_said_once(nursery: Nursery, small: Config, tmp_path: Path) -> None:
+    ended = nursery.run(2, "train", "--config", settings(small, tmp_path), "--out", tmp_path / "run", "--device", "x")
+    assert ended.codes == [2, 2]
+    assert ended.err == ["error: unknown device 'x'; use auto, cpu, cuda, or cuda:1\n", ""]
+
+
+def test_what_one_meets_ends_all(nursery: Nursery, small: Config, tmp_path: Path) -> None:
+    """The cache of the second process is a file. The first one waits for it, and leaves without a word of its own."""
+    (tmp_path / "file").touch()
+    command = ("train", "--config", settings(small, tmp_path), "--out", tmp_path / "run")
+    ended = nursery.run(2, *command, only={1: {"CDA_CACHE": str(tmp_path / "file")}})
+    assert ended.codes == [2, 2]
+    assert not ended.err[0]
+    assert ended.err[1].startswith("error: ")
+    assert ended.err[1].count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_other_data_on_another_machine_is_refused(nursery: Nursery, small: Config, tmp_path: Path) -> None:
+    """Each process would train on its own text, and say nothing."""
+    text = Path(small.data.source).read_text(encoding="utf-8")
+    for name, length in (("first", 500), ("second", 400)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(text[:length], encoding="utf-8")
+    command = ("train", "--config", settings(small, tmp_path), "--out", tmp_path / "run", "--data", "text.txt")
+    ended = nursery.run(2, *command, only={0: {"PWD": str(tmp_path / "first")}, 1: {"PWD": str(tmp_path / "second")}})
+    assert ended.codes == [2, 2]
+    assert not ended.err[0]
+    assert "do not start from the same" in ended.err[1]
+
+
+@pytest.mark.parametrize(("accumulated", "rows", "count"), [(1, 4, 2), (4, 1, 2), (2, 2, 4), (6, 3, 9), (3, 6, 2)])
+def test_rows_are_shared_once_and_evenly(accumulated: int, rows: int, count: int) -> None:
+    numbers = torch.arange(accumulated * rows).view(accumulated, rows, 1)
+    batches = [Batch(part, part) for part in numbers]
+    shares = [Processes(Place(rank, count)).share(batches) for rank in range(count)]
+    taken = [torch.cat([batch.inputs.flatten() for batch in share]).tolist() for share in shares]
+    assert sorted(itertools.chain(*taken)) == list(range(accumulated * rows))
+    assert {len(part) for part in taken} == {accumulated * rows // count}
+    assert all(len(batch.inputs) <= rows for share in shares for batch in share)
+
+
+def test_a_batch_that_cannot_be_shared_names_the_remedy(small: Config) -> None:
+    config = changed(small, batch_size=3, grad_accum=2)
+    assert count_processes(config, Place(), 6, dry_run=False) == 6
+    with pytest.raises(ConfigError, match=r"6 sequences \(batch_size 3 × grad_accum 2\), which 4 .* a multiple of 4"):
+        count_processes(config, Place(), 4, dry_run=False)
+
+
+def test_the_place_is_that_of_the_environment() -> None:
+    assert Place.of({"RANK": "3", "WORLD_SIZE": "4"}) == Place(), "half of what torchrun says is something else"
+    environment = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    assert Place.of(environment) == Place(3, 4, 3, 4, 0)
+    environment |= {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
+    assert Place.of(environment) == Place(3, 4, 1, 2, 1)
+
+
+def test_torchrun_has_the_word(small: Config) -> None:
+    """`--devices` is the number on this machine, and torchrun's on all."""
+    two_of_four = Place(0, 4, 0, 2)
+    assert count_processes(small, two_of_four, 1, dry_run=False) == 4
+    assert count_processes(small, two_of_four, 2, dry_run=False) == 4
+    with pytest.raises(ConfigError, match="leave out --devices"):
+        count_processes(small, two_of_four, 4, dry_run=False)
