@@ -119,12 +119,15 @@ class Processes:
         here = slice(part * rows, (part + 1) * rows)
         return [Batch(batch.inputs[here], batch.targets[here]) for batch in batches[group :: self.count // parts]]
 
-    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
-        """Within it forward and backward add to this process's gradients, and with the `last` batch of a step the mean
-        over all processes is taken."""
+    def accumulating(self, model: nn.Module, number: int, batches: int) -> AbstractContextManager[object]:
+        """For batch `number` of a step's `batches`, from 1: within it forward and backward add to this process's
+        gradients, and with the last one the mean over all processes is taken."""
+        last = number == batches
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
-        elif isinstance(model, DistributedDataParallel) and not last:
+            model.set_reshard_after_backward(last)
+            return nullcontext() if batches == 1 else _kept_gathered(model)
+        if isinstance(model, DistributedDataParallel) and not last:
             return cast(AbstractContextManager[object], model.no_sync())
         return nullcontext()
 
@@ -166,20 +169,23 @@ class Processes:
     def wrap(self, model: Transformer, parallel: str, dtype: torch.dtype, compiled: bool) -> nn.Module:
         """The module to call in place of `model`, whose parameters may become sharded ones: build optimizers after it.
 
-        Of several processes each compiles block by block, so that gradients travel while the backward pass goes on.
+        Compiled whole; with fsdp block by block, since weights are gathered and freed between blocks. With ddp the
+        gradients then travel after the last backward pass of a step and not during it, which costs less than what many
+        small compiled parts cost the host.
         """
+        whole_model = cast(nn.Module, torch.compile(model)) if compiled else model  # with its first call
         if self.count == 1:
-            return cast(nn.Module, torch.compile(model)) if compiled else model
-        if compiled:
-            model.compile_parts()
+            return whole_model
         # An empty parameter (no null keys) has nothing to share, and DDP would wait for its gradient.
         empty = {parameter for parameter in model.parameters() if not parameter.numel()}
         for parameter in empty:
             parameter.requires_grad_(False)
         if parallel == "fsdp":
+            if compiled:
+                model.compile_parts()
             return _shard(model, dtype, empty)
-        torch._dynamo.config.optimize_ddp = False  # which would cut the graph of a block: it is small enough
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
+        torch._dynamo.config.optimize_ddp = False  # which would cut the graph
+        return DistributedDataParallel(whole_model, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole tensors, sharded ones put together one at a time, in the first process; nothing in the others."""
@@ -260,6 +266,14 @@ def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(
         tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )
+
+
+@contextmanager
+def _kept_gathered(model: FSDPModule) -> Iterator[None]:
+    """Weights that the forward pass has gathered stay: gradients that are added up take more memory than they."""
+    model.set_reshard_after_forward(False)
+    yield
+    model.set_reshard_after_forward(True)
 
 
 def _shard(model: Transformer, dtype: torch.dtype, ignored: set[nn.Parameter]) -> nn.Module:

@@ -178,7 +178,7 @@ def accumulate_gradients(
     total = torch.zeros((), device=device)
     shared = processes.share(batches)
     for number, batch in enumerate(shared, start=1):
-        with processes.accumulating(model, last=number == len(shared)):
+        with processes.accumulating(model, number, len(shared)):
             loss = token_losses(model, batch, device, dtype).sum() / tokens
             (loss * processes.count).backward()  # of which the mean over processes is taken
         total += loss.detach()
