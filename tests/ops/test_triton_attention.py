@@ -259,6 +259,34 @@ def test_a_few_queries_against_a_cache(T: int, documents: Tensor | None, dtype: 
     assert_within(threshold.cpu(), blocks.cpu(), 1e-4, "threshold")
 
 
+def moved(this: Problem, elements: int) -> Problem:
+    """The same numbers and strides, so many elements further into their memory."""
+
+    def move(tensor: Tensor) -> Tensor:
+        memory = torch.empty(tensor.numel() + elements, dtype=tensor.dtype, device=DEVICE)
+        return memory[elements:].view(tensor.shape).copy_(tensor)
+
+    return this._replace(**{name: move(getattr(this, name)) for name in ("query", "key", "value", "budget")})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [2.0, (1, 2, 80)])
+def test_calls_that_share_a_layout_share_nothing_else(k: float | tuple[int, ...], dtype: torch.dtype) -> None:
+    """Its kernels are launched again with other tensors, ε and scale; and with pointers that they were not made for."""
+    shape = (1, 2, 80, 80, 16)
+    first = problem(shape, k, dtype=dtype)
+    other = problem(shape, k, dtype=dtype, eps=0.7, scale=0.4, seed=5)
+    alone = {id(this): fused(this) for this in (other, first)}
+    for this in (first, other, moved(first, 1), first, moved(other, 8)):
+        expected = alone[id(first if this.eps == first.eps else other)]
+        inputs = [tensor.to(DEVICE).requires_grad_() for tensor in this[:4]]
+        output = soft_topk_attention(*inputs, **this.settings(), backend="triton")
+        grads = torch.autograd.grad(output, inputs, this.grad_output.to(DEVICE))
+        for name, mine, earlier in zip(NAMES, (output, *grads), expected, strict=True):
+            tol = (1e-5 if dtype == torch.float32 else 2**-7) * earlier.abs().max().item()
+            assert_within(mine.detach().cpu(), earlier.double(), tol, name)
+
+
 def test_the_backward_is_deterministic() -> None:
     this = problem((1, 4, 150, 150, 16), 2.0, dtype=torch.bfloat16, key_heads=2)
     first, second = fused(this), fused(this)

@@ -1,0 +1,247 @@
+"""How the attention kernels are launched: tiles, grids, numbers, and compiled kernels that are found once per layout.
+
+Triton looks at every argument of every call to find the compiled kernel. With the tile and the numbers put together
+anew that takes the host longer, for a layer of a training step at T = 1024, than the kernels take the GPU
+(docs/kernels.md). Calls of one `Layout` differ in pointers and in ε and λ alone: they share their launches.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from cda_cli.ops.triton.attention_backward import dual_kernel, query_kernel
+from cda_cli.ops.triton.attention_backward_keys import key_value_kernel
+from cda_cli.ops.triton.attention_forward import output_kernel, solve_kernel
+from cda_cli.ops.triton.attention_leader import follower_kernel, leader_kernel
+from cda_cli.ops.triton.tiles import INTERPRETED
+
+LAYOUTS = 256  # that are remembered: as many lengths as a process is likely to alternate between
+
+Steps = tuple[int, ...]  # strides [B, H, length] of a tensor [B, H, length, D], which is contiguous in D
+
+
+class Layout(NamedTuple):
+    """What decides how a call is launched."""
+
+    device: torch.device
+    dtype: torch.dtype
+    query: torch.Size
+    key: torch.Size
+    query_steps: Steps
+    key_steps: Steps
+    value_steps: Steps
+    grad_steps: Steps  # of the output's gradient, and of `summed`: () in a forward
+    summed_steps: Steps
+    causal: bool
+    documents: bool
+    aligned: bool  # every pointer, to 16 bytes: Triton compiles for that
+
+    @staticmethod
+    def of(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *others: Tensor,
+        causal: bool,
+        documents: Tensor | None,
+        grad_output: Tensor | None = None,
+        summed: Tensor | None = None,
+    ) -> Layout:
+        """`others` are the tensors whose pointers alone matter."""
+        seen = [query, key, value, *others, *(x for x in (grad_output, summed) if x is not None)]
+        return Layout(
+            query.device,
+            query.dtype,
+            query.shape,
+            key.shape,
+            query.stride()[:3],
+            key.stride()[:3],
+            value.stride()[:3],
+            () if grad_output is None else grad_output.stride()[:3],
+            () if summed is None else summed.stride()[:3],
+            causal,
+            documents is not None,
+            all(x.data_ptr() % 16 == 0 for x in seen),
+        )
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """B, H, T, D, G, S."""
+        return (*self.query, *self.key[1:3])
+
+    @property
+    def bulk(self) -> bool:
+        """Whether the bulk copy engine can read the tensors. It came with compute capability 9.0, and wants multiples
+        of 16 bytes."""
+        steps = (*self.query_steps, *self.key_steps, *self.value_steps, *self.grad_steps)
+        fits = self.aligned and self.dtype != torch.float32 and all(step > 0 and step % 8 == 0 for step in steps)
+        return fits and (INTERPRETED.value or torch.cuda.get_device_capability(self.device) >= (9, 0))
+
+
+class Launch:
+    """A kernel with its grid, its numbers and its options; called with what changes from call to call, which comes
+    first among the kernel's arguments.
+
+    `block` is the shape of the blocks that the bulk copy engine reads, where it does.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int], numbers: Steps, options: dict[str, Any], layout: Layout, rows: int = 0
+    ) -> None:
+        self._kernel, self._grid, self._numbers, self._options = kernel, grid, numbers, options
+        self._kept = layout.aligned  # other pointers may need another compiled kernel
+        self._again: Any = None
+        self._rest: tuple[Any, ...] = ()
+        self.block = [1, 1, rows, padded(layout.query[-1])] if options.get("BULK") else None
+
+    def __call__(self, *varying: Any) -> None:
+        if self._again is not None:
+            self._again(*varying, *self._rest)
+            return
+        compiled = self._kernel[self._grid](*varying, *self._numbers, **self._options)
+        if self._kept and compiled is not None:  # the interpreter compiles nothing
+            constants = self._kernel.arg_names[len(varying) + len(self._numbers) :]
+            self._rest = (*self._numbers, *(self._options[name] for name in constants))
+            grid = (*self._grid, 1)
+            self._again = compiled[grid]
+
+    def blocks(self, tensor: Tensor) -> Tensor | TensorDescriptor:
+        """`tensor` [B, H, length, D] as the kernel reads its blocks."""
+        if self.block is None:
+            return tensor
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), self.block)
+
+    def dual_blocks(self, duals: Tensor, T: int) -> Tensor | TensorDescriptor:
+        """`duals` [4, B, H, length] as the kernel reads those of a block of queries."""
+        if self.block is None:
+            return duals
+        _, B, H, length = duals.shape
+        return TensorDescriptor(duals, [4 * B * H, T], [length, 1], [1, self.block[2]])
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a tile, and how Triton compiles the loop over them."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+    step: int = 1  # tiles that a step of the loop takes, where the kernel has such steps
+
+    def options(self, layout: Layout) -> dict[str, Any]:
+        """What every kernel over tiles takes by name."""
+        width = layout.query[-1]
+        shape = {"D": width, "BLOCK_D": padded(width), "BLOCK_M": self.queries, "BLOCK_N": self.keys}
+        sight = {"CAUSAL": layout.causal, "RANGES": layout.documents, "BULK": layout.bulk}
+        return shape | sight | {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+
+def _tile(kernel: str, width: int, dtype: torch.dtype) -> Tile:
+    """The tile of each kernel for heads of `width`, as measured on Hopper (docs/kernels.md)."""
+    if dtype == torch.float32:
+        # Exact float32 products run outside the matrix units and keep both operands in registers.
+        return Tile(16, 32, 4, 1) if width > 64 else Tile(32, 32, 4, 1)
+    if width > 128:
+        return {
+            "leader": Tile(64, 64, 4, 2),
+            "follower": Tile(64, 64, 4, 2),
+            "solve": Tile(64, 64, 4, 2),
+            "output": Tile(64, 64, 4, 2),
+            "split": Tile(64, 32, 8, 2),
+            "query": Tile(64, 32, 4, 2),
+            "key_value": Tile(32, 64, 8, 1),
+        }[kernel]
+    if width > 64:
+        return {
+            "leader": Tile(64, 128, 4, 3, 168),
+            "follower": Tile(64, 64, 4, 3),
+            "solve": Tile(64, 64, 4, 3, 168),
+            "output": Tile(64, 64, 4, 3),
+            "split": Tile(64, 64, 4, 3),
+            "query": Tile(128, 64, 8, 3),
+            "key_value": Tile(64, 64, 4, 2),
+        }[kernel]
+    return {
+        "leader": Tile(64, 128, 4, 2, 168, step=2),
+        "follower": Tile(64, 128, 4, 2, 168),
+        "solve": Tile(64, 64, 4, 3, 168),
+        "output": Tile(64, 64, 4, 3),
+        "split": Tile(64, 64, 4, 3, 168),
+        "query": Tile(64, 64, 4, 3),
+        "key_value": Tile(64, 64, 4, 2, 168),
+    }[kernel]
+
+
+def padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def heads_inside(x: Tensor, length: int) -> Tensor:
+    """An empty [B, H, length, D] whose memory is [B, length, H, D], so that merging the heads needs no copy."""
+    B, H, _, D = x.shape
+    return x.new_empty(B, length, H, D).transpose(1, 2)
+
+
+def _inside(heads: int, length: int, width: int) -> Steps:
+    """The steps of `heads_inside`."""
+    return (length * heads * width, width, heads * width)
+
+
+@functools.lru_cache(maxsize=LAYOUTS)
+def leader_and_follower(layout: Layout) -> tuple[Launch, Launch]:
+    B, H, T, D, G, S = layout.sizes
+    scores, sizes = (*layout.query_steps, *layout.key_steps), (H, H // G, T, S, B * H * T)
+    this = _tile("leader", D, layout.dtype)
+    options = this.options(layout) | {"CLASSES": min(64, this.keys), "STEP": this.step}
+    leader = Launch(leader_kernel, (triton.cdiv(T, this.queries), B * H), (*scores, *sizes), options, layout, this.keys)
+    this = _tile("follower", D, layout.dtype)
+    numbers = (*scores, *layout.value_steps, *_inside(H, T, D), *sizes)
+    grid = (triton.cdiv(T, this.queries), B * H)
+    return leader, Launch(follower_kernel, grid, numbers, this.options(layout), layout, this.keys)
+
+
+@functools.lru_cache(maxsize=LAYOUTS)
+def solve_and_output(layout: Layout, split: bool) -> tuple[Launch, Launch]:
+    """With `split` the part of the output from free entries is kept apart too."""
+    B, H, T, D, G, S = layout.sizes
+    scores, sizes = (*layout.query_steps, *layout.key_steps), (H, H // G, T, S, B * H * T)
+    this = _tile("solve", D, layout.dtype)
+    grid = (triton.cdiv(T, this.queries), B * H)
+    solve = Launch(solve_kernel, grid, (*scores, *sizes), this.options(layout), layout, this.keys)
+    this = _tile("split" if split else "output", D, layout.dtype)
+    grid = (triton.cdiv(T, this.queries), B * H)
+    numbers = (*scores, *layout.value_steps, *_inside(H, T, D), *sizes)
+    return solve, Launch(output_kernel, grid, numbers, this.options(layout) | {"SPLIT": split}, layout, this.keys)
+
+
+@functools.lru_cache(maxsize=LAYOUTS)
+def backward(layout: Layout, leaders: bool) -> tuple[Launch, Launch, Launch]:
+    """Duals, the gradient of the queries, and those of keys and values."""
+    B, H, T, D, G, S = layout.sizes
+    length, find_delta = dual_length(T), layout.dtype == torch.float32
+    shape = {"D": D, "BLOCK_D": padded(D), "BLOCK_M": 64}
+    numbers = (*layout.grad_steps, *layout.summed_steps, *layout.value_steps, length, H, H // G, T, B * H * T)
+    options = shape | {"LEADERS": leaders, "FIND_DELTA": find_delta, "num_warps": 4}
+    dual = Launch(dual_kernel, (triton.cdiv(T, 64), B * H), numbers, options, layout)
+    strides = (*layout.query_steps, *layout.key_steps, *layout.value_steps, *layout.grad_steps)
+    parts = (B * H * length, length)
+    this = _tile("query", D, layout.dtype)
+    numbers = (*strides, *_inside(H, T, D), *parts, H, H // G, T, S)
+    options = this.options(layout) | {"FIND_DELTA": find_delta}
+    query = Launch(query_kernel, (triton.cdiv(T, this.queries), B * H), numbers, options, layout, this.keys)
+    this = _tile("key_value", D, layout.dtype)
+    numbers = (*strides, *_inside(G, S, D), *_inside(G, S, D), *parts, G, H // G, T, S)
+    grid = (triton.cdiv(S, this.keys), B * G)
+    return dual, query, Launch(key_value_kernel, grid, numbers, this.options(layout), layout, this.queries)
+
+
+def dual_length(T: int) -> int:
+    """Of a row of duals: the bulk copy engine wants rows of multiples of 16 bytes."""
+    return triton.cdiv(T, 4) * 4
