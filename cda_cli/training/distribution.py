@@ -166,12 +166,12 @@ class Processes:
             )
         return torch.device("cuda", self._place.local_rank)
 
-    def wrap(self, model: Transformer, parallel: str, dtype: torch.dtype, compiled: bool) -> nn.Module:
+    def wrap(self, model: Transformer, config: Config, dtype: torch.dtype, compiled: bool) -> nn.Module:
         """The module to call in place of `model`, whose parameters may become sharded ones: build optimizers after it.
 
-        Compiled whole; with fsdp block by block, since weights are gathered and freed between blocks. With ddp the
-        gradients then travel after the last backward pass of a step and not during it, which costs less than what many
-        small compiled parts cost the host.
+        Compiled whole, so that with ddp the gradients travel after the last backward pass of a step and not during it:
+        that costs less than what many small compiled parts cost the host. Block by block only where fsdp gathers and
+        frees the weights of one block after the other.
         """
         whole_model = cast(nn.Module, torch.compile(model)) if compiled else model  # with its first call
         if self.count == 1:
@@ -180,10 +180,14 @@ class Processes:
         empty = {parameter for parameter in model.parameters() if not parameter.numel()}
         for parameter in empty:
             parameter.requires_grad_(False)
-        if parallel == "fsdp":
-            if compiled:
+        if config.run.parallel == "fsdp":
+            accum = config.optim.grad_accum
+            by_block = accum // math.gcd(accum, self.count) == 1
+            if compiled and by_block:
                 model.compile_parts()
-            return _shard(model, dtype, empty)
+            elif compiled:
+                model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
+            return _shard(model, dtype, empty, by_block)
         torch._dynamo.config.optimize_ddp = False  # which would cut the graph
         return DistributedDataParallel(whole_model, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
 
@@ -276,8 +280,11 @@ def _kept_gathered(model: FSDPModule) -> Iterator[None]:
     model.set_reshard_after_forward(True)
 
 
-def _shard(model: Transformer, dtype: torch.dtype, ignored: set[nn.Parameter]) -> nn.Module:
-    """FSDP2 over blocks: each is gathered while the one before it is computed.
+def _shard(model: Transformer, dtype: torch.dtype, ignored: set[nn.Parameter], by_block: bool) -> nn.Module:
+    """FSDP2: of a process with one batch a step over blocks, each gathered while the one before it is computed.
+
+    With more batches the gradients that are added up are whole, and so are the weights from the first batch to the
+    last: all in one group.
 
     The parameters of blocks are gathered, and stay, in the dtype of the matrix products; gradients are summed in
     float32. The residual stream, the embeddings and the logits keep what autocast gives them, as in one process.
@@ -289,7 +296,7 @@ def _shard(model: Transformer, dtype: torch.dtype, ignored: set[nn.Parameter]) -
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.each_block():
+    for block in model.each_block() if by_block else []:
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
     # After a forward pass without a backward one the model's parameters would else not be its shards.
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)

@@ -174,7 +174,7 @@ def build(
     if checkpoint:
         fill(model, checkpoint.model, checkpoint, config)
     is_compiled = compiles(config, device, note)
-    called = processes.wrap(model, config.run.parallel, dtype, is_compiled)
+    called = processes.wrap(model, config, dtype, is_compiled)
     optimizer = build_optimizer(model, config.optim)
     state: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:

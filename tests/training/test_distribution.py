@@ -57,13 +57,20 @@ def settings(config: Config, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("count", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")])
+@pytest.mark.parametrize(
+    ("count", "parallel", "batches"),
+    [(2, "ddp", 1), (2, "ddp", 2), (2, "fsdp", 1), (2, "fsdp", 2), (4, "ddp", 1), (4, "fsdp", 1)],
+)
 def test_the_number_of_processes_changes_no_loss(
-    nursery: Nursery, small: Config, alone: Path, tmp_path: Path, count: int, parallel: str
+    nursery: Nursery, small: Config, alone: Path, tmp_path: Path, count: int, parallel: str, batches: int
 ) -> None:
-    """Nor the gradient norm, the data position or what a checkpoint holds; and the first process alone speaks."""
-    run = tmp_path / "run"
-    ended = nursery.run(count, "train", "--config", settings(small, tmp_path), "--out", run, "--parallel", parallel)
+    """Nor how many batches each has; nor the gradient norm, the data position or what a checkpoint holds; and the first
+    process alone speaks."""
+    run, optim = tmp_path / "run", small.optim
+    finer = ("--batch-size", optim.batch_size // batches, "--grad-accum", optim.grad_accum * batches)
+    evaluation = ("--set", f"run.eval_batches={small.run.eval_batches * batches}")
+    command = ("train", "--config", settings(small, tmp_path), "--out", run, "--parallel", parallel)
+    ended = nursery.run(count, *command, *finer, *evaluation)
     assert ended.codes == [0] * count, ended.err
     assert f"processes  {count}, {parallel}" in ended.out[0]
     assert not any(ended.out[1:] + ended.err), "a process that is not the first one spoke"
