@@ -1,37 +1,30 @@
-"""Speed on this GPU: the row operator, attention, and training, each beside what it has to be measured against.
+"""Speed on this GPU: the row operator and attention, each beside what it has to be measured against.
 
     make bench-gpu
 
 Every table is one run; times are medians on the device, of CUDA graphs, so that no host is in them; the published
 operator and the package `adasplash`, which is timed if it is installed, cannot be captured and are timed by
-`triton.testing.do_bench`. Sizes are those of docs/kernels.md; `python benchmarks/gpu.py rows` (or attention, or models)
-makes one table only.
+`triton.testing.do_bench`. Sizes are those of docs/kernels.md; `python benchmarks/gpu.py rows` (or attention) makes
+those tables only.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib.util
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
-from synthetic import SOFTMAX, header, row
+from synthetic import header, row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench, do_bench_cudagraph
 
-from cda_cli.config import Config, resolve
-from cda_cli.data import Batch
-from cda_cli.model import Transformer
 from cda_cli.ops import soft_topk, soft_topk_attention
-from cda_cli.training.loop import accumulate_gradients, clip_gradients
-from cda_cli.training.optimizer import build_optimizer
 
 GPU = torch.device("cuda")
 EPS = 0.1
@@ -47,12 +40,11 @@ SHAPES = (
 )
 PUBLISHED_SHAPES = SHAPES[:2]
 CACHES = ((8, 8, 8192, 64), (1, 8, 65536, 128))
-MODELS: tuple[tuple[str, int, int], ...] = (("seed", 512, 128), ("small", 1024, 32), ("small", 8192, 4))
 
 
 def main(wanted: Sequence[str]) -> None:
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}", flush=True)
-    for name, table in (("rows", rows_table), ("attention", attention_table), ("models", models_table)):
+    for name, table in (("rows", rows_table), ("attention", attention_table)):
         if not wanted or name in wanted:
             table()
 
@@ -195,53 +187,6 @@ def training_memory(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     grad = torch.randn_like(inputs[0])
     return peak_memory(lambda: torch.autograd.grad(function(*leaves), leaves, grad))
-
-
-def models_table() -> None:
-    header("Training, compiled, bf16: tokens a second and memory", "preset, T, batch", "softmax", "coordinate descent",
-           "ratio", "memory, softmax", "memory, coordinate descent", "ratio")  # fmt: skip
-    for preset, seq_len, batch in MODELS:
-        sets = [f"model.seq_len={seq_len}", f"optim.batch_size={batch}", "model.vocab_size=257"]
-        solver = ["model.solver=exact"] if preset == "seed" else []
-        speed, memory = {}, {}
-        for name, extra in (("softmax", SOFTMAX), ("coordinate descent", ())):
-            config = resolve(preset=preset, sets=[*sets, *solver, *extra])
-            speed[name], memory[name] = train_speed(config)
-        row(
-            f"{preset}, {seq_len}, {batch}",
-            *(f"{value / 1e3:.0f} k" for value in speed.values()),
-            f"{speed['coordinate descent'] / speed['softmax']:.2f}",
-            *(f"{value / 2**30:.2f} GiB" for value in memory.values()),
-            f"{memory['coordinate descent'] / memory['softmax']:.2f}",
-        )
-
-
-def train_speed(config: Config, steps: int = 12) -> tuple[float, int]:
-    """Tokens a second (median step) and the peak of allocated bytes."""
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    model = Transformer(config.model).to(GPU)
-    compiled = torch.compile(model)
-    optimizer = build_optimizer(model, config.optim)
-    shape = (config.optim.batch_size, config.model.seq_len)
-    tokens = torch.randint(0, 256, (shape[0], shape[1] + 1))
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-    seconds = []
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(steps):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        accumulate_gradients(compiled, [batch], GPU, torch.bfloat16)  # type: ignore[arg-type]
-        clip_gradients(model, config.optim.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    memory = torch.cuda.max_memory_allocated()
-    del model, compiled, optimizer
-    gc.collect()
-    torch.cuda.empty_cache()
-    return shape[0] * shape[1] / statistics.median(seconds[3:]), memory
 
 
 if __name__ == "__main__":

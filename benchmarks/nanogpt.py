@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cda_cli.config import Config
+from cda_cli.runtime import peak_memory
 
 LOG_EVERY = 10
 
@@ -63,10 +64,11 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-1)
 
 
-def tokens_per_second(
+def measure(
     config: Config, next_batch: Callable[[], tuple[Tensor, Tensor]], device: torch.device, warm: int, steps: int
-) -> float:
-    """Over `steps` after `warm` ones. `next_batch` gives inputs and targets [B, T] on the CPU."""
+) -> tuple[float, int]:
+    """Seconds of a step, and the peak of memory in bytes, over `steps` after `warm` ones. `next_batch` gives inputs and
+    targets [B, T] on the CPU."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     optim = config.optim
@@ -91,6 +93,8 @@ def tokens_per_second(
     for step in range(warm + steps):
         if step == warm:
             _wait(device)
+            if fused:
+                torch.cuda.reset_peak_memory_stats(device)
             began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = optim.lr
@@ -105,7 +109,7 @@ def tokens_per_second(
         if step % LOG_EVERY == 0:
             loss.item()
     _wait(device)
-    return steps * optim.grad_accum * inputs.numel() / (time.perf_counter() - began)
+    return (time.perf_counter() - began) / steps, peak_memory(device)
 
 
 def _wait(device: torch.device) -> None:

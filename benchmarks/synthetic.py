@@ -23,7 +23,7 @@ def settings(preset: str, sets: Sequence[str] = ()) -> Config:
 
 
 def random_data(config: Config) -> RunData:
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, TOKENS, dtype=np.uint16)
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, TOKENS, dtype=np.uint16)
     tokens = Tokens(ids, text_bytes=4 * TOKENS)
     seq_len, batch_size = config.model.seq_len, config.optim.batch_size
 

@@ -1,10 +1,12 @@
-"""Training as `cda train` does it, beside nanoGPT's step: tokens a second, FLOPs utilisation, and what saving costs.
+"""Training as `cda train` does it, beside nanoGPT's step: speed, memory, FLOPs utilisation, and what saving costs.
 
-    python benchmarks/training.py [small] [base]
+    python benchmarks/training.py
+    python benchmarks/training.py small small-8192
 
-Presets with GPT-2's vocabulary and their own batches, bf16, compiled. `cda`'s figures are those of its whole loop on a
-wall clock, over as many steps as lie between two lines of figures, with one such line. `cudnn` is the softmax model
-with cuDNN's attention in place of the one that PyTorch prefers.
+`CASES` are presets with GPT-2's vocabulary and their own batches, where nothing else is set, bf16, compiled. `cda`'s
+figures are those of its whole loop on a wall clock, over as many steps as lie between two lines of figures, with one
+such line. Memory is the most that PyTorch's allocator had given out at once in such steps, without that line. `cudnn`
+is the softmax model with cuDNN's attention in place of the one that PyTorch prefers.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nanogpt
 import torch
-from synthetic import ATTENTION, SOFTMAX, header, random_data, row, settings
+from synthetic import SOFTMAX, header, random_data, row, settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cda_cli.config import Config
@@ -36,20 +38,47 @@ from cda_cli.training.milestones import Patience
 from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup, build
 
-PRESETS = ("small", "base")
 WARM = 5
+CUDNN = "softmax, cudnn"
+STEPS = {"softmax": SOFTMAX, CUDNN: SOFTMAX, "coordinate descent": ()}
+
+
+class Case(NamedTuple):
+    """A preset, and what is set in it; `beside`: nanoGPT's step, cuDNN's attention and saving are measured too."""
+
+    preset: str
+    sets: tuple[str, ...] = ()
+    beside: bool = False
+
+
+CASES = {
+    "seed": Case(  # of bytes, as published
+        "seed",
+        (
+            "model.vocab_size=257",
+            "model.solver=exact",
+            "optim.batch_size=128",
+            "optim.grad_accum=1",
+            "run.log_every=50",  # else a line of figures is a larger part than in the other cases
+        ),
+    ),
+    "small": Case("small", beside=True),
+    "small-8192": Case("small", ("model.seq_len=8192", "optim.batch_size=4", "optim.grad_accum=1")),
+    "base": Case("base", ("run.log_every=30",), beside=True),
+}
 
 
 class Clock:
-    """A display that shows nothing, and knows when each step was done, and what the last line of figures was.
+    """A display that shows nothing, and knows when each step was done, and what the first line of figures after the
+    warm steps was, from which on the peak of memory counts.
 
     It stops the run after step `last`: a run that comes to its own end is validated, which compiles once more.
     """
 
     interactive = False
 
-    def __init__(self, last: int) -> None:
-        self.last = last
+    def __init__(self, last: int, device: torch.device) -> None:
+        self.last, self.device = last, device
         self.times: dict[int, float] = {}
         self.figures: dict[str, Any] = {}
 
@@ -57,11 +86,13 @@ class Clock:
 
     def advance(self, step: int) -> None:
         self.times[step] = time.perf_counter()
+        if step == WARM and self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         if step == self.last:
             os.kill(os.getpid(), signal.SIGINT)
 
     def show(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "train":
+        if record["kind"] == "train" and record["step"] > WARM and not self.figures:
             self.figures = record
 
     def note(self, text: str) -> None: ...
@@ -70,22 +101,36 @@ class Clock:
 
 
 class Measured(NamedTuple):
-    """`seconds` of a step; `waited`, the share of it that went into waiting for data."""
+    """`seconds` of a step; `memory`, its peak in bytes; `waited`, the share of it that went into waiting for data;
+    `saving`, seconds of a save."""
 
     seconds: float
-    waited: float
+    memory: int
+    waited: float | None = None
+    saving: float | None = None
 
 
 def measure(setup: Setup) -> Measured:
     steps = setup.config.run.log_every
-    clock = Clock(WARM + steps)
+    clock = Clock(WARM + steps, setup.device)
     layer_figures(setup, next_batch(setup))  # compiles kernels too
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         metrics = Metrics(Path(folder) / "metrics.jsonl", 0)
         with contextlib.suppress(InterruptedRunError):
             train(setup, Path(folder), metrics, clock, setup.processes.agreed(stop), Patience(0))
         metrics.close()
-    return Measured((clock.times[WARM + steps] - clock.times[WARM]) / steps, clock.figures["data_wait"])
+    seconds = (clock.times[WARM + steps] - clock.times[WARM]) / steps
+    return Measured(seconds, clock.figures["memory_bytes"], clock.figures["data_wait"])
+
+
+def measure_nanogpt(config: Config, device: torch.device) -> Measured:
+    batches = random_data(config).open_batches(None)
+
+    def two_tensors() -> tuple[torch.Tensor, torch.Tensor]:
+        batch, _ = next(batches)
+        return batch.inputs, batch.targets
+
+    return Measured(*nanogpt.measure(config, two_tensors, device, WARM, config.run.log_every))
 
 
 def saving(setup: Setup) -> float:
@@ -106,43 +151,54 @@ def run_settings(preset: str, sets: Sequence[str]) -> Config:
     return settings(preset, [*quiet, f"optim.steps={steps}", "optim.warmup_steps=10", *sets])
 
 
-def speed_table(presets: Sequence[str], device: torch.device) -> None:
-    header("Training, bf16, compiled", "preset", "step", "tokens/s", "× nanoGPT", "MFU computed", "MFU dense",
-           "waiting for data")  # fmt: skip
-    peak = peak_flops(device, torch.bfloat16)
-    costs = []
-
-    def utilisation(config: Config, speed: float) -> list[str]:
-        backend = "triton" if device.type == "cuda" else "torch"
-        return [f"{speed * flops / peak:.1%}" if peak else "–" for flops in flops_per_token(config, backend)]
-
-    for preset in presets:
-        config = run_settings(preset, SOFTMAX)
-        batches = random_data(config).open_batches(None)
-
-        def two_tensors(batches: Any = batches) -> tuple[torch.Tensor, torch.Tensor]:
-            batch, _ = next(batches)
-            return batch.inputs, batch.targets
-
-        beside = nanogpt.tokens_per_second(config, two_tensors, device, WARM, config.run.log_every)
-        row(preset, "nanoGPT", f"{beside / 1e3:.1f} k", "1.00", *utilisation(config, beside), "–")
-        for name, sets in {**ATTENTION, "softmax, cudnn": SOFTMAX}.items():
-            _free()
-            config = run_settings(preset, sets)
-            setup = build(config, random_data(config))
-            first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-            with sdpa_kernel(first, set_priority=True) if "cudnn" in name else contextlib.nullcontext():
-                found = measure(setup)
-            speed = config.optim.batch_size * config.optim.grad_accum * config.model.seq_len / found.seconds
-            row(preset, name, f"{speed / 1e3:.1f} k", f"{speed / beside:.2f}", *utilisation(config, speed),
-                f"{found.waited:.2%}")  # fmt: skip
-            if name == "softmax":
-                costs.append((preset, saving(setup), found.seconds, settings(preset).run.save_every))
-            del setup
+def rows(case: Case, device: torch.device) -> Iterator[tuple[str, Config, Measured]]:
+    """The steps of a case by their names, each built once."""
+    if case.beside:
         _free()
-    header("Saving at the default interval", "preset", "seconds", "steps between", "share of the time")
-    for preset, seconds, step, every in costs:
-        row(preset, f"{seconds:.2f}", every, f"{seconds / (every * step):.2%}")
+        config = run_settings(case.preset, [*case.sets, *SOFTMAX])
+        yield "nanoGPT", config, measure_nanogpt(config, device)
+    for name, sets in STEPS.items():
+        if name == CUDNN and not case.beside:
+            continue
+        _free()
+        config = run_settings(case.preset, [*case.sets, *sets])
+        setup = build(config, random_data(config))
+        first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        with sdpa_kernel(first, set_priority=True) if name == CUDNN else contextlib.nullcontext():
+            found = measure(setup)
+        if name == "softmax" and case.beside:
+            found = found._replace(saving=saving(setup))
+        del setup
+        yield name, config, found
+
+
+def tables(cases: Sequence[Case], device: torch.device) -> None:
+    header("Training, bf16, compiled", "preset, T, batch", "step", "tokens/s", "× nanoGPT", "× softmax", "memory, GiB",
+           "MFU computed", "MFU dense", "waiting for data")  # fmt: skip
+    peak, backend = peak_flops(device, torch.bfloat16), "triton" if device.type == "cuda" else "torch"
+    saves = []
+    for case in cases:
+        seconds: dict[str, float] = {}
+        for name, config, found in rows(case, device):
+            model, optim = config.model, config.optim
+            seconds[name] = found.seconds
+            speed = optim.batch_size * optim.grad_accum * model.seq_len / found.seconds
+            batch = f"{optim.batch_size} × {optim.grad_accum}" if optim.grad_accum > 1 else optim.batch_size
+            row(
+                f"{case.preset}, {model.seq_len}, {batch}",
+                name,
+                f"{speed / 1e3:.1f} k",
+                *(f"{seconds[one] / found.seconds:.2f}" if one in seconds else "–" for one in ("nanoGPT", "softmax")),
+                f"{found.memory / 2**30:.2f}",
+                *(f"{speed * flops / peak:.1%}" if peak else "–" for flops in flops_per_token(config, backend)),
+                "–" if found.waited is None else f"{found.waited:.2%}",
+            )
+            if found.saving is not None:
+                saves.append((case.preset, found.saving, found.seconds, settings(case.preset).run.save_every))
+    if saves:
+        header("Saving at the default interval", "preset", "seconds", "steps between", "share of the time")
+    for preset, saved, step, every in saves:
+        row(preset, f"{saved:.2f}", every, f"{saved / (every * step):.2%}")
 
 
 def _free() -> None:
@@ -153,10 +209,14 @@ def _free() -> None:
 
 
 def main(wanted: Sequence[str]) -> None:
+    if unknown := [name for name in wanted if name not in CASES]:
+        sys.exit(f"benchmarks/training.py has no case {', '.join(unknown)}; it has {', '.join(CASES)}")
     if not torch.cuda.is_available():
         sys.exit("benchmarks/training.py measures on a CUDA device, and there is none")
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}", flush=True)
-    speed_table(wanted or PRESETS, torch.device("cuda"))
+    began = time.perf_counter()
+    tables([CASES[name] for name in wanted or CASES], torch.device("cuda"))
+    print(f"\n{time.perf_counter() - began:.0f} s for all")
 
 
 if __name__ == "__main__":
