@@ -38,11 +38,12 @@ def test_weights_and_both_gradients_and_attention_are_checked(diagnosis: Diagnos
 
 
 def test_all_hold_here_and_none_by_a_limit_that_says_nothing(diagnosis: Diagnosis) -> None:
-    """A tolerance as large as the quantity would pass a wrong operator too."""
+    """A tolerance as large as the quantity would pass a wrong operator too. The largest is that of bf16 on a GPU: two
+    roundings of outputs of up to 5."""
     for check in diagnosis.checks:
         assert check.passed, f"{check.name}: {check.error} > {check.tolerance}"
         assert math.isfinite(check.error)
-        assert 0 < check.tolerance < 0.02
+        assert 0 < check.tolerance < 2 * 2**-8 * 5
 
 
 @pytest.mark.parametrize(("error", "passed"), [(0.0, True), (1.0, True), (1.1, False), (math.nan, False)])
