@@ -5,8 +5,7 @@
 
 `CASES` are presets with GPT-2's vocabulary and their own batches, where nothing else is set, bf16, compiled. `cda`'s
 figures are those of its whole loop on a wall clock, over as many steps as lie between two lines of figures, with one
-such line. Memory is the most that PyTorch's allocator had given out at once in such steps, without that line. `cudnn`
-is the softmax model with cuDNN's attention in place of the one that PyTorch prefers.
+such line. Memory is the most that PyTorch's allocator had given out at once in such steps, without that line.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from typing import Any, NamedTuple
 
 import nanogpt
 import torch
-from synthetic import SOFTMAX, header, random_data, row, settings
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from synthetic import ATTENTION, SOFTMAX, header, random_data, row, settings
 
 from cda_cli.config import Config
 from cda_cli.errors import InterruptedRunError
@@ -39,12 +37,10 @@ from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup, build
 
 WARM = 5
-CUDNN = "softmax, cudnn"
-STEPS = {"softmax": SOFTMAX, CUDNN: SOFTMAX, "coordinate descent": ()}
 
 
 class Case(NamedTuple):
-    """A preset, and what is set in it; `beside`: nanoGPT's step, cuDNN's attention and saving are measured too."""
+    """A preset, and what is set in it; `beside`: nanoGPT's step and saving are measured too."""
 
     preset: str
     sets: tuple[str, ...] = ()
@@ -157,15 +153,11 @@ def rows(case: Case, device: torch.device) -> Iterator[tuple[str, Config, Measur
         _free()
         config = run_settings(case.preset, [*case.sets, *SOFTMAX])
         yield "nanoGPT", config, measure_nanogpt(config, device)
-    for name, sets in STEPS.items():
-        if name == CUDNN and not case.beside:
-            continue
+    for name, sets in ATTENTION.items():
         _free()
         config = run_settings(case.preset, [*case.sets, *sets])
         setup = build(config, random_data(config))
-        first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-        with sdpa_kernel(first, set_priority=True) if name == CUDNN else contextlib.nullcontext():
-            found = measure(setup)
+        found = measure(setup)
         if name == "softmax" and case.beside:
             found = found._replace(saving=saving(setup))
         del setup
