@@ -48,13 +48,14 @@ class RotaryPositions(nn.Module):
     def __init__(self, head_width: int, seq_len: int, base: float) -> None:
         super().__init__()
         frequency = base ** (-torch.arange(0, head_width, 2).double() / head_width)
-        angle_TD = torch.outer(torch.arange(seq_len).double(), frequency).repeat(1, 2)
-        self.register_buffer("cos", angle_TD.cos().float(), persistent=False)
-        self.register_buffer("sin", angle_TD.sin().float(), persistent=False)
+        angle = torch.outer(torch.arange(seq_len).double(), frequency)
+        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), 1).float(), persistent=False)
+        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), 1).float(), persistent=False)
 
     def forward(self, x_BHTD: Tensor, start: int) -> Tensor:
         """Channels i and i + D/2 make a pair; position `start` is the first of the T."""
         stop = start + x_BHTD.shape[-2]
         cos, sin = self.cos[start:stop].to(x_BHTD.dtype), self.sin[start:stop].to(x_BHTD.dtype)
-        first, second = x_BHTD.chunk(2, dim=-1)
-        return x_BHTD * cos + torch.cat((-second, first), -1) * sin
+        # As a flip the compiler reads it where it is used; a concatenation it makes in memory, forward and backward.
+        partner = x_BHTD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+        return x_BHTD * cos + partner * sin
