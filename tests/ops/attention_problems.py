@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from colt5_attention.coor_descent import coor_descent
 from torch import Tensor
 
-from cda_cli.ops import reference_gradients, reference_soft_topk, soft_topk_attention
+from cda_cli.ops import reference_gradients, reference_soft_topk, soft_topk, soft_topk_attention
 from tests.ops.cases import Rows, assert_within, differentiable, random_rows
 
 NAMES = ("output", "∂L/∂query", "∂L/∂key", "∂L/∂value", "∂L/∂k")
@@ -106,6 +106,33 @@ def expect(this: Problem, solver: str = "exact") -> list[Tensor]:
         (weights.transpose(-1, -2) @ grad_output).reshape(groups).sum(2),
         grad_budget.sum_to_size(this.budget.shape),
     ]
+
+
+class Scores(torch.autograd.Function):
+    """query·keyᵀ with factors in their dtype and float32 sums, forward and backward, as matrix units have it."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key)
+        return query.float() @ key.float().transpose(-1, -2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = ctx.saved_tensors
+        grad = grad.to(query.dtype)
+        return grad @ key, grad.transpose(-1, -2) @ query
+
+
+def plain(this: Problem, rounded_scores: bool) -> list[Tensor]:
+    """Dense attention in PyTorch in the dtype of the problem; the scores in it too, or in float32."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in this[:4]]
+    query, key, value, budget = leaves
+    group = query.shape[1] // key.shape[1]
+    keys = key.repeat_interleave(group, 1)
+    scores = this.scale * (query @ keys.transpose(-1, -2) if rounded_scores else Scores.apply(query, keys))
+    weights = soft_topk(scores, budget, eps=this.eps, mask=this.seen(), backend="torch")
+    output = weights.to(value.dtype) @ value.repeat_interleave(group, 1)
+    return [output.detach(), *torch.autograd.grad(output, leaves, this.grad_output)]
 
 
 def published_weights(rows: Rows, budget: Tensor, grad_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cda_cli.ops import reference_soft_topk, soft_topk, soft_topk_attention
+from cda_cli.ops import reference_soft_topk, soft_topk_attention
 from cda_cli.ops.triton.attention import fused_attention, fused_attention_backward
 from tests.ops.attention_problems import (
     ANNEALING,
@@ -21,6 +21,7 @@ from tests.ops.attention_problems import (
     assert_close,
     expect,
     packed,
+    plain,
     problem,
     run,
     smooth,
@@ -32,33 +33,6 @@ HALF = (torch.bfloat16, torch.float16)
 
 def fused(this: Problem, **settings: object) -> list[Tensor]:
     return run(this, DEVICE, backend="triton", **settings)
-
-
-class Scores(torch.autograd.Function):
-    """query·keyᵀ with factors in their dtype and float32 sums, forward and backward, as matrix units have it."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
-        ctx.save_for_backward(query, key)
-        return query.float() @ key.float().transpose(-1, -2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        query, key = ctx.saved_tensors
-        grad = grad.to(query.dtype)
-        return grad @ key, grad.transpose(-1, -2) @ query
-
-
-def plain(this: Problem, rounded_scores: bool) -> list[Tensor]:
-    """Dense attention in PyTorch in the dtype of the problem; the scores in it too, or in float32."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in this[:4]]
-    query, key, value, budget = leaves
-    group = query.shape[1] // key.shape[1]
-    keys = key.repeat_interleave(group, 1)
-    scores = this.scale * (query @ keys.transpose(-1, -2) if rounded_scores else Scores.apply(query, keys))
-    weights = soft_topk(scores, budget, eps=this.eps, mask=this.seen(), backend="torch")
-    output = weights.to(value.dtype) @ value.repeat_interleave(group, 1)
-    return [output.detach(), *torch.autograd.grad(output, leaves, this.grad_output)]
 
 
 def differentiable_problem(shape: tuple[int, int, int, int, int], k: float, **settings: Any) -> Problem:
