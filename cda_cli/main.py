@@ -75,7 +75,10 @@ def _leave(error: Exception) -> NoReturn:
     elif isinstance(error, CdaError):
         _say(str(error), "" if isinstance(error, InterruptedRunError) else "error: ")
     elif type(error).__name__ == "OutOfMemoryError":
-        _say("the GPU's memory is used up; use a smaller --batch-size with a larger --grad-accum")
+        _say(
+            "the GPU's memory is used up; use a smaller --batch-size with a larger --grad-accum (with --parallel fsdp "
+            "one that divides the number of processes, or more processes)"
+        )
     elif isinstance(error, OSError) and error.filename:
         _say(f"{error.filename}: {error.strerror}; check the path and the space and rights there")
     else:

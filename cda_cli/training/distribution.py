@@ -106,6 +106,10 @@ class Processes:
 
     # The work of a step.
 
+    def batches(self, grad_accum: int) -> int:
+        """Of a step in each process, see `share`."""
+        return grad_accum // math.gcd(grad_accum, self.count)
+
     def share(self, batches: Sequence[Batch]) -> list[Batch]:
         """This process's rows of a step's A batches of B rows: A·B/W of them, in batches of at most B.
 
@@ -173,23 +177,24 @@ class Processes:
         that costs less than what many small compiled parts cost the host. Block by block only where fsdp gathers and
         frees the weights of one block after the other.
         """
-        whole_model = cast(nn.Module, torch.compile(model)) if compiled else model  # with its first call
         if self.count == 1:
-            return whole_model
+            return cast(nn.Module, torch.compile(model)) if compiled else model
         # An empty parameter (no null keys) has nothing to share, and DDP would wait for its gradient.
         empty = {parameter for parameter in model.parameters() if not parameter.numel()}
         for parameter in empty:
             parameter.requires_grad_(False)
         if config.run.parallel == "fsdp":
-            accum = config.optim.grad_accum
-            by_block = accum // math.gcd(accum, self.count) == 1
+            by_block = self.batches(config.optim.grad_accum) == 1
             if compiled and by_block:
                 model.compile_parts()
             elif compiled:
                 model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
             return _shard(model, dtype, empty, by_block)
-        torch._dynamo.config.optimize_ddp = False  # which would cut the graph
-        return DistributedDataParallel(whole_model, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
+        called: nn.Module = model
+        if compiled:
+            torch._dynamo.config.optimize_ddp = False  # which would cut the graph
+            called = cast(nn.Module, torch.compile(model))
+        return DistributedDataParallel(called, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole tensors, sharded ones put together one at a time, in the first process; nothing in the others."""
@@ -215,22 +220,22 @@ class Processes:
     def set_random_states(
         self, states: Mapping[str, Tensor] | None, seed: int, step: int, device: torch.device
     ) -> None:
-        """Puts back what `random_states` gave. A process that was not there gets a state of its own, from the seed."""
+        """Puts back what `random_states` gave. A process, or a GPU, that was not there gets a state of its own, from
+        the seed."""
         rank = self._place.rank
         if self.first:
             if states is not None:
                 restore_random_states(dict(states))
             return
+        mixed = blake2b(f"{seed}/{rank}/{step}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(mixed, "big") >> 1)
         own = {
             name: states[f"rank{rank}.{name}"] for name in ("cpu", "cuda") if states and f"rank{rank}.{name}" in states
         }
-        if not own:
-            mixed = blake2b(f"{seed}/{rank}/{step}".encode(), digest_size=8).digest()
-            torch.manual_seed(int.from_bytes(mixed, "big") >> 1)
-            return
         if "cuda" in own:
             own[f"cuda.{device.index}"] = own.pop("cuda")
-        restore_random_states(own)
+        if own:
+            restore_random_states(own)
 
 
 ALONE = Processes(Place())
@@ -276,18 +281,20 @@ def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 def _kept_gathered(model: FSDPModule) -> Iterator[None]:
     """Weights that the forward pass has gathered stay: gradients that are added up take more memory than they."""
     model.set_reshard_after_forward(False)
-    yield
-    model.set_reshard_after_forward(True)
+    try:
+        yield
+    finally:
+        model.set_reshard_after_forward(True)
 
 
 def _shard(model: Transformer, dtype: torch.dtype, ignored: set[nn.Parameter], by_block: bool) -> nn.Module:
     """FSDP2: of a process with one batch a step over blocks, each gathered while the one before it is computed.
 
-    With more batches the gradients that are added up are whole, and so are the weights from the first batch to the
-    last: all in one group.
+    There the parameters of blocks are gathered in the dtype of the matrix products, and gradients summed in float32;
+    the residual stream, the embeddings and the logits keep what autocast gives them, as in one process.
 
-    The parameters of blocks are gathered, and stay, in the dtype of the matrix products; gradients are summed in
-    float32. The residual stream, the embeddings and the logits keep what autocast gives them, as in one process.
+    With more batches the gradients that are added up are whole, and so are the weights from the first batch to the
+    last: all in one group, in float32, for autocast as in one process.
     """
     # The losses are a view, of which nothing is overwritten.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")

@@ -120,6 +120,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                     memory_bytes=peak_memory(setup.device),
                     layers=layer_figures(setup, batches[0]),
                 )
+        passed = every.save_minutes > 0 and processes.any(minutes.passed())
         with speed.paused():
             if (due(setup.step, every.eval_every) or last) and not stop:
                 result = validate(setup, stop)
@@ -129,7 +130,6 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                     patience.add(setup.validation_loss)
             if due(setup.step, every.sample_every) and not stop:
                 record("sample", text=sample(setup, stop))
-            passed = processes.any(minutes.passed())
             if due(setup.step, every.save_every) or passed or last or stop or patience.over:
                 path = save(setup, run)
                 saved = setup.step

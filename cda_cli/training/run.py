@@ -196,7 +196,8 @@ def _find(run: Path, resume: str, display: Display, processes: Processes) -> Che
 
 
 def _check_same_start(setup: Setup) -> None:
-    """Raises ConfigError where a machine sees another run folder or text than the first: it would train on, in vain."""
+    """Raises ConfigError where a machine sees another run folder than the first, or a text of another length: it would
+    train on, in vain."""
     text = f"{setup.data.windows} windows of text and {len(setup.data.validation)} validation tokens"
     here = f"step {setup.step}, {text}"
     first = setup.processes.told("start", lambda: here)

@@ -240,25 +240,27 @@ def moved(this: Problem, elements: int) -> Problem:
         memory = torch.empty(tensor.numel() + elements, dtype=tensor.dtype, device=DEVICE)
         return memory[elements:].view(tensor.shape).copy_(tensor)
 
-    return this._replace(**{name: move(getattr(this, name)) for name in ("query", "key", "value", "budget")})
+    return this._replace(**{name: move(getattr(this, name)) for name in this._fields[:5]})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("k", [2.0, (1, 2, 80)])
-def test_calls_that_share_a_layout_share_nothing_else(k: float | tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("largest_k", [2.0, None])
+@pytest.mark.parametrize("causal", [True, False])
+def test_calls_that_share_a_layout_share_nothing_else(
+    causal: bool, largest_k: float | None, dtype: torch.dtype
+) -> None:
     """Its kernels are launched again with other tensors, ε and scale; and with pointers that they were not made for."""
     shape = (1, 2, 80, 80, 16)
-    first = problem(shape, k, dtype=dtype)
-    other = problem(shape, k, dtype=dtype, eps=0.7, scale=0.4, seed=5)
-    alone = {id(this): fused(this) for this in (other, first)}
-    for this in (first, other, moved(first, 1), first, moved(other, 8)):
-        expected = alone[id(first if this.eps == first.eps else other)]
+    one = differentiable_problem(shape, 1.7, dtype=dtype, causal=causal, key_heads=1)
+    other = differentiable_problem(shape, 2.0, dtype=dtype, causal=causal, key_heads=1, eps=0.7, scale=0.4)
+    for this in (one, other, moved(one, 1), one, moved(other, 8), other):
         inputs = [tensor.to(DEVICE).requires_grad_() for tensor in this[:4]]
-        output = soft_topk_attention(*inputs, **this.settings(), backend="triton")
+        output = soft_topk_attention(*inputs, **this.settings(), backend="triton", largest_k=largest_k)
         grads = torch.autograd.grad(output, inputs, this.grad_output.to(DEVICE))
-        for name, mine, earlier in zip(NAMES, (output, *grads), expected, strict=True):
-            tol = (1e-5 if dtype == torch.float32 else 2**-7) * earlier.abs().max().item()
-            assert_within(mine.detach().cpu(), earlier.double(), tol, name)
+        expected = expect(one if this.eps == one.eps else other)
+        assert_close(
+            [x.detach().cpu() for x in (output, *grads)], expected, 2e-5 if dtype == torch.float32 else 2**-6, this
+        )
 
 
 def test_the_backward_is_deterministic() -> None:

@@ -87,6 +87,22 @@ def test_the_number_of_processes_changes_no_loss(
         torch.testing.assert_close(getattr(saved, part), getattr(expected_save, part), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("parallel", "batches"), [("ddp", 2), ("fsdp", 2), ("fsdp", 1)])
+def test_compiled_it_is_the_same_run(
+    nursery: Nursery, small: Config, alone: Path, tmp_path: Path, parallel: str, batches: int
+) -> None:
+    """Whole, and by blocks: beside the run that compiles nothing, to the rounding of other kernels."""
+    run, optim = tmp_path / "run", small.optim
+    finer = ("--batch-size", optim.batch_size // batches, "--grad-accum", optim.grad_accum * batches)
+    quiet = ("--steps", 2, "--eval-every", 0, "--sample-every", 0, "--set", "run.eval_batches=1")
+    command = ("train", "--config", settings(small, tmp_path), "--out", run, "--parallel", parallel, "--compile")
+    ended = nursery.run(2, *command, *finer, *quiet)
+    assert ended.codes == [0, 0], ended.err
+    assert "compiled" in ended.out[0]
+    expected = {step: loss for step, loss in losses(alone).items() if step <= 2}
+    assert losses(run) == pytest.approx(expected, rel=0, abs=1e-5)
+
+
 def test_muon_in_several_processes(nursery: Nursery, small: Config, tmp_path: Path) -> None:
     """It makes its matrices orthogonal in bfloat16, where a last bit of a gradient is seen: so the bound is wider."""
     config, runs = changed(small, optimizer="muon"), [tmp_path / "one", tmp_path / "two"]

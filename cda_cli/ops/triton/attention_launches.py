@@ -2,7 +2,7 @@
 
 Triton looks at every argument of every call to find the compiled kernel. With the tile and the numbers put together
 anew that takes the host longer, for a layer of a training step at T = 1024, than the kernels take the GPU
-(docs/kernels.md). Calls of one `Layout` differ in pointers and in ε and λ alone: they share their launches.
+(docs/kernels.md). Calls of one `Layout` differ in pointers, ε and scale alone: they share their launches.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Layout(NamedTuple):
     summed_steps: Steps
     causal: bool
     documents: bool
-    aligned: bool  # every pointer, to 16 bytes: Triton compiles for that
+    # Every input, to 16 bytes, for which Triton compiles; outputs are, being new. Dtypes that are not here follow from
+    # this one, or are always the same.
+    aligned: bool
 
     @staticmethod
     def of(
@@ -86,7 +88,8 @@ class Layout(NamedTuple):
 
 class Launch:
     """A kernel with its grid, its numbers and its options; called with what changes from call to call, which comes
-    first among the kernel's arguments.
+    first among the kernel's arguments. A compiled kernel takes all arguments in the order of the signature, constants
+    too (Triton 3.6 and 3.7).
 
     `block` is the shape of the blocks that the bulk copy engine reads, where it does.
     """
