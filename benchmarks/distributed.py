@@ -51,22 +51,23 @@ def main() -> None:
 
 
 def table(preset: str, devices: int, device: str) -> None:
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    header(f"Training in several processes, preset {preset}, {where}, PyTorch {torch.__version__}", "processes",
+           "tokens/s", "× one", "waiting for data", "seconds, with start and compiling")  # fmt: skip
     rows = {"1": (1, "ddp"), **{f"{devices}, {parallel}": (devices, parallel) for parallel in ("ddp", "fsdp")}}
-    results = {}
+    speeds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="cda-bench-") as folder:
         for name, (count, parallel) in rows.items():
             began, result = time.perf_counter(), Path(folder) / name
             run_again(count, [*sys.argv[1:], "--set", f"run.parallel={parallel}", "--result", str(result)])
-            if result.exists():
-                results[name] = (*json.loads(result.read_text(encoding="utf-8")), time.perf_counter() - began)
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    header(f"Training in several processes, preset {preset}, {where}, PyTorch {torch.__version__}", "processes",
-           "tokens/s", "× one", "waiting for data", "seconds, with start and compiling")  # fmt: skip
-    one = results["1"][0] if "1" in results else float("nan")
-    for name, (speed, waited, seconds) in results.items():
-        row(name, f"{speed / 1e3:.1f} k", f"{speed / one:.2f}", f"{waited:.2%}", f"{seconds:.0f}")
-    if len(results) < len(rows):
-        sys.exit(f"no figures of {', '.join(rows.keys() - results)}: see the messages above")
+            if not result.exists():
+                continue
+            speeds[name], waited = json.loads(result.read_text(encoding="utf-8"))
+            ratio = f"{speeds[name] / speeds['1']:.2f}" if "1" in speeds else "–"
+            seconds = f"{time.perf_counter() - began:.0f}"
+            row(name, f"{speeds[name] / 1e3:.1f} k", ratio, f"{waited:.2%}", seconds)
+    if len(speeds) < len(rows):
+        sys.exit(f"no figures of {', '.join(rows.keys() - speeds)}: see the messages above")
 
 
 def run_again(count: int, arguments: list[str]) -> None:
