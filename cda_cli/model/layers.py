@@ -56,6 +56,6 @@ class RotaryPositions(nn.Module):
         """Channels i and i + D/2 make a pair; position `start` is the first of the T."""
         stop = start + x_BHTD.shape[-2]
         cos, sin = self.cos[start:stop].to(x_BHTD.dtype), self.sin[start:stop].to(x_BHTD.dtype)
-        # As a flip the compiler reads it where it is used; a concatenation it makes in memory, forward and backward.
+        # One more read, with the sign in the table: for a concatenation the compiler makes a tensor, or masked reads.
         partner = x_BHTD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
         return x_BHTD * cos + partner * sin

@@ -279,7 +279,7 @@ def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 @contextmanager
 def _kept_gathered(model: FSDPModule) -> Iterator[None]:
-    """Weights that the forward pass has gathered stay: gradients that are added up take more memory than they."""
+    """Weights that the forward pass has gathered stay: gradients that are added up take as much memory."""
     model.set_reshard_after_forward(False)
     try:
         yield

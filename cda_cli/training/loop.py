@@ -228,7 +228,7 @@ def averaged_figures(setup: Setup, stop: StopRequest) -> dict[str, float]:
 def layer_figures(setup: Setup, batch: Batch) -> list[dict[str, float]]:
     """What each layer selects, on the first sequence of a batch."""
     first = Batch(batch.inputs[:1], batch.targets[:1])
-    with torch.compiler.set_stance("force_eager"):  # blocks that are compiled one by one would be so once more
+    with torch.compiler.set_stance("force_eager"):  # what fsdp compiles in place would be so once more
         return layer_means(inspect(setup.model, [first], setup.device, setup.dtype).report())
 
 

@@ -91,7 +91,7 @@ class Launch:
     first among the kernel's arguments. A compiled kernel takes all arguments in the order of the signature, constants
     too (Triton 3.6 and 3.7).
 
-    `block` is the shape of the blocks that the bulk copy engine reads, where it does.
+    `rows` is the length of the blocks that the bulk copy engine reads, where it does.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Launch:
         self._kept = layout.aligned  # other pointers may need another compiled kernel
         self._again: Any = None
         self._rest: tuple[Any, ...] = ()
-        self.block = [1, 1, rows, padded(layout.query[-1])] if options.get("BULK") else None
+        self._block = [1, 1, rows, padded(layout.query[-1])] if options.get("BULK") else None
 
     def __call__(self, *varying: Any) -> None:
         if self._again is not None:
@@ -116,16 +116,16 @@ class Launch:
 
     def blocks(self, tensor: Tensor) -> Tensor | TensorDescriptor:
         """`tensor` [B, H, length, D] as the kernel reads its blocks."""
-        if self.block is None:
+        if self._block is None:
             return tensor
-        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), self.block)
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), self._block)
 
     def dual_blocks(self, duals: Tensor, T: int) -> Tensor | TensorDescriptor:
         """`duals` [4, B, H, length] as the kernel reads those of a block of queries."""
-        if self.block is None:
+        if self._block is None:
             return duals
         _, B, H, length = duals.shape
-        return TensorDescriptor(duals, [4 * B * H, T], [length, 1], [1, self.block[2]])
+        return TensorDescriptor(duals, [4 * B * H, T], [length, 1], [1, self._block[2]])
 
 
 class Tile(NamedTuple):
@@ -197,31 +197,40 @@ def _inside(heads: int, length: int, width: int) -> Steps:
     return (length * heads * width, width, heads * width)
 
 
-@functools.lru_cache(maxsize=LAYOUTS)
-def leader_and_follower(layout: Layout) -> tuple[Launch, Launch]:
+def _over_queries(kernel: Any, name: str, numbers: Steps, layout: Layout, **constants: Any) -> Launch:
+    """A program for each block of queries, which goes over blocks of keys."""
+    B, H, T, D, *_ = layout.sizes
+    this = _tile(name, D, layout.dtype)
+    grid = (triton.cdiv(T, this.queries), B * H)
+    return Launch(kernel, grid, numbers, this.options(layout) | constants, layout, this.keys)
+
+
+def _two_passes(layout: Layout) -> tuple[Steps, Steps]:
+    """The numbers of a forward's first kernel, which reads queries and keys, and of its second, which reads values and
+    writes the output."""
     B, H, T, D, G, S = layout.sizes
     scores, sizes = (*layout.query_steps, *layout.key_steps), (H, H // G, T, S, B * H * T)
-    this = _tile("leader", D, layout.dtype)
-    options = this.options(layout) | {"CLASSES": min(64, this.keys), "STEP": this.step}
-    leader = Launch(leader_kernel, (triton.cdiv(T, this.queries), B * H), (*scores, *sizes), options, layout, this.keys)
-    this = _tile("follower", D, layout.dtype)
-    numbers = (*scores, *layout.value_steps, *_inside(H, T, D), *sizes)
-    grid = (triton.cdiv(T, this.queries), B * H)
-    return leader, Launch(follower_kernel, grid, numbers, this.options(layout), layout, this.keys)
+    return (*scores, *sizes), (*scores, *layout.value_steps, *_inside(H, T, D), *sizes)
+
+
+@functools.lru_cache(maxsize=LAYOUTS)
+def leader_and_follower(layout: Layout) -> tuple[Launch, Launch]:
+    first, second = _two_passes(layout)
+    this = _tile("leader", layout.query[-1], layout.dtype)
+    return (
+        _over_queries(leader_kernel, "leader", first, layout, CLASSES=min(64, this.keys), STEP=this.step),
+        _over_queries(follower_kernel, "follower", second, layout),
+    )
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
 def solve_and_output(layout: Layout, split: bool) -> tuple[Launch, Launch]:
     """With `split` the part of the output from free entries is kept apart too."""
-    B, H, T, D, G, S = layout.sizes
-    scores, sizes = (*layout.query_steps, *layout.key_steps), (H, H // G, T, S, B * H * T)
-    this = _tile("solve", D, layout.dtype)
-    grid = (triton.cdiv(T, this.queries), B * H)
-    solve = Launch(solve_kernel, grid, (*scores, *sizes), this.options(layout), layout, this.keys)
-    this = _tile("split" if split else "output", D, layout.dtype)
-    grid = (triton.cdiv(T, this.queries), B * H)
-    numbers = (*scores, *layout.value_steps, *_inside(H, T, D), *sizes)
-    return solve, Launch(output_kernel, grid, numbers, this.options(layout) | {"SPLIT": split}, layout, this.keys)
+    first, second = _two_passes(layout)
+    return (
+        _over_queries(solve_kernel, "solve", first, layout),
+        _over_queries(output_kernel, "split" if split else "output", second, layout, SPLIT=split),
+    )
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
@@ -229,16 +238,13 @@ def backward(layout: Layout, leaders: bool) -> tuple[Launch, Launch, Launch]:
     """Duals, the gradient of the queries, and those of keys and values."""
     B, H, T, D, G, S = layout.sizes
     length, find_delta = dual_length(T), layout.dtype == torch.float32
-    shape = {"D": D, "BLOCK_D": padded(D), "BLOCK_M": 64}
     numbers = (*layout.grad_steps, *layout.summed_steps, *layout.value_steps, length, H, H // G, T, B * H * T)
-    options = shape | {"LEADERS": leaders, "FIND_DELTA": find_delta, "num_warps": 4}
-    dual = Launch(dual_kernel, (triton.cdiv(T, 64), B * H), numbers, options, layout)
+    options = {"D": D, "BLOCK_D": padded(D), "BLOCK_M": 64, "LEADERS": leaders, "FIND_DELTA": find_delta}
+    dual = Launch(dual_kernel, (triton.cdiv(T, 64), B * H), numbers, options | {"num_warps": 4}, layout)
     strides = (*layout.query_steps, *layout.key_steps, *layout.value_steps, *layout.grad_steps)
     parts = (B * H * length, length)
-    this = _tile("query", D, layout.dtype)
     numbers = (*strides, *_inside(H, T, D), *parts, H, H // G, T, S)
-    options = this.options(layout) | {"FIND_DELTA": find_delta}
-    query = Launch(query_kernel, (triton.cdiv(T, this.queries), B * H), numbers, options, layout, this.keys)
+    query = _over_queries(query_kernel, "query", numbers, layout, FIND_DELTA=find_delta)
     this = _tile("key_value", D, layout.dtype)
     numbers = (*strides, *_inside(G, S, D), *_inside(G, S, D), *parts, G, H // G, T, S)
     grid = (triton.cdiv(S, this.keys), B * G)
