@@ -40,8 +40,10 @@ class Attention(nn.Module):
         self.to_gate = _budget_linear(config) if config.output_gate else None
 
     def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        query, key, value = self._query_key_value(x_BTC, cache)
-        sparsity_k = self._sparsity_k(x_BTC)
+        query, key, value, budgets = self._projections(x_BTC)
+        query, key, value = self._placed(query, key, value, cache)
+        # k of each row: a number, or [B, H, T] where it is learned.
+        sparsity_k = self.config.attn_k if self.to_learned_k is None else budgets.pop(0)
         if self.observer is not None:
             out_BHTD = self._observed(query, key, value, sparsity_k)
         elif self.config.attention == "softmax":
@@ -49,33 +51,49 @@ class Attention(nn.Module):
         else:
             out_BHTD = self._soft_topk_attention(query, key, value, sparsity_k)
         if self.to_gate is not None:
-            out_BHTD = out_BHTD * self._budget(self.to_gate, x_BTC).unsqueeze(-1)
+            out_BHTD = out_BHTD * budgets.pop(0).unsqueeze(-1)
         return self.to_out(rearrange(out_BHTD, "b h t d -> b t (h d)"))
 
-    def _query_key_value(self, x_BTC: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _projections(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """query, key, value [B, T, H, D]; and of each linear that gives a number per head (the learned k, the gate)
+        1 + (attn_k − 1)·sigmoid, [B, H, T].
+
+        These numbers are further heads of one product: one of so few columns for each would take as long as many do.
+        """
+        H, D = self.heads, self.config.head_width
+        linears = [linear for linear in (self.to_learned_k, self.to_gate) if linear is not None]
+        if not linears:
+            query, key, value = rearrange(self.to_qkv(x_BTC), "b t (g d) -> b t g d", d=D).chunk(3, dim=2)
+            return query, key, value, []
+        weight = torch.cat((self.to_qkv.weight, *(linear.weight for linear in linears)))
+        whole_heads = F.pad(weight, (0, 0, 0, -len(weight) % D))
+        heads = rearrange(F.linear(x_BTC, whole_heads), "b t (g d) -> b t g d", d=D)
+        query, key, value, rest = heads.split((H, H, H, heads.shape[2] - 3 * H), dim=2)
+        columns = rest.flatten(2).split(H, dim=-1)
+        budgets = [
+            1 + (self.config.attn_k - 1) * rearrange(columns[i] + linear.bias, "b t h -> b h t").sigmoid()
+            for i, linear in enumerate(linears)
+        ]
+        return query, key, value, budgets
+
+    def _placed(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """query [B, H, T, D]; key and value [B, H, S, D], the null and cached ones in front."""
-        query, key, value = rearrange(self.to_qkv(x_BTC), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        # Heads move in front of positions last: in the memory's own order norm, rotation and their gradients are one
+        # kernel each when compiled, and the gradients of the three are written where the product reads them.
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
             start = cache.length if cache is not None else 0
             query, key = self.rotary(query, start), self.rotary(key, start)
+        query, key, value = (rearrange(heads, "b t h d -> b h t d") for heads in (query, key, value))
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
         if self.config.null_kv:
-            null_key, null_value = self.null_kv.to(key.dtype).unsqueeze(1).expand(-1, len(x_BTC), -1, -1, -1)
+            null_key, null_value = self.null_kv.to(key.dtype).unsqueeze(1).expand(-1, len(query), -1, -1, -1)
             key, value = torch.cat((null_key, key), 2), torch.cat((null_value, value), 2)
         return query, key, value
-
-    def _sparsity_k(self, x_BTC: Tensor) -> float | Tensor:
-        """k of each row: a number, or [B, H, T] where it is learned."""
-        if self.to_learned_k is None:
-            return self.config.attn_k
-        return self._budget(self.to_learned_k, x_BTC)
-
-    def _budget(self, linear: nn.Linear, x_BTC: Tensor) -> Tensor:
-        """1 + (attn_k − 1)·sigmoid(linear(x)), [B, H, T]."""
-        return 1 + (self.config.attn_k - 1) * rearrange(linear(x_BTC).sigmoid(), "b t h -> b h t")
 
     def _soft_topk_attention(self, query: Tensor, key: Tensor, value: Tensor, sparsity_k: float | Tensor) -> Tensor:
         output = soft_topk_attention(

@@ -52,10 +52,10 @@ class RotaryPositions(nn.Module):
         self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), 1).float(), persistent=False)
         self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), 1).float(), persistent=False)
 
-    def forward(self, x_BHTD: Tensor, start: int) -> Tensor:
+    def forward(self, x_BTHD: Tensor, start: int) -> Tensor:
         """Channels i and i + D/2 make a pair; position `start` is the first of the T."""
-        stop = start + x_BHTD.shape[-2]
-        cos, sin = self.cos[start:stop].to(x_BHTD.dtype), self.sin[start:stop].to(x_BHTD.dtype)
+        positions = slice(start, start + x_BTHD.shape[1])
+        cos, sin = (table[positions, None].to(x_BTHD.dtype) for table in (self.cos, self.sin))
         # One more read, with the sign in the table: for a concatenation the compiler makes a tensor, or masked reads.
-        partner = x_BHTD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-        return x_BHTD * cos + partner * sin
+        partner = x_BTHD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+        return x_BTHD * cos + partner * sin

@@ -71,9 +71,9 @@ def test_rotary_products_depend_on_the_distance_alone(shift: int, query: int, ke
 @given(start=st.integers(0, 200), length=st.integers(1, 20), half=st.integers(1, 8), base=st.floats(2, 1e6))
 def test_rotary_is_the_rotation_of_its_paper(start: int, length: int, half: int, base: float) -> None:
     """Channels i and i + D/2, as a complex number, times exp(i·position·base^(−2i/D))."""
-    x = torch.randn(2, 3, length, 2 * half, generator=torch.Generator().manual_seed(start))
+    x = torch.randn(2, length, 3, 2 * half, generator=torch.Generator().manual_seed(start))
     position = torch.arange(start, start + length).double()
-    angle = position[:, None] * base ** (-torch.arange(half).double() / half)
+    angle = position[:, None, None] * base ** (-torch.arange(half).double() / half)
     turned = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
     expected = torch.cat((turned.real, turned.imag), -1).float()
     torch.testing.assert_close(RotaryPositions(2 * half, 256, base)(x, start), expected, atol=1e-5, rtol=0)
