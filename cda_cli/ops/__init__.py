@@ -182,6 +182,7 @@ def _fused(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, budget))
     at_most_two = largest_k is not None and largest_k <= 2
+    budget = budget.contiguous()  # here, where the compiler makes it so as it computes it
     output, stats, *_ = fused_attention(query, key, value, budget, documents, eps, scale, causal, at_most_two, trained)
     return output, threshold(stats.detach(), eps, scale) if return_threshold else None
 

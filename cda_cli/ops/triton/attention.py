@@ -96,9 +96,8 @@ def fused_attention(
     the free entries' part of the output [B, H, T, D], if `trained` and in half precision. The other is empty.
 
     query [B, H, T, D]; key, value [B, G, S, D] with H a multiple of G, all of one dtype (float32, bf16, fp16) and
-    contiguous in the last dimension; budget [B, H, T] float32; documents [B, S] or None; scale > 0.
+    contiguous in the last dimension; budget [B, H, T] float32, contiguous; documents [B, S] or None; scale > 0.
     """
-    budget = budget.contiguous()
     stats = budget.new_empty(4, *query.shape[:3])
     output, leaders, free_output = _outputs(query, at_most_two, trained)
     if not output.numel():
@@ -185,11 +184,10 @@ def fused_attention_backward(
         query, key, value, stats, leaders, causal=causal, documents=documents, grad_output=grad_output, summed=summed
     )
     with torch.cuda.device_of(query):
-        find_duals, to_query, to_key_value = backward(layout, leaders=leaders.numel() > 0)
-        find_duals(grad_output, summed, value, stats, leaders, duals, grad_budget, factor)
+        to_query, to_key_value = backward(layout, leaders=leaders.numel() > 0)
         to_query(
-            query, to_query.blocks(key), to_query.blocks(value), grad_output, duals, grad_budget, ranges.first,
-            ranges.last, grad_query, factor, unit,
+            query, to_query.blocks(key), to_query.blocks(value), value, grad_output, summed, stats, leaders, duals,
+            grad_budget, ranges.first, ranges.last, grad_query, factor, unit,
         )  # fmt: skip
         to_key_value(
             to_key_value.blocks(query), key, value, to_key_value.blocks(grad_output),

@@ -12,9 +12,9 @@ import triton.language as tl
 
 from cda_cli.ops.triton.tiles import (
     SIZES,
-    combined,
     head_of,
     load_block,
+    load_dual,
     load_tile,
     powers,
     product,
@@ -26,69 +26,19 @@ from cda_cli.ops.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=SIZES)
-def dual_kernel(
-    grad_output,
-    summed,
-    value,
-    stats,
-    leaders,
-    duals,
-    grad_budget,
-    factor,
-    stride_gb,
-    stride_gh,
-    stride_gt,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_dt,
-    heads,
-    group,
-    T,
-    rows_total,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+@triton.jit
+def _delta(
+    grad, summed, value, leaders, mass, rows, stride_ot, stride_vs, T, D: tl.constexpr, BLOCK_D: tl.constexpr,
     LEADERS: tl.constexpr,
-    FIND_DELTA: tl.constexpr,
-):
-    """duals [4, B, H, stride_dt] float32, what the other kernels need of a query: shift, margin, δ, and peak.
-
-    The shift is as `powers` takes it. δ, also into grad_budget [B, H, T], is
-    0 where everything visible is capped; with FIND_DELTA it is left to `query_kernel`. `summed` is the free part of the
-    output, or with LEADERS the output, from which the value row of a capped leader is taken away.
-    """
-    row = tl.program_id(1)
-    batch, head = row // heads, row % heads
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < T
-    place = row.to(tl.int64) * T + rows
-    place_d = row.to(tl.int64) * stride_dt + rows
-    duals_total = tl.num_programs(1).to(tl.int64) * stride_dt
-    shift = tl.load(stats + place, mask=inside, other=0.0)
-    peak = tl.load(stats + rows_total + place, mask=inside, other=0.0)
-    margin = tl.load(stats + 2 * rows_total + place, mask=inside, other=0.0)
-    tl.store(duals + place_d, combined(shift, peak, factor, value.dtype.element_ty), mask=inside)
-    tl.store(duals + duals_total + place_d, margin, mask=inside)
-    tl.store(duals + 3 * duals_total + place_d, peak, mask=inside)
-    if not FIND_DELTA:
-        base_g = grad_output + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
-        base_o = summed + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
-        grad = load_tile(base_g, rows, stride_gt, T, D, BLOCK_D, True).to(tl.float32)
-        out = load_tile(base_o, rows, stride_ot, T, D, BLOCK_D, True).to(tl.float32)
-        if LEADERS:
-            leader = tl.load(leaders + place, mask=inside, other=-1)
-            base_v = value + batch.to(tl.int64) * stride_vb + (head // group).to(tl.int64) * stride_vh
-            lead_value = load_tile(base_v, tl.maximum(leader, 0), stride_vs, T, D, BLOCK_D, False).to(tl.float32)
-            out = tl.where((leader >= 0)[:, None], out - lead_value, out)
-        mass = tl.load(stats + 3 * rows_total + place, mask=inside, other=0.0)
-        delta = tl.where(mass > 0, tl.sum(grad * out, 1) / tl.where(mass > 0, mass, 1.0), 0.0)
-        tl.store(duals + 2 * duals_total + place_d, delta, mask=inside)
-        tl.store(grad_budget + place, delta, mask=inside)
+):  # fmt: skip
+    """δ of the rows, 0 where everything visible is capped. `summed` is the free part of the output, or with LEADERS the
+    output, from which the value row of a capped leader is taken away."""
+    out = load_tile(summed, rows, stride_ot, T, D, BLOCK_D, True).to(tl.float32)
+    if LEADERS:
+        leader = tl.load(leaders + rows, mask=rows < T, other=-1)
+        lead_value = load_tile(value, tl.maximum(leader, 0), stride_vs, T, D, BLOCK_D, False).to(tl.float32)
+        out = tl.where((leader >= 0)[:, None], out - lead_value, out)
+    return tl.where(mass > 0, tl.sum(grad.to(tl.float32) * out, 1) / tl.where(mass > 0, mass, 1.0), 0.0)
 
 
 @triton.jit
@@ -180,7 +130,11 @@ def query_kernel(
     query,
     key,
     value,
+    value_rows,
     grad_output,
+    summed,
+    stats,
+    leaders,
     duals,
     grad_budget,
     first_ptr,
@@ -200,6 +154,9 @@ def query_kernel(
     stride_gb,
     stride_gh,
     stride_gt,
+    stride_ob,
+    stride_oh,
+    stride_ot,
     stride_db,
     stride_dh,
     stride_dt,
@@ -209,19 +166,23 @@ def query_kernel(
     group,
     T,
     S,
+    rows_total,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
+    LEADERS: tl.constexpr,
     FIND_DELTA: tl.constexpr,
     BULK: tl.constexpr,
 ):
-    """grad_query [B, H, T, D]; `unit` = scale/ε.
+    """grad_query [B, H, T, D], grad_budget [B, H, T] float32, which is δ, and duals [4, B, H, duals_length] float32,
+    what `key_value_kernel` needs of a query: shift (as `powers` takes it), margin, δ, and peak. `unit` = scale/ε.
 
-    With FIND_DELTA a first pass over the keys makes delta of the very numbers that it is subtracted from, which float32
-    needs: where one weight is nearly all, little is left of g − δ but the difference of their roundings.
+    With FIND_DELTA a first pass over the keys makes δ of the very numbers that it is subtracted from, which float32
+    needs: where one weight is nearly all, little is left of g − δ but the difference of their roundings. `value` may be
+    a descriptor (with BULK, as `key`) of the tensor at `value_rows`, from which single rows are read.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1)
@@ -234,9 +195,9 @@ def query_kernel(
     base_g = grad_output + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
     q = load_tile(base_q, rows, stride_qt, T, D, BLOCK_D, True)
     grad = load_tile(base_g, rows, stride_gt, T, D, BLOCK_D, True)
-    own = duals + row.to(tl.int64) * duals_length
-    shift, margin, delta, peak = load_duals((own, duals_total), block * BLOCK_M, T, BLOCK_M)
-
+    inside = rows < T
+    position = row.to(tl.int64) * T
+    shift, peak, margin = load_dual(stats + position + rows, inside, rows_total, factor, q.dtype)
     low, high, full_low, full_high = tile_bounds(first, last, BLOCK_N)
     if FIND_DELTA:
         weighted = tl.zeros([BLOCK_M], tl.float32)
@@ -249,8 +210,19 @@ def query_kernel(
             weighted += tl.sum(weights * grad_weights, 1)
             mass += tl.sum(weights, 1)
         delta = tl.where(mass > 0, weighted / tl.where(mass > 0, mass, 1.0), 0.0)
-        tl.store(own + 2 * duals_total + rows, delta, mask=rows < T)
-        tl.store(grad_budget + row.to(tl.int64) * T + rows, delta, mask=rows < T)
+    else:
+        base_o = summed + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+        base_v = value_rows + batch.to(tl.int64) * stride_vb + (head // group).to(tl.int64) * stride_vh
+        mass = tl.load(stats + 3 * rows_total + position + rows, mask=inside, other=0.0)
+        delta = _delta(
+            grad, base_o, base_v, leaders + position, mass, rows, stride_ot, stride_vs, T, D, BLOCK_D, LEADERS
+        )  # fmt: skip
+    own = duals + row.to(tl.int64) * duals_length + rows
+    tl.store(own, shift, mask=inside)
+    tl.store(own + duals_total, margin, mask=inside)
+    tl.store(own + 2 * duals_total, delta, mask=inside)
+    tl.store(own + 3 * duals_total, peak, mask=inside)
+    tl.store(grad_budget + position + rows, delta, mask=inside)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if RANGES:
         for start in range(low, tl.minimum(full_low, high), BLOCK_N):

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cda_cli.ops.triton.attention_backward import dual_kernel, query_kernel
+from cda_cli.ops.triton.attention_backward import query_kernel
 from cda_cli.ops.triton.attention_backward_keys import key_value_kernel
 from cda_cli.ops.triton.attention_forward import output_kernel, solve_kernel
 from cda_cli.ops.triton.attention_leader import follower_kernel, leader_kernel
@@ -234,21 +234,18 @@ def solve_and_output(layout: Layout, split: bool) -> tuple[Launch, Launch]:
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
-def backward(layout: Layout, leaders: bool) -> tuple[Launch, Launch, Launch]:
-    """Duals, the gradient of the queries, and those of keys and values."""
+def backward(layout: Layout, leaders: bool) -> tuple[Launch, Launch]:
+    """The gradient of the queries, and those of keys and values."""
     B, H, T, D, G, S = layout.sizes
     length, find_delta = dual_length(T), layout.dtype == torch.float32
-    numbers = (*layout.grad_steps, *layout.summed_steps, *layout.value_steps, length, H, H // G, T, B * H * T)
-    options = {"D": D, "BLOCK_D": padded(D), "BLOCK_M": 64, "LEADERS": leaders, "FIND_DELTA": find_delta}
-    dual = Launch(dual_kernel, (triton.cdiv(T, 64), B * H), numbers, options | {"num_warps": 4}, layout)
     strides = (*layout.query_steps, *layout.key_steps, *layout.value_steps, *layout.grad_steps)
     parts = (B * H * length, length)
-    numbers = (*strides, *_inside(H, T, D), *parts, H, H // G, T, S)
-    query = _over_queries(query_kernel, "query", numbers, layout, FIND_DELTA=find_delta)
+    numbers = (*strides, *layout.summed_steps, *_inside(H, T, D), *parts, H, H // G, T, S, B * H * T)
+    query = _over_queries(query_kernel, "query", numbers, layout, LEADERS=leaders, FIND_DELTA=find_delta)
     this = _tile("key_value", D, layout.dtype)
     numbers = (*strides, *_inside(G, S, D), *_inside(G, S, D), *parts, G, H // G, T, S)
     grid = (triton.cdiv(S, this.keys), B * G)
-    return dual, query, Launch(key_value_kernel, grid, numbers, this.options(layout), layout, this.queries)
+    return query, Launch(key_value_kernel, grid, numbers, this.options(layout), layout, this.queries)
 
 
 def dual_length(T: int) -> int:
