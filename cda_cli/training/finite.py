@@ -7,6 +7,7 @@ cause.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,26 @@ from cda_cli.errors import CheckpointError, TrainingError
 from cda_cli.storage import list_steps, step_folder, verify
 
 
+class StepNumbers:
+    """Loss and gradient norm of a step, scalars on one device, and their sum; on their way to the host.
+
+    Made before the optimizer's kernels are launched, they are there before these have run. The host then has that long
+    to bring the next step under way, before the device is idle.
+    """
+
+    def __init__(self, loss: Tensor, norm: Tensor) -> None:
+        self.loss, self.norm, self.sum = loss, norm, loss + norm
+        self._values = torch.stack((loss, norm, self.sum)).to("cpu", non_blocking=loss.is_cuda)
+        self._arrived = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
+
+    def read(self) -> list[float]:
+        """Loss, norm and sum, which this waits for."""
+        if self._arrived:
+            self._arrived.synchronize()
+        values: list[float] = self._values.tolist()
+        return values
+
+
 class Refusals:
     """Steps refused in a row. The run in folder `run` stops at the `limit`-th."""
 
@@ -27,13 +48,14 @@ class Refusals:
         self._in_a_row = 0
         self._saw = ""
 
-    def refuses(self, loss: Tensor, norm: Tensor) -> bool:
-        """Whether the step with this loss and gradient norm, scalars, must not reach the weights."""
-        if torch.isfinite(loss + norm):
+    def refuses(self, numbers: StepNumbers) -> bool:
+        """Whether the step with these numbers must not reach the weights."""
+        loss, norm, both = numbers.read()
+        if math.isfinite(both):
             self._in_a_row = 0
             return False
         self._in_a_row += 1
-        self._saw = f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}"
+        self._saw = f"loss {loss:.4g}, gradient norm {norm:.4g}"
         return True
 
     def figures(self, step: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish, step_folder
 from cda_cli.training.distribution import ALONE, Processes, whole
-from cda_cli.training.finite import Refusals
+from cda_cli.training.finite import Refusals, StepNumbers
 from cda_cli.training.milestones import Minutes, Patience
 from cda_cli.training.optimizer import learning_rate, set_learning_rate, step_if_finite
 from cda_cli.training.run_folder import Metrics
@@ -80,9 +80,10 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
             batches = [next_batch(setup) for _ in range(optim.grad_accum)]
         loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, processes)
         norm = clip_gradients(model, optim.clip)
-        launched = step_if_finite(optimizer, loss + norm)
+        numbers = StepNumbers(loss, norm)
+        launched = step_if_finite(optimizer, numbers.sum)
         stop.agree()
-        if refusals.refuses(loss, norm):
+        if refusals.refuses(numbers):
             optimizer.zero_grad(set_to_none=True)
             record("refused", **refusals.figures(setup.step + 1))
             refusals.check(setup.step + 1)

@@ -279,15 +279,13 @@ def stopped_anywhere(patch: Patch) -> None:
 
 @variant
 def what_is_not_finite_let_through(patch: Patch) -> None:
-    patch.setattr(cda_cli.training.finite.Refusals, "refuses", lambda self, loss, norm: False)
+    patch.setattr(cda_cli.training.finite.Refusals, "refuses", lambda self, numbers: False)
 
 
 @variant
 def only_the_loss_looked_at(patch: Patch) -> None:
-    refuses = cda_cli.training.finite.Refusals.refuses
-    patch.setattr(
-        cda_cli.training.finite.Refusals, "refuses", lambda self, loss, norm: refuses(self, loss, torch.zeros(()))
-    )
+    numbers = cda_cli.training.finite.StepNumbers
+    patch.setattr(cda_cli.training.loop, "StepNumbers", lambda loss, norm: numbers(loss, torch.zeros(())))
 
 
 @variant
