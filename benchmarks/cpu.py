@@ -21,7 +21,7 @@ import torch
 from cda_cli.config import Config, resolve
 from cda_cli.data import Batch, TrainBatches, prepare
 from cda_cli.model import Transformer
-from cda_cli.training.loop import accumulate_gradients, clip_gradients
+from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")

@@ -85,8 +85,10 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`. From pinned memory, as any other copy first waits for all that a GPU has in hand."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """`tensor` on `device`. From pinned memory, as any other copy first waits for all that a GPU has in hand."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

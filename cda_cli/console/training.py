@@ -102,7 +102,9 @@ def plan_rows(plan: Plan) -> dict[str, str]:
         "data": plan.data,
         "model": f"{count(plan.parameters)} parameters",
         "steps": f"{first}, of {count(plan.tokens_per_step)} tokens ({passes})",
-        "device": f"{plan.device}, {plan.dtype}{', compiled' if plan.compiled else ''}",
+        "device": ", ".join(
+            [plan.device, plan.dtype, *["compiled"] * plan.compiled, *["CUDA graphs"] * plan.cuda_graphs]
+        ),
         "operator": plan.backend,
     }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.cache import KeyValueCache
-from cda_cli.model.layers import RMSNorm, RotaryPositions, solver_settings
+from cda_cli.model.layers import HeadNorm, RotaryPositions, solver_settings
 from cda_cli.model.observe import AttentionSeen, Observer
 from cda_cli.ops import Backend, soft_topk, soft_topk_attention
 
@@ -31,8 +31,8 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(config.dim, inner * 3, bias=False)
         self.to_out = nn.Linear(inner, config.dim, bias=False)
         self.null_kv = nn.Parameter(torch.randn(2, config.heads, config.null_kv, config.head_width))
-        self.query_norm = RMSNorm(config.head_width) if config.qk_norm else None
-        self.key_norm = RMSNorm(config.head_width) if config.qk_norm else None
+        self.query_norm = HeadNorm(config.head_width) if config.qk_norm else None
+        self.key_norm = HeadNorm(config.head_width) if config.qk_norm else None
         rotary = config.position == "rotary"
         self.rotary = RotaryPositions(config.head_width, config.seq_len, config.rotary_base) if rotary else None
         learned_k = config.learned_k and config.attention == "coordinate-descent"

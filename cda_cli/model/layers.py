@@ -39,6 +39,15 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head [B, T, H, D], with one gain [D] for all of them."""
+
+    def forward(self, x_BTHD: Tensor) -> Tensor:
+        # A gain for each head until the gradient of each is summed: over B·T·H rows of D the compiler sums more slowly.
+        gain_HD = self.weight.expand(x_BTHD.shape[-2], -1).contiguous()
+        return (F.rms_norm(x_BTHD, self.normalized_shape, None, self.eps) * gain_HD).to(x_BTHD.dtype)
+
+
 class RotaryPositions(nn.Module):
     """Turns pairs of a head's channels by position · base^(−2i/D) (RoFormer, arXiv 2104.09864, equation 34)."""
 

@@ -6,24 +6,22 @@ after the step in hand, by saving.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cda_cli.config import annealed_eps
-from cda_cli.data import IGNORE, Batch, evaluation_batches
-from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
+from cda_cli.data import Batch, evaluation_batches
+from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate
 from cda_cli.generation import SamplingSettings, generate
 from cda_cli.inspection import inspect, layer_means
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish, step_folder
-from cda_cli.training.distribution import ALONE, Processes, whole
 from cda_cli.training.finite import Refusals, StepNumbers
+from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.milestones import Minutes, Patience
 from cda_cli.training.optimizer import learning_rate, set_learning_rate, step_if_finite
 from cda_cli.training.run_folder import Metrics
@@ -78,7 +76,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         model.set_attention_eps(eps)
         with speed.waiting():
             batches = [next_batch(setup) for _ in range(optim.grad_accum)]
-        loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, processes)
+        loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, processes, setup.graphs)
         norm = clip_gradients(model, optim.clip)
         numbers = StepNumbers(loss, norm)
         launched = step_if_finite(optimizer, numbers.sum)
@@ -160,35 +158,6 @@ def save(setup: Setup, run: Path) -> Path:
         publish(run, **contents)
     setup.processes.wait()
     return step_folder(run, setup.step)
-
-
-def accumulate_gradients(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    device: torch.device,
-    dtype: torch.dtype,
-    processes: Processes = ALONE,
-) -> Tensor:
-    """Adds the gradients of the mean loss over the tokens of all `batches`, and returns that loss, a scalar.
-
-    Each batch's sum is divided by the tokens of all, so that accumulation, and the sharing of rows among processes,
-    equal one large batch.
-    """
-    batches = list(batches)
-    tokens = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
-    total = torch.zeros((), device=device)
-    shared = processes.share(batches)
-    for number, batch in enumerate(shared, start=1):
-        with processes.accumulating(model, number, len(shared)):
-            loss = token_losses(model, batch, device, dtype).sum() / tokens
-            (loss * processes.count).backward()  # of which the mean over processes is taken
-        total += loss.detach()
-    return processes.sum(total)
-
-
-def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scales the gradients to a norm of at most `limit` (0: leaves them) and returns the norm they had."""
-    return whole(nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf))
 
 
 class Losses:

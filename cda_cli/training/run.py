@@ -18,8 +18,9 @@ from cda_cli.runtime import describe_device, deterministic, peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, load, only_writer
 from cda_cli.training.distribution import ALONE, Processes
+from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.launch import NOT_BEGUN
-from cda_cli.training.loop import Display, accumulate_gradients, clip_gradients, next_batch, train
+from cda_cli.training.loop import Display, next_batch, train
 from cda_cli.training.memory import Forecast, forecast
 from cda_cli.training.milestones import Patience
 from cda_cli.training.run_folder import (
@@ -53,6 +54,7 @@ class Plan(NamedTuple):
     device: str
     dtype: str
     compiled: bool
+    cuda_graphs: bool
     backend: str
     first_step: int
     steps: int
@@ -156,7 +158,9 @@ def try_steps(setup: Setup) -> tuple[float, int]:
     losses = []
     for _ in range(2):
         batches = [next_batch(setup) for _ in range(min(2, setup.config.optim.grad_accum))]
-        losses.append(accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype))
+        losses.append(
+            accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, graphs=setup.graphs).clone()
+        )
         clip_gradients(setup.model, setup.config.optim.clip)
         setup.optimizer.step()
         setup.optimizer.zero_grad(set_to_none=True)
@@ -174,6 +178,7 @@ def make_plan(setup: Setup, run: Path) -> Plan:
         device=describe_device(setup.device),
         dtype=str(setup.dtype).removeprefix("torch."),
         compiled=setup.is_compiled,
+        cuda_graphs=setup.graphs is not None,
         backend=describe_backend(config, setup.device),
         first_step=setup.step,
         steps=optim.steps,

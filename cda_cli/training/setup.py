@@ -37,6 +37,7 @@ from cda_cli.training.average import WeightAverage
 from cda_cli.training.distribution import ALONE, Processes
 from cda_cli.training.finite import require_finite_weights
 from cda_cli.training.flops import flops_per_token, peak_flops
+from cda_cli.training.gradients import GradientGraphs
 from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optimizer
 
 
@@ -76,6 +77,7 @@ class Setup:
     average: WeightAverage | None
     validation_loss: float | None = None
     processes: Processes = ALONE
+    graphs: GradientGraphs | None = None
 
     def utilisation(self, tokens_per_second: float) -> dict[str, float]:
         """Model FLOPs utilisation, `mfu_computed` and `mfu_dense` (see `flops`); nothing where no peak is known."""
@@ -175,6 +177,7 @@ def build(
         fill(model, checkpoint.model, checkpoint, config)
     is_compiled = compiles(config, device, note)
     called = processes.wrap(model, config, dtype, is_compiled)
+    graphs = GradientGraphs(called, device, dtype) if captures(config, device, is_compiled, processes, note) else None
     optimizer = build_optimizer(model, config.optim)
     state: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:
@@ -203,6 +206,7 @@ def build(
         position=state["position"],
         average=average,
         processes=processes,
+        graphs=graphs,
     )
 
 
@@ -282,3 +286,13 @@ def compiles(config: Config, device: torch.device, note: Callable[[str], None]) 
         note("torch.compile is off: an ε that changes every step would compile every step")
         return False
     return wanted
+
+
+def captures(
+    config: Config, device: torch.device, is_compiled: bool, processes: Processes, note: Callable[[str], None]
+) -> bool:
+    """Whether gradients are captured as CUDA graphs: as asked for, where that is possible."""
+    possible = device.type == "cuda" and is_compiled and processes.count == 1
+    if config.run.cuda_graphs and not possible:
+        note("CUDA graphs are off: they are of one process, with torch.compile, on a GPU")
+    return config.run.cuda_graphs and possible

@@ -28,6 +28,9 @@ ON_GPU: dict[str, dict[str, Any]] = {
         "run.dtype": "bfloat16", "run.compile": True, "model.eps_anneal_start": None, "model.attn_k": 2.0,
         "model.tied_embeddings": True, "model.position": "rotary",
     },
+    "compiled, bf16, CUDA graphs": {
+        "run.dtype": "bfloat16", "run.compile": True, "run.cuda_graphs": True, "model.eps_anneal_start": None,
+    },
     "compiled, softmax, float32": {
         "run.dtype": "float32", "run.compile": True, "model.eps_anneal_start": None, "model.attention": "softmax",
     },
@@ -123,6 +126,19 @@ def test_what_is_on_request_goes_on_as_exactly(
     for steps in (2, 5, 12):
         trained_afresh(changed(asked, steps=steps), tmp_path / "run")
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("grad_accum", [1, 3])
+def test_cuda_graphs_change_no_bit(config: Config, tmp_path: Path, device: str, grad_accum: int) -> None:
+    """Replayed, the kernels are the same, in the same order, and so are dropout's numbers. On a CPU there are none."""
+    asked = changed(with_settings(config, ON_GPU["compiled, bf16, CUDA graphs"]), grad_accum=grad_accum)
+    settings = {"run.device": device, "run.deterministic": True, "run.compile": device == "cuda"}
+    graphs = trained_afresh(with_settings(asked, settings), tmp_path / "graphs")
+    trained_afresh(with_settings(asked, settings | {"run.cuda_graphs": False}), tmp_path / "none")
+    assert losses(tmp_path / "graphs") == losses(tmp_path / "none")
+    assert graphs.plan.cuda_graphs == (device == "cuda")
+    assert any(note.startswith("CUDA graphs are off") for note in graphs.notes) == (device == "cpu")
 
 
 @pytest.mark.parametrize("whole", CASES, indirect=True)

@@ -19,7 +19,8 @@ from cda_cli.errors import InterruptedRunError
 from cda_cli.model import Transformer
 from cda_cli.signals import StopRequest
 from cda_cli.storage import list_steps
-from cda_cli.training.loop import Losses, accumulate_gradients, clip_gradients, due
+from cda_cli.training.gradients import accumulate_gradients, clip_gradients
+from cda_cli.training.loop import Losses, due
 from cda_cli.training.run import run_training
 from tests.training.helpers import Memory, changed, losses, trained
 

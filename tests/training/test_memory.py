@@ -12,7 +12,7 @@ from cda_cli.config import Config, parse
 from cda_cli.data import Batch
 from cda_cli.model import Transformer
 from cda_cli.ops import Choice
-from cda_cli.training.loop import accumulate_gradients
+from cda_cli.training.gradients import accumulate_gradients
 from cda_cli.training.memory import Forecast, forecast
 from cda_cli.training.optimizer import build_optimizer
 
