@@ -6,7 +6,8 @@
 `CASES` are presets with GPT-2's vocabulary and their own batches, where nothing else is set, bf16, compiled. With the
 vocabulary of bytes, which the presets have of their own, the attention is a larger part of a step. `cda`'s
 figures are those of its whole loop on a wall clock, over as many steps as lie between two lines of figures, with one
-such line. Memory is the most that PyTorch's allocator had given out at once in such steps, without that line.
+such line. Memory is the most that PyTorch's allocator had given out at once in such steps, without that line; with CUDA
+graphs it has been set apart before. Reserved is what the allocator has of the GPU in the end.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup, build
 
 WARM = 5
+GRAPHS = ", CUDA graphs"
 BYTES = "model.vocab_size=257"
 
 
@@ -157,19 +159,20 @@ def rows(case: Case, device: torch.device) -> Iterator[tuple[str, Config, Measur
         config = run_settings(case.preset, [*case.sets, *SOFTMAX])
         yield "nanoGPT", config, measure_nanogpt(config, device)
     for name, sets in ATTENTION.items():
-        _free()
-        config = run_settings(case.preset, [*case.sets, *sets])
-        setup = build(config, random_data(config))
-        found = measure(setup)
-        if name == "softmax" and case.beside:
-            found = found._replace(saving=saving(setup))
-        del setup
-        yield name, config, found
+        for graphs in (False, True):
+            _free()
+            config = run_settings(case.preset, [*case.sets, *sets, f"run.cuda_graphs={graphs}"])
+            setup = build(config, random_data(config))
+            found = measure(setup)
+            if name == "softmax" and not graphs and case.beside:
+                found = found._replace(saving=saving(setup))
+            del setup
+            yield name + GRAPHS * graphs, config, found
 
 
 def tables(cases: Sequence[Case], device: torch.device) -> None:
     header("Training, bf16, compiled", "preset, vocabulary, T, batch", "step", "tokens/s", "× nanoGPT", "× softmax",
-           "memory, GiB", "MFU computed", "MFU dense", "waiting for data")  # fmt: skip
+           "memory, GiB", "reserved, GiB", "MFU computed", "MFU dense", "waiting for data")  # fmt: skip
     peak, backend = peak_flops(device, torch.bfloat16), "triton" if device.type == "cuda" else "torch"
     saves = []
     for case in cases:
@@ -178,13 +181,15 @@ def tables(cases: Sequence[Case], device: torch.device) -> None:
             model, optim = config.model, config.optim
             seconds[name] = found.seconds
             speed = optim.batch_size * optim.grad_accum * model.seq_len / found.seconds
+            softmax = "softmax" + GRAPHS * config.run.cuda_graphs
             batch = f"{optim.batch_size} × {optim.grad_accum}" if optim.grad_accum > 1 else optim.batch_size
             row(
                 f"{case.preset}, {model.vocab_size}, {model.seq_len}, {batch}",
                 name,
                 f"{speed / 1e3:.1f} k",
-                *(f"{seconds[one] / found.seconds:.2f}" if one in seconds else "–" for one in ("nanoGPT", "softmax")),
-                f"{found.memory / 2**30:.2f}",
+                *(f"{seconds[one] / found.seconds:.2f}" if one in seconds else "–" for one in ("nanoGPT", softmax)),
+                "–" if config.run.cuda_graphs else f"{found.memory / 2**30:.2f}",
+                f"{torch.cuda.memory_reserved() / 2**30:.2f}",
                 *(f"{speed * flops / peak:.1%}" if peak else "–" for flops in flops_per_token(config, backend)),
                 "–" if found.waited is None else f"{found.waited:.2%}",
             )

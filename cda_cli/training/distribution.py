@@ -135,6 +135,12 @@ class Processes:
             return cast(AbstractContextManager[object], model.no_sync())
         return nullcontext()
 
+    def gather_ahead(self, model: nn.Module) -> None:
+        """Once the optimizer's kernels are launched: fsdp gathers the new weights while the host goes on to the next
+        forward pass, be it of training or not, which waits for them."""
+        if isinstance(model, FSDPModule):
+            model.unshard(async_op=True)
+
     def sum(self, value: Tensor) -> Tensor:
         """Of each process's `value`, which is overwritten; the same bits everywhere."""
         if self.count > 1:

@@ -80,6 +80,8 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         norm = clip_gradients(model, optim.clip)
         numbers = StepNumbers(loss, norm)
         launched = step_if_finite(optimizer, numbers.sum)
+        if launched:
+            processes.gather_ahead(setup.compiled)
         stop.agree()
         if refusals.refuses(numbers):
             optimizer.zero_grad(set_to_none=True)
@@ -88,6 +90,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
             continue
         if not launched:
             optimizer.step()
+            processes.gather_ahead(setup.compiled)
         optimizer.zero_grad(set_to_none=True)
         setup.step += 1
         if setup.average:
