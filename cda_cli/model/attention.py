@@ -56,24 +56,21 @@ class Attention(nn.Module):
 
     def _projections(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """query, key, value [B, T, H, D]; and of each linear that gives a number per head (the learned k, the gate)
-        1 + (attn_k − 1)·sigmoid, [B, H, T].
-
-        These numbers are further heads of one product: one of so few columns for each would take as long as many do.
-        """
+        1 + (attn_k − 1)·sigmoid, [B, H, T]."""
         H, D = self.heads, self.config.head_width
         linears = [linear for linear in (self.to_learned_k, self.to_gate) if linear is not None]
-        if not linears:
+        if linears and torch.compiler.is_compiling():
+            # Further heads of one product: on a GPU one of so few columns for each takes as long as many do.
+            weight = torch.cat((self.to_qkv.weight, *(linear.weight for linear in linears)))
+            whole_heads = F.pad(weight, (0, 0, 0, -len(weight) % D))
+            heads = rearrange(F.linear(x_BTC, whole_heads), "b t (g d) -> b t g d", d=D)
+            query, key, value, rest = heads.split((H, H, H, heads.shape[2] - 3 * H), dim=2)
+            columns = rest.flatten(2).split(H, dim=-1)
+            logits = [columns[i] + linear.bias for i, linear in enumerate(linears)]
+        else:
             query, key, value = rearrange(self.to_qkv(x_BTC), "b t (g d) -> b t g d", d=D).chunk(3, dim=2)
-            return query, key, value, []
-        weight = torch.cat((self.to_qkv.weight, *(linear.weight for linear in linears)))
-        whole_heads = F.pad(weight, (0, 0, 0, -len(weight) % D))
-        heads = rearrange(F.linear(x_BTC, whole_heads), "b t (g d) -> b t g d", d=D)
-        query, key, value, rest = heads.split((H, H, H, heads.shape[2] - 3 * H), dim=2)
-        columns = rest.flatten(2).split(H, dim=-1)
-        budgets = [
-            1 + (self.config.attn_k - 1) * rearrange(columns[i] + linear.bias, "b t h -> b h t").sigmoid()
-            for i, linear in enumerate(linears)
-        ]
+            logits = [linear(x_BTC) for linear in linears]
+        budgets = [1 + (self.config.attn_k - 1) * rearrange(x, "b t h -> b h t").sigmoid() for x in logits]
         return query, key, value, budgets
 
     def _placed(

@@ -137,7 +137,7 @@ class Processes:
 
     def gather_ahead(self, model: nn.Module) -> None:
         """Once the optimizer's kernels are launched: fsdp gathers the new weights while the host goes on to the next
-        forward pass, be it of training or not, which waits for them."""
+        forward pass, be it of training or not, which waits for them. Until then nothing may write to the weights."""
         if isinstance(model, FSDPModule):
             model.unshard(async_op=True)
 

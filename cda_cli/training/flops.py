@@ -56,8 +56,7 @@ def flops_per_token(config: Config, backend: str) -> Flops:
     """Of training with `config`, whose layers run on `backend` (see `ops.choose_backend`)."""
     model = config.model
     inner = model.heads * model.head_width
-    weights, padding = _block_weights(model)
-    block = weights + padding
+    block = _block_weights(model)
     logits = model.dim * model.vocab_size
     attention = _attention(model, backend)
     product = 2 * inner * attention.keys
@@ -66,7 +65,7 @@ def flops_per_token(config: Config, backend: str) -> Flops:
         # The last product of a block is not made again, as nothing backward needs it, unless dropout comes after it.
         unneeded = 0 if model.dropout else model.dim * model.ff_width
         per_block += 2 * (block - unneeded) + product * attention.forward
-    N = model.depth * weights + logits
+    N = model.depth * block + logits
     return Flops(
         computed=model.depth * per_block + 3 * 2 * logits,
         dense=6 * N + 12 * model.depth * inner * model.seq_len,
@@ -81,13 +80,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for part, peak in PEAKS if part in name), None)
 
 
-def _block_weights(model: ModelConfig) -> tuple[int, int]:
-    """Weights of a block that are multiplied with, and the zeros beside them (see `Attention._projections`)."""
+def _block_weights(model: ModelConfig) -> int:
+    """Weights of a block that are multiplied with."""
     inner = model.heads * model.head_width
     budgets = (model.learned_k and model.attention == "coordinate-descent") + model.output_gate
-    columns = budgets * model.heads
-    weights = model.dim * (4 * inner + 2 * model.ff_width + columns)
-    return weights, model.dim * (-columns % model.head_width)
+    return model.dim * (4 * inner + 2 * model.ff_width + budgets * model.heads)
 
 
 def _attention(model: ModelConfig, backend: str) -> _Attention:

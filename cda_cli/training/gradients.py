@@ -68,6 +68,7 @@ class GradientGraphs:
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         self._model, self._device, self._dtype = model, device, dtype
         self._steps = 0
+        self._stream = torch.cuda.Stream(device)
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
 
@@ -95,8 +96,9 @@ class GradientGraphs:
         """A graph, which has not run, and the loss that it writes."""
         graph = torch.cuda.CUDAGraph()
         pool = None if first else self._graphs[True][0].pool()
-        # Of this thread alone: another one brings the next batches into pinned memory.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        # What another thread does is not in it: one brings the next batches into pinned memory.
+        capture = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self._device), capture:
             loss = _add_gradients(self._model, self._batch, self._tokens, self._device, self._dtype)
         if first:
             self._gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]

@@ -57,7 +57,8 @@ def forecast(config: Config, device: torch.device, dtype: torch.dtype, compiled:
     matrices = 4 * _parameters(model, lambda name, p: p.ndim == 2 and name.startswith("blocks."))
     optimizer = 2 * weights - (matrices if optim.optimizer == "muon" else 0)  # Muon keeps one tensor, AdamW two
     average = weights if optim.ema_decay else 0
-    accumulated = weights if optim.grad_accum > 1 or config.run.cuda_graphs else 0
+    captured = config.run.cuda_graphs and compiled and device.type == "cuda"  # gradients then keep their places
+    accumulated = weights if optim.grad_accum > 1 or captured else 0
     workspaces, scratch = _workspaces(device), _scratch(config, device, choice)
     if compiled:
         kept = _kept_compiled(config, device, dtype)

@@ -291,8 +291,14 @@ def compiles(config: Config, device: torch.device, note: Callable[[str], None]) 
 def captures(
     config: Config, device: torch.device, is_compiled: bool, processes: Processes, note: Callable[[str], None]
 ) -> bool:
-    """Whether gradients are captured as CUDA graphs: as asked for, where that is possible."""
-    possible = device.type == "cuda" and is_compiled and processes.count == 1
+    """Whether gradients are captured as CUDA graphs: as asked for, where that is possible.
+
+    The operator in PyTorch looks at its results to go on, which a graph cannot.
+    """
+    model = config.model
+    selects = model.attention == "coordinate-descent" or model.ff == "coordinate-descent"
+    kernels = not selects or choose(config, device).name == "triton"
+    possible = device.type == "cuda" and is_compiled and processes.count == 1 and kernels
     if config.run.cuda_graphs and not possible:
-        note("CUDA graphs are off: they are of one process, with torch.compile, on a GPU")
+        note("CUDA graphs are off: they take one process, a GPU, torch.compile, and the operator's backend triton")
     return config.run.cuda_graphs and possible

@@ -12,7 +12,7 @@ from cda_cli.training.memory import Forecast
 from cda_cli.training.run import DryRun, Plan
 from tests.console.conftest import MakeScreen, Screen
 
-PLAN = Plan(Path("runs/[x]"), "a text", 1_234_567, "cpu", "float32", False, "torch", 0, 20, 512, 1.25)
+PLAN = Plan(Path("runs/[x]"), "a text", 1_234_567, "cpu", "float32", False, False, "torch", 0, 20, 512, 1.25)
 LAYER = {
     "layer": 0, "sparsity_k": 1.5, "effective_support": 4.25, "capped_share": 0.125, "distance_back": 7.5,
     "active_units": 0.75,

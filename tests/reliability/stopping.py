@@ -27,8 +27,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PHASES = {
     "preparing": ("cda_cli.data.prepare", "prepare", 1),
     "building": ("cda_cli.training.setup", "build", 1),
-    "the first step": ("cda_cli.training.loop", "accumulate_gradients", 1),
-    "a later step": ("cda_cli.training.loop", "accumulate_gradients", 6),
+    "the first step": ("cda_cli.training.gradients", "accumulate_gradients", 1),
+    "a later step": ("cda_cli.training.gradients", "accumulate_gradients", 6),
     "evaluating": ("cda_cli.training.loop", "validate", 1),
     "saving": ("cda_cli.storage.checkpoint", "publish", 2),
     "figures": ("cda_cli.training.loop", "layer_figures", 3),
