@@ -192,8 +192,8 @@ def row_samples(solver: str, dtype: torch.dtype) -> tuple[object, ...]:
     return random_rows(4, 9).to(dtype).requires_grad_(), budget, 0.1, solver, 5, 4.0, 0.7, "torch"
 
 
-def attention_samples(solver: str, dtype: torch.dtype) -> tuple[object, ...]:
-    query, key, value, budget = attention_inputs(5, 7)
+def attention_samples(solver: str, dtype: torch.dtype, sequences: int = 2) -> tuple[object, ...]:
+    query, key, value, budget = (tensor[:sequences] for tensor in attention_inputs(5, 7))
     # As a model makes its heads: views of [B, T, H, D].
     half = [tensor.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key, value)]
     half = [tensor.requires_grad_() for tensor in half]
@@ -209,14 +209,16 @@ def test_the_registered_operators_keep_the_rules_of_torch(solver: str, dtype: to
 
 
 @pytest.mark.parametrize("solver", ["exact", "iterative"])
-def test_the_registered_backwards_keep_the_rules_of_torch(solver: str) -> None:
-    """They are not differentiable, so without the gradient checks."""
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_the_registered_backwards_keep_the_rules_of_torch(solver: str, sequences: int) -> None:
+    """They are not differentiable, so without the gradient checks. Heads of one sequence stay views where its batch and
+    heads become one dimension."""
     checks = ("test_schema", "test_faketensor")
     with torch.no_grad():
         scores, budget, *settings = row_samples(solver, torch.float32)
         weights, saved = soft_topk_rows(scores, budget, *settings)
         torch.library.opcheck(soft_topk_rows_backward, (weights, scores, budget, saved, *settings), test_utils=checks)
-        query, key, value, budget, documents, *settings = attention_samples(solver, torch.float32)
+        query, key, value, budget, documents, *settings = attention_samples(solver, torch.float32, sequences)
         output, _, saved = blockwise_attention(query, key, value, budget, documents, *settings)
         arguments = (output, query, key, value, budget, saved, documents, *settings)
         torch.library.opcheck(blockwise_attention_backward, arguments, test_utils=checks)
