@@ -178,9 +178,9 @@ def blockwise_attention_backward(
     v, grad_out = value.flatten(0, 1).to(budget.dtype), grad_output.flatten(0, 1).to(budget.dtype)
     plan = annealing(eps, n_iters, eps_init, eps_decay)
     ranges = None if documents is None else visible_ranges(documents, query.shape[2], causal)
-    # Contiguous, as is promised to the compiler: of one sequence q, k and v are views with strides of their own.
+    # Contiguous, as is promised to the compiler, whatever the strides of the inputs.
     grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
-    grad_budget = torch.zeros_like(budget).flatten(0, 1)
+    grad_budget = budget.new_zeros(budget.shape).flatten(0, 1)
     for block in blocks(q, k, causal):
         rows, keys = slice(block.start, block.stop), slice(0, block.keys)
         scores = block_scores(q, k, block, causal, ranges)

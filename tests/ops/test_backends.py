@@ -194,10 +194,10 @@ def row_samples(solver: str, dtype: torch.dtype) -> tuple[object, ...]:
 
 def attention_samples(solver: str, dtype: torch.dtype, sequences: int = 2) -> tuple[object, ...]:
     query, key, value, budget = (tensor[:sequences] for tensor in attention_inputs(5, 7))
-    # As a model makes its heads: views of [B, T, H, D].
-    half = [tensor.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key, value)]
-    half = [tensor.requires_grad_() for tensor in half]
-    return *half, budget.requires_grad_(), None, 0.1, 0.3, True, solver, 5, 4.0, 0.7, "torch"
+    # As a model makes its heads: views of [B, T, H, D], and of [B, T, H].
+    tensors = [query.to(dtype), key.to(dtype), value.to(dtype), budget]
+    views = [tensor.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in tensors]
+    return *views, None, 0.1, 0.3, True, solver, 5, 4.0, 0.7, "torch"
 
 
 @pytest.mark.parametrize("solver", ["exact", "iterative"])
