@@ -224,7 +224,9 @@ def parse(values: Mapping[str, Any]) -> Config:
 
 def dump_yaml(config: Config) -> str:
     """The configuration as YAML that `--config` reads back."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    # PyYAML writes a NEL as it is, and reads it as a line break.
+    return yaml.safe_dump(config.model_dump(), sort_keys=False) if "\x85" in text else text
 
 
 def annealed_eps(model: ModelConfig, step: int, schedule_steps: int) -> float:

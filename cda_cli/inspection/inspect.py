@@ -17,7 +17,7 @@ from cda_cli.errors import ConfigError
 from cda_cli.inspection.measures import HeadFigures, UnitFigures, head_figures, unit_figures
 from cda_cli.model import Transformer
 from cda_cli.model.observe import AttentionSeen, FeedForwardSeen, observing
-from cda_cli.runtime import autocast
+from cda_cli.runtime import autocast, to_device
 
 
 class HeadReport(NamedTuple):
@@ -104,9 +104,9 @@ class Watcher:
 
     def report(self) -> Report:
         heads = [
-            _head_report(layer, head, figures)
+            _head_report(layer, head, dict(zip(HeadFigures._fields, sums, strict=True)))
             for layer, figures in sorted(self.attention.items())
-            for head in range(len(figures.rows))
+            for head, sums in enumerate(torch.stack(figures, dim=-1).tolist())
         ]
         units = [_unit_report(layer, figures) for layer, figures in sorted(self.feed_forward.items())]
         return Report(heads, units, self.feed_forward[0].tokens if self.feed_forward else 0)
@@ -142,16 +142,16 @@ def inspect(
         with observing(model, watcher):
             for batch in batches:
                 with autocast(device, dtype):
-                    model(batch.inputs.to(device))
+                    model(to_device(batch.inputs, device))
                 advance(len(batch.inputs))
     finally:
         model.train(training)
     return watcher
 
 
-def _head_report(layer: int, head: int, figures: HeadFigures) -> HeadReport:
-    mean = {name: (values[head] / figures.rows[head]).item() for name, values in figures._asdict().items()}
-    bounded = figures.bounded_rows[head].item()
+def _head_report(layer: int, head: int, sums: dict[str, float]) -> HeadReport:
+    mean = {name: value / sums["rows"] for name, value in sums.items()}
+    bounded = sums["bounded_rows"]
     return HeadReport(
         layer=layer,
         head=head,
@@ -160,15 +160,16 @@ def _head_report(layer: int, head: int, figures: HeadFigures) -> HeadReport:
         row_sum_error=mean["excess"],
         effective_support=mean["support"],
         attended_entries=mean["attended"],
-        capped_share=figures.capped_share[head].item() / bounded if bounded else 0.0,
+        capped_share=sums["capped_share"] / bounded if bounded else 0.0,
         distance_back=mean["distance"],
     )
 
 
 def _unit_report(layer: int, figures: UnitFigures) -> FeedForwardReport:
+    times_active = figures.times_active.cpu()
     return FeedForwardReport(
         layer=layer,
-        units=len(figures.times_active),
-        active_units=figures.active / figures.tokens,
-        dead_units=int((figures.times_active == 0).sum()),
+        units=len(times_active),
+        active_units=times_active.sum().item() / figures.tokens,
+        dead_units=int((times_active == 0).sum()),
     )

@@ -25,7 +25,8 @@ def effective_support(weights: Tensor) -> Tensor:
 
 
 class HeadFigures(NamedTuple):
-    """Sums over rows, [H] each; divide by `rows` (or by `bounded_rows`, where named) for means."""
+    """Sums over rows, float64 [H] each, on the device of the weights; divide by `rows` (or by `bounded_rows`, where
+    named) for means."""
 
     rows: Tensor
     row_sum: Tensor
@@ -57,7 +58,7 @@ def head_figures(seen: AttentionSeen) -> HeadFigures:
     distance = (real * back).sum(-1) / real.sum(-1).clamp(min=1e-30)
 
     def total(values: Tensor) -> Tensor:
-        return values.double().sum((0, 2)).cpu()
+        return values.double().sum((0, 2))
 
     return HeadFigures(
         rows=total(torch.ones_like(k)),
@@ -73,20 +74,17 @@ def head_figures(seen: AttentionSeen) -> HeadFigures:
 
 
 class UnitFigures(NamedTuple):
-    """tokens; active units summed over tokens; and for each unit of [F] the number of tokens that it was active on."""
+    """The number of tokens, and for each unit of [F] of how many of them it was active on."""
 
     tokens: int
-    active: float
     times_active: Tensor
 
     def __add__(self, other: object) -> UnitFigures:
         assert isinstance(other, UnitFigures)
-        return UnitFigures(
-            self.tokens + other.tokens, self.active + other.active, self.times_active + other.times_active
-        )
+        return UnitFigures(self.tokens + other.tokens, self.times_active + other.times_active)
 
 
 def unit_figures(activations: Tensor) -> UnitFigures:
     """The figures of one feed-forward layer, from its activations [B, T, F]; active means |activation| > 1e-3."""
     active = activations.abs().flatten(0, 1) > VISIBLE_WEIGHT
-    return UnitFigures(len(active), active.sum().item(), active.sum(0).cpu())
+    return UnitFigures(len(active), active.sum(0))
