@@ -48,6 +48,11 @@ ON_REQUEST = [
     if case in ("cpu", "cuda, bf16")
     for settings in ({"optimizer": "muon"}, {"ema_decay": 0.6})
 ]
+GRAPHED: list[dict[str, Any]] = [
+    {"optim.grad_accum": 1},
+    {"optim.grad_accum": 3, "model.attn_k": 2.0, "optim.ema_decay": 0.6},
+    {"model.attention": "softmax", "model.ff": "gelu", "run.activation_checkpointing": True},
+]
 
 
 class Whole(NamedTuple):
@@ -129,13 +134,13 @@ def test_what_is_on_request_goes_on_as_exactly(
 
 
 @pytest.mark.parametrize("device", ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
-@pytest.mark.parametrize("grad_accum", [1, 3])
-def test_cuda_graphs_change_no_bit(config: Config, tmp_path: Path, device: str, grad_accum: int) -> None:
+@pytest.mark.parametrize("asked", GRAPHED, ids=str)
+def test_cuda_graphs_change_no_bit(config: Config, tmp_path: Path, device: str, asked: dict[str, Any]) -> None:
     """Replayed, the kernels are the same, in the same order, and so are dropout's numbers. On a CPU there are none."""
-    asked = changed(with_settings(config, ON_GPU["compiled, bf16, CUDA graphs"]), grad_accum=grad_accum)
-    settings = {"run.device": device, "run.deterministic": True, "run.compile": device != "cpu"}
-    graphs = trained_afresh(with_settings(asked, settings), tmp_path / "graphs")
-    trained_afresh(with_settings(asked, settings | {"run.cuda_graphs": False}), tmp_path / "none")
+    on_device = {"run.device": device, "run.deterministic": True, "run.compile": device != "cpu"}
+    config = with_settings(config, ON_GPU["compiled, bf16, CUDA graphs"] | asked | on_device)
+    graphs = trained_afresh(config, tmp_path / "graphs")
+    trained_afresh(with_settings(config, {"run.cuda_graphs": False}), tmp_path / "none")
     assert losses(tmp_path / "graphs") == losses(tmp_path / "none")
     assert graphs.plan.cuda_graphs == (device != "cpu")
     assert any(note.startswith("CUDA graphs are off") for note in graphs.notes) == (device == "cpu")
