@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cda_cli.config import annealed_eps
+from cda_cli.config import RunConfig, annealed_eps
 from cda_cli.data import Batch, evaluation_batches
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate
 from cda_cli.generation import SamplingSettings, generate
@@ -62,6 +62,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
     speed, losses = Speed(), Losses()
     minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
     saved = setup.step if setup.position is not None else None
+    drawn: Drawn | None = None
 
     def record(kind: str, **figures: Any) -> None:
         line = {"step": setup.step, "kind": kind, **figures}
@@ -75,13 +76,17 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         eps = annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps)
         model.set_attention_eps(eps)
         with speed.waiting():
-            batches = [next_batch(setup) for _ in range(optim.grad_accum)]
+            batches, setup.position = drawn or draw(setup)
         loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, processes, setup.graphs)
         norm = clip_gradients(model, optim.clip)
         numbers = StepNumbers(loss, norm)
         launched = step_if_finite(optimizer, numbers.sum)
         if launched:
             processes.gather_ahead(setup.compiled)
+        # While the device computes: once the step is judged, it waits for what the host does until the next one. Not
+        # where something else is due first, of which an error in the data must not be in the way.
+        with speed.waiting():
+            drawn = draw(setup) if setup.step + 1 < optim.steps and not anything_due(every, setup.step + 1) else None
         stop.agree()
         if refusals.refuses(numbers):
             optimizer.zero_grad(set_to_none=True)
@@ -147,6 +152,19 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
 
 def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
+
+
+def anything_due(every: RunConfig, step: int) -> bool:
+    return any(due(step, each) for each in (every.log_every, every.eval_every, every.sample_every, every.save_every))
+
+
+Drawn = tuple[list[Batch], dict[str, Any]]
+
+
+def draw(setup: Setup) -> Drawn:
+    """The batches of a step, and the position in the data after them."""
+    drawn = [next(setup.batches) for _ in range(setup.config.optim.grad_accum)]
+    return [batch for batch, _ in drawn], drawn[-1][1]
 
 
 def next_batch(setup: Setup) -> Batch:

@@ -121,6 +121,18 @@ def test_steps_after_the_last_checkpoint_are_redone_the_same(whole: Whole, tmp_p
     assert_same_end(run, whole.run)
 
 
+@pytest.mark.parametrize("step", [1, 2, 5, 11])
+def test_batches_that_are_drawn_before_they_are_due_are_not_lost(config: Config, tmp_path: Path, step: int) -> None:
+    """Where nothing else is due between two steps, the next one's batches are there before it."""
+    asked = with_settings(config, {"run.log_every": 9, "run.eval_every": 9, "run.save_every": 9, "run.sample_every": 0})
+    trained_afresh(asked, tmp_path / "whole")
+    with pytest.raises(InterruptedRunError, match=f"stopped at step {step} of 12"):
+        trained_afresh(asked, tmp_path / "run", stop_after=step)
+    trained_afresh(asked, tmp_path / "run")
+    for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"):
+        assert (locate(tmp_path / "run") / name).read_bytes() == (locate(tmp_path / "whole") / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(("case", "settings"), ON_REQUEST, ids=str)
 def test_what_is_on_request_goes_on_as_exactly(
     config: Config, tmp_path: Path, case: str, settings: dict[str, object]
