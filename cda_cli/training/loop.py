@@ -6,6 +6,9 @@ after the step in hand, by saving.
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +55,16 @@ class Display(Protocol):
         """No more steps come, for whatever reason."""
 
 
+@contextmanager
+def thawed_after() -> Iterator[None]:
+    """In the end Python's garbage collector sees again what `gc.freeze` has hidden from it."""
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@thawed_after()
 def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: StopRequest, patience: Patience) -> None:
     """Trains from `setup.step` to `optim.steps`, or until `patience` is over.
 
@@ -70,6 +83,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         display.show(line)
 
     model.train()
+    begun = setup.step
     while setup.step < optim.steps and not (stop or patience.over):
         rate = learning_rate(optim, setup.config.schedule_steps, setup.step)
         set_learning_rate(optimizer, rate)
@@ -98,6 +112,11 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
             processes.gather_ahead(setup.compiled)
         optimizer.zero_grad(set_to_none=True)
         setup.step += 1
+        if setup.step == begun + 1:
+            # Compiling leaves half a million objects, and each of the collector's rounds would go through all of them,
+            # for a third of a second, while the device waits.
+            gc.collect()
+            gc.freeze()
         if setup.average:
             setup.average.update(setup.step)
         setup.validation_loss = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from pathlib import Path
@@ -147,6 +148,21 @@ def test_epsilon_anneals_and_is_recorded(config: Config, tmp_path: Path) -> None
     assert eps[3] == pytest.approx(2.0**0.5 * 0.1**0.5), "step 3 of the 6 over which it anneals"
     assert eps[6:] == pytest.approx([0.1] * 6)
     assert eps == sorted(eps, reverse=True)
+
+
+def test_the_garbage_collector_is_spared_what_compiling_leaves_until_the_end(config: Config, tmp_path: Path) -> None:
+    class Counting(Memory):
+        frozen: list[int] = []
+
+        def advance(self, step: int) -> None:
+            self.frozen.append(gc.get_freeze_count())
+            super().advance(step)
+
+    display, before = Counting(stop_after=4), gc.get_freeze_count()
+    with StopRequest() as stop, pytest.raises(InterruptedRunError):
+        run_training(config, tmp_path / "run", "auto", display, stop)
+    assert min(display.frozen) > before + 10_000
+    assert gc.get_freeze_count() == before, "objects of this run would never be collected"
 
 
 def test_a_stop_before_the_first_step_is_saved_too(config: Config, tmp_path: Path) -> None:
