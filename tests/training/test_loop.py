@@ -151,17 +151,17 @@ def test_epsilon_anneals_and_is_recorded(config: Config, tmp_path: Path) -> None
 
 
 def test_the_garbage_collector_is_spared_what_compiling_leaves_until_the_end(config: Config, tmp_path: Path) -> None:
-    class Counting(Memory):
-        frozen: list[int] = []
+    frozen = []
 
+    class Counting(Memory):
         def advance(self, step: int) -> None:
-            self.frozen.append(gc.get_freeze_count())
+            frozen.append(gc.get_freeze_count())
             super().advance(step)
 
-    display, before = Counting(stop_after=4), gc.get_freeze_count()
+    before = gc.get_freeze_count()
     with StopRequest() as stop, pytest.raises(InterruptedRunError):
-        run_training(config, tmp_path / "run", "auto", display, stop)
-    assert min(display.frozen) > before + 10_000
+        run_training(config, tmp_path / "run", "auto", Counting(stop_after=4), stop)
+    assert min(frozen) > before + 10_000
     assert gc.get_freeze_count() == before, "objects of this run would never be collected"
 
 
