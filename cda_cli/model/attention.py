@@ -66,7 +66,7 @@ class Attention(nn.Module):
             heads = rearrange(F.linear(x_BTC, whole_heads), "b t (g d) -> b t g d", d=D)
             query, key, value, rest = heads.split((H, H, H, heads.shape[2] - 3 * H), dim=2)
             columns = rest.flatten(2).split(H, dim=-1)
-            logits = [columns[i] + linear.bias for i, linear in enumerate(linears)]
+            logits = [column + linear.bias for column, linear in zip(columns, linears, strict=False)]
         else:
             query, key, value = rearrange(self.to_qkv(x_BTC), "b t (g d) -> b t g d", d=D).chunk(3, dim=2)
             logits = [linear(x_BTC) for linear in linears]

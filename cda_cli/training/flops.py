@@ -8,7 +8,8 @@ Only matrix products count, a multiplication and an addition as two. Two figures
 - *dense*: 6N + 12·L·d·T a token (PaLM, arXiv 2204.02311, appendix B), whatever the code does: work that is wanted, not
   work that is done, so that implementations of different economy compare. N leaves out what is only looked up.
 
-The feed-forward with coordinate descent counts whole: it computes every hidden unit, and selects among them.
+The feed-forward with coordinate descent counts whole: it computes every hidden unit, and selects among them. The zeros
+that pad the projections of a compiled model with a number per head to whole heads do not count.
 """
 
 from __future__ import annotations

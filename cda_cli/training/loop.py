@@ -90,7 +90,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         eps = annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps)
         model.set_attention_eps(eps)
         with speed.waiting():
-            batches, setup.position = drawn or draw(setup)
+            batches, setup.position = drawn or draw(setup, optim.grad_accum)
         loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, processes, setup.graphs)
         norm = clip_gradients(model, optim.clip)
         numbers = StepNumbers(loss, norm)
@@ -99,8 +99,9 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
             processes.gather_ahead(setup.compiled)
         # While the device computes: once the step is judged, it waits for what the host does until the next one. Not
         # where something else is due first, of which an error in the data must not be in the way.
+        more = setup.step + 1 < optim.steps and not anything_due(every, setup.step + 1)
         with speed.waiting():
-            drawn = draw(setup) if setup.step + 1 < optim.steps and not anything_due(every, setup.step + 1) else None
+            drawn = draw(setup, optim.grad_accum) if more else None
         stop.agree()
         if refusals.refuses(numbers):
             optimizer.zero_grad(set_to_none=True)
@@ -180,15 +181,10 @@ def anything_due(every: RunConfig, step: int) -> bool:
 Drawn = tuple[list[Batch], dict[str, Any]]
 
 
-def draw(setup: Setup) -> Drawn:
-    """The batches of a step, and the position in the data after them."""
-    drawn = [next(setup.batches) for _ in range(setup.config.optim.grad_accum)]
-    return [batch for batch, _ in drawn], drawn[-1][1]
-
-
-def next_batch(setup: Setup) -> Batch:
-    batch, setup.position = next(setup.batches)
-    return batch
+def draw(setup: Setup, count: int) -> Drawn:
+    """So many batches, and the position in the data after them."""
+    batches, positions = zip(*(next(setup.batches) for _ in range(count)), strict=True)
+    return list(batches), positions[-1]
 
 
 def save(setup: Setup, run: Path) -> Path:

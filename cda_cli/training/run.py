@@ -20,7 +20,7 @@ from cda_cli.storage import Checkpoint, load, only_writer
 from cda_cli.training.distribution import ALONE, Processes
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.launch import NOT_BEGUN
-from cda_cli.training.loop import Display, next_batch, train
+from cda_cli.training.loop import Display, draw, train
 from cda_cli.training.memory import Forecast, forecast
 from cda_cli.training.milestones import Patience
 from cda_cli.training.run_folder import (
@@ -152,15 +152,13 @@ def try_steps(setup: Setup) -> tuple[float, int]:
     second meets gradients.
     """
     if setup.device.type == "cpu":
-        loss = accumulate_gradients(setup.compiled, [next_batch(setup)], setup.device, setup.dtype)
+        loss = accumulate_gradients(setup.compiled, draw(setup, 1)[0], setup.device, setup.dtype)
         return loss.item(), peak_memory(setup.device)
     torch.cuda.reset_peak_memory_stats(setup.device)
     losses = []
     for _ in range(2):
-        batches = [next_batch(setup) for _ in range(min(2, setup.config.optim.grad_accum))]
-        losses.append(
-            accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, graphs=setup.graphs).clone()
-        )
+        batches, _ = draw(setup, min(2, setup.config.optim.grad_accum))
+        losses.append(accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, graphs=setup.graphs))
         clip_gradients(setup.model, setup.config.optim.clip)
         setup.optimizer.step()
         setup.optimizer.zero_grad(set_to_none=True)

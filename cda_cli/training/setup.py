@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cda_cli import __version__
-from cda_cli.config import Config
+from cda_cli.config import Config, ModelConfig
 from cda_cli.data import (
     Batch,
     Prefetched,
@@ -252,10 +252,15 @@ def remarks(config: Config) -> list[str]:
     return said
 
 
+def selects(model: ModelConfig) -> bool:
+    """Whether any layer does so with coordinate descent."""
+    return model.attention == "coordinate-descent" or model.ff == "coordinate-descent"
+
+
 def describe_backend(config: Config, device: torch.device) -> str:
     """Which code computes the attention and the feed-forward, and why."""
     model = config.model
-    if model.attention == "softmax" and model.ff == "gelu":
+    if not selects(model):
         return "PyTorch SDPA (no layer selects with coordinate descent)"
     choice = choose(config, device)
     return f"{choice.name}, {model.solver} solver ({choice.reason})"
@@ -295,10 +300,10 @@ def captures(
 
     The operator in PyTorch looks at its results to go on, which a graph cannot.
     """
-    model = config.model
-    selects = model.attention == "coordinate-descent" or model.ff == "coordinate-descent"
-    kernels = not selects or choose(config, device).name == "triton"
+    if not config.run.cuda_graphs:
+        return False
+    kernels = not selects(config.model) or choose(config, device).name == "triton"
     possible = device.type == "cuda" and is_compiled and processes.count == 1 and kernels
-    if config.run.cuda_graphs and not possible:
+    if not possible:
         note("CUDA graphs are off: they take one process, a GPU, torch.compile, and the operator's backend triton")
-    return config.run.cuda_graphs and possible
+    return possible
