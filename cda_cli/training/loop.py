@@ -114,8 +114,8 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         optimizer.zero_grad(set_to_none=True)
         setup.step += 1
         if setup.step == begun + 1:
-            # Compiling leaves half a million objects, and each of the collector's rounds would go through all of them,
-            # for a third of a second, while the device waits.
+            # Compiling leaves half a million objects: a full round of the collector takes a third of a second, in which
+            # nothing is launched.
             gc.collect()
             gc.freeze()
         if setup.average:
