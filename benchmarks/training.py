@@ -33,7 +33,7 @@ from cda_cli.errors import InterruptedRunError
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish
 from cda_cli.training.flops import flops_per_token, peak_flops
-from cda_cli.training.loop import draw, layer_figures, train
+from cda_cli.training.loop import draw, inspect_first, train
 from cda_cli.training.milestones import Patience
 from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup, build
@@ -114,7 +114,7 @@ class Measured(NamedTuple):
 def measure(setup: Setup) -> Measured:
     steps = setup.config.run.log_every
     clock = Clock(WARM + steps, setup.device)
-    layer_figures(setup, draw(setup, 1)[0][0])  # compiles kernels too
+    inspect_first(setup, draw(setup, 1)[0])  # compiles kernels too
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         metrics = Metrics(Path(folder) / "metrics.jsonl", 0)
         with contextlib.suppress(InterruptedRunError):

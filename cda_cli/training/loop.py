@@ -10,16 +10,16 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from cda_cli.config import RunConfig, annealed_eps
+from cda_cli.config import Config, annealed_eps
 from cda_cli.data import Batch, evaluation_batches
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate
 from cda_cli.generation import SamplingSettings, generate
-from cda_cli.inspection import inspect, layer_means
+from cda_cli.inspection import Watcher, inspect, layer_means
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish, step_folder
@@ -75,45 +75,49 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
     speed, losses = Speed(), Losses()
     minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
     saved = setup.step if setup.position is not None else None
-    drawn: Drawn | None = None
+    ahead: Begun | None = None
 
     def record(kind: str, **figures: Any) -> None:
         line = {"step": setup.step, "kind": kind, **figures}
         metrics.write(line)
         display.show(line)
 
+    def shows_figures(step: int) -> bool:
+        return due(step, every.log_every) or step == optim.steps
+
     model.train()
-    begun = setup.step
+    first = setup.step + 1
     while setup.step < optim.steps and not (stop or patience.over):
         rate = learning_rate(optim, setup.config.schedule_steps, setup.step)
         set_learning_rate(optimizer, rate)
         eps = annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps)
         model.set_attention_eps(eps)
-        with speed.waiting():
-            batches, setup.position = drawn or draw(setup, optim.grad_accum)
-        loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, processes, setup.graphs)
+        batches, setup.position, loss = ahead or begin(setup, speed)
         norm = clip_gradients(model, optim.clip)
         numbers = StepNumbers(loss, norm)
         launched = step_if_finite(optimizer, numbers.sum)
+        ahead, inspected = None, None
         if launched:
+            optimizer.zero_grad(set_to_none=True)
             processes.gather_ahead(setup.compiled)
-        # While the device computes: once the step is judged, it waits for what the host does until the next one. Not
-        # where something else is due first, of which an error in the data must not be in the way.
-        more = setup.step + 1 < optim.steps and not anything_due(every, setup.step + 1)
-        with speed.waiting():
-            drawn = draw(setup, optim.grad_accum) if more else None
+            # While the device takes the step, and its numbers are still on their way.
+            if shows_figures(setup.step + 1):
+                inspected = inspect_first(setup, batches)
+            elif setup.step + 1 > first and begins_ahead(setup.config, setup.step + 1):
+                ahead = begin(setup, speed)
         stop.agree()
         if refusals.refuses(numbers):
-            optimizer.zero_grad(set_to_none=True)
+            if not launched:
+                optimizer.zero_grad(set_to_none=True)
             record("refused", **refusals.figures(setup.step + 1))
             refusals.check(setup.step + 1)
             continue
         if not launched:
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             processes.gather_ahead(setup.compiled)
-        optimizer.zero_grad(set_to_none=True)
         setup.step += 1
-        if setup.step == begun + 1:
+        if setup.step == first:
             # Compiling leaves half a million objects: a full round of the collector takes a third of a second, in which
             # nothing is launched.
             gc.collect()
@@ -128,7 +132,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         display.advance(setup.step)
 
         last = setup.step == optim.steps
-        if due(setup.step, every.log_every) or last or stop:
+        if shows_figures(setup.step) or stop:
             mean = losses.take()
             speed.mark()
             with speed.paused():
@@ -145,7 +149,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                     data_wait=speed.data_wait,
                     **setup.utilisation(speed.tokens_per_second),
                     memory_bytes=peak_memory(setup.device),
-                    layers=layer_figures(setup, batches[0]),
+                    layers=layer_means((inspected or inspect_first(setup, batches)).report()),
                 )
         passed = every.save_minutes > 0 and processes.any(minutes.passed())
         with speed.paused():
@@ -174,17 +178,37 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def anything_due(every: RunConfig, step: int) -> bool:
-    return any(due(step, each) for each in (every.log_every, every.eval_every, every.sample_every, every.save_every))
+class Begun(NamedTuple):
+    """A step whose gradients are there, or on their way on the device, and no more than that."""
+
+    batches: list[Batch]
+    position: dict[str, Any]  # in the data, after them
+    loss: Tensor
 
 
-Drawn = tuple[list[Batch], dict[str, Any]]
+def begin(setup: Setup, speed: Speed) -> Begun:
+    with speed.waiting():
+        batches, position = draw(setup, setup.config.optim.grad_accum)
+    loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, setup.processes, setup.graphs)
+    return Begun(batches, position, loss)
 
 
-def draw(setup: Setup, count: int) -> Drawn:
+def draw(setup: Setup, count: int) -> tuple[list[Batch], dict[str, Any]]:
     """So many batches, and the position in the data after them."""
     batches, positions = zip(*(next(setup.batches) for _ in range(count)), strict=True)
     return list(batches), positions[-1]
+
+
+def begins_ahead(config: Config, step: int) -> bool:
+    """Whether the step after `step` may begin before that one is judged, so that the device does not wait for it.
+
+    It does so with the same weights and batches as afterwards, for a refused step changes none. But what a checkpoint
+    of `step` holds must not move on, as random numbers do; nor what is due first see what comes of it; nor ε be late.
+    """
+    model, every = config.model, config.run
+    intervals = (every.log_every, every.eval_every, every.sample_every, every.save_every)
+    anything_due = step == config.optim.steps or any(due(step, interval) for interval in intervals)
+    return not (anything_due or model.dropout or model.eps_anneal_start is not None)
 
 
 def save(setup: Setup, run: Path) -> Path:
@@ -231,11 +255,11 @@ def averaged_figures(setup: Setup, stop: StopRequest) -> dict[str, float]:
     return {f"ema_{name}": getattr(result, name) for name in ("loss", "bits_per_byte")} if result else {}
 
 
-def layer_figures(setup: Setup, batch: Batch) -> list[dict[str, float]]:
-    """What each layer selects, on the first sequence of a batch."""
-    first = Batch(batch.inputs[:1], batch.targets[:1])
+def inspect_first(setup: Setup, batches: list[Batch]) -> Watcher:
+    """What each layer selects, on the first sequence of a step."""
+    first = Batch(batches[0].inputs[:1], batches[0].targets[:1])
     with torch.compiler.set_stance("force_eager"):  # what fsdp compiles in place would be so once more
-        return layer_means(inspect(setup.model, [first], setup.device, setup.dtype).report())
+        return inspect(setup.model, [first], setup.device, setup.dtype)
 
 
 def sample(setup: Setup, stop: StopRequest) -> str:

@@ -62,8 +62,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         {"params": [p for p in matrices if id(p) not in taken], "weight_decay": config.weight_decay},
         {"params": [p for p in named.values() if p.ndim != 2], "weight_decay": 0.0},
     ]
-    on_gpu = matrices[0].is_cuda
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=on_gpu or None)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
     if not with_muon:
         return adamw
     muon = torch.optim.Muon(with_muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -101,10 +100,10 @@ def moments_bytes(optimizer: Optimizer) -> int:
 def step_if_finite(optimizer: Optimizer, loss_and_norm: Tensor) -> bool:
     """Takes the step, which the device itself leaves out where the scalar is not finite; or does nothing, and is False.
 
-    Fused AdamW on a GPU can do this (it is how gradient scaling skips a step). The host then judges the step while the
-    device takes it: to judge first would leave the device idle until all of the next kernels are launched.
+    Fused AdamW can do this (it is how gradient scaling skips a step). The host then judges the step while the device
+    takes it: to judge first would leave the device idle until all of the next kernels are launched.
     """
-    if not (isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]):
+    if not isinstance(optimizer, torch.optim.AdamW):
         return False
     optimizer.found_inf = (~torch.isfinite(loss_and_norm)).float()  # type: ignore[attr-defined]
     optimizer.step()

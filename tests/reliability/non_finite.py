@@ -16,7 +16,7 @@ import cda_cli.training.run
 from cda_cli.config import Config
 from cda_cli.errors import TrainingError
 from cda_cli.signals import StopRequest
-from cda_cli.storage import list_steps, load, newest
+from cda_cli.storage import list_steps, load, newest, pack_optimizer
 from cda_cli.training.setup import Setup
 from tests.reliability import micro
 from tests.reliability.variants import broken
@@ -57,7 +57,7 @@ class Watching(Memory):
         super().__init__()
         self.fault: str | None = None
         self._setup: Setup | None = None
-        self._before: list[Tensor] = []
+        self._before: dict[str, Tensor] = {}
 
     def watch(self, setup: Setup) -> None:
         self._setup = setup
@@ -65,22 +65,24 @@ class Watching(Memory):
 
     def advance(self, step: int) -> None:
         self._before = self._tensors()
-        if not all(tensor.isfinite().all() for tensor in self._before):
+        if not all(tensor.isfinite().all() for tensor in self._before.values()):
             self.fault = self.fault or f"weights, moments or averages are not finite after step {step}"
 
     def show(self, record: dict[str, Any]) -> None:
         super().show(record)
         if record["kind"] == "refused":
             now = self._tensors()
-            if len(now) != len(self._before) or not all(map(torch.equal, now, self._before)):
+            if any(not new.equal(self._before.get(name, torch.zeros_like(new))) for name, new in now.items()):
                 changed = f"weights, moments or averages changed with the refused step {record['step']}"
                 self.fault = self.fault or changed
 
-    def _tensors(self) -> list[Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
+        """Moments that are not there yet are as good as 0."""
         assert self._setup is not None
-        moments = [value for state in self._setup.optimizer.state.values() for value in state.values()]
-        averages = self._setup.average.tensors().values() if self._setup.average else []
-        return [tensor.detach().clone() for tensor in [*self._setup.model.state_dict().values(), *moments, *averages]]
+        moments, _ = pack_optimizer(self._setup.optimizer.state_dict())
+        averages = self._setup.average.tensors() if self._setup.average else {}
+        named = self._setup.model.state_dict() | moments | {f"average of {name}": one for name, one in averages.items()}
+        return {name: tensor.detach().clone() for name, tensor in named.items()}
 
 
 def poisoned_steps(count: int, seed: int, variant: str = "") -> Iterator[str | None]:

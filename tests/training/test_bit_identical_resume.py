@@ -48,6 +48,13 @@ ON_REQUEST = [
     if case in ("cpu", "cuda, bf16")
     for settings in ({"optimizer": "muon"}, {"ema_decay": 0.6})
 ]
+# A step that draws random numbers, or has its own ε, does not begin before the one before it is over.
+BETWEEN: list[dict[str, Any]] = [
+    {"model.dropout": 0.0, "model.eps_anneal_start": None},
+    {"model.dropout": 0.0, "model.eps_anneal_start": None, "optim.optimizer": "muon"},
+    {"model.dropout": 0.0},
+    {"model.eps_anneal_start": None},
+]
 GRAPHED: list[dict[str, Any]] = [
     {"optim.grad_accum": 1},
     {"optim.grad_accum": 3, "model.attn_k": 2.0, "optim.ema_decay": 0.6},
@@ -121,16 +128,22 @@ def test_steps_after_the_last_checkpoint_are_redone_the_same(whole: Whole, tmp_p
     assert_same_end(run, whole.run)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("asked", BETWEEN, ids=str)
 @pytest.mark.parametrize("step", [1, 2, 5, 11])
-def test_batches_that_are_drawn_before_they_are_due_are_not_lost(config: Config, tmp_path: Path, step: int) -> None:
-    """Where nothing else is due between two steps, the next one's batches are there before it."""
-    asked = with_settings(config, {"run.log_every": 9, "run.eval_every": 9, "run.save_every": 9, "run.sample_every": 0})
-    trained_afresh(asked, tmp_path / "whole")
+def test_what_a_stopped_run_had_begun_is_begun_again(
+    config: Config, tmp_path: Path, step: int, asked: dict[str, Any], device: str
+) -> None:
+    """Where nothing is due between two steps, the next one begins before the request to stop is answered."""
+    each = with_settings(config, {"run.device": device, "run.deterministic": True, "run.compile": False} | asked)
+    rarely = {"run.log_every": 9, "run.eval_every": 9, "run.save_every": 9, "run.sample_every": 0}
+    asked_for = with_settings(each, rarely)
+    trained_afresh(each, tmp_path / "each")
     with pytest.raises(InterruptedRunError, match=f"stopped at step {step} of 12"):
-        trained_afresh(asked, tmp_path / "run", stop_after=step)
-    trained_afresh(asked, tmp_path / "run")
-    for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"):
-        assert (locate(tmp_path / "run") / name).read_bytes() == (locate(tmp_path / "whole") / name).read_bytes(), name
+        trained_afresh(asked_for, tmp_path / "run", stop_after=step)
+    trained_afresh(asked_for, tmp_path / "run")
+    for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
+        assert (locate(tmp_path / "run") / name).read_bytes() == (locate(tmp_path / "each") / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(("case", "settings"), ON_REQUEST, ids=str)

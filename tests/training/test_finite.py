@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cda_cli.config import Config
 from cda_cli.data import Batch
@@ -23,7 +24,6 @@ from cda_cli.training.milestones import Patience
 from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup, build, open_data
 from tests.devices import DEVICES
-from tests.reliability.non_finite import Poison
 from tests.training.helpers import Memory, with_settings
 
 ONE = torch.tensor(1.0)
@@ -95,6 +95,16 @@ def test_weights_that_are_not_finite_are_named(bad: Tensor) -> None:
 STEPS = 5
 
 
+def nan_at(number: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """Spoils the output of that forward pass of training, counted from 1."""
+    passes = itertools.count(1)
+
+    def spoil(model: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * torch.nan if model.training and next(passes) == number else output
+
+    return spoil
+
+
 def trained_with(config: Config, run: Path, step: int, poisoned: bool) -> Setup:
     """After STEPS steps: the batch that comes first at `step` has a loss that is not finite, or is left out."""
     data = open_data(config, show_progress=False)
@@ -107,7 +117,7 @@ def trained_with(config: Config, run: Path, step: int, poisoned: bool) -> Setup:
     with deterministic(config.run.deterministic), StopRequest() as stop:
         setup = build(config, data if poisoned else replace(data, open_batches=without_it))
         if poisoned:
-            Poison(setup, step, "loss", torch.nan, times=1)
+            setup.model.register_forward_hook(nan_at(step))
         train(setup, run, metrics, display, stop, Patience(0))
     metrics.close()
     refused = [record["step"] for record in display.records if record["kind"] == "refused"]
@@ -123,15 +133,16 @@ def everything(setup: Setup) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("every", [1, 99], ids=["figures each step", "the next step begins before"])
 @pytest.mark.parametrize("optim", [{}, {"optim.optimizer": "muon"}, {"optim.ema_decay": 0.5}], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_refused_step_leaves_no_trace(
-    config: Config, tmp_path: Path, device: str, optim: dict[str, object], step: int
+    config: Config, tmp_path: Path, device: str, optim: dict[str, object], every: int, step: int
 ) -> None:
-    """To the last bit it is the run that never met that batch; on a GPU fused AdamW itself leaves the step out."""
+    """To the last bit it is the run that never met that batch; fused AdamW itself leaves the step out."""
     plain = {
-        "model.dropout": 0.0, "optim.steps": STEPS, "optim.grad_accum": 1, "run.device": device, "run.compile": False,
-        "run.deterministic": True,
+        "model.dropout": 0.0, "model.eps_anneal_start": None, "optim.steps": STEPS, "optim.grad_accum": 1,
+        "run.device": device, "run.compile": False, "run.deterministic": True, "run.log_every": every,
     }  # fmt: skip
     asked = with_settings(config, plain | optim)
     refused, spared = (trained_with(asked, tmp_path / str(poisoned), step, poisoned) for poisoned in (True, False))
