@@ -4,7 +4,8 @@
     python benchmarks/training.py small bytes-8192
 
 `CASES` are presets with GPT-2's vocabulary and their own batches, where nothing else is set, bf16, compiled. With the
-vocabulary of bytes, which the presets have of their own, the attention is a larger part of a step. `cda`'s
+vocabulary of bytes, which the presets have of their own, the attention is a larger part of a step. Beside nanoGPT's
+step stands that of a model with its parts: learned positions, LayerNorm, and no norm of queries and keys. `cda`'s
 figures are those of its whole loop on a wall clock, over as many steps as lie between two lines of figures, with one
 such line. Memory is the most that PyTorch's allocator had given out at once in such steps, without that line; with CUDA
 graphs it has been set apart before. Reserved is what the allocator has of the GPU in the end.
@@ -41,30 +42,27 @@ from cda_cli.training.setup import Setup, build
 WARM = 5
 GRAPHS = ", CUDA graphs"
 BYTES = "model.vocab_size=257"
+GPT2 = ("model.position=learned", "model.norm=layernorm", "model.qk_norm=false")
 
 
 class Case(NamedTuple):
-    """A preset, and what is set in it; `beside`: nanoGPT's step and saving are measured too."""
+    """A preset, and what is set in it; `beside`: nanoGPT's step, that of its parts, and saving are measured too."""
 
     preset: str
     sets: tuple[str, ...] = ()
     beside: bool = False
 
 
+OFTEN = "run.log_every=50"  # else a line of figures is a larger part than in the other cases
+LONG = ("model.seq_len=8192", "optim.batch_size=4", "optim.grad_accum=1")
 CASES = {
-    "seed": Case(  # of bytes, as published
-        "seed",
-        (
-            BYTES,
-            "model.solver=exact",
-            "optim.batch_size=128",
-            "optim.grad_accum=1",
-            "run.log_every=50",  # else a line of figures is a larger part than in the other cases
-        ),
-    ),
+    "tiny": Case("tiny", (BYTES, "run.log_every=200")),
+    # Of bytes, as published.
+    "seed": Case("seed", (BYTES, "model.solver=exact", "optim.batch_size=128", "optim.grad_accum=1", OFTEN)),
     "small": Case("small", beside=True),
-    "bytes-1024": Case("small", (BYTES, "optim.batch_size=32", "optim.grad_accum=1")),
-    "bytes-8192": Case("small", (BYTES, "model.seq_len=8192", "optim.batch_size=4", "optim.grad_accum=1")),
+    "small-8192": Case("small", LONG),
+    "bytes-1024": Case("small", (BYTES,)),
+    "bytes-8192": Case("small", (BYTES, *LONG)),
     "base": Case("base", ("run.log_every=30",), beside=True),
 }
 
@@ -158,16 +156,18 @@ def rows(case: Case, device: torch.device) -> Iterator[tuple[str, Config, Measur
         _free()
         config = run_settings(case.preset, [*case.sets, *SOFTMAX])
         yield "nanoGPT", config, measure_nanogpt(config, device)
+        yield "softmax, parts of GPT-2", *whole_loop(case, [*SOFTMAX, *GPT2])
     for name, sets in ATTENTION.items():
-        for graphs in (False, True):
-            _free()
-            config = run_settings(case.preset, [*case.sets, *sets, f"run.cuda_graphs={graphs}"])
-            setup = build(config, random_data(config))
-            found = measure(setup)
-            if name == "softmax" and not graphs and case.beside:
-                found = found._replace(saving=saving(setup))
-            del setup
-            yield name + GRAPHS * graphs, config, found
+        yield name, *whole_loop(case, sets, saves=case.beside and name == "softmax")
+        yield name + GRAPHS, *whole_loop(case, [*sets, "run.cuda_graphs=true"])
+
+
+def whole_loop(case: Case, sets: Sequence[str], saves: bool = False) -> tuple[Config, Measured]:
+    _free()
+    config = run_settings(case.preset, [*case.sets, *sets])
+    setup = build(config, random_data(config))
+    found = measure(setup)
+    return config, found._replace(saving=saving(setup)) if saves else found
 
 
 def tables(cases: Sequence[Case], device: torch.device) -> None:
