@@ -4,8 +4,8 @@
 
 Every table is one run; times are medians on the device, of CUDA graphs, so that no host is in them; the published
 operator and the package `adasplash`, which is timed if it is installed, cannot be captured and are timed by
-`triton.testing.do_bench`. Sizes are those of docs/kernels.md; `python benchmarks/gpu.py rows` (or attention) makes
-those tables only.
+`triton.testing.do_bench`. Sizes are those of docs/kernels.md; `python benchmarks/gpu.py rows` (or attention, decoding,
+adasplash) makes that table only.
 """
 
 from __future__ import annotations
@@ -43,8 +43,19 @@ CACHES = ((8, 8, 8192, 64), (1, 8, 65536, 128))
 
 
 def main(wanted: Sequence[str]) -> None:
+    # The last takes the longest: AdaSplash-2 compiles 30 settings of each kernel for each shape.
+    tables = {
+        "rows": rows_table,
+        "attention": attention_table,
+        "decoding": decoding_table,
+        "adasplash": adasplash_table,
+    }
+    if unknown := [name for name in wanted if name not in tables]:
+        sys.exit(f"benchmarks/gpu.py has no table {', '.join(unknown)}; it has {', '.join(tables)}")
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py measures on a CUDA device, and there is none")
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}", flush=True)
-    for name, table in (("rows", rows_table), ("attention", attention_table)):
+    for name, table in tables.items():
         if not wanted or name in wanted:
             table()
 
@@ -128,34 +139,32 @@ def published_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return published_rows(scores.flatten(0, 2), 2.0).view(scores.shape) @ value
 
 
+def with_backend(backend: SDPBackend) -> Callable[..., Tensor]:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    return run
+
+
+def ours(k: float) -> Callable[..., Tensor]:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = soft_topk_attention(query, key, value, k, eps=EPS)
+        assert isinstance(output, Tensor)
+        return output
+
+    return run
+
+
 def attention_table() -> None:
-    def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-    def with_backend(backend: SDPBackend) -> Callable[..., Tensor]:
-        def run(*inputs: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return sdpa(*inputs)
-
-        return run
-
-    def ours(k: float) -> Callable[..., Tensor]:
-        def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            output = soft_topk_attention(query, key, value, k, eps=EPS)
-            assert isinstance(output, Tensor)
-            return output
-
-        return run
-
     ways: dict[str, Callable[..., Tensor]] = {
         "SDPA cuDNN": with_backend(SDPBackend.CUDNN_ATTENTION),
         "SDPA flash": with_backend(SDPBackend.FLASH_ATTENTION),
+        "k = 2": ours(2.0),
+        "k = 8": ours(8.0),
+        "k = 64": ours(64.0),
+        "published": published_attention,
     }
-    if importlib.util.find_spec("adasplash"):
-        from adasplash import adasplash_v2
-
-        ways["AdaSplash-2"] = adasplash_v2
-    ways |= {"k = 2": ours(2.0), "k = 8": ours(8.0), "k = 64": ours(64.0), "published": published_attention}
     header("Causal attention, bf16, normal q, k, v, ε = 0.1: forward / forward + backward, ms; memory of both",
            "B,H,T,D", *ways, "memory, k = 2 / flash")  # fmt: skip
     for shape in SHAPES:
@@ -164,15 +173,21 @@ def attention_table() -> None:
         for name, way in ways.items():
             if (name == "published" and shape not in PUBLISHED_SHAPES) or (name == "k = 64" and shape[2] > 8192):
                 cells.append("–")
-                continue
-            try:
-                forward, both = forward_and_both(way, inputs, captured=name not in ("AdaSplash-2", "published"))
-            except Exception as error:  # noqa: BLE001 - another library's limit is a cell of the table
-                cells.append(type(error).__name__)
-                continue
-            cells.append(f"{forward:.3f} / {both:.3f}")
+            else:
+                cells.append(attention_cell(way, inputs, captured=name != "published"))
         memory = [training_memory(ways[name], inputs) for name in ("k = 2", "SDPA flash")]
         row(",".join(map(str, shape)), *cells, f"{memory[0] / memory[1]:.2f}")
+
+
+def attention_cell(way: Callable[..., Tensor], inputs: Sequence[Tensor], captured: bool) -> str:
+    try:
+        forward, both = forward_and_both(way, inputs, captured)
+    except Exception as error:  # noqa: BLE001 - another library's limit is a cell of the table
+        return type(error).__name__
+    return f"{forward:.3f} / {both:.3f}"
+
+
+def decoding_table() -> None:
     header("Decoding, one query against a cache, bf16, ε = 0.1, ms", "B,H,S,D", "SDPA", "k = 2", "k = 8")
     for B, H, S, D in CACHES:
         query = torch.randn(B, H, 1, D, device=GPU, dtype=torch.bfloat16)
@@ -181,6 +196,19 @@ def attention_table() -> None:
             dense = median(lambda query=query, cache=cache: F.scaled_dot_product_attention(query, *cache))  # type: ignore[misc]
             sparse = [median(lambda k=k, query=query, cache=cache: ours(k)(query, *cache)) for k in (2.0, 8.0)]  # type: ignore[misc]
         row(f"{B},{H},{S},{D}", dense, *sparse)
+
+
+def adasplash_table() -> None:
+    if not importlib.util.find_spec("adasplash"):
+        print("\nAdaSplash-2 is not timed: the package adasplash is not installed")
+        return
+    from adasplash import adasplash_v2
+
+    header("AdaSplash-2 on inputs as above: forward / forward + backward, ms", "B,H,T,D", "AdaSplash-2", "k = 2")
+    for shape in SHAPES:
+        inputs = [torch.randn(shape, device=GPU, dtype=torch.bfloat16) for _ in range(3)]
+        theirs, mine = attention_cell(adasplash_v2, inputs, False), attention_cell(ours(2.0), inputs, True)
+        row(",".join(map(str, shape)), theirs, mine)
 
 
 def training_memory(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> int:
