@@ -88,7 +88,7 @@ class Watcher:
         self.attention: dict[int, HeadFigures] = {}
         self.feed_forward: dict[int, UnitFigures] = {}
         self.keep = keep
-        self.kept: Tensor | None = None
+        self._kept: list[Tensor] = []
 
     def __call__(self, seen: AttentionSeen | FeedForwardSeen) -> None:
         if isinstance(seen, FeedForwardSeen):
@@ -99,8 +99,13 @@ class Watcher:
         sums = head_figures(seen)
         before = self.attention.get(seen.layer)
         self.attention[seen.layer] = before + sums if before else sums
-        if self.keep is not None and self.kept is None and seen.layer == self.keep[0]:
-            self.kept = seen.weights[0, self.keep[1]].float().cpu()
+        if self.keep is not None and seen.layer == self.keep[0] and seen.position == sum(map(len, self._kept)):
+            self._kept.append(seen.weights[0, self.keep[1]].float().cpu())
+
+    @property
+    def kept(self) -> Tensor | None:
+        """The weights [T, S] of `keep` over the first sequence."""
+        return torch.cat(self._kept) if self._kept else None
 
     def report(self) -> Report:
         heads = [
@@ -134,7 +139,7 @@ def inspect(
     keep: tuple[int, int] | None = None,
     advance: Callable[[int], None] = lambda windows: None,
 ) -> Watcher:
-    """Observes `model` over `batches`; leaves its mode as it was. Memory is O(T × S) for each sequence of a batch."""
+    """Observes `model` over `batches`; leaves its mode as it was."""
     watcher = Watcher(keep)
     training = model.training
     model.eval()

@@ -44,17 +44,17 @@ class HeadFigures(NamedTuple):
 
 
 def head_figures(seen: AttentionSeen) -> HeadFigures:
-    """The figures of one layer's heads over the rows of one forward pass."""
+    """The figures of one layer's heads over some rows of one forward pass."""
     weights, k = seen.weights.double(), seen.sparsity_k.double()
     B, H, T, S = weights.shape
-    null = S - T
-    position = torch.arange(T, device=weights.device)
-    visible = (position + 1 + null).expand(B, H, T)
+    keys = torch.arange(S - seen.null, device=weights.device)
+    position = seen.position + torch.arange(T, device=weights.device)
+    visible = (position + 1 + seen.null).expand(B, H, T)
     row_sum = weights.sum(-1)
     bounded = visible > k
     capped = (weights >= CAPPED_WEIGHT).sum(-1) / k
-    real = weights[..., null:]
-    back = (position.unsqueeze(1) - position).clamp(min=0).double()
+    real = weights[..., seen.null :]
+    back = (position.unsqueeze(1) - keys).clamp(min=0).double()
     distance = (real * back).sum(-1) / real.sum(-1).clamp(min=1e-30)
 
     def total(values: Tensor) -> Tensor:

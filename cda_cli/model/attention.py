@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cda_cli.config import ModelConfig
 from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.layers import HeadNorm, RotaryPositions, solver_settings
-from cda_cli.model.observe import AttentionSeen, Observer
+from cda_cli.model.observe import OBSERVED, AttentionSeen, Observer
 from cda_cli.ops import Backend, soft_topk, soft_topk_attention
 
 
@@ -109,18 +109,24 @@ class Attention(nn.Module):
     def _observed(self, query: Tensor, key: Tensor, value: Tensor, sparsity_k: float | Tensor) -> Tensor:
         """The same output by way of the dense weights, which the observer gets."""
         assert self.observer is not None
-        with torch.autocast(query.device.type, enabled=False):
-            scores = self.scale * query.float() @ key.float().transpose(-1, -2)
-        T, S = scores.shape[-2:]
-        mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
-        if self.config.attention == "softmax":
-            sparsity_k = 1.0
-            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        else:
-            weights = soft_topk(scores, sparsity_k, mask=mask, eps=self.eps, backend=self.backend, **self.solver)
-        k_BHT = torch.as_tensor(sparsity_k, device=scores.device, dtype=torch.float32).expand(scores.shape[:-1])
-        self.observer(AttentionSeen(self.layer, weights.detach(), k_BHT.detach()))
-        return weights.to(value.dtype) @ value
+        B, H, T, _ = query.shape
+        S, dense = key.shape[2], self.config.attention == "softmax"
+        k_BHT = torch.as_tensor(1.0 if dense else sparsity_k, device=query.device, dtype=torch.float32).expand(B, H, T)
+        rows = max(1, OBSERVED // (B * H * S))
+        outputs = []
+        for first, (some, k) in enumerate(zip(query.split(rows, 2), k_BHT.split(rows, 2), strict=True)):
+            before = S - T + first * rows
+            with torch.autocast(query.device.type, enabled=False):
+                scores = self.scale * some.float() @ key.float().transpose(-1, -2)
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(before)
+            if dense:
+                weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+            else:
+                weights = soft_topk(scores, k, mask=mask, eps=self.eps, backend=self.backend, **self.solver)
+            null = self.config.null_kv
+            self.observer(AttentionSeen(self.layer, weights.detach(), k.detach(), null, before - null))
+            outputs.append(weights.to(value.dtype) @ value)
+        return torch.cat(outputs, 2)
 
 
 def _budget_linear(config: ModelConfig) -> nn.Linear:

@@ -1,7 +1,7 @@
 """Watching a forward pass: what each layer selected, for inspection and for the live figures of training.
 
-While a module's `observer` is set, it computes its weights densely and hands them over; memory is then O(T × S), so
-observe a few sequences at a time.
+While a module's `observer` is set, it computes its weights densely and hands them over, at most `OBSERVED` of them at a
+time, or one row: so memory is not O(T × S).
 """
 
 from __future__ import annotations
@@ -18,12 +18,20 @@ if TYPE_CHECKING:
     from cda_cli.model.transformer import Transformer
 
 
+OBSERVED = 2**24  # of 8192 keys and 8 heads 256 rows: in float64, as they are measured, 128 MiB a copy
+
+
 class AttentionSeen(NamedTuple):
-    """Attention of one layer: weights [B, H, T, S] (null keys first), and the k of each row [B, H, T]."""
+    """Attention of one layer, or some of its rows: weights [B, H, T, S], and the k of each row [B, H, T].
+
+    The first `null` keys are null keys; row 0 is the query at `position`, which sees the keys up to that one.
+    """
 
     layer: int
     weights: Tensor
     sparsity_k: Tensor
+    null: int
+    position: int
 
 
 class FeedForwardSeen(NamedTuple):
@@ -38,7 +46,7 @@ Observer = Callable[[AttentionSeen | FeedForwardSeen], None]
 
 @contextmanager
 def observing(model: Transformer, observer: Observer) -> Iterator[None]:
-    """Within it, each layer calls `observer` once a forward pass."""
+    """Within it, each layer calls `observer` in a forward pass: attention for all rows, in order; feed-forward once."""
     watched: list[Attention | FeedForward] = []
     for block in model.each_block():
         watched += (block.attention, block.feed_forward)

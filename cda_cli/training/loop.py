@@ -133,6 +133,9 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
 
         last = setup.step == optim.steps
         if shows_figures(setup.step) or stop:
+            if ahead:  # at a stop: it is in the time that has passed, and not in a later line
+                speed.add(tokens, ahead.loss)
+            inspected = inspected or inspect_first(setup, batches)
             mean = losses.take()
             speed.mark()
             with speed.paused():
@@ -149,7 +152,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                     data_wait=speed.data_wait,
                     **setup.utilisation(speed.tokens_per_second),
                     memory_bytes=peak_memory(setup.device),
-                    layers=layer_means((inspected or inspect_first(setup, batches)).report()),
+                    layers=layer_means(inspected.report()),
                 )
         passed = every.save_minutes > 0 and processes.any(minutes.passed())
         with speed.paused():

@@ -71,24 +71,26 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Loads a state dict, but not the settings in it that a resumed run may change."""
-    kept = ("weight_decay", "betas")
-    configured = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
     if isinstance(optimizer, MuonAndAdamW):
-        optimizer.load_state_dict({name: _placed(state[name], part) for name, part in optimizer.parts.items()})
+        optimizer.load_state_dict({name: _fitted(state[name], part) for name, part in optimizer.parts.items()})
     else:
-        optimizer.load_state_dict(_placed(state, optimizer))
-    for group, settings in zip(optimizer.param_groups, configured, strict=True):
-        group.update(settings)
+        optimizer.load_state_dict(_fitted(state, optimizer))
 
 
-def _placed(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A state dict with its moments sharded as the parameters are."""
+def _fitted(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A state dict with the settings of `optimizer`, as it would have them on another device, and with its moments
+    sharded as the parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {name: placed_like(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    return {**state, "state": moments}
+    kept = ("weight_decay", "betas", "fused", "foreach")
+    groups = [
+        saved | {name: group[name] for name in kept if name in group}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**state, "state": moments, "param_groups": groups}
 
 
 def moments_bytes(optimizer: Optimizer) -> int:

@@ -134,6 +134,24 @@ def test_the_kept_weights_are_those_of_the_first_window() -> None:
     assert run(model).kept is None
 
 
+@pytest.mark.parametrize("at_a_time", [1, 7 * 2 * 13 * 5])
+@pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
+def test_a_long_sequence_is_watched_in_parts(monkeypatch: pytest.MonkeyPatch, attention: str, at_a_time: int) -> None:
+    """One row at a time, or 5 of a batch: the same figures, weights and logits, without all weights at once."""
+    model = build(attention=attention, learned_k=True, null_kv=1)
+    whole, together = run(model, keep=(1, 1)), raw(model)
+    monkeypatch.setattr("cda_cli.model.attention.OBSERVED", at_a_time)
+    found, parts = run(model, keep=(1, 1)), raw(model)
+    assert len(parts) > len(together)
+    assert max(one.weights.numel() for one in parts if isinstance(one, AttentionSeen)) <= max(at_a_time, 7 * 2 * 13)
+    assert found.kept is not None
+    assert whole.kept is not None
+    torch.testing.assert_close(found.kept, whole.kept, atol=1e-6, rtol=0)
+    for part, all_rows in zip(found.report().heads, whole.report().heads, strict=True):
+        assert part == pytest.approx(all_rows, rel=1e-5, abs=1e-5)
+    assert found.report().feed_forward == whole.report().feed_forward
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_as_it_was(training: bool) -> None:
     """In its mode, unwatched, even after an error; and dropout is off meanwhile."""

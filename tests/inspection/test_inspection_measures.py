@@ -43,13 +43,13 @@ def random_seen(B: int, H: int, T: int, null: int, seed: int) -> AttentionSeen:
     kinds = torch.randint(4, weights.shape, generator=generator)
     weights = torch.where(kinds == 0, 1.0, torch.where(kinds == 1, weights * 1e-3, weights))
     weights = torch.where(kinds == 3, 0.0, weights).tril(null)
-    return AttentionSeen(0, weights, 0.5 + 4 * torch.rand(B, H, T, generator=generator))
+    return AttentionSeen(0, weights, 0.5 + 4 * torch.rand(B, H, T, generator=generator), null, 0)
 
 
 def looped(seen: AttentionSeen) -> dict[str, list[float]]:
     """The sums that `head_figures` gives, entry by entry."""
-    B, H, T, S = seen.weights.shape
-    null = S - T
+    B, H, T, _ = seen.weights.shape
+    null = seen.null
     sums = {name: [0.0] * H for name in HeadFigures._fields}
     for b in range(B):
         for h in range(H):
@@ -88,9 +88,26 @@ def test_head_figures_are_those_of_a_loop(B: int, H: int, T: int, null: int) -> 
             assert found[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-9), f"{name} is not what it says"
 
 
+@pytest.mark.parametrize("null", [0, 2])
+@pytest.mark.parametrize("rows", [1, 3, 11])
+def test_figures_of_parts_are_those_of_all_rows(rows: int, null: int) -> None:
+    """Each row keeps its position: what it sees, and how far back it looks."""
+    seen = random_seen(2, 3, 12, null, seed=0)
+    expected = listed(head_figures(seen))
+    parts = [
+        head_figures(AttentionSeen(0, weights, k, null, first))
+        for first, weights, k in zip(
+            range(0, 12, rows), seen.weights.split(rows, 2), seen.sparsity_k.split(rows, 2), strict=True
+        )
+    ]
+    for name, values in listed(sum(parts[1:], start=parts[0])).items():
+        assert values == pytest.approx(expected[name]), name
+
+
 def test_figures_of_two_passes_are_those_of_one() -> None:
     one, other = random_seen(2, 3, 6, 1, 0), random_seen(4, 3, 6, 1, 1)
-    together = AttentionSeen(0, *(torch.cat(pair) for pair in zip(one[1:], other[1:], strict=True)))
+    weights, k = (torch.cat(pair) for pair in zip(one[1:3], other[1:3], strict=True))
+    together = AttentionSeen(0, weights, k, 1, 0)
     for name, values in listed(head_figures(one) + head_figures(other)).items():
         assert values == pytest.approx(listed(head_figures(together))[name])
     activations = torch.randn(6, 5, 9, generator=torch.Generator().manual_seed(0))
@@ -101,7 +118,7 @@ def test_figures_of_two_passes_are_those_of_one() -> None:
 
 def seen_of(rows: list[list[float]], k: float) -> AttentionSeen:
     weights: Tensor = torch.tensor(rows)[None, None]
-    return AttentionSeen(0, weights, torch.full((1, 1, len(rows)), k))
+    return AttentionSeen(0, weights, torch.full((1, 1, len(rows)), k), weights.shape[-1] - len(rows), 0)
 
 
 def test_the_distance_leaves_null_keys_out() -> None:

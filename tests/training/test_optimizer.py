@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._pytree import tree_map_only
 
 from cda_cli.config import ModelConfig, OptimConfig
 from cda_cli.model import Transformer
@@ -215,6 +216,26 @@ def test_the_device_leaves_a_step_out_that_is_not_finite(seen: float, sharded: b
             assert old.equal(new) is not taken
         after, _ = pack_optimizer(optimizer.state_dict())
         assert all(after[name].equal(tensor) is not taken for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_state_of_another_device_goes_on_as_this_one_does(name: str, device: str) -> None:
+    """What was saved where AdamW had no fused steps, or where it had, takes them here."""
+    model = a_model(null_kv=1).to(device)
+    optimizer = build_optimizer(model, OptimConfig(optimizer=name))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for part in state.values() if name == "muon" else [state]:
+        for group in part["param_groups"]:
+            group |= {"fused": None, "foreach": True} if "fused" in group else {}
+    on_cpu = tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
+    restored = build_optimizer(model, OptimConfig(optimizer=name))
+    restore_optimizer(restored, on_cpu)
+    assert {group.get("fused", True) for group in restored.param_groups} == {True}
+    assert step_if_finite(restored, torch.tensor(1.0, device=device)) is (name == "adamw")
 
 
 def test_muon_is_left_to_the_host() -> None:
