@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from synthetic import header, row
+from synthetic import header, on_gpu, row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench, do_bench_cudagraph
@@ -50,14 +50,10 @@ def main(wanted: Sequence[str]) -> None:
         "decoding": decoding_table,
         "adasplash": adasplash_table,
     }
-    if unknown := [name for name in wanted if name not in tables]:
-        sys.exit(f"benchmarks/gpu.py has no table {', '.join(unknown)}; it has {', '.join(tables)}")
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu.py measures on a CUDA device, and there is none")
+    names = on_gpu(wanted, tables)
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}", flush=True)
-    for name, table in tables.items():
-        if not wanted or name in wanted:
-            table()
+    for name in names:
+        tables[name]()
 
 
 def median(function: Callable[[], object], captured: bool = True) -> float:
@@ -139,6 +135,10 @@ def published_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return published_rows(scores.flatten(0, 2), 2.0).view(scores.shape) @ value
 
 
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, device=GPU, dtype=torch.bfloat16)
+
+
 def with_backend(backend: SDPBackend) -> Callable[..., Tensor]:
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -168,7 +168,7 @@ def attention_table() -> None:
     header("Causal attention, bf16, normal q, k, v, ε = 0.1: forward / forward + backward, ms; memory of both",
            "B,H,T,D", *ways, "memory, k = 2 / flash")  # fmt: skip
     for shape in SHAPES:
-        inputs = [torch.randn(shape, device=GPU, dtype=torch.bfloat16) for _ in range(3)]
+        inputs = [normal(*shape) for _ in range(3)]
         cells: list[str] = []
         for name, way in ways.items():
             if (name == "published" and shape not in PUBLISHED_SHAPES) or (name == "k = 64" and shape[2] > 8192):
@@ -190,8 +190,7 @@ def attention_cell(way: Callable[..., Tensor], inputs: Sequence[Tensor], capture
 def decoding_table() -> None:
     header("Decoding, one query against a cache, bf16, ε = 0.1, ms", "B,H,S,D", "SDPA", "k = 2", "k = 8")
     for B, H, S, D in CACHES:
-        query = torch.randn(B, H, 1, D, device=GPU, dtype=torch.bfloat16)
-        cache = [torch.randn(B, H, S, D, device=GPU, dtype=torch.bfloat16) for _ in range(2)]
+        query, cache = normal(B, H, 1, D), [normal(B, H, S, D) for _ in range(2)]
         with torch.no_grad():
             dense = median(lambda query=query, cache=cache: F.scaled_dot_product_attention(query, *cache))  # type: ignore[misc]
             sparse = [median(lambda k=k, query=query, cache=cache: ours(k)(query, *cache)) for k in (2.0, 8.0)]  # type: ignore[misc]
@@ -206,7 +205,7 @@ def adasplash_table() -> None:
 
     header("AdaSplash-2 on inputs as above: forward / forward + backward, ms", "B,H,T,D", "AdaSplash-2", "k = 2")
     for shape in SHAPES:
-        inputs = [torch.randn(shape, device=GPU, dtype=torch.bfloat16) for _ in range(3)]
+        inputs = [normal(*shape) for _ in range(3)]
         theirs, mine = attention_cell(adasplash_v2, inputs, False), attention_cell(ours(2.0), inputs, True)
         row(",".join(map(str, shape)), theirs, mine)
 

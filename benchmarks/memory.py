@@ -13,12 +13,11 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import sys
 import time
 from typing import NamedTuple
 
 import torch
-from synthetic import ATTENTION, header, random_data, row, settings
+from synthetic import ATTENTION, header, on_gpu, random_data, row, settings
 
 from cda_cli.training.memory import forecast
 from cda_cli.training.run import try_steps
@@ -64,8 +63,7 @@ def outcome(case: Case) -> Outcome:
 
 
 def main() -> None:
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/memory.py measures on a CUDA device, and there is none")
+    on_gpu()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     began = time.perf_counter()
     # What compiles takes longest, and starts first.

@@ -1,11 +1,15 @@
-"""Random tokens in place of a text, so that a benchmark needs no data, and the tables of the benchmarks on a GPU."""
+"""Random tokens in place of a text, so that a benchmark needs no data; what the benchmarks on a GPU ask for, and their
+tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cda_cli.config import Config, resolve
 from cda_cli.data import Tokens, TrainBatches, load_tokenizer
@@ -20,6 +24,17 @@ ATTENTION = {"softmax": SOFTMAX, "coordinate-descent": ()}
 def settings(preset: str, sets: Sequence[str] = ()) -> Config:
     """A preset with GPT-2's vocabulary."""
     return resolve(preset=preset, sets=[f"model.vocab_size={VOCABULARY}", *sets])
+
+
+def on_gpu(wanted: Sequence[str] = (), known: Collection[str] = ()) -> list[str]:
+    """What to measure of all that is `known`: what is wanted, or everything. Ends the program where a name is unknown,
+    or where there is no GPU."""
+    program = f"benchmarks/{Path(sys.argv[0]).name}"
+    if unknown := [name for name in wanted if name not in known]:
+        sys.exit(f"{program} has no {', '.join(unknown)}; it has {', '.join(known)}")
+    if not torch.cuda.is_available():
+        sys.exit(f"{program} measures on a CUDA device, and there is none")
+    return [name for name in known if not wanted or name in wanted]
 
 
 def random_data(config: Config) -> RunData:

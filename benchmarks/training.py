@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import nanogpt
 import torch
-from synthetic import ATTENTION, SOFTMAX, header, random_data, row, settings
+from synthetic import ATTENTION, SOFTMAX, header, on_gpu, random_data, row, settings
 
 from cda_cli.config import Config
 from cda_cli.errors import InterruptedRunError
@@ -214,13 +214,10 @@ def _free() -> None:
 
 
 def main(wanted: Sequence[str]) -> None:
-    if unknown := [name for name in wanted if name not in CASES]:
-        sys.exit(f"benchmarks/training.py has no case {', '.join(unknown)}; it has {', '.join(CASES)}")
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/training.py measures on a CUDA device, and there is none")
+    names = on_gpu(wanted, CASES)
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}", flush=True)
     began = time.perf_counter()
-    tables([CASES[name] for name in wanted or CASES], torch.device("cuda"))
+    tables([CASES[name] for name in names], torch.device("cuda"))
     print(f"\n{time.perf_counter() - began:.0f} s for all")
 
 

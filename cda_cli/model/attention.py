@@ -110,21 +110,22 @@ class Attention(nn.Module):
         """The same output by way of the dense weights, which the observer gets."""
         assert self.observer is not None
         B, H, T, _ = query.shape
-        S, dense = key.shape[2], self.config.attention == "softmax"
-        k_BHT = torch.as_tensor(1.0 if dense else sparsity_k, device=query.device, dtype=torch.float32).expand(B, H, T)
+        S, null, softmax = key.shape[2], self.config.null_kv, self.config.attention == "softmax"
+        key_BHDS = key.float().transpose(-1, -2)
+        k = torch.as_tensor(1.0 if softmax else sparsity_k, device=query.device, dtype=torch.float32)
         rows = max(1, OBSERVED // (B * H * S))
         outputs = []
-        for first, (some, k) in enumerate(zip(query.split(rows, 2), k_BHT.split(rows, 2), strict=True)):
-            before = S - T + first * rows
+        blocks = zip(query.split(rows, 2), k.expand(B, H, T).split(rows, 2), strict=True)
+        for number, (some, k_BHT) in enumerate(blocks):
+            before = S - T + number * rows  # keys that come before the first of these queries
             with torch.autocast(query.device.type, enabled=False):
-                scores = self.scale * some.float() @ key.float().transpose(-1, -2)
+                scores = self.scale * some.float() @ key_BHDS
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(before)
-            if dense:
+            if softmax:
                 weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
             else:
-                weights = soft_topk(scores, k, mask=mask, eps=self.eps, backend=self.backend, **self.solver)
-            null = self.config.null_kv
-            self.observer(AttentionSeen(self.layer, weights.detach(), k.detach(), null, before - null))
+                weights = soft_topk(scores, k_BHT, mask=mask, eps=self.eps, backend=self.backend, **self.solver)
+            self.observer(AttentionSeen(self.layer, weights.detach(), k_BHT.detach(), null, before - null))
             outputs.append(weights.to(value.dtype) @ value)
         return torch.cat(outputs, 2)
 

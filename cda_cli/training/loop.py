@@ -203,14 +203,14 @@ def draw(setup: Setup, count: int) -> tuple[list[Batch], dict[str, Any]]:
 
 
 def begins_ahead(config: Config, step: int) -> bool:
-    """Whether the step after `step` may begin before that one is judged, so that the device does not wait for it.
+    """Whether the step after `step`, which shows no figures, may begin before that one is judged, so that the device
+    does not wait for it.
 
     It does so with the same weights and batches as afterwards, for a refused step changes none. But what a checkpoint
     of `step` holds must not move on, as random numbers do; nor what is due first see what comes of it; nor ε be late.
     """
     model, every = config.model, config.run
-    intervals = (every.log_every, every.eval_every, every.sample_every, every.save_every)
-    anything_due = step == config.optim.steps or any(due(step, interval) for interval in intervals)
+    anything_due = any(due(step, interval) for interval in (every.eval_every, every.sample_every, every.save_every))
     return not (anything_due or model.dropout or model.eps_anneal_start is not None)
 
 

@@ -70,7 +70,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads a state dict, but not the settings in it that a resumed run may change."""
+    """Loads a state dict, but not the settings in it: those of a run's configuration and device may have changed."""
     if isinstance(optimizer, MuonAndAdamW):
         optimizer.load_state_dict({name: _fitted(state[name], part) for name, part in optimizer.parts.items()})
     else:
@@ -78,16 +78,14 @@ def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def _fitted(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A state dict with the settings of `optimizer`, as it would have them on another device, and with its moments
-    sharded as the parameters are."""
+    """A state dict with the settings of `optimizer`, and with its moments sharded as the parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {name: placed_like(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    kept = ("weight_decay", "betas", "fused", "foreach")
     groups = [
-        saved | {name: group[name] for name in kept if name in group}
+        group | {"params": saved["params"]}
         for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     return {**state, "state": moments, "param_groups": groups}

@@ -3,6 +3,7 @@ with deterministic settings in float32 and bf16, compiled and not."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,6 +145,9 @@ def test_what_a_stopped_run_had_begun_is_begun_again(
     trained_afresh(asked_for, tmp_path / "run")
     for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
         assert (locate(tmp_path / "run") / name).read_bytes() == (locate(tmp_path / "each") / name).read_bytes(), name
+    states = [json.loads((locate(tmp_path / run) / "state.json").read_text()) for run in ("run", "each")]
+    found, expected = ({name: value for name, value in state.items() if name != "config"} for state in states)
+    assert found == expected, "the position in the data, or the optimizer's state, is another"
 
 
 @pytest.mark.parametrize(("case", "settings"), ON_REQUEST, ids=str)
