@@ -9,7 +9,6 @@ import math
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +17,7 @@ from cda_cli.model.attention import Attention
 from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.feed_forward import FeedForward
 from cda_cli.model.layers import make_norm
+from cda_cli.model.loss import cross_entropy
 from cda_cli.ops import Backend
 
 
@@ -85,8 +85,7 @@ class Transformer(nn.Module):
         logits_BTV = self.to_logits(self.norm(x_BTC))
         if targets_BT is None:
             return logits_BTV
-        losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
-        return losses.view_as(targets_BT)
+        return cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten()).view_as(targets_BT)
 
     def compile_parts(self) -> None:
         """Compiles the blocks, and what follows them, each by itself: for whatever works between them."""
