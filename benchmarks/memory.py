@@ -4,8 +4,9 @@ it.
 
     python benchmarks/memory.py
 
-Presets tiny, small and base with GPT-2's vocabulary, both kinds of attention, with and without torch.compile and
-activation checkpointing. Each case has a process of its own, several at a time; the whole takes about two minutes.
+Presets tiny, small and base with GPT-2's vocabulary, both kinds of attention, with and without torch.compile (and CUDA
+graphs) and activation checkpointing. Each case has a process of its own, several at a time; the whole takes about two
+minutes.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import NamedTuple
 import torch
 from synthetic import ATTENTION, header, on_gpu, random_data, row, settings
 
+from cda_cli.training.distribution import ALONE
 from cda_cli.training.memory import forecast
 from cda_cli.training.run import try_steps
-from cda_cli.training.setup import build, choose
+from cda_cli.training.setup import build, captures, choose
 
 PRESETS = ("tiny", "small", "base")
 BATCH = 8  # so that a few of the largest fit beside each other
@@ -56,7 +58,8 @@ def outcome(case: Case) -> Outcome:
     )
     device = torch.device("cuda")
     began = time.perf_counter()
-    expected = forecast(config, device, torch.bfloat16, case.compiled, choose(config, device))
+    captured = captures(config, device, case.compiled, ALONE, print)
+    expected = forecast(config, device, torch.bfloat16, case.compiled, captured, choose(config, device))
     seconds = time.perf_counter() - began
     setup = build(config, random_data(config))
     return Outcome(expected.peak, try_steps(setup)[1], seconds)

@@ -7,8 +7,8 @@
 vocabulary of bytes, which the presets have of their own, the attention is a larger part of a step. Beside nanoGPT's
 step stands that of a model with its parts: learned positions, LayerNorm, and no norm of queries and keys. `cda`'s
 figures are those of its whole loop on a wall clock, over as many steps as lie between two lines of figures, with one
-such line. Memory is the most that PyTorch's allocator had given out at once in such steps, without that line; with CUDA
-graphs it has been set apart before. Reserved is what the allocator has of the GPU in the end.
+such line. Memory is the most that PyTorch's allocator had given out at once in such steps, without that line; not with
+CUDA graphs, for which it has been set apart before. Reserved is what the allocator has of the GPU in the end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup, build
 
 WARM = 5
-GRAPHS = ", CUDA graphs"
+SINGLY = ", no CUDA graphs"
 BYTES = "model.vocab_size=257"
 GPT2 = ("model.position=learned", "model.norm=layernorm", "model.qk_norm=false")
 
@@ -104,11 +104,11 @@ class Clock:
 
 
 class Measured(NamedTuple):
-    """`seconds` of a step; `memory`, its peak in bytes; `waited`, the share of it that went into waiting for data;
-    `saving`, seconds of a save."""
+    """`seconds` of a step; `memory`, its peak in bytes, unless it was set apart; `waited`, the share of it that went
+    into waiting for data; `saving`, seconds of a save."""
 
     seconds: float
-    memory: int
+    memory: int | None
     waited: float | None = None
     saving: float | None = None
 
@@ -123,7 +123,7 @@ def measure(setup: Setup) -> Measured:
             train(setup, Path(folder), metrics, clock, setup.processes.agreed(stop), Patience(0))
         metrics.close()
     seconds = (clock.times[WARM + steps] - clock.times[WARM]) / steps
-    return Measured(seconds, clock.memory, clock.figures["data_wait"])
+    return Measured(seconds, None if setup.graphs else clock.memory, clock.figures["data_wait"])
 
 
 def measure_nanogpt(config: Config, device: torch.device) -> Measured:
@@ -163,7 +163,7 @@ def rows(case: Case, device: torch.device) -> Iterator[tuple[str, Config, Measur
         yield "softmax, parts of GPT-2", *whole_loop(case, [*SOFTMAX, *GPT2])
     for name, sets in ATTENTION.items():
         yield name, *whole_loop(case, sets, saves=case.beside and name == "softmax")
-        yield name + GRAPHS, *whole_loop(case, [*sets, "run.cuda_graphs=true"])
+        yield name + SINGLY, *whole_loop(case, [*sets, "run.cuda_graphs=false"])
 
 
 def whole_loop(case: Case, sets: Sequence[str], saves: bool = False) -> tuple[Config, Measured]:
@@ -185,14 +185,14 @@ def tables(cases: Sequence[Case], device: torch.device) -> None:
             model, optim = config.model, config.optim
             seconds[name] = found.seconds
             speed = optim.batch_size * optim.grad_accum * model.seq_len / found.seconds
-            softmax = "softmax" + GRAPHS * config.run.cuda_graphs
+            softmax = "softmax" + SINGLY * name.endswith(SINGLY)
             batch = f"{optim.batch_size} × {optim.grad_accum}" if optim.grad_accum > 1 else optim.batch_size
             row(
                 f"{case.preset}, {model.vocab_size}, {model.seq_len}, {batch}",
                 name,
                 f"{speed / 1e3:.1f} k",
                 *(f"{seconds[one] / found.seconds:.2f}" if one in seconds else "–" for one in ("nanoGPT", softmax)),
-                "–" if config.run.cuda_graphs else f"{found.memory / 2**30:.2f}",
+                "–" if found.memory is None else f"{found.memory / 2**30:.2f}",
                 f"{torch.cuda.memory_reserved() / 2**30:.2f}",
                 *(f"{speed * flops / peak:.1%}" if peak else "–" for flops in flops_per_token(config, backend)),
                 "–" if found.waited is None else f"{found.waited:.2%}",

@@ -131,8 +131,8 @@ class RunConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the matrix products.")
     compile: bool | None = Field(None, description="torch.compile; null: on a GPU only.")
-    cuda_graphs: bool = Field(
-        False, description="Launch forward and backward of a batch whole: faster where the GPU waits for the host."
+    cuda_graphs: bool | None = Field(
+        None, description="Launch forward and backward of a batch whole, as a CUDA graph; null: where that is possible."
     )
     deterministic: bool = Field(
         False, description="PyTorch's deterministic algorithms: the same bits each time on one kind of GPU."

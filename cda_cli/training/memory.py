@@ -50,15 +50,16 @@ class _Kept(NamedTuple):
     logits: int
 
 
-def forecast(config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, choice: Choice) -> Forecast:
-    """Of a training step with `config`; `choice` is the backend of its layers."""
+def forecast(
+    config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, captured: bool, choice: Choice
+) -> Forecast:
+    """Of a training step with `config`; `captured`: as CUDA graphs; `choice` is the backend of its layers."""
     model, optim = config.model, config.optim
     weights = 4 * _parameters(model)
     matrices = 4 * _parameters(model, lambda name, p: p.ndim == 2 and name.startswith("blocks."))
     optimizer = 2 * weights - (matrices if optim.optimizer == "muon" else 0)  # Muon keeps one tensor, AdamW two
     average = weights if optim.ema_decay else 0
-    captured = config.run.cuda_graphs and compiled and device.type == "cuda"  # gradients then keep their places
-    accumulated = weights if optim.grad_accum > 1 or captured else 0
+    accumulated = weights if optim.grad_accum > 1 or captured else 0  # graphs know gradients by their places
     workspaces, scratch = _workspaces(device), _scratch(config, device, choice)
     if compiled:
         kept = _kept_compiled(config, device, dtype)

@@ -139,7 +139,8 @@ def dry_run(config: Config, run: Path, resume: str, display: Display, stop: Stop
         setup = _set_up(config, run, checkpoint, display, stop, ALONE, spare_cache=Path(cache))
         plan, choice = make_plan(setup, run), choose(setup.config, setup.device)
         followed = choice.name != "colt5"
-        expected = forecast(setup.config, setup.device, setup.dtype, plan.compiled, choice) if followed else None
+        parts = plan.compiled, plan.cuda_graphs, choice
+        expected = forecast(setup.config, setup.device, setup.dtype, *parts) if followed else None
         loss, peak = try_steps(setup)
         name = "Muon and AdamW" if setup.config.optim.optimizer == "muon" else "AdamW"
         return DryRun(plan, loss, name, expected, peak, on_gpu=setup.device.type == "cuda")

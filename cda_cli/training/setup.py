@@ -296,14 +296,14 @@ def compiles(config: Config, device: torch.device, note: Callable[[str], None]) 
 def captures(
     config: Config, device: torch.device, is_compiled: bool, processes: Processes, note: Callable[[str], None]
 ) -> bool:
-    """Whether gradients are captured as CUDA graphs: as asked for, where that is possible.
+    """Whether gradients are captured as CUDA graphs: where that is possible, unless they are asked not to be.
 
     The operator in PyTorch looks at its results to go on, which a graph cannot.
     """
-    if not config.run.cuda_graphs:
+    if config.run.cuda_graphs is False:
         return False
     kernels = not selects(config.model) or choose(config, device).name == "triton"
     possible = device.type == "cuda" and is_compiled and processes.count == 1 and kernels
-    if not possible:
+    if config.run.cuda_graphs and not possible:
         note("CUDA graphs are off: they take one process, a GPU, torch.compile, and the operator's backend triton")
     return possible

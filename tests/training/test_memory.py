@@ -34,7 +34,7 @@ def a_config(model: dict[str, Any] | None = None, checkpointing: bool = False, *
 
 
 def of(config: Config, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Forecast:
-    return forecast(config, CPU, dtype, compiled, Choice("torch", "a test"))
+    return forecast(config, CPU, dtype, compiled, False, Choice("torch", "a test"))
 
 
 def measured(config: Config, dtype: torch.dtype) -> int:
