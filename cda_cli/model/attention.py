@@ -112,10 +112,12 @@ class Attention(nn.Module):
         B, H, T, _ = query.shape
         S, null, softmax = key.shape[2], self.config.null_kv, self.config.attention == "softmax"
         key_BHDS = key.float().transpose(-1, -2)
-        k = torch.as_tensor(1.0 if softmax else sparsity_k, device=query.device, dtype=torch.float32)
+        k = 1.0 if softmax else sparsity_k
+        if not isinstance(k, Tensor):
+            k = torch.full((), k, device=query.device)  # filled there: a copy would wait for the GPU
         rows = max(1, OBSERVED // (B * H * S))
         outputs = []
-        blocks = zip(query.split(rows, 2), k.expand(B, H, T).split(rows, 2), strict=True)
+        blocks = zip(query.split(rows, 2), k.float().expand(B, H, T).split(rows, 2), strict=True)
         for number, (some, k_BHT) in enumerate(blocks):
             before = S - T + number * rows  # keys that come before the first of these queries
             with torch.autocast(query.device.type, enabled=False):

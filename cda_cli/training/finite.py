@@ -10,13 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cda_cli.errors import CheckpointError, TrainingError
 from cda_cli.storage import list_steps, step_folder, verify
+
+
+class StepValues(NamedTuple):
+    """Loss and gradient norm of a step, and their sum, which is not finite where one of them is not."""
+
+    loss: float
+    norm: float
+    sum: float
 
 
 class StepNumbers:
@@ -31,12 +39,11 @@ class StepNumbers:
         self._values = torch.stack((loss, norm, self.sum)).to("cpu", non_blocking=loss.is_cuda)
         self._arrived = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
 
-    def read(self) -> list[float]:
-        """Loss, norm and sum, which this waits for."""
+    def read(self) -> StepValues:
+        """Waits for them."""
         if self._arrived:
             self._arrived.synchronize()
-        values: list[float] = self._values.tolist()
-        return values
+        return StepValues(*self._values.tolist())
 
 
 class Refusals:
@@ -50,12 +57,12 @@ class Refusals:
 
     def refuses(self, numbers: StepNumbers) -> bool:
         """Whether the step with these numbers must not reach the weights."""
-        loss, norm, both = numbers.read()
-        if math.isfinite(both):
+        values = numbers.read()
+        if math.isfinite(values.sum):
             self._in_a_row = 0
             return False
         self._in_a_row += 1
-        self._saw = f"loss {loss:.4g}, gradient norm {norm:.4g}"
+        self._saw = f"loss {values.loss:.4g}, gradient norm {values.norm:.4g}"
         return True
 
     def figures(self, step: int) -> dict[str, Any]:

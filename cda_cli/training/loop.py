@@ -7,6 +7,7 @@ after the step in hand, by saving.
 from __future__ import annotations
 
 import gc
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,8 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
     """
     optim, every = setup.config.optim, setup.config.run
     model, optimizer, processes = setup.model, setup.optimizer, setup.processes
-    speed, losses = Speed(), Losses()
+    speed = Speed()
+    losses: list[float] = []  # since the last line of figures
     minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
     saved = setup.step if setup.position is not None else None
     ahead: Begun | None = None
@@ -93,18 +95,20 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         eps = annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps)
         model.set_attention_eps(eps)
         batches, setup.position, loss = ahead or begin(setup, speed)
-        norm = clip_gradients(model, optim.clip)
-        numbers = StepNumbers(loss, norm)
+        numbers = StepNumbers(loss, clip_gradients(model, optim.clip))
         launched = step_if_finite(optimizer, numbers.sum)
         ahead, inspected = None, None
         if launched:
             optimizer.zero_grad(set_to_none=True)
             processes.gather_ahead(setup.compiled)
             # While the device takes the step, and its numbers are still on their way.
-            if shows_figures(setup.step + 1):
-                inspected = inspect_first(setup, batches)
-            elif setup.step + 1 > first and begins_ahead(setup.config, setup.step + 1):
+            shows, aside = shows_figures(setup.step + 1), setup.aside
+            if shows and aside:
+                aside.wait_stream(torch.cuda.current_stream(setup.device))  # for these weights, not for what comes now
+            if setup.step + 1 > first and begins_ahead(setup.config, setup.step + 1) and (aside or not shows):
                 ahead = begin(setup, speed)
+            if shows:
+                inspected = inspect_first(setup, batches, aside)
         stop.agree()
         if refusals.refuses(numbers):
             if not launched:
@@ -127,33 +131,31 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         setup.validation_loss = None
         tokens = sum(batch.inputs.numel() for batch in batches)
         setup.tokens += tokens
-        losses.add(loss)
-        speed.add(tokens, loss)
+        losses.append(numbers.read().loss)
+        speed.add(tokens)
         display.advance(setup.step)
 
         last = setup.step == optim.steps
         if shows_figures(setup.step) or stop:
-            if ahead:  # at a stop: it is in the time that has passed, and not in a later line
-                speed.add(tokens, ahead.loss)
-            inspected = inspected or inspect_first(setup, batches)
-            mean = losses.take()
             speed.mark()
-            with speed.paused():
-                record(
-                    "train",
-                    loss=mean,
-                    bits_per_byte=bits_per_byte(mean, setup.data.bytes_per_token),
-                    lr=rate,
-                    eps=eps,
-                    grad_norm=norm.item(),
-                    tokens=setup.tokens,
-                    tokens_per_second=speed.tokens_per_second,
-                    seconds_left=speed.seconds_left(optim.steps - setup.step),
-                    data_wait=speed.data_wait,
-                    **setup.utilisation(speed.tokens_per_second),
-                    memory_bytes=peak_memory(setup.device),
-                    layers=layer_means(inspected.report()),
-                )
+            layers = (inspected or inspect_first(setup, batches)).layers()
+            mean = statistics.fmean(losses)
+            losses.clear()
+            record(
+                "train",
+                loss=mean,
+                bits_per_byte=bits_per_byte(mean, setup.data.bytes_per_token),
+                lr=rate,
+                eps=eps,
+                grad_norm=numbers.read().norm,
+                tokens=setup.tokens,
+                tokens_per_second=speed.tokens_per_second,
+                seconds_left=speed.seconds_left(optim.steps - setup.step),
+                data_wait=speed.data_wait,
+                **setup.utilisation(speed.tokens_per_second),
+                memory_bytes=peak_memory(setup.device),
+                layers=layers,
+            )
         passed = every.save_minutes > 0 and processes.any(minutes.passed())
         with speed.paused():
             if (due(setup.step, every.eval_every) or last) and not stop:
@@ -203,15 +205,15 @@ def draw(setup: Setup, count: int) -> tuple[list[Batch], dict[str, Any]]:
 
 
 def begins_ahead(config: Config, step: int) -> bool:
-    """Whether the step after `step`, which shows no figures, may begin before that one is judged, so that the device
-    does not wait for it.
+    """Whether the step after `step` may begin before that one is judged, so that the device does not wait for it.
 
     It does so with the same weights and batches as afterwards, for a refused step changes none. But what a checkpoint
     of `step` holds must not move on, as random numbers do; nor what is due first see what comes of it; nor ε be late.
     """
     model, every = config.model, config.run
     anything_due = any(due(step, interval) for interval in (every.eval_every, every.sample_every, every.save_every))
-    return not (anything_due or model.dropout or model.eps_anneal_start is not None)
+    last = step == config.optim.steps
+    return not (last or anything_due or model.dropout or model.eps_anneal_start is not None)
 
 
 def save(setup: Setup, run: Path) -> Path:
@@ -221,22 +223,6 @@ def save(setup: Setup, run: Path) -> Path:
         publish(run, **contents)
     setup.processes.wait()
     return step_folder(run, setup.step)
-
-
-class Losses:
-    """The losses since the last line of figures; read from the device only when they are taken."""
-
-    def __init__(self) -> None:
-        self._losses: list[Tensor] = []
-
-    def add(self, loss: Tensor) -> None:
-        self._losses.append(loss)
-
-    def take(self) -> float:
-        """Their mean; the next one begins anew."""
-        mean = torch.stack(self._losses).mean().item()
-        self._losses.clear()
-        return mean
 
 
 def validate(setup: Setup, stop: StopRequest) -> Evaluation | None:
@@ -258,11 +244,23 @@ def averaged_figures(setup: Setup, stop: StopRequest) -> dict[str, float]:
     return {f"ema_{name}": getattr(result, name) for name in ("loss", "bits_per_byte")} if result else {}
 
 
-def inspect_first(setup: Setup, batches: list[Batch]) -> Watcher:
+class Inspected(NamedTuple):
+    """What each layer selected, or what is on its way there on a stream."""
+
+    watcher: Watcher
+    stream: torch.cuda.Stream | None
+
+    def layers(self) -> list[dict[str, float]]:
+        with torch.cuda.stream(self.stream):
+            return layer_means(self.watcher.report())
+
+
+def inspect_first(setup: Setup, batches: list[Batch], stream: torch.cuda.Stream | None = None) -> Inspected:
     """What each layer selects, on the first sequence of a step."""
     first = Batch(batches[0].inputs[:1], batches[0].targets[:1])
-    with torch.compiler.set_stance("force_eager"):  # what fsdp compiles in place would be so once more
-        return inspect(setup.model, [first], setup.device, setup.dtype)
+    # What fsdp compiles in place would be compiled once more.
+    with torch.compiler.set_stance("force_eager"), torch.cuda.stream(stream):
+        return Inspected(inspect(setup.model, [first], setup.device, setup.dtype), stream)
 
 
 def sample(setup: Setup, stop: StopRequest) -> str:

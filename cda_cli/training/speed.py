@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from torch import Tensor
-
 WINDOW = 20  # intervals between two lines of figures
 
 
@@ -39,12 +37,11 @@ class Speed:
         self._waited = 0.0
         self._marks = 0
 
-    def add(self, tokens: int, loss: Tensor) -> None:
-        """A step is done, or on its way on the device, with this many tokens and this loss."""
+    def add(self, tokens: int) -> None:
+        """A step of so many tokens is done."""
         self._steps += 1
         self._tokens += tokens
         if not self._marks:
-            loss.item()  # waits for the device
             self.mark()
 
     def mark(self) -> None:

@@ -21,7 +21,7 @@ from cda_cli.model import Transformer
 from cda_cli.signals import StopRequest
 from cda_cli.storage import list_steps
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
-from cda_cli.training.loop import Losses, due
+from cda_cli.training.loop import due
 from cda_cli.training.run import run_training
 from tests.training.helpers import Memory, changed, losses, trained
 
@@ -89,16 +89,6 @@ def test_clip_0_leaves_the_gradients() -> None:
     before = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     assert clip_gradients(model, 0.0).item() > 0
     assert all(a.equal(b) for a, b in zip(gradients(model), before, strict=True))
-
-
-def test_the_losses_of_a_line_are_their_mean() -> None:
-    """And the next line begins anew."""
-    kept = Losses()
-    for value in (1.0, 2.0, 6.0):
-        kept.add(torch.tensor(value))
-    assert kept.take() == 3.0
-    kept.add(torch.tensor(5.0))
-    assert kept.take() == 5.0
 
 
 @pytest.mark.parametrize(("step", "interval", "expected"), [(6, 3, True), (7, 3, False), (5, 0, False), (1, 1, True)])

@@ -86,9 +86,6 @@ class Clock:
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
 
-LOSS = torch.tensor(0.0)
-
-
 def test_speed_is_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation and saving are paused."""
     clock = Clock(monkeypatch)
@@ -96,7 +93,7 @@ def test_speed_is_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speed.tokens_per_second == speed.data_wait == 0
     assert speed.seconds_left(5) is None
     clock.now = 100.0
-    speed.add(50, LOSS)
+    speed.add(50)
     assert speed.tokens_per_second == 0.5, "better than nothing"
     speed.mark()
     assert speed.tokens_per_second == 0.5, "no step since"
@@ -105,7 +102,7 @@ def test_speed_is_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         clock.now = 1000.0
     clock.now += 3.0
     for _ in range(10):
-        speed.add(50, LOSS)
+        speed.add(50)
     speed.mark()
     assert speed.tokens_per_second == 100
     assert speed.seconds_left(4) == 2.0
@@ -117,7 +114,7 @@ def test_speed_is_right_in_the_first_line_of_figures(monkeypatch: pytest.MonkeyP
     speed = Speed()
     for seconds in [60.0] + [0.5] * 9:
         clock.now += seconds
-        speed.add(10, LOSS)
+        speed.add(10)
     speed.mark()
     assert speed.tokens_per_second == 20
     assert speed.seconds_left(100) == 50
@@ -129,7 +126,7 @@ def test_speed_follows_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     speed = Speed()
     for seconds in [1.0] * 50 + [4.0] * WINDOW:
         clock.now += seconds
-        speed.add(8, LOSS)
+        speed.add(8)
         speed.mark()
     assert speed.tokens_per_second == 2
     assert speed.seconds_left(3) == 12
@@ -142,7 +139,7 @@ def test_the_wait_for_data_is_a_share_of_the_steps(monkeypatch: pytest.MonkeyPat
         with speed.waiting():
             clock.now += 1.0
         clock.now += 3.0
-        speed.add(8, LOSS)
+        speed.add(8)
     speed.mark()
     assert speed.data_wait == 0.25
 
