@@ -1,6 +1,7 @@
 """What every test shares."""
 
 import os
+from collections.abc import Iterator
 
 # The tensors of the tests are small: a second thread only waits for the first, and starves whatever else runs.
 # Set before torch is imported; the processes that tests start inherit it.
@@ -8,8 +9,32 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # As `run.deterministic` sets it. Here other tests use cuBLAS first, which then reads it for the whole process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import pytest
 import torch
+from torch import Tensor
 
 # Without a GPU the kernels run in Triton's interpreter, which is chosen when they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+FENCE, MARK = 64, 12345.0
+
+
+@pytest.fixture
+def fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """Every new tensor lies inside a larger one, poisoned; the borders must stand at the end."""
+    made: list[Tensor] = []
+
+    def new_empty(self: Tensor, *shape: object, dtype: torch.dtype | None = None, **_: object) -> Tensor:
+        sizes = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+        whole = torch.full((sizes.numel() + 2 * FENCE,), MARK, device=self.device, dtype=dtype or self.dtype)
+        whole[FENCE : FENCE + sizes.numel()] = torch.nan if whole.is_floating_point() else -(2**30)
+        made.append(whole)
+        return whole[FENCE : FENCE + sizes.numel()].view(sizes)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield made
+    for whole in made:
+        mark = torch.full((FENCE,), MARK, dtype=whole.dtype)
+        assert torch.equal(whole[:FENCE].cpu(), mark), "something was written before the start"
+        assert torch.equal(whole[-FENCE:].cpu(), mark), "something was written past the end"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.cache import KeyValueCache
-from cda_cli.model.layers import HeadNorm, RotaryPositions, solver_settings
+from cda_cli.model.layers import EPS, HeadNorm, RotaryPositions, solver_settings
 from cda_cli.model.observe import OBSERVED, AttentionSeen, Observer
-from cda_cli.ops import Backend, soft_topk, soft_topk_attention
+from cda_cli.ops import Backend, choose_backend, soft_topk, soft_topk_attention
 
 
 class Attention(nn.Module):
@@ -40,8 +40,9 @@ class Attention(nn.Module):
         self.to_gate = _budget_linear(config) if config.output_gate else None
 
     def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        query, key, value, budgets = self._projections(x_BTC)
-        query, key, value = self._placed(query, key, value, cache)
+        projected, linears = self._projected(x_BTC)
+        query, key, value, rest = self._placed(projected, cache)
+        budgets = self._budgets(x_BTC, rest, linears)
         # k of each row: a number, or [B, H, T] where it is learned.
         sparsity_k = self.config.attn_k if self.to_learned_k is None else budgets.pop(0)
         if self.observer is not None:
@@ -54,43 +55,56 @@ class Attention(nn.Module):
             out_BHTD = out_BHTD * budgets.pop(0).unsqueeze(-1)
         return self.to_out(rearrange(out_BHTD, "b h t d -> b t (h d)"))
 
-    def _projections(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """query, key, value [B, T, H, D]; and of each linear that gives a number per head (the learned k, the gate)
-        1 + (attn_k − 1)·sigmoid, [B, H, T]."""
-        H, D = self.heads, self.config.head_width
+    def _projected(self, x_BTC: Tensor) -> tuple[Tensor, list[nn.Linear]]:
+        """The H heads each of queries, keys and values, [B, T, 3H, D], and the linears that give a number per head (the
+        learned k, the gate); compiled, more heads hold the columns of these."""
         linears = [linear for linear in (self.to_learned_k, self.to_gate) if linear is not None]
+        weight = self.to_qkv.weight
         if linears and torch.compiler.is_compiling():
-            # Further heads of one product: on a GPU one of so few columns for each takes as long as many do.
-            weight = torch.cat((self.to_qkv.weight, *(linear.weight for linear in linears)))
-            whole_heads = F.pad(weight, (0, 0, 0, -len(weight) % D))
-            heads = rearrange(F.linear(x_BTC, whole_heads), "b t (g d) -> b t g d", d=D)
-            query, key, value, rest = heads.split((H, H, H, heads.shape[2] - 3 * H), dim=2)
-            columns = rest.flatten(2).split(H, dim=-1)
+            # Of one product: on a GPU one of so few columns for each takes as long as many do.
+            weight = torch.cat((weight, *(linear.weight for linear in linears)))
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % self.config.head_width))
+        return rearrange(F.linear(x_BTC, weight), "b t (g d) -> b t g d", d=self.config.head_width), linears
+
+    def _budgets(self, x_BTC: Tensor, rest: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
+        """1 + (attn_k − 1)·sigmoid of each linear, [B, H, T]; `rest` are the heads after queries, keys and values."""
+        if rest.shape[2]:
+            columns = rest.flatten(2).split(self.heads, dim=-1)
             logits = [column + linear.bias for column, linear in zip(columns, linears, strict=False)]
         else:
-            query, key, value = rearrange(self.to_qkv(x_BTC), "b t (g d) -> b t g d", d=D).chunk(3, dim=2)
             logits = [linear(x_BTC) for linear in linears]
-        budgets = [1 + (self.config.attn_k - 1) * rearrange(x, "b t h -> b h t").sigmoid() for x in logits]
-        return query, key, value, budgets
+        return [1 + (self.config.attn_k - 1) * rearrange(x, "b t h -> b h t").sigmoid() for x in logits]
 
-    def _placed(
-        self, query: Tensor, key: Tensor, value: Tensor, cache: KeyValueCache | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """query [B, H, T, D]; key and value [B, H, S, D], the null and cached ones in front."""
-        # Heads move in front of positions last: in the memory's own order norm, rotation and their gradients are one
-        # kernel each when compiled, and the gradients of the three are written where the product reads them.
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if self.rotary is not None:
-            start = cache.length if cache is not None else 0
-            query, key = self.rotary(query, start), self.rotary(key, start)
+    def _placed(self, projected: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """query [B, H, T, D]; key and value [B, H, S, D], the null and cached ones in front; the heads after them."""
+        H, norms, rotary = self.heads, (self.query_norm, self.key_norm), self.rotary
+        # Heads move in front of positions last: in the memory's own order norm, rotation and their gradients are few
+        # kernels when compiled, and the gradients of the three are written where the product reads them.
+        if norms[0] and norms[1] and rotary and cache is None and self._has_kernels(projected):
+            from cda_cli.model.heads import norm_and_rotate
+
+            gains = norms[0].weight, norms[1].weight
+            query, key, value, rest = norm_and_rotate(projected, *gains, rotary.cos, rotary.sin, H, EPS)
+        else:
+            query, key, value, rest = projected.split((H, H, H, projected.shape[2] - 3 * H), dim=2)
+            if norms[0] and norms[1]:
+                query, key = norms[0](query), norms[1](key)
+            if rotary:
+                start = cache.length if cache is not None else 0
+                query, key = rotary(query, start), rotary(key, start)
         query, key, value = (rearrange(heads, "b t h d -> b h t d") for heads in (query, key, value))
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
         if self.config.null_kv:
             null_key, null_value = self.null_kv.to(key.dtype).unsqueeze(1).expand(-1, len(query), -1, -1, -1)
             key, value = torch.cat((null_key, key), 2), torch.cat((null_value, value), 2)
-        return query, key, value
+        return query, key, value, rest
+
+    def _has_kernels(self, projected: Tensor) -> bool:
+        """Whether what is around the operator may run as Triton kernels too."""
+        if self.backend not in ("auto", "triton"):
+            return False
+        return choose_backend(self.backend, "exact", projected.device, projected.dtype).name == "triton"
 
     def _soft_topk_attention(self, query: Tensor, key: Tensor, value: Tensor, sparsity_k: float | Tensor) -> Tensor:
         output = soft_topk_attention(

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from cda_cli.config import ModelConfig
 from cda_cli.ops import Backend, Choice, SolverSettings, choose_backend
 
+EPS = 1e-6  # of the norms
+
 
 def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.dim) if config.norm == "layernorm" else RMSNorm(config.dim)
@@ -33,10 +35,10 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-6)
+        super().__init__(width, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), EPS)
 
 
 class HeadNorm(RMSNorm):
@@ -45,7 +47,7 @@ class HeadNorm(RMSNorm):
     def forward(self, x_BTHD: Tensor) -> Tensor:
         # A gain for each head until the gradient of each is summed: over B·T·H rows of D the compiler sums more slowly.
         gain_HD = self.weight.expand(x_BTHD.shape[-2], -1).contiguous()
-        return (F.rms_norm(x_BTHD, self.normalized_shape, None, self.eps) * gain_HD).to(x_BTHD.dtype)
+        return (F.rms_norm(x_BTHD, self.normalized_shape, None, EPS) * gain_HD).to(x_BTHD.dtype)
 
 
 class RotaryPositions(nn.Module):

@@ -1,0 +1,141 @@
+"""Norm and rotation of queries and keys by one kernel each way, where a GPU runs Triton.
+
+Compiled, the gradient of the gains would read all that the gradient of the heads does once more, and values and their
+gradients would be copied apart. Shapes: B batch, T positions, H heads, G heads of a projection, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from cda_cli.model.heads_kernels import backward_kernel, forward_kernel
+
+ROWS = 32
+
+
+class Heads(NamedTuple):
+    """query, key, value [B, T, H, D], and what else was projected, [B, T, G − 3H, D]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rest: Tensor
+
+
+def norm_and_rotate(
+    projected: Tensor, query_gain: Tensor, key_gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> Heads:
+    """`HeadNorm` and `RotaryPositions` of the first 2H heads of `projected` [B, T, G, D], from position 0 on.
+
+    Gains [D], float32; the tables `cos` and `sin` [at least T, D] of `RotaryPositions`, float32; D is even. The
+    arithmetic is float32, and the result, rounded once, has the dtype of `projected`.
+    """
+    tensors = (projected.contiguous(), query_gain, key_gain, cos, sin)
+    return Heads(*_NormAndRotate.apply(*tensors, heads, eps))  # type: ignore[no-untyped-call]
+
+
+class _NormAndRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: Tensor,
+        query_gain: Tensor,
+        key_gain: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(projected, query_gain, key_gain, cos, sin)
+        ctx.eps = eps
+        query, key = heads_forward(projected, query_gain, key_gain, cos, sin, heads, eps)
+        return query, key, *projected[:, :, 2 * heads :].split((heads, projected.shape[2] - 3 * heads), dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        projected, gain_parts = heads_backward(*grads, *ctx.saved_tensors, ctx.eps)
+        query_gain, key_gain = gain_parts.sum(1)
+        return projected, query_gain, key_gain, None, None, None, None
+
+
+@torch.library.custom_op("cda::heads_forward", mutates_args=())
+def heads_forward(
+    projected: Tensor, query_gain: Tensor, key_gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """query and key [B, T, H, D], see `heads.norm_and_rotate`; `projected` is contiguous."""
+    B, T, G, D = projected.shape
+    query, key = _queries_and_keys(projected, heads)
+    if query.numel():
+        with torch.cuda.device_of(projected):
+            forward_kernel[(triton.cdiv(B * T, ROWS), 2)](
+                projected, query_gain, key_gain, cos, sin, query, key, eps, T, B * T,
+                H=heads, G=G, D=D, HALF=triton.next_power_of_2(D // 2), ROWS=ROWS,
+            )  # fmt: skip
+    return query, key
+
+
+def _queries_and_keys(projected: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    B, T, _, D = projected.shape
+    return projected.new_empty(B, T, heads, D), projected.new_empty(B, T, heads, D)
+
+
+@heads_forward.register_fake
+def _(
+    projected: Tensor, query_gain: Tensor, key_gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _queries_and_keys(projected, heads)
+
+
+@torch.library.custom_op("cda::heads_backward", mutates_args=())
+def heads_backward(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    grad_rest: Tensor,
+    projected: Tensor,
+    query_gain: Tensor,
+    key_gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `projected` [B, T, G, D], and parts of those of both gains, [2, blocks of rows, D] float32."""
+    B, T, G, D = projected.shape
+    heads = grad_query.shape[2]
+    grad_projected, gain_parts = _gradients(projected)
+    incoming = (grad_query, grad_key, grad_value, grad_rest)
+    grads = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in incoming]
+    if grad_query.numel():
+        with torch.cuda.device_of(projected):
+            backward_kernel[(gain_parts.shape[1], 4 if 3 * heads < G else 3)](
+                *grads, projected, query_gain, key_gain, cos, sin, grad_projected, gain_parts, eps,
+                *(stride for grad in grads for stride in grad.stride()[:3]), T, B * T,
+                H=heads, G=G, D=D, HALF=triton.next_power_of_2(D // 2), ROWS=ROWS,
+            )  # fmt: skip
+    return grad_projected, gain_parts
+
+
+def _gradients(projected: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, _, D = projected.shape
+    parts = projected.new_empty(2, (B * T + ROWS - 1) // ROWS, D, dtype=torch.float32)
+    return projected.new_empty(projected.shape), parts
+
+
+@heads_backward.register_fake
+def _(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    grad_rest: Tensor,
+    projected: Tensor,
+    query_gain: Tensor,
+    key_gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return _gradients(projected)

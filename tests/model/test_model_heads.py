@@ -1,0 +1,144 @@
+"""Norm and rotation of queries and keys in one kernel each way, against the layers that do the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cda_cli.config import ModelConfig
+from cda_cli.model import Transformer
+from cda_cli.model.heads import heads_backward, heads_forward, norm_and_rotate
+from cda_cli.model.layers import EPS, HeadNorm, RotaryPositions
+from tests.devices import DEVICES
+
+DEVICE = DEVICES[-1]
+NAMES = ("query", "key", "value", "rest")
+GRADIENTS = ("projected", "gain of queries", "gain of keys")
+
+
+class Problem:
+    """A projection [B, T, 3H + rest, D], its layers in float64, and gradients that come to the heads."""
+
+    def __init__(self, B: int, T: int, H: int, rest: int, D: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(T)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.heads, self.dtype = H, dtype
+        self.projected = (3 * normal(B, T, 3 * H + rest, D)).to(dtype)
+        self.gains = [normal(D).float() for _ in range(2)]
+        self.rotary = RotaryPositions(D, T + 3, 10000.0)
+        # As attention gives them back: [B, H, T, D] in memory, but for the rest.
+        self.grads = [normal(B, H, T, D).to(dtype).transpose(1, 2) for _ in range(3)] + [
+            normal(B, T, rest, D).to(dtype)
+        ]
+
+    def by_layers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Heads and gradients in float64."""
+        H = self.heads
+        norms = [HeadNorm(gain.shape[0]).double() for gain in self.gains]
+        for norm, gain in zip(norms, self.gains, strict=True):
+            norm.weight.data.copy_(gain)
+        projected = self.projected.double().requires_grad_()
+        query, key, value, rest = projected.split((H, H, H, projected.shape[2] - 3 * H), 2)
+        out = [self.rotary(norms[0](query), 0), self.rotary(norms[1](key), 0), value, rest]
+        leaves = (projected, norms[0].weight, norms[1].weight)
+        return out, list(torch.autograd.grad(out, leaves, [grad.double() for grad in self.grads]))
+
+    def leaves(self) -> list[Tensor]:
+        return [x.to(DEVICE).requires_grad_() for x in (self.projected, *self.gains)]
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return self.rotary.cos.to(DEVICE), self.rotary.sin.to(DEVICE)
+
+    def by_kernels(self, compiled: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        leaves = self.leaves()
+        called = torch.compile(norm_and_rotate, fullgraph=True) if compiled else norm_and_rotate
+        out = list(called(*leaves, *self.tables(), self.heads, EPS))
+        return out, list(torch.autograd.grad(out, leaves, [grad.to(DEVICE) for grad in self.grads]))
+
+    def compare(self, found: tuple[list[Tensor], list[Tensor]]) -> None:
+        """Each number within one rounding to its dtype, of numbers of its size."""
+        step = 2**-8 if self.dtype == torch.bfloat16 else 2e-6
+        expected = self.by_layers()
+        for name, one, right in zip(NAMES + GRADIENTS, found[0] + found[1], expected[0] + expected[1], strict=True):
+            of_gain = name.startswith("gain")
+            assert one.dtype == (torch.float32 if of_gain else self.dtype)
+            atol = 2e-6 * max(1.0, right.abs().amax().item() if right.numel() else 0.0)
+            message = f"{name} of {tuple(right.shape)} differs"
+            torch.testing.assert_close(
+                one.double().cpu(), right, rtol=2e-6 if of_gain else step, atol=atol, msg=message
+            )
+
+
+@given(
+    B=st.integers(1, 3), T=st.integers(1, 70), H=st.integers(1, 3), rest=st.integers(0, 2),
+    D=st.integers(1, 40).map(lambda half: 2 * half), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_the_kernels_do_what_the_layers_do(B: int, T: int, H: int, rest: int, D: int, dtype: torch.dtype) -> None:
+    this = Problem(B, T, H, rest, D, dtype)
+    this.compare(this.by_kernels())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("D", [16, 32, 64, 80, 96, 128, 256])
+def test_each_width_that_is_usual(D: int, dtype: torch.dtype) -> None:
+    this = Problem(2, 45, 2, 1, D, dtype)
+    this.compare(this.by_kernels())
+
+
+@pytest.mark.parametrize("rest", [0, 1])
+def test_compiled_it_is_one_graph(rest: int) -> None:
+    this = Problem(2, 33, 2, rest, 16, torch.float32)
+    this.compare(this.by_kernels(compiled=True))
+
+
+def test_gradients_in_any_order_of_memory() -> None:
+    """Of a sum they are one number for all; of a transposed product their channels lie apart."""
+    this = Problem(2, 20, 2, 1, 16, torch.float32)
+    apart = torch.randn(2, 16, 2, 20).permute(0, 3, 2, 1)
+    this.grads = [torch.ones(()).expand(2, 20, 2, 16), apart, apart, torch.ones(()).expand(2, 20, 1, 16)]
+    this.compare(this.by_kernels())
+
+
+def test_every_element_is_written_and_nothing_else(fenced: list[Tensor]) -> None:
+    this = Problem(2, 37, 3, 1, 20, torch.float32)
+    this.compare(this.by_kernels())
+    assert len(fenced) >= 4, "the operators make their tensors in another way: this test sees nothing"
+
+
+def test_the_operators_keep_the_rules_of_torch() -> None:
+    this = Problem(2, 20, 2, 1, 16, torch.bfloat16)
+    tensors = [*(leaf.detach() for leaf in this.leaves()), *this.tables()]
+    torch.library.opcheck(heads_forward, (*tensors, 2, EPS))
+    torch.library.opcheck(heads_backward, (*(grad.to(DEVICE) for grad in this.grads), *tensors, EPS))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
+def test_a_model_is_the_same_with_and_without(attention: str, compiled: bool) -> None:
+    """Its loss, and the gradient of each weight; with a learned k and a gate the projection has further heads."""
+    config = ModelConfig(
+        vocab_size=13, seq_len=24, dim=24, depth=2, heads=2, dim_head=12, position="rotary", qk_norm=True,
+        attention=attention, attn_k=2.0, learned_k=attention != "softmax", output_gate=True, attn_eps=0.5,
+    )  # fmt: skip
+    found: list[tuple[Tensor, list[Tensor]]] = []
+    inputs, targets = torch.randint(13, (2, 2, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = Transformer(config, backend).to(DEVICE)
+        called = torch.compile(model) if compiled else model
+        loss = called(inputs, targets_BT=targets).mean()
+        loss.backward()
+        found.append((loss, [p.grad for p in model.parameters() if p.grad is not None]))
+    (loss, grads), (other, others) = found
+    torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
+    assert len(grads) == len(others) > 10
+    for one, right in zip(others, grads, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-3, atol=1e-6)
