@@ -27,6 +27,7 @@ class Attention(nn.Module):
         inner = config.heads * config.head_width
         self.eps, self.solver = config.attn_eps, solver_settings(config)
         self.observer: Observer | None = None
+        self.computed_again = False  # in the backward, by activation checkpointing
 
         self.to_qkv = nn.Linear(config.dim, inner * 3, bias=False)
         self.to_out = nn.Linear(inner, config.dim, bias=False)
@@ -81,7 +82,7 @@ class Attention(nn.Module):
         # Heads move in front of positions last: in the memory's own order norm, rotation and their gradients are few
         # kernels when compiled, and the gradients of the three are written where the product reads them.
         if norms[0] and norms[1] and rotary and cache is None and self._has_kernels(projected):
-            from cda_cli.model.heads import norm_and_rotate
+            from cda_cli.ops.triton.heads import norm_and_rotate
 
             gains = norms[0].weight, norms[1].weight
             query, key, value, rest = norm_and_rotate(projected, *gains, rotary.cos, rotary.sin, H, EPS)
@@ -104,6 +105,8 @@ class Attention(nn.Module):
         """Whether what is around the operator may run as Triton kernels too."""
         if self.backend not in ("auto", "triton"):
             return False
+        if self.computed_again and torch.compiler.is_compiling():
+            return False  # PyTorch 2.11 would keep what an autograd.Function makes, and compute none of it again
         return choose_backend(self.backend, "exact", projected.device, projected.dtype).name == "triton"
 
     def _soft_topk_attention(self, query: Tensor, key: Tensor, value: Tensor, sparsity_k: float | Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=not config.tied_embeddings)
         if config.tied_embeddings:
             self.to_logits.weight = self.token_embedding.weight
-        self.activation_checkpointing = False  # keep only the inputs of the blocks, and compute them again backward
+        self.activation_checkpointing = False
         self._scale_initial_weights()
 
     def forward(
@@ -79,6 +79,17 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(T)
         return self.head(x_BTC, targets_BT)
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether only the inputs of the blocks are kept, and the blocks computed again backward."""
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, wanted: bool) -> None:
+        self._activation_checkpointing = wanted
+        for block in self.each_block():
+            block.attention.computed_again = wanted
 
     def head(self, x_BTC: Tensor, targets_BT: Tensor | None) -> Tensor:
         """From the residual stream of the last block to what `forward` returns."""

@@ -59,8 +59,8 @@ def forecast(
     matrices = 4 * _parameters(model, lambda name, p: p.ndim == 2 and name.startswith("blocks."))
     optimizer = 2 * weights - (matrices if optim.optimizer == "muon" else 0)  # Muon keeps one tensor, AdamW two
     average = weights if optim.ema_decay else 0
-    accumulated = weights if optim.grad_accum > 1 or captured else 0  # graphs know gradients by their places
-    workspaces, scratch = _workspaces(device), _scratch(config, device, choice)
+    accumulated = weights if optim.grad_accum > 1 else 0
+    workspaces, scratch = _workspaces(device, captured), _scratch(config, device, choice)
     if compiled:
         kept = _kept_compiled(config, device, dtype)
         at_loss = weights + accumulated + sum(kept) + _passing(config, device, dtype, scratch)
@@ -206,12 +206,13 @@ def _parameters(config: ModelConfig, wanted: Callable[[str, Tensor], bool] = lam
     return sum(p.numel() for name, p in model.named_parameters() if wanted(name, p))
 
 
-def _workspaces(device: torch.device) -> int:
-    """cuBLAS takes one for the thread of the forward and one for that of the backward, from PyTorch's allocator."""
+def _workspaces(device: torch.device, captured: bool) -> int:
+    """cuBLAS takes one for the thread of the forward and one for that of the backward, from PyTorch's allocator; two
+    more for the stream on which graphs are captured."""
     if device.type != "cuda":
         return 0
     each = 32 * MIB if torch.cuda.get_device_capability(device) >= (9, 0) else 8320 * 1024
-    return 2 * each
+    return (4 if captured else 2) * each
 
 
 def _scratch(config: Config, device: torch.device, choice: Choice) -> dict[str, int]:

@@ -1,7 +1,9 @@
-"""Norm and rotation of queries and keys by one kernel each way, where a GPU runs Triton.
+"""Norm and rotation of queries and keys, which a model does around attention, by one kernel each way.
 
-Compiled, the gradient of the gains would read all that the gradient of the heads does once more, and values and their
-gradients would be copied apart. Shapes: B batch, T positions, H heads, G heads of a projection, D head width.
+Of PyTorch's operators, compiled, the gradient of the gains would read once more all that the gradient of the heads
+reads, and that of the values would be copied apart.
+
+Shapes: B batch, T positions, H heads, G heads of a projection, D head width.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cda_cli.model.heads_kernels import backward_kernel, forward_kernel
+from cda_cli.ops.triton.heads_kernels import backward_kernel, forward_kernel
 
 ROWS = 32
 
