@@ -77,8 +77,8 @@ def _leave(error: Exception) -> NoReturn:
     elif type(error).__name__ == "OutOfMemoryError":
         _say(
             "the GPU's memory is used up; use a smaller --batch-size with a larger --grad-accum (with --parallel fsdp "
-            "one that divides the number of processes, or more processes), or --set run.cuda_graphs=false, so that "
-            "validation can have the memory of a step"
+            "one that divides the number of processes, or more processes), or, of a run with CUDA graphs, --set "
+            "run.cuda_graphs=false, so that validation can have the memory of a step"
         )
     elif isinstance(error, OSError) and error.filename:
         _say(f"{error.filename}: {error.strerror}; check the path and the space and rights there")

@@ -18,6 +18,9 @@ from cda_cli.model.layers import EPS, HeadNorm, RotaryPositions, solver_settings
 from cda_cli.model.observe import OBSERVED, AttentionSeen, Observer
 from cda_cli.ops import Backend, choose_backend, soft_topk, soft_topk_attention
 
+# Of a block that is compiled to be computed again, these keep what an autograd.Function makes (2.11 does).
+KEEPS = torch.__version__ < "2.13"
+
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, backend: Backend) -> None:
@@ -105,9 +108,10 @@ class Attention(nn.Module):
         """Whether what is around the operator may run as Triton kernels too."""
         if self.backend not in ("auto", "triton"):
             return False
-        if self.computed_again and torch.compiler.is_compiling():
-            return False  # PyTorch 2.11 would keep what an autograd.Function makes, and compute none of it again
-        return choose_backend(self.backend, "exact", projected.device, projected.dtype).name == "triton"
+        if KEEPS and self.computed_again and torch.is_grad_enabled() and torch.compiler.is_compiling():
+            return False
+        device, dtype, width = projected.device, projected.dtype, self.config.head_width
+        return choose_backend(self.backend, "exact", device, dtype, head_width=width).name == "triton"
 
     def _soft_topk_attention(self, query: Tensor, key: Tensor, value: Tensor, sparsity_k: float | Tensor) -> Tensor:
         output = soft_topk_attention(

@@ -30,7 +30,7 @@ class _InParts(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, part: int) -> Tensor:
         sums = logits_NV.unflatten(-1, (-1, part)).float().logsumexp(-1).logsumexp(-1)
         ctx.save_for_backward(logits_NV, targets_N, sums)
-        of_targets = logits_NV.gather(-1, targets_N.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        of_targets = logits_NV.gather(-1, torch.where(targets_N == IGNORED, 0, targets_N).unsqueeze(-1)).squeeze(-1)
         return torch.where(targets_N == IGNORED, 0.0, sums - of_targets.float())
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The gradients of a step: of its batches one after another, and on request as CUDA graphs."""
+"""The gradients of a step: of its batches one after another, and where that is possible as CUDA graphs."""
 
 from __future__ import annotations
 

@@ -260,11 +260,10 @@ def selects(model: ModelConfig) -> bool:
 
 
 def describe_backend(config: Config, device: torch.device) -> str:
-    """Which code computes the attention and the feed-forward, and why."""
-    model = config.model
+    """Which code computes the attention and the feed-forward, and why. Raises DeviceError as `choose` does."""
+    model, choice = config.model, choose(config, device)
     if not selects(model):
         return "PyTorch SDPA (no layer selects with coordinate descent)"
-    choice = choose(config, device)
     return f"{choice.name}, {model.solver} solver ({choice.reason})"
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from cda_cli.config import ModelConfig
 from cda_cli.model import Transformer
@@ -134,8 +135,12 @@ def test_a_model_is_the_same_with_and_without(attention: str, compiled: bool) ->
         torch._dynamo.reset()
         model = Transformer(config, backend).to(DEVICE)
         called = torch.compile(model) if compiled else model
-        loss = called(inputs, targets_BT=targets).mean()
-        loss.backward()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            loss = called(inputs, targets_BT=targets).mean()
+            loss.backward()
+        seen = {event.key for event in profiler.key_averages()}
+        for operator in ("cda::heads_forward", "cda::heads_backward"):
+            assert (operator in seen) == (backend == "triton")
         found.append((loss, [p.grad for p in model.parameters() if p.grad is not None]))
     (loss, grads), (other, others) = found
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)

@@ -6,8 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cda_cli.model.loss import cross_entropy
+from cda_cli.data import IGNORE
+from cda_cli.model.loss import IGNORED, cross_entropy
 from tests.devices import DEVICES
+
+
+def test_what_the_data_leaves_out_the_loss_ignores() -> None:
+    """Else the mean would be over other tokens than its sum."""
+    assert IGNORED == IGNORE
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -16,6 +16,11 @@ from cda_cli.storage import locate
 from tests.devices import DEVICES
 from tests.training.helpers import Memory, changed, losses, trained, with_settings
 
+# A GPU's usual case: steps begin ahead, compiled, with the kernels around attention.
+AHEAD: dict[str, Any] = {
+    "model.dropout": 0.0, "model.eps_anneal_start": None, "model.attn_k": 2.0, "model.position": "rotary",
+    "model.qk_norm": True,
+}  # fmt: skip
 # What each case changes of the settings. k ≤ 2 and a larger one take different kernels; softmax takes flash attention
 # in bf16 without a null key, and another one elsewhere; where ε is annealed nothing is compiled.
 ON_CPU: dict[str, dict[str, Any]] = {"cpu": {}}
@@ -30,6 +35,7 @@ ON_GPU: dict[str, dict[str, Any]] = {
         "model.attn_k": 2.0, "model.tied_embeddings": True, "model.position": "rotary",
     },
     "compiled, bf16": {"run.dtype": "bfloat16", "run.compile": True, "model.eps_anneal_start": None},
+    "compiled, bf16, begun ahead": {"run.dtype": "bfloat16", "run.compile": True} | AHEAD,
     "compiled, softmax, float32": {
         "run.dtype": "float32", "run.compile": True, "model.eps_anneal_start": None, "model.attention": "softmax",
     },
@@ -49,6 +55,7 @@ ON_REQUEST = [
 ]
 # A step that draws random numbers, or has its own ε, does not begin before the one before it is over.
 BETWEEN: list[dict[str, Any]] = [
+    AHEAD | {"run.compile": None},
     {"model.dropout": 0.0, "model.eps_anneal_start": None},
     {"model.dropout": 0.0, "model.eps_anneal_start": None, "optim.optimizer": "muon"},
     {"model.dropout": 0.0},
@@ -58,6 +65,7 @@ GRAPHED: list[dict[str, Any]] = [
     {"optim.grad_accum": 1},
     {"optim.grad_accum": 3, "model.attn_k": 2.0, "optim.ema_decay": 0.6},
     {"model.attention": "softmax", "model.ff": "gelu", "run.activation_checkpointing": True},
+    AHEAD,
 ]
 
 

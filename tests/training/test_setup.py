@@ -48,8 +48,9 @@ def test_the_backend_is_described_with_its_reason() -> None:
     assert "exact solver" in describe_backend(parse({"model": {**softmax, "ff": "coordinate-descent"}}), cpu)
     asked = parse({"model": {"solver": "iterative"}, "run": {"backend": "colt5"}})
     assert describe_backend(asked, cpu) == "colt5, iterative solver (asked for)"
-    with pytest.raises(DeviceError, match="no exact solver"):
-        describe_backend(parse({"run": {"backend": "colt5"}}), cpu)
+    for model in ({}, softmax):  # forced, it is an error before any work, though no layer selects
+        with pytest.raises(DeviceError, match="no exact solver"):
+            describe_backend(parse({"model": model, "run": {"backend": "colt5"}}), cpu)
 
 
 def test_the_seed_is_that_of_the_weights(config: Config) -> None:

@@ -33,8 +33,8 @@ def norm_and_rotate(
 ) -> Heads:
     """`HeadNorm` and `RotaryPositions` of the first 2H heads of `projected` [B, T, G, D], from position 0 on.
 
-    Gains [D], float32; the tables `cos` and `sin` [at least T, D] of `RotaryPositions`, float32; D is even. The
-    arithmetic is float32, and the result, rounded once, has the dtype of `projected`.
+    Gains [D]; the tables `cos` and `sin` [at least T, D] of `RotaryPositions`, float32; D is even. The arithmetic is
+    float32, and the result, rounded once, has the dtype of `projected`.
     """
     tensors = (projected.contiguous(), query_gain, key_gain, cos, sin)
     return Heads(*_NormAndRotate.apply(*tensors, heads, eps))  # type: ignore[no-untyped-call]
