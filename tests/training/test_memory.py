@@ -15,6 +15,7 @@ from cda_cli.ops import Choice
 from cda_cli.training.gradients import accumulate_gradients
 from cda_cli.training.memory import Forecast, forecast
 from cda_cli.training.optimizer import build_optimizer
+from tests.devices import DEVICES
 from tests.training.helpers import with_settings
 
 CPU = torch.device("cpu")
@@ -34,8 +35,10 @@ def a_config(model: dict[str, Any] | None = None, checkpointing: bool = False, *
     )
 
 
-def of(config: Config, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Forecast:
-    return forecast(config, CPU, dtype, compiled, False, Choice("torch", "a test"))
+def of(
+    config: Config, dtype: torch.dtype = torch.float32, compiled: bool = False, device: torch.device = CPU
+) -> Forecast:
+    return forecast(config, device, dtype, compiled, False, Choice("torch", "a test"))
 
 
 def measured(config: Config, dtype: torch.dtype) -> int:
@@ -124,8 +127,9 @@ def test_a_forecast_allocates_nothing() -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_checkpointing_is_seen_compiled_too(backend: str) -> None:
     """Whatever an operator's own gradient is: what it makes is computed again, as all else within a block."""
+    device = torch.device(DEVICES[-1])  # the interpreter, in which kernels run on a CPU, is off where there is a GPU
     plain, less = (
-        of(with_settings(a_config(checkpointing=on), {"run.backend": backend}), torch.bfloat16, compiled=True)
+        of(with_settings(a_config(checkpointing=on), {"run.backend": backend}), torch.bfloat16, True, device)
         for on in (False, True)
     )
     assert less.activations < plain.activations / 3
