@@ -29,9 +29,9 @@ demo: setup ## Train, evaluate, sample from and inspect a small model, in about 
 test: setup ## Run the tests
 	$(BIN)/python -m pytest -n auto
 
-test-gpu: setup ## Run the tests of the operator, its kernels, the model and training on a GPU
+test-gpu: setup ## Run the tests of the operator, its kernels, the model, training and inspection on a GPU
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu needs a CUDA device")'
-	$(BIN)/python -m pytest -n 8 tests/ops tests/model tests/training tests/test_runtime.py
+	$(BIN)/python -m pytest -n 8 tests/ops tests/model tests/training tests/inspection tests/test_runtime.py
 
 reliability: setup ## Try to break each promise of docs/reliability.md many times, and rewrite its table
 	$(BIN)/python -m tests.reliability

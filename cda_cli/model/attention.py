@@ -44,9 +44,8 @@ class Attention(nn.Module):
         self.to_gate = _budget_linear(config) if config.output_gate else None
 
     def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        projected, linears = self._projected(x_BTC)
-        query, key, value, rest = self._placed(projected, cache)
-        budgets = self._budgets(x_BTC, rest, linears)
+        query, key, value, rest = self._placed(self._projected(x_BTC), cache)
+        budgets = self._budgets(x_BTC, rest)
         # k of each row: a number, or [B, H, T] where it is learned.
         sparsity_k = self.config.attn_k if self.to_learned_k is None else budgets.pop(0)
         if self.observer is not None:
@@ -59,24 +58,28 @@ class Attention(nn.Module):
             out_BHTD = out_BHTD * budgets.pop(0).unsqueeze(-1)
         return self.to_out(rearrange(out_BHTD, "b h t d -> b t (h d)"))
 
-    def _projected(self, x_BTC: Tensor) -> tuple[Tensor, list[nn.Linear]]:
-        """The H heads each of queries, keys and values, [B, T, 3H, D], and the linears that give a number per head (the
-        learned k, the gate); compiled, more heads hold the columns of these."""
-        linears = [linear for linear in (self.to_learned_k, self.to_gate) if linear is not None]
-        weight = self.to_qkv.weight
-        if linears and torch.compiler.is_compiling():
-            # Of one product: on a GPU one of so few columns for each takes as long as many do.
-            weight = torch.cat((weight, *(linear.weight for linear in linears)))
-            weight = F.pad(weight, (0, 0, 0, -len(weight) % self.config.head_width))
-        return rearrange(F.linear(x_BTC, weight), "b t (g d) -> b t g d", d=self.config.head_width), linears
+    @property
+    def _budget_linears(self) -> list[nn.Linear]:
+        """Each gives a number per head."""
+        return [linear for linear in (self.to_learned_k, self.to_gate) if linear is not None]
 
-    def _budgets(self, x_BTC: Tensor, rest: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
-        """1 + (attn_k − 1)·sigmoid of each linear, [B, H, T]; `rest` are the heads after queries, keys and values."""
+    def _projected(self, x_BTC: Tensor) -> Tensor:
+        """H heads each of queries, keys and values, [B, T, 3H, D]; compiled, more heads hold the columns of
+        `_budget_linears`."""
+        weight = self.to_qkv.weight
+        if self._budget_linears and torch.compiler.is_compiling():
+            # Of one product: on a GPU one of so few columns for each takes as long as many do.
+            weight = torch.cat((weight, *(linear.weight for linear in self._budget_linears)))
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % self.config.head_width))
+        return rearrange(F.linear(x_BTC, weight), "b t (g d) -> b t g d", d=self.config.head_width)
+
+    def _budgets(self, x_BTC: Tensor, rest: Tensor) -> list[Tensor]:
+        """1 + (attn_k − 1)·sigmoid of `_budget_linears`, [B, H, T] each; `rest`: the heads after the values'."""
         if rest.shape[2]:
             columns = rest.flatten(2).split(self.heads, dim=-1)
-            logits = [column + linear.bias for column, linear in zip(columns, linears, strict=False)]
+            logits = [column + linear.bias for column, linear in zip(columns, self._budget_linears, strict=False)]
         else:
-            logits = [linear(x_BTC) for linear in linears]
+            logits = [linear(x_BTC) for linear in self._budget_linears]
         return [1 + (self.config.attn_k - 1) * rearrange(x, "b t h -> b h t").sigmoid() for x in logits]
 
     def _placed(self, projected: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -131,7 +131,8 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         setup.validation_loss = None
         tokens = sum(batch.inputs.numel() for batch in batches)
         setup.tokens += tokens
-        losses.append(numbers.read().loss)
+        values = numbers.read()
+        losses.append(values.loss)
         speed.add(tokens)
         display.advance(setup.step)
 
@@ -147,7 +148,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                 bits_per_byte=bits_per_byte(mean, setup.data.bytes_per_token),
                 lr=rate,
                 eps=eps,
-                grad_norm=numbers.read().norm,
+                grad_norm=values.norm,
                 tokens=setup.tokens,
                 tokens_per_second=speed.tokens_per_second,
                 seconds_left=speed.seconds_left(optim.steps - setup.step),

@@ -129,15 +129,6 @@ def _gradients(projected: Tensor) -> tuple[Tensor, Tensor]:
 
 @heads_backward.register_fake
 def _(
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-    grad_rest: Tensor,
-    projected: Tensor,
-    query_gain: Tensor,
-    key_gain: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, grad_rest: Tensor, projected: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return _gradients(projected)
