@@ -11,11 +11,16 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 # Without a GPU the kernels run in Triton's interpreter, which is chosen when they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A slow machine is no failure. (The first input of a process alone takes hypothesis a second or two to set up.)
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 FENCE, MARK = 64, 12345.0
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -258,8 +258,6 @@ SOME = st.fixed_dictionaries(
 )
 
 
-# The first text of a process takes hypothesis a second or two to set up.
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SOME)
 def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
     """Through a file, whatever the strings hold and however fine the numbers are; all of it, with no preset below."""

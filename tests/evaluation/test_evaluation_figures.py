@@ -51,7 +51,7 @@ def direct_losses(model: Transformer, tokens: Tokens, seq_len: int) -> list[list
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=LENGTHS, batch_size=st.integers(1, 7), seed=st.integers(0, 99))
 def test_the_figures_are_those_of_a_direct_computation(lengths: tuple[int, int], batch_size: int, seed: int) -> None:
     """Each token once, the last window included, however short its new part is."""
@@ -79,7 +79,7 @@ def test_the_figures_are_those_of_a_direct_computation(lengths: tuple[int, int],
     assert found.bits_per_byte_error == pytest.approx(expected / math.log(2) / 1.7, rel=1e-4, abs=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=LENGTHS, batch_sizes=st.tuples(st.integers(1, 50), st.integers(1, 50)))
 def test_the_batch_size_does_not_show(lengths: tuple[int, int], batch_sizes: tuple[int, int]) -> None:
     count, seq_len = lengths

@@ -62,7 +62,7 @@ def test_the_cache_does_not_show_far_past_the_context(options: dict[str, Any], h
     assert len(cached) == 45
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(context=st.integers(2, 9), length=st.integers(1, 9), count=st.integers(0, 30), seed=st.integers(0, 99))
 def test_any_context_any_prompt_any_length(context: int, length: int, count: int, seed: int) -> None:
     """Down to a context of two tokens, where half of it is one."""

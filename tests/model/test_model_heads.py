@@ -80,7 +80,7 @@ class Problem:
     B=st.integers(1, 3), T=st.integers(1, 70), H=st.integers(1, 3), rest=st.integers(0, 2),
     D=st.integers(1, 40).map(lambda half: 2 * half), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_kernels_do_what_the_layers_do(B: int, T: int, H: int, rest: int, D: int, dtype: torch.dtype) -> None:
     this = Problem(B, T, H, rest, D, dtype)
     this.compare(this.by_kernels())

@@ -93,7 +93,7 @@ def test_the_length_and_the_batch_do_not_show(config: ModelConfig) -> None:
 
 
 @every_case
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(cuts=st.sets(st.integers(1, 10)), length=st.integers(1, 11), batch_size=st.integers(1, 3))
 def test_logits_with_a_cache_are_those_without(
     config: ModelConfig, cuts: set[int], length: int, batch_size: int

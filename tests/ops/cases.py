@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,8 +14,6 @@ from cda_cli.ops.reference import Solution
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNIT = 2.0**-24  # rounding of float32
-# A slow machine is no failure.
-untimed = settings(deadline=None)
 
 
 class Rows(NamedTuple):

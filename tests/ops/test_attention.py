@@ -25,7 +25,7 @@ from tests.ops.attention_problems import (
     run,
     smooth,
 )
-from tests.ops.cases import UNIT, assert_within, random_rows, untimed
+from tests.ops.cases import UNIT, assert_within, random_rows
 
 cases = pytest.mark.parametrize("name", CASES)
 solvers = pytest.mark.parametrize("solver", ["exact", "iterative"])
@@ -61,7 +61,6 @@ def test_float64_output_and_every_gradient(name: str, solver: str) -> None:
 
 
 @solvers
-@untimed
 @given(data=st.data())
 def test_any_shape_in_float64(data: st.DataObject, solver: str) -> None:
     sizes = [data.draw(st.integers(1, most), label) for most, label in zip((2, 2, 40, 40, 40), "BHTSD", strict=True)]

@@ -20,7 +20,6 @@ from tests.ops.cases import (
     optimum,
     random_rows,
     seeded,
-    untimed,
 )
 
 
@@ -50,7 +49,6 @@ def test_rows_sum_to_k_and_weights_lie_between_0_and_1(name: str) -> None:
     assert_within(weights.sum(-1)[~full], rows.budget().double()[~full], 1e-9, "Σλ")
 
 
-@untimed
 @given(any_rows())
 def test_the_optimality_conditions_hold(rows: Rows) -> None:
     """One multiplier ν: s − ε log λ = ν on free entries and s ≥ ν on those at 1. Then λ is the optimum."""
@@ -70,7 +68,6 @@ def test_the_optimality_conditions_hold(rows: Rows) -> None:
             assert (capped >= free[0] - rounding).all(), "an entry at 1 scores too low to be there"
 
 
-@untimed
 @given(st.integers(2, 30), st.floats(0.05, 3), st.integers(0, 10**6))
 def test_no_feasible_point_has_a_larger_objective(n: int, eps: float, seed: int) -> None:
     """⟨s, λ⟩ − ε Σ λ log λ falls along every feasible direction."""
@@ -99,7 +96,6 @@ def test_a_small_eps_is_hard_top_k(k: int) -> None:
     assert_within(reference_soft_topk(scores, k, 0.01).weights, hard, 1e-12, "λ")
 
 
-@untimed
 @given(st.integers(1, 40), st.floats(0.02, 4), st.floats(0.01, 1), st.integers(0, 10**6))
 def test_weights_and_gradients_equal_the_closed_form(n: int, eps: float, share: float, seed: int) -> None:
     """Bisection against the capped set found by trial, and the implicit gradients against autograd through it."""

@@ -24,7 +24,6 @@ from tests.ops.cases import (
     random_rows,
     soft_topk_of,
     tolerance,
-    untimed,
 )
 
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -125,7 +124,6 @@ def test_half_precision_is_float32_inside(name: str, dtype: torch.dtype, backend
 
 
 @both_backends
-@untimed
 @given(rows=any_rows())
 def test_float32_weights_of_any_rows(rows: Rows, backend: str) -> None:
     tol = tolerance(rows)
@@ -136,7 +134,6 @@ def test_float32_weights_of_any_rows(rows: Rows, backend: str) -> None:
 
 
 @both_backends
-@untimed
 @given(rows=any_rows())
 def test_float32_gradients_of_any_rows(rows: Rows, backend: str) -> None:
     """On the rows that have a gradient; at a kink each side has its own."""
@@ -297,7 +294,6 @@ def test_the_mask_broadcasts(mask_shape: tuple[int, ...], backend: str) -> None:
 
 @both_backends
 @given(order=st.permutations(range(3)), solver=st.sampled_from(("exact", "iterative")))
-@untimed
 def test_strides_do_not_matter(order: list[int], solver: str, backend: str) -> None:
     """Weights and gradients of a view equal those of its copy, and neither the scores nor g are written to."""
     scores, grad_weights = random_rows(3, 5, 8).permute(order), random_rows(3, 5, 8, seed=1).permute(order)

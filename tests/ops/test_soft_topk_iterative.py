@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cda_cli.ops import reference_soft_topk, soft_topk
-from tests.ops.cases import BACKENDS, assert_within, gradients, random_mask, random_rows, soft_topk_of, untimed
+from tests.ops.cases import BACKENDS, assert_within, gradients, random_mask, random_rows, soft_topk_of
 
 BACKENDS_AND_DTYPES = [("torch", torch.float32), ("torch", torch.float64), ("triton", torch.float32)]
 SEED_SETTINGS = {"eps": 0.1, "n_iters": 20, "eps_init": 4.0, "eps_decay": 0.7}
@@ -76,7 +76,6 @@ def test_parity_on_rows_at_the_edge(name: str, backend: str, dtype: torch.dtype)
     assert_parity(backend, scores.to(dtype), torch.tensor([1.0, 2.0, 2.5, 7.0], dtype=dtype), None, **SEED_SETTINGS)
 
 
-@untimed
 @given(st.data())
 def test_parity_whatever_the_annealing(data: st.DataObject) -> None:
     """Any shape, any k per row, n_iters from 1 to 25, eps_decay up to 1.0 and eps_init on either side of ε."""

@@ -61,7 +61,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path, contents) -> None:
 _dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(
         st.text(st.characters(codec="utf-8"), max_size=8).filter(lambda name: name != "__metadata__"),
@@ -115,7 +115,7 @@ def test_loaded_tensors_outlive_their_file(tmp_path: Path, contents) -> None:
     assert same_bits(back.model, contents(1, size=100_000)["model"])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_floats_of_the_state_come_back_exactly(tmp_path_factory, number: float) -> None:
     path = publish(

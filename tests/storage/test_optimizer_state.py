@@ -45,7 +45,7 @@ _nested = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(["state", "param_groups", "more"]), _nested))
 def test_any_state_comes_back_bit_for_bit(state_dict: dict[str, object]) -> None:
     try:

@@ -69,7 +69,7 @@ def test_accumulation_equals_the_large_batch(ignored: list[tuple[int, int]], spl
 
 
 @given(limit=st.floats(0.01, 10))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_clipping_scales_to_the_limit(limit: float) -> None:
     """The norm that is returned is the one before, which the figures show."""
     model = small_model()
