@@ -31,7 +31,7 @@ test: setup ## Run the tests
 
 test-gpu: setup ## Run the tests of the operator, its kernels, the model, training and inspection on a GPU
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu needs a CUDA device")'
-	$(BIN)/python -m pytest -n 8 tests/ops tests/model tests/training tests/inspection tests/test_runtime.py
+	$(BIN)/python -m pytest -n 8 tests/ops tests/model tests/training tests/inspection tests/test_runtime.py tests/test_diagnosis.py
 
 reliability: setup ## Try to break each promise of docs/reliability.md many times, and rewrite its table
 	$(BIN)/python -m tests.reliability
