@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cda_cli.ops.attention import blockwise_attention
 from cda_cli.ops.backends import Backend, Choice, Solver, SolverSettings, choose_backend
-from cda_cli.ops.precision import arithmetic_dtype, in_own_precision
+from cda_cli.ops.precision import arithmetic_dtype, in_own_precision, settle_vector_functions
 from cda_cli.ops.reference import reference_attention, reference_gradients, reference_soft_topk
 from cda_cli.ops.rows import soft_topk_rows
 
@@ -31,6 +31,8 @@ __all__ = [
     "soft_topk",
     "soft_topk_attention",
 ]
+
+settle_vector_functions()  # when this is imported, as any later call may be the first one of a process
 
 
 def soft_topk(

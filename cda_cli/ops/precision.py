@@ -12,6 +12,29 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# The functions of one argument that PyTorch takes from MKL's vector library (ATen/cpu/vml.h).
+VECTOR_FUNCTIONS = tuple(
+    getattr(torch, name)
+    for name in (
+        "acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp", "expm1", "log", "log10", "log1p", "log2", "sin",
+        "sqrt", "tan", "tanh", "trunc",
+    )
+)  # fmt: skip
+
+
+def settle_vector_functions() -> None:
+    """Calls each vector function once, on one number, so that the first call of each is not made by many threads.
+
+    MKL chooses the code of a vector function in its first call. In the releases 2024.x, with which PyTorch is built,
+    two threads that make this call together race, and one of them computes its share with half of the digits, without
+    an error (https://github.com/pytorch/pytorch/issues/188792). A resumed run then differed from the uncut one: the
+    first call of its process computes the table of rotary positions.
+    """
+    for dtype in (torch.float32, torch.float64):
+        number = torch.full((1,), 0.5, dtype=dtype, device="cpu")
+        for function in VECTOR_FUNCTIONS:
+            function(number)
+
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64; everything else is computed in float32."""
