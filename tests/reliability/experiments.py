@@ -75,6 +75,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "moments not restored",
             "position not restored",
             "order from hidden random state",
+            "vector functions not settled",
         ),
     ),
     "chains": Experiment(

@@ -27,7 +27,7 @@ def cuts(
         folder = Path(name)
         # Every step is saved and kept, so that one run holds what a kill after any of its steps would leave.
         text = micro.mapped_text(folder)
-        config = micro.settings(text, save_every=1, keep=steps, **device)
+        config = micro.settings(text, model=micro.WIDE, save_every=1, keep=steps, **device)
         whole = folder / "whole"
         if fault := train_afresh(config, whole, folder / "cache", steps=steps, variant=variant):
             yield fault
@@ -35,7 +35,8 @@ def cuts(
 
         def fault_of(step: int) -> str | None:
             run = micro.copy_of_run(whole, folder / f"cut-{step}", step)
-            fault = train_afresh(micro.settings(text, **device), run, folder / "cache", steps=steps, variant=variant)
+            again = micro.settings(text, model=micro.WIDE, **device)
+            fault = train_afresh(again, run, folder / "cache", steps=steps, variant=variant)
             fault = fault or micro.difference(run, whole)
             return fault and f"cut after step {step}: {fault}"
 
@@ -52,7 +53,9 @@ def chains(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = [micro.streamed_text(folder), micro.mapped_text(folder)][:count]
-        configs = [micro.settings(text, streaming=text.suffix == ".jsonl", **device) for text in texts]
+        configs = [
+            micro.settings(text, streaming=text.suffix == ".jsonl", model=micro.WIDE, **device) for text in texts
+        ]
         wholes = [folder / f"whole-{text.stem}" for text in texts]
         for config, whole in zip(configs, wholes, strict=True):
             if fault := train_afresh(config, whole, folder / "cache", steps=steps):

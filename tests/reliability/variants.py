@@ -31,6 +31,7 @@ import cda_cli.training.loop
 import cda_cli.training.run
 import cda_cli.training.setup
 from cda_cli.errors import StorageError
+from tests.racing import race_in_first_calls
 
 Patch = pytest.MonkeyPatch
 VARIANTS: dict[str, Callable[[Patch], None]] = {}
@@ -180,6 +181,12 @@ def position_not_restored(patch: Patch) -> None:
         patch.setattr(
             cda_cli.training.setup, name, lambda *given, original=original, place=place: original(*given[:place])
         )
+
+
+@variant
+def vector_functions_not_settled(patch: Patch) -> None:
+    """The first calls of this process race: the product has made its own before."""
+    race_in_first_calls(patch)
 
 
 @variant
