@@ -51,6 +51,9 @@ def options(
 
 def run() -> None:
     """The console script `cda`."""
+    # Before torch is imported, which reads it: threads that spin while they wait for each other are what others on a
+    # busy machine wait for, and each wait then lasts a time slice or more.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal gets a mark for ε, not an error

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 # The tensors of the tests are small: a second thread only waits for the first, and starves whatever else runs.
 # Set before torch is imported; the processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `cda` sets it, for those that start with more threads
 # As `run.deterministic` sets it. Here other tests use cuBLAS first, which then reads it for the whole process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
