@@ -6,6 +6,8 @@ Four sections, each a frozen model whose fields say what they mean where they ar
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,9 +97,23 @@ class DataConfig(Section):
     source: str = Field("stdlib", description="stdlib, a path or glob, or hf:OWNER/NAME[:CONFIG].")
     split: str = Field("train", description="Split of a Hugging Face dataset that is trained on.")
     text_column: str = Field("text", description="Column that holds the text.")
+    encoding: str = Field("utf-8", description="Encoding of local text, JSON and CSV files, by Python's name for it.")
     streaming: bool = Field(False, description="Tokenise as it trains; prepare and cache nothing.")
     tokenizer: str = Field("bytes", description="bytes, a tokenizer.json, or a hub id.")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the text held out for validation.")
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        """By one name whatever it was called. A codec that is not of text, such as base64, raises LookupError too."""
+        try:
+            io.TextIOWrapper(io.BytesIO(), encoding=value)
+            return codecs.lookup(value).name
+        except (LookupError, ValueError) as error:
+            raise ValueError(
+                f"data.encoding {value!r} is no encoding that Python knows; give one such as utf-8, utf-16, latin-1 or "
+                "cp1252"
+            ) from error
 
 
 class OptimConfig(Section):

@@ -48,13 +48,14 @@ def train(
     data: Annotated[
         str | None,
         Option(
-            help="stdlib (the default), a path or glob (.txt .gz .jsonl .json .csv .parquet), or "
-            "hf:OWNER/NAME[:CONFIG].",
+            help="stdlib (the default), a path or glob (.txt .jsonl .json .csv .parquet, also packed: .gz "
+            ".bz2 .xz .zst .lz4), or hf:OWNER/NAME[:CONFIG].",
             rich_help_panel=DATA,
         ),
     ] = None,
     data_split: Annotated[str | None, Option(help="Split of a hf: dataset.", rich_help_panel=DATA)] = None,
     text_column: Annotated[str | None, Option(help="Column that holds the text.", rich_help_panel=DATA)] = None,
+    encoding: Annotated[str | None, Option(help="Of local files: utf-8, utf-16 …", rich_help_panel=DATA)] = None,
     streaming: Annotated[
         bool | None, Option("--streaming/--no-streaming", help="Tokenise while training.", rich_help_panel=DATA)
     ] = None,
@@ -91,8 +92,8 @@ def train(
             "ff_k": ff_k, "attn_eps": eps, "ff_eps": eps, "solver": solver,
         }.items()},
         **{f"data.{name}": value for name, value in {
-            "source": data, "split": data_split, "text_column": text_column, "streaming": streaming,
-            "tokenizer": tokenizer,
+            "source": data, "split": data_split, "text_column": text_column, "encoding": encoding,
+            "streaming": streaming, "tokenizer": tokenizer,
         }.items()},
         **{f"optim.{name}": value for name, value in {
             "steps": steps, "batch_size": batch_size, "grad_accum": grad_accum, "lr": lr,

@@ -1,6 +1,8 @@
 """The way of the data, a module an arrow:
 
---data → documents   sources     stdlib, local files, Hugging Face datasets (hub: its errors and its silence)
+--data → files       sources     stdlib, local files, Hugging Face datasets (hub: its errors and its silence)
+files → text         files       unpacked and decoded; fingerprint tells one text from another
+text → documents     rows        what a text, JSON, CSV or Parquet file holds; documents: of several, from any place on
 documents → sides    split       training and validation, by document
 text → tokens        tokenizers  bytes, or a tokenizer.json
 tokens → disk        prepare     memory-mapped, cached, written whole

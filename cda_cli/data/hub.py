@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-import tempfile
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,45 +13,59 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
+from cda_cli.data.files import brief, file_errors
 from cda_cli.errors import DataError
 
 REACH_SECONDS = 5.0
 
 
+LOGGERS = ("datasets", "huggingface_hub", "fsspec", "urllib3")
+
+
+class _Silence:
+    """Of the libraries' progress bars and log lines. Those who ask for it may overlap; the last to leave ends it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked = 0
+        self._had_bars = False
+        self._levels: dict[logging.Logger, int] = {}
+
+    def begin(self) -> None:
+        import datasets
+
+        with self._lock:
+            self._asked += 1
+            if self._asked == 1:
+                self._had_bars = not datasets.are_progress_bars_disabled()
+                datasets.disable_progress_bars()
+                self._levels = {logger: logger.level for logger in map(logging.getLogger, LOGGERS)}
+                for logger in self._levels:
+                    logger.setLevel(logging.CRITICAL)
+
+    def end(self) -> None:
+        import datasets
+
+        with self._lock:
+            self._asked -= 1
+            if self._asked == 0:
+                for logger, level in self._levels.items():
+                    logger.setLevel(level)
+                if self._had_bars:
+                    datasets.enable_progress_bars()
+
+
+_silence = _Silence()
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silences the progress bars and warnings of `datasets` and `huggingface_hub`, and restores them."""
-    import datasets
-
-    had_bars = not datasets.are_progress_bars_disabled()
-    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    """Silences the progress bars and log lines of `datasets` and of what it reads with, and restores them."""
+    _silence.begin()
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if had_bars:
-            datasets.enable_progress_bars()
-
-
-@contextmanager
-def local_only() -> Iterator[None]:
-    """For reading local files with `datasets`: nothing is left in its cache, and nobody is told.
-
-    Such a stream copies nothing into the cache, yet it leaves a lock file there for each set of files, fails where the
-    cache cannot be written, and asks a server to count it, waiting seconds where there is no network.
-    """
-    import datasets.config
-
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-        _settings(datasets.config, HF_DATASETS_CACHE=Path(folder), HF_UPDATE_DOWNLOAD_COUNTS=False),
-    ):
-        yield
+        _silence.end()
 
 
 @contextmanager
@@ -124,20 +138,12 @@ def load_hub_dataset(name: str, configuration: str | None, *, streaming: bool) -
 
 def read_errors() -> tuple[type[BaseException], ...]:
     """What reading rows through `datasets` raises for files, formats and connections that are not as they should be."""
-    import zlib
-
-    import pyarrow as pa  # type: ignore[import-untyped]
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The base of the hub's error is that of its HTTP library, which changes between versions of the hub's.
-    return (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, DatasetsError, *HfHubHTTPError.__bases__)
-
-
-def brief(error: BaseException) -> str:
-    """The first line of an error's message, shortened, without its full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(" .:")
+    # The base of the hub's error is that of its HTTP library, which changes between versions of the hub's. A TypeError
+    # is how `datasets` says that a column changes its type.
+    return (*file_errors(), TypeError, DatasetsError, *HfHubHTTPError.__bases__)
 
 
 def _hub_answers(endpoint: str) -> bool:

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cda_cli.config import DataConfig
-from cda_cli.data.sources import Documents, Source, digest, open_source
+from cda_cli.data.documents import Documents
+from cda_cli.data.fingerprint import digest
+from cda_cli.data.sources import Source, open_source
 from cda_cli.data.split import CutRule, HashRule, Rule, Side, WholeRule
 from cda_cli.data.tokenizers import Tokenizer, load_tokenizer, split_pieces, utf8
 from cda_cli.errors import CdaError, DataError, StorageError

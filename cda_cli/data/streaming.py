@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from cda_cli.config import DataConfig
 from cda_cli.data.batches import Batch, State, check_counts, check_state, to_batch
+from cda_cli.data.documents import Position
+from cda_cli.data.fingerprint import digest
 from cda_cli.data.prepare import Tokens
-from cda_cli.data.sources import Position, Source, open_source
+from cda_cli.data.sources import Source, open_source
 from cda_cli.data.split import HashRule
 from cda_cli.data.tokenizers import Tokenizer, utf8
 from cda_cli.errors import DataError
@@ -54,7 +56,9 @@ class StreamedBatches:
         self._batch_size = batch_size
         self._rule = HashRule.of_fraction(config.validation_fraction)
         self._identity = {
-            "data": config.model_dump(include={"source", "split", "text_column", "validation_fraction"}),
+            "data": digest(
+                self._source.identity, config.model_dump(include={"text_column", "encoding", "validation_fraction"})
+            ),
             "tokenizer": tokenizer.fingerprint,
         }
         epoch, position, self._offset = 0, None, 0

@@ -110,8 +110,8 @@ def test_nothing_is_prepared(folder: Path, cache: Path) -> None:
 
 
 def test_a_position_of_another_run_is_one_sentence(folder: Path, bpe_file: Path) -> None:
-    for name in ("a", "b"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS))
+    for name, rows in (("a", ROWS), ("b", ROWS[::-1])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     config = DataConfig(source=str(folder / "a.jsonl"), streaming=True)
     _, state = next(batches(config))
     with pytest.raises(DataError, match=r"^the saved data position is for data .*; resume with the data"):

@@ -1,0 +1,164 @@
+"""A local file → its text: unpacked as its first bytes say, and decoded; what is not the text it should be is refused.
+
+The name of a file plays no part here: a gzip file is one under any name, and a plain file under the name of one is
+plain.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TextIO, cast
+
+from cda_cli.errors import DataError
+
+UTF8 = "utf-8"
+HEAD_BYTES = 4096
+READ_BYTES = 1 << 20
+BOMS = {  # the longer first, as one begins with the other
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+WIDE = ("utf-16", "utf-32")  # encodings whose text is half or more NUL bytes where it is English
+ARCHIVES = {
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!\x1a\x07": "rar",
+    b"\x1f\x9d": "compress",
+    b"\x1f\xa0": "compress",
+    b"\xff\x06\x00\x00sNaPpY": "snappy",
+    b"LZIP": "lzip",
+}
+TAR = (257, b"ustar")
+
+
+def compression(head: bytes) -> str | None:
+    """What a file that begins with `head` is compressed with, of those that can be read; None where it is not."""
+    if head.startswith(b"\x1f\x8b\x08"):
+        return "gzip"
+    # "BZh9" alone may begin a text; after it comes the number of a block, or of the end.
+    if head[:3] == b"BZh" and head[4:10] in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"):
+        return "bz2"
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return "xz"
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return "zstd"
+    if head.startswith(b"\x04\x22\x4d\x18"):
+        return "lz4"
+    return None
+
+
+def head_of(path: Path) -> bytes:
+    """The first HEAD_BYTES of a file, as they lie there. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
+
+
+@contextmanager
+def open_text(path: Path, encoding: str, newline: str) -> Iterator[TextIO]:
+    """The text of a file, unpacked and decoded strictly; a UTF-8 byte-order mark at its beginning is left out.
+
+    `newline` is that of `open`; "" and "\\n" leave every line ending as it is. Raises DataError, inside too, where the
+    file cannot be read or unpacked, is an archive, or does not hold text in `encoding`.
+    """
+    strict = f"{UTF8}-sig" if encoding == UTF8 else encoding
+    try:
+        with _unpacked(path) as file:
+            _check_head(path, file.peek(HEAD_BYTES)[:HEAD_BYTES], encoding)
+            yield io.TextIOWrapper(file, encoding=strict, newline=newline)
+    except UnicodeError as error:
+        raise DataError(
+            f"{path} is not {encoding}{_place(path, encoding)}; name its encoding with --encoding, mend it, or leave "
+            "it out"
+        ) from error
+    except file_errors() as error:
+        raise DataError(f"{path} cannot be read ({brief(error)}); mend the file, or leave it out") from error
+
+
+def file_errors() -> tuple[type[BaseException], ...]:
+    """What reading a file, unpacking it and taking it apart raise where it is damaged."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    return (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, pa.ArrowException)
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error's message, shortened, without its full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(" .:")
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[io.BufferedReader]:
+    with path.open("rb") as packed:
+        name = compression(packed.peek(HEAD_BYTES))
+        opened = _UNPACKERS[name](packed) if name else packed
+        yield io.BufferedReader(cast(io.RawIOBase, opened), READ_BYTES)
+
+
+def _arrow(codec: str) -> Callable[[IO[bytes]], Any]:
+    def unpack(file: IO[bytes]) -> Any:
+        import pyarrow as pa
+
+        return pa.CompressedInputStream(file, codec)
+
+    return unpack
+
+
+_UNPACKERS: dict[str, Callable[[IO[bytes]], Any]] = {
+    "gzip": lambda file: gzip.GzipFile(fileobj=file),
+    "bz2": bz2.BZ2File,
+    "xz": lzma.LZMAFile,
+    "zstd": _arrow("zstd"),
+    "lz4": _arrow("lz4"),
+}
+
+
+def _check_head(path: Path, head: bytes, encoding: str) -> None:
+    """Raises DataError for what decodes without an error and is still not text in `encoding`, or is no text at all."""
+    archive = next((name for magic, name in ARCHIVES.items() if head.startswith(magic)), None)
+    if head[TAR[0] :].startswith(TAR[1]):
+        archive = "tar"
+    if archive:
+        raise DataError(f"{path} is a {archive} archive, which is not read; unpack it, and give --data what was in it")
+    if encoding.startswith(WIDE):
+        return
+    wide = next((name for mark, name in BOMS.items() if head.startswith(mark)), None)
+    if wide:
+        raise DataError(f"{path} begins with the byte-order mark of {wide}, at byte 0; read it with --encoding {wide}")
+    if len(head) >= 4 and head.count(0) * 4 >= len(head):
+        order = "le" if head[1::2].count(0) >= head[::2].count(0) else "be"
+        raise DataError(
+            f"{path} is full of NUL bytes, from byte {head.index(0)} on, as UTF-16 without a byte-order mark is; read "
+            f"it with --encoding utf-16-{order}, or leave it out"
+        )
+
+
+def _place(path: Path, encoding: str) -> str:
+    """Where the first bytes stand that are not `encoding`, found by reading again: a text file only tells within its
+    buffer. The bytes are those of the unpacked file."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    done, lines = 0, 1
+    with _unpacked(path) as file:
+        while True:
+            chunk = file.read(READ_BYTES)
+            waiting = len(decoder.getstate()[0])
+            try:
+                lines += decoder.decode(chunk, final=not chunk).count("\n")
+            except UnicodeDecodeError as error:
+                before = error.object[: error.start].decode(encoding, errors="replace")
+                return f" at byte {done - waiting + error.start}, line {lines + before.count(chr(10))}"
+            except UnicodeError:
+                return ""
+            if not chunk:
+                return ""
+            done += len(chunk)
