@@ -111,8 +111,7 @@ class DataConfig(Section):
             return codecs.lookup(value).name
         except (LookupError, ValueError) as error:
             raise ValueError(
-                f"data.encoding {value!r} is no encoding that Python knows; give one such as utf-8, utf-16, latin-1 or "
-                "cp1252"
+                f"there is no encoding {value!r} of text in Python; give one such as utf-8, utf-16, latin-1 or cp1252"
             ) from error
 
 

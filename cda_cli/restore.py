@@ -18,12 +18,13 @@ from cda_cli.data import (
     Tokens,
     count_windows,
     evaluation_batches,
+    is_there,
     load_tokenizer,
     prepare,
     streamed_validation,
     tokenizer_from_json,
 )
-from cda_cli.errors import CheckpointError, ConfigError, did_you_mean
+from cda_cli.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from cda_cli.model import Transformer, expected_tensors, load_state_tensors, model_backend
 from cda_cli.ops import Backend
 from cda_cli.runtime import Dtype, pick_device, pick_dtype
@@ -106,16 +107,28 @@ class TextSide(NamedTuple):
 SPLITS = ("validation", "train", "all")
 
 
-def open_side(restored: Restored, data: str | None, split: str, stop: StopRequest, show_progress: bool) -> TextSide:
+def open_side(
+    restored: Restored,
+    data: str | None,
+    split: str,
+    stop: StopRequest,
+    show_progress: bool,
+    encoding: str | None = None,
+) -> TextSide:
     """The text `data` (the run's own where None), split as in training, in the tokens of the restored model.
 
-    Raises DataError, or ConfigError for a split that is not one of SPLITS.
+    `encoding` is that of the text; where None the run's own for its own text, and UTF-8 for another. Raises DataError,
+    or ConfigError for a split that is not one of SPLITS.
     """
     if split not in SPLITS:
         raise ConfigError(f"unknown split {split!r}: {did_you_mean(split, SPLITS)}")
     config = restored.config.data
     if data is not None:
-        config = config.model_copy(update={"source": data, "streaming": False})
+        config = config.model_copy(update={"source": data, "streaming": False, "encoding": "utf-8"})
+    elif not is_there(config.source):
+        raise DataError(f"the text of the run, {config.source}, has gone; put it back, or name another with --data")
+    if encoding is not None:
+        config = parse({"data": config.model_dump() | {"encoding": encoding}}).data
     seq_len = restored.config.model.seq_len
     if config.streaming:
         if split != "validation":

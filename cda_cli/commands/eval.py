@@ -14,6 +14,7 @@ from cda_cli.commands.options import (
     DeviceOption,
     DtypeOption,
     EmaOption,
+    EncodingOption,
     JsonOption,
 )
 
@@ -23,6 +24,7 @@ def evaluate(
     best: BestOption = False,
     ema: EmaOption = False,
     data: DataOption = None,
+    encoding: EncodingOption = None,
     split: Annotated[str, typer.Option(help="validation or train: which side of the text.")] = "validation",
     max_batches: Annotated[int | None, typer.Option(min=1, help="Stop after so many batches.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")] = 16,
@@ -39,7 +41,7 @@ def evaluate(
 
     with StopRequest() as stop:
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
-        text = open_side(restored, data, split, stop, show_progress=is_terminal() and not as_json)
+        text = open_side(restored, data, split, stop, is_terminal() and not as_json, encoding)
         batches, windows = text.batches(batch_size, max_batches)
         with progress("evaluating", windows, quiet=as_json) as advance:
             result = evaluate(

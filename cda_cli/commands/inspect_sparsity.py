@@ -14,6 +14,7 @@ from cda_cli.commands.options import (
     DeviceOption,
     DtypeOption,
     EmaOption,
+    EncodingOption,
     JsonOption,
 )
 
@@ -23,6 +24,7 @@ def inspect_sparsity(
     best: BestOption = False,
     ema: EmaOption = False,
     data: DataOption = None,
+    encoding: EncodingOption = None,
     layers: Annotated[str | None, typer.Option(help="Layers to report, such as 0,2-3; all where not given.")] = None,
     heads: Annotated[str | None, typer.Option(help="Heads to report; the first is drawn as a heat map.")] = None,
     max_batches: Annotated[int, typer.Option(min=1, help="Sequences of the validation text to look at.")] = 16,
@@ -44,7 +46,7 @@ def inspect_sparsity(
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
         chosen_heads = parse_selection(heads, restored.config.model.heads, "--heads")
-        text = open_side(restored, data, "validation", stop, show_progress=is_terminal() and not as_json)
+        text = open_side(restored, data, "validation", stop, is_terminal() and not as_json, encoding)
         batches, windows = text.batches(1, max_batches)
         with progress("inspecting", windows, quiet=as_json) as advance:
             drawn = (chosen_layers[0], chosen_heads[0])

@@ -20,6 +20,12 @@ DataOption = Annotated[
     str | None,
     typer.Option("--data", help="stdlib, a path or glob, or hf:OWNER/NAME[:CONFIG]; the run's own where not given."),
 ]
+EncodingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--encoding", help="Of local files; where not given, that of the run for its own text, and utf-8 for another."
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16: of the matrix products.")]
 BackendOption = Annotated[str, typer.Option("--backend", help="Backend of the operator: auto, torch, triton or colt5.")]

@@ -12,10 +12,11 @@ batches → ahead      prefetch    made in a thread, before they are asked for
 """
 
 from cda_cli.data.batches import IGNORE, Batch, TrainBatches, check_lengths, count_windows, evaluation_batches
+from cda_cli.data.fingerprint import digest
 from cda_cli.data.prefetch import Prefetched
 from cda_cli.data.prepare import Corpus, PreparationStoppedError, Tokens, prepare
-from cda_cli.data.sources import Source, open_source
-from cda_cli.data.streaming import StreamedBatches, streamed_validation
+from cda_cli.data.sources import Source, absolute_source, is_there, open_source
+from cda_cli.data.streaming import StreamedBatches, streamed_identity, streamed_validation
 from cda_cli.data.tokenizers import (
     ByteTokenizer,
     JsonTokenizer,
@@ -39,12 +40,16 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "TrainBatches",
+    "absolute_source",
     "check_lengths",
     "count_windows",
+    "digest",
     "evaluation_batches",
+    "is_there",
     "load_tokenizer",
     "open_source",
     "prepare",
+    "streamed_identity",
     "streamed_validation",
     "tokenizer_from_json",
 ]

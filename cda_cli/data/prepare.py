@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +28,7 @@ from cda_cli.data.tokenizers import Tokenizer, load_tokenizer, split_pieces, utf
 from cda_cli.errors import CdaError, DataError, StorageError
 from cda_cli.storage import published_folder, remove_published, remove_stale
 
-FORMAT = 1
+FORMAT = 2
 SIDES: tuple[Side, Side] = ("train", "validation")
 BATCH_CHARACTERS = 1 << 21
 
@@ -42,11 +43,13 @@ class PreparationStoppedError(CdaError):
 class Tokens:
     """`ids` [N] of an unsigned type, memory-mapped, and the bytes of the text that they stand for.
 
-    A separator counts as one byte, so that with byte tokens `bytes_per_token` is exactly 1.
+    A separator counts as one byte, so that with byte tokens `bytes_per_token` is exactly 1. `digest` is that of the
+    ids, where they were prepared.
     """
 
     ids: NDArray[Any]
     text_bytes: int
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -123,11 +126,13 @@ class _Writer:
     """One side's file."""
 
     file: IO[bytes]
+    found: blake2b = field(default_factory=lambda: blake2b(digest_size=16))
     tokens: int = 0
     text_bytes: int = 0
 
     def add(self, ids: NDArray[Any], text_bytes: int) -> None:
         self.file.write(ids.data)
+        self.found.update(ids.data)
         self.tokens += len(ids)
         self.text_bytes += text_bytes
 
@@ -182,8 +187,8 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, 
 
 def _write_passes(
     folder: Path, passes: list[tuple[Documents, Rule]], source: Source, tokenizer: Tokenizer, meter: _Meter
-) -> dict[Side, dict[str, int]]:
-    """One file a side; the tokens and text bytes of each."""
+) -> dict[Side, dict[str, Any]]:
+    """One file a side; the tokens and text bytes of each, and the digest of its ids."""
     with (
         (folder / "train.bin").open("wb") as train,
         (folder / "validation.bin").open("wb") as validation,
@@ -195,7 +200,10 @@ def _write_passes(
                 bar.update(_encode(batch, tokenizer, writers))
                 if meter.should_stop():
                     raise PreparationStoppedError("stopped while preparing the data; run again to start it anew")
-    return {side: {"tokens": w.tokens, "text_bytes": w.text_bytes} for side, w in writers.items()}
+    return {
+        side: {"tokens": w.tokens, "text_bytes": w.text_bytes, "digest": w.found.hexdigest()}
+        for side, w in writers.items()
+    }
 
 
 def _batches(documents: Documents, rule: Rule) -> Iterator[_Batch]:
@@ -224,7 +232,7 @@ def _encode(batch: _Batch, tokenizer: Tokenizer, writers: dict[Side, _Writer]) -
     return total
 
 
-def _check_sides(source: Source, counts: dict[Side, dict[str, int]]) -> None:
+def _check_sides(source: Source, counts: dict[Side, dict[str, Any]]) -> None:
     if not any(count["tokens"] for count in counts.values()):
         raise DataError(f"{source.description} holds no text; give --data something to train on")
     for side, count in counts.items():
@@ -244,7 +252,7 @@ def _load(folder: Path, tokenizer: Tokenizer) -> tuple[Tokens, Tokens] | None:
             path, count = folder / f"{side}.bin", meta["sides"][side]
             if path.stat().st_size != count["tokens"] * dtype.itemsize:
                 return None
-            sides.append(Tokens(np.memmap(path, dtype=dtype, mode="r"), int(count["text_bytes"])))
+            sides.append(Tokens(np.memmap(path, dtype=dtype, mode="r"), int(count["text_bytes"]), str(count["digest"])))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return sides[0], sides[1]

@@ -76,6 +76,16 @@ def absolute_source(source: str) -> str:
     return str(Path(folder, path))
 
 
+def is_there(source: str) -> bool:
+    """Whether local files have that name; of what is not local this is not asked. Raises DataError for a folder."""
+    try:
+        return source == STDLIB or source.startswith(HUB_PREFIX) or bool(_matches(source))
+    except MissingTextError:
+        return False
+    except OSError:  # such as a name that is too long, which is said where it is opened
+        return True
+
+
 def _stdlib(config: DataConfig) -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(_python_files(root), key=lambda path: path.relative_to(root).as_posix())

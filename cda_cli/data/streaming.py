@@ -146,6 +146,11 @@ def streamed_validation(config: DataConfig, tokenizer: Tokenizer, max_tokens: in
     return Tokens(np.concatenate(parts), text_bytes)
 
 
+def streamed_identity(config: DataConfig) -> dict[str, Any]:
+    """What tells the data from other data, plain JSON (see `Source`). Raises DataError as StreamedBatches does."""
+    return _open(config).identity
+
+
 def encode_document(tokenizer: Tokenizer, text: str) -> NDArray[Any]:
     """The ids [N] of a document and the separator after it."""
     return np.append(tokenizer.encode(text), np.array([tokenizer.separator], dtype=tokenizer.dtype))

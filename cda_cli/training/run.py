@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from cda_cli.config import Config
-from cda_cli.data import PreparationStoppedError
+from cda_cli.data import PreparationStoppedError, digest
 from cda_cli.errors import ConfigError
 from cda_cli.restore import saved_config
 from cda_cli.runtime import describe_device, deterministic, peak_memory
@@ -27,6 +27,7 @@ from cda_cli.training.run_folder import (
     NoMetrics,
     check_folder,
     check_same_run,
+    check_same_text,
     find_checkpoint,
     open_run,
     validation_losses,
@@ -39,6 +40,7 @@ from cda_cli.training.setup import (
     describe_peak,
     open_data,
     remarks,
+    with_absolute_paths,
     with_vocabulary,
 )
 from cda_cli.training.space import check_space
@@ -200,9 +202,10 @@ def _find(run: Path, resume: str, display: Display, processes: Processes) -> Che
 
 
 def _check_same_start(setup: Setup) -> None:
-    """Raises ConfigError where a machine sees another run folder than the first, or a text of another length: it would
-    train on, in vain."""
+    """Raises ConfigError where a machine sees another run folder than the first, or another text: it would train on, in
+    vain."""
     text = f"{setup.data.windows} windows of text and {len(setup.data.validation)} validation tokens"
+    text += f", data {digest(setup.data.identity)[:8]}"
     here = f"step {setup.step}, {text}"
     first = setup.processes.told("start", lambda: here)
     if here != first:
@@ -221,6 +224,7 @@ def _set_up(
     processes: Processes,
     spare_cache: Path | None = None,
 ) -> Setup:
+    config = with_absolute_paths(config)
     try:
         with processes.in_turn():
             data = open_data(
@@ -231,7 +235,9 @@ def _set_up(
         raise
     config = with_vocabulary(config, data)
     if checkpoint:
-        check_same_run(saved_config(checkpoint), config, run)
+        known = checkpoint.state.get("data")  # None in a checkpoint of before it was kept
+        check_same_run(with_absolute_paths(saved_config(checkpoint)), config, run, same_text=known == data.identity)
+        check_same_text(known, data.identity, data.description, run)
     for sentence in remarks(config):
         display.note(sentence)
     return build(config, data, checkpoint, display.note, processes)

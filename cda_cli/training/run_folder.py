@@ -51,17 +51,40 @@ def find_checkpoint(run: Path, resume: str) -> tuple[Checkpoint | None, list[str
     return load(path), []
 
 
-def check_same_run(before: Config, now: Config, where: Path) -> None:
-    """Model, data, seed and optimizer must be those of the run that goes on; steps, rates, intervals may change."""
+def check_same_run(before: Config, now: Config, where: Path, *, same_text: bool = False) -> None:
+    """Model, data, seed and optimizer must be those of the run that goes on; steps, rates, intervals may change.
+
+    With the `same_text`, in the same tokens, it does not matter where it lies.
+    """
+    places = {"source", "tokenizer"} if same_text else set()
     pairs = [("model", before.model, now.model), ("data", before.data, now.data)]
     for section, old, new in pairs:
-        for name, value in old.model_dump().items():
+        for name, value in old.model_dump(exclude=places).items():
             if value != getattr(new, name):
                 _refuse(where, f"{section}.{name}", value, getattr(new, name))
     if before.run.seed != now.run.seed:
         _refuse(where, "run.seed", before.run.seed, now.run.seed)
     if before.optim.optimizer != now.optim.optimizer:
         _refuse(where, "optim.optimizer", before.optim.optimizer, now.optim.optimizer)
+
+
+def check_same_text(before: Any, now: Mapping[str, Any], text: str, where: Path) -> None:
+    """The `text` whose identity is `now` (see `RunData`) must be the one that the run in `where` was trained on, which
+    was `before`: None where its checkpoint does not say. Raises ConfigError."""
+    if before is None or before == now:
+        return
+    if not isinstance(before, dict):
+        raise CheckpointError(f"the state.json of the checkpoint in {where} says nothing usable of its data")
+    name = next((name for name, value in now.items() if before.get(name) != value), "kind")
+    differs = f"{name}: {before.get(name)} there and {now.get(name)} here"
+    if name == "content":
+        differs = "as long, with other content"
+    elif name == "tokenizer":
+        differs = "in the tokens of another tokenizer"
+    raise ConfigError(
+        f"{text} is not what {where} was trained on ({differs}); put the old text back, name it with --data, or start "
+        "a new run with another --out"
+    )
 
 
 def _refuse(where: Path, key: str, before: object, now: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from cda_cli.data import (
     Tokenizer,
     Tokens,
     TrainBatches,
+    absolute_source,
     check_lengths,
     count_windows,
     load_tokenizer,
     prepare,
+    streamed_identity,
     streamed_validation,
 )
 from cda_cli.errors import CheckpointError, DeviceError
@@ -44,7 +46,8 @@ from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optim
 @dataclass
 class RunData:
     """The data of a run. `open_batches` takes the position to go on from, or None; `windows` are those of one pass
-    over the training text, unknown (None) where it is streamed."""
+    over the training text, unknown (None) where it is streamed. `identity`, plain JSON, tells the text and its tokens
+    from others: by the tokens themselves, or where they are streamed by the files (see `fingerprint`)."""
 
     tokenizer: Tokenizer
     validation: Tokens
@@ -52,6 +55,7 @@ class RunData:
     description: str
     windows: int | None
     open_batches: Callable[[Mapping[str, Any] | None], Iterator[tuple[Batch, dict[str, Any]]]]
+    identity: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -103,6 +107,7 @@ class Setup:
             "step": self.step,
             "tokens": self.tokens,
             "position": self.position,
+            "data": self.data.identity,
             "validation_loss": self.validation_loss if math.isfinite(self.validation_loss or 0.0) else None,
             "config": self.config.model_dump(mode="json"),
             "optimizer": plain,
@@ -145,6 +150,7 @@ def open_data(
             f"{data.source}, streamed",
             None,
             lambda position: StreamedBatches(data, tokenizer, seq_len, optim.batch_size, position),
+            {"tokenizer": tokenizer.fingerprint, **streamed_identity(data)},
         )
     corpus = prepare(data, show_progress=show_progress, should_stop=should_stop, spare_cache=spare_cache)
     check_lengths(corpus, seq_len)
@@ -155,6 +161,12 @@ def open_data(
         corpus.description,
         count_windows(corpus.train, seq_len),
         lambda position: TrainBatches(corpus.train, seq_len, optim.batch_size, config.run.seed, position),
+        {
+            "tokenizer": corpus.tokenizer.fingerprint,
+            "training tokens": len(corpus.train),
+            "validation tokens": len(corpus.validation),
+            "content": [corpus.train.digest, corpus.validation.digest],
+        },
     )
 
 
@@ -233,6 +245,16 @@ def fill_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"the optimizer in {checkpoint.path} is not that of its model ({error}); use an earlier checkpoint"
         ) from error
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """`config` with its text and its tokenizer named so that they are found from any folder."""
+    tokenizer = Path(config.data.tokenizer).expanduser()
+    paths = {
+        "source": absolute_source(config.data.source),
+        "tokenizer": str(tokenizer.absolute()) if tokenizer.is_file() else config.data.tokenizer,
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=paths)})
 
 
 def with_vocabulary(config: Config, data: RunData) -> Config:
