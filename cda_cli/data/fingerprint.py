@@ -15,6 +15,7 @@ from typing import Any
 
 WHOLE_BYTES = 64 << 20
 CHUNK_BYTES = 64 << 10
+READ_BYTES = 1 << 20
 FEWEST_CHUNKS = 4
 
 
@@ -49,5 +50,7 @@ def _digest_of(path: Path, chunks: Sequence[tuple[int, int]]) -> str:
     with path.open("rb") as file:
         for place, length in chunks:
             file.seek(place)
-            found.update(file.read(length))
+            while length and (part := file.read(min(length, READ_BYTES))):
+                found.update(part)
+                length -= len(part)
     return found.hexdigest()

@@ -47,7 +47,7 @@ def read_json_lines(path: Path, column: str, encoding: str, start: int) -> Rows:
             try:
                 row = _json.decode(line)
             except (ValueError, RecursionError) as error:
-                raise _not_json(path, number, brief(error)) from error
+                raise _not_json(path, number, _fault_of(error)) from error
             yield number, text_of(row, f"line {number}")
         text_of.finish()
 
@@ -204,7 +204,7 @@ class _JsonText:
                 value, self._at = _json.raw_decode(self._text, self._at)
                 return value
             except (ValueError, RecursionError) as error:  # perhaps only cut off by the end of what was read
-                fault = self.fault(brief(error), error.pos if isinstance(error, json.JSONDecodeError) else None)
+                fault = self.fault(_fault_of(error), error.pos if isinstance(error, json.JSONDecodeError) else None)
                 if not self._read_on():
                     raise fault from error
 
@@ -228,6 +228,11 @@ def _json_type(value: Any) -> str:
 def _holds_text(held: Any) -> bool:
     """Whether that is an Arrow type of strings, or of nothing but nulls. A dictionary has a value_type."""
     return str(getattr(held, "value_type", held)) in ("string", "large_string", "string_view", "null")
+
+
+def _fault_of(error: ValueError | RecursionError) -> str:
+    """What is wrong, without the place, which is that in the text that the library was given."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else brief(error)
 
 
 def _not_json(path: Path, line: int, message: str) -> DataError:
