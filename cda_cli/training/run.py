@@ -224,7 +224,6 @@ def _set_up(
     processes: Processes,
     spare_cache: Path | None = None,
 ) -> Setup:
-    config = with_absolute_paths(config)
     try:
         with processes.in_turn():
             data = open_data(
@@ -233,7 +232,7 @@ def _set_up(
     except PreparationStoppedError as error:
         stop.check(str(error))
         raise
-    config = with_vocabulary(config, data)
+    config = with_vocabulary(with_absolute_paths(config), data)  # an error named them as they were given
     if checkpoint:
         known = checkpoint.state.get("data")  # None in a checkpoint of before it was kept
         check_same_run(with_absolute_paths(saved_config(checkpoint)), config, run, same_text=known == data.identity)
