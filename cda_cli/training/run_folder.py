@@ -153,7 +153,8 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a metrics file; one that a kill cut short or a disk damaged is left out. A link is none."""
     if path.is_symlink() or not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # A record ends at \n alone: its text may hold U+2028, U+0085 and other line ends of `splitlines`.
+    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

@@ -98,7 +98,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 def metrics(run_folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The records of a run, or those of one kind."""
-    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run_folder / "metrics.jsonl").read_bytes().splitlines()
     records = [json.loads(line) for line in lines]
     return [record for record in records if kind in (None, record["kind"])]
 

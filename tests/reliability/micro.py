@@ -72,7 +72,7 @@ def write_tokenizer(path: Path) -> Path:
 
 def losses(run: Path) -> dict[int, str]:
     """The loss of each step, exactly."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run / "metrics.jsonl").read_bytes().splitlines()
     records = [json.loads(line) for line in lines]
     return {record["step"]: record["loss"].hex() for record in records if record["kind"] == "train"}
 

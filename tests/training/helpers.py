@@ -66,6 +66,6 @@ def trained(config: Config, run: Path, resume: str = "auto", stop_after: int | N
 
 def losses(run: Path) -> dict[int, float]:
     """The loss of each step, to the last bit: JSON holds the shortest decimal that reads back the same."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run / "metrics.jsonl").read_bytes().splitlines()
     records = [json.loads(line) for line in lines]
     return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}

@@ -122,7 +122,7 @@ def test_nothing_in_between_but_always_at_the_end(config: Config, tmp_path: Path
 def test_the_display_hears_what_the_metrics_hold(config: Config, tmp_path: Path) -> None:
     """Each record as it is written, one start, one finish."""
     display = trained(config, tmp_path / "run")
-    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()]
     assert display.records == written
     assert [record["step"] for record in written if record["kind"] == "sample"] == [7]
     assert display.finished == 1

@@ -25,6 +25,16 @@ def test_figures_come_back_as_they_were(tmp_path: Path) -> None:
     assert list(read_metrics(tmp_path / "metrics.jsonl")) == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}]
 
 
+def test_a_text_with_any_line_end_comes_back(tmp_path: Path) -> None:
+    """Python splits lines at ten characters, JSON lines end at one: records would vanish at the next resume."""
+    text = "a\u2028b\u2029c\x85d\x0ce\x0bf\rg\r\nh\x1ci\n"
+    for step in (1, 2):
+        metrics = Metrics(tmp_path / "metrics.jsonl", step)
+        metrics.write({"step": step, "text": text})
+        metrics.close()
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == [{"step": step, "text": text} for step in (1, 2)]
+
+
 def test_a_record_is_on_the_disk_at_once(tmp_path: Path) -> None:
     """Whoever follows the file, or kills the run, must find what was printed."""
     metrics = Metrics(tmp_path / "metrics.jsonl", 0)
