@@ -56,7 +56,8 @@ def run() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an ASCII terminal gets a mark for ε, not an error
+            # An ASCII terminal gets a mark for ε, not an error; \n is \n everywhere.
+            stream.reconfigure(errors="replace", newline="\n")
     try:
         app()
     except SystemExit as leaving:

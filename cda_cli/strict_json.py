@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def dumps(document: Mapping[str, Any], indent: int | None = None) -> str:
-    return json.dumps(_finite(document), ensure_ascii=False, allow_nan=False, indent=indent)
+def dumps(document: Mapping[str, Any], indent: int | None = None, ensure_ascii: bool = False) -> str:
+    return json.dumps(_finite(document), ensure_ascii=ensure_ascii, allow_nan=False, indent=indent)
 
 
 def _finite(value: Any) -> Any:

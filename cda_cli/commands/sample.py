@@ -24,7 +24,7 @@ def sample(
     best: BestOption = False,
     ema: EmaOption = False,
     prompt: Annotated[str | None, typer.Option(help="Text to go on from.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="UTF-8 text, a prompt a line.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
@@ -38,7 +38,11 @@ def sample(
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Text from a model. The prompt comes from --prompt, from --prompts-file, or from stdin where neither is given."""
+    """Text from a model. The prompt comes from --prompt, from --prompts-file, or from stdin where neither is given.
+
+    A pipe or a file gets the prompt and the text exactly, and a newline after each sample; a terminal gets marks for
+    control characters. A character that the encoding of stdout lacks is written as an escape such as \\u3042.
+    """
     from cda_cli.console import SampleDisplay, print_json
     from cda_cli.generation import SamplingSettings
     from cda_cli.generation.text import generate_text, read_prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,8 +26,9 @@ def is_terminal() -> bool:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """One JSON document on stdout."""
-    print(strict_json.dumps(document, indent=2))
+    """One JSON document on stdout, in ASCII where stdout may lack a character."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(strict_json.dumps(document, indent=2, ensure_ascii=codecs.lookup(encoding).name != "utf-8"))
 
 
 @contextmanager

@@ -1,16 +1,14 @@
-"""Text as it comes: the prompt dim, what the model adds plain. The text itself is never wrapped or changed."""
+"""Text as it comes: the prompt dim, what the model adds plain."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.segment import Segment, Segments
 from rich.text import Text
 
 from cda_cli.console.base import out
-from cda_cli.console.training import printable
+from cda_cli.console.text import write_text
 
 
 class SampleDisplay:
@@ -26,7 +24,7 @@ class SampleDisplay:
         if self._several:
             # On stderr, so that a pipe gets the text alone.
             Console(stderr=True).print(Text(f"── prompt {prompt + 1}, sample {number + 1}", style="dim"))
-        self._write(text, style="dim")
+        write_text(self._console, text, style="dim")
 
     def follow(self, pieces: Iterable[str]) -> str:
         """Shows the pieces as they come, or all at the end; returns the text as it is."""
@@ -34,15 +32,9 @@ class SampleDisplay:
         for piece in pieces:
             collected.append(piece)
             if self._stream and not self._quiet:
-                self._write(piece)
+                write_text(self._console, piece)
         if not self._quiet:
             if not self._stream:
-                self._write("".join(collected))
-            self._write("\n")
+                write_text(self._console, "".join(collected))
+            write_text(self._console, "\n")
         return "".join(collected)
-
-    def _write(self, text: str, style: str = "") -> None:
-        # As segments: a Text would turn tabs into spaces.
-        segment = Segment(printable(text), self._console.get_style(style))
-        self._console.print(Segments([segment]), end="", soft_wrap=True)
-        sys.stdout.flush()

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cda_cli.console.base import count, duration, memory, out, pairs, plus_minus, share, table
+from cda_cli.console.text import write_text
 
 if TYPE_CHECKING:
     from cda_cli.training.run import Plan
@@ -51,7 +52,7 @@ class TrainingDisplay:
             self._line(record["step"], Text(f"validation {validation_words(record)}", style="bold"))
         elif kind == "sample":
             self._line(record["step"], Text("sample", style="bold"))
-            self._console.print(Text(printable(record["text"]), style="cyan"))
+            write_text(self._console, record["text"] + "\n", style="cyan")
         elif kind == "checkpoint":
             self._line(record["step"], f"saved {record['path']}")
 
@@ -162,8 +163,3 @@ def layer_table(layers: list[dict[str, float]]) -> Table:
             share(layer["active_units"]),
         )
     return made
-
-
-def printable(text: str) -> str:
-    """Text whose control characters cannot move the cursor or change the terminal; newlines and tabs stay."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

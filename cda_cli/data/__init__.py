@@ -24,6 +24,7 @@ from cda_cli.data.tokenizers import (
     Tokenizer,
     load_tokenizer,
     tokenizer_from_json,
+    without_surrogates,
 )
 
 __all__ = [
@@ -52,4 +53,5 @@ __all__ = [
     "streamed_identity",
     "streamed_validation",
     "tokenizer_from_json",
+    "without_surrogates",
 ]

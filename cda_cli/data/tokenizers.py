@@ -26,6 +26,8 @@ BYTES = "bytes"
 SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 # A tokenizer keeps offsets and strings for all that it is given at once; pieces bound that, and run in parallel.
 PIECE_CHARACTERS = 1 << 16
+# So many tokens before a new one decide what its text is.
+STREAM_CONTEXT = 32
 
 Ids = Sequence[int] | NDArray[Any]
 
@@ -69,8 +71,9 @@ class Tokenizer(ABC):
         """The text of `ids` [N]: separators are dropped, invalid UTF-8 becomes U+FFFD."""
 
     @abstractmethod
-    def stream(self) -> StreamDecoder:
-        """A decoder that is given one token at a time."""
+    def stream(self, prompt: Ids = ()) -> StreamDecoder:
+        """A decoder that is given one token at a time, the first of which follows the ids `prompt` [N]: the text of
+        a token may depend on the tokens before it."""
 
     @abstractmethod
     def to_json(self) -> str | None:
@@ -93,8 +96,8 @@ class ByteTokenizer(Tokenizer):
         raw: bytes = array[array != self.separator].tobytes()
         return raw.decode("utf-8", errors="replace")
 
-    def stream(self) -> StreamDecoder:
-        return _ByteStream(self.separator)
+    def stream(self, prompt: Ids = ()) -> StreamDecoder:
+        return _ByteStream(self.separator)  # no byte depends on the whole characters before it
 
     def to_json(self) -> None:
         return None
@@ -121,15 +124,19 @@ class JsonTokenizer(Tokenizer):
         self.fingerprint = blake2b(utf8(inner.to_str()), digest_size=16).hexdigest()
 
     def encode_batch(self, pieces: Sequence[str]) -> list[NDArray[Any]]:
-        encodings = self._inner.encode_batch_fast([_without_surrogates(p) for p in pieces], add_special_tokens=False)
+        encodings = self._inner.encode_batch_fast([without_surrogates(p) for p in pieces], add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def decode(self, ids: Ids) -> str:
         kept = [int(token) for token in ids if int(token) != self.separator]
         return str(self._inner.decode(kept, skip_special_tokens=False))
 
-    def stream(self) -> StreamDecoder:
-        return _JsonStream(self)
+    def stream(self, prompt: Ids = ()) -> StreamDecoder:
+        return _JsonStream(self, prompt)
+
+    def is_byte(self, token: int) -> bool:
+        """Whether `token` stands for one byte of a character that the vocabulary lacks, such as <0xE2>."""
+        return re.fullmatch("<0x[0-9A-F]{2}>", self._inner.id_to_token(token) or "") is not None
 
     def to_json(self) -> str:
         return str(self._inner.to_str())
@@ -148,38 +155,43 @@ class _ByteStream(StreamDecoder):
 
 
 class _JsonStream(StreamDecoder):
-    """Decodes a short window again with each token: a token's text may depend on its neighbours (a leading space, a
-    character spread over several tokens), so the new text is what the window has gained."""
+    """Decodes the latest tokens again with each new one: the new text is what they have gained. The text of a token
+    may depend on those before it (a leading space, a character that is spread over several tokens)."""
 
-    def __init__(self, tokenizer: JsonTokenizer) -> None:
+    def __init__(self, tokenizer: JsonTokenizer, prompt: Ids) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._said = 0  # tokens of the window whose text is out
-        self._said_text = ""
+        self._ids = [int(token) for token in prompt][-STREAM_CONTEXT:]
+        self._said_text = tokenizer.decode(self._ids)
 
     def push(self, token: int) -> str:
         if token == self._tokenizer.separator:
             return ""
         self._ids.append(token)
+        # Byte tokens in a row become text together, or U+FFFD together, so none is text before the row has ended.
+        if self._tokenizer.is_byte(token):
+            return ""
         text = self._tokenizer.decode(self._ids)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):  # perhaps the first bytes of a character
             return ""
-        return self._say(text)
+        new = text[len(self._said_text) :]
+        if len(self._ids) > 2 * STREAM_CONTEXT:
+            self._ids = self._ids[-STREAM_CONTEXT:]
+            text = self._tokenizer.decode(self._ids)
+        self._said_text = text
+        return new
 
     def flush(self) -> str:
-        return self._say(self._tokenizer.decode(self._ids))
-
-    def _say(self, text: str) -> str:
-        new = text[len(self._said_text) :]
-        self._ids = self._ids[self._said :]
-        self._said = len(self._ids)
-        self._said_text = self._tokenizer.decode(self._ids)
-        return new
+        return self._tokenizer.decode(self._ids)[len(self._said_text) :]
 
 
 def utf8(text: str) -> bytes:
     """UTF-8 of any str: a lone surrogate, which has no UTF-8, becomes '?'."""
     return text.encode("utf-8", errors="replace")
+
+
+def without_surrogates(text: str) -> str:
+    """`text` as UTF-8 can hold it: a lone surrogate becomes '?'."""
+    return text if text.isascii() else utf8(text).decode("utf-8")
 
 
 def split_pieces(text: str) -> Iterator[str]:
@@ -232,7 +244,3 @@ def _from_file(path: Path, name: str) -> Tokenizer:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the tokenizer {path} cannot be read ({error}); give --tokenizer a tokenizer.json") from error
     return tokenizer_from_json(text, name)
-
-
-def _without_surrogates(text: str) -> str:
-    return text if text.isascii() else utf8(text).decode("utf-8")

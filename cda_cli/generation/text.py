@@ -8,7 +8,7 @@ from typing import TextIO
 
 import torch
 
-from cda_cli.data import Tokenizer
+from cda_cli.data import StreamDecoder, without_surrogates
 from cda_cli.errors import ConfigError
 from cda_cli.generation.generate import SamplingSettings, generate
 from cda_cli.restore import Restored
@@ -20,24 +20,27 @@ def read_prompts(prompt: str | None, prompts_file: Path | None, stdin: TextIO) -
     if prompt is not None and prompts_file is not None:
         raise ConfigError("--prompt and --prompts-file exclude each other; give one of them")
     if prompt is not None:
-        return [prompt]
+        return [without_surrogates(prompt)]
     if prompts_file is not None:
-        try:
-            lines = prompts_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{prompts_file} cannot be read ({error}); give a text file with a prompt a line"
-            ) from error
-        prompts = [line for line in lines if line]
-        if not prompts:
-            raise ConfigError(f"{prompts_file} holds no prompt; write one a line")
-        return prompts
+        return _prompts_of_lines(prompts_file)
     if stdin.isatty():
         raise ConfigError("there is no prompt; give --prompt TEXT, --prompts-file FILE, or text on stdin")
-    text = stdin.buffer.read().decode("utf-8", errors="replace")
+    text = stdin.buffer.read().decode("utf-8-sig", errors="replace")
     if not text:
         raise ConfigError("stdin is empty; give --prompt TEXT, --prompts-file FILE, or text on stdin")
     return [text]
+
+
+def _prompts_of_lines(file: Path) -> list[str]:
+    """A line ends at \\n or \\r\\n and nowhere else: a form feed, U+0085 or U+2028 belongs to its prompt."""
+    try:
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); give a UTF-8 text file with a prompt a line") from error
+    prompts = [prompt for line in lines if (prompt := line.removesuffix("\r"))]
+    if not prompts:
+        raise ConfigError(f"{file} holds no prompt; write one a line")
+    return prompts
 
 
 def generate_text(
@@ -59,11 +62,10 @@ def generate_text(
     tokens = generate(
         restored.model, prompt_tokens, max_new_tokens, settings, seed=seed, separator=separator, dtype=dtype
     )
-    return _decoded(restored.tokenizer, tokens, stop)
+    return _decoded(restored.tokenizer.stream(prompt_tokens), tokens, stop)
 
 
-def _decoded(tokenizer: Tokenizer, tokens: Iterator[int], stop: StopRequest) -> Iterator[str]:
-    decoder = tokenizer.stream()
+def _decoded(decoder: StreamDecoder, tokens: Iterator[int], stop: StopRequest) -> Iterator[str]:
     for token in tokens:
         if stop:
             break

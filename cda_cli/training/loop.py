@@ -273,4 +273,6 @@ def sample(setup: Setup, stop: StopRequest) -> str:
     with torch.compiler.set_stance("force_eager"):
         tokens = list(stop.until(generate(setup.model, prompt, SAMPLE_TOKENS, settings, seed=seed, dtype=setup.dtype)))
     setup.model.train()
-    return tokenizer.decode(prompt) + "▸" + tokenizer.decode(tokens)
+    decoder = tokenizer.stream()  # one for both: the text of a token may depend on the tokens before it
+    before, after = ("".join(map(decoder.push, part)) for part in (prompt, tokens))
+    return f"{before}▸{after}{decoder.flush()}"

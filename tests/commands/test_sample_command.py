@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -12,9 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.commands.helpers import Cda, assert_refused, escapes, in_subprocess
+from cda_cli import main
+from tests.commands.helpers import Cda, assert_refused, escapes, in_subprocess, metrics
 
 SHORT = ("--max-new-tokens", 12)
+# What `str.isprintable` calls unprintable: spaces, joiners, a soft hyphen, line ends, an escape sequence.
+SPECIAL = ["a\xa0b\u202fc\u3000d\u200de\u200cf\xadg\r\n", "\u2028i\x0cj\x85k\ufeffl\u202e\N{ESCAPE}[31m"]
 # So hot that each byte is as likely as any other: half of them are no UTF-8, and many are control characters.
 RANDOM = ("--max-new-tokens", 120, "--temperature", 100)
 
@@ -70,9 +74,25 @@ def test_a_prompt_a_line_of_a_file(cda: Cda, finished: Path, tmp_path: Path) -> 
     assert "\nsecond λ" in shown.out
 
 
+def test_a_line_of_prompts_ends_at_its_newline_alone(cda: Cda, finished: Path, tmp_path: Path) -> None:
+    """Other marks that Python splits lines at are characters of the prompt, and a byte order mark is none."""
+    prompts = ["one\u2028a", "two\x0cb\x1c", "three\x85c", "four\rd"]
+    file = tmp_path / "prompts.txt"
+    for start, end in (("", "\n"), ("\ufeff", "\r\n")):
+        file.write_bytes((start + end.join([*prompts, "", ""])).encode())
+        found = sampled(cda, finished, "--prompts-file", file, "--max-new-tokens", 1)
+        assert [sample["prompt"] for sample in found] == prompts
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_prompts_that_are_no_utf8(cda: Cda, finished: Path, tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "prompts.txt").write_bytes("é\n".encode(encoding))
+    assert_refused(cda("sample", finished, "--prompts-file", tmp_path / "prompts.txt"), "cannot be read", "UTF-8")
+
+
 def test_stdin_is_the_prompt_where_none_is_given(cda: Cda, finished: Path) -> None:
-    """All of it, line ends included; bytes that are no UTF-8 become marks."""
-    [found] = sampled(cda, finished, *SHORT, stdin="two\nlines λ".encode() + b"\xff")
+    """All of it, line ends included, but for a byte order mark; bytes that are no UTF-8 become marks."""
+    [found] = sampled(cda, finished, *SHORT, stdin="\ufefftwo\nlines λ".encode() + b"\xff")
     assert found["prompt"] == "two\nlines λ\N{REPLACEMENT CHARACTER}"
     assert found["text"] == sampled(cda, finished, *SHORT, "--prompt", found["prompt"])[0]["text"]
 
@@ -83,14 +103,41 @@ def test_a_context_that_is_full_goes_on(cda: Cda, finished: Path) -> None:
     assert found["text"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--no-stream",), ("--json",)])
-def test_bytes_that_are_no_text_never_come_out_raw(finished: Path, cda: Cda, flags: tuple[str, ...]) -> None:
-    """Control characters of a model's text could move the cursor or set the title; JSON escapes them itself."""
-    result = cda("sample", finished, "--prompt", "\N{ESCAPE}[31m", *RANDOM, *flags)
-    assert result.code == 0
-    assert "\N{REPLACEMENT CHARACTER}" in result.out, "the text was not random enough to show anything"
-    assert escapes(result.out) == []
-    result.out.encode()  # a lone surrogate has no UTF-8
+@pytest.mark.parametrize("prompt", SPECIAL)
+def test_a_pipe_gets_the_text_as_it_is(finished: Path, cda: Cda, prompt: str) -> None:
+    """Character for character, control characters too."""
+    ask = ("--prompt", prompt, *RANDOM)
+    [found] = sampled(cda, finished, *ask)
+    assert found["prompt"] == prompt
+    assert "\N{REPLACEMENT CHARACTER}" in found["text"], "the text was not random enough to show anything"
+    for flags in ((), ("--no-stream",)):
+        assert cda("sample", finished, *ask, *flags).out == prompt + found["text"] + "\n"
+
+
+def test_json_escapes_control_characters(finished: Path, cda: Cda) -> None:
+    assert escapes(cda("sample", finished, "--prompt", "\N{ESCAPE}[31m", *RANDOM, "--json").out) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", "utf-16-le"])
+def test_a_stdout_that_lacks_characters_gets_escapes_for_them(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, cda: Cda, encoding: str
+) -> None:
+    """What was lost can be read there, and the JSON loses nothing."""
+    ask = ("sample", "--device", "cpu", str(finished), "--prompt", "é\xa0あ\r\n", "--max-new-tokens", "1")
+    [found] = sampled(cda, finished, *ask[4:])
+
+    def written(*flags: str) -> str:
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "argv", ["cda", *ask, *flags])
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, newline="\r\n"))
+        with contextlib.suppress(SystemExit):
+            main.run()
+        sys.stdout.flush()
+        return raw.getvalue().decode(encoding)
+
+    whole = found["prompt"] + found["text"] + "\n"
+    assert written() == whole.encode(encoding, errors="backslashreplace").decode(encoding)
+    assert json.loads(written("--json"))["samples"] == [found]
 
 
 class Terminal(io.StringIO):
@@ -106,12 +153,14 @@ def test_escape_sequences_are_shown_harmlessly_on_a_terminal(finished: Path, mon
     monkeypatch.delenv("NO_COLOR", raising=False)
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
-    evil = "\N{ESCAPE}]0;title\a\N{ESCAPE}[2J\x9b5n\r\u202e[bold]:smile:"
+    harmless = "[bold]:smile: \t\xa0\u202f\u3000\u200d\u200c\xad\ufeff"
+    evil = "\N{ESCAPE}]0;title\a\N{ESCAPE}[2J\x9b5n\r\u202e" + harmless
     display = SampleDisplay(stream=True, quiet=False, several=False)
     display.begin(0, 0, evil)
     assert display.follow(["plain ", evil, "\n."]) == "plain " + evil + "\n."
     shown = screen.getvalue()
     safe = "".join("\N{REPLACEMENT CHARACTER}" if c in "\N{ESCAPE}\a\x9b\r\u202e" else c for c in evil)
+    assert safe.endswith(harmless)
     assert shown == f"\N{ESCAPE}[2m{safe}\N{ESCAPE}[0mplain {safe}\n.\n"
 
 
@@ -138,6 +187,38 @@ def test_a_reader_that_leaves_gets_no_traceback(finished: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141, "the exit code of a process whose reader has gone"
+
+
+def test_the_space_after_the_prompt_is_kept(cda: Cda, tiny: Path, tmp_path: Path) -> None:
+    """A decoder that begins with the first new token takes its space for the beginning of the text."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    sentence = "the cat sat on the mat and the dog ran to the cat "
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>"], show_progress=False)
+    inner.train_from_iterator([sentence], trainer)
+    inner.save(str(tmp_path / "words.json"))
+    (tmp_path / "text.txt").write_text(sentence * 200)
+    run = tmp_path / "run"
+    trained = cda(
+        "train", "--config", tiny, "--data", tmp_path / "text.txt", "--tokenizer", tmp_path / "words.json", "--steps",
+        60, "--lr", 0.01, "--set", "run.eval_every=60", "--sample-every", 60, "--out", run,
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    ask = ("--prompt", "the cat", "--temperature", 0, "--max-new-tokens", 6)
+    [found] = sampled(cda, run, *ask)
+    whole = "the cat" + found["text"]
+    assert found["text"].startswith(" "), found["text"]
+    assert " ".join(whole.split()) in sentence * 2, f"the model learnt nothing: {whole}"
+    for flags in ((), ("--no-stream",)):
+        assert cda("sample", run, *ask, *flags).out == whole + "\n"
+    [sample] = metrics(run, "sample")
+    before, after = sample["text"].split("▸")
+    assert after.startswith(" ") or not before.endswith(("the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to"))
+    assert (before + after).strip()[:40] in sentence * 3
 
 
 def test_an_argument_that_is_no_utf8_leaves_valid_json(finished: Path) -> None:

@@ -25,10 +25,11 @@ TRAIN = {
 VALIDATION = {
     "step": 10, "kind": "validation", "loss": 2.625, "standard_error": 0.5, "bits_per_byte": 3.75,
 }  # fmt: skip
+SAMPLE = "a\tb \N{ESCAPE}[2J[bold]\xa0\u3000\r\n" + "long " * 50 + "end"
 RECORDS: list[dict[str, Any]] = [
     TRAIN,
     VALIDATION,
-    {"step": 10, "kind": "sample", "text": "a\tb \N{ESCAPE}[2J[bold]\nend"},
+    {"step": 10, "kind": "sample", "text": SAMPLE},
     {"step": 11, "kind": "refused", "saw": "loss nan, gradient norm inf", "in_a_row": 2},
     {"step": 10, "kind": "checkpoint", "path": "runs/[x]/checkpoints/step-00000010"},
 ]
@@ -46,7 +47,7 @@ def shown(screen: Screen, plan: Plan = PLAN) -> str:
 
 
 def test_plain_lines(screen: MakeScreen) -> None:
-    """Each figure is in its line; nothing steers a terminal, and nothing is taken for markup."""
+    """Each figure is in its line, a text is exact, and nothing is taken for markup."""
     text = shown(screen())
     lines = [line.rstrip() for line in text.split("\n")]
     assert "a [note]" in lines
@@ -62,8 +63,7 @@ def test_plain_lines(screen: MakeScreen) -> None:
         "next batch (2 in a row)"
     ) in lines
     assert "10/20  saved runs/[x]/checkpoints/step-00000010" in lines
-    assert "\N{REPLACEMENT CHARACTER}[2J[bold]" in text
-    assert "\N{ESCAPE}" not in text
+    assert "\n" + SAMPLE + "\n" in text
 
 
 def test_a_terminal_keeps_the_figures_at_the_end(screen: MakeScreen) -> None:
@@ -74,6 +74,7 @@ def test_a_terminal_keeps_the_figures_at_the_end(screen: MakeScreen) -> None:
     for words in ("10 of 20", "2.5000", "at step 10", "effective support", "12.5%", "75.0%"):
         assert words in end
     assert "\N{ESCAPE}[2J" not in text, "the text of a sample cleared the screen"
+    assert "\N{REPLACEMENT CHARACTER}[2J[bold]\xa0\u3000" in text
 
 
 def test_utilisation_names_both_figures(screen: MakeScreen) -> None:

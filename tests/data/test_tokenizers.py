@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cda_cli.data import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
-from cda_cli.data.tokenizers import PIECE_CHARACTERS, split_pieces
+from cda_cli.data.tokenizers import PIECE_CHARACTERS, STREAM_CONTEXT, split_pieces
 from cda_cli.errors import DataError
 from tests.data.samples import LETTERS, UNICODE
+from tests.data.tokenizer_kinds import KINDS, tokenizer_of_kind
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -78,11 +79,33 @@ def test_a_lone_surrogate_does_not_stop_anything(bpe: Tokenizer) -> None:
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
 
 
-@given(data=st.data())
-def test_a_stream_says_what_decode_says_for_any_bytes(bpe: Tokenizer, data: st.DataObject) -> None:
-    for tokenizer in (ByteTokenizer(), bpe):
-        ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+@pytest.mark.parametrize("kind", ["bytes", *KINDS])
+def test_a_stream_says_what_decode_says_for_any_tokens(kind: str) -> None:
+    """Over more tokens than a stream looks back."""
+    tokenizer = ByteTokenizer() if kind == "bytes" else tokenizer_of_kind(kind)
+
+    @given(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=3 * STREAM_CONTEXT))
+    def check(ids: list[int]) -> None:
         assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["bytes", *KINDS])
+def test_a_stream_goes_on_from_the_prompt(kind: str) -> None:
+    """The first new token is not the beginning of the text: its space, or its place in a word, is that after the
+    prompt."""
+    tokenizer = ByteTokenizer() if kind == "bytes" else tokenizer_of_kind(kind)
+
+    @given(prompt=TEXT, text=TEXT)
+    @example(prompt="the cat", text="the cat")
+    def check(prompt: str, text: str) -> None:
+        before, after = (tokenizer.encode(part).tolist() for part in (prompt, text))
+        decoder = tokenizer.stream(before)
+        new = "".join([*map(decoder.push, after), decoder.flush()])
+        assert tokenizer.decode(before) + new == tokenizer.decode([*before, *after])
+
+    check()
 
 
 @given(text=TEXT)
