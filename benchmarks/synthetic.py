@@ -39,13 +39,13 @@ def on_gpu(wanted: Sequence[str] = (), known: Collection[str] = ()) -> list[str]
 
 def random_data(config: Config) -> RunData:
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, TOKENS, dtype=np.uint16)
-    tokens = Tokens(ids, text_bytes=4 * TOKENS)
+    tokens = Tokens(ids, np.full(TOKENS, 4, np.uint8), text_bytes=4 * TOKENS)
     seq_len, batch_size = config.model.seq_len, config.optim.batch_size
 
     def open_batches(position: Any) -> TrainBatches:
         return TrainBatches(tokens, seq_len, batch_size, 0, position)
 
-    return RunData(load_tokenizer("bytes"), tokens, 4.0, "random tokens", TOKENS // seq_len, open_batches)
+    return RunData(load_tokenizer("bytes"), tokens, "random tokens", TOKENS // seq_len, None, open_batches)
 
 
 def row(*cells: object) -> None:

@@ -16,11 +16,12 @@ from cda_cli.data import (
     PreparationStoppedError,
     Tokenizer,
     Tokens,
-    count_windows,
+    count_evaluation_windows,
     evaluation_batches,
     is_there,
     load_tokenizer,
     prepare,
+    prepare_whole,
     streamed_validation,
     tokenizer_from_json,
 )
@@ -85,19 +86,19 @@ def restore_on(
 
 
 class TextSide(NamedTuple):
-    """One side of a text, or both, in the tokens of a model; `sides` are evaluated one after another."""
+    """The part `split` of a text, in the tokens of a model; `sides` are evaluated one after another."""
 
     sides: list[Tokens]
     seq_len: int
     description: str
-
-    @property
-    def bytes_per_token(self) -> float:
-        return sum(side.text_bytes for side in self.sides) / sum(len(side) for side in self.sides)
+    split: str
 
     def batches(self, batch_size: int, max_batches: int | None = None) -> tuple[Iterator[Batch], int]:
-        """Its batches in order, each token but the first of a side once, and the number of windows in them."""
-        windows = sum(count_windows(side, self.seq_len, "text") for side in self.sides)
+        """Its batches in order, each token but the first of a side once, and the number of windows in them.
+
+        Raises DataError where a side has a single token, or none.
+        """
+        windows = sum(count_evaluation_windows(side, self.seq_len) for side in self.sides)
         each = [evaluation_batches(side, self.seq_len, batch_size) for side in self.sides]
         if max_batches is not None:
             windows = min(windows, max_batches * batch_size)
@@ -110,40 +111,45 @@ SPLITS = ("validation", "train", "all")
 def open_side(
     restored: Restored,
     data: str | None,
-    split: str,
+    split: str | None,
     stop: StopRequest,
     show_progress: bool,
     encoding: str | None = None,
 ) -> TextSide:
-    """The text `data` (the run's own where None), split as in training, in the tokens of the restored model.
+    """A text in the tokens of the restored model: the run's own where `data` is None or names it, else `data`.
 
-    `encoding` is that of the text; where None the run's own for its own text, and UTF-8 for another. Raises DataError,
-    or ConfigError for a split that is not one of SPLITS.
+    `split` is that of training, or "all", both sides; where not given it is "validation" of the run's own text, and
+    "all" of another, of which the model has seen nothing. `encoding` is that of the text; where None the run's own for
+    its own text, and UTF-8 for another. Raises DataError, or ConfigError for a split that is not one of SPLITS.
     """
-    if split not in SPLITS:
+    if split is not None and split not in SPLITS:
         raise ConfigError(f"unknown split {split!r}: {did_you_mean(split, SPLITS)}")
-    config = restored.config.data
+    config, seq_len = restored.config.data, restored.config.model.seq_len
+    own = data is None or data == config.source or Path(data).expanduser().resolve() == Path(config.source).resolve()
+    split = split or ("validation" if own else "all")
     if data is not None:
-        config = config.model_copy(update={"source": data, "streaming": False, "encoding": "utf-8"})
+        config = config.model_copy(update={"source": data, "streaming": False})
+        config = config if own else config.model_copy(update={"encoding": "utf-8"})
     elif not is_there(config.source):
         raise DataError(f"the text of the run, {config.source}, has gone; put it back, or name another with --data")
     if encoding is not None:
         config = parse({"data": config.model_dump() | {"encoding": encoding}}).data
-    seq_len = restored.config.model.seq_len
     if config.streaming:
         if split != "validation":
             raise ConfigError("the run's text is streamed; evaluate its validation split, or name a text with --data")
         held_out = streamed_validation(config, restored.tokenizer, max_tokens=STREAMED_TOKENS)
-        return TextSide([held_out], seq_len, f"{config.source}, streamed")
+        return TextSide([held_out], seq_len, f"{config.source}, streamed", split)
+    how: Any = {"tokenizer": restored.tokenizer, "show_progress": show_progress, "should_stop": lambda: bool(stop)}
     try:
-        corpus = prepare(
-            config, tokenizer=restored.tokenizer, show_progress=show_progress, should_stop=lambda: bool(stop)
-        )
+        if split == "all" and not own:  # in one piece, as nothing was held out
+            whole, description = prepare_whole(config, **how)
+            return TextSide([whole], seq_len, description, split)
+        corpus = prepare(config, **how)
     except PreparationStoppedError as error:
         stop.check(str(error))
         raise
     sides = {"train": [corpus.train], "validation": [corpus.validation], "all": [corpus.train, corpus.validation]}
-    return TextSide(sides[split], seq_len, corpus.description)
+    return TextSide(sides[split], seq_len, corpus.description, split)
 
 
 _STATE: dict[str, type | tuple[type, ...]] = {

@@ -16,6 +16,7 @@ from cda_cli.commands.options import (
     EmaOption,
     EncodingOption,
     JsonOption,
+    SplitOption,
 )
 
 
@@ -25,7 +26,7 @@ def evaluate(
     ema: EmaOption = False,
     data: DataOption = None,
     encoding: EncodingOption = None,
-    split: Annotated[str, typer.Option(help="validation or train: which side of the text.")] = "validation",
+    split: SplitOption = None,
     max_batches: Annotated[int | None, typer.Option(min=1, help="Stop after so many batches.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")] = 16,
     device: DeviceOption = "auto",
@@ -33,8 +34,13 @@ def evaluate(
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Loss, perplexity and bits per byte over a whole split, each token counted once, with standard errors."""
-    from cda_cli.console import is_terminal, print_json, progress, show_evaluation
+    """Loss, perplexity and bits per byte over a whole split, each token counted once, with standard errors.
+
+    Bits per byte spread the loss over the bytes of text that the tokens stand for; a separator and an unknown token
+    stand for none.
+    """
+    from cda_cli.console import is_terminal, note, print_json, progress, show_evaluation
+    from cda_cli.data import loss_of_text
     from cda_cli.evaluation import evaluate
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
@@ -42,18 +48,14 @@ def evaluate(
     with StopRequest() as stop:
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         text = open_side(restored, data, split, stop, is_terminal() and not as_json, encoding)
+        if remark := loss_of_text(text.sides):
+            note(remark)
         batches, windows = text.batches(batch_size, max_batches)
         with progress("evaluating", windows, quiet=as_json) as advance:
-            result = evaluate(
-                restored.model,
-                stop.until(batches),
-                text.bytes_per_token,
-                restored.device,
-                precision,
-                advance,
-            )
+            result = evaluate(restored.model, stop.until(batches), restored.device, precision, advance)
         stop.check("interrupted; nothing was written")
     if as_json:
-        print_json({"checkpoint": str(restored.path), "data": text.description, "split": split, **result._asdict()})
+        source = {"checkpoint": str(restored.path), "data": text.description, "split": text.split}
+        print_json({**source, **result._asdict()})
     else:
-        show_evaluation(result, restored, text.description, split)
+        show_evaluation(result, restored, text)

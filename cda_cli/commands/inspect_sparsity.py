@@ -16,6 +16,7 @@ from cda_cli.commands.options import (
     EmaOption,
     EncodingOption,
     JsonOption,
+    SplitOption,
 )
 
 
@@ -25,9 +26,10 @@ def inspect_sparsity(
     ema: EmaOption = False,
     data: DataOption = None,
     encoding: EncodingOption = None,
+    split: SplitOption = None,
     layers: Annotated[str | None, typer.Option(help="Layers to report, such as 0,2-3; all where not given.")] = None,
     heads: Annotated[str | None, typer.Option(help="Heads to report; the first is drawn as a heat map.")] = None,
-    max_batches: Annotated[int, typer.Option(min=1, help="Sequences of the validation text to look at.")] = 16,
+    max_batches: Annotated[int, typer.Option(min=1, help="Sequences of the text to look at.")] = 16,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
@@ -37,7 +39,8 @@ def inspect_sparsity(
 
     The heat map shows the first of the chosen heads, in the first of the chosen layers, over the beginning of the text.
     """
-    from cda_cli.console import is_terminal, print_json, progress, show_report
+    from cda_cli.console import is_terminal, note, print_json, progress, show_report
+    from cda_cli.data import loss_of_text
     from cda_cli.inspection import inspect, parse_selection
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
@@ -46,7 +49,9 @@ def inspect_sparsity(
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
         chosen_heads = parse_selection(heads, restored.config.model.heads, "--heads")
-        text = open_side(restored, data, "validation", stop, is_terminal() and not as_json, encoding)
+        text = open_side(restored, data, split, stop, is_terminal() and not as_json, encoding)
+        if remark := loss_of_text(text.sides):
+            note(remark)
         batches, windows = text.batches(1, max_batches)
         with progress("inspecting", windows, quiet=as_json) as advance:
             drawn = (chosen_layers[0], chosen_heads[0])
@@ -54,7 +59,8 @@ def inspect_sparsity(
         stop.check("interrupted; nothing was written")
     report = watcher.report().only(chosen_layers, chosen_heads)
     if as_json:
-        print_json({"checkpoint": str(restored.path), "data": text.description, **report.as_dict()})
+        source = {"checkpoint": str(restored.path), "data": text.description, "split": text.split}
+        print_json({**source, **report.as_dict()})
     else:
         assert watcher.kept is not None
         show_report(report, restored, text, drawn, watcher.kept)

@@ -26,6 +26,14 @@ EncodingOption = Annotated[
         "--encoding", help="Of local files; where not given, that of the run for its own text, and utf-8 for another."
     ),
 ]
+SplitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        help="Part of the text: validation, train (both as in training) or all; where not given, validation of the "
+        "run's own text, and all of another.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16: of the matrix products.")]
 BackendOption = Annotated[str, typer.Option("--backend", help="Backend of the operator: auto, torch, triton or colt5.")]

@@ -3,12 +3,14 @@
 from cda_cli.console.base import is_terminal, print_json, progress
 from cda_cli.console.reports import show_doctor, show_dry_run, show_evaluation, show_report
 from cda_cli.console.sampling import SampleDisplay
+from cda_cli.console.text import note
 from cda_cli.console.training import TrainingDisplay
 
 __all__ = [
     "SampleDisplay",
     "TrainingDisplay",
     "is_terminal",
+    "note",
     "print_json",
     "progress",
     "show_doctor",

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from cda_cli.training.run import DryRun
 
 
-def show_evaluation(result: Evaluation, restored: Restored, data: str, split: str) -> None:
+def show_evaluation(result: Evaluation, restored: Restored, text: TextSide) -> None:
     rows = {
         "checkpoint": f"{restored.path}{', averaged weights' if restored.averaged else ''}",
-        "data": f"{data}, {split}",
-        "tokens": f"{result.tokens:,} in {result.windows:,} windows",
+        "data": f"{text.description}, {text.split}",
+        "tokens": f"{result.tokens:,} in {result.windows:,} windows, for {result.text_bytes:,} bytes of text",
         "loss": f"{plus_minus(result.loss, result.standard_error)} nats per token",
         "perplexity": f"{result.perplexity:.4g}",
         "bits per byte": plus_minus(result.bits_per_byte, result.bits_per_byte_error),
@@ -35,7 +35,8 @@ def show_evaluation(result: Evaluation, restored: Restored, data: str, split: st
 
 def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple[int, int], weights: Tensor) -> None:
     console, model = out(), restored.config.model
-    console.print(pairs({"checkpoint": str(restored.path), "data": text.description, "tokens": f"{report.tokens:,}"}))
+    data = f"{text.description}, {text.split}"
+    console.print(pairs({"checkpoint": str(restored.path), "data": data, "tokens": f"{report.tokens:,}"}))
     solver = f", {model.solver} solver, ε = {model.attn_eps:g}" if model.attention == "coordinate-descent" else ""
     heads = table(
         "layer.head", "k", "row sum", "|Σλ − k|", "effective support", "λ > 1e-3", "capped / k", "distance back"

@@ -6,6 +6,7 @@ import re
 
 from rich.console import Console
 from rich.segment import Segment, Segments
+from rich.text import Text
 
 from cda_cli.console.base import is_terminal
 
@@ -23,6 +24,11 @@ def write_text(console: Console, text: str, style: str = "") -> None:
     shown = shown.encode(encoding, errors="backslashreplace").decode(encoding)
     # As a segment: a Text would turn tabs into spaces.
     console.print(Segments([Segment(shown, console.get_style(style))]), end="", soft_wrap=True)
+
+
+def note(sentence: str) -> None:
+    """A sentence on stderr."""
+    Console(stderr=True).print(Text(sentence, style="yellow"), soft_wrap=True)
 
 
 def printable(text: str) -> str:

@@ -7,7 +7,7 @@ target exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -27,10 +27,18 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """`inputs` and `targets`, int64 [B, T]; `targets[:, t]` is the token after `inputs[:, t]`, or IGNORE."""
+    """`inputs` and `targets`, int64 [B, T]; `targets[:, t]` is the token after `inputs[:, t]`, or IGNORE.
+
+    `target_bytes`, int64 [B]: the bytes of text that the targets of a row stand for, IGNORE left out.
+    """
 
     inputs: Tensor
     targets: Tensor
+    target_bytes: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch of its changed tensors."""
+        return Batch(change(self.inputs), change(self.targets), change(self.target_bytes))
 
 
 def count_windows(tokens: Tokens, seq_len: int, side: str = "text") -> int:
@@ -107,31 +115,52 @@ class TrainBatches:
         return torch.randperm(self._windows, generator=generator).numpy()
 
 
+def count_evaluation_windows(tokens: Tokens, seq_len: int) -> int:
+    """Windows of `evaluation_batches`: as of training, and a single shorter one where the text is shorter than that.
+
+    Raises DataError where there is no token to predict from another.
+    """
+    if len(tokens) < 2:
+        raise DataError(
+            f"the text has {len(tokens)} tokens, and takes 2 at least, one to predict from the other; give --data more "
+            "text"
+        )
+    return -(-(len(tokens) - 1) // seq_len)
+
+
 def evaluation_batches(
     tokens: Tokens, seq_len: int, batch_size: int, max_batches: int | None = None
 ) -> Iterator[Batch]:
     """The whole split in order, or its first `max_batches`; the last batch may have fewer than B rows.
 
-    Raises DataError, at once, where the text is shorter than one sequence.
+    Raises DataError, at once, as `count_evaluation_windows` does.
     """
-    windows = count_windows(tokens, seq_len, "validation")
+    windows = count_evaluation_windows(tokens, seq_len)
+    length = min(seq_len, len(tokens) - 1)
     stop = windows if max_batches is None else min(windows, max_batches * batch_size)
     starts = range(0, stop, batch_size)
-    return (_gather(tokens, seq_len, np.arange(start, min(start + batch_size, stop))) for start in starts)
+    return (_gather(tokens, length, np.arange(start, min(start + batch_size, stop))) for start in starts)
 
 
-def to_batch(rows: NDArray[Any]) -> Batch:
-    """The batch of `rows` [B, T + 1], consecutive tokens of any integer type."""
-    whole = torch.from_numpy(rows.astype(np.int64))
-    return Batch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous())
+def to_batch(rows: NDArray[Any], sizes: NDArray[Any], first: NDArray[np.int64] | None = None) -> Batch:
+    """The batch of `rows` [B, T + 1], consecutive tokens of any integer type, of `sizes` [B, T + 1] bytes of text.
+
+    `first` [B] is the first target that counts in each row; all where not given.
+    """
+    whole, inputs = torch.from_numpy(rows.astype(np.int64)), rows.shape[1] - 1
+    counts = np.arange(inputs) >= (np.zeros(len(rows), np.int64) if first is None else first)[:, None]
+    return Batch(
+        inputs=whole[:, :-1].contiguous(),
+        targets=whole[:, 1:].masked_fill(torch.from_numpy(~counts), IGNORE).contiguous(),
+        target_bytes=torch.from_numpy(np.where(counts, sizes[:, 1:], 0).sum(1, dtype=np.int64)),
+    )
 
 
 def _gather(tokens: Tokens, seq_len: int, windows: NDArray[np.int64]) -> Batch:
     wanted = windows * seq_len
     starts = np.minimum(wanted, len(tokens) - seq_len - 1)
-    batch = to_batch(tokens.ids[starts[:, None] + np.arange(seq_len + 1)])
-    already_counted = torch.from_numpy(wanted - starts)[:, None] > torch.arange(seq_len)
-    return Batch(batch.inputs, batch.targets.masked_fill(already_counted, IGNORE))
+    places = starts[:, None] + np.arange(seq_len + 1)
+    return to_batch(tokens.ids[places], tokens.sizes[places], first=wanted - starts)
 
 
 def check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -1,15 +1,17 @@
 """documents → tokens on disk, memory-mapped, cached under a key made of the source and the tokenizer.
 
-The folder of a key holds `train.bin`, `validation.bin` (the ids, one after another, in the machine's byte order) and
-`meta.json`. It is written whole under another name and then renamed, so that what is there is complete.
+The folder of a key holds, for each side, the ids (`train.bin`) and the bytes of text that each stands for
+(`train-sizes.bin`), one after another, in the machine's byte order; and `meta.json`. It is written whole under another
+name and then renamed, so that what is there is complete.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -24,12 +26,11 @@ from cda_cli.data.documents import Documents
 from cda_cli.data.fingerprint import digest
 from cda_cli.data.sources import Source, open_source
 from cda_cli.data.split import CutRule, HashRule, Rule, Side, WholeRule
-from cda_cli.data.tokenizers import Tokenizer, load_tokenizer, split_pieces, utf8
+from cda_cli.data.tokenizers import Encoded, Tokenizer, load_tokenizer, split_pieces, utf8
 from cda_cli.errors import CdaError, DataError, StorageError
 from cda_cli.storage import published_folder, remove_published, remove_stale
 
-FORMAT = 2
-SIDES: tuple[Side, Side] = ("train", "validation")
+FORMAT = 3
 BATCH_CHARACTERS = 1 << 21
 
 
@@ -41,22 +42,32 @@ class PreparationStoppedError(CdaError):
 
 @dataclass(frozen=True)
 class Tokens:
-    """`ids` [N] of an unsigned type, memory-mapped, and the bytes of the text that they stand for.
+    """`ids` [N] of an unsigned type, and `sizes` [N], the bytes of text that each stands for; both memory-mapped.
 
-    A separator counts as one byte, so that with byte tokens `bytes_per_token` is exactly 1. `digest` is that of the
-    ids, where they were prepared.
+    A separator and an unknown token stand for none. `text_bytes` are those of the text that the tokens were made from,
+    as UTF-8, and `lost_bytes` those of them that no token stands for. `digest` is that of the ids, where they were
+    prepared.
     """
 
     ids: NDArray[Any]
+    sizes: NDArray[Any]
     text_bytes: int
+    lost_bytes: int = 0
     digest: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def bytes_per_token(self) -> float:
-        return self.text_bytes / len(self.ids)
+
+def loss_of_text(sides: Iterable[Tokens]) -> str | None:
+    """A sentence where no token stands for some of the text of `sides`."""
+    lost, whole = (sum(counts) for counts in zip(*((side.lost_bytes, side.text_bytes) for side in sides), strict=True))
+    if not lost:
+        return None
+    return (
+        f"the tokenizer loses {lost / whole:.2%} of the text: no token, or only an unknown one, stands for {lost:,} of "
+        f"{whole:,} bytes; they are left out of bits per byte"
+    )
 
 
 @dataclass(frozen=True)
@@ -93,48 +104,85 @@ def prepare(
     Only a single document is ever held in memory. Raises DataError for bad data, StorageError where the cache cannot
     be written, PreparationStoppedError once `should_stop()`; none of them leaves anything half-written.
     """
-    tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+    tokenizer, meter = tokenizer or load_tokenizer(config.tokenizer), _Meter(show_progress, should_stop)
     source = open_source(config)
-    key = digest(FORMAT, sys.byteorder, source.fingerprint, tokenizer.fingerprint, config.validation_fraction)
+    sides, from_cache = _prepared(source, config, tokenizer, ("train", "validation"), meter, spare_cache)
+    return Corpus(tokenizer, sides["train"], sides["validation"], source.description, from_cache)
+
+
+def prepare_whole(
+    config: DataConfig,
+    *,
+    tokenizer: Tokenizer,
+    show_progress: bool,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[Tokens, str]:
+    """The tokens of all documents, nothing held out, and the description of the data; otherwise as `prepare`."""
+    source = open_source(config)
+    sides, _ = _prepared(source, config, tokenizer, ("all",), _Meter(show_progress, should_stop))
+    return sides["all"], source.description
+
+
+def _prepared(
+    source: Source,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    names: tuple[Side, ...],
+    meter: _Meter,
+    spare_cache: Path | None = None,
+) -> tuple[dict[Side, Tokens], bool]:
+    """The sides called `names`, and whether they were in the cache."""
+    fraction = config.validation_fraction
+    key = digest(FORMAT, sys.byteorder, source.fingerprint, tokenizer.fingerprint, fraction, names)
     folder = cache_folder() / "tokens" / key
-    cached = _load(folder, tokenizer)
+    cached = _load(folder, tokenizer, names)
     if cached is None and spare_cache is not None:
         folder = spare_cache / key
     if cached is None:
-        _make(folder, source, tokenizer, config.validation_fraction, _Meter(show_progress, should_stop))
-    corpus = cached or _load(folder, tokenizer)
-    if corpus is None:
+        _make(folder, source, tokenizer, fraction, names, meter)
+    sides = cached or _load(folder, tokenizer, names)
+    if sides is None:
         raise StorageError(f"the prepared tokens in {folder} vanished; run again, or set CDA_CACHE to another folder")
-    return Corpus(tokenizer, *corpus, source.description, from_cache=cached is not None)
+    return sides, cached is not None
 
 
-def _make(folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, meter: _Meter) -> None:
+def _make(
+    folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, names: tuple[Side, ...], meter: _Meter
+) -> None:
     """Writes `folder` whole, in place of a damaged one. Where another process was first, its folder stays."""
     remove_stale(folder.parent)
     try:
         if os.path.lexists(folder):
             remove_published(folder)
         with published_folder(folder) as staging:
-            _write(staging, source, tokenizer, fraction, meter)
+            _write(staging, source, tokenizer, fraction, names, meter)
     except StorageError as error:
-        if _load(folder, tokenizer) is None:
+        if _load(folder, tokenizer, names) is None:
             raise StorageError(f"no prepared tokens: {error}; CDA_CACHE can name another folder for them") from error
 
 
 @dataclass
 class _Writer:
-    """One side's file."""
+    """One side's files."""
 
-    file: IO[bytes]
-    found: blake2b = field(default_factory=lambda: blake2b(digest_size=16))
+    ids: IO[bytes]
+    sizes: IO[bytes]
+    found: blake2b = field(default_factory=lambda: blake2b(digest_size=16))  # of the ids
     tokens: int = 0
     text_bytes: int = 0
+    lost_bytes: int = 0
 
-    def add(self, ids: NDArray[Any], text_bytes: int) -> None:
-        self.file.write(ids.data)
-        self.found.update(ids.data)
-        self.tokens += len(ids)
+    def add(self, encoded: Encoded, text_bytes: int) -> None:
+        self.ids.write(encoded.ids.data)
+        self.sizes.write(encoded.sizes.data)
+        self.found.update(encoded.ids.data)
+        self.tokens += len(encoded.ids)
         self.text_bytes += text_bytes
+        self.lost_bytes += text_bytes - int(encoded.sizes.sum(dtype=np.int64))
+
+    def counts(self) -> dict[str, Any]:
+        counts = {"tokens": self.tokens, "text_bytes": self.text_bytes, "lost_bytes": self.lost_bytes}
+        return {**counts, "digest": self.found.hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -160,50 +208,62 @@ class _Batch:
         self.characters += len(piece)
 
 
-def _write(folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, meter: _Meter) -> None:
-    """Both sides and meta.json into `folder`."""
-    if source.validation is not None:
-        passes: list[tuple[Documents, Rule]] = [
-            (source.training, WholeRule("train")),
-            (source.validation, WholeRule("validation")),
-        ]
-        counts = _write_passes(folder, passes, source, tokenizer, meter)
+def _write(
+    folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, names: tuple[Side, ...], meter: _Meter
+) -> None:
+    """The sides and meta.json into `folder`."""
+
+    def written(rule: Rule, validation: Rule | None = None) -> dict[Side, dict[str, int]]:
+        passes = [(source.training, rule)]
+        if source.validation is not None:
+            passes.append((source.validation, validation or rule))
+        return _write_passes(folder, passes, source, tokenizer, names, meter)
+
+    if names == ("all",):
+        counts = written(WholeRule("all"))
+    elif source.validation is not None:
+        counts = written(WholeRule("train"), WholeRule("validation"))
     else:
         rule: Rule = CutRule(fraction) if source.single else HashRule.of_fraction(fraction)
-        counts = _write_passes(folder, [(source.training, rule)], source, tokenizer, meter)
+        counts = written(rule)
         other = rule.after_one_sided(fraction) if isinstance(rule, HashRule) else None
         if other is not None:
-            counts = _write_passes(folder, [(source.training, other)], source, tokenizer, meter)
+            counts = written(other)
     _check_sides(source, counts)
     meta = {
         "format": FORMAT,
         "description": source.description,
         "tokenizer": tokenizer.fingerprint,
-        "dtype": tokenizer.dtype.name,
         "sides": counts,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
 def _write_passes(
-    folder: Path, passes: list[tuple[Documents, Rule]], source: Source, tokenizer: Tokenizer, meter: _Meter
+    folder: Path,
+    passes: list[tuple[Documents, Rule]],
+    source: Source,
+    tokenizer: Tokenizer,
+    names: tuple[Side, ...],
+    meter: _Meter,
 ) -> dict[Side, dict[str, Any]]:
-    """One file a side; the tokens and text bytes of each, and the digest of its ids."""
-    with (
-        (folder / "train.bin").open("wb") as train,
-        (folder / "validation.bin").open("wb") as validation,
-        meter.bar(source.total_bytes) as bar,
-    ):
-        writers: dict[Side, _Writer] = {"train": _Writer(train), "validation": _Writer(validation)}
+    """The files of each side; what is in them."""
+    with contextlib.ExitStack() as files, meter.bar(source.total_bytes) as bar:
+        writers: dict[Side, _Writer] = {}
+        for name in names:
+            ids, sizes = (files.enter_context(path.open("wb")) for path in _paths(folder, name))
+            writers[name] = _Writer(ids, sizes)
         for documents, rule in passes:
             for batch in _batches(documents, rule):
                 bar.update(_encode(batch, tokenizer, writers))
                 if meter.should_stop():
                     raise PreparationStoppedError("stopped while preparing the data; run again to start it anew")
-    return {
-        side: {"tokens": w.tokens, "text_bytes": w.text_bytes, "digest": w.found.hexdigest()}
-        for side, w in writers.items()
-    }
+    return {side: writer.counts() for side, writer in writers.items()}
+
+
+def _paths(folder: Path, side: Side) -> tuple[Path, Path]:
+    """The files of the ids and of their sizes."""
+    return folder / f"{side}.bin", folder / f"{side}-sizes.bin"
 
 
 def _batches(documents: Documents, rule: Rule) -> Iterator[_Batch]:
@@ -221,13 +281,14 @@ def _batches(documents: Documents, rule: Rule) -> Iterator[_Batch]:
 
 def _encode(batch: _Batch, tokenizer: Tokenizer, writers: dict[Side, _Writer]) -> int:
     """Writes the batch; the bytes of its text."""
-    separator = np.array([tokenizer.separator], dtype=tokenizer.dtype)
+    separator = Encoded(np.array([tokenizer.separator], tokenizer.dtype), np.array([0], tokenizer.size_dtype))
     total = 0
-    for ids, piece, (side, ends) in zip(tokenizer.encode_batch(batch.pieces), batch.pieces, batch.places, strict=True):
+    encoded = zip(tokenizer.encode_batch(batch.pieces), batch.pieces, batch.places, strict=True)
+    for tokens, piece, (side, ends) in encoded:
         size = len(piece) if piece.isascii() else len(utf8(piece))
-        writers[side].add(ids, size)
+        writers[side].add(tokens, size)
         if ends:
-            writers[side].add(separator, 1)
+            writers[side].add(separator, 0)
         total += size
     return total
 
@@ -240,19 +301,25 @@ def _check_sides(source: Source, counts: dict[Side, dict[str, Any]]) -> None:
             raise DataError(f"{source.description} holds too little text to have a {side} side; give --data more text")
 
 
-def _load(folder: Path, tokenizer: Tokenizer) -> tuple[Tokens, Tokens] | None:
-    """Both sides as they are in the cache; None where they are absent or damaged."""
+def _load(folder: Path, tokenizer: Tokenizer, names: tuple[Side, ...]) -> dict[Side, Tokens] | None:
+    """The sides as they are in the cache; None where they are absent or damaged."""
+    sides: dict[Side, Tokens] = {}
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT or meta["tokenizer"] != tokenizer.fingerprint:
             return None
-        dtype = np.dtype(meta["dtype"])
-        sides = []
-        for side in SIDES:
-            path, count = folder / f"{side}.bin", meta["sides"][side]
-            if path.stat().st_size != count["tokens"] * dtype.itemsize:
-                return None
-            sides.append(Tokens(np.memmap(path, dtype=dtype, mode="r"), int(count["text_bytes"]), str(count["digest"])))
+        for name in names:
+            counts, (ids, sizes) = meta["sides"][name], _paths(folder, name)
+            for path, dtype in ((ids, tokenizer.dtype), (sizes, tokenizer.size_dtype)):
+                if path.stat().st_size != counts["tokens"] * dtype.itemsize:
+                    return None
+            sides[name] = Tokens(
+                np.memmap(ids, dtype=tokenizer.dtype, mode="r"),
+                np.memmap(sizes, dtype=tokenizer.size_dtype, mode="r"),
+                int(counts["text_bytes"]),
+                int(counts["lost_bytes"]),
+                str(counts["digest"]),
+            )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return sides[0], sides[1]
+    return sides

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from cda_cli.data.tokenizers import utf8
 
-Side = Literal["train", "validation"]
+Side = Literal["train", "validation", "all"]
 HASH_BITS = 64
 
 

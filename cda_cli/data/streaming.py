@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cda_cli.config import DataConfig
 from cda_cli.data.batches import Batch, State, check_counts, check_state, to_batch
@@ -21,7 +20,7 @@ from cda_cli.data.fingerprint import digest
 from cda_cli.data.prepare import Tokens
 from cda_cli.data.sources import Source, open_source
 from cda_cli.data.split import HashRule
-from cda_cli.data.tokenizers import Tokenizer, utf8
+from cda_cli.data.tokenizers import Encoded, Tokenizer, utf8
 from cda_cli.errors import DataError
 
 
@@ -31,7 +30,7 @@ class _Part:
 
     epoch: int
     position: Position | None
-    ids: NDArray[Any]
+    encoded: Encoded
 
 
 class StreamedBatches:
@@ -78,30 +77,32 @@ class StreamedBatches:
         while self._buffered - self._offset < count + 1:
             part = next(self._incoming)
             self._parts.append(part)
-            self._buffered += len(part.ids)
-        tokens = self._peek(count + 1)
+            self._buffered += len(part.encoded.ids)
         # Neighbouring windows share a token: the last target of one is the first input of the next.
-        rows = np.lib.stride_tricks.sliding_window_view(tokens, self._seq_len + 1)[:: self._seq_len]
+        rows, sizes = (
+            np.lib.stride_tricks.sliding_window_view(values, self._seq_len + 1)[:: self._seq_len]
+            for values in self._peek(count + 1)
+        )
         self._advance(count)
-        return to_batch(rows), self.state()
+        return to_batch(rows, sizes), self.state()
 
     def state(self) -> State:
         """Where the next window starts."""
         first = self._parts[0]
         return {"epoch": first.epoch, "position": first.position, "offset": self._offset, **self._identity}
 
-    def _peek(self, count: int) -> NDArray[Any]:
+    def _peek(self, count: int) -> Encoded:
         pieces, start = [], self._offset
         for part in self._parts:
-            pieces.append(part.ids[start : start + count])
-            count -= len(pieces[-1])
+            pieces.append(Encoded(*(values[start : start + count] for values in part.encoded)))
+            count -= len(pieces[-1].ids)
             start = 0
-        return np.concatenate(pieces)
+        return Encoded.join(pieces)
 
     def _advance(self, count: int) -> None:
         self._offset += count
-        while self._offset >= len(self._parts[0].ids):
-            size = len(self._parts.popleft().ids)
+        while self._offset >= len(self._parts[0].encoded.ids):
+            size = len(self._parts.popleft().encoded.ids)
             self._offset -= size
             self._buffered -= size
 
@@ -111,7 +112,7 @@ class StreamedBatches:
             for text, after in self._source.training.read(position):
                 if self._source.validation is not None or not self._rule.held_out(text):
                     part = _Part(epoch, position, encode_document(self._tokenizer, text))
-                    tokens += len(part.ids)
+                    tokens += len(part.encoded.ids)
                     yield part
                 position = after
             if whole_pass and tokens <= self._seq_len:
@@ -129,13 +130,13 @@ def streamed_validation(config: DataConfig, tokenizer: Tokenizer, max_tokens: in
     """
     source = _open(config)
     rule = HashRule.of_fraction(config.validation_fraction)
-    parts: list[NDArray[Any]] = []
+    parts: list[Encoded] = []
     tokens = text_bytes = 0
     for text in source.validation if source.validation is not None else source.training:
         if source.validation is not None or rule.held_out(text):
             parts.append(encode_document(tokenizer, text))
-            tokens += len(parts[-1])
-            text_bytes += len(utf8(text)) + 1
+            tokens += len(parts[-1].ids)
+            text_bytes += len(utf8(text))
             if tokens >= max_tokens:
                 break
     if not parts:
@@ -143,7 +144,8 @@ def streamed_validation(config: DataConfig, tokenizer: Tokenizer, max_tokens: in
             f"no document of {source.description} is held out; raise --set data.validation_fraction, or leave out "
             "--streaming"
         )
-    return Tokens(np.concatenate(parts), text_bytes)
+    whole = Encoded.join(parts)
+    return Tokens(*whole, text_bytes, lost_bytes=text_bytes - int(whole.sizes.sum(dtype=np.int64)))
 
 
 def streamed_identity(config: DataConfig) -> dict[str, Any]:
@@ -151,9 +153,13 @@ def streamed_identity(config: DataConfig) -> dict[str, Any]:
     return _open(config).identity
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> NDArray[Any]:
-    """The ids [N] of a document and the separator after it."""
-    return np.append(tokenizer.encode(text), np.array([tokenizer.separator], dtype=tokenizer.dtype))
+def encode_document(tokenizer: Tokenizer, text: str) -> Encoded:
+    """A document and the separator after it, which stands for no text."""
+    document = tokenizer.encode_sized(text)
+    return Encoded(
+        np.append(document.ids, np.array([tokenizer.separator], tokenizer.dtype)),
+        np.append(document.sizes, np.array([0], tokenizer.size_dtype)),
+    )
 
 
 def _open(config: DataConfig) -> Source:

@@ -6,17 +6,20 @@ Every tokenizer names a separator, the token that is written after each document
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cda_cli.data.hub import hub_file
+from cda_cli.data.sizes import sizes_of_tokens
 from cda_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,13 +47,29 @@ class StreamDecoder(ABC):
         """What is left at the end: a character that never became whole is U+FFFD."""
 
 
+class Encoded(NamedTuple):
+    """`ids` [N], and `sizes` [N], the bytes of text that each stands for: an unknown token stands for none."""
+
+    ids: NDArray[Any]
+    sizes: NDArray[Any]
+
+    @classmethod
+    def join(cls, parts: Iterable[Encoded]) -> Encoded:
+        """One or more parts, end to end."""
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+
 class Tokenizer(ABC):
-    """`vocab_size` ids, of which `separator` is written after each document."""
+    """`vocab_size` ids, of which `separator` is written after each document, and never made from text.
+
+    `size_dtype` is the type of `Encoded.sizes`.
+    """
 
     name: str
     vocab_size: int
     separator: int
     fingerprint: str
+    size_dtype: np.dtype[Any]
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -58,13 +77,23 @@ class Tokenizer(ABC):
         return np.dtype(np.min_scalar_type(self.vocab_size - 1))
 
     @abstractmethod
-    def encode_batch(self, pieces: Sequence[str]) -> list[NDArray[Any]]:
-        """The ids [N] of each piece, of `dtype`, no special token added; pieces are as `split_pieces` yields them."""
+    def encode_batch(self, pieces: Sequence[str]) -> list[Encoded]:
+        """Each piece in tokens, no special token added; pieces are as `split_pieces` yields them.
+
+        Raises DataError where the tokenizer cannot encode one.
+        """
 
     def encode(self, text: str) -> NDArray[Any]:
-        """The ids [N] of `text`, of `dtype`; no special token is added, nor is one read out of the text."""
-        parts = self.encode_batch(list(split_pieces(text)))
-        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+        """The ids [N] of `text`, of `dtype`; no special token is added, nor is one read out of the text.
+
+        Raises DataError as `encode_batch` does.
+        """
+        return self.encode_sized(text).ids
+
+    def encode_sized(self, text: str) -> Encoded:
+        """`encode`, with the bytes of each token."""
+        empty = Encoded(np.empty(0, self.dtype), np.empty(0, self.size_dtype))
+        return Encoded.join([empty, *self.encode_batch(list(split_pieces(text)))])
 
     @abstractmethod
     def decode(self, ids: Ids) -> str:
@@ -87,9 +116,11 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256
     separator = 0xFF
     fingerprint = BYTES
+    size_dtype = np.dtype(np.uint8)
 
-    def encode_batch(self, pieces: Sequence[str]) -> list[NDArray[Any]]:
-        return [np.frombuffer(utf8(piece), dtype=np.uint8) for piece in pieces]
+    def encode_batch(self, pieces: Sequence[str]) -> list[Encoded]:
+        encoded = [np.frombuffer(utf8(piece), dtype=np.uint8) for piece in pieces]
+        return [Encoded(ids, np.ones_like(ids)) for ids in encoded]
 
     def decode(self, ids: Ids) -> str:
         array = np.asarray(ids, dtype=np.uint8)
@@ -104,28 +135,58 @@ class ByteTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizers.Tokenizer`. The separator is the first of SEPARATORS that it knows, else one id of its own.
+    """A `tokenizers.Tokenizer`. The separator is the first of SEPARATORS that it knows and that no text can spell, else
+    one id of its own.
 
     Truncation and padding that the file asks for are switched off, and the name of a special token inside a document
     is encoded as plain text, so that a document cannot hold a separator.
     """
 
+    size_dtype = np.dtype(np.uint16)
+
     def __init__(self, inner: tokenizers.Tokenizer, name: str) -> None:
         inner.no_truncation()
         inner.no_padding()
+        self._json = inner.to_str()
         inner.encode_special_tokens = True
-        vocabulary = inner.get_vocab(with_added_tokens=True)
-        known = [vocabulary[token] for token in SEPARATORS if token in vocabulary]
-        size = max(vocabulary.values(), default=-1) + 1
+        inner.post_processor = None  # it may cut the spaces off the offsets of a token
+        model = json.loads(self._json)["model"]
+        special = {token.content: id for id, token in inner.get_added_tokens_decoder().items() if token.special}
+        known = [special[token] for token in SEPARATORS if token in special and not _can_spell(model, inner, token)]
+        size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._inner = inner
+        self._unknown = model.get("unk_id")
+        if model.get("unk_token") is not None:
+            self._unknown = inner.token_to_id(model["unk_token"])
         self.name = name
         self.separator = known[0] if known else size
         self.vocab_size = size if known else size + 1
-        self.fingerprint = blake2b(utf8(inner.to_str()), digest_size=16).hexdigest()
+        self.fingerprint = blake2b(utf8(self._json), digest_size=16).hexdigest()
 
-    def encode_batch(self, pieces: Sequence[str]) -> list[NDArray[Any]]:
-        encodings = self._inner.encode_batch_fast([without_surrogates(p) for p in pieces], add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+    def encode_batch(self, pieces: Sequence[str]) -> list[Encoded]:
+        texts = [without_surrogates(piece) for piece in pieces]
+        try:
+            encodings = self._inner.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises the bare Exception
+            raise DataError(
+                f"the tokenizer {self.name} cannot encode the text ({error}); give it a token for what is unknown, or "
+                "leave out the text that it has no token for"
+            ) from error
+        return [self._encoded(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def _encoded(self, text: str, encoding: tokenizers.Encoding) -> Encoded:
+        ids = np.array(encoding.ids, dtype=self.dtype)
+        if not len(ids):
+            return Encoded(ids, np.empty(0, self.size_dtype))
+        sizes = sizes_of_tokens(text, np.array(encoding.offsets), self._lengths[ids])
+        if self._unknown is not None:
+            sizes[ids == self._unknown] = 0
+        return Encoded(ids, sizes)
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
+        """The characters of each token [vocab_size], as the vocabulary spells it; at least 1."""
+        return np.array([len(self._inner.id_to_token(id) or " ") for id in range(self.vocab_size)])
 
     def decode(self, ids: Ids) -> str:
         kept = [int(token) for token in ids if int(token) != self.separator]
@@ -139,7 +200,7 @@ class JsonTokenizer(Tokenizer):
         return re.fullmatch("<0x[0-9A-F]{2}>", self._inner.id_to_token(token) or "") is not None
 
     def to_json(self) -> str:
-        return str(self._inner.to_str())
+        return self._json
 
 
 class _ByteStream(StreamDecoder):
@@ -182,6 +243,18 @@ class _JsonStream(StreamDecoder):
 
     def flush(self) -> str:
         return self._tokenizer.decode(self._ids)[len(self._said_text) :]
+
+
+def _can_spell(model: dict[str, Any], inner: tokenizers.Tokenizer, token: str) -> bool:
+    """Whether `model`, as tokenizer.json has it, may give `token` for plain text: it is in its vocabulary and, of a
+    model that only joins pairs, a pair becomes it."""
+    if token not in inner.get_vocab(with_added_tokens=False):
+        return False
+    joins_pairs = model.get("type") == "BPE" and not (
+        model.get("ignore_merges") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    )
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", ()))
+    return not joins_pairs or any("".join(pair) == token for pair in pairs)
 
 
 def utf8(text: str) -> bytes:
@@ -240,7 +313,7 @@ def tokenizer_from_json(text: str | None, name: str = "tokenizer.json") -> Token
 
 def _from_file(path: Path, name: str) -> Tokenizer:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # a byte order mark is no JSON
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the tokenizer {path} cannot be read ({error}); give --tokenizer a tokenizer.json") from error
     return tokenizer_from_json(text, name)

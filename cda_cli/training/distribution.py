@@ -121,7 +121,7 @@ class Processes:
         group, part = divmod(self._place.rank, parts)
         rows = len(batches[0].inputs) // parts
         here = slice(part * rows, (part + 1) * rows)
-        return [Batch(batch.inputs[here], batch.targets[here]) for batch in batches[group :: self.count // parts]]
+        return [batch.map(lambda values: values[here]) for batch in batches[group :: self.count // parts]]
 
     def accumulating(self, model: nn.Module, number: int, batches: int) -> AbstractContextManager[object]:
         """For batch `number` of a step's `batches`, from 1: within it forward and backward add to this process's

@@ -78,7 +78,7 @@ class GradientGraphs:
         if self._steps == 1:
             return _add_gradients(self._model, batch, tokens, self._device, self._dtype)
         if not self._graphs:
-            self._batch = Batch(to_device(batch.inputs, self._device), to_device(batch.targets, self._device))
+            self._batch = batch.map(lambda values: to_device(values, self._device))
             self._tokens = tokens.clone()
         self._batch.inputs.copy_(batch.inputs, non_blocking=True)
         self._batch.targets.copy_(batch.targets, non_blocking=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cda_cli.config import Config, annealed_eps
-from cda_cli.data import Batch, evaluation_batches
+from cda_cli.data import IGNORE, Batch, evaluation_batches
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate
 from cda_cli.generation import SamplingSettings, generate
 from cda_cli.inspection import Watcher, inspect, layer_means
@@ -74,7 +74,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
     optim, every = setup.config.optim, setup.config.run
     model, optimizer, processes = setup.model, setup.optimizer, setup.processes
     speed = Speed()
-    losses: list[float] = []  # since the last line of figures
+    since = Since()  # the last line of figures
     minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
     saved = setup.step if setup.position is not None else None
     ahead: Begun | None = None
@@ -132,7 +132,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         tokens = sum(batch.inputs.numel() for batch in batches)
         setup.tokens += tokens
         values = numbers.read()
-        losses.append(values.loss)
+        since.add(values.loss, batches)
         speed.add(tokens)
         display.advance(setup.step)
 
@@ -140,12 +140,9 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         if shows_figures(setup.step) or stop:
             speed.mark()
             layers = (inspected or inspect_first(setup, batches)).layers()
-            mean = statistics.fmean(losses)
-            losses.clear()
             record(
                 "train",
-                loss=mean,
-                bits_per_byte=bits_per_byte(mean, setup.data.bytes_per_token),
+                **since.figures(),
                 lr=rate,
                 eps=eps,
                 grad_norm=values.norm,
@@ -157,6 +154,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                 memory_bytes=peak_memory(setup.device),
                 layers=layers,
             )
+            since = Since()
         passed = every.save_minutes > 0 and processes.any(minutes.passed())
         with speed.paused():
             if (due(setup.step, every.eval_every) or last) and not stop:
@@ -178,6 +176,24 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         if saved != setup.step:
             save(setup, run)
         stop.check(f"stopped at step {setup.step} of {optim.steps}, and saved; the same command goes on from there")
+
+
+class Since:
+    """The losses since the last line of figures, and what they were taken over."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self._nats, self._bytes = 0.0, 0
+
+    def add(self, loss: float, batches: list[Batch]) -> None:
+        """A step: its mean loss over the targets of `batches`."""
+        self._losses.append(loss)
+        self._nats += loss * sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+        self._bytes += sum(int(batch.target_bytes.sum()) for batch in batches)
+
+    def figures(self) -> dict[str, float]:
+        """The mean of the losses, and all of them spread over the bytes of their text."""
+        return {"loss": statistics.fmean(self._losses), "bits_per_byte": bits_per_byte(self._nats, self._bytes)}
 
 
 def due(step: int, interval: int) -> bool:
@@ -232,7 +248,7 @@ def validate(setup: Setup, stop: StopRequest) -> Evaluation | None:
     batches = evaluation_batches(
         validation, config.model.seq_len, config.optim.batch_size, max_batches=config.run.eval_batches
     )
-    result = evaluate(setup.compiled, stop.until(batches), validation.bytes_per_token, setup.device, setup.dtype)
+    result = evaluate(setup.compiled, stop.until(batches), setup.device, setup.dtype)
     return None if stop else result
 
 
@@ -258,7 +274,7 @@ class Inspected(NamedTuple):
 
 def inspect_first(setup: Setup, batches: list[Batch], stream: torch.cuda.Stream | None = None) -> Inspected:
     """What each layer selects, on the first sequence of a step."""
-    first = Batch(batches[0].inputs[:1], batches[0].targets[:1])
+    first = batches[0].map(lambda values: values[:1])
     # What fsdp compiles in place would be compiled once more.
     with torch.compiler.set_stance("force_eager"), torch.cuda.stream(stream):
         return Inspected(inspect(setup.model, [first], setup.device, setup.dtype), stream)

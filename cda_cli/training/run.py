@@ -237,6 +237,6 @@ def _set_up(
         known = checkpoint.state.get("data")  # None in a checkpoint of before it was kept
         check_same_run(with_absolute_paths(saved_config(checkpoint)), config, run, same_text=known == data.identity)
         check_same_text(known, data.identity, data.description, run)
-    for sentence in remarks(config):
+    for sentence in [*remarks(config), *filter(None, [data.remark])]:
         display.note(sentence)
     return build(config, data, checkpoint, display.note, processes)

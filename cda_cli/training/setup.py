@@ -25,6 +25,7 @@ from cda_cli.data import (
     check_lengths,
     count_windows,
     load_tokenizer,
+    loss_of_text,
     prepare,
     streamed_identity,
     streamed_validation,
@@ -46,14 +47,15 @@ from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optim
 @dataclass
 class RunData:
     """The data of a run. `open_batches` takes the position to go on from, or None; `windows` are those of one pass
-    over the training text, unknown (None) where it is streamed. `identity`, plain JSON, tells the text and its tokens
-    from others: by the tokens themselves, or where they are streamed by the files (see `fingerprint`)."""
+    over the training text, unknown (None) where it is streamed; `remark` says what the tokenizer loses of the text.
+    `identity`, plain JSON, tells the text and its tokens from others: by the tokens themselves, or where they are
+    streamed by the files (see `fingerprint`)."""
 
     tokenizer: Tokenizer
     validation: Tokens
-    bytes_per_token: float
     description: str
     windows: int | None
+    remark: str | None
     open_batches: Callable[[Mapping[str, Any] | None], Iterator[tuple[Batch, dict[str, Any]]]]
     identity: dict[str, Any] = field(default_factory=dict)
 
@@ -146,9 +148,9 @@ def open_data(
         return RunData(
             tokenizer,
             validation,
-            validation.bytes_per_token,
             f"{data.source}, streamed",
             None,
+            loss_of_text([validation]),
             lambda position: StreamedBatches(data, tokenizer, seq_len, optim.batch_size, position),
             {"tokenizer": tokenizer.fingerprint, **streamed_identity(data)},
         )
@@ -157,9 +159,9 @@ def open_data(
     return RunData(
         corpus.tokenizer,
         corpus.validation,
-        corpus.train.bytes_per_token,
         corpus.description,
         count_windows(corpus.train, seq_len),
+        loss_of_text([corpus.train, corpus.validation]),
         lambda position: TrainBatches(corpus.train, seq_len, optim.batch_size, config.run.seed, position),
         {
             "tokenizer": corpus.tokenizer.fingerprint,
@@ -230,7 +232,7 @@ def _pinned(
     """For a GPU in pinned memory (see `to_device`), where that takes none of the training loop's time."""
     if device.type != "cuda":
         return batches
-    return ((Batch(batch.inputs.pin_memory(), batch.targets.pin_memory()), state) for batch, state in batches)
+    return ((batch.map(torch.Tensor.pin_memory), state) for batch, state in batches)
 
 
 def fill_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:

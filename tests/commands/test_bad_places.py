@@ -50,9 +50,10 @@ def test_a_dataset_without_a_name(cda: Cda, tiny: Path, tmp_path: Path, name: st
 
 @pytest.mark.parametrize("command", ["eval", "inspect-sparsity"])
 def test_other_data_that_cannot_be_read(cda: Cda, finished: Path, tmp_path: Path, command: str) -> None:
-    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "short.txt").write_text("s")
     assert_refused(cda(command, finished, "--data", tmp_path / "nowhere.txt"), "there is no file")
-    assert_refused(cda(command, finished, "--data", tmp_path / "short.txt"), "shorter than one sequence")
+    short = cda(command, finished, "--data", tmp_path / "short.txt", "--split", "validation")
+    assert_refused(short, "too little text", "give --data more text")
 
 
 def test_a_folder_that_holds_something_else(cda: Cda, tiny: Path, tmp_path: Path) -> None:

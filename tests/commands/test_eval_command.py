@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from cda_cli.config import parse
 from cda_cli.model import Transformer
 from cda_cli.storage import locate
-from tests.commands.helpers import Cda, assert_refused
+from tests.commands.helpers import Cda, assert_refused, metrics
 
 SEPARATOR = 0xFF
 
@@ -62,7 +62,9 @@ def test_figures_are_those_of_the_model(cda: Cda, finished: Path, text: Path, sp
     assert found["windows"] == sum(math.ceil((len(tokens) - 1) / 32) for tokens in chosen)
     assert found["loss"] == pytest.approx(mean, rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
-    assert found["bits_per_byte"] == pytest.approx(mean / math.log(2), rel=1e-6)
+    text_bytes = len(each) - (split != "train")  # the separator stands for none
+    assert found["text_bytes"] == text_bytes
+    assert found["bits_per_byte"] == pytest.approx(sum(each) / math.log(2) / text_bytes, rel=1e-6)
     assert (found["split"], found["checkpoint"]) == (split, str(locate(finished)))
 
 
@@ -74,7 +76,11 @@ def test_the_standard_error_is_that_of_windows(cda: Cda, finished: Path, text: P
     mean, n = sum(each) / len(each), len(windows)
     variance = sum((sum(window) - mean * len(window)) ** 2 for window in windows) * n / (n - 1)
     assert found["standard_error"] == pytest.approx(math.sqrt(variance) / len(each), rel=1e-5)
-    assert found["bits_per_byte_error"] == pytest.approx(found["standard_error"] / math.log(2), rel=1e-6)
+    text_bytes = [*map(len, windows[:-1]), len(windows[-1]) - 1]
+    nats = sum(each) / sum(text_bytes)
+    pairs = zip(windows, text_bytes, strict=True)
+    variance = sum((sum(window) - nats * size) ** 2 for window, size in pairs) * n / (n - 1)
+    assert found["bits_per_byte_error"] == pytest.approx(math.sqrt(variance) / sum(text_bytes) / math.log(2), rel=1e-5)
 
 
 def test_the_batch_size_does_not_matter(cda: Cda, finished: Path) -> None:
@@ -92,6 +98,7 @@ def test_max_batches_is_the_beginning(cda: Cda, finished: Path, text: Path) -> N
     each = losses(finished, sides(text)["validation"])[: 6 * 32]
     assert (found["windows"], found["tokens"]) == (6, 6 * 32)
     assert found["loss"] == pytest.approx(sum(each) / len(each), rel=1e-6)
+    assert found["text_bytes"] == 6 * 32
 
 
 def test_a_single_window_has_no_error(cda: Cda, finished: Path) -> None:
@@ -103,15 +110,60 @@ def test_a_single_window_has_no_error(cda: Cda, finished: Path) -> None:
     assert "nan" not in shown.out
 
 
-def test_another_text(cda: Cda, finished: Path, tmp_path: Path) -> None:
-    """--data names the text; it is split as training splits it."""
+def test_another_text_is_evaluated_whole(cda: Cda, finished: Path, text: Path, tmp_path: Path) -> None:
+    """The model has seen nothing of it, so nothing of it is held out; --split still takes a side."""
     other = tmp_path / "other.txt"
     other.write_text("Λ and λ: " * 200, encoding="utf-8")
-    found = evaluated(cda, finished, "--data", other)
-    each = losses(finished, sides(other)["validation"])
-    assert found["data"] == str(other)
-    assert found["tokens"] == len(each)
+    found, whole = evaluated(cda, finished, "--data", other), other.read_bytes() + bytes([SEPARATOR])
+    assert (found["data"], found["split"]) == (str(other), "all")
+    assert found == evaluated(cda, finished, "--data", other, "--split", "all")
+    assert f"{other}, all" in cda("eval", finished, "--data", other).out
+    for chosen, tokens in ((found, whole), *(
+        (evaluated(cda, finished, "--data", other, "--split", split), part) for split, part in sides(other).items()
+    )):  # fmt: skip
+        each = losses(finished, tokens)
+        assert (chosen["tokens"], chosen["text_bytes"]) == (len(tokens) - 1, len(tokens.rstrip(b"\xff")) - 1)
+        assert chosen["loss"] == pytest.approx(sum(each) / len(each), rel=1e-6)
+    assert evaluated(cda, finished, "--data", text)["split"] == "validation", "the run's own text, though named"
+
+
+@pytest.mark.parametrize("content", ["x", "λ", "the context is 32", "x" * 32, "x" * 33])
+def test_a_text_shorter_than_the_context(cda: Cda, finished: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "short.txt").write_text(content, encoding="utf-8")
+    found, tokens = evaluated(cda, finished, "--data", tmp_path / "short.txt"), content.encode() + bytes([SEPARATOR])
+    each = losses(finished, tokens)
+    assert (found["tokens"], found["windows"]) == (len(each), math.ceil(len(each) / 32))
     assert found["loss"] == pytest.approx(sum(each) / len(each), rel=1e-6)
+    shown = cda("inspect-sparsity", finished, "--data", tmp_path / "short.txt")
+    assert shown.code == 0, shown.err
+    assert f"{tmp_path / 'short.txt'}, all" in shown.out
+
+
+def test_bytes_that_no_token_stands_for_are_not_counted(cda: Cda, tiny: Path, tmp_path: Path) -> None:
+    """A tokenizer that drops half of the text would halve the bits per byte of the other half."""
+    import tokenizers
+    from tokenizers import models
+
+    vocabulary = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz \n")}
+    tokenizers.Tokenizer(models.BPE(vocabulary, [])).save(str(tmp_path / "letters.json"))
+    lines = [f"line {a}{b} of the text\n" for a in "abcdefghij" for b in "klmnopqrst"]
+    found = {}
+    for name, text in (("plain", "".join(lines)), ("mixed", "".join(f"{line}日本語の文\n" for line in lines))):
+        (tmp_path / f"{name}.txt").write_text(text.replace("\n日", "日"), encoding="utf-8")
+        data = ("--data", tmp_path / f"{name}.txt", "--tokenizer", tmp_path / "letters.json")
+        trained = cda("train", "--config", tiny, *data, "--steps", 2, "--out", tmp_path / name)
+        assert trained.code == 0, trained.err
+        result = cda("eval", tmp_path / name, "--json", "--split", "all")
+        assert ("the tokenizer loses" in trained.out) is ("the tokenizer loses" in result.err) is (name == "mixed")
+        found[name] = json.loads(result.out)
+        assert found[name]["bits_per_byte"] == pytest.approx(
+            found[name]["loss"] * found[name]["tokens"] / math.log(2) / found[name]["text_bytes"]
+        )
+        for record in metrics(tmp_path / name, "train"):
+            assert record["bits_per_byte"] == pytest.approx(record["loss"] / math.log(2)), "a letter is a byte"
+    assert found["mixed"]["text_bytes"] == found["plain"]["text_bytes"] == len("".join(lines)) - 2
+    told = cda("inspect-sparsity", tmp_path / "mixed").err
+    assert told.startswith("the tokenizer loses 4"), told
 
 
 def test_the_table_says_the_same(cda: Cda, finished: Path, text: Path) -> None:
@@ -122,7 +174,8 @@ def test_the_table_says_the_same(cda: Cda, finished: Path, text: Path) -> None:
     assert rows["loss"] == f"{found['loss']:.4f} ± {found['standard_error']:.4f} nats per token"
     assert rows["bits per byte"] == f"{found['bits_per_byte']:.4f} ± {found['bits_per_byte_error']:.4f}"
     assert rows["perplexity"] == f"{found['perplexity']:.4g}"
-    assert rows["tokens"] == f"{found['tokens']:,} in {found['windows']} windows"
+    counted = f"{found['tokens']:,} in {found['windows']} windows, for {found['text_bytes']:,} bytes of text"
+    assert rows["tokens"] == counted
     assert rows["data"] == f"{text}, validation"
 
 
@@ -134,7 +187,7 @@ def test_json_is_all_of_stdout(cda: Cda, finished: Path) -> None:
     assert result.out[end:] == "\n"
     assert set(document) == {
         "checkpoint", "data", "split", "loss", "standard_error", "perplexity", "bits_per_byte", "bits_per_byte_error",
-        "tokens", "windows",
+        "tokens", "text_bytes", "windows",
     }  # fmt: skip
 
 

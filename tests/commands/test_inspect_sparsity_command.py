@@ -34,7 +34,7 @@ def trained(cda: Cda, tiny: Path, out: Path, *settings: object) -> Path:
 
 def test_json_has_every_figure_of_every_head(cda: Cda, finished: Path) -> None:
     found = inspected(cda, finished)
-    assert set(found) == {"checkpoint", "data", "tokens", "heads", "feed_forward"}
+    assert set(found) == {"checkpoint", "data", "split", "tokens", "heads", "feed_forward"}
     assert found["tokens"] == 2 * 32
     assert [(head["layer"], head["head"]) for head in found["heads"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     for head in found["heads"]:

@@ -68,7 +68,6 @@ def test_the_sides_are_split_as_in_training(finished: Path) -> None:
             open_side(restored, None, "test", stop, show_progress=False)
     sizes = {split: sum(map(len, side.sides)) for split, side in sides.items()}
     assert sizes["all"] == sizes["train"] + sizes["validation"]
-    assert sides["all"].bytes_per_token == 1
     batches, windows = sides["validation"].batches(4, max_batches=2)
     assert [len(batch.inputs) for batch in batches] == [4, 4]
     assert windows == 8

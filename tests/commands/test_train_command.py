@@ -19,7 +19,7 @@ TRAIN_FIGURES = {
 LAYER_FIGURES = {"layer", "sparsity_k", "effective_support", "capped_share", "distance_back", "active_units"}
 VALIDATION_FIGURES = {
     "step", "kind", "loss", "standard_error", "perplexity", "bits_per_byte", "bits_per_byte_error", "tokens",
-    "windows",
+    "text_bytes", "windows",
 }  # fmt: skip
 
 

@@ -28,8 +28,9 @@ SHAPES = st.tuples(st.integers(3, 60), st.integers(1, 20), st.integers(1, 5)).fi
 
 
 def numbered(count: int) -> Tokens:
-    """Tokens that are their own places."""
-    return Tokens(np.arange(count, dtype=np.uint16), count)
+    """Tokens that are their own places; each stands for its number modulo 3 of bytes."""
+    ids = np.arange(count, dtype=np.uint16)
+    return Tokens(ids, ids % 3, int((ids % 3).sum()))
 
 
 def targets(batches: list[Batch]) -> list[int]:
@@ -38,7 +39,7 @@ def targets(batches: list[Batch]) -> list[int]:
 
 
 def same(left: Batch, right: Batch) -> bool:
-    return torch.equal(left.inputs, right.inputs) and torch.equal(left.targets, right.targets)
+    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in vars(left))
 
 
 @given(SHAPES)
@@ -52,6 +53,7 @@ def test_evaluation_counts_each_token_but_the_first_once_in_order(shape: tuple[i
         assert batch.inputs.shape[1] == seq_len
         counted = batch.targets != IGNORE
         assert torch.equal(batch.targets[counted], batch.inputs[counted] + 1), "a target is not the next token"
+        assert torch.equal(batch.target_bytes, (batch.targets % 3 * counted).sum(-1)), "bytes of other tokens"
     assert [len(batch.inputs) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
 
 
@@ -119,11 +121,23 @@ def test_a_text_shorter_than_one_sequence_names_the_length_that_fits() -> None:
     assert count_windows(numbered(9), 8) == 1
     with pytest.raises(DataError, match=r"training text is shorter than one sequence.*; --seq-len 7 would fit$"):
         TrainBatches(numbered(8), 8, 1, 0)
-    with pytest.raises(DataError, match=r"validation is shorter.*; --seq-len 7 would fit, or .*validation_fraction$"):
-        evaluation_batches(numbered(8), 8, 1)
     with pytest.raises(DataError, match=r"give --data more text$"):
         count_windows(numbered(1), 8)
     corpus = Corpus(ByteTokenizer(), numbered(100), numbered(8), "numbers", from_cache=False)
     check_lengths(corpus, 7)
-    with pytest.raises(DataError, match=r"^the validation is shorter than one sequence"):
+    with pytest.raises(DataError, match=r"validation is shorter.*; --seq-len 7 would fit, or .*validation_fraction$"):
         check_lengths(corpus, 8)
+
+
+@given(st.integers(2, 20), st.integers(20, 40))
+def test_a_text_shorter_than_one_sequence_is_evaluated_in_a_shorter_window(count: int, seq_len: int) -> None:
+    [batch] = evaluation_batches(numbered(count), seq_len, 4)
+    assert batch.inputs.tolist() == [list(range(count - 1))]
+    assert batch.targets.tolist() == [list(range(1, count))]
+    assert batch.target_bytes.tolist() == [sum(number % 3 for number in range(1, count))]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_single_token_predicts_nothing(count: int) -> None:
+    with pytest.raises(DataError, match=r"takes 2 at least.*; give --data more text$"):
+        evaluation_batches(numbered(count), 8, 1)

@@ -52,7 +52,8 @@ def test_an_error_comes_in_its_turn() -> None:
 
 def test_what_was_made_and_not_taken_is_not_behind_the_position() -> None:
     """A run that stops after batch n goes on with batch n + 1, however many were made by then."""
-    tokens = Tokens(np.arange(301, dtype=np.uint16), text_bytes=301)
+    ids = np.arange(301, dtype=np.uint16)
+    tokens = Tokens(ids, np.ones_like(ids), text_bytes=301)
     expected = [batch.inputs for batch, _ in itertools.islice(TrainBatches(tokens, 4, 3, seed=5), 40)]
     found, position = [], None
     for length in (1, 7, 2, 30):

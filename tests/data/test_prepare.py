@@ -13,13 +13,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from cda_cli.config import DataConfig
-from cda_cli.data import Corpus, PreparationStoppedError, load_tokenizer, prepare
+from cda_cli.data import (
+    ByteTokenizer,
+    Corpus,
+    PreparationStoppedError,
+    load_tokenizer,
+    loss_of_text,
+    prepare,
+    prepare_whole,
+)
 from cda_cli.data.prepare import cache_folder
 from cda_cli.data.split import CutRule, HashRule
 from cda_cli.errors import DataError, StorageError
 from tests.data.samples import LETTERS, UNICODE, Prepare
+from tests.data.tokenizer_kinds import KINDS, byte_level, tokenizer_of_kind, unigram
 
 
 def write_rows(path: Path, rows: list[str]) -> Path:
@@ -37,7 +47,8 @@ def test_a_single_text_is_cut_at_a_character(prepared: Prepare, folder: Path) ->
     corpus = prepared(folder / "text.txt", validation_fraction=0.25)
     assert corpus.train.ids.tobytes().decode() == "é🙂" * 375
     assert corpus.validation.ids.tobytes()[:-1].decode() == "é🙂" * 125
-    assert corpus.train.bytes_per_token == corpus.validation.bytes_per_token == 1
+    assert set(corpus.train.sizes) == {1}
+    assert corpus.validation.sizes.tolist() == [1] * (6 * 125) + [0], "a byte is a byte, a separator none"
 
 
 @given(st.text(min_size=2), st.floats(0.001, 0.999))
@@ -98,9 +109,53 @@ def test_a_json_tokenizer_gives_the_tokens_of_each_document(prepared: Prepare, f
     for side in (corpus.train, corpus.validation):
         ends = np.flatnonzero(side.ids == tokenizer.separator)
         documents += [tokenizer.decode(part) for part in np.split(side.ids, ends + 1)[:-1]]
+        assert side.sizes.sum() == side.text_bytes
     assert sorted(documents) == sorted(rows)
-    text_bytes = sum(len(row.encode()) + 1 for row in rows)
-    assert corpus.train.text_bytes + corpus.validation.text_bytes == text_bytes
+    assert corpus.train.text_bytes + corpus.validation.text_bytes == sum(len(row.encode()) for row in rows)
+    assert loss_of_text([corpus.train, corpus.validation]) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_that_a_tokenizer_loses_is_said(prepared: Prepare, folder: Path, kind: str) -> None:
+    """Else a model looks better the less of the text it is asked about."""
+    text = "the cat\nλλ 日本 a "
+    path, file = write_rows(folder / "a.jsonl", [f"{text}{number}" for number in "abcdefgh"]), folder / "t.json"
+    file.write_text(tokenizer_of_kind(kind).to_json())
+    corpus = prepared(path, tokenizer=str(file))
+    said, lost = loss_of_text([corpus.train, corpus.validation]), 0
+    for side in (corpus.train, corpus.validation):
+        lost += side.lost_bytes
+        assert side.sizes.sum() == side.text_bytes - side.lost_bytes
+    whole = corpus.train.text_bytes + corpus.validation.text_bytes
+    assert whole == 8 * len(f"{text}a".encode())
+    if kind in ("byte_level", "byte_fallback"):
+        assert said is None
+    else:
+        assert lost >= 8 * len("λλ日本".encode())
+        assert said is not None
+        assert said.startswith(f"the tokenizer loses {lost / whole:.2%} of the text")
+        assert f"{lost:,} of {whole:,} bytes" in said
+
+
+@pytest.mark.parametrize("kind", ["spelled", "special"])
+def test_documents_that_name_the_separator_keep_their_number(prepared: Prepare, folder: Path, kind: str) -> None:
+    rows = [f"{letter} <|endoftext|> a</s>b <eos>" for letter in LETTERS]
+    path, file = write_rows(folder / "a.jsonl", rows), folder / "t.json"
+    made = unigram() if kind == "spelled" else byte_level()
+    for token in ("<|endoftext|>", "</s>"):
+        made.add_tokens([AddedToken(token, special=False, normalized=kind == "spelled")])
+    made.save(str(file))
+    corpus = prepared(path, tokenizer=str(file))
+    ids = np.concatenate([corpus.train.ids, corpus.validation.ids])
+    assert (ids == corpus.tokenizer.separator).sum() == len(rows)
+
+
+def test_a_whole_text_is_one_piece(folder: Path) -> None:
+    (folder / "a.txt").write_text("é🙂" * 50)
+    config = DataConfig(source=str(folder / "a.txt"))
+    tokens, description = prepare_whole(config, tokenizer=ByteTokenizer(), show_progress=False)
+    assert tokens.ids.tobytes() == ("é🙂" * 50).encode() + b"\xff"
+    assert description == str(folder / "a.txt")
 
 
 def test_the_second_time_comes_from_the_cache(prepared: Prepare, folder: Path, bpe_file: Path) -> None:
@@ -129,7 +184,7 @@ def test_another_column_is_another_cache_entry(prepared: Prepare, folder: Path) 
     assert other.train.ids.tobytes().startswith(b"DOCUMENT")
 
 
-@pytest.mark.parametrize("damage", ["short", "long", "gone", "no meta", "bad meta"])
+@pytest.mark.parametrize("damage", ["short", "long", "gone", "sizes", "no meta", "bad meta", "old"])
 def test_a_damaged_cache_is_prepared_anew(prepared: Prepare, folder: Path, cache: Path, damage: str) -> None:
     path = write_rows(folder / "a.jsonl", LETTERS)
     expected = prepared(path).train.ids.tobytes()
@@ -141,6 +196,10 @@ def test_a_damaged_cache_is_prepared_anew(prepared: Prepare, folder: Path, cache
         train.write_bytes(expected + b"x")
     elif damage == "gone":
         train.unlink()
+    elif damage == "sizes":
+        (entry / "train-sizes.bin").write_bytes(b"")
+    elif damage == "old":
+        meta.write_text(meta.read_text().replace('"format": 2', '"format": 1'))
     elif damage == "no meta":
         meta.unlink()
     else:

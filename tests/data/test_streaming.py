@@ -47,7 +47,7 @@ def batches(
 
 
 def same(left: Batch, right: Batch) -> bool:
-    return torch.equal(left.inputs, right.inputs) and torch.equal(left.targets, right.targets)
+    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in vars(left))
 
 
 def test_a_stream_is_the_prepared_text_over_and_over(config: DataConfig) -> None:
@@ -58,13 +58,16 @@ def test_a_stream_is_the_prepared_text_over_and_over(config: DataConfig) -> None
     assert bytes(torch.cat(inputs).flatten().tolist()) == expected[: count * 48]
     targets = [batch.targets for batch, _ in islice(batches(config), count)]
     assert bytes(torch.cat(targets).flatten().tolist()) == expected[1 : count * 48 + 1]
+    sizes = [batch.target_bytes.sum().item() for batch, _ in islice(batches(config), count)]
+    assert sum(sizes) == count * 48 - expected[1 : count * 48 + 1].count(b"\xff"), "a separator stands for no text"
 
 
 def test_validation_is_the_prepared_validation(config: DataConfig) -> None:
     corpus = prepare(config, show_progress=False)
     tokens = streamed_validation(config, ByteTokenizer(), 10**9)
     assert tokens.ids.tobytes() == corpus.validation.ids.tobytes()
-    assert tokens.text_bytes == corpus.validation.text_bytes
+    assert tokens.sizes.tobytes() == corpus.validation.sizes.tobytes()
+    assert (tokens.text_bytes, tokens.lost_bytes) == (corpus.validation.text_bytes, 0)
     some = streamed_validation(config, ByteTokenizer(), 5)
     assert corpus.validation.ids.tobytes().startswith(some.ids.tobytes())
     assert 5 <= len(some) < len(tokens)

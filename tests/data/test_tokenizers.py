@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from cda_cli.data import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
 from cda_cli.data.tokenizers import PIECE_CHARACTERS, STREAM_CONTEXT, split_pieces
@@ -26,9 +29,6 @@ def bpe(bpe_file: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def metaspace(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A tokenizer without any of the known separators, whose decoder drops a leading space."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
     inner = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Metaspace()
@@ -66,6 +66,105 @@ def test_bpe_neither_truncates_nor_pads_nor_adds_nor_reads_special_tokens(bpe: T
     assert bpe.decode(bpe.encode(text)) == text
     assert bpe.separator not in bpe.encode(text)
     assert bpe.decode([*bpe.encode("a"), bpe.separator, *bpe.encode("b")]) == "ab"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_no_text_becomes_the_separator(kind: str, special: bool, normalized: bool) -> None:
+    """A document would end in its middle, whether the vocabulary spells the separator or text is searched for it."""
+    spelled = ["<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]"]
+    vocabulary = {"<unk>": 0, **{token: 1 + number for number, token in enumerate(spelled)}}
+    inner = [KINDS[kind](), tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))][kind == "word_level"]
+    inner.add_tokens([tokenizers.AddedToken(token, special=special, normalized=normalized) for token in spelled])
+    tokenizer = JsonTokenizer(inner, kind)
+    ways = [way for token in spelled for way in (token, token.upper(), token.lower(), f"a{token}b", f" {token}\n")]
+    for text in [*ways, " ".join(ways), "".join(spelled)]:
+        assert tokenizer.separator not in tokenizer.encode(text), text
+    if kind == "byte_level":
+        assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in ways)
+        assert (tokenizer.separator < inner.get_vocab_size()) is special, "a separator that no text spells is taken"
+
+
+def test_a_pair_that_becomes_the_separator_is_seen() -> None:
+    vocabulary = {letter: number for number, letter in enumerate("</s>")} | {"</": 4, "s>": 5, "</s>": 6}
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, [("<", "/"), ("s", ">"), ("</", "s>")]))
+    inner.add_special_tokens(["</s>"])
+    tokenizer = JsonTokenizer(inner, "pairs")
+    assert tokenizer.separator == 7
+    assert tokenizer.decode(tokenizer.encode("</s>")) == "</s>"
+
+
+@pytest.mark.parametrize("kind", ["bytes", *KINDS])
+def test_a_token_counts_the_bytes_that_it_stands_for(kind: str) -> None:
+    """Together never more than there are; exactly those of its string, where a tokenizer loses nothing."""
+    tokenizer = ByteTokenizer() if kind == "bytes" else tokenizer_of_kind(kind)
+
+    @given(st.one_of(TEXT, st.text("aé日🙂ﬁ\u0301 \n")))
+    def check(text: str) -> None:
+        ids, sizes = tokenizer.encode_sized(text)
+        assert len(ids) == len(sizes)
+        assert sizes.dtype == tokenizer.size_dtype
+        total = int(sizes.sum(dtype=np.int64))
+        assert total <= len(text.encode())
+        if kind in ("bytes", "byte_level", "byte_fallback"):
+            assert total == len(text.encode())
+        if kind in ("bytes", "byte_level"):
+            assert sizes.tolist() == [len(spelled) for spelled in spellings(tokenizer, ids.tolist())]
+
+    check()
+
+
+def spellings(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """Each token with a character a byte, as byte-level vocabularies have them."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return [chr(token) for token in ids]
+    vocabulary = json.loads(tokenizer.to_json() or "")["model"]["vocab"]
+    names = {number: name for name, number in vocabulary.items()}
+    return [names[token] for token in ids]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        ("metaspace", "the 日 cat", [0, 1, 1, 1, 1, 0, 1, 1, 1, 1]),  # ▁ t h e ▁ <unk> ▁ c a t
+        ("byte_fallback", " x", [0, 1, 1]),  # ▁ ▁ x
+        ("byte_fallback", "日", [0, 1, 1, 1]),
+        ("unigram", "ﬁ THE Ａ", [1, 1, 1, 4, 1, 3]),  # ▁ f i ▁the ▁ a: the first three share ﬁ
+        ("word_piece", "Naïve 日 x", [1, 1, 2, 1, 1, 0, 1]),  # n ##a ##i ##v ##e [UNK] x: no token for the spaces
+        ("word_level", "the cat sat.", [3, 3, 0, 1]),
+        ("word_ends", "caté QQ", [1, 1, 1, 2]),  # Q is dropped
+    ],
+)
+def test_bytes_of_normalised_and_unknown_text(kind: str, text: str, expected: list[int]) -> None:
+    assert tokenizer_of_kind(kind).encode_sized(text).sizes.tolist() == expected
+
+
+def test_offsets_that_a_post_processor_trims_do_not_matter() -> None:
+    """RoBERTa's leaves the space out of the offsets of a word."""
+    inner = KINDS["byte_level"]()
+    inner.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer = JsonTokenizer(inner, "trimmed")
+    assert tokenizer.encode_sized("a  b").sizes.sum() == 4
+    assert json.loads(tokenizer.to_json())["post_processor"]["type"] == "ByteLevel", "the file lost it"
+
+
+def test_a_text_that_cannot_be_encoded_is_one_sentence() -> None:
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
+    tokenizer = JsonTokenizer(inner, "words.json")
+    assert tokenizer.encode("a").tolist() == [0]
+    with pytest.raises(DataError, match=r"^the tokenizer words\.json cannot encode the text \(.*\); give it a token"):
+        tokenizer.encode("b")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_tokenizer_file(folder: Path, bpe: Tokenizer) -> None:
+    path = folder / "tokenizer.json"
+    path.write_bytes((bpe.to_json() or "").encode("utf-8-sig"))
+    assert load_tokenizer(str(path)).fingerprint == bpe.fingerprint
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):
+        path.write_bytes((bpe.to_json() or "").encode(encoding))
+        with pytest.raises(DataError, match=r"; give --tokenizer a tokenizer\.json$"):
+            load_tokenizer(str(path))
 
 
 def test_a_vocabulary_without_a_separator_grows_by_one(metaspace: Tokenizer, bpe: Tokenizer) -> None:
@@ -148,9 +247,6 @@ def test_to_json_restores_the_tokenizer(bpe: Tokenizer) -> None:
 
 
 def test_the_dtype_holds_every_id() -> None:
-    import tokenizers
-    from tokenizers import models
-
     vocabulary = {f"w{index}": index for index in range(1 << 16)}
     inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer = JsonTokenizer(inner, "large")

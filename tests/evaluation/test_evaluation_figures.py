@@ -18,12 +18,15 @@ from cda_cli.model import Transformer
 
 CPU = torch.device("cpu")
 VOCABULARY = 19
-LENGTHS = st.tuples(st.integers(1, 9), st.integers(0, 40)).map(lambda pair: (pair[0] + 1 + pair[1], pair[0]))
+LENGTHS = st.tuples(st.integers(2, 50), st.integers(1, 9))
 
 
 def text(count: int, seed: int = 0) -> Tokens:
-    ids = np.random.default_rng(seed).integers(0, VOCABULARY, count, dtype=np.uint16)
-    return Tokens(ids, text_bytes=3 * count)
+    """Random tokens that stand for 0 to 6 bytes each."""
+    generator = np.random.default_rng(seed)
+    ids = generator.integers(0, VOCABULARY, count, dtype=np.uint16)
+    sizes = generator.integers(0, 7, count, dtype=np.uint16)
+    return Tokens(ids, sizes, text_bytes=int(sizes.sum()))
 
 
 def build(seq_len: int = 9, **changes: object) -> Transformer:
@@ -34,17 +37,18 @@ def build(seq_len: int = 9, **changes: object) -> Transformer:
     return model
 
 
-def run(model: nn.Module, tokens: Tokens, seq_len: int, batch_size: int, ratio: float = 1.7) -> Evaluation:
-    return evaluate(model, evaluation_batches(tokens, seq_len, batch_size), ratio, CPU, torch.float32)
+def run(model: nn.Module, tokens: Tokens, seq_len: int, batch_size: int) -> Evaluation:
+    return evaluate(model, evaluation_batches(tokens, seq_len, batch_size), CPU, torch.float32)
 
 
 @torch.no_grad()
 def direct_losses(model: Transformer, tokens: Tokens, seq_len: int) -> list[list[float]]:
-    """Nats of each token but the first, by window: a window alone, and the last one full but counted from its own."""
+    """Nats of each token but the first, by window: a window alone, and the last one full, where the text is long
+    enough, but counted from its own."""
     ids = tokens.ids.astype(np.int64)
     found = []
     for first in range(0, len(ids) - 1, seq_len):
-        start = min(first, len(ids) - 1 - seq_len)
+        start = max(0, min(first, len(ids) - 1 - seq_len))
         log_p = model(torch.from_numpy(ids[start : start + seq_len])[None])[0].double().log_softmax(-1)
         targets = range(first + 1, min(first + seq_len, len(ids) - 1) + 1)
         found.append([-log_p[target - start - 1, ids[target]].item() for target in targets])
@@ -65,18 +69,26 @@ def test_the_figures_are_those_of_a_direct_computation(lengths: tuple[int, int],
     loss = math.fsum(losses) / len(losses)
     assert found.loss == pytest.approx(loss, abs=1e-5)
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(loss / math.log(2) / 1.7, abs=1e-5)
+    sizes = [int(tokens.sizes[first : first + seq_len].sum()) for first in range(1, count, seq_len)]
+    assert found.text_bytes == sum(sizes) == int(tokens.sizes[1:].sum())
+    bits = math.fsum(losses) / math.log(2) / sum(sizes) if sum(sizes) else math.inf
+    assert found.bits_per_byte == pytest.approx(bits, rel=1e-5)
 
     n = len(windows)
-    if n == 1:
-        assert math.isnan(found.standard_error)
+    if n == 1 or not sum(sizes):
+        assert math.isnan(found.standard_error) is (n == 1)
         assert math.isnan(found.bits_per_byte_error)
         return
+
     # The variance of a ratio of means: Cochran, Sampling Techniques, equation 6.13 without the finite population.
-    variance = math.fsum((math.fsum(window) - loss * len(window)) ** 2 for window in windows) / (n - 1)
-    expected = math.sqrt(variance / n) / (len(losses) / n)
-    assert found.standard_error == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert found.bits_per_byte_error == pytest.approx(expected / math.log(2) / 1.7, rel=1e-4, abs=1e-6)
+    def error(ratio: float, each: list[int]) -> float:
+        pairs = zip(windows, each, strict=True)
+        variance = math.fsum((math.fsum(window) - ratio * size) ** 2 for window, size in pairs) / (n - 1)
+        return math.sqrt(variance / n) / (sum(each) / n)
+
+    assert found.standard_error == pytest.approx(error(loss, [*map(len, windows)]), rel=1e-4, abs=1e-6)
+    expected = error(bits * math.log(2), sizes) / math.log(2)
+    assert found.bits_per_byte_error == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @settings(max_examples=25)
@@ -97,11 +109,12 @@ def constant(logits: Tensor) -> Transformer:
 
 
 def test_a_uniform_guess_over_bytes_is_eight_bits() -> None:
-    found = run(constant(torch.zeros(256)), text(100), 7, 4, ratio=1.0)
+    ids = text(100).ids
+    found = run(constant(torch.zeros(256)), Tokens(ids, np.ones_like(ids), 100), 7, 4)
     assert found.bits_per_byte == pytest.approx(8, abs=1e-5)
     assert found.perplexity == pytest.approx(256, rel=1e-5)
     assert found.standard_error == pytest.approx(0, abs=1e-6)
-    assert bits_per_byte(math.log(256), 2.0) == pytest.approx(4)
+    assert bits_per_byte(math.log(256), 2) == pytest.approx(4)
 
 
 def test_a_model_that_is_utterly_wrong_has_figures_too() -> None:
@@ -123,8 +136,8 @@ def test_the_error_covers_the_loss_of_the_whole_as_often_as_it_says() -> None:
     within = 0
     for _ in range(200):
         chosen = torch.randperm(len(whole), generator=generator)[:30]
-        batch = Batch(*(torch.cat([getattr(whole[i], side) for i in chosen]) for side in ("inputs", "targets")))
-        found = evaluate(model, [batch], 1.0, CPU, torch.float32)
+        batch = Batch(*(torch.cat([getattr(whole[i], side) for i in chosen]) for side in vars(whole[0])))
+        found = evaluate(model, [batch], CPU, torch.float32)
         within += abs(found.loss - truth) <= found.standard_error
     assert 0.58 <= within / 200 <= 0.78, f"{within} of 200"
 
@@ -141,15 +154,15 @@ def test_the_mode_comes_back_and_dropout_is_off_meanwhile(training: bool) -> Non
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_comes_back_after_an_error(training: bool) -> None:
     model = build().train(training)
-    beyond = Batch(*(torch.zeros(1, 10, dtype=torch.int64) for _ in range(2)))
+    beyond = Batch(*(torch.zeros(1, 10, dtype=torch.int64) for _ in range(2)), torch.zeros(1))
     with pytest.raises(ValueError, match="exceed the context"):
-        evaluate(model, [beyond], 1.0, CPU, torch.float32)
+        evaluate(model, [beyond], CPU, torch.float32)
     assert model.training is training
 
 
 def test_progress_hears_of_every_window() -> None:
     heard: list[int] = []
-    found = evaluate(build(), evaluation_batches(text(40), 9, 2), 1.0, CPU, torch.float32, heard.append)
+    found = evaluate(build(), evaluation_batches(text(40), 9, 2), CPU, torch.float32, heard.append)
     assert heard == [2, 2, 1]
     assert sum(heard) == found.windows
 
@@ -177,6 +190,6 @@ def test_no_graph_is_kept() -> None:
 
 def test_bf16_products_are_near_float32() -> None:
     model, batches = build(), list(evaluation_batches(text(100), 9, 4))
-    exact, rounded = (evaluate(model, batches, 1.0, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (evaluate(model, batches, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert rounded.loss == pytest.approx(exact.loss, rel=4 * 2.0**-8)
     assert rounded.loss != exact.loss, "the dtype that was asked for is not the one that ran"

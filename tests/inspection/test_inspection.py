@@ -29,7 +29,7 @@ def build(**changes: Any) -> Transformer:
 
 def batches(batch_size: int = 3) -> list[Batch]:
     ids = np.random.default_rng(0).integers(0, 31, 12 * 7 + 1, dtype=np.uint16)
-    return list(evaluation_batches(Tokens(ids, len(ids)), 12, batch_size))
+    return list(evaluation_batches(Tokens(ids, np.ones_like(ids), len(ids)), 12, batch_size))
 
 
 def run(model: Transformer, **changes: Any) -> Watcher:
@@ -159,7 +159,7 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
     heard: list[int] = []
     assert run(model, advance=heard.append).report() == run(build()).report()
     assert heard == [3, 3, 1]
-    beyond = Batch(*(torch.zeros(1, 13, dtype=torch.int64) for _ in range(2)))
+    beyond = Batch(*(torch.zeros(1, 13, dtype=torch.int64) for _ in range(2)), torch.zeros(1))
     with pytest.raises(ValueError, match="exceed the context"):
         run(model, text=[beyond])
     assert all(module.training is training for module in model.modules())

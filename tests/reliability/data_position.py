@@ -72,7 +72,8 @@ def mapped(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
     with broken(variant):
         for _ in range(count):
             # Each token is its own number, so that a pass can be counted.
-            tokens = Tokens(np.arange(chance.randrange(40, 400), dtype=np.uint16), 1)
+            ids = np.arange(chance.randrange(40, 400), dtype=np.uint16)
+            tokens = Tokens(ids, np.ones_like(ids), len(ids))
             seq_len, batch_size, key = chance.randrange(2, 30), chance.randrange(1, 7), chance.randrange(10**6)
 
             def open_stream(state: Any, given: Any = (tokens, seq_len, batch_size, key)) -> Stream:

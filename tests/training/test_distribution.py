@@ -184,7 +184,7 @@ def test_other_data_on_another_machine_is_refused(nursery: Nursery, small: Confi
 @pytest.mark.parametrize(("accumulated", "rows", "count"), [(1, 4, 2), (4, 1, 2), (2, 2, 4), (6, 3, 9), (3, 6, 2)])
 def test_rows_are_shared_once_and_evenly(accumulated: int, rows: int, count: int) -> None:
     numbers = torch.arange(accumulated * rows).view(accumulated, rows, 1)
-    batches = [Batch(part, part) for part in numbers]
+    batches = [Batch(part, part, part) for part in numbers]
     shares = [Processes(Place(rank, count)).share(batches) for rank in range(count)]
     taken = [torch.cat([batch.inputs.flatten() for batch in share]).tolist() for share in shares]
     assert sorted(itertools.chain(*taken)) == list(range(accumulated * rows))

@@ -40,7 +40,7 @@ def a_batch(rows: int, ignored: list[tuple[int, int]] = []) -> Batch:  # noqa: B
     targets = tokens[:, 1:].clone()
     for row, count in ignored:
         targets[row, :count] = IGNORE
-    return Batch(tokens[:, :-1].contiguous(), targets)
+    return Batch(tokens[:, :-1].contiguous(), targets, (targets != IGNORE).sum(-1))
 
 
 def gradients(model: Transformer) -> list[Tensor]:
@@ -61,7 +61,7 @@ def test_accumulation_equals_the_large_batch(ignored: list[tuple[int, int]], spl
     expected_loss.backward()
     expected = gradients(model)
     inputs, targets = batch.inputs.split(split), batch.targets.split(split)
-    parts = [Batch(i, t) for i, t in zip(inputs, targets, strict=True)]
+    parts = [Batch(i, t, (t != IGNORE).sum(-1)) for i, t in zip(inputs, targets, strict=True)]
     loss = accumulate_gradients(model, parts, CPU, torch.float32)
     torch.testing.assert_close(loss, expected_loss.detach(), rtol=0, atol=1e-6)
     for found, wanted in zip(gradients(model), expected, strict=True):

@@ -47,7 +47,8 @@ def measured(config: Config, dtype: torch.dtype) -> int:
     model = Transformer(config.model)
     model.activation_checkpointing = config.run.activation_checkpointing
     shape = (config.optim.batch_size, config.model.seq_len)
-    batches = [Batch(*torch.randint(257, (2, *shape)).unbind()) for _ in range(config.optim.grad_accum)]
+    numbers = torch.randint(257, (config.optim.grad_accum, 2, *shape))
+    batches = [Batch(inputs, targets, torch.ones(shape[0])) for inputs, targets in numbers]
     accumulate_gradients(model, batches, CPU, dtype)
     model.zero_grad(set_to_none=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
