@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cda_cli.console.base import count, duration, memory, out, pairs, plus_minus, share, table
-from cda_cli.console.text import write_text
+from cda_cli.console.text import printable, write_text
 
 if TYPE_CHECKING:
     from cda_cli.training.run import Plan
@@ -52,7 +52,8 @@ class TrainingDisplay:
             self._line(record["step"], Text(f"validation {validation_words(record)}", style="bold"))
         elif kind == "sample":
             self._line(record["step"], Text("sample", style="bold"))
-            write_text(self._console, record["text"] + "\n", style="cyan")
+            # Masked off a terminal too: a log is read on one later, and metrics.jsonl has the text itself.
+            write_text(self._console, printable(record["text"]) + "\n", style="cyan")
         elif kind == "checkpoint":
             self._line(record["step"], f"saved {record['path']}")
 

@@ -5,7 +5,7 @@ files → text         files       unpacked and decoded; fingerprint tells one t
 text → documents     rows        what a text, JSON, CSV or Parquet file holds; documents: of several, from any place on
 documents → sides    split       training and validation, by document
 text → tokens        tokenizers  bytes, or a tokenizer.json
-tokens → bytes       sizes       of the text that each token stands for
+tokens → bytes       sizes       of the text that each stands for
 tokens → disk        prepare     memory-mapped, cached, written whole
 tokens → batches     batches     windows; iterators that can say and restore their position
 documents → batches  streaming   the same without preparing
