@@ -60,7 +60,7 @@ def inspect_sparsity(
     report = watcher.report().only(chosen_layers, chosen_heads)
     if as_json:
         source = {"checkpoint": str(restored.path), "data": text.description, "split": text.split}
-        print_json({**source, **report.as_dict()})
+        print_json({**source, "attn_eps": restored.model.attention_eps, **report.as_dict()})
     else:
         assert watcher.kept is not None
         show_report(report, restored, text, drawn, watcher.kept)

@@ -37,7 +37,8 @@ def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple
     console, model = out(), restored.config.model
     data = f"{text.description}, {text.split}"
     console.print(pairs({"checkpoint": str(restored.path), "data": data, "tokens": f"{report.tokens:,}"}))
-    solver = f", {model.solver} solver, ε = {model.attn_eps:g}" if model.attention == "coordinate-descent" else ""
+    eps = restored.model.attention_eps
+    solver = f", {model.solver} solver, ε = {eps:g}" if eps is not None else ""
     heads = table(
         "layer.head", "k", "row sum", "|Σλ − k|", "effective support", "λ > 1e-3", "capped / k", "distance back"
     )

@@ -107,6 +107,13 @@ class Transformer(nn.Module):
     def each_block(self) -> list[Block]:
         return [cast(Block, block) for block in self.blocks]
 
+    @property
+    def attention_eps(self) -> float | None:
+        """The ε that the attention weights have now, annealed or not; None where softmax gives them."""
+        if self.config.attention == "softmax":
+            return None
+        return next(iter(self.each_block())).attention.eps
+
     def set_attention_eps(self, eps: float) -> None:
         """ε of every attention layer, for annealing."""
         for block in self.each_block():

@@ -157,6 +157,8 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
             since = Since()
         passed = every.save_minutes > 0 and processes.any(minutes.passed())
         with speed.paused():
+            # Validation and samples have the ε that the checkpoint of this step is restored with.
+            model.set_attention_eps(annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps))
             if (due(setup.step, every.eval_every) or last) and not stop:
                 result = validate(setup, stop)
                 if result is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands.helpers import Cda, assert_refused
+from tests.commands.helpers import Cda, assert_refused, metrics
 
 HEAD = {
     "layer", "head", "sparsity_k", "row_sum", "row_sum_error", "effective_support", "attended_entries",
@@ -34,7 +34,7 @@ def trained(cda: Cda, tiny: Path, out: Path, *settings: object) -> Path:
 
 def test_json_has_every_figure_of_every_head(cda: Cda, finished: Path) -> None:
     found = inspected(cda, finished)
-    assert set(found) == {"checkpoint", "data", "split", "tokens", "heads", "feed_forward"}
+    assert set(found) == {"checkpoint", "data", "split", "attn_eps", "tokens", "heads", "feed_forward"}
     assert found["tokens"] == 2 * 32
     assert [(head["layer"], head["head"]) for head in found["heads"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     for head in found["heads"]:
@@ -49,6 +49,21 @@ def test_json_has_every_figure_of_every_head(cda: Cda, finished: Path) -> None:
         assert set(unit) == {"layer", "units", "active_units", "dead_units"}
         assert (unit["layer"], unit["units"]) == (layer, 128)
         assert 0 <= unit["active_units"] <= 128
+
+
+def test_epsilon_is_the_one_in_use(cda: Cda, tiny: Path, finished: Path, tmp_path: Path) -> None:
+    """In the middle of annealing the weights are not those of attn_eps; validation takes the same ε as `cda eval`."""
+    annealed = ("--set", "model.eps_anneal_start=4", "--set", "optim.schedule_steps=20", "--eps", 0.5)
+    run = trained(cda, tiny, tmp_path / "run", *annealed, "--steps", 2, "--lr", 0.01)
+    eps = 4 ** (1 - 2 / 10) * 0.5 ** (2 / 10)
+    assert inspected(cda, run)["attn_eps"] == pytest.approx(eps)
+    assert f"ε = {eps:g}\n" in cda("inspect-sparsity", run).out
+    [validation] = metrics(run, "validation")
+    evaluated = json.loads(cda("eval", run, "--json", "--max-batches", 2, "--batch-size", 4).out)
+    assert evaluated["loss"] == pytest.approx(validation["loss"], rel=1e-6)
+    assert inspected(cda, finished)["attn_eps"] == 0.5
+    softmax = trained(cda, tiny, tmp_path / "softmax", "--attention", "softmax")
+    assert inspected(cda, softmax)["attn_eps"] is None
 
 
 def test_the_table_has_all_columns_and_the_same_figures(cda: Cda, finished: Path) -> None:
