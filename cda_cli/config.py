@@ -7,15 +7,18 @@ Four sections, each a frozen model whose fields say what they mean where they ar
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from cda_cli import strict_yaml
 from cda_cli.errors import ConfigError, did_you_mean
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
@@ -25,6 +28,34 @@ CONFIG_FILE = "config.yaml"  # in the folder of a run
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def kinds(cls, name: str) -> set[Any]:
+        """The types that a setting may have: {int, NoneType} of `int | None`."""
+        annotation = cls.model_fields[name].annotation
+        return set(get_args(annotation)) or {annotation}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: object, info: ValidationInfo) -> object:
+        """Numbers as people write them; and no 1 for true, nor true for 1, as pydantic would have it."""
+        assert info.field_name is not None
+        kinds, read = cls.kinds(info.field_name), _number(value) if isinstance(value, str) else value
+        if bool in kinds and isinstance(read, (int, float)) and not isinstance(read, bool):
+            raise ValueError("input should be true or false")
+        if not kinds & {int, float}:
+            return value
+        if isinstance(read, bool):
+            raise ValueError("input should be a number")
+        return read
+
+
+def _number(text: str) -> int | float | str:
+    """010 is ten, 1e3 a thousand; `text` itself where it is no decimal number."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 class ModelConfig(Section):
@@ -218,7 +249,7 @@ def resolve(
     named = preset or in_file
     start = base.model_dump() if base and not named and not file else _preset_layer(named or DEFAULT_PRESET)
     layers: list[Layer] = [start, from_file]
-    layers += [_dotted(*_parse_set(line)) for line in sets]
+    layers += [_read_set(line) for line in sets]
     layers += [_dotted(key, value) for key, value in (flags or {}).items() if value is not None]
     merged: dict[str, dict[str, Any]] = {}
     for layer in layers:
@@ -283,7 +314,7 @@ def _preset_layer(name: str) -> Layer:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = strict_yaml.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file {path}; check the path given to --config") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -297,12 +328,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parse_set(line: str) -> tuple[str, Any]:
+def _read_set(line: str) -> Layer:
+    """`section.key=value` of --set. Text is taken as it is, and so is any value with a #, which YAML would cut off."""
     key, equals, value = line.partition("=")
     if not equals:
         raise ConfigError(f"--set takes section.key=value, not {line!r}")
+    key = key.strip()
+    _check_keys(layer := _dotted(key, value))
+    section, _, name = key.partition(".")
+    kinds = Config.model_fields[section].annotation.kinds(name)  # type: ignore[union-attr]
+    if (str in kinds or "#" in value) and not (NoneType in kinds and value.strip() in strict_yaml.NULLS):
+        return layer
     try:
-        return key.strip(), yaml.safe_load(value)
+        return _dotted(key, strict_yaml.loads(value))
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of --set {line!r} is not valid YAML; put quotes around it") from error
 
@@ -332,7 +370,7 @@ def _sentence(error: ValidationError) -> str:
     """The first fault that pydantic found, as one sentence."""
     fault = error.errors()[0]
     message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":
+    if len(fault["loc"]) < 2:  # of a whole section, whose words name the settings
         return message
     where = ".".join(str(part) for part in fault["loc"])
     return f"{where} = {fault['input']!r} is not possible: {message[0].lower()}{message[1:]}"

@@ -27,7 +27,7 @@ LAYERS: tuple[set[str], ...] = (
     {"restore", "diagnosis"},
     {"data", "model"},
     {"config", "storage", "runtime", "signals"},
-    {"ops", "errors", "strict_json", "cda_cli"},
+    {"ops", "errors", "strict_json", "strict_yaml", "cda_cli"},
 )
 # What these may import of the package besides themselves, and no more.
 ONLY: dict[str, set[str]] = {
@@ -37,7 +37,7 @@ ONLY: dict[str, set[str]] = {
     "diagnosis": {"ops", "runtime"},
     "data": {"config", "errors", "storage"},
     "model": {"config", "ops"},
-    "config": {"errors"},
+    "config": {"errors", "strict_yaml"},
     "storage": {"errors"},
     "runtime": {"errors"},
     "signals": {"errors"},
@@ -47,6 +47,7 @@ OUTSIDE: dict[str, set[str]] = {
     "cda_cli": set(),
     "errors": set(),
     "strict_json": set(),
+    "strict_yaml": {"yaml"},
     "signals": set(),
     "config": {"pydantic", "yaml"},
     "commands": {"typer"},
@@ -194,6 +195,9 @@ ATTRIBUTES = {
     ("yaml", "load_all"),
     ("yaml", "full_load"),
     ("yaml", "unsafe_load"),
+    ("yaml", "Loader"),
+    ("yaml", "FullLoader"),
+    ("yaml", "UnsafeLoader"),
     ("runpy", "run_path"),
     ("runpy", "run_module"),
     ("pkgutil", "resolve_name"),
@@ -240,6 +244,7 @@ def test_no_file_can_make_the_package_run_code(path: Path) -> None:
         "read = torch.load",
         "yaml.load(text, yaml.Loader)",
         "from yaml import unsafe_load",
+        "class Mine(yaml.FullLoader): ...",
         "eval(text)",
         "exec(text)",
         "__import__(name)",

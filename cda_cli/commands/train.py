@@ -37,7 +37,7 @@ def train(
         bool | None, Option("--compile/--no-compile", help="torch.compile; on a GPU by default.", rich_help_panel=RUN)
     ] = None,
     backend: Annotated[
-        str | None, Option(help="Backend of the operator: auto, torch or colt5.", rich_help_panel=RUN)
+        str | None, Option(help="Backend of the operator: auto, torch, triton or colt5.", rich_help_panel=RUN)
     ] = None,
     eval_every: Annotated[int | None, Option(help="Steps between validations.", rich_help_panel=RUN)] = None,
     save_every: Annotated[int | None, Option(help="Steps between checkpoints.", rich_help_panel=RUN)] = None,
@@ -79,8 +79,8 @@ def train(
 ) -> None:
     """Train a model; the same command again goes on from its newest checkpoint.
 
-    Settings: preset, then --config, then --set, then flags, the later winning. Each key is described in
-    docs/configuration.md.
+    Settings: preset, then --config, then --set, then flags, the later winning; so does the later of two --set. Each
+    key is described in docs/configuration.md.
     """
     from cda_cli.config import DEFAULT_PRESET, resolve, settings_of
     from cda_cli.signals import StopRequest

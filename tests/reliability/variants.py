@@ -25,6 +25,7 @@ import cda_cli.signals
 import cda_cli.storage.atomic
 import cda_cli.storage.checkpoint
 import cda_cli.storage.manifest
+import cda_cli.strict_yaml
 import cda_cli.training.distribution
 import cda_cli.training.finite
 import cda_cli.training.loop
@@ -362,7 +363,7 @@ def tensors_unpickled(patch: Patch) -> None:
 
 @variant
 def yaml_with_tags(patch: Patch) -> None:
-    patch.setattr(yaml, "safe_load", yaml.unsafe_load)
+    patch.setattr(cda_cli.strict_yaml, "Loader", yaml.UnsafeLoader)
 
 
 @variant
