@@ -1,12 +1,13 @@
 """The errors a user can meet: one sentence that names the remedy, and an exit code. No torch in here.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 3 a check that the user asked for failed,
-130 and 143 interrupted by SIGINT and SIGTERM after saving.
+Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 3 a check that the user asked for failed. Interrupted, after
+saving: 129 by SIGHUP, 130 by SIGINT, 143 by SIGTERM, 141 as stdout can no longer be written.
 """
 
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -36,6 +37,15 @@ class DeviceError(CdaError):
     """A device or a backend that this machine does not have."""
 
 
+class OutputLostError(CdaError):
+    """Stdout cannot be written. A reader that has gone knows, and is told nothing."""
+
+    def __init__(self, error: OSError) -> None:
+        reader_left = isinstance(error, BrokenPipeError)
+        super().__init__("" if reader_left else f"stdout cannot be written ({error.strerror}); send it elsewhere")
+        self.exit_code = 128 + signal.SIGPIPE if reader_left else 2
+
+
 class CheckFailedError(CdaError):
     """A check that the user asked for did not hold."""
 
@@ -60,8 +70,6 @@ def exit_code(error: Exception) -> int:
     """What a command that ends with `error` returns."""
     if isinstance(error, CdaError):
         return error.exit_code
-    if isinstance(error, BrokenPipeError):
-        return 141  # the reader of our output has gone
     return 2 if isinstance(error, OSError) and error.filename else 1
 
 

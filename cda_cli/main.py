@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
-from typing import Annotated, NoReturn
+import traceback
+from typing import Annotated
 
 import typer
 
 from cda_cli import __version__
 from cda_cli.commands import doctor, eval, inspect_sparsity, sample, train
 from cda_cli.errors import CdaError, InterruptedRunError, exit_code
+from cda_cli.streams import open_streams
 
 app = typer.Typer(
     name="cda",
@@ -54,30 +55,25 @@ def run() -> None:
     # Before torch is imported, which reads it: threads that spin while they wait for each other are what others on a
     # busy machine wait for, and each wait then lasts a time slice or more.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # An ASCII terminal gets a mark for ε, not an error; \n is \n everywhere.
-            stream.reconfigure(errors="replace", newline="\n")
+    open_streams()
     try:
-        app()
-    except SystemExit as leaving:
-        # The parser turns a closed pipe into exit code 1 by itself.
-        if isinstance(leaving.__context__, BrokenPipeError):
-            _leave(leaving.__context__)
-        raise
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # else the end of the interpreter would meet what cannot be written
     except Exception as error:
         if Debug.on:
-            raise
-        _leave(error)
+            traceback.print_exception(error)
+        else:
+            _explain(error)
+        raise SystemExit(exit_code(error)) from error
 
 
-def _leave(error: Exception) -> NoReturn:
-    """One sentence on stderr, and the exit code."""
-    if isinstance(error, BrokenPipeError):
-        # Python would complain once more while it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif isinstance(error, CdaError):
-        _say(str(error), "" if isinstance(error, InterruptedRunError) else "error: ")
+def _explain(error: Exception) -> None:
+    """One sentence on stderr."""
+    if isinstance(error, CdaError):
+        if str(error):
+            _say(str(error), "" if isinstance(error, InterruptedRunError) else "error: ")
     elif type(error).__name__ == "OutOfMemoryError":
         _say(
             "the GPU's memory is used up; use a smaller --batch-size with a larger --grad-accum (with --parallel fsdp "
@@ -88,7 +84,6 @@ def _leave(error: Exception) -> NoReturn:
         _say(f"{error.filename}: {error.strerror}; check the path and the space and rights there")
     else:
         _say(f"unexpected {type(error).__name__}: {error} (a fault of cda: run `cda --debug …` for the traceback)")
-    sys.exit(exit_code(error))
 
 
 def _say(sentence: str, label: str = "error: ") -> None:

@@ -1,4 +1,4 @@
-"""A request to stop, by SIGINT or SIGTERM: long work polls it, finishes what must not be cut, saves and leaves."""
+"""A request to stop, by a signal or a stdout that is lost: long work polls it, finishes what must not be cut, saves."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ T = TypeVar("T")
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set `signal_number` and do nothing else; a second one changes nothing.
+    """While entered, SIGINT, SIGTERM and SIGHUP set `signal_number` and do nothing else; a second one changes nothing.
+    A SIGHUP that is ignored at the start (nohup) stays ignored.
 
     Inside `at_once` they end the block; leaving the request then raises InterruptedRunError.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self.reason = ""
         self._at_once, self._ended = False, "interrupted"
         self._before: dict[int, signal.Handlers] = {}
 
@@ -28,7 +30,9 @@ class StopRequest:
         return self.signal_number is not None
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._receive)  # type: ignore[assignment]
         return self
 
@@ -54,7 +58,13 @@ class StopRequest:
     def check(self, message: str = "interrupted") -> None:
         """Raises InterruptedRunError once a stop was asked for."""
         if self.signal_number is not None:
-            raise InterruptedRunError(message, self.signal_number)
+            raise InterruptedRunError(self.reason + message, self.signal_number)
+
+    def lose(self, error: OSError) -> None:
+        """What is shown can no longer be written, as `error` says: asks to stop as SIGPIPE would."""
+        if self.signal_number is None:
+            self.signal_number = signal.SIGPIPE
+            self.reason = f"stdout can no longer be written ({error.strerror}); "
 
     def agree(self) -> None:
         """Where a run has several processes, each calls this at the same places and learns what any was asked."""

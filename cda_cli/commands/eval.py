@@ -39,7 +39,7 @@ def evaluate(
     Bits per byte spread the loss over the bytes of text that the tokens stand for; a separator and an unknown token
     stand for none.
     """
-    from cda_cli.console import is_terminal, note, print_json, progress, show_evaluation
+    from cda_cli.console import note, print_json, progress, show_evaluation, shows_progress
     from cda_cli.data import loss_of_text
     from cda_cli.evaluation import evaluate
     from cda_cli.restore import open_side, restore_on
@@ -47,7 +47,7 @@ def evaluate(
 
     with StopRequest() as stop:
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
-        text = open_side(restored, data, split, stop, is_terminal() and not as_json, encoding)
+        text = open_side(restored, data, split, stop, shows_progress() and not as_json, encoding)
         if remark := loss_of_text(text.sides):
             note(remark)
         batches, windows = text.batches(batch_size, max_batches)

@@ -39,7 +39,7 @@ def inspect_sparsity(
 
     The heat map shows the first of the chosen heads, in the first of the chosen layers, over the beginning of the text.
     """
-    from cda_cli.console import is_terminal, note, print_json, progress, show_report
+    from cda_cli.console import note, print_json, progress, show_report, shows_progress
     from cda_cli.data import loss_of_text
     from cda_cli.inspection import inspect, parse_selection
     from cda_cli.restore import open_side, restore_on
@@ -49,7 +49,7 @@ def inspect_sparsity(
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
         chosen_heads = parse_selection(heads, restored.config.model.heads, "--heads")
-        text = open_side(restored, data, split, stop, is_terminal() and not as_json, encoding)
+        text = open_side(restored, data, split, stop, shows_progress() and not as_json, encoding)
         if remark := loss_of_text(text.sides):
             note(remark)
         batches, windows = text.batches(1, max_batches)

@@ -1,6 +1,6 @@
 """All that a person sees: tables, heat maps, live progress; plain lines off a terminal. Numbers for machines: JSON."""
 
-from cda_cli.console.base import is_terminal, print_json, progress
+from cda_cli.console.base import print_json, progress, shows_progress
 from cda_cli.console.reports import show_doctor, show_dry_run, show_evaluation, show_report
 from cda_cli.console.sampling import SampleDisplay
 from cda_cli.console.text import note
@@ -9,7 +9,6 @@ from cda_cli.console.training import TrainingDisplay
 __all__ = [
     "SampleDisplay",
     "TrainingDisplay",
-    "is_terminal",
     "note",
     "print_json",
     "progress",
@@ -17,4 +16,5 @@ __all__ = [
     "show_dry_run",
     "show_evaluation",
     "show_report",
+    "shows_progress",
 ]

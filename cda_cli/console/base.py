@@ -25,6 +25,17 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
+def is_live(console: Console) -> bool:
+    """Whether it can be drawn on again: a terminal, and not a dumb one. What rich reads from the environment (NO_COLOR,
+    FORCE_COLOR, TTY_COMPATIBLE) makes a terminal of no file; there it decides colour alone."""
+    return console.file.isatty() and console.is_terminal and console.is_interactive
+
+
+def shows_progress() -> bool:
+    """Whether progress may be drawn on stderr."""
+    return is_live(Console(stderr=True))
+
+
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON document on stdout, in ASCII where stdout may lack a character."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -36,7 +47,7 @@ def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[i
     """A progress bar on stderr, where that is a terminal; the value to call with what was done."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=quiet or not is_live(console)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from cda_cli.console.base import count, duration, memory, out, pairs, plus_minus, share, table
+from cda_cli.console.base import count, duration, is_live, memory, out, pairs, plus_minus, share, shows_progress, table
 from cda_cli.console.text import printable, write_text
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ class TrainingDisplay:
 
     def __init__(self) -> None:
         self._console = out()
-        self.interactive = self._console.is_terminal
+        self.interactive = shows_progress()
+        self._is_live = is_live(self._console)
         self._steps = 0
         self._latest: dict[str, dict[str, Any]] = {}
         self._bar = Progress(TextColumn("step"), BarColumn(bar_width=None), MofNCompleteColumn(), expand=True)
@@ -34,7 +35,7 @@ class TrainingDisplay:
         self._console.print(pairs(plan_rows(plan)))
         self._console.print()
         self._bar.update(self._task, total=plan.steps, completed=plan.first_step)
-        if self.interactive:
+        if self._is_live:
             self._live.start()
 
     def advance(self, step: int) -> None:
@@ -44,7 +45,7 @@ class TrainingDisplay:
         kind = record["kind"]
         self._latest[kind] = record
         if kind == "train":
-            if not self.interactive:
+            if not self._is_live:
                 self._line(record["step"], train_words(record))
         elif kind == "refused":
             self._line(record["step"], Text(refused_words(record), style="yellow"))

@@ -327,6 +327,7 @@ class AgreedStop(StopRequest):
         asked = torch.tensor(self._own.signal_number or 0)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         self.signal_number = int(asked) or None
+        self.reason = self._own.reason
 
 
 class Silence:

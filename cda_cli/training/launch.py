@@ -96,8 +96,8 @@ def launch(processes: int, stop: StopRequest) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of sockets and of groups left behind
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # The agent would wait for half a minute only, and not tell how it ended; these two end a single process too.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    # The agent would wait for half a minute only, and not tell how it ended; this one ends a single process too.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
     from torch.distributed.elastic.agent.server.api import WorkerSpec

@@ -36,7 +36,7 @@ SAMPLE_TOKENS = 200
 
 
 class Display(Protocol):
-    """What shows a run to a person. `interactive`: there is a terminal, so progress may be drawn on it."""
+    """What shows a run to a person. `interactive`: stderr is a terminal, so progress may be drawn on it."""
 
     interactive: bool
 

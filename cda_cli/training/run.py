@@ -17,6 +17,7 @@ from cda_cli.restore import saved_config
 from cda_cli.runtime import describe_device, deterministic, peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, load, only_writer
+from cda_cli.streams import when_stdout_is_lost
 from cda_cli.training.distribution import ALONE, Processes
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.launch import NOT_BEGUN
@@ -86,6 +87,7 @@ def run_training(
     `run`.
     """
     with contextlib.ExitStack() as held:
+        held.enter_context(when_stdout_is_lost(stop.lose))  # what is printed never loses a run
         if processes.first:
             check_trackers(config.run.track)
             check_folder(run)

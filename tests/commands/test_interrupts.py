@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the step in hand is finished and saved, and the same command goes on from there.
+"""SIGINT, SIGTERM and SIGHUP: the step in hand is finished and saved, and the same command goes on from there.
 
 No test waits for a moment: a signal is sent when a certain line was read, or by the process itself at a certain file.
 """
@@ -29,7 +29,7 @@ run()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_stopped_saves_and_goes_on(cda: Cda, tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
     """No step that was said to be done is lost, and none is done twice; the exit code tells what happened."""
     run = tmp_path / "run"
@@ -77,7 +77,8 @@ def test_a_stop_before_the_first_step_leaves_nothing(
 
 def test_requests_are_noted_and_handlers_given_back() -> None:
     """A handler that stays would swallow Ctrl-C in whatever comes after the command."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     with StopRequest() as stop:
         assert not stop
         stop.check()
@@ -87,7 +88,27 @@ def test_requests_are_noted_and_handlers_given_back() -> None:
         with pytest.raises(InterruptedRunError, match="why") as caught:
             stop.check("why")
     assert caught.value.exit_code == 143, "the first signal counts"
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_hang_up_that_is_ignored_stays_so() -> None:
+    """`nohup cda train` is to outlive its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interrupted_run_keeps_its_exit_code_with_debug(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AT_AN_EVENT, str(int(signal.SIGTERM)), "import", "torch", "--debug"]
+    run = ["train", "--config", str(tiny), "--out", str(tmp_path / "run")]
+    done = subprocess.run([*command, *run], capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert "InterruptedRunError" in done.stderr
 
 
 def test_handlers_are_given_back_after_an_error() -> None:
@@ -97,7 +118,7 @@ def test_handlers_are_given_back_after_an_error() -> None:
     assert signal.getsignal(signal.SIGINT) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_work_with_nothing_to_save_ends_at_once(number: signal.Signals) -> None:
     """A download does not come by to ask; what it has begun is cleaned up on the way out."""
     cleaned = []

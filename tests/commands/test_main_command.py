@@ -103,7 +103,7 @@ def test_debug_shows_the_traceback() -> None:
     assert plain.returncode == 2
     assert "Traceback" not in plain.stderr
     debug = subprocess.run(in_subprocess("--debug", *wrong), capture_output=True, text=True, check=False)
-    assert debug.returncode != 0
+    assert debug.returncode == 2, "the exit code is that of the error"
     assert "Traceback" in debug.stderr
     assert "ConfigError: model.attn_k" in debug.stderr
 

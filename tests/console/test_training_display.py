@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from cda_cli.console import TrainingDisplay
 from cda_cli.console.reports import show_doctor, show_dry_run
@@ -77,6 +80,31 @@ def test_a_terminal_keeps_the_figures_at_the_end(screen: MakeScreen) -> None:
         assert words in end
     assert "\N{ESCAPE}[2J" not in text, "the text of a sample cleared the screen"
     assert "\N{REPLACEMENT CHARACTER}[2J[bold]\xa0\u3000" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("FORCE_COLOR", "1"), ("TTY_COMPATIBLE", "1"), ("TTY_INTERACTIVE", "1"), ("FORCE_COLOR", "3")]
+)
+def test_the_environment_decides_colour_alone(
+    screen: MakeScreen, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """A file is no terminal: it gets each line of figures, and nothing that moves a cursor."""
+    made = screen()
+    monkeypatch.setenv(name, value)
+    text = shown(made)
+    assert "tokens/s  1:01 left" in text
+    assert set(re.findall(r"\x1b[^m]*?[A-Za-z]", text)) <= set(re.findall(r"\x1b\[[0-9;]*m", text))
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("TTY_COMPATIBLE", "0"), ("TTY_INTERACTIVE", "0")])
+def test_a_terminal_that_cannot_be_drawn_on_gets_lines(
+    screen: MakeScreen, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    made = screen(terminal=True)
+    monkeypatch.setenv(name, value)
+    text = shown(made)
+    assert "tokens/s  1:01 left" in text
+    assert not re.findall(r"\x1b[^m]*?[A-LN-Za-ln-z]", text)
 
 
 def test_utilisation_names_both_figures(screen: MakeScreen) -> None:

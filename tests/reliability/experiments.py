@@ -104,17 +104,26 @@ EXPERIMENTS: dict[str, Experiment] = {
         variants=("offset in the document lost", "epoch of the stream lost"),
     ),
     "signals": Experiment(
-        "SIGTERM and SIGINT at any moment, and a second one, end the run within 10 s with exit code 143 or 130, lose "
-        "no step, and the run goes on as if it had not been stopped",
+        "SIGTERM, SIGINT and a hang-up (SIGHUP) at any moment, and a second one, end the run within 10 s with exit "
+        "code 143, 130 or 129, lose no step, and the run goes on as if it had not been stopped",
         stopping.signals,
         full=105,
         reduced=14,
         variants=(
             "stop not asked for while evaluating",
             "only one signal heard",
+            "hang-up not heard",
             "second signal kills",
             "stopped anywhere",
         ),
+    ),
+    "lost output": Experiment(
+        "So does a stdout that can no longer be written (a closed pipe, a full disk, a terminal that has gone), once "
+        "something is printed, with exit code 141",
+        stopping.lost_output,
+        full=100,
+        reduced=5,
+        variants=("lost output ends the run", "lost output not seen"),
     ),
     "not finite": Experiment(
         "A loss, gradient or activation that is not finite never reaches weights, moments, their average or a "

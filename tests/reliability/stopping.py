@@ -1,13 +1,14 @@
-"""SIGTERM and SIGINT at any moment: the run saves and goes, and no step that was done is lost."""
+"""A signal at any moment, or a stdout that can no longer be written: the run saves and goes, and no step is lost."""
 
 from __future__ import annotations
 
 import os
+import pty
 import random
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,8 @@ from tests.reliability.variants import broken
 DEADLINE = 10.0  # seconds from the first signal to the end of the process
 VARIANT_DEADLINE = 3.0  # for a variant, which would only make the tests wait
 STEPS = 12
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOST = ("closed pipe", "full disk", "closed terminal")
 
 # Where the signal falls: within the so many-th call of a function.
 PHASES = {
@@ -38,13 +40,25 @@ BEFORE_THE_RUN = ("preparing", "building")
 
 
 class Shot(NamedTuple):
-    """A signal at a moment of a phase, and after so many more calls a second one, or none."""
+    """A signal at a moment of a phase, and after so many more calls a second one, or none. Or, with SIGPIPE, a stdout
+    that is `lost` from that moment on."""
 
     phase: str
     moment: int
     number: int
-    again_after: int | None
-    second: int
+    again_after: int | None = None
+    second: int = 0
+    lost: str = ""
+
+
+def lose_stdout(lost: str) -> None:
+    """Each write gives EPIPE, ENOSPC or EIO."""
+    if lost == "full disk":
+        into = os.open("/dev/full", os.O_WRONLY)
+    else:
+        other_end, into = os.pipe() if lost == "closed pipe" else pty.openpty()
+        os.close(other_end)
+    os.dup2(into, 1)
 
 
 def train_and_shoot(
@@ -61,7 +75,10 @@ def train_and_shoot(
             moments.__exit__()
         else:
             moments.act_again(shot.again_after, lambda: os.kill(os.getpid(), shot.second))
-        os.kill(os.getpid(), shot.number)
+        if shot.lost:
+            lose_stdout(shot.lost)
+        else:
+            os.kill(os.getpid(), shot.number)
 
     moments = Moments(within, shot.moment if shot else None, shoot)
     try:
@@ -99,8 +116,29 @@ def fault_of(shot: Shot, arguments: list[object], cache: Path, run: Path, varian
 def signals(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
     """At random moments of each phase, from the preparation of the data to the middle of a save, half of them followed
     by a second signal; then the same command goes on, and ends as a run that nobody stopped."""
+
+    def shot(phase: str, moments: int, chance: random.Random) -> Shot:
+        again_after = chance.randrange(2_000) if chance.random() < 0.5 else None
+        return Shot(phase, chance.randrange(moments), chance.choice(SIGNALS), again_after, chance.choice(SIGNALS))
+
+    return shots(count, seed, variant, list(PHASES), shot)
+
+
+def lost_output(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
+    """The same for a stdout whose reader, disk or terminal goes away once the run has begun."""
+
+    def shot(phase: str, moments: int, chance: random.Random) -> Shot:
+        return Shot(phase, chance.randrange(moments), signal.SIGPIPE, lost=chance.choice(LOST))
+
+    return shots(count, seed, variant, [phase for phase in PHASES if phase not in BEFORE_THE_RUN], shot)
+
+
+def shots(
+    count: int, seed: int, variant: str, phases: list[str], choose: Callable[[str, int, random.Random], Shot]
+) -> Iterator[str | None]:
+    """Trials, a phase after the other; `choose` is given a phase and how many moments it has."""
     chance = random.Random(seed)
-    phases = PHASES if not variant else {name: PHASES[name] for name in VARIANT_PHASES}
+    phases = phases if not variant else list(VARIANT_PHASES)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = micro.mapped_text(folder, 30_000, repeats=100)
@@ -112,15 +150,13 @@ def signals(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
         # The run of any phase is whole, as nobody shot at it.
         whole, cache = folder / "evaluating" / "run", folder / "evaluating" / "cache"
         for trial in range(count):
-            phase = list(phases)[trial % len(phases)]
-            again_after = chance.randrange(2_000) if chance.random() < 0.5 else None
-            shot = Shot(
-                phase, chance.randrange(moments[phase]), chance.choice(SIGNALS), again_after, chance.choice(SIGNALS)
-            )
+            phase = phases[trial % len(phases)]
+            shot = choose(phase, moments[phase], chance)
             apart = folder / f"trial-{trial}"
             apart.mkdir()
             tokens = apart / "cache" if phase == "preparing" else cache
-            settings = long if phase == "evaluating" else quick
+            # A lost stdout is seen when something is printed, which an evaluation does at its end.
+            settings = long if phase == "evaluating" and not shot.lost else quick
             fault = fault_of(shot, command(settings, apart / "run"), tokens, apart / "run", variant)
             fault = fault or fault_after(command(quick, apart / "run"), tokens, apart, whole)
             yield fault and f"{shot}: {fault}"

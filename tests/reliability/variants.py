@@ -9,7 +9,6 @@ import contextlib
 import os
 import pickle
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import yaml
 import cda_cli.config
 import cda_cli.data.batches
 import cda_cli.data.streaming
-import cda_cli.signals
 import cda_cli.storage.atomic
 import cda_cli.storage.checkpoint
 import cda_cli.storage.manifest
@@ -33,13 +31,13 @@ import cda_cli.training.run
 import cda_cli.training.setup
 from cda_cli.errors import StorageError
 from tests.racing import race_in_first_calls
+from tests.reliability import broken_stopping
 
 Patch = pytest.MonkeyPatch
 VARIANTS: dict[str, Callable[[Patch], None]] = {}
 
 atomic, checkpoint, manifest = cda_cli.storage.atomic, cda_cli.storage.checkpoint, cda_cli.storage.manifest
 batches, streaming = cda_cli.data.batches, cda_cli.data.streaming
-StopRequest = cda_cli.signals.StopRequest
 
 
 @contextlib.contextmanager
@@ -52,7 +50,7 @@ def broken(name: str) -> Iterator[None]:
 
 
 def variant(function: Callable[[Patch], None]) -> Callable[[Patch], None]:
-    VARIANTS[function.__name__.replace("_", " ").replace("yaml", "YAML")] = function
+    VARIANTS[function.__name__.replace("_", " ").replace("yaml", "YAML").replace("hang up", "hang-up")] = function
     return function
 
 
@@ -244,42 +242,8 @@ def epoch_of_the_stream_lost(patch: Patch) -> None:
 # Stopping
 
 
-@variant
-def stop_not_asked_for_while_evaluating(patch: Patch) -> None:
-    patch.setattr(StopRequest, "until", lambda self, items: iter(items))
-
-
-@variant
-def only_one_signal_heard(patch: Patch) -> None:
-    enter = StopRequest.__enter__
-
-    def without_sigterm(self: Any) -> Any:
-        enter(self)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return self
-
-    patch.setattr(StopRequest, "__enter__", without_sigterm)
-
-
-@variant
-def second_signal_kills(patch: Patch) -> None:
-    receive = StopRequest._receive
-
-    def once(self: Any, number: int, frame: Any) -> None:
-        receive(self, number, frame)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-
-    patch.setattr(StopRequest, "_receive", once)
-
-
-@variant
-def stopped_anywhere(patch: Patch) -> None:
-    def leave(self: Any, number: int, frame: Any) -> None:
-        self.signal_number = self.signal_number or number
-        raise KeyboardInterrupt
-
-    patch.setattr(StopRequest, "_receive", leave)
+for one in broken_stopping.ALL:
+    variant(one)
 
 
 # What is not finite

@@ -1,0 +1,99 @@
+"""Streams that are closed, full or gone: the right exit code, one sentence at most, and no step lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.commands.helpers import in_subprocess, metrics, steps_saved
+
+FULL = "stdout cannot be written (No space left on device); send it elsewhere"
+
+
+def in_shell(redirections: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`cda ARGUMENTS` with the redirections of a shell."""
+    command = ["sh", "-c", f'exec "$@" {redirections}', "sh", *in_subprocess(*arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    ("redirections", "code", "said"),
+    [
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">/dev/full", 2, f"error: {FULL}\n"),
+        (">/dev/full 2>/dev/full", 2, ""),
+    ],
+)
+def test_what_the_parser_prints(arguments: list[str], redirections: str, code: int, said: str) -> None:
+    done = in_shell(redirections, *arguments)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "redirections", "code", "said"),
+    [
+        (["eval"], "<&- >&- 2>&-", 0, ""),
+        (["eval"], ">/dev/full", 2, f"error: {FULL}\n"),
+        (["eval", "--json"], ">/dev/full", 2, f"error: {FULL}\n"),
+        (["sample"], "<&-", 2, "error: stdin is empty; give --prompt TEXT, --prompts-file FILE, or text on stdin\n"),
+    ],
+)
+def test_what_a_command_prints(finished: Path, arguments: list[str], redirections: str, code: int, said: str) -> None:
+    """A closed stream is nobody's wish; a full one loses what was asked for."""
+    done = in_shell(redirections, *arguments, finished)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_an_error_is_an_error_without_streams(tmp_path: Path) -> None:
+    for redirections in ("<&- >&- 2>&-", ">/dev/full 2>/dev/full"):
+        assert in_shell(redirections, "train", "--attn-k", "0", "--out", tmp_path / "run").returncode == 2
+
+
+def test_a_file_does_not_take_the_place_of_a_closed_stream(tiny: Path, tmp_path: Path) -> None:
+    """The first file that a process opens gets the lowest free number: what is printed would go into it."""
+    run = tmp_path / "run"
+    done = in_shell("<&- >&- 2>&-", "train", "--config", tiny, "--out", run)
+    assert done.returncode == 0
+    assert [record["step"] for record in metrics(run, "train")] == list(range(1, 7))
+    assert (run / ".lock").read_bytes() == b"" if (run / ".lock").exists() else True
+
+
+def test_a_closed_pipe_saves_the_run(tiny: Path, tmp_path: Path) -> None:
+    """`cda train … | head` is a way to look at a run, and no way to lose it."""
+    run = tmp_path / "run"
+    settings = ("train", "--config", tiny, "--out", run, "--steps", 1_000_000, "--save-every", 0, "--eval-every", 0)
+    with subprocess.Popen(
+        in_subprocess(*settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert any(line.lstrip().startswith("3/") for line in iter(process.stdout.readline, ""))
+        process.stdout.close()
+        error = process.stderr.read()
+    last = metrics(run, "train")[-1]["step"]
+    assert process.returncode == 141, error
+    assert steps_saved(run) == [last]
+    assert error == (
+        f"stdout can no longer be written (Broken pipe); stopped at step {last} of 1000000, and saved; "
+        "the same command goes on from there\n"
+    )
+
+
+def test_a_pipe_that_does_not_wait_is_waited_for(tmp_path: Path) -> None:
+    """Another process may have made it non-blocking; its reader is slow, and gets all."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with os.fdopen(reader, encoding="utf-8") as read:
+        # More than a pipe holds: the help of each command.
+        command = [*in_subprocess("train", "--help")]
+        with subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE) as process:
+            os.close(writer)
+            text = read.read()
+    assert process.returncode == 0
+    assert text.count("--steps") == 1
