@@ -74,6 +74,11 @@ def _explain(error: Exception) -> None:
     if isinstance(error, CdaError):
         if str(error):
             _say(str(error), "" if isinstance(error, InterruptedRunError) else "error: ")
+    elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        _say(
+            "the memory is used up; use a smaller --batch-size (in training with a larger --grad-accum), or a smaller "
+            "--seq-len"
+        )
     elif type(error).__name__ == "OutOfMemoryError":
         _say(
             "the GPU's memory is used up; use a smaller --batch-size with a larger --grad-accum (with --parallel fsdp "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -121,6 +123,37 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process can still take: what the machine has left, or its control group, if that is less. None
+    where the system does not say (macOS). `root` is where /proc and /sys are."""
+    try:
+        fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        left = [1024 * int(fields["MemAvailable"].split()[0])]
+        groups = [line.split(":", 2)[1:] for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except (OSError, KeyError, ValueError):
+        return None
+    for controllers, path in groups:
+        if controllers not in ("", "memory"):
+            continue
+        names = (
+            ("memory.max", "memory.current") if not controllers else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
+        mount = root / "sys/fs/cgroup" / controllers
+        group = mount / path.lstrip("/")
+        # A limit holds for the groups within it; in a container the mount is that of its own group.
+        for folder in {group, *group.parents, mount}:
+            with contextlib.suppress(OSError, ValueError):
+                limit, used = (int((folder / name).read_text()) for name in names)
+                left.append(limit - used + _reclaimable(folder))
+    return max(0, min(left))
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of files that a control group has cached, and would give up."""
+    fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
 
 
 def describe_device(device: torch.device) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cda_cli.errors import DeviceError
-from cda_cli.runtime import CUBLAS_WORKSPACE, deterministic
+from cda_cli.runtime import CUBLAS_WORKSPACE, available_memory, deterministic
 from tests.commands.helpers import environment, in_subprocess, real_text
 from tests.devices import DEVICES
 
@@ -79,3 +79,28 @@ def test_the_setting_is_enough(tmp_path: Path, device: str) -> None:
     del variables[CUBLAS_WORKSPACE]
     done = subprocess.run([*command, *asked], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_memory_is_that_of_the_machine_or_of_the_control_group(tmp_path: Path) -> None:
+    """In a container the machine's figure is not what the kernel allows."""
+    assert available_memory(tmp_path) is None, "no /proc, as on macOS"
+    files = {
+        "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n",
+        "proc/self/cgroup": "0::/a/b\n",
+        "sys/fs/cgroup/a/b/memory.max": "max\n",
+        "sys/fs/cgroup/a/b/memory.current": "1000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_memory(tmp_path) == 8000 * 1024
+    (tmp_path / "sys/fs/cgroup/a/memory.max").write_text("5000\n")
+    (tmp_path / "sys/fs/cgroup/a/memory.current").write_text("3000\n")
+    (tmp_path / "sys/fs/cgroup/a/memory.stat").write_text("anon 1000\ninactive_file 500\n")
+    assert available_memory(tmp_path) == 2500
+    (tmp_path / "proc/self/cgroup").write_text("4:cpu,cpuacct:/\n3:memory:/c\n")
+    (tmp_path / "sys/fs/cgroup/memory/c").mkdir(parents=True)
+    for name, text in (("limit", "limit_in_bytes"), ("usage", "usage_in_bytes")):
+        (tmp_path / f"sys/fs/cgroup/memory/c/memory.{text}").write_text("700\n" if name == "limit" else "200\n")
+    (tmp_path / "sys/fs/cgroup/memory/c/memory.stat").write_text("total_inactive_file 100\n")
+    assert available_memory(tmp_path) == 600

@@ -93,9 +93,12 @@ def show_doctor(diagnosis: Diagnosis) -> None:
 def show_dry_run(result: DryRun) -> None:
     console = out()
     rows = plan_rows(result.plan)
-    rows["loss of one batch"] = f"{result.loss:.4f}"
+    if result.loss is not None:
+        rows["loss of one batch"] = f"{result.loss:.4f}"
     rows["memory, forecast"] = forecast_words(result)
-    if result.on_gpu:
+    if result.peak is None:
+        rows["memory, measured"] = "not tried, as the forecast is more than the memory that is free"
+    elif result.on_gpu:
         rows["memory, measured"] = f"peak {memory(result.peak)} in two steps"
         if result.forecast:
             rows["memory, measured"] += f" (the forecast is {share(result.forecast.peak / result.peak)} of it)"

@@ -81,6 +81,23 @@ def forecast(
     )
 
 
+def memory_remark(peak: int, available: int | None) -> str | None:
+    """Where a step on a CPU needs more memory than there is."""
+    if available is None or peak <= available:
+        return None
+    return (
+        f"a step needs about {peak / 2**30:.1f} GiB of memory, and {available / 2**30:.1f} GiB are free; use a smaller "
+        "--batch-size with a larger --grad-accum, or a smaller --seq-len"
+    )
+
+
+def is_small(config: Config) -> bool:
+    """Whether a step needs less than about 2 GiB, so that it fits without a forecast, which takes a second or more."""
+    model = config.model
+    rows = config.optim.batch_size * model.seq_len
+    return rows * (model.depth * (model.dim + model.ff_width) + model.vocab_size) < 2**23
+
+
 def _followed(config: Config, device: torch.device, dtype: torch.dtype, scratch: dict[str, int]) -> int:
     """The peak of forward and backward as they run; twice where gradients accumulate, as the second meets those of the
     first."""

@@ -14,7 +14,7 @@ from cda_cli.config import Config
 from cda_cli.data import PreparationStoppedError, digest
 from cda_cli.errors import ConfigError
 from cda_cli.restore import saved_config
-from cda_cli.runtime import describe_device, deterministic, peak_memory
+from cda_cli.runtime import available_memory, describe_device, deterministic, peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, load, only_writer
 from cda_cli.streams import when_stdout_is_lost
@@ -22,7 +22,7 @@ from cda_cli.training.distribution import ALONE, Processes
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.launch import NOT_BEGUN
 from cda_cli.training.loop import Display, draw, train
-from cda_cli.training.memory import Forecast, forecast
+from cda_cli.training.memory import Forecast, forecast, is_small, memory_remark
 from cda_cli.training.milestones import Patience
 from cda_cli.training.run_folder import (
     NoMetrics,
@@ -68,13 +68,14 @@ class Plan(NamedTuple):
 
 class DryRun(NamedTuple):
     """The plan, the loss of one batch, and memory: as forecast (None for the published code, which cannot be followed),
-    and the measured peak in bytes, on a GPU of two steps, elsewhere of the whole process with one batch."""
+    and the measured peak in bytes, on a GPU of two steps, elsewhere of the whole process with one batch. Loss and peak
+    are None where the batch does not fit, and was not tried."""
 
     plan: Plan
-    loss: float
+    loss: float | None
     optimizer: str
     forecast: Forecast | None
-    peak: int
+    peak: int | None
     on_gpu: bool
 
 
@@ -116,6 +117,10 @@ def _run(config: Config, run: Path, resume: str, display: Display, stop: StopReq
     unknown = describe_peak(setup.device, setup.dtype)
     if unknown:
         display.note(unknown)
+    if setup.device.type == "cpu" and not is_small(setup.config) and (expected := _forecast(setup)):
+        remark = _memory_remark(setup, expected)
+        if remark:
+            display.note(remark)
     before_this = processes.told("validation losses", lambda: json.dumps(validation_losses(run, setup.step)))
     patience = Patience(setup.config.run.patience, json.loads(before_this))
     if patience.over:
@@ -141,13 +146,24 @@ def dry_run(config: Config, run: Path, resume: str, display: Display, stop: Stop
     ):
         checkpoint = _find(run, resume, display, ALONE)
         setup = _set_up(config, run, checkpoint, display, stop, ALONE, spare_cache=Path(cache))
-        plan, choice = make_plan(setup, run), choose(setup.config, setup.device)
-        followed = choice.name != "colt5"
-        parts = plan.compiled, plan.cuda_graphs, choice
-        expected = forecast(setup.config, setup.device, setup.dtype, *parts) if followed else None
-        loss, peak = try_steps(setup)
+        plan, expected = make_plan(setup, run), _forecast(setup)
+        fits = expected is None or _memory_remark(setup, expected) is None
+        loss, peak = try_steps(setup) if fits else (None, None)
         name = "Muon and AdamW" if setup.config.optim.optimizer == "muon" else "AdamW"
         return DryRun(plan, loss, name, expected, peak, on_gpu=setup.device.type == "cuda")
+
+
+def _forecast(setup: Setup) -> Forecast | None:
+    """None for the published code, which cannot be followed."""
+    choice = choose(setup.config, setup.device)
+    parts = setup.is_compiled, setup.graphs is not None, choice
+    return forecast(setup.config, setup.device, setup.dtype, *parts) if choice.name != "colt5" else None
+
+
+def _memory_remark(setup: Setup, expected: Forecast) -> str | None:
+    # The weights are there already.
+    left = available_memory() if setup.device.type == "cpu" else None
+    return memory_remark(expected.peak - expected.weights, left)
 
 
 def try_steps(setup: Setup) -> tuple[float, int]:

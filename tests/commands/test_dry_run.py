@@ -6,7 +6,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
+from cda_cli import main
 from cda_cli.config import preset_names
 from tests.commands.helpers import Cda, assert_refused, contents
 
@@ -64,3 +66,23 @@ def test_every_preset_builds(cda: Cda, text: Path, tmp_path: Path, preset: str) 
     result = cda("train", "--preset", preset, *smaller, "--seq-len", 32, "--batch-size", 1, "--data", text, *out)
     assert result.code == 0, result.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_fit_is_not_tried(cda: Cda, tiny: Path, tmp_path: Path) -> None:
+    """It would take a terabyte, and the kernel would kill the process before a word is said."""
+    result = cda("train", "--config", tiny, "--out", tmp_path / "run", "--dry-run", "--batch-size", 3_000_000)
+    assert result.code == 0, result.err
+    assert "not tried, as the forecast is more than the memory that is free" in " ".join(result.out.split())
+    assert "memory, forecast  peak" in result.out
+    assert "loss of one batch" not in result.out
+
+
+def test_memory_that_is_used_up_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU PyTorch raises no error of its own kind."""
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**60, dtype=torch.uint8)
+    for error in (refused.value, MemoryError()):
+        main._explain(error)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "--grad-accum" in said

@@ -13,7 +13,7 @@ from cda_cli.data import Batch
 from cda_cli.model import Transformer
 from cda_cli.ops import Choice
 from cda_cli.training.gradients import accumulate_gradients
-from cda_cli.training.memory import Forecast, forecast
+from cda_cli.training.memory import Forecast, forecast, memory_remark
 from cda_cli.training.optimizer import build_optimizer
 from tests.devices import DEVICES
 from tests.training.helpers import with_settings
@@ -135,3 +135,12 @@ def test_checkpointing_is_seen_compiled_too(backend: str) -> None:
     )
     assert less.activations < plain.activations / 3
     assert less.peak < plain.peak
+
+
+def test_too_little_memory_is_said_with_the_remedy() -> None:
+    said = memory_remark(3 * 2**30, 2**30)
+    assert said is not None
+    assert "about 3.0 GiB of memory, and 1.0 GiB are free" in said
+    assert "--grad-accum" in said
+    assert memory_remark(2**30, 2**30) is None
+    assert memory_remark(2**60, None) is None, "unknown is no reason to warn"
