@@ -199,7 +199,7 @@ def test_a_damaged_cache_is_prepared_anew(prepared: Prepare, folder: Path, cache
     elif damage == "sizes":
         (entry / "train-sizes.bin").write_bytes(b"")
     elif damage == "old":
-        meta.write_text(meta.read_text().replace('"format": 2', '"format": 1'))
+        meta.write_text(meta.read_text().replace('"format": 3', '"format": 1'))
     elif damage == "no meta":
         meta.unlink()
     else:
