@@ -76,8 +76,10 @@ def open_streams() -> None:
 
 
 def _guarded(stream: TextIO | None, original: TextIO | None, raw: _Stderr) -> TextIO:
-    """In the place of the stream that the process was started with; where ε has no code it writes a mark, and \\n is \\n
-    everywhere."""
+    """In the place of the stream that the process was started with.
+
+    Where ε has no code it writes a mark; a newline is \\n everywhere.
+    """
     if stream is not None and stream is not original:
         return stream
     buffer = io.BufferedWriter(raw)
