@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Literal, NamedTuple, TypedDict, get_args
 
 import torch
@@ -13,6 +12,7 @@ Solver = Literal["exact", "iterative"]
 
 # What the kernels ask of a GPU: bf16 in the matrix units and asynchronous copies (Ampere and later).
 LEAST_CAPABILITY = (8, 0)
+LEAST_TRITON = (3, 6)
 # A tile of wider heads does not fit the memory of a multiprocessor.
 WIDEST_HEAD = 256
 
@@ -61,22 +61,28 @@ def choose_backend(
     return Choice("colt5" if backend == "colt5" else "torch", "asked for")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """Why the Triton kernels cannot run, or nothing."""
     return _find_triton_obstacle(device, dtype)
+
+
+# What torch.compiler.assume_constant_result sets, and all it does but to import torch._dynamo, which takes as long as
+# the rest of torch.
+_triton_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache  # asked at every call of the operator
 def _find_triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "the kernels compute in float32, and these tensors are float64"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
     try:
         import triton
     except (ImportError, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "the package triton is not installed"
         return f"the package triton cannot be imported ({error})"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
+        return f"the kernels need triton 3.6 or later, and this is {triton.__version__}"
     if device.type == "cpu":
         interpreted = triton.knobs.runtime.interpret
         return "" if interpreted else "its kernels are for a GPU (or for TRITON_INTERPRET=1, to check them)"
