@@ -186,6 +186,15 @@ def test_a_command_line_loads_nothing_heavy() -> None:
     assert not loaded & HEAVY
 
 
+def test_the_model_loads_without_the_compiler() -> None:
+    """torch._dynamo takes as long to import as torch itself, and only torch.compile needs it."""
+    script = "import sys; import cda_cli.ops, cda_cli.model; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "torch" in loaded
+    assert "torch._dynamo" not in loaded
+
+
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 FUNCTIONS = {"eval", "exec", "__import__", "compile"}
 ATTRIBUTES = {

@@ -5,8 +5,6 @@ Shapes: B batch, T queries, C width of the residual stream, H heads, D head widt
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -17,6 +15,7 @@ from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.layers import EPS, HeadNorm, RotaryPositions, solver_settings
 from cda_cli.model.observe import OBSERVED, AttentionSeen, Observer
 from cda_cli.ops import Backend, choose_backend, soft_topk, soft_topk_attention
+from cda_cli.ops.transforms import transformed
 
 # Of a block that is compiled to be computed again, these keep what an autograd.Function makes (2.11 does).
 KEEPS = torch.__version__ < "2.13"
@@ -109,7 +108,7 @@ class Attention(nn.Module):
 
     def _has_kernels(self, projected: Tensor) -> bool:
         """Whether what is around the operator may run as Triton kernels too."""
-        if self.backend not in ("auto", "triton"):
+        if self.backend not in ("auto", "triton") or transformed():
             return False
         if KEEPS and self.computed_again and torch.is_grad_enabled() and torch.compiler.is_compiling():
             return False
@@ -117,7 +116,7 @@ class Attention(nn.Module):
         return choose_backend(self.backend, "exact", device, dtype, head_width=width).name == "triton"
 
     def _soft_topk_attention(self, query: Tensor, key: Tensor, value: Tensor, sparsity_k: float | Tensor) -> Tensor:
-        output = soft_topk_attention(
+        return soft_topk_attention(
             query,
             key,
             value,
@@ -128,7 +127,6 @@ class Attention(nn.Module):
             largest_k=max(1.0, self.config.attn_k),
             **self.solver,
         )
-        return cast(Tensor, output)  # the threshold was not asked for
 
     def _observed(self, query: Tensor, key: Tensor, value: Tensor, sparsity_k: float | Tensor) -> Tensor:
         """The same output by way of the dense weights, which the observer gets."""

@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cda_cli.ops.dense import differentiable_attention
 from cda_cli.ops.documents import VisibleRanges, visible_ranges
 from cda_cli.ops.dual import Dual, exact_gradients, parts
 from cda_cli.ops.exact import solve_exact
 from cda_cli.ops.iterative import Annealing, annealing, iterative_dual, iterative_rows, iterative_rows_gradients
 from cda_cli.ops.precision import in_own_precision
+from cda_cli.ops.transforms import differentiated_again, gradients
 
 # Scores of one block: on a CPU they should stay in the cache, on a GPU each pass should be worth its launch.
 BLOCK_SCORES_CPU = 2**19
@@ -247,7 +249,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, grad_output: Tensor, _grad_threshold: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
-    grads = blockwise_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
+    grads: tuple[Tensor | None, ...]
+    if differentiated_again():
+        documents, settings = ctx.saved_tensors[5], ctx.settings[:-1]  # but the backend
+        grads = gradients(
+            lambda q, k, v, budgets: differentiable_attention(q, k, v, budgets, documents, *settings)[0],
+            ctx.saved_tensors[:4],
+            ctx.needs_input_grad[:4],
+            grad_output,
+        )
+    else:
+        grads = blockwise_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
     return (*grads, None, *(None for _ in ctx.settings))
 
 

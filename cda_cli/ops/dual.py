@@ -38,6 +38,11 @@ class Dual(NamedTuple):
         return self.shift <= torch.finfo(self.shift.dtype).min
 
 
+def usable(budget: Tensor) -> Tensor:
+    """The k of each row [R], NaN where it is not above 0, which makes the weights of its row NaN."""
+    return budget.masked_fill(budget <= 0, torch.nan)
+
+
 class Parts(NamedTuple):
     """The weights of rows in two parts: capped [R, n], 1 or 0, and mass [R] times free [R, n], which sums to 1."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cda_cli.ops.dual import FAR, Dual
+from cda_cli.ops.dual import FAR, Dual, usable
 
 
 def solve_exact(scores: Tensor, budget: Tensor, visible: Tensor, eps: float) -> tuple[Tensor, Dual]:
@@ -21,6 +21,7 @@ def solve_exact(scores: Tensor, budget: Tensor, visible: Tensor, eps: float) -> 
     of each row; visible [R], its number of entries that are not masked. Memory: a copy of the scores, and a few of
     the rows that have capped entries.
     """
+    budget = usable(budget)
     weights, shift, peak = _free_part(scores, budget, eps)
     dual = Dual(shift, peak)
     full = visible <= budget

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cda_cli.ops.dual import Dual
+from cda_cli.ops.dual import Dual, usable
 
 
 class Annealing(NamedTuple):
@@ -42,14 +42,14 @@ def solve_iterative(scores: Tensor, budget: Tensor, plan: Annealing) -> tuple[Te
     """
     masked = scores == -torch.inf
     scores = scores.masked_fill(masked, torch.finfo(scores.dtype).min)
-    log_k = budget.clamp(min=1e-20).log().unsqueeze(-1)
+    log_k = usable(budget).clamp(1e-20, torch.finfo(budget.dtype).max).log().unsqueeze(-1)
     a, history = None, []
     for eps in plan.steps:
         a = eps * (log_k - _scaled(scores, a, eps, masked).logsumexp(-1, keepdim=True))
         history.append(a.squeeze(-1))
     assert a is not None
-    weights = (scores + a + _b(scores, a)).div_(plan.last).exp_()
-    return weights.masked_fill_(masked, 0.0), torch.stack(history)
+    weights = (scores + a + _b(scores, a)).div_(plan.last).masked_fill_(masked, -torch.inf).exp_()
+    return weights, torch.stack(history)
 
 
 def iterative_gradients(
@@ -104,7 +104,7 @@ def iterative_dual(history: Tensor) -> Dual:
 
 
 def _b(scores: Tensor, a: Tensor | None) -> Tensor:
-    return -scores if a is None else (scores + a).relu_().neg_()
+    return -scores if a is None else -(scores + a).relu_()
 
 
 def _scaled(scores: Tensor, a: Tensor | None, eps: float, masked: Tensor) -> Tensor:

@@ -41,6 +41,14 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast makes of `tensor` where F.scaled_dot_product_attention takes it; None where it leaves it alone."""
+    kind = tensor.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 def in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, whose first argument is a tensor, with autocast off on that tensor's device.
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cda_cli.ops.transforms import transformed
+
 
 def published_soft_topk(
     scores: Tensor, budget: Tensor, *, eps: float, mask: Tensor | None, n_iters: int, eps_init: float, eps_decay: float
 ) -> Tensor:
     """`coor_descent` on a CPU, `triton_coor_descent` on CUDA; float32 inside, differentiable by autograd.
 
-    scores [..., n]; budget [...], the k of each row; mask [..., n] True = visible. Raises ImportError, in one
-    sentence, where the package or, for CUDA tensors, its Triton module cannot be imported.
+    scores [..., n]; budget [...], the k of each row; mask [..., n] True = visible. Raises, in one sentence, ImportError
+    where the package or, for CUDA tensors, its Triton module cannot be imported, and ValueError within a transform.
     """
+    if transformed():
+        raise ValueError(
+            "backend 'colt5' is not made for forward mode or the transforms of torch.func; choose backend 'torch'"
+        )
     rows = scores.float()
     if (rows == -torch.inf).any():  # counts as masked, as for our own backend
         mask = (rows != -torch.inf) if mask is None else mask & (rows != -torch.inf)

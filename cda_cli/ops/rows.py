@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cda_cli.ops.dual import Dual, exact_gradients, parts
+from cda_cli.ops.dual import Dual, exact_gradients, parts, usable
 from cda_cli.ops.exact import solve_exact
-from cda_cli.ops.iterative import annealing, iterative_rows, iterative_rows_gradients
+from cda_cli.ops.iterative import (
+    annealing,
+    iterative_dual,
+    iterative_rows,
+    iterative_rows_gradients,
+    solve_iterative,
+)
+from cda_cli.ops.transforms import differentiated_again, gradients
 
 
 @torch.library.custom_op("cda::soft_topk", mutates_args=())
@@ -112,8 +119,61 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad_weights: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
-    grads = soft_topk_rows_backward(grad_weights, *ctx.saved_tensors, *ctx.settings)
+    grads: tuple[Tensor | None, ...]
+    if differentiated_again():
+        settings = ctx.settings[:-1]  # but the backend
+        grads = gradients(
+            lambda scores, budget: differentiable_rows(scores, budget, *settings)[0].to(scores.dtype),
+            ctx.saved_tensors[:2],
+            ctx.needs_input_grad[:2],
+            grad_weights,
+        )
+    else:
+        grads = soft_topk_rows_backward(grad_weights, *ctx.saved_tensors, *ctx.settings)
     return (*grads, *(None for _ in ctx.settings))
 
 
 soft_topk_rows.register_autograd(_backward, setup_context=_save)
+
+
+@soft_topk_rows.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, ...], scores: Tensor, budget: Tensor, *settings: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Rows are independent: those of the whole batch are solved as one."""
+
+    def rows(tensor: Tensor, dim: int | None) -> Tensor:
+        batch = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return batch.flatten(0, 1)
+
+    weights, saved = soft_topk_rows(rows(scores, in_dims[0]), rows(budget, in_dims[1]), *settings)
+    batch = (info.batch_size, -1)
+    return (weights.unflatten(0, batch), saved.unflatten(1, batch)), (0, 1)
+
+
+def differentiable_rows(
+    scores: Tensor, budget: Tensor, eps: float, solver: str, n_iters: int, eps_init: float, eps_decay: float
+) -> tuple[Tensor, Tensor]:
+    """Weights [R, n] in the dtype of `budget`, and the threshold a [R] without gradient.
+
+    For any transform of torch.func and any number of derivatives: made of PyTorch's own operators, but for the solution
+    that they start from. scores [R, n], −inf where masked; budget [R] in the arithmetic dtype.
+    """
+    scores = scores.to(budget.dtype)
+    if not scores.shape[-1]:
+        return scores.clone(), torch.full_like(budget, torch.inf)
+    if solver == "iterative":
+        plan = annealing(eps, n_iters, eps_init, eps_decay)
+        weights, history = solve_iterative(scores, budget, plan)
+        return weights, iterative_dual(history.detach()).threshold(plan.last)
+    # The capped entries and a number near each score stay as the solution has them; with these fixed the weights are
+    # a closed formula (docs/operator.md), whose derivatives are those of the operator.
+    solved, given = scores.detach(), budget.detach()
+    _, saved = soft_topk_rows(solved, given, eps, solver, n_iters, eps_init, eps_decay, "torch")
+    dual = Dual(*saved.unbind())
+    shift = dual.shift.unsqueeze(-1)
+    capped = (solved - shift) / eps + dual.peak.log().unsqueeze(-1) > 0
+    out_of_free = capped | (solved == -torch.inf)
+    free = ((scores - shift) / eps).masked_fill(out_of_free, torch.finfo(scores.dtype).min).softmax(-1)
+    mass = torch.where(dual.everything_capped(), 0.0, usable(budget) - capped.sum(-1))
+    return torch.where(capped, 1.0, free * mass.unsqueeze(-1)), dual.threshold(eps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,14 @@ import torch
 
 from tests.commands.helpers import Cda, environment
 
-# One interpreter does all three, since PyTorch takes seconds to import.
-THREE_COMMANDS = """
+# One interpreter does all five, since PyTorch takes seconds to import. Its imports find no triton.
+WITHOUT_TRITON = """
 import sys
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, NoTriton())
 from cda_cli.main import run
 def cda(*arguments):
     sys.argv = ["cda", *arguments]
@@ -26,6 +30,8 @@ config, out = sys.argv[1:]
 cda("doctor")
 cda("train", "--config", config, "--out", out, "--steps", "1", "--solver", "iterative", "--backend", "colt5")
 cda("eval", out, "--backend", "colt5", "--max-batches", "1")
+cda("eval", out, "--max-batches", "1")
+cda("sample", out, "--backend", "triton", "--prompt", "def ")
 """
 
 
@@ -52,13 +58,13 @@ def test_json_is_all_of_stdout(cda: Cda) -> None:
 
 
 def test_triton_may_be_absent_on_a_cpu(tiny: Path, tmp_path: Path) -> None:
-    """Some packages import Triton wherever they are, and some call exit() where it is missing."""
-    (tmp_path / "stub" / "triton").mkdir(parents=True)
-    (tmp_path / "stub" / "triton" / "__init__.py").write_text("raise ImportError('no triton here')\n")
-    command = [sys.executable, "-c", THREE_COMMANDS, str(tiny), str(tmp_path / "run")]
-    folders = os.pathsep.join([str(tmp_path / "stub"), os.environ.get("PYTHONPATH", "")])
-    path = environment(PYTHONPATH=folders, CUDA_VISIBLE_DEVICES="")
+    """As where no GPU is: everything works but what asks for the kernels, which is refused in one sentence."""
+    command = [sys.executable, "-c", WITHOUT_TRITON, str(tiny), str(tmp_path / "run")]
+    path = environment(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0")
     done = subprocess.run(command, env=path, capture_output=True, text=True, check=False)
-    for name in ("doctor", "train", "eval"):
-        assert f"exit code 0 of {name}\n" in done.stdout, f"{done.stdout}{done.stderr}"
+    for name, times in (("doctor", 1), ("train", 1), ("eval", 2)):
+        assert done.stdout.count(f"exit code 0 of {name}\n") == times, f"{done.stdout}{done.stderr}"
     assert "colt5, iterative solver" in done.stdout
+    assert "exit code 2 of sample" in done.stdout
+    sentence = "error: backend 'triton' cannot run: the package triton is not installed; choose backend 'torch'\n"
+    assert done.stderr == sentence

@@ -107,6 +107,30 @@ def test_gradients_in_any_order_of_memory() -> None:
     this.compare(this.by_kernels())
 
 
+def test_gradients_of_gradients_are_those_of_the_layers() -> None:
+    """The kernel of the backward has no gradient of its own."""
+    this = Problem(1, 5, 2, 1, 8, torch.float32)
+    leaves = this.leaves()
+    out = torch.cat(norm_and_rotate(*leaves, *this.tables(), this.heads, EPS), 2)
+    weights = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)
+    first = torch.autograd.grad((out * weights).sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
+
+    def by_layers(*leaves: Tensor) -> Tensor:
+        projected, *gains = leaves
+        turned = []
+        for heads, gain in zip(projected.split(this.heads, 2), gains, strict=False):
+            normed = torch.nn.functional.rms_norm(heads, heads.shape[-1:], None, EPS) * gain
+            turned.append(this.rotary.double()(normed, 0))
+        return torch.cat((*turned, projected[:, :, 2 * this.heads :]), 2)
+
+    doubles = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
+    exact = torch.autograd.grad((by_layers(*doubles) * weights.double().cpu()).sum(), doubles, create_graph=True)
+    exact = torch.autograd.grad(sum(grad.square().sum() for grad in exact), doubles)
+    for mine, right in zip(second, exact, strict=True):
+        torch.testing.assert_close(mine.double().cpu(), right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
+
+
 def test_every_element_is_written_and_nothing_else(fenced: list[Tensor]) -> None:
     this = Problem(2, 37, 3, 1, 20, torch.float32)
     this.compare(this.by_kernels())

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from cda_cli.ops import choose_backend, soft_topk, soft_topk_attention
+from cda_cli.ops import backends, choose_backend, soft_topk, soft_topk_attention
 from cda_cli.ops.attention import blockwise_attention, blockwise_attention_backward
 from cda_cli.ops.rows import soft_topk_rows, soft_topk_rows_backward
 from tests.ops.cases import DEVICE, assert_within, random_mask, random_rows
@@ -139,6 +140,25 @@ def test_triton_refuses_what_it_cannot_run_and_names_the_remedy() -> None:
     assert "choose backend 'torch'" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("module", "obstacle"),
+    [
+        (None, "the package triton is not installed"),
+        (SimpleNamespace(__version__="3.5.1"), "the kernels need triton 3.6 or later, and this is 3.5.1"),
+    ],
+)
+def test_a_machine_without_a_triton_that_will_do(
+    module: object, obstacle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", module)
+    backends._find_triton_obstacle.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=f"cannot run: {obstacle}; choose backend 'torch'"):
+            rows_door(backend="triton")
+    finally:
+        backends._find_triton_obstacle.cache_clear()
+
+
 def test_heads_that_the_kernels_cannot_hold_are_left_to_torch() -> None:
     """A forced backend says so; the iterative solver has no such limit, since its kernels are those of rows."""
     cpu = torch.device("cpu")
@@ -169,22 +189,14 @@ def test_float64_is_never_computed_in_float32() -> None:
 
 @pytest.mark.parametrize("solver", ["exact", "iterative"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_autocast_changes_nothing(solver: str, dtype: torch.dtype) -> None:
-    """Values and gradients bit for bit: a product of scores in bf16 would be divided by a small ε."""
-    attention = [tensor.to(dtype) for tensor in attention_inputs(9, 9)]
-    rows = [random_rows(4, 9).to(dtype), torch.full((4,), 2.5, dtype=dtype)]
-    for door, inputs in ((soft_topk_attention, attention), (soft_topk, rows)):
-        expected = with_gradients(door, *inputs, solver=solver)
-        with torch.autocast("cpu", torch.bfloat16):
-            actual = with_gradients(door, *inputs, solver=solver)
-        for ours, theirs in zip(actual, expected, strict=True):
-            assert torch.equal(ours, theirs)
-
-
-def test_autocast_changes_nothing_for_colt5() -> None:
-    expected = attention_door(backend="colt5", **ITERATIVE)
+def test_autocast_changes_nothing_of_rows(solver: str, dtype: torch.dtype) -> None:
+    """Values and gradients bit for bit; of attention tests/ops/test_transforms.py tells."""
+    inputs = random_rows(4, 9).to(dtype), torch.full((4,), 2.5, dtype=dtype)
+    expected = with_gradients(soft_topk, *inputs, solver=solver)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(attention_door(backend="colt5", **ITERATIVE), expected)
+        actual = with_gradients(soft_topk, *inputs, solver=solver)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def row_samples(solver: str, dtype: torch.dtype) -> tuple[object, ...]:

@@ -177,6 +177,27 @@ def test_every_output_is_written_and_nothing_beside_it(solver: str, n: int, monk
 
 @pytest.mark.usefixtures("part")
 @pytest.mark.parametrize("solver", ["exact", "iterative"])
+def test_a_budget_that_is_not_above_0_makes_its_row_nan(solver: str) -> None:
+    """With its gradients; and the rows beside it are as they were."""
+    scores, budget, grad_weights = random_rows(6, 70), torch.full((6,), 2.5), random_rows(6, 70, seed=1)
+    sound = run(solver, scores, budget, grad_weights)
+    budget[1:5] = torch.tensor([0.0, -2.0, -math.inf, math.nan])
+    for spoilt, before in zip(run(solver, scores, budget, grad_weights), sound, strict=True):
+        assert spoilt[1:5].isnan().all()
+        assert torch.equal(spoilt[[0, 5]], before[[0, 5]])
+
+
+@pytest.mark.usefixtures("part")
+@pytest.mark.parametrize("solver", ["exact", "iterative"])
+def test_an_infinite_budget_covers_its_row(solver: str) -> None:
+    budget = torch.tensor([math.inf, 1e30, torch.finfo(torch.float32).max])
+    weights, *grads = run(solver, random_rows(3, 70), budget, random_rows(3, 70, seed=1))
+    assert_within(weights, torch.ones(3, 70), 1e-6, "λ")
+    assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.usefixtures("part")
+@pytest.mark.parametrize("solver", ["exact", "iterative"])
 def test_inputs_need_not_be_contiguous(solver: str) -> None:
     """Every second entry of wider rows, and a budget of one number that all rows share."""
     wide, wide_grad = random_rows(4, 2 * 70), random_rows(4, 2 * 70, seed=1)

@@ -13,7 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
+from cda_cli.ops.dense import differentiable_attention
 from cda_cli.ops.documents import VisibleRanges, visible_ranges
+from cda_cli.ops.precision import in_own_precision
+from cda_cli.ops.transforms import differentiated_again, gradients
 from cda_cli.ops.triton.attention_decoding import few_scores_kernel
 from cda_cli.ops.triton.attention_launches import (
     Layout,
@@ -31,6 +34,7 @@ from cda_cli.ops.triton.tiles import BEYOND
 FEW_QUERIES = 4
 
 
+@in_own_precision  # of its product
 def _few_queries(
     query: Tensor,
     key: Tensor,
@@ -222,15 +226,26 @@ def threshold(stats: Tensor, eps: float, scale: float) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    query, key, value, _, documents, *ctx.settings = inputs
+    query, key, value, budget, documents, *ctx.settings = inputs
     result, stats, leaders, free_output = output
     summed = free_output if free_output.numel() else result
-    ctx.save_for_backward(query, key, value, summed, stats, leaders, documents)
+    ctx.save_for_backward(query, key, value, summed, stats, leaders, documents, budget)
 
 
 def _backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Any, ...]:
     eps, scale, causal, _, _ = ctx.settings
-    grads = fused_attention_backward(grad_output, *ctx.saved_tensors, eps, scale, causal)
+    *saved, documents, budget = ctx.saved_tensors
+    grads: tuple[Tensor | None, ...]
+    if differentiated_again():
+        settings = documents, eps, scale, causal, "exact", 1, 1.0, 1.0  # nothing to anneal
+        grads = gradients(
+            lambda q, k, v, budgets: differentiable_attention(q, k, v, budgets, *settings)[0],
+            (*saved[:3], budget),
+            ctx.needs_input_grad[:4],
+            grad_output,
+        )
+    else:
+        grads = fused_attention_backward(grad_output, *saved, documents, eps, scale, causal)
     return (*grads, None, *(None for _ in ctx.settings))
 
 

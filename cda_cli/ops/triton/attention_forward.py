@@ -30,6 +30,7 @@ from cda_cli.ops.triton.tiles import (
     store_tile,
     tile_bounds,
     tile_scores,
+    usable,
     visible_range,
 )
 
@@ -151,7 +152,7 @@ def solve_kernel(
     keys = head_of(key, stride_kb, stride_kh, batch, head // group, BULK)
     q = load_tile(base_q, rows, stride_qt, T, D, BLOCK_D, True)
     place = row.to(tl.int64) * T + rows
-    k_row = tl.load(budget + place, mask=rows < T, other=1.0)
+    k_row = usable(tl.load(budget + place, mask=rows < T, other=1.0))
 
     low, high, full_low, full_high = tile_bounds(first, last, BLOCK_N)
     top = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)

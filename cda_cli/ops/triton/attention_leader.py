@@ -30,6 +30,7 @@ from cda_cli.ops.triton.tiles import (
     store_tile,
     tile_bounds,
     tile_scores,
+    usable,
     visible_range,
 )
 
@@ -199,7 +200,7 @@ def follower_kernel(
 
     output [B, H, T, D]; stats [4, B, H, T] as of `solve_kernel`; leaders [B, H, T] int32, −1 where not capped.
 
-    Reads what `leader_kernel` left in stats and leaders. A row whose k exceeds 2 is NaN.
+    Reads what `leader_kernel` left in stats and leaders. A row whose k exceeds 2, or is not above 0, is NaN.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1)
@@ -244,7 +245,7 @@ def follower_kernel(
     weighted -= tl.where(seen > 0, 1.0, 0.0)[:, None] * lead_value
 
     # The dual, in powers of two relative to the shift: all free, or the leader capped.
-    k_row = tl.load(budget + position, mask=inside, other=1.0)
+    k_row = usable(tl.load(budget + position, mask=inside, other=1.0))
     k_row = tl.where(k_row > 2, float("nan"), k_row)
     lead = (largest - shift) * factor
     rest = tl.log2(total)

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from cda_cli.ops.transforms import differentiated_again, gradients
 from cda_cli.ops.triton.heads_kernels import backward_kernel, forward_kernel
 
 ROWS = 32
@@ -53,15 +54,36 @@ class _NormAndRotate(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(projected, query_gain, key_gain, cos, sin)
-        ctx.eps = eps
+        ctx.settings = heads, eps
         query, key = heads_forward(projected, query_gain, key_gain, cos, sin, heads, eps)
         return query, key, *projected[:, :, 2 * heads :].split((heads, projected.shape[2] - 3 * heads), dim=2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        projected, gain_parts = heads_backward(*grads, *ctx.saved_tensors, ctx.eps)
+        *inputs, cos, sin = ctx.saved_tensors
+        if differentiated_again():
+            again = gradients(
+                lambda *given: _in_plain_pytorch(given, cos, sin, *ctx.settings),
+                inputs,
+                ctx.needs_input_grad[:3],
+                torch.cat(grads, 2),
+            )
+            return (*again, None, None, None, None)
+        projected, gain_parts = heads_backward(*grads, *inputs, cos, sin, ctx.settings[1])
         query_gain, key_gain = gain_parts.sum(1)
         return projected, query_gain, key_gain, None, None, None, None
+
+
+def _in_plain_pytorch(inputs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, heads: int, eps: float) -> Tensor:
+    """All heads that `norm_and_rotate` gives, [B, T, G, D], by PyTorch's own operators, which it can differentiate."""
+    projected, query_gain, key_gain = inputs
+    T, D = projected.shape[1], projected.shape[3]
+    gains = torch.stack((query_gain, key_gain)).repeat_interleave(heads, 0)
+    heads_in = projected[:, :, : 2 * heads].float()
+    normed = heads_in * (heads_in.square().mean(-1, keepdim=True) + eps).rsqrt() * gains
+    partner = normed.unflatten(-1, (2, D // 2)).flip(-2).flatten(-2)
+    turned = normed * cos[:T, None] + partner * sin[:T, None]
+    return torch.cat((turned.to(projected.dtype), projected[:, :, 2 * heads :]), 2)
 
 
 @torch.library.custom_op("cda::heads_forward", mutates_args=())

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from cda_cli.ops.triton.row_tiles import any_of, exp2, load_entries, place_rows, saturated, store_entries, sums
+from cda_cli.ops.triton.tiles import usable
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the shift of a row with nothing free, as in cda_cli.ops.dual
@@ -90,12 +91,12 @@ def exact_forward_kernel(
     """Where a rare branch needs the scores again, it reads them again: they are in the cache, and not in registers."""
     row, exists, offset, inside = place_rows(R, n, ROWS, BLOCK)
     s = load_entries(rows, offset, inside, float("-inf"), WHOLE)
-    budget = tl.load(budgets + row, mask=exists, other=1.0)
+    budget = usable(tl.load(budgets + row, mask=exists, other=1.0))
     shift = tl.maximum(tl.max(s, 1), LOWEST)
     exponent = (s - shift[:, None]) * scale
     visible = tl.zeros_like(budget) + n
     total, squares = sums(exponent, exponent * exponent)
-    broken = total != total
+    broken = (total != total) | (budget != budget)
     if any_of(total == float("-inf")):
         s = load_entries(rows, offset, inside, float("-inf"), WHOLE)
         visible = tl.sum(tl.where(s > float("-inf"), 1.0, 0.0), 1)
@@ -194,7 +195,7 @@ def exact_forward_parts_kernel(rows, budgets, weights, saved, R, n, scale, BLOCK
     row = tl.program_id(0).to(tl.int64)
     rows += row * n
     weights += row * n
-    budget = tl.load(budgets + row)
+    budget = usable(tl.load(budgets + row))
     pivot = tl.load(rows).to(tl.float32)
     pivot = tl.where(tl.abs(pivot) < 1e30, pivot, 0.0)
     tops = tl.full([BLOCK // 4], LOWEST, tl.float32)
@@ -209,6 +210,7 @@ def exact_forward_parts_kernel(rows, budgets, weights, saved, R, n, scale, BLOCK
         squares += tl.sum(exponent * exponent, 0)
     top, visible = tl.max(tops), tl.sum(visibles)
     mean = tl.sum(totals) / tl.maximum(visible, 1.0)
+    mean = tl.where(budget == budget, mean, budget)
     guess = _normal_cut(
         mean - (top - pivot) * scale, tl.sum(squares) / tl.maximum(visible, 1.0) - mean * mean, visible, budget
     )

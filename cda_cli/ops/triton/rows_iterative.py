@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
@@ -18,6 +19,7 @@ FAINT = tl.constexpr(2.0**40)
 SHARP = tl.constexpr(2.0**60)
 HIGHEST = tl.constexpr(100.0)  # of an exponent whose entry is capped for certain
 LEAST_BUDGET = tl.constexpr(1e-20)
+MOST_BUDGET = tl.constexpr(torch.finfo(torch.float32).max)
 FAR = tl.constexpr(-1e20)
 
 
@@ -41,6 +43,12 @@ def _visible(s):
 @triton.jit
 def _finite_or_0(top):
     return tl.where(top <= 0.5 * FAR, 0.0, top)
+
+
+@triton.jit
+def _log_budget(budget):
+    held = tl.minimum(tl.maximum(budget, LEAST_BUDGET), MOST_BUDGET)
+    return tl.where(budget > 0, tl.log2(held), float("nan"))
 
 
 @triton.jit
@@ -70,7 +78,7 @@ def iterative_forward_kernel(
     top = _finite_or_0(tl.max(s, 1))
     # b starts as −s: every exponent is 0.
     visible = tl.sum(_visible(s), 1)
-    log_k = tl.log2(tl.maximum(tl.load(budgets + row, mask=exists, other=1.0), LEAST_BUDGET)) + 0 * visible
+    log_k = _log_budget(tl.load(budgets + row, mask=exists, other=1.0)) + 0 * visible
     eps = tl.load(steps)
     a = _next_a(log_k, -top, visible, eps)
     history += row
@@ -108,7 +116,7 @@ def iterative_forward_parts_kernel(
         top = tl.maximum(top, tl.max(s, 0))
         visible += tl.sum(_visible(s), 0)
     top = _finite_or_0(top)
-    log_k = tl.log2(tl.maximum(tl.load(budgets + row), LEAST_BUDGET)) + 0 * visible
+    log_k = _log_budget(tl.load(budgets + row)) + 0 * visible
     a = _next_a(log_k, -top, visible, tl.load(steps))
     history += row
     tl.store(history, a - top)

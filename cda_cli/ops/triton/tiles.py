@@ -139,6 +139,12 @@ def powers(scores, shift, peak, factor, dtype: tl.constexpr):
 
 
 @triton.jit
+def usable(budget):
+    """NaN in place of a k that is not above 0, as `cda_cli.ops.dual.usable` has it."""
+    return tl.where(budget > 0, budget, float("nan"))
+
+
+@triton.jit
 def capped_exp2(power):
     """min(1, exp2(power)); NaN stays NaN, so that a broken query or key shows in the output."""
     return tl.exp2(tl.minimum(power, 0.0, propagate_nan=tl.PropagateNan.ALL))
