@@ -224,7 +224,8 @@ def soft_topk_attention(
         key, value = for_each_query(key_BHSD, H), for_each_query(value_BHSD, H)
         inputs = query_BHTD, key, value, budget, documents
         output, threshold, _ = blockwise_attention(*inputs, eps, scale, causal, solver, *annealed, chosen.name)
-    output = output.to(autocast_dtype(value_BHSD) or value_BHSD.dtype)
+    dtype = autocast_dtype(value_BHSD) or value_BHSD.dtype
+    output = output if output.dtype == dtype else output.to(dtype)
     return (output, threshold.detach()) if return_threshold and threshold is not None else output
 
 

@@ -35,12 +35,16 @@ def check_solver_settings(eps: float, n_iters: int, eps_init: float, eps_decay: 
     check_positive("eps_decay", eps_decay)
     if eps_decay > 1:
         raise ValueError(f"eps_decay must be at most 1, not {eps_decay}: ε falls from eps_init to eps")
-    _check_type("n_iters", n_iters, Integral, "a whole number")
-    check_positive("n_iters", n_iters)
+    if type(n_iters) is not int:
+        _check_type("n_iters", n_iters, Integral, "a whole number")
+    if n_iters < 1:
+        raise ValueError(f"n_iters must be at least 1, not {n_iters}")
 
 
 def check_positive(name: str, value: float, *, infinite: bool = False) -> None:
     """`value` is a number above 0; +inf only if `infinite`."""
+    if type(value) is float and 0 < value < math.inf:
+        return  # the usual case: every call of the operator asks
     _check_type(name, value, Real, "a number")
     if not value > 0:
         raise ValueError(f"{name} must be greater than 0, not {value}")
@@ -50,7 +54,8 @@ def check_positive(name: str, value: float, *, infinite: bool = False) -> None:
 
 def check_finite(name: str, value: float) -> None:
     """`value` is a finite number."""
-    _check_type(name, value, Real, "a number")
+    if type(value) is not float:
+        _check_type(name, value, Real, "a number")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, not {value}")
 
@@ -130,6 +135,8 @@ def _same_device(name: str, tensor: Tensor, device: torch.device) -> torch.devic
 
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    if shape == target:
+        return True
     sizes = zip(reversed(shape), reversed(target), strict=False)
     # Compared one by one: of sizes that are symbols torch.compile does not guard what `in` finds.
     return len(shape) <= len(target) and all(size == 1 or size == wanted for size, wanted in sizes)

@@ -44,7 +44,7 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What autocast makes of `tensor` where F.scaled_dot_product_attention takes it; None where it leaves it alone."""
     kind = tensor.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
+    if kind != "meta" and tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 

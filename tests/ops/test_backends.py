@@ -66,6 +66,16 @@ def test_colt5_attention_equals_the_iterative_torch_backend(T: int, S: int, caus
         assert_within(actual, expected, 1e-4 * expected.abs().max().item(), name)
 
 
+def test_colt5_attention_knows_documents_and_shared_key_heads() -> None:
+    """A number that comes back later in a sequence is another document."""
+    query, key, value, budget = attention_inputs(5, 5)
+    inputs = query, key[:, :1], value[:, :1], budget
+    documents = torch.tensor([[0, 0, 1, 0, 0], [2, 2, 2, 2, 2]])
+    ours = soft_topk_attention(*inputs, documents=documents, backend="torch", **ITERATIVE)
+    published = soft_topk_attention(*inputs, documents=documents, backend="colt5", **ITERATIVE)
+    assert_within(published, ours, 1e-4, "output")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_colt5_gives_the_dtype_of_the_scores(dtype: torch.dtype) -> None:
     scores = random_rows(3, 9).to(dtype)

@@ -353,5 +353,7 @@ def test_the_iterative_solver_runs_on_the_row_kernels() -> None:
 def test_shapes_that_do_not_fit_are_refused(change: dict[str, tuple[int, ...]], message: str) -> None:
     shapes = {"query": (1, 4, 9, 8), "key": (1, 2, 9, 8), "value": (1, 2, 9, 8)} | change
     tensors = {name: random_rows(*shape) for name, shape in shapes.items()}
+    if "documents" in tensors:
+        tensors["documents"] = tensors["documents"].long()
     with pytest.raises(ValueError, match=message):
         soft_topk_attention(tensors["query"], tensors["key"], tensors["value"], 2.0, documents=tensors.get("documents"))
