@@ -154,11 +154,13 @@ def key_value_kernel(
             own = (duals, query_row, tl.num_programs(1) * group)
         else:
             own = (duals + query_row.to(tl.int64) * duals_length, duals_total)
-        for start in range(low, full_low, BLOCK_M):
-            grad_k, grad_v = _key_tile(
-                k, v, queries, grads, own, start, stride_qt, stride_gt, columns, first_ptr, last_ptr, T, S,
-                grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES, True,
-            )  # fmt: skip
+        # Without a lower border this loop would never run, and compiled all the same it crashes ptxas 12.8 and 12.9.
+        if CAUSAL or RANGES:
+            for start in range(low, full_low, BLOCK_M):
+                grad_k, grad_v = _key_tile(
+                    k, v, queries, grads, own, start, stride_qt, stride_gt, columns, first_ptr, last_ptr, T, S,
+                    grad_k, grad_v, factor, D, BLOCK_D, BLOCK_M, CAUSAL, RANGES, True,
+                )  # fmt: skip
         for start in range(full_low, full_high, BLOCK_M):
             grad_k, grad_v = _key_tile(
                 k, v, queries, grads, own, start, stride_qt, stride_gt, columns, first_ptr, last_ptr, T, S,

@@ -83,7 +83,7 @@ class Layout(NamedTuple):
         of 16 bytes."""
         steps = (*self.query_steps, *self.key_steps, *self.value_steps, *self.grad_steps)
         fits = self.aligned and self.dtype != torch.float32 and all(step > 0 and step % 8 == 0 for step in steps)
-        return fits and (INTERPRETED.value or torch.cuda.get_device_capability(self.device) >= (9, 0))
+        return fits and (INTERPRETED.value or triton.runtime.driver.active.get_current_target().arch >= 90)
 
 
 class Launch:
