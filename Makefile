@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-gpu reliability lint format bench bench-gpu docs clean
+.PHONY: help setup demo test test-gpu compile-kernels reliability lint format bench bench-gpu docs clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY) ## Make the virtual environment with the pinned versions
 
@@ -32,6 +32,9 @@ test: setup ## Run the tests
 test-gpu: setup ## Run the tests of the operator, its kernels, the model, training and inspection on a GPU
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu needs a CUDA device")'
 	$(BIN)/python -m pytest -n 8 tests/ops tests/model tests/training tests/inspection tests/test_runtime.py tests/test_diagnosis.py
+
+compile-kernels: setup ## Compile every kernel variant for sm_80 and sm_90, without a GPU (two to three hours of one core)
+	TRITON_INTERPRET=0 $(BIN)/python benchmarks/compile_kernels.py
 
 reliability: setup ## Try to break each promise of docs/reliability.md many times, and rewrite its table
 	$(BIN)/python -m tests.reliability

@@ -9,7 +9,7 @@ from colt5_attention.coor_descent import coor_descent
 from torch import Tensor
 
 from cda_cli.ops import reference_gradients, reference_soft_topk, soft_topk, soft_topk_attention
-from tests.ops.cases import Rows, assert_within, differentiable, random_rows
+from tests.ops.cases import DEVICE, Rows, assert_within, differentiable, random_rows
 
 NAMES = ("output", "∂L/∂query", "∂L/∂key", "∂L/∂value", "∂L/∂k")
 # Leaving the annealing unfinished, so that its last ε is neither the given one nor that of the last update.
@@ -80,10 +80,24 @@ def problem(
 
 def run(this: Problem, device: str = "cpu", **settings: object) -> list[Tensor]:
     """What NAMES names, by the door on `device`; returned on the CPU."""
-    leaves = [tensor.detach().to(device, copy=True).requires_grad_() for tensor in this[:4]]
+    leaves = [tensor.detach().to(device).requires_grad_() for tensor in this[:4]]
     output = soft_topk_attention(*leaves, **this.settings(device), **settings)
     grads = torch.autograd.grad(output, leaves, this.grad_output.to(device))
     return [tensor.detach().cpu() for tensor in (output, *grads)]
+
+
+def fused(this: Problem, **settings: object) -> list[Tensor]:
+    return run(this, DEVICE, backend="triton", **settings)
+
+
+def moved(this: Problem, elements: int) -> Problem:
+    """The same numbers and strides, so many elements further into their memory."""
+
+    def move(tensor: Tensor) -> Tensor:
+        memory = torch.empty(tensor.numel() + elements, dtype=tensor.dtype, device=DEVICE)
+        return memory[elements:].view(tensor.shape).copy_(tensor)
+
+    return this._replace(**{name: move(getattr(this, name)) for name in this._fields[:5]})
 
 
 def expect(this: Problem, solver: str = "exact") -> list[Tensor]:
@@ -153,11 +167,40 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], relative: float, 
         assert_within(mine, exact, relative * exact.abs().max().clamp(min=1e-3).item(), name)
 
 
+def assert_at_most_twice_plain(this: Problem, actual: list[Tensor]) -> None:
+    """The accuracy rule of a kernel: against float64, at most twice the error of plain PyTorch in the same dtype.
+
+    `actual` is what NAMES names, or the first of it.
+    The error is ‖x − x*‖; the largest single one may be five times that of plain PyTorch, being one draw of a noise.
+    Where plain PyTorch has float32 scores, ‖x − x*‖ is at most three times its own: as in any flash attention, δ comes
+    from the rounded output.
+    """
+    assert smooth(this, 1e-4), "a kink of the operator: its gradient there is not one number"
+    expected = expect(this)
+    results = zip(NAMES, actual, plain(this, True), plain(this, False), expected, strict=False)
+    for name, mine, theirs, careful, exact in results:
+        assert mine.dtype == theirs.dtype, name
+        error, rough, fine = (tensor.double() - exact for tensor in (mine, theirs, careful))
+        assert error.norm() <= 2 * rough.norm(), f"{name}: error {error.norm():.3e}, plain PyTorch {rough.norm():.3e}"
+        assert error.norm() <= 3 * fine.norm(), f"{name}: error {error.norm():.3e}, float32 scores {fine.norm():.3e}"
+        assert_within(mine, exact, 5 * rough.abs().max().item(), name)
+
+
 def smooth(this: Problem, margin: float) -> bool:
     rows = this.rows()
     solution = reference_soft_topk(rows.scores, rows.budget(), this.eps, rows.mask)
     spread = Rows(rows.scores, rows.budget(), rows.eps, rows.visible().expand_as(rows.scores))
     return bool(differentiable(spread, solution, margin).all())
+
+
+def differentiable_problem(shape: tuple[int, int, int, int, int], k: float | Tensor, **settings: Any) -> Problem:
+    """The first seed without a kink; k is given for each query, so that each has its own gradient."""
+    for seed in range(100):
+        this = problem(shape, 1.0, seed=seed, **settings)
+        this = this._replace(budget=torch.as_tensor(k, dtype=this.budget.dtype).expand(shape[:3]).clone())
+        if smooth(this, 1e-4):
+            break
+    return this
 
 
 def packed(*lengths: int) -> Tensor:

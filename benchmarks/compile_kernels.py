@@ -1,0 +1,295 @@
+"""Compile every kernel that a call of the operator can select, on a machine without a GPU.
+
+    python benchmarks/compile_kernels.py [--arch 80 90] [--only REGEX] [--quick] [--jobs N]
+
+The calls are made as they are, on small tensors of the CPU, under a driver that names the architecture and launches
+nothing: Triton hands over what it would compile for each launch, so tiles, warps and stages are those of the launching
+code. Each kernel is then compiled once to machine code and printed with the first call that selects it: its registers
+per thread, the bytes that it spills, and its shared memory. Exit code 1 if one does not compile, or would not launch
+because it needs more shared memory than the architecture has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+
+from cda_cli.ops.backends import WIDEST_HEAD
+from cda_cli.ops.triton import attention_launches, heads, rows
+from cda_cli.ops.triton.attention import FEW_QUERIES, fused_attention
+
+# Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, compute capabilities).
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDTHS = (16, 32, 40, 64, 80, 96, 128, 192, WIDEST_HEAD)
+# How queries, keys and values lie in memory: key heads shared by two query heads each; key heads expanded, which the
+# bulk copy engine cannot read; rows that start anywhere.
+MEMORY = ("whole", "grouped", "expanded", "unaligned")
+SHARING = (1, 8, 64)  # query heads of a key head, in decoding
+LENGTH = 64  # of the texts: no kernel is compiled for a length
+
+
+class Variant(NamedTuple):
+    """A kernel as Triton would compile it; `call` is the first that selects it."""
+
+    arch: int
+    module: str
+    kernel: str
+    call: str
+    specialization: str  # JSON, of Triton
+
+
+class Cost(NamedTuple):
+    registers: int
+    spilled: int
+    shared: int
+
+
+class Result(NamedTuple):
+    variant: Variant
+    cost: Cost | None
+    failure: str
+    seconds: float
+
+
+class Driver:
+    """What Triton asks of a driver up to a launch."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_device(self) -> int:
+        return self._arch  # for which Triton keeps its compiled kernels apart
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._arch, 32)
+
+
+Call = tuple[str, Callable[[], None]]
+Axes = tuple[tuple[Any, ...], ...]
+
+
+def attention_calls(quick: bool) -> Iterator[Call]:
+    axes: Axes = (DTYPES, WIDTHS, MEMORY, (True, False), (False, True), (True, False), (True, False))
+    if quick:
+        axes = (DTYPES[:1], (64,), MEMORY[:1], (True, False), (False,), (True, False), (True,))
+    for dtype, width, memory, causal, packed, at_most_two, trained in itertools.product(*axes):
+        words = (
+            f"{_name(dtype)} D={width}", memory, "causal" if causal else "not causal", "documents" if packed else "",
+            "k ≤ 2" if at_most_two else "any k", "trained" if trained else "",
+        )  # fmt: skip
+        inputs = _inputs(dtype, width, memory)
+        yield _words(words), functools.partial(attend, *inputs, causal, packed, at_most_two, trained)
+
+
+def decoding_calls(quick: bool) -> Iterator[Call]:
+    axes: Axes = (DTYPES, WIDTHS, SHARING, (1, FEW_QUERIES), (True, False), (False, True))
+    if quick:
+        axes = (DTYPES[:1], (64,), SHARING[:1], (1,), (True,), (False,))
+    for dtype, width, sharing, T, causal, packed in itertools.product(*axes):
+        words = (
+            f"{_name(dtype)} D={width}", f"queries: {T}", f"heads of a key head: {sharing}",
+            "causal" if causal else "not causal", "documents" if packed else "",
+        )  # fmt: skip
+        query = torch.zeros(1, sharing, T, width, dtype=dtype)
+        key = torch.zeros(1, 1, LENGTH, width, dtype=dtype)
+        yield _words(words), functools.partial(attend, query, key, key, causal, packed, False, False)
+
+
+def row_calls(quick: bool) -> Iterator[Call]:
+    """Rows of every block, as long as it and shorter, and rows in parts."""
+    blocks = [2048] if quick else [2**power for power in range(rows.REGISTER_LIMIT.bit_length())]
+    shapes = [(32, block) for block in blocks] + [(2, 2 * rows.REGISTER_LIMIT)]
+    if not quick:
+        shapes += [(33, block - 1) for block in blocks if block > 1] + [(3, rows.REGISTER_LIMIT + 1)]
+    for dtype, (R, n), solve in itertools.product(
+        DTYPES[:1] if quick else DTYPES, shapes, (exact_rows, iterative_rows)
+    ):
+        yield f"{_name(dtype)} rows: {R} × {n}", functools.partial(solve, torch.zeros(R, n, dtype=dtype))
+
+
+def heads_calls(quick: bool) -> Iterator[Call]:
+    axes: Axes = (DTYPES[:1], (64,), (0,)) if quick else (DTYPES, WIDTHS, (0, 2))
+    for dtype, width, rest in itertools.product(*axes):
+        words = f"{_name(dtype)} D={width}", "more is projected" if rest else ""
+        yield _words(words), functools.partial(norm_and_rotate, torch.zeros(1, LENGTH, 12 + rest, width, dtype=dtype))
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, packed: bool, at_most_two: bool, trained: bool
+) -> None:
+    budget = torch.ones(query.shape[:3])
+    documents = torch.zeros(1, LENGTH, dtype=torch.long) if packed else None
+    leaf = query.requires_grad_(trained)
+    output, *_ = fused_attention(leaf, key, value, budget, documents, 0.1, 1.0, causal, at_most_two, trained)
+    if trained:
+        torch.autograd.grad(output, leaf, torch.zeros_like(output))
+
+
+def exact_rows(scores: Tensor) -> None:
+    _, saved = rows.exact_forward(scores, torch.ones(scores.shape[0]), 0.1)
+    rows.exact_backward(scores, scores, saved, 0.1)
+
+
+def iterative_rows(scores: Tensor) -> None:
+    budget = torch.ones(scores.shape[0])
+    _, history = rows.iterative_forward(scores, budget, (1.0, 0.1), 0.1)
+    rows.iterative_backward(scores, scores, budget, history, (1.0, 0.1), 0.1)
+
+
+def norm_and_rotate(projected: Tensor) -> None:
+    gain, angles = torch.ones(projected.shape[-1]), torch.zeros(projected.shape[1], projected.shape[-1])
+    outputs = heads.norm_and_rotate(projected.requires_grad_(), gain, gain, angles, angles, 4, 1e-6)
+    torch.autograd.grad(outputs, projected, [torch.zeros_like(output) for output in outputs])
+
+
+def _inputs(dtype: torch.dtype, width: int, memory: str) -> tuple[Tensor, Tensor, Tensor]:
+    """query [1, 4, LENGTH, width], key and value, new ones."""
+    H, G = 4, 2 if memory == "grouped" else 4
+    query, key, value = (torch.zeros(1, n, LENGTH, width + 1, dtype=dtype) for n in (H, G, G))
+    if memory == "unaligned":
+        return query[..., 1:], key[..., 1:], value[..., 1:]
+    query, key, value = (x[..., :-1].contiguous() for x in (query, key, value))
+    if memory == "expanded":
+        key, value = (x[:, :1].expand(-1, G, -1, -1) for x in (key, value))
+    return query, key, value
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _words(words: tuple[str, ...]) -> str:
+    return ", ".join(word for word in words if word)
+
+
+def selected(arch: int, quick: bool) -> list[Variant]:
+    """What the calls would have Triton compile for `arch`, each once."""
+    found: dict[tuple[str, str, str], Variant] = {}
+    triton.runtime.driver.set_active(Driver(arch))
+    # They remember whether another architecture has the bulk copy engine.
+    for launches in (attention_launches.leader_and_follower, attention_launches.solve_and_output):
+        launches.cache_clear()
+    attention_launches.backward.cache_clear()
+    for calls in (attention_calls, decoding_calls, row_calls, heads_calls):
+        for words, call in calls(quick):
+            triton.knobs.runtime.jit_cache_hook = functools.partial(_note, found, arch, words)
+            call()
+    return list(found.values())
+
+
+def _note(
+    found: dict[tuple[str, str, str], Variant],
+    arch: int,
+    call: str,
+    *,
+    key: str,
+    fn: Any,
+    compile: dict[str, Any],
+    **_: Any,
+) -> bool:
+    """Triton's hook before it compiles; True: it neither compiles nor launches."""
+    variant = Variant(arch, fn.module, fn.name, call, compile["specialization_data"])
+    found.setdefault((fn.module, fn.name, key), variant)
+    return True
+
+
+def compiled(variant: Variant) -> Cost:
+    """In a process of its own: a compiler that crashes takes its process along."""
+    triton.runtime.driver.set_active(Driver(variant.arch))
+    triton.knobs.nvidia.dump_ptxas_log = True
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    log = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(log):
+        triton.knobs.cache.dir = folder  # nothing that was compiled before
+        shared = kernel.preload(variant.specialization).metadata.shared
+    numbers = re.search(r"(\d+) bytes spill stores.*Used (\d+) registers", log.getvalue(), re.DOTALL)
+    assert numbers, f"ptxas says nothing of registers and spills: {log.getvalue()}"
+    return Cost(int(numbers[2]), int(numbers[1]), shared)
+
+
+workers = threading.local()
+
+
+def result(variant: Variant) -> Result:
+    started = time.perf_counter()
+    if not hasattr(workers, "own"):
+        workers.own = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    future = workers.own.submit(compiled, variant)
+    error, cost, failure = future.exception(), None, ""
+    if isinstance(error, BrokenProcessPool):
+        del workers.own
+        failure = "the compiler ended its process"
+    elif error is not None:
+        failure = str(error).partition("\n")[0] or type(error).__name__
+    else:
+        cost = future.result()
+        if cost.shared > SHARED[variant.arch]:
+            failure = f"does not fit: {SHARED[variant.arch]} bytes of shared memory"
+    return Result(variant, cost, failure, time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=SHARED, default=[80, 90], help="of compute capability × 10"
+    )
+    parser.add_argument("--only", default="", metavar="REGEX", help="of the kernel and its call, as they are printed")
+    parser.add_argument("--quick", action="store_true", help="few calls, which select each kernel")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at work")
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        sys.exit("Triton's interpreter compiles nothing; unset TRITON_INTERPRET")
+    variants = [
+        variant
+        for arch in arguments.arch
+        for variant in selected(arch, arguments.quick)
+        if re.search(arguments.only, f"{variant.kernel} {variant.call}")
+    ]
+    tools = ", ".join(f"sm_{arch}: ptxas {get_ptxas(arch).version}" for arch in arguments.arch)
+    print(f"triton {triton.__version__}; {tools}; {len(variants)} kernels")
+    print(f"{'':11} {'kernel':30} sm_ registers spilled  shared  s    warps, and the first call that selects it")
+    failed = 0
+    with ThreadPoolExecutor(arguments.jobs) as threads:
+        for number, (variant, cost, failure, seconds) in enumerate(threads.map(result, variants), 1):
+            place = f"[{number}/{len(variants)}]"
+            numbers = "{:9} {:7} {:7}".format(*cost) if cost else f"{'':25}"
+            warps = json.loads(variant.specialization)["options"]["num_warps"]
+            print(
+                f"{place:11} {variant.kernel:30}  {variant.arch} {numbers} {seconds:4.1f} {warps:2}, {variant.call}",
+                flush=True,
+            )
+            if failure:
+                failed += 1
+                print(f"{'':12}^ does not compile: {failure}", flush=True)
+    print(f"{failed} of {len(variants)} do not compile")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

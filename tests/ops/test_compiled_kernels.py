@@ -1,0 +1,50 @@
+"""Every kernel compiles to machine code, on a machine without a GPU too: `benchmarks/compile_kernels.py`, a few calls.
+
+In a process of its own, since the tests of such a machine have Triton's interpreter on, which compiles nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "compile_kernels.py"
+ROW = re.compile(r"^\[\d+/\d+\] +(\w+) +(\d+) +(\d+) +(\d+) +(\d+) ", re.MULTILINE)
+
+
+def compile_kernels(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(PROGRAM.parents[1]), **variables}
+    command = [sys.executable, str(PROGRAM), "--quick", "--jobs", "1", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_every_kernel_compiles() -> None:
+    done = compile_kernels()
+    assert done.returncode == 0, done.stdout + done.stderr
+    compiled = ROW.findall(done.stdout)
+    kernels = {(kernel, arch) for kernel, arch, *_ in compiled}
+    assert {kernel for kernel, _ in kernels} == defined()
+    assert len(kernels) == 2 * len(defined()), "each for both architectures"
+    assert all(int(registers) > 0 for _, _, registers, *_ in compiled)
+    calls = [line for line in done.stdout.splitlines() if "key_value_kernel" in line]
+    assert sum("not causal" in call for call in calls) == 2
+
+
+def test_a_compiler_that_crashes_is_told_and_fails(tmp_path: Path) -> None:
+    """ptxas in the place of Triton's own: it says its version, and dies of the rest."""
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text('#!/bin/sh\n[ "$1" = --version ] || kill -SEGV $$\necho "release 12.8, V12.8.93"\n')
+    ptxas.chmod(0o755)
+    done = compile_kernels("--arch", "90", "--only", "few_scores", TRITON_PTXAS_PATH=str(ptxas))
+    assert "does not compile: PTXAS error: `ptxas` failed with error code -11" in done.stdout, done.stdout + done.stderr
+    assert "1 of 1 do not compile" in done.stdout
+    assert done.returncode == 1
+
+
+def defined() -> set[str]:
+    """The names of all kernels in the source."""
+    folder = PROGRAM.parents[1] / "cda_cli" / "ops" / "triton"
+    return {name for path in folder.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)}
