@@ -51,13 +51,17 @@ def _few_queries(
     B, H, T, D = query.shape
     G, S = key.shape[1:3]
     scores = query.new_empty((B, H, T, S), dtype=torch.float32)
-    few_scores_kernel[triton.cdiv(S, 64), B * G](
+    members = H // G * T
+    # Exact float32 products run outside the matrix units and keep both operands in registers.
+    most, keys = (16, 32) if query.dtype == torch.float32 else (64, 64)
+    queries = min(most, max(16, triton.next_power_of_2(members)))
+    few_scores_kernel[triton.cdiv(S, keys), B * G, triton.cdiv(members, queries)](
         query, key, ranges.first, ranges.last, scores, scale, *query.stride()[:3], *key.stride()[:3], G, H // G, T, S,
-        D=D, BLOCK_D=padded(D), BLOCK_M=max(16, triton.next_power_of_2(H // G * T)), BLOCK_N=64,
+        D=D, BLOCK_D=padded(D), BLOCK_M=queries, BLOCK_N=keys,
         CAUSAL=causal, RANGES=documents, num_warps=4,
     )  # fmt: skip
     weights, (shift, peak) = exact_forward(scores.view(-1, S), budget.view(-1), eps)
-    weights = weights.to(value.dtype).view(B, G, H // G * T, S)
+    weights = weights.to(value.dtype).view(B, G, members, S)
     output = heads_inside(query, T).copy_((weights @ value).view(B, H, T, D))
     covered = shift <= torch.finfo(shift.dtype).min
     stats = torch.stack((
