@@ -1,4 +1,4 @@
-"""The scores of a few queries against a long cache: a program for each block of keys, and of the queries sharing them."""
+"""The scores of a few queries against a long cache: a program for each block of keys and of their queries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def few_scores_kernel(
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
 ):
-    """scores [B, H, T, S] float32 = scale·q·k, −inf out of sight: one block of keys, and of the queries that share them."""
+    """scores [B, H, T, S] float32 = scale·q·k, −inf out of sight: one block of keys and one of their queries."""
     pair = tl.program_id(1)
     batch, head = pair // key_heads, pair % key_heads
     member = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)  # of the group·T queries, heads first
