@@ -23,6 +23,7 @@ from cda_cli.errors import ConfigError, did_you_mean
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "tiny"
+MOST_THREADS = 4096
 CONFIG_FILE = "config.yaml"  # in the folder of a run
 
 
@@ -176,6 +177,9 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="Of the weights, the order of the data, dropout and samples.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the matrix products.")
+    threads: int | None = Field(
+        None, ge=1, le=MOST_THREADS, description="CPU threads of a process; null: as many as the run began with."
+    )
     compile: bool | None = Field(None, description="torch.compile; null: on a GPU only.")
     cuda_graphs: bool | None = Field(
         None, description="Launch forward and backward of a batch whole, as a CUDA graph; null: where that is possible."

@@ -86,6 +86,20 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Within it, PyTorch and MKL compute with `count` threads on a CPU, or with as many as before where it is None.
+
+    The number is set in any case: MKL may else take fewer threads than PyTorch, as the machine is at that moment.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`. From pinned memory, as any other copy first waits for all that a GPU has in hand."""
     if device.type != "cuda" or tensor.is_cuda:

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-from cda_cli.config import Config
+from cda_cli.config import MOST_THREADS, Config
 from cda_cli.data import PreparationStoppedError, digest
 from cda_cli.errors import ConfigError
 from cda_cli.restore import saved_config
-from cda_cli.runtime import available_memory, describe_device, deterministic, peak_memory
+from cda_cli.runtime import available_memory, cpu_threads, describe_device, deterministic, peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, load, only_writer
 from cda_cli.streams import when_stdout_is_lost
@@ -34,6 +34,7 @@ from cda_cli.training.run_folder import (
     validation_losses,
 )
 from cda_cli.training.setup import (
+    THREADS,
     Setup,
     build,
     choose,
@@ -94,12 +95,16 @@ def run_training(
             check_folder(run)
             held.enter_context(only_writer(run, display.note))
         held.enter_context(deterministic(config.run.deterministic))
-        _run(config, run, resume, display, stop, processes)
+        with stop.at_once(NOT_BEGUN):
+            checkpoint = _find(run, resume, display, processes)
+        held.enter_context(cpu_threads(_threads(config, checkpoint, display, processes)))
+        _run(config, run, checkpoint, display, stop, processes)
 
 
-def _run(config: Config, run: Path, resume: str, display: Display, stop: StopRequest, processes: Processes) -> None:
+def _run(
+    config: Config, run: Path, checkpoint: Checkpoint | None, display: Display, stop: StopRequest, processes: Processes
+) -> None:
     with stop.at_once(NOT_BEGUN):
-        checkpoint = _find(run, resume, display, processes)
         setup = _set_up(config, run, checkpoint, display, stop, processes)
         _check_same_start(setup)
     if checkpoint and setup.step >= setup.config.optim.steps:
@@ -141,6 +146,7 @@ def dry_run(config: Config, run: Path, resume: str, display: Display, stop: Stop
     """Builds everything and tries it (see `DryRun`); writes nothing but a cache that it removes."""
     with (
         deterministic(config.run.deterministic),
+        cpu_threads(config.run.threads),
         stop.at_once("stopped; nothing was written"),
         tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache,
     ):
@@ -205,6 +211,21 @@ def make_plan(setup: Setup, run: Path) -> Plan:
         epochs=optim.steps * per_step / windows if windows else None,
         processes=f"{count}, {config.run.parallel}" if (count := setup.processes.count) > 1 else "1",
     )
+
+
+def _threads(config: Config, checkpoint: Checkpoint | None, display: Display, processes: Processes) -> int | None:
+    """CPU threads: those asked for, or else those that the run began with, since their number decides how sums are cut,
+    and so the last bits."""
+    begun = checkpoint.state.get(THREADS) if checkpoint else None
+    if config.run.threads or processes.count > 1 or type(begun) is not int or not 1 <= begun <= MOST_THREADS:
+        return config.run.threads
+    here = torch.get_num_threads()
+    if begun != here:
+        display.note(
+            f"the run goes on with {begun} CPU threads, as it began, for the same bits; --set run.threads={here} takes "
+            f"the {here} of this process"
+        )
+    return begun
 
 
 def _find(run: Path, resume: str, display: Display, processes: Processes) -> Checkpoint | None:

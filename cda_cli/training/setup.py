@@ -43,6 +43,8 @@ from cda_cli.training.flops import flops_per_token, peak_flops
 from cda_cli.training.gradients import GradientGraphs
 from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optimizer
 
+THREADS = "threads"  # in the state of a checkpoint: of the CPU, where that alone computed, else None
+
 
 @dataclass
 class RunData:
@@ -113,6 +115,7 @@ class Setup:
             "validation_loss": self.validation_loss if math.isfinite(self.validation_loss or 0.0) else None,
             "config": self.config.model_dump(mode="json"),
             "optimizer": plain,
+            THREADS: torch.get_num_threads() if self.device.type == "cpu" and self.processes.count == 1 else None,
             "versions": {"cda": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]},
         }
         return {

@@ -12,7 +12,9 @@ import torch
 
 from cda_cli.config import Config
 from cda_cli.errors import InterruptedRunError
+from cda_cli.runtime import cpu_threads
 from cda_cli.storage import locate
+from cda_cli.storage.manifest import MANIFEST, write_manifest
 from tests.devices import DEVICES
 from tests.training.helpers import Memory, changed, losses, trained, with_settings
 
@@ -189,3 +191,32 @@ def test_another_seed_is_another_run(whole: Whole, tmp_path: Path) -> None:
     """Else the equalities above would show nothing."""
     trained_afresh(with_settings(whole.config, {"run.seed": 1}), tmp_path / "run")
     assert not set(losses(tmp_path / "run").values()) & set(losses(whole.run).values())
+
+
+@pytest.mark.parametrize(("threads", "used"), [(None, 2), (3, 3)])
+def test_a_run_on_a_cpu_keeps_its_number_of_threads(
+    config: Config, tmp_path: Path, threads: int | None, used: int
+) -> None:
+    """Their number decides how sums are cut: a run that is resumed on fewer cores would end with other bits."""
+    here = torch.get_num_threads()
+    run = tmp_path / "run"
+    with cpu_threads(2):
+        trained(changed(config, steps=4), run)
+    resumed = trained(with_settings(config, {"run.threads": threads}), run)
+    assert resumed.plan.device == f"cpu ({used} threads)"
+    assert json.loads((locate(run) / "state.json").read_text())["threads"] == used
+    assert any("with 2 CPU threads, as it began" in note for note in resumed.notes) == (threads is None)
+    assert torch.get_num_threads() == here, "the number of this process has changed"
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**9, 2.0, True, "2", None])
+def test_a_number_of_threads_that_no_machine_has_is_passed_over(
+    config: Config, tmp_path: Path, threads: object
+) -> None:
+    run = tmp_path / "run"
+    trained(changed(config, steps=4), run)
+    state = locate(run) / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"threads": threads}))
+    (state.parent / MANIFEST).unlink()
+    write_manifest(state.parent)
+    assert trained(changed(config, steps=5), run).plan.device == f"cpu ({torch.get_num_threads()} threads)"
