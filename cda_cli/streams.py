@@ -76,11 +76,13 @@ def open_streams() -> None:
 
 
 def _guarded(stream: TextIO | None, original: TextIO | None, raw: _Stderr) -> TextIO:
-    """In the place of the stream that the process was started with.
+    """The guarded stream in the place of the one that the process was started with; another one stays.
 
-    Where ε has no code it writes a mark; a newline is \\n everywhere.
+    Where ε has no code, a mark is written; a newline is \\n everywhere.
     """
     if stream is not None and stream is not original:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace", newline="\n")
         return stream
     buffer = io.BufferedWriter(raw)
     if not isinstance(stream, io.TextIOWrapper):
