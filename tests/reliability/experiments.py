@@ -12,6 +12,7 @@ from tests.reliability import (
     hostile,
     non_finite,
     one_writer,
+    other_text,
     resuming,
     saving,
     stopping,
@@ -102,6 +103,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         full=200,
         reduced=20,
         variants=("offset in the document lost", "epoch of the stream lost"),
+    ),
+    "texts": Experiment(
+        "A run goes on with the text that it was trained on, wherever that lies, and with no other of its length, even "
+        "where a file is replaced with its time kept; it is refused, and nothing changes",
+        other_text.texts,
+        full=200,
+        reduced=8,
+        variants=("another text let through", "text known by its length"),
     ),
     "signals": Experiment(
         "SIGTERM, SIGINT and a hang-up (SIGHUP) at any moment, and a second one, end the run within 10 s with exit "
