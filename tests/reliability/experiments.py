@@ -70,7 +70,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "to the last bit",
         resuming.cuts,
         full=59,
-        reduced=3,
+        reduced=2,
         variants=(
             "random states not restored",
             "moments not restored",
@@ -117,7 +117,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "code 143, 130 or 129, lose no step, and the run goes on as if it had not been stopped",
         stopping.signals,
         full=105,
-        reduced=14,
+        reduced=7,
         variants=(
             "stop not asked for while evaluating",
             "only one signal heard",
@@ -131,7 +131,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "something is printed, with exit code 141",
         stopping.lost_output,
         full=100,
-        reduced=5,
+        reduced=3,
         variants=("lost output ends the run", "lost output not seen"),
     ),
     "not finite": Experiment(
