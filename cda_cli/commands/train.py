@@ -108,13 +108,13 @@ def train(
         settings = resolve(preset, config, set_ or (), flags, base=settings_of(run, resume))
         if (processes := count_processes(settings, voice.place, devices, dry_run)) > voice.place.processes:
             sys.exit(launch(processes, stop))
-        from cda_cli.console import TrainingDisplay, show_dry_run
+        from cda_cli.console import TrainingDisplay, show_dry_run, show_forecast
         from cda_cli.training import run as training
         from cda_cli.training.distribution import Silence, join
 
         with join(voice, settings) as joined:
             display = TrainingDisplay() if joined.first else Silence()
             if dry_run:
-                show_dry_run(training.dry_run(settings, run, resume, display, stop))
+                show_dry_run(training.dry_run(settings, run, resume, display, stop, show_forecast))
             else:
                 training.run_training(settings, run, resume, display, stop, joined)

@@ -1,7 +1,7 @@
 """All that a person sees: tables, heat maps, live progress; plain lines off a terminal. Numbers for machines: JSON."""
 
 from cda_cli.console.base import print_json, progress, shows_progress
-from cda_cli.console.reports import show_doctor, show_dry_run, show_evaluation, show_report
+from cda_cli.console.reports import show_doctor, show_dry_run, show_evaluation, show_forecast, show_report
 from cda_cli.console.sampling import SampleDisplay
 from cda_cli.console.text import note
 from cda_cli.console.training import TrainingDisplay
@@ -15,6 +15,7 @@ __all__ = [
     "show_doctor",
     "show_dry_run",
     "show_evaluation",
+    "show_forecast",
     "show_report",
     "shows_progress",
 ]

@@ -90,12 +90,16 @@ def show_doctor(diagnosis: Diagnosis) -> None:
     _section("The operator against its float64 optimum", checks)
 
 
-def show_dry_run(result: DryRun) -> None:
+def show_forecast(result: DryRun) -> None:
+    """What is known before anything is tried. It is out before a batch could use up the memory."""
     console = out()
-    rows = plan_rows(result.plan)
-    if result.loss is not None:
-        rows["loss of one batch"] = f"{result.loss:.4f}"
-    rows["memory, forecast"] = forecast_words(result)
+    console.print(pairs({**plan_rows(result.plan), "memory, forecast": forecast_words(result)}))
+    console.file.flush()
+
+
+def show_dry_run(result: DryRun) -> None:
+    """What came of it, after `show_forecast`."""
+    rows = {} if result.loss is None else {"loss of a batch": f"{result.loss:.4f}"}
     if result.peak is None:
         rows["memory, measured"] = "not tried, as the forecast is more than the memory that is free"
     elif result.on_gpu:
@@ -104,6 +108,7 @@ def show_dry_run(result: DryRun) -> None:
             rows["memory, measured"] += f" (the forecast is {share(result.forecast.peak / result.peak)} of it)"
     else:
         rows["memory, measured"] = f"peak {memory(result.peak)} of this process with one batch, PyTorch itself included"
+    console = out()
     console.print(pairs(rows))
     console.print("dry run: nothing was written")
 

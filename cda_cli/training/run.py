@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,8 +143,18 @@ def _run(
         display.finish()
 
 
-def dry_run(config: Config, run: Path, resume: str, display: Display, stop: StopRequest) -> DryRun:
-    """Builds everything and tries it (see `DryRun`); writes nothing but a cache that it removes."""
+def dry_run(
+    config: Config,
+    run: Path,
+    resume: str,
+    display: Display,
+    stop: StopRequest,
+    foretold: Callable[[DryRun], None] = lambda known: None,
+) -> DryRun:
+    """Builds everything and tries it (see `DryRun`); writes nothing but a cache that it removes.
+
+    `foretold` hears of the plan and the forecast before anything is tried, as the trial may use up the memory.
+    """
     with (
         deterministic(config.run.deterministic),
         cpu_threads(config.run.threads),
@@ -154,9 +165,11 @@ def dry_run(config: Config, run: Path, resume: str, display: Display, stop: Stop
         setup = _set_up(config, run, checkpoint, display, stop, ALONE, spare_cache=Path(cache))
         plan, expected = make_plan(setup, run), _forecast(setup)
         fits = expected is None or _memory_remark(setup, expected) is None
-        loss, peak = try_steps(setup) if fits else (None, None)
         name = "Muon and AdamW" if setup.config.optim.optimizer == "muon" else "AdamW"
-        return DryRun(plan, loss, name, expected, peak, on_gpu=setup.device.type == "cuda")
+        known = DryRun(plan, None, name, expected, None, on_gpu=setup.device.type == "cuda")
+        foretold(known)
+        loss, peak = try_steps(setup) if fits else (None, None)
+        return known._replace(loss=loss, peak=peak)
 
 
 def _forecast(setup: Setup) -> Forecast | None:

@@ -33,10 +33,12 @@ def test_it_prints_the_plan_and_writes_nothing(cda: Cda, tiny: Path, finished: P
     assert result.code == 0, result.err
     for words in (
         f"{tmp_path}/run", "33.6 k parameters", "6, of 128 tokens", "passes over the text", "float32",
-        "torch, exact solver", "loss of one batch", "weights 131 KiB, gradients 131 KiB, AdamW 262 KiB", "peak",
+        "torch, exact solver", "loss of a batch", "weights 131 KiB, gradients 131 KiB, AdamW 262 KiB", "peak",
         "nothing was written",
     ):  # fmt: skip
         assert words in result.out
+    forecast, tried = result.out.index("memory, forecast"), result.out.index("loss of a batch")
+    assert forecast < tried, "a batch that uses up the memory would leave nothing said"
     assert contents(tmp_path) == before
 
 
@@ -74,7 +76,7 @@ def test_a_batch_that_does_not_fit_is_not_tried(cda: Cda, tiny: Path, tmp_path: 
     assert result.code == 0, result.err
     assert "not tried, as the forecast is more than the memory that is free" in " ".join(result.out.split())
     assert "memory, forecast  peak" in result.out
-    assert "loss of one batch" not in result.out
+    assert "loss of a batch" not in result.out
 
 
 def test_memory_that_is_used_up_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cda_cli.console import TrainingDisplay
-from cda_cli.console.reports import show_doctor, show_dry_run
+from cda_cli.console.reports import show_doctor, show_dry_run, show_forecast
 from cda_cli.diagnosis import Check, Diagnosis
 from cda_cli.training.memory import Forecast
 from cda_cli.training.run import DryRun, Plan
@@ -139,7 +139,9 @@ def test_the_plan_says_where_it_goes_on(screen: MakeScreen) -> None:
 def test_a_dry_run_tells_the_memory(screen: MakeScreen) -> None:
     made = screen()
     parts = Forecast(2**20, 2**20, 2**21, 2**20, 2**24, 2**23, 2**26, 2**29)
-    show_dry_run(DryRun(PLAN, 5.5, "AdamW", parts, 2**30, on_gpu=True))
+    result = DryRun(PLAN, 5.5, "AdamW", parts, 2**30, on_gpu=True)
+    show_forecast(result)
+    show_dry_run(result)
     for words in (
         "1.23 M parameters", "5.5000", "peak 512 MiB: weights 1 MiB, gradients 1 MiB, AdamW 2 MiB, averaged weights 1",
         "activations 16 MiB", "logits and loss 8 MiB", "workspaces 64 MiB", "peak 1 GiB in two steps",
@@ -147,7 +149,9 @@ def test_a_dry_run_tells_the_memory(screen: MakeScreen) -> None:
     ):  # fmt: skip
         assert words in " ".join(made.getvalue().split())
     unknown = screen()
-    show_dry_run(DryRun(PLAN, 5.5, "AdamW", None, 2**30, on_gpu=False))
+    result = DryRun(PLAN, 5.5, "AdamW", None, 2**30, on_gpu=False)
+    show_forecast(result)
+    show_dry_run(result)
     assert "none for backend colt5" in unknown.getvalue()
     assert "peak 1 GiB of this process with one batch" in unknown.getvalue()
 
