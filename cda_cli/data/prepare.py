@@ -281,14 +281,13 @@ def _batches(documents: Documents, rule: Rule) -> Iterator[_Batch]:
 
 def _encode(batch: _Batch, tokenizer: Tokenizer, writers: dict[Side, _Writer]) -> int:
     """Writes the batch; the bytes of its text."""
-    separator = Encoded(np.array([tokenizer.separator], tokenizer.dtype), np.array([0], tokenizer.size_dtype))
     total = 0
     encoded = zip(tokenizer.encode_batch(batch.pieces), batch.pieces, batch.places, strict=True)
     for tokens, piece, (side, ends) in encoded:
         size = len(piece) if piece.isascii() else len(utf8(piece))
         writers[side].add(tokens, size)
         if ends:
-            writers[side].add(separator, 0)
+            writers[side].add(tokenizer.ending, 0)
         total += size
     return total
 

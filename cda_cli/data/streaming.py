@@ -155,11 +155,7 @@ def streamed_identity(config: DataConfig) -> dict[str, Any]:
 
 def encode_document(tokenizer: Tokenizer, text: str) -> Encoded:
     """A document and the separator after it, which stands for no text."""
-    document = tokenizer.encode_sized(text)
-    return Encoded(
-        np.append(document.ids, np.array([tokenizer.separator], tokenizer.dtype)),
-        np.append(document.sizes, np.array([0], tokenizer.size_dtype)),
-    )
+    return Encoded.join([tokenizer.encode_sized(text), tokenizer.ending])
 
 
 def _open(config: DataConfig) -> Source:

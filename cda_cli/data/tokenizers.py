@@ -72,6 +72,11 @@ class Tokenizer(ABC):
     size_dtype: np.dtype[Any]
 
     @property
+    def ending(self) -> Encoded:
+        """The separator, which stands for no text, as it follows a document."""
+        return Encoded(np.array([self.separator], self.dtype), np.array([0], self.size_dtype))
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """The smallest unsigned type that holds every id."""
         return np.dtype(np.min_scalar_type(self.vocab_size - 1))
