@@ -95,9 +95,9 @@ def gradients(
 def assert_within(actual: Tensor, expected: Tensor, bound: float | Tensor, what: str) -> None:
     """|actual − expected| ≤ bound, everywhere; NaN on either side is an error."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
-    actual, expected = actual.detach(), expected.detach()
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
     error = (actual.double() - expected.double()).abs()
-    bound = torch.as_tensor(bound, dtype=torch.float64).expand(error.shape)
+    bound = torch.as_tensor(bound, dtype=torch.float64, device="cpu").expand(error.shape)
     broken = torch.nonzero(~(error <= bound))
     if len(broken):
         place = tuple(broken[0].tolist())
