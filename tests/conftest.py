@@ -1,6 +1,7 @@
 """What every test shares."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 # The tensors of the tests are small: a second thread only waits for the first, and starves whatever else runs.
@@ -9,6 +10,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `cda` sets it, for those that start with more threads
 # As `run.deterministic` sets it. Here other tests use cuBLAS first, which then reads it for the whole process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# Under nohup this process ignores SIGHUP, and what it starts would too: the tests of a hang-up would wait for ever. This
+# process still outlives its terminal with a handler that does nothing, which a new process does not inherit.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 import pytest
 import torch
