@@ -10,6 +10,8 @@ from typer import Option
 
 RUN, MODEL, DATA, OPTIM = "Run", "Model", "Data", "Optimisation"
 
+# The configuration reads the numbers among its flags, as it reads those of --set: 1e3 steps are a thousand.
+
 
 def train(
     preset: Annotated[
@@ -30,7 +32,7 @@ def train(
     ] = False,
     devices: Annotated[int, Option(min=1, help="Processes to start here, a GPU each.", rich_help_panel=RUN)] = 1,
     parallel: Annotated[str | None, Option(help="Of several processes: ddp or fsdp.", rich_help_panel=RUN)] = None,
-    seed: Annotated[int | None, Option(rich_help_panel=RUN)] = None,
+    seed: Annotated[str | None, Option(metavar="INTEGER", rich_help_panel=RUN)] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=RUN)] = None,
     dtype: Annotated[str | None, Option(help="auto, float32 or bfloat16.", rich_help_panel=RUN)] = None,
     compile_: Annotated[
@@ -39,9 +41,15 @@ def train(
     backend: Annotated[
         str | None, Option(help="Backend of the operator: auto, torch, triton or colt5.", rich_help_panel=RUN)
     ] = None,
-    eval_every: Annotated[int | None, Option(help="Steps between validations.", rich_help_panel=RUN)] = None,
-    save_every: Annotated[int | None, Option(help="Steps between checkpoints.", rich_help_panel=RUN)] = None,
-    sample_every: Annotated[int | None, Option(help="Steps between samples of text.", rich_help_panel=RUN)] = None,
+    eval_every: Annotated[
+        str | None, Option(metavar="INTEGER", help="Steps between validations.", rich_help_panel=RUN)
+    ] = None,
+    save_every: Annotated[
+        str | None, Option(metavar="INTEGER", help="Steps between checkpoints.", rich_help_panel=RUN)
+    ] = None,
+    sample_every: Annotated[
+        str | None, Option(metavar="INTEGER", help="Steps between samples of text.", rich_help_panel=RUN)
+    ] = None,
     track: Annotated[
         str | None, Option(help="Also to tensorboard, wandb or trackio, with commas between.", rich_help_panel=RUN)
     ] = None,
@@ -60,20 +68,28 @@ def train(
         bool | None, Option("--streaming/--no-streaming", help="Tokenise while training.", rich_help_panel=DATA)
     ] = None,
     tokenizer: Annotated[str | None, Option(help="bytes, a tokenizer.json, or a hub id.", rich_help_panel=DATA)] = None,
-    steps: Annotated[int | None, Option(help="Optimizer steps.", rich_help_panel=OPTIM)] = None,
-    batch_size: Annotated[int | None, Option(help="Sequences a forward pass.", rich_help_panel=OPTIM)] = None,
-    grad_accum: Annotated[int | None, Option(help="Forward passes a step.", rich_help_panel=OPTIM)] = None,
-    lr: Annotated[float | None, Option(help="Peak learning rate.", rich_help_panel=OPTIM)] = None,
-    seq_len: Annotated[int | None, Option(help="Context, tokens.", rich_help_panel=MODEL)] = None,
+    steps: Annotated[str | None, Option(metavar="INTEGER", help="Optimizer steps.", rich_help_panel=OPTIM)] = None,
+    batch_size: Annotated[
+        str | None, Option(metavar="INTEGER", help="Sequences a forward pass.", rich_help_panel=OPTIM)
+    ] = None,
+    grad_accum: Annotated[
+        str | None, Option(metavar="INTEGER", help="Forward passes a step.", rich_help_panel=OPTIM)
+    ] = None,
+    lr: Annotated[str | None, Option(metavar="FLOAT", help="Peak learning rate.", rich_help_panel=OPTIM)] = None,
+    seq_len: Annotated[str | None, Option(metavar="INTEGER", help="Context, tokens.", rich_help_panel=MODEL)] = None,
     attention: Annotated[str | None, Option(help="softmax or coordinate-descent.", rich_help_panel=MODEL)] = None,
-    attn_k: Annotated[float | None, Option(help="Keys a head may attend to fully.", rich_help_panel=MODEL)] = None,
+    attn_k: Annotated[
+        str | None, Option(metavar="FLOAT", help="Keys a head may attend to fully.", rich_help_panel=MODEL)
+    ] = None,
     learned_k: Annotated[
         bool | None, Option("--learned-k/--fixed-k", help="k per query and head, up to attn-k.", rich_help_panel=MODEL)
     ] = None,
     ff: Annotated[str | None, Option(help="gelu or coordinate-descent.", rich_help_panel=MODEL)] = None,
-    ff_k: Annotated[float | None, Option(help="Budget k of the feed-forward.", rich_help_panel=MODEL)] = None,
+    ff_k: Annotated[
+        str | None, Option(metavar="FLOAT", help="Budget k of the feed-forward.", rich_help_panel=MODEL)
+    ] = None,
     eps: Annotated[
-        float | None, Option(help="Temperature ε, of attention and feed-forward.", rich_help_panel=MODEL)
+        str | None, Option(metavar="FLOAT", help="Temperature ε, of attention and feed-forward.", rich_help_panel=MODEL)
     ] = None,
     solver: Annotated[str | None, Option(help="exact or iterative.", rich_help_panel=MODEL)] = None,
 ) -> None:

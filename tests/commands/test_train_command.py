@@ -87,10 +87,11 @@ def test_a_finished_run_says_so_and_changes_nothing(cda: Cda, tiny: Path, tmp_pa
     run = tmp_path / "run"
     cda("train", "--config", tiny, "--out", run, "--steps", 2)
     before = contents(run)
-    result = cda("train", "--config", tiny, "--out", run, "--steps", 2)
-    assert result.code == 0
-    assert result.out == f"{run} has all its 2 steps; raise --steps to go on\n"
-    assert contents(run) == before
+    for steps in (2, "0.2e1"):  # a flag's number is read as that of --set is
+        result = cda("train", "--config", tiny, "--out", run, "--steps", steps)
+        assert result.code == 0, result.err
+        assert result.out == f"{run} has all its 2 steps; raise --steps to go on\n"
+        assert contents(run) == before
 
 
 def test_more_steps_go_on_and_the_new_schedule_is_said(cda: Cda, tiny: Path, tmp_path: Path) -> None:
