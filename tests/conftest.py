@@ -11,8 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `cda` sets it, for tho
 # As `run.deterministic` sets it. Here other tests use cuBLAS first, which then reads it for the whole process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Under nohup this process ignores SIGHUP, and what it starts would too: the tests of a hang-up would wait for ever. This
-# process still outlives its terminal with a handler that does nothing, which a new process does not inherit.
+# Under nohup this process ignores SIGHUP, and so would every process that it starts: the tests of a hang-up would wait
+# for ever. New processes do not inherit a handler that does nothing, and with it this one still outlives its terminal.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
