@@ -41,11 +41,21 @@ class Moments:
         self._counts, self._at, self._act = counts, at, act
 
     def __enter__(self) -> Moments:
-        sys.setprofile(self._hook)
+        if isinstance(self._counts, Within):
+            sys.settrace(self._wait)  # costs a fraction of a profiler, which hears of calls of C and of returns as well
+        else:
+            sys.setprofile(self._hook)
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
         sys.setprofile(None)
+
+    def _wait(self, frame: FrameType, event: str, arg: Any) -> None:
+        assert isinstance(self._counts, Within)
+        if self._counts.begins(frame):
+            sys.settrace(None)
+            sys.setprofile(self._hook)
 
     def act_again(self, after: int, act: Callable[[], None]) -> None:
         """Acts once more, after so many moments; those that `counts` leaves out count as well."""
@@ -82,17 +92,18 @@ class Within:
         self._frame: FrameType | None = None
         self.over = False
 
+    def begins(self, frame: FrameType) -> bool:
+        """Whether that moment has come; asked of each call of a Python function until it has."""
+        if frame.f_code.co_name != self._function or frame.f_globals.get("__name__") != self._module:
+            return False
+        self._nth -= 1
+        if self._nth:
+            return False
+        self._frame = frame
+        return True
+
     def __call__(self, frame: FrameType, event: str, arg: Any) -> bool:
         if self.over:
             return False
-        if self._frame is None:
-            code = frame.f_code.co_name == self._function and frame.f_globals.get("__name__") == self._module
-            if not (event == "call" and code):
-                return False
-            self._nth -= 1
-            if self._nth:
-                return False
-            self._frame = frame
-        if event == "return" and frame is self._frame:
-            self.over = True
+        self.over = event == "return" and frame is self._frame
         return True

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pty
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple
 
 from cda_cli.storage import newest
 from tests.reliability import micro
@@ -61,15 +64,10 @@ def lose_stdout(lost: str) -> None:
     os.dup2(into, 1)
 
 
-def train_and_shoot(
-    arguments: list[object], cache: Path, phase: str, shot: Shot | None, variant: str, said: Connection
-) -> None:
-    """A child that trains, and sends itself the signals; it says when it did, and, in the end, how many moments the
-    phase had."""
-    within = Within(*PHASES[phase])
+def train_and_shoot(arguments: list[object], cache: Path, shot: Shot, variant: str, said: Connection) -> None:
+    """A child that trains, and sends itself the signals; it says when it did."""
 
     def shoot() -> None:
-        assert shot is not None
         said.send(time.monotonic())
         if shot.again_after is None:
             moments.__exit__()
@@ -80,19 +78,39 @@ def train_and_shoot(
         else:
             os.kill(os.getpid(), shot.number)
 
-    moments = Moments(within, shot.moment if shot else None, shoot)
+    moments = Moments(Within(*PHASES[shot.phase]), shot.moment, shoot)
+    with broken(variant), moments:
+        become_cda(arguments, cache, cache.parent / "said")
+
+
+def train_and_count(arguments: list[object], cache: Path, said: Connection) -> None:
+    """A child that trains, and says how many moments each phase had."""
+    phases = {phase: Within(*where) for phase, where in PHASES.items()}
+    seen = dict.fromkeys(PHASES, 0)
+
+    def wait(frame: FrameType, event: str, arg: Any) -> None:
+        for phase in phases:
+            if phases[phase].begins(frame):
+                sys.settrace(None)
+                sys.setprofile(functools.partial(count, phase))
+
+    def count(phase: str, frame: FrameType, event: str, arg: Any) -> None:
+        seen[phase] += phases[phase](frame, event, arg)
+        if phases[phase].over:
+            sys.setprofile(None)
+            sys.settrace(wait)
+
+    sys.settrace(wait)
     try:
-        with broken(variant), moments:
-            become_cda(arguments, cache, cache.parent / "said")
+        become_cda(arguments, cache, cache.parent / "said")
     finally:
-        if shot is None:
-            said.send(moments.seen)
+        said.send(seen)
 
 
 def fault_of(shot: Shot, arguments: list[object], cache: Path, run: Path, variant: str) -> str | None:
     """What went wrong with a run that was shot at."""
     listener, said = FORKS.Pipe(duplex=False)
-    child = start(train_and_shoot, arguments, cache, shot.phase, shot, variant, said)
+    child = start(train_and_shoot, arguments, cache, shot, variant, said)
     said.close()
     try:
         shot_at = listener.recv()
@@ -144,11 +162,8 @@ def shots(
         text = micro.mapped_text(folder, 30_000, repeats=100)
         # It evaluates for long only where the signal falls there: who does not ask for it then is late.
         quick, long = (settings_file(folder, text, batches) for batches in (2, 10**6))
-        moments = {
-            phase: count_moments(command(quick, folder / phase / "run"), folder / phase, phase) for phase in phases
-        }
-        # The run of any phase is whole, as nobody shot at it.
-        whole, cache = folder / "evaluating" / "run", folder / "evaluating" / "cache"
+        whole, cache = folder / "run", folder / "cache"
+        moments = count_moments(command(quick, whole), cache)
         for trial in range(count):
             phase = phases[trial % len(phases)]
             shot = choose(phase, moments[phase], chance)
@@ -172,16 +187,18 @@ def command(settings: Path, run: Path) -> list[object]:
     return ["train", "--config", settings, "--out", run]
 
 
-def count_moments(arguments: list[object], folder: Path, phase: str) -> int:
-    """How many moments a phase has, in a run that is not shot at."""
-    folder.mkdir()
+def count_moments(arguments: list[object], cache: Path) -> dict[str, int]:
+    """How many moments each phase has, in a run that is not shot at."""
     listener, said = FORKS.Pipe(duplex=False)
-    child = start(train_and_shoot, arguments, folder / "cache", phase, None, "", said)
+    child = start(train_and_count, arguments, cache, said)
     said.close()
-    seen = listener.recv()
-    code = exit_code(child)
-    assert code == 0, (folder / "said").read_text()
-    return int(seen)
+    try:
+        seen: dict[str, int] = listener.recv()
+    except EOFError:
+        seen = {}
+    assert exit_code(child) == 0, (cache.parent / "said").read_text()
+    assert all(seen.values()), f"a phase was not met: {seen}"
+    return seen
 
 
 def fault_after(arguments: list[object], cache: Path, folder: Path, whole: Path) -> str | None:
