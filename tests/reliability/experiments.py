@@ -139,7 +139,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "checkpoint, with AdamW or Muon; the step is named",
         non_finite.poisoned_steps,
         full=360,
-        reduced=24,
+        reduced=12,
         variants=(
             "what is not finite let through",
             "only the loss looked at",
@@ -158,14 +158,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Hostile files in a checkpoint, a configuration or a tokenizer run no code, and are said in one sentence",
         hostile.files,
         full=1_000,
-        reduced=8,
+        reduced=5,
         variants=("tensors unpickled", "YAML with tags"),
     ),
     "hostile names": Experiment(
         "Hostile names and links in a run: nothing outside it is read, written or removed",
         hostile.names,
         full=1_000,
-        reduced=8,
+        reduced=5,
         variants=("links followed", "any name in a manifest", "everything else pruned"),
     ),
 }

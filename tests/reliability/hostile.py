@@ -253,7 +253,7 @@ def names(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
 # What a broken variant is shown, so that it is caught soon.
 SHOWN = {
     "tensors unpickled": "a pickle", "YAML with tags": "config.yaml: tags", "links followed": "is a link",
-    "any name in a manifest": "in the manifest", "everything else pruned": "a folder",
+    "any name in a manifest": "\\x00", "everything else pruned": "a folder",
 }  # fmt: skip
 
 

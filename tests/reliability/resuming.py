@@ -52,7 +52,8 @@ def chains(
     chance, steps = random.Random(seed), VARIANT_STEPS if variant else micro.STEPS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        texts = [micro.streamed_text(folder), micro.mapped_text(folder)][:count]
+        # A broken variant is caught with the streamed text, which is the first.
+        texts = [micro.streamed_text(folder), micro.mapped_text(folder)][: 1 if variant else count]
         configs = [
             micro.settings(text, streaming=text.suffix == ".jsonl", model=micro.WIDE, **device) for text in texts
         ]
@@ -67,7 +68,7 @@ def chains(
             plans.append((places, [chance.random() < 0.5 for _ in places]))
 
         def fault_of(number: int) -> str | None:
-            kind, (places, signals), run = number % 2, plans[number], folder / f"chain-{number}"
+            kind, (places, signals), run = number % len(texts), plans[number], folder / f"chain-{number}"
             fault = chain(configs[kind], run, steps, places, signals, variant) or micro.difference(run, wholes[kind])
             return fault and f"{texts[kind].name}, cut after {places}: {fault}"
 
