@@ -9,7 +9,6 @@ after 150 steps with that attention, as the work of the solver depends on the sc
 
 from __future__ import annotations
 
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from synthetic import header, row
 
 from cda_cli.config import Config, resolve
 from cda_cli.data import Batch, TrainBatches, prepare
@@ -42,8 +42,7 @@ VARIANTS = {
 
 
 def main() -> None:
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
-    print(f"\n`cda --help`: {start_up():.2f} s (median of 5)")
+    print(f"`cda --help`: {start_up():.2f} s (median of 5)")
     corpus = prepare(resolve().data, show_progress=False)
     for trained in (False, True):
         stepper = {
@@ -53,10 +52,9 @@ def main() -> None:
         times = interleaved(stepper)
         softmax = times["softmax (PyTorch SDPA)"]
         title = f"after {TRAINING_STEPS} steps" if trained else "fresh weights"
-        print(f"\nA training step, preset tiny, T = 256, batch 8, {title}\n")
-        print("| attention | ms | × softmax |\n|---|---:|---:|")
+        header(f"A training step, preset tiny, T = 256, batch 8, {title}", "attention", "ms", "× softmax")
         for name, seconds in times.items():
-            print(f"| {name} | {seconds * 1e3:.0f} | {seconds / softmax:.2f} |")
+            row(name, f"{seconds * 1e3:.0f}", f"{seconds / softmax:.2f}")
 
 
 def start_up() -> float:

@@ -51,9 +51,8 @@ def main() -> None:
 
 
 def table(preset: str, devices: int, device: str) -> None:
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    header(f"Training in several processes, preset {preset}, {where}, PyTorch {torch.__version__}", "processes",
-           "tokens/s", "× one", "waiting for data", "seconds, with start and compiling")  # fmt: skip
+    header(f"Training in several processes, preset {preset}, on a {'GPU each' if device == 'cuda' else 'CPU'}",
+           "processes", "tokens/s", "× one", "waiting for data", "seconds, with start and compiling")  # fmt: skip
     rows = {"1": (1, "ddp"), **{f"{devices}, {parallel}": (devices, parallel) for parallel in ("ddp", "fsdp")}}
     speeds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="cda-bench-") as folder:

@@ -2,10 +2,10 @@
 
     make bench-gpu
 
-Every table is one run; times are medians on the device, of CUDA graphs, so that no host is in them; the published
-operator and the package `adasplash`, which is timed if it is installed, cannot be captured and are timed by
-`triton.testing.do_bench`. Sizes are those of docs/kernels.md; `python benchmarks/gpu.py rows` (or attention, decoding,
-adasplash) makes that table only.
+Every table is one run. Times are medians on the device, of CUDA graphs, so that no host is in them. The published
+operator and the package `adasplash`, which is timed if it is installed, cannot be captured; `triton.testing.do_bench`
+times them. `python benchmarks/gpu.py rows` (or attention, decoding, adasplash) makes that table only. Tables that were
+made are in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from synthetic import header, on_gpu, row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -51,7 +50,6 @@ def main(wanted: Sequence[str]) -> None:
         "adasplash": adasplash_table,
     }
     names = on_gpu(wanted, tables)
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}", flush=True)
     for name in names:
         tables[name]()
 

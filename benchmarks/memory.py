@@ -77,8 +77,8 @@ def main() -> None:
         )
     ]
     header(
-        f"Memory of a training step, {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, batch {BATCH}, "
-        "bf16, MiB", "preset, attention", "compiled", "checkpointing", "forecast", "allocated", "ratio", "forecast took"
+        f"Memory of a training step, batch {BATCH}, bf16, MiB",
+        "preset, attention", "compiled", "checkpointing", "forecast", "allocated", "ratio", "forecast took",
     )  # fmt: skip
     outcomes = []
     with multiprocessing.get_context("spawn").Pool(AT_A_TIME, maxtasksperchild=1) as pool:

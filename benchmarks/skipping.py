@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from synthetic import header, row
 from torch import Tensor
 
 import cda_cli.model.attention
@@ -35,16 +36,14 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     restored = restore(arguments.run, device)
-    print("| layer | mean k | tiles below τ, 64 × 64 | 128 × 64 | error | forward / both, ms | SDPA |")
-    print("|---:|---:|---|---|---|---:|---:|")
+    header("Tiles that a tolerance would skip", "layer", "mean k", "tiles below τ, 64 × 64", "128 × 64", "error",
+           "forward / both, ms", "SDPA")  # fmt: skip
     for layer, (query, key, value, k, settings) in enumerate(attention_inputs(restored, arguments.data)):
         shares, errors = skippable(query, key, value, k, settings)
         times = timings(query, key, value, k, settings) if device.type == "cuda" else ("–", "–")
         small, large = (" / ".join(f"{share:.1%}" for share in shares[rows]) for rows in (64, 128))
         worst = " / ".join(f"{error:.0e}" for error in errors)
-        print(
-            f"| {layer} | {k.mean().item():.2f} | {small} | {large} | {worst} | {times[0]} | {times[1]} |", flush=True
-        )
+        row(layer, f"{k.mean().item():.2f}", small, large, worst, *times)
 
 
 def attention_inputs(restored: Restored, text: Path) -> list[tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]]:

@@ -1,8 +1,14 @@
-"""Random tokens in place of a text, so that a benchmark needs no data; what the benchmarks on a GPU ask for, and their
-tables."""
+"""Random tokens in place of a text, so that a benchmark needs no data; what the benchmarks on a GPU ask for, and the
+tables that they print, each with where it comes from."""
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
+import importlib.util
+import platform
+import shlex
+import subprocess
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -56,6 +62,44 @@ def row(*cells: object) -> None:
 
 
 def header(title: str, *columns: str) -> None:
-    print(f"\n{title}\n", flush=True)
+    """The head of a table: its title, its provenance as benchmarks/results/ has it, and its columns."""
+    print(f"\n## {title}\n")
+    for name, value in provenance().items():
+        print(f"- {name}: {value}")
+    print(flush=True)
     row(*columns)
     print("|---|" + "---:|" * (len(columns) - 1), flush=True)
+
+
+def provenance() -> dict[str, str]:
+    """What it takes to make a table again: date, machine, versions, commit and command."""
+    packages = {"PyTorch": torch.__version__, "Python": platform.python_version()}
+    if importlib.util.find_spec("triton"):
+        packages["Triton"] = importlib.metadata.version("triton")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "versions": ", ".join(f"{name} {version}" for name, version in packages.items()),
+        "commit": commit(),
+        "command": f"`{shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`",
+    }
+
+
+def machine() -> str:
+    """The GPUs of this machine, or its CPU with the threads that PyTorch takes."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, threads: {torch.get_num_threads()}"
+
+
+def commit() -> str:
+    """The commit of this code; “with changes” where files differ from it, “unknown” outside a repository."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty= with changes"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

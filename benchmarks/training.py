@@ -221,7 +221,6 @@ def _free() -> None:
 
 def main(wanted: Sequence[str]) -> None:
     names = on_gpu(wanted, CASES)
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}", flush=True)
     began = time.perf_counter()
     tables([CASES[name] for name in names], torch.device("cuda"))
     print(f"\n{time.perf_counter() - began:.0f} s for all")
