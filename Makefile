@@ -51,10 +51,10 @@ format: setup ## Rewrite the code in the house style
 docs: setup ## Rewrite the generated parts of the docs
 	$(BIN)/python docs/generate.py
 
-bench: setup ## Measure speed on this CPU: the tables of docs/benchmarks.md
+bench: setup ## Measure speed on this CPU: tables for benchmarks/results
 	$(BIN)/python benchmarks/cpu.py
 
-bench-gpu: setup ## Measure speed and memory on a GPU: the tables of docs/kernels.md and docs/training.md
+bench-gpu: setup ## Measure speed and memory on a GPU: tables for benchmarks/results
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/memory.py
