@@ -1,8 +1,13 @@
-"""The docs keep to the code: generated pages are current, and the README names every command and file."""
+"""The docs keep to the code: generated pages are current, the README names every command and file, the walks of
+docs/architecture.md and the recipes of CONTRIBUTING.md name what exists, and a measured figure stands once."""
 
 from __future__ import annotations
 
+import ast
+import re
 import runpy
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,3 +37,127 @@ def test_the_readme_names_every_file() -> None:
 def test_every_setting_says_what_it_means() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert not [line for line in page.splitlines() if line.startswith("| `") and line.endswith("|  |")]
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = ROOT / "benchmarks" / "results"
+RUNS = sorted(path for path in RESULTS.glob("*.md") if path.name != "README.md")
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+TO_MAKE = "NAME"  # in the name of a file that a recipe has one make
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def references(page: str) -> Iterator[tuple[str, str | None]]:
+    """The files and folders that `page` names in backticks, each with the function, class or constant after a colon."""
+    folders = "|".join(sorted(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."))
+    for span in re.findall(r"`([^`]+)`", FENCED.sub("", page)):
+        words = " ".join(span.split())
+        if found := re.fullmatch(rf"((?:{folders})/[\w./-]*|[\w.-]+\.(?:py|md|toml|txt))(?:::?\s*([\w.]+))?", words):
+            yield found[1], found[2]
+
+
+def names_in(tree: ast.AST, prefix: str = "") -> Iterator[str]:
+    """Functions, classes, constants and fields of a module; those of a class under its name."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield prefix + node.name
+        elif isinstance(node, ast.ClassDef):
+            yield prefix + node.name
+            yield from names_in(node, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.Assign):
+            yield from (prefix + target.id for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield prefix + node.target.id
+
+
+def is_missing(path: str, function: str | None) -> bool:
+    file = ROOT / path
+    if TO_MAKE in file.stem:
+        return not file.parent.is_dir()
+    if function is None:
+        return not file.exists()
+    return not file.is_file() or function not in names_in(ast.parse(file.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_and_functions_that_a_page_names_exist(page: str) -> None:
+    named = list(references((ROOT / page).read_text(encoding="utf-8")))
+    missing = [f"{path}: {function or ''}" for path, function in named if is_missing(path, function)]
+    assert len(named) > 20, f"{page} names hardly any file: the search finds no references"
+    assert not missing, f"{page} names what is not there; correct it: " + ", ".join(missing)
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("`cda_cli/training/loop.py: train`", False),
+        ("`cda_cli/training/loop.py::train`", False),
+        ("`cda_cli/training/loop.py:\n  train`", False),
+        ("`cda_cli/training/loop.py: walk`", True),
+        ("`cda_cli/data/prefetch.py: Prefetched.__next__`", False),
+        ("`cda_cli/data/prefetch.py: __next__`", True),
+        ("`cda_cli/data/rows.py: READERS`", False),
+        ("`cda_cli/config.py: ModelConfig.attention`", False),
+        ("`cda_cli/nothing.py`", True),
+        ("`cda_cli/nothing/`", True),
+        ("`cda_cli/commands/NAME.py`", False),
+        ("`tests/ops/test_NAME.py`", False),
+        ("`cda_cli/nothing/NAME.py`", True),
+    ],
+)
+def test_the_search_for_names_finds_those_that_are_missing(text: str, missing: bool) -> None:
+    assert [is_missing(*found) for found in references(text)] == [missing]
+
+
+def heading_anchors(page: Path) -> set[str]:
+    """As GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, RESULTS / "README.md", *RUNS], ids=page_name)
+def test_links_lead_somewhere(page: Path) -> None:
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text(encoding="utf-8"))):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if "://" in link:
+            continue
+        if not target.exists() or (anchor and anchor not in heading_anchors(target)):
+            dead.append(link)
+    assert not dead, f"{page_name(page)} links to what is not there: {', '.join(dead)}"
+
+
+@pytest.mark.parametrize("page", RUNS, ids=page_name)
+def test_a_run_says_where_its_figures_come_from(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    said = dict(re.findall(r"^- (\w+): (.+)$", text.partition("\n|")[0], re.MULTILINE))
+    assert list(said) == ["date", "machine", "versions", "commit", "command"], (
+        f"{page_name(page)} says only {list(said)}"
+    )
+    assert page.name.startswith(said["date"][:10]), f"{page_name(page)} is not named after its date, {said['date']}"
+    assert page.name in (RESULTS / "README.md").read_text(encoding="utf-8"), f"the index leaves {page.name} out"
+
+
+def figures(text: str) -> list[str]:
+    """Numbers with three significant digits and a decimal point, which hardly agree by chance."""
+    found = re.findall(r"(?<![\w.,/-])\d+\.\d+(?![\w.])", text)
+    return [number for number in found if len(number.replace(".", "").lstrip("0")) >= 3]
+
+
+def test_a_measured_figure_is_quoted_once() -> None:
+    """The tables are in benchmarks/results; the log and the table of make reliability have figures of their own."""
+    own = {"log.md", "reliability.md", "cli.md", "configuration.md"}
+    measured = {figure for page in RUNS for figure in figures(page.read_text(encoding="utf-8"))}
+    quoted = Counter(
+        figure
+        for page in PAGES
+        if page.name not in own
+        for figure in figures(FENCED.sub("", page.read_text(encoding="utf-8")))
+    )
+    twice = [figure for figure, count in quoted.items() if count > 1 and figure in measured]
+    assert len(measured) > 300
+    assert not twice, f"quoted more than once in README.md and docs; link to the table instead: {', '.join(twice)}"
