@@ -1,7 +1,7 @@
 """The run's configuration: preset < file < --set < flags. Pydantic refuses unknown keys; no torch in here.
 
-Four sections, each a frozen model whose fields say what they mean where they are declared: `model`, `data`, `optim`,
-`run`. `resolve()` merges the layers and validates once; the result is what a checkpoint stores.
+Each section is a frozen model of the settings that `settings` lists, and checks what depends on several of them.
+`resolve()` merges the layers and validates once; a checkpoint stores the result.
 """
 
 from __future__ import annotations
@@ -13,17 +13,23 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cda_cli import strict_yaml
 from cda_cli.errors import ConfigError, did_you_mean
+from cda_cli.settings import (
+    DEFAULT_PRESET,
+    PRESET_FOLDER,
+    DataSettings,
+    ModelSettings,
+    OptimSettings,
+    RunSettings,
+    preset_names,
+)
 
-PRESET_FOLDER = Path(__file__).parent / "presets"
-DEFAULT_PRESET = "tiny"
-MOST_THREADS = 4096
 CONFIG_FILE = "config.yaml"  # in the folder of a run
 
 
@@ -39,7 +45,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _of_its_kind(cls, value: object, info: ValidationInfo) -> object:
-        """Numbers as people write them; and no 1 for true, nor true for 1, as pydantic would have it."""
+        """Reads a number as people write it. Refuses 1 for true and true for 1, which pydantic would take."""
         assert info.field_name is not None
         kinds, read = cls.kinds(info.field_name), _number(value) if isinstance(value, str) else value
         if bool in kinds and isinstance(read, (int, float)) and not isinstance(read, bool):
@@ -52,50 +58,15 @@ class Section(BaseModel):
 
 
 def _number(text: str) -> int | float | str:
-    """010 is ten, 1e3 a thousand; `text` itself where it is no decimal number."""
+    """The decimal number that `text` is: 010 is ten, and 1e3 a thousand. `text` itself where it is none."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
 
 
-class ModelConfig(Section):
-    """The decoder-only Transformer."""
-
-    vocab_size: int = Field(256, ge=2, description="Tokens; set from the tokenizer.")
-    seq_len: int = Field(256, ge=2, description="Context length, tokens.")
-    dim: int = Field(128, ge=1, description="Width of the residual stream.")
-    depth: int = Field(4, ge=1, description="Number of blocks.")
-    heads: int = Field(4, ge=1, description="Attention heads.")
-    dim_head: int | None = Field(None, ge=1, description="Width of a head; dim / heads where not given.")
-    ff_mult: float = Field(4.0, gt=0, description="Width of the feed-forward, times dim.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the embeddings and on each residual branch.")
-    position: Literal["learned", "rotary"] = Field("learned", description="Position embedding.")
-    rotary_base: float = Field(10000.0, gt=1, description="Wavelength base of the rotary positions.")
-    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation before each branch.")
-    qk_norm: bool = Field(False, description="RMS-normalise queries and keys, with a learned gain per head dimension.")
-    tied_embeddings: bool = Field(False, description="Logits from the transposed token embedding.")
-    null_kv: int = Field(0, ge=0, description="Learned key/value pairs that every query sees, per head.")
-
-    attention: Literal["softmax", "coordinate-descent"] = Field("coordinate-descent", description="Attention weights.")
-    attn_k: float = Field(2.0, gt=0, description="Budget k of an attention row: it may attend fully to k keys.")
-    attn_eps: float = Field(0.1, gt=0, description="Temperature ε of the attention weights.")
-    learned_k: bool = Field(False, description="k per query and head: 1 + (attn_k − 1)·sigmoid(linear(normed input)).")
-    learned_k_bias: float = Field(-10.0, description="Initial bias of that linear; −10 starts at k ≈ 1.")
-    output_gate: bool = Field(
-        False, description="Scale each head's output by a gate of the learned k's form: the control for learned_k."
-    )
-    eps_anneal_start: float | None = Field(None, gt=0, description="ε of the attention at step 0; null: no annealing.")
-    eps_anneal_share: float = Field(0.5, gt=0, le=1, description="Share of the schedule after which ε is attn_eps.")
-
-    ff: Literal["gelu", "coordinate-descent"] = Field("gelu", description="Feed-forward activation.")
-    ff_k: float = Field(128.0, gt=0, description="Budget k of a feed-forward row.")
-    ff_eps: float = Field(0.1, gt=0, description="Temperature ε of the feed-forward.")
-
-    solver: Literal["exact", "iterative"] = Field("exact", description="How the soft top-k is solved.")
-    n_iters: int = Field(20, ge=1, description="Iterations of the iterative solver.")
-    eps_init: float = Field(4.0, gt=0, description="First ε of the iterative solver.")
-    eps_decay: float = Field(0.7, gt=0, le=1, description="Factor on ε for each iteration.")
+class ModelConfig(Section, ModelSettings):
+    """The settings of the model, which fit together."""
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
@@ -123,21 +94,13 @@ class ModelConfig(Section):
         return int(self.dim * self.ff_mult)
 
 
-class DataConfig(Section):
-    """Text and tokens."""
-
-    source: str = Field("stdlib", description="stdlib, a path or glob, or hf:OWNER/NAME[:CONFIG].")
-    split: str = Field("train", description="Split of a Hugging Face dataset that is trained on.")
-    text_column: str = Field("text", description="Column that holds the text.")
-    encoding: str = Field("utf-8", description="Encoding of local text, JSON and CSV files, by Python's name for it.")
-    streaming: bool = Field(False, description="Tokenise as it trains; prepare and cache nothing.")
-    tokenizer: str = Field("bytes", description="bytes, a tokenizer.json, or a hub id.")
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the text held out for validation.")
+class DataConfig(Section, DataSettings):
+    """The settings of the data."""
 
     @field_validator("encoding")
     @classmethod
     def _is_known(cls, value: str) -> str:
-        """By one name whatever it was called. A codec that is not of text, such as base64, raises LookupError too."""
+        """Gives an encoding its one name in Python. A codec that encodes no text, such as base64, is refused too."""
         try:
             io.TextIOWrapper(io.BytesIO(), encoding=value)
             return codecs.lookup(value).name
@@ -147,67 +110,12 @@ class DataConfig(Section):
             ) from error
 
 
-class OptimConfig(Section):
-    """Optimisation. Tokens per step = batch_size × grad_accum × seq_len."""
-
-    steps: int = Field(1000, ge=1, description="Optimizer steps; may be raised when a run is resumed.")
-    schedule_steps: int | None = Field(None, ge=1, description="Length of the learning-rate schedule; null: steps.")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
-    batch_size: int = Field(16, ge=1, description="Sequences in one forward pass.")
-    grad_accum: int = Field(1, ge=1, description="Forward passes for one step.")
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="adamw; or muon for the matrices within blocks, and AdamW for the rest."
-    )
-    lr: float = Field(1e-3, gt=0, le=1e3, description="Peak learning rate, of Muon and AdamW alike.")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Final learning rate, as a share of lr.")
-    warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
-    weight_decay: float = Field(0.1, ge=0, description="On matrices only.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
-    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
-    clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
-    ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="Decay of a moving average of the weights, such as 0.999; 0: none."
-    )
-    max_refused: int = Field(5, ge=1, description="Batches in a row without a finite loss and gradient that end a run.")
+class OptimConfig(Section, OptimSettings):
+    """The settings of the optimisation."""
 
 
-class RunConfig(Section):
-    """The run itself: none of this changes what the model is."""
-
-    seed: int = Field(0, ge=0, lt=2**63, description="Of the weights, the order of the data, dropout and samples.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of the matrix products.")
-    threads: int | None = Field(
-        None, ge=1, le=MOST_THREADS, description="CPU threads of a process; null: as many as the run began with."
-    )
-    compile: bool | None = Field(None, description="torch.compile; null: on a GPU only.")
-    cuda_graphs: bool | None = Field(
-        None, description="Launch forward and backward of a batch whole, as a CUDA graph; null: where that is possible."
-    )
-    deterministic: bool = Field(
-        False, description="PyTorch's deterministic algorithms: the same bits each time on one kind of GPU."
-    )
-    activation_checkpointing: bool = Field(
-        False, description="Keep only each block's input for the backward and compute the rest again."
-    )
-    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="Of several processes: whole copies, or shards.")
-    backend: Literal["auto", "torch", "triton", "colt5"] = Field("auto", description="Backend of the operator.")
-    log_every: int = Field(10, ge=1, description="Steps between two lines of figures.")
-    eval_every: int = Field(250, ge=0, description="Steps between two validations; 0: only at the end.")
-    eval_batches: int = Field(20, ge=1, description="Batches of a validation during training.")
-    save_every: int = Field(250, ge=0, description="Steps between two checkpoints; 0: only at the end.")
-    save_minutes: float = Field(0.0, ge=0, description="Minutes between two checkpoints, besides save_every; 0: none.")
-    track: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="Trackers besides metrics.jsonl: tensorboard, wandb, trackio."
-    )
-    sample_every: int = Field(0, ge=0, description="Steps between two samples of text; 0: none.")
-    keep: int = Field(2, ge=2, description="Newest checkpoints kept.")
-    keep_best: bool = Field(
-        True, description="Also keep the best by validation loss, of those saved at a step that was validated."
-    )
-    patience: int = Field(
-        0, ge=0, description="Validations in a row without a new lowest loss that end the run; 0: it has all its steps."
-    )
+class RunConfig(Section, RunSettings):
+    """The settings of the run itself."""
 
     @field_validator("track", mode="before")
     @classmethod
@@ -229,10 +137,6 @@ class Config(Section):
 
 
 Layer = Mapping[str, Mapping[str, Any]]
-
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
 
 
 def resolve(
@@ -288,7 +192,7 @@ def annealed_eps(model: ModelConfig, step: int, schedule_steps: int) -> float:
 
 
 def settings_of(run: Path, resume: str) -> Config | None:
-    """The settings that a run goes on with where no preset or file is named, from the configuration in its folder.
+    """The settings in the folder of a run, with which it goes on where no preset or file is named.
 
     `resume` is "auto", "never", or the path of a run or of one of its checkpoints. None where there is no such run.
     """
@@ -304,7 +208,7 @@ def settings_of(run: Path, resume: str) -> Config | None:
 
 
 def _no_link(path: Path) -> Path:
-    """A run is read that may come from anywhere; a file of it that is a link would lead to another one."""
+    """Refuses a link: a run may come from a stranger, and its link would lead to another file."""
     if path.is_symlink() or not path.is_file():
         raise ConfigError(f"{path} is a link, or no file; put a file in its place")
     return path
@@ -333,7 +237,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_set(line: str) -> Layer:
-    """`section.key=value` of --set. Text is taken as it is, and so is any value with a #, which YAML would cut off."""
+    """The setting of a --set line. Takes text as it is, and any value with a #, at which YAML would cut it off."""
     key, equals, value = line.partition("=")
     if not equals:
         raise ConfigError(f"--set takes section.key=value, not {line!r}")
@@ -374,7 +278,7 @@ def _sentence(error: ValidationError) -> str:
     """The first fault that pydantic found, as one sentence."""
     fault = error.errors()[0]
     message = fault["msg"].removeprefix("Value error, ")
-    if len(fault["loc"]) < 2:  # of a whole section, whose words name the settings
+    if len(fault["loc"]) < 2:  # a fault of a whole section, whose sentence names the settings
         return message
     where = ".".join(str(part) for part in fault["loc"])
     return f"{where} = {fault['input']!r} is not possible: {message[0].lower()}{message[1:]}"

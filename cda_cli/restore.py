@@ -28,7 +28,8 @@ from cda_cli.data import (
 from cda_cli.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from cda_cli.model import Transformer, expected_tensors, load_state_tensors, model_backend
 from cda_cli.ops import Backend
-from cda_cli.runtime import Dtype, pick_device, pick_dtype
+from cda_cli.runtime import pick_device, pick_dtype
+from cda_cli.settings import Dtype, Side
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, check_fits, load, locate, locate_best
 
@@ -105,7 +106,7 @@ class TextSide(NamedTuple):
         return itertools.islice(itertools.chain(*each), max_batches), windows
 
 
-SPLITS = ("validation", "train", "all")
+SPLITS = get_args(Side)
 
 
 def open_side(

@@ -9,14 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cda_cli.errors import CheckpointError, DeviceError
+from cda_cli.settings import Dtype
 
-Dtype = Literal["auto", "float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # the values that NVIDIA names as deterministic

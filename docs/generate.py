@@ -1,8 +1,8 @@
-"""Writes the generated pages of the docs: cli.md from the commands' help, configuration.md from the settings.
+"""Writes the generated pages of the docs: cli.md from the help of the commands, configuration.md from the settings.
 
     make docs
 
-`tests/test_docs.py` fails where a page is not what this would write.
+`tests/test_docs.py` fails where a page differs from what this would write.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cda_cli.config import Config, preset_names
+from cda_cli.settings import SECTIONS, TABLE, preset_names
 
 FOLDER = Path(__file__).parent
 
@@ -38,7 +38,8 @@ def configuration() -> str:
         "A run is described by four sections. The layers, the later winning: preset, `--config FILE.yaml`,",
         "`--set section.key=value`, flags. Of two `--set` with the same key the later wins. An unknown key is an error",
         "that names the nearest one, and a key that a file gives twice is an error too. The resolved configuration is",
-        "written to `config.yaml` in the run folder, and `--config` reads it back.",
+        "written to `config.yaml` in the run folder, and `--config` reads it back. A default stands where no layer",
+        "gives a value.",
         "",
         "The setting decides what its text means. Numbers are decimal: `010` is ten, and `1e3` and `1_000` are a",
         "thousand, for whole numbers too; switches are `true` and `false`. `null` takes away an optional value.",
@@ -46,16 +47,20 @@ def configuration() -> str:
         "",
         f"Presets: {presets}; each is a commented file in `cda_cli/presets/`.",
     ]
-    defaults = Config()
-    for name, field in Config.model_fields.items():
-        section = getattr(defaults, name)
-        lines += ["", f"## {name}", "", f"{type(section).__doc__}", "", "| key | default | meaning |", "|---|---|---|"]
-        for key, setting in type(section).model_fields.items():
-            default = getattr(section, key)
-            shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else f"{default}"
-            lines.append(f"| `{name}.{key}` | `{shown}` | {setting.description or ''} |")
-        assert field.annotation is type(section)
+    for section, settings in SECTIONS.items():
+        lines += ["", f"## {section}", "", f"{settings.__doc__}", ""]
+        lines += ["| key | flag | default | meaning |", "|---|---|---|---|"]
+        for row in TABLE.values():
+            if row.section == section:
+                flag = row.setting.flag and f"`{row.setting.flag.replace('/', '` `')}`"
+                lines.append(f"| `{row.key}` | {flag} | `{_as_yaml(row.default)}` | {row.meaning} |")
     return "\n".join(lines) + "\n"
+
+
+def _as_yaml(default: object) -> str:
+    if default is None:
+        return "null"
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ LAYERS: tuple[set[str], ...] = (
     {"restore", "diagnosis"},
     {"data", "model"},
     {"config", "storage", "runtime", "signals", "streams"},
-    {"ops", "errors", "strict_json", "strict_yaml", "cda_cli"},
+    {"ops", "errors", "settings", "strict_json", "strict_yaml", "cda_cli"},
 )
 # What these may import of the package besides themselves, and no more.
 ONLY: dict[str, set[str]] = {
@@ -35,11 +35,11 @@ ONLY: dict[str, set[str]] = {
     "main": {"cda_cli", "commands", "errors", "streams"},
     "console": {"strict_json"},
     "diagnosis": {"ops", "runtime"},
-    "data": {"config", "errors", "storage"},
+    "data": {"config", "errors", "settings", "storage"},
     "model": {"config", "ops"},
-    "config": {"errors", "strict_yaml"},
+    "config": {"errors", "settings", "strict_yaml"},
     "storage": {"errors"},
-    "runtime": {"errors"},
+    "runtime": {"errors", "settings"},
     "signals": {"errors"},
     "streams": {"errors"},
 }
@@ -52,6 +52,7 @@ OUTSIDE: dict[str, set[str]] = {
     "signals": set(),
     "streams": set(),
     "config": {"pydantic", "yaml"},
+    "settings": {"pydantic"},  # for types and limits; not when it is loaded
     "commands": {"typer"},
     "main": {"typer", "rich"},
     "console": {"rich"},

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,18 +16,19 @@ from pydantic import ValidationError
 
 from cda_cli.config import (
     CONFIG_FILE,
-    PRESET_FOLDER,
     Config,
     ModelConfig,
     annealed_eps,
     dump_yaml,
     parse,
-    preset_names,
     resolve,
     settings_of,
 )
+from cda_cli.data.sources import KINDS, PACKED
 from cda_cli.errors import ConfigError, did_you_mean
 from cda_cli.model import Transformer, expected_tensors
+from cda_cli.ops import Backend, Solver
+from cda_cli.settings import PRESET_FOLDER, TABLE, Row, preset_names
 
 ROOT = Path(__file__).parent.parent
 PRESETS = ["base", "seed", "small", "tiny"]
@@ -249,11 +251,33 @@ def test_a_preset_written_reads_back(name: str, tmp_path: Path) -> None:
     assert resolve("seed", write(tmp_path, dump_yaml(resolve(name)))) == resolve(name)
 
 
-def test_every_setting_says_what_it_is() -> None:
-    for section, field in Config.model_fields.items():
-        assert field.annotation is not None
-        for name, setting in field.annotation.model_fields.items():
-            assert len((setting.description or "").split()) > 1, f"{section}.{name} has no description"
+def test_every_setting_stands_in_the_table() -> None:
+    """A field that a section of the configuration adds would have no flag, no help and no line in the docs."""
+    fields = [f"{section}.{name}" for section, values in Config() for name in type(values).model_fields]
+    assert fields == list(TABLE)
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
+def test_every_setting_says_what_it_means(row: Row) -> None:
+    assert len(row.setting.help.split()) > 1
+    assert row.setting.help.endswith((".", "…")), "the possible values are added to a whole sentence"
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE.values() if row.setting.flag], ids=lambda row: row.key)
+def test_the_help_of_a_flag_shows_a_default_where_the_presets_agree_on_it(row: Row) -> None:
+    values = {str(getattr(getattr(resolve(name), row.section), row.name)) for name in PRESETS}
+    assert row.setting.by_preset == (values != {str(row.default)}), f"the presets say {values}"
+
+
+def test_the_operator_has_the_same_names_as_the_settings() -> None:
+    """ops holds its own, as it can be lifted out: it imports nothing of the rest of the package."""
+    assert TABLE["run.backend"].values == get_args(Backend)
+    assert TABLE["model.solver"].values == get_args(Solver)
+
+
+def test_the_kinds_of_text_files_are_those_that_are_read() -> None:
+    endings = set(re.findall(r"\.\w+", TABLE["data.source"].setting.help))
+    assert endings == {*KINDS, *PACKED}, "the meaning of data.source and data/sources.py differ"
 
 
 def test_the_annealing_of_a_run_is_over_its_schedule() -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
+
+from cda_cli.commands.setting_flags import completion, setting_option
+from cda_cli.settings import Side, with_values
+
+SIDES = get_args(Side)
 
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT|RUN", help="A checkpoint folder, or a run: then its newest checkpoint.")
@@ -16,25 +21,21 @@ BestOption = Annotated[
 EmaOption = Annotated[
     bool, typer.Option("--ema", help="The moving average of the weights, of a run with optim.ema_decay.")
 ]
-DataOption = Annotated[
-    str | None,
-    typer.Option("--data", help="stdlib, a path or glob, or hf:OWNER/NAME[:CONFIG]; the run's own where not given."),
-]
+DataOption = Annotated[str | None, setting_option("data.source", also="the run's own where not given")]
 EncodingOption = Annotated[
     str | None,
-    typer.Option(
-        "--encoding", help="Of local files; where not given, that of the run for its own text, and utf-8 for another."
-    ),
+    setting_option("data.encoding", also="where not given, the run's for its own text, and utf-8 for another"),
 ]
 SplitOption = Annotated[
     str | None,
     typer.Option(
         "--split",
-        help="Part of the text: validation, train (both as in training) or all; where not given, validation of the "
-        "run's own text, and all of another.",
+        help=with_values("Part of the text, as in training.", SIDES).removesuffix(".")
+        + "; where not given, validation of the run's own text, and all of another.",
+        autocompletion=completion(SIDES),
     ),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16: of the matrix products.")]
-BackendOption = Annotated[str, typer.Option("--backend", help="Backend of the operator: auto, torch, triton or colt5.")]
+DeviceOption = Annotated[str, setting_option("run.device")]
+DtypeOption = Annotated[str, setting_option("run.dtype")]
+BackendOption = Annotated[str, setting_option("run.backend")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; words go to stderr.")]

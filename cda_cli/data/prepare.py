@@ -25,9 +25,10 @@ from cda_cli.config import DataConfig
 from cda_cli.data.documents import Documents
 from cda_cli.data.fingerprint import digest
 from cda_cli.data.sources import Source, open_source
-from cda_cli.data.split import CutRule, HashRule, Rule, Side, WholeRule
+from cda_cli.data.split import CutRule, HashRule, Rule, WholeRule
 from cda_cli.data.tokenizers import Encoded, Tokenizer, load_tokenizer, split_pieces, utf8
 from cda_cli.errors import CdaError, DataError, StorageError
+from cda_cli.settings import Side
 from cda_cli.storage import published_folder, remove_published, remove_stale
 
 FORMAT = 3

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Literal, Protocol
+from typing import Protocol
 
 from cda_cli.data.tokenizers import utf8
+from cda_cli.settings import Side
 
-Side = Literal["train", "validation", "all"]
 HASH_BITS = 64
 
 

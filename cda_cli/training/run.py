@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from cda_cli.config import MOST_THREADS, Config
+from cda_cli.config import Config
 from cda_cli.data import PreparationStoppedError, digest
 from cda_cli.errors import ConfigError
 from cda_cli.restore import saved_config
 from cda_cli.runtime import available_memory, cpu_threads, describe_device, deterministic, peak_memory
+from cda_cli.settings import MOST_THREADS
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, load, only_writer
 from cda_cli.streams import when_stdout_is_lost

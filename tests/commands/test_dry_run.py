@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cda_cli import main
-from cda_cli.config import preset_names
+from cda_cli.settings import preset_names
 from tests.commands.helpers import Cda, assert_refused, contents
 
 

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.core
 import typer.main
 
 from cda_cli import __version__, errors
 from cda_cli.main import app
 from tests.commands.helpers import Cda, environment, in_subprocess
 
-COMMANDS = ["train", "eval", "sample", "inspect-sparsity", "doctor"]
+COMMANDS: dict[str, typer.core.TyperCommand] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 # What is in the way of an instant --help.
 HEAVY = {"torch", "datasets", "numpy", "tokenizers", "safetensors", "triton"}
@@ -66,8 +67,7 @@ def test_threads_do_not_spin_while_they_wait(
 def test_help_mentions_every_option(cda: Cda, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An option that help leaves out, or cuts off, is not there for whoever reads it."""
     monkeypatch.setenv("COLUMNS", "200")
-    group = typer.main.get_command(app)
-    command = group.commands[name]  # type: ignore[attr-defined]
+    command = COMMANDS[name]
     result = cda(name, "--help")
     assert result.code == 0
     for parameter in command.params:
