@@ -28,10 +28,11 @@ app.command("inspect-sparsity")(inspect_sparsity.inspect_sparsity)
 app.command("doctor")(doctor.doctor)
 
 
-class Debug:
-    """Whether `--debug` was given: errors then keep their traceback."""
+class GlobalOptions:
+    """The object of Typer's context: the options of `cda` that `run` must know when a command has failed."""
 
-    on = False
+    def __init__(self) -> None:
+        self.debug = False
 
 
 def _show_version(wanted: bool) -> None:
@@ -42,27 +43,29 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    Debug.on = debug
+    context.ensure_object(GlobalOptions).debug = debug
 
 
 def run() -> None:
     """The console script `cda`."""
-    # Before torch is imported, which reads it: threads that spin while they wait for each other are what others on a
-    # busy machine wait for, and each wait then lasts a time slice or more.
+    # torch reads this when it is imported. On a busy machine, threads that spin while they wait for each other keep the
+    # cores from those that they wait for, and each wait lasts a time slice or more.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     open_streams()
+    options = GlobalOptions()
     try:
         try:
-            app()
+            app(obj=options)
         finally:
-            sys.stdout.flush()  # else the end of the interpreter would meet what cannot be written
+            sys.stdout.flush()  # a failure to write is reported here, not by the interpreter as it ends
     except Exception as error:
-        if Debug.on:
+        if options.debug:
             traceback.print_exception(error)
         else:
             _explain(error)
@@ -95,5 +98,5 @@ def _say(sentence: str, label: str = "error: ") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    # Soft wrap: a sentence stays one line for whoever greps it.
+    # With soft wrap a sentence stays one line, which can be searched for.
     Console(stderr=True).print(Text.assemble((label, "bold red"), sentence), soft_wrap=True)

@@ -1,1 +1,1 @@
-"""The commands: parse, call one workflow, print. Heavy imports stand inside them, so that --help is instant."""
+"""The commands parse, call one workflow and print. They import what is heavy when they run: --help stays instant."""
