@@ -23,6 +23,8 @@ from cda_cli.errors import ConfigError, did_you_mean
 from cda_cli.settings import (
     DEFAULT_PRESET,
     PRESET_FOLDER,
+    SECTIONS,
+    TABLE,
     DataSettings,
     ModelSettings,
     OptimSettings,
@@ -36,18 +38,14 @@ CONFIG_FILE = "config.yaml"  # in the folder of a run
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
-    @classmethod
-    def kinds(cls, name: str) -> set[Any]:
-        """The types that a setting may have: {int, NoneType} of `int | None`."""
-        annotation = cls.model_fields[name].annotation
-        return set(get_args(annotation)) or {annotation}
-
     @field_validator("*", mode="before")
     @classmethod
     def _of_its_kind(cls, value: object, info: ValidationInfo) -> object:
         """Reads a number as people write it. Refuses 1 for true and true for 1, which pydantic would take."""
         assert info.field_name is not None
-        kinds, read = cls.kinds(info.field_name), _number(value) if isinstance(value, str) else value
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = {annotation, *get_args(annotation)}
+        read = _number(value) if isinstance(value, str) else value
         if bool in kinds and isinstance(read, (int, float)) and not isinstance(read, bool):
             raise ValueError("input should be true or false")
         if not kinds & {int, float}:
@@ -232,7 +230,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold the sections {', '.join(Config.model_fields)}, each with its settings")
+        raise ConfigError(f"{path} must hold the sections {', '.join(SECTIONS)}, each with its settings")
     return values
 
 
@@ -243,8 +241,7 @@ def _read_set(line: str) -> Layer:
         raise ConfigError(f"--set takes section.key=value, not {line!r}")
     key = key.strip()
     _check_keys(layer := _dotted(key, value))
-    section, _, name = key.partition(".")
-    kinds = Config.model_fields[section].annotation.kinds(name)  # type: ignore[union-attr]
+    kinds = TABLE[key].kinds
     if (str in kinds or "#" in value) and not (NoneType in kinds and value.strip() in strict_yaml.NULLS):
         return layer
     try:
@@ -261,17 +258,15 @@ def _dotted(key: str, value: Any) -> Layer:
 
 
 def _check_keys(layer: Mapping[str, Any]) -> None:
-    sections = Config.model_fields
     for section, values in layer.items():
-        if section not in sections:
-            raise ConfigError(f"unknown section {section!r}: {did_you_mean(str(section), sections)}")
+        if section not in SECTIONS:
+            raise ConfigError(f"unknown section {section!r}: {did_you_mean(str(section), SECTIONS)}")
         if not isinstance(values, Mapping):
             raise ConfigError(f"section {section!r} holds settings, not {values!r}; write {section}.key=value")
-        known = sections[section].annotation.model_fields  # type: ignore[union-attr]
-        for name in values:
-            if name not in known:
-                near = did_you_mean(f"{section}.{name}", [f"{section}.{key}" for key in known])
-                raise ConfigError(f"unknown setting '{section}.{name}': {near}")
+        for key in (f"{section}.{name}" for name in values):
+            if key not in TABLE:
+                near = did_you_mean(key, [row.key for row in TABLE.values() if row.section == section])
+                raise ConfigError(f"unknown setting '{key}': {near}")
 
 
 def _sentence(error: ValidationError) -> str:

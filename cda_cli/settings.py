@@ -246,11 +246,15 @@ SECTIONS: dict[str, type[Table]] = {
 
 
 class Row(NamedTuple):
-    """A row of the table. `values` are the words that the setting may be, where it is one of several or a list."""
+    """A row of the table.
+
+    `kinds` are the types that the setting may have: int and NoneType are among those of `int | None`. `values` are the
+    words that it may be, or that a list of them may hold.
+    """
 
     section: str
     name: str
-    kind: Any
+    kinds: frozenset[Any]
     values: tuple[str, ...]
     default: Any
     setting: Setting
@@ -279,7 +283,7 @@ def _rows(section: str) -> Iterator[Row]:
     settings = SECTIONS[section]
     for name, hint in get_type_hints(settings, include_extras=True).items():
         kind, setting = get_args(hint)
-        yield Row(section, name, kind, _values(kind), getattr(settings, name), setting)
+        yield Row(section, name, frozenset({kind, *get_args(kind)}), _values(kind), getattr(settings, name), setting)
 
 
 TABLE = {row.key: row for section in SECTIONS for row in _rows(section)}  # by key, such as "model.attn_k"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cda_cli.settings import TABLE, Row
+from cda_cli.settings import TABLE, Row, with_values
 
 PANELS = {"run": "Run", "data": "Data", "optim": "Optimisation", "model": "Model"}  # in the order of the help
 
@@ -56,22 +56,21 @@ def completion(values: Sequence[str]) -> Callable[[str], list[str]] | None:
 
 
 def _parameter(name: str, row: Row) -> inspect.Parameter:
-    """The parameter that Typer makes the option of a setting from; its default None tells that it is not given."""
-    switch = isinstance(row.default, bool) or row.kind == bool | None
+    """The parameter from which Typer makes the option of a setting. It is None where the option is not given."""
     option = typer.Option(
         row.setting.flag,
-        help=row.setting.flag_help or row.meaning,
+        help=with_values(row.setting.flag_help or row.setting.help, row.values),
         show_default=_default_shown(row),
-        metavar={int: "INTEGER", float: "FLOAT"}.get(row.kind),
+        metavar="INTEGER" if int in row.kinds else "FLOAT" if float in row.kinds else None,
         autocompletion=completion(row.values),
         rich_help_panel=PANELS[row.section],
     )
-    kind: Any = Annotated[bool | None if switch else str | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    annotation: Any = Annotated[bool | None if bool in row.kinds else str | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _default_shown(row: Row) -> str | bool:
-    """The default where no preset, file or run says another; False where the help says what is done without a value."""
+    """The default as the help shows it; False where the help says in words what happens without a value."""
     if row.setting.by_preset:
         return "preset's"
     if row.default in (None, []):

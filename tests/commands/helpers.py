@@ -12,8 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import typer.core
+import typer.main
+
 import cda_cli
-from cda_cli.main import run
+from cda_cli.main import app, run
+
+COMMANDS: dict[str, typer.core.TyperCommand] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 TINY = """\
 model:

@@ -1,4 +1,4 @@
-"""Settings that cannot be: one sentence with the remedy, exit code 2, and nothing written."""
+"""A setting without meaning is refused in one sentence, with its remedy and exit code 2; nothing is written."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_split_that_is_not_there(cda: Cda, finished: Path, split: str) -> None
     ],
 )
 def test_a_command_line_that_is_not_one(cda: Cda, arguments: list[str]) -> None:
-    """Said by the parser, before anything is done."""
+    """The parser refuses it before anything is done."""
     result = cda(*arguments)
     assert result.code == 2
     assert "Error" in result.err

@@ -8,16 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer.core
-import typer.main
 
 from cda_cli import __version__, errors
-from cda_cli.main import app
-from tests.commands.helpers import Cda, environment, in_subprocess
+from tests.commands.helpers import COMMANDS, Cda, assert_refused, environment, in_subprocess
 
-COMMANDS: dict[str, typer.core.TyperCommand] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-
-# What is in the way of an instant --help.
+# Importing these takes so long that --help is no longer instant.
 HEAVY = {"torch", "datasets", "numpy", "tokenizers", "safetensors", "triton"}
 
 
@@ -27,7 +22,7 @@ def in_fresh_interpreter(code: str, *arguments: str) -> subprocess.CompletedProc
 
 @pytest.mark.parametrize("command", [[], ["train"], ["doctor"]])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
-    """PyTorch takes seconds to import: a person who asks for help would wait for it."""
+    """Importing PyTorch takes seconds, for which a person who asks for help would wait."""
     code = (
         "import atexit, sys; atexit.register(lambda: print('LOADED', *sys.modules)); import cda_cli.main as m; m.run()"
     )
@@ -39,7 +34,7 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert not loaded & HEAVY
 
 
-def test_a_wrong_setting_is_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+def test_a_wrong_setting_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     code = (
         "import atexit, sys; atexit.register(lambda: print('LOADED', *sys.modules)); import cda_cli.main as m; m.run()"
     )
@@ -54,7 +49,7 @@ def test_threads_do_not_spin_while_they_wait(
 ) -> None:
     """On two busy cores a step of the tiny model took 6.3 s with threads that spin, and 0.7 s with threads that sleep.
 
-    The variable is read when torch is imported, which no help or version does.
+    torch reads the variable when it is imported, which neither --help nor --version does.
     """
     monkeypatch.delenv("OMP_WAIT_POLICY")
     if given:
@@ -65,7 +60,7 @@ def test_threads_do_not_spin_while_they_wait(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_mentions_every_option(cda: Cda, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An option that help leaves out, or cuts off, is not there for whoever reads it."""
+    """Whoever reads the help does not find an option that it leaves out or cuts off."""
     monkeypatch.setenv("COLUMNS", "200")
     command = COMMANDS[name]
     result = cda(name, "--help")
@@ -97,7 +92,7 @@ def test_the_version(cda: Cda) -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    """Without it one sentence; with it everything that a report of a fault needs."""
+    """Without --debug an error is one sentence; with it, it shows all that the report of a fault needs."""
     wrong = ("train", "--attn-k", "0")
     plain = subprocess.run(in_subprocess(*wrong), capture_output=True, text=True, check=False)
     assert plain.returncode == 2
@@ -106,6 +101,12 @@ def test_debug_shows_the_traceback() -> None:
     assert debug.returncode == 2, "the exit code is that of the error"
     assert "Traceback" in debug.stderr
     assert "ConfigError: model.attn_k" in debug.stderr
+
+
+def test_debug_is_of_one_call(cda: Cda) -> None:
+    wrong = ("train", "--attn-k", "0")
+    assert "Traceback" in cda("--debug", *wrong).err
+    assert_refused(cda(*wrong), "model.attn_k = 0")
 
 
 @pytest.mark.parametrize(
@@ -123,12 +124,12 @@ def test_debug_shows_the_traceback() -> None:
     ],
 )
 def test_exit_codes(error: errors.CdaError, code: int) -> None:
-    """Scripts tell by them whether to try again."""
+    """A script decides by the exit code whether to try again."""
     assert error.exit_code == code
 
 
 def test_a_terminal_without_unicode_is_served(finished: Path) -> None:
-    """A mark in place of ± is better than an error, above all in the middle of training."""
+    """A question mark in place of ± is better than an error, above all in the middle of training."""
     done = subprocess.run(
         in_subprocess("eval", finished, "--max-batches", 1),
         env=environment(PYTHONIOENCODING="ascii"), capture_output=True, check=False,

@@ -6,15 +6,13 @@ from typing import Any, get_args
 
 import pytest
 import typer
-import typer.core
-import typer.main
 from typer.testing import CliRunner
 
 from cda_cli.commands.setting_flags import with_setting_flags
 from cda_cli.main import app
 from cda_cli.settings import TABLE, Row, Side, preset_names
+from tests.commands.helpers import COMMANDS
 
-COMMANDS: dict[str, typer.core.TyperCommand] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 WITH_FLAG = [row for row in TABLE.values() if row.setting.flag]
 CHOICES = {row.setting.flag: row.values for row in WITH_FLAG if row.values} | {"--split": get_args(Side)}
 
