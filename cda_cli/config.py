@@ -190,7 +190,7 @@ def annealed_eps(model: ModelConfig, step: int, schedule_steps: int) -> float:
 
 
 def settings_of(run: Path, resume: str) -> Config | None:
-    """The settings in the folder of a run, with which it goes on where no preset or file is named.
+    """The settings that a run goes on with where no preset or file is named, from the configuration in its folder.
 
     `resume` is "auto", "never", or the path of a run or of one of its checkpoints. None where there is no such run.
     """
@@ -206,7 +206,7 @@ def settings_of(run: Path, resume: str) -> Config | None:
 
 
 def _no_link(path: Path) -> Path:
-    """Refuses a link: a run may come from a stranger, and its link would lead to another file."""
+    """A run is read that may come from anywhere; a file of it that is a link would lead to another one."""
     if path.is_symlink() or not path.is_file():
         raise ConfigError(f"{path} is a link, or no file; put a file in its place")
     return path

@@ -6,6 +6,7 @@
 
 # Annotations are evaluated here: pydantic before 2.10 would look for their names in the module of the subclass.
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ class ModelSettings(Table):
             by_preset=True,
         ),
     ] = False
-    learned_k_bias: Annotated[float, Setting("Initial bias of that linear; −10 starts at k ≈ 1.")] = -10.0
+    learned_k_bias: Annotated[float, Setting("Initial bias of the linear of a learned k; −10 starts at k ≈ 1.")] = -10.0
     output_gate: Annotated[
         bool, Setting("Scale each head's output by a gate of the learned k's form: the control for learned_k.")
     ] = False
@@ -160,7 +161,7 @@ class OptimSettings(Table):
     grad_accum: Annotated[int, Setting("Forward passes in a step.", flag="--grad-accum", by_preset=True, ge=1)] = 1
     optimizer: Annotated[
         Literal["adamw", "muon"],
-        Setting("AdamW for all weights, or Muon for the matrices within blocks and AdamW for the rest."),
+        Setting("adamw, or muon for the matrices within blocks and AdamW for the rest."),
     ] = "adamw"
     lr: Annotated[
         float, Setting("Peak learning rate, of Muon and AdamW alike.", flag="--lr", by_preset=True, gt=0, le=1e3)
@@ -207,7 +208,9 @@ class RunSettings(Table):
     ] = False
     parallel: Annotated[
         Literal["ddp", "fsdp"],
-        Setting("How several processes hold the weights, as whole copies or as shards.", flag="--parallel"),
+        Setting(
+            "How several processes hold the weights: as whole copies (ddp) or as shards (fsdp).", flag="--parallel"
+        ),
     ] = "ddp"
     backend: Annotated[
         Literal["auto", "torch", "triton", "colt5"], Setting("Backend of the operator.", flag="--backend")
@@ -275,8 +278,10 @@ def _values(kind: Any) -> tuple[str, ...]:
 
 
 def with_values(help: str, values: Sequence[str]) -> str:
-    """`help`, which ends with a full stop, and the words that are possible, if any."""
-    return f"{help.removesuffix('.')}: {', '.join(values[:-1])} or {values[-1]}." if values else help
+    """`help`, a sentence, with the words that are possible added unless it names each of them already."""
+    if set(values) <= set(re.findall(r"[\w-]+", help)):
+        return help
+    return f"{help.removesuffix('.')}: {', '.join(values[:-1])} or {values[-1]}."
 
 
 def _rows(section: str) -> Iterator[Row]:

@@ -25,14 +25,16 @@ def sample(
     ema: EmaOption = False,
     prompt: Annotated[str | None, typer.Option(help="Text to go on from.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="UTF-8 text, a prompt a line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens that are added to a prompt.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens that make up this share.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Only tokens above this share of the likeliest's.")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Samples for each prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same text.")] = 0,
-    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Text as it comes, or when it is whole.")] = True,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or when it is whole.")
+    ] = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, get_args
 
 import pytest
@@ -53,7 +54,7 @@ def test_help_names_and_a_shell_completes_every_value_of_an_option(name: str) ->
     options = {option: parameter for parameter in COMMANDS[name].params for option in parameter.opts}
     for option in sorted(options.keys() & CHOICES.keys()):
         help = getattr(options[option], "help", None) or ""
-        missing = set(CHOICES[option]) - set(help.replace(",", " ").replace(";", " ").replace(".", " ").split())
+        missing = set(CHOICES[option]) - set(re.findall(r"[\w-]+", help))
         assert not missing, f"the help of cda {name} {option} does not name {', '.join(missing)}"
         assert completed(name, option, "") == list(CHOICES[option])
 
