@@ -37,8 +37,6 @@ def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple
     console, model = out(), restored.config.model
     data = f"{text.description}, {text.split}"
     console.print(pairs({"checkpoint": str(restored.path), "data": data, "tokens": f"{report.tokens:,}"}))
-    eps = restored.model.attention_eps
-    solver = f", {model.solver} solver, ε = {eps:g}" if eps is not None else ""
     heads = table(
         "layer.head", "k", "row sum", "|Σλ − k|", "effective support", "λ > 1e-3", "capped / k", "distance back"
     )
@@ -53,7 +51,7 @@ def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple
             share(head.capped_share),
             f"{head.distance_back:.1f}",
         )
-    _section(f"Attention: {model.attention}{solver}", heads)
+    _section(f"Attention: {restored.model.attention_description}", heads)
     units = table("layer", "units", "active (|x| > 1e-3)", "share", "dead")
     for unit in report.feed_forward:
         units.add_row(

@@ -1,13 +1,15 @@
 """The model: token embeddings → blocks of attention and feed-forward → logits."""
 
 from cda_cli.model.cache import KeyValueCache
-from cda_cli.model.layers import model_backend
 from cda_cli.model.published import from_published
+from cda_cli.model.rules import AttentionRule, attention_rule, model_backend
 from cda_cli.model.transformer import Transformer, expected_tensors, load_state_tensors, state_tensors
 
 __all__ = [
+    "AttentionRule",
     "KeyValueCache",
     "Transformer",
+    "attention_rule",
     "expected_tensors",
     "from_published",
     "load_state_tensors",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
-from cda_cli.ops import Backend, Choice, SolverSettings, choose_backend
+from cda_cli.ops import SolverSettings
 
 EPS = 1e-6  # of the norms
 
@@ -20,12 +20,6 @@ def solver_settings(config: ModelConfig) -> SolverSettings:
     return SolverSettings(
         solver=config.solver, n_iters=config.n_iters, eps_init=config.eps_init, eps_decay=config.eps_decay
     )
-
-
-def model_backend(config: ModelConfig, backend: Backend, device: torch.device) -> Choice:
-    """The backend of a model's layers on `device`. Raises ValueError where a forced one cannot run."""
-    width = config.head_width if config.attention == "coordinate-descent" else 0
-    return choose_backend(backend, config.solver, device, head_width=width)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -1,7 +1,7 @@
-"""Watching a forward pass: what each layer selected, for inspection and for the live figures of training.
+"""Observing a forward pass: what each layer selected, for inspection and for the live metrics of training.
 
-While a module's `observer` is set, it computes its weights densely and hands them over, at most `OBSERVED` of them at a
-time, or one row: so memory is not O(T × S).
+While a module's `observer` is set, the module computes dense weights and hands them over in blocks of rows, so that
+memory does not grow as O(T × S) (see `rules.base.BLOCK_SCORES`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ if TYPE_CHECKING:
     from cda_cli.model.transformer import Transformer
 
 
-OBSERVED = 2**24  # of 8192 keys and 8 heads 256 rows: in float64, as they are measured, 128 MiB a copy
-
-
 class AttentionSeen(NamedTuple):
     """Attention of one layer, or some of its rows: weights [B, H, T, S], and the k of each row [B, H, T].
 
-    The first `null` keys are null keys; row 0 is the query at `position`, which sees the keys up to that one.
+    The first `null` keys are null keys. Row 0 is the query at `position`, which sees the keys up to that position.
     """
 
     layer: int
@@ -46,14 +43,14 @@ Observer = Callable[[AttentionSeen | FeedForwardSeen], None]
 
 @contextmanager
 def observing(model: Transformer, observer: Observer) -> Iterator[None]:
-    """Within it, each layer calls `observer` in a forward pass: attention for all rows, in order; feed-forward once."""
-    watched: list[Attention | FeedForward] = []
+    """Within it, each layer of a forward pass calls `observer`: attention for all rows, in order; feed-forward once."""
+    observed: list[Attention | FeedForward] = []
     for block in model.each_block():
-        watched += (block.attention, block.feed_forward)
+        observed += (block.attention, block.feed_forward)
     try:
-        for module in watched:
+        for module in observed:
             module.observer = observer
         yield
     finally:
-        for module in watched:
+        for module in observed:
             module.observer = None

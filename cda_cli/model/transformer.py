@@ -89,7 +89,7 @@ class Transformer(nn.Module):
     def activation_checkpointing(self, wanted: bool) -> None:
         self._activation_checkpointing = wanted
         for block in self.each_block():
-            block.attention.computed_again = wanted
+            block.attention.is_recomputed = wanted
 
     def head(self, x_BTC: Tensor, targets_BT: Tensor | None) -> Tensor:
         """From the residual stream of the last block to what `forward` returns."""
@@ -109,10 +109,14 @@ class Transformer(nn.Module):
 
     @property
     def attention_eps(self) -> float | None:
-        """The ε that the attention weights have now, annealed or not; None where softmax gives them."""
-        if self.config.attention == "softmax":
-            return None
-        return next(iter(self.each_block())).attention.eps
+        """The ε that the attention weights have now, annealed or not; None where they have none."""
+        attention = self.each_block()[0].attention
+        return attention.eps if attention.rule.has_eps else None
+
+    @property
+    def attention_description(self) -> str:
+        """The attention rule in a few words, with its solver and its ε."""
+        return self.each_block()[0].attention.rule.description(self.attention_eps)
 
     def set_attention_eps(self, eps: float) -> None:
         """ε of every attention layer, for annealing."""

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from cda_cli.config import Config, ModelConfig
+from cda_cli.model import attention_rule
 
 # Dense bf16, FLOP/s, from NVIDIA's data sheets (there mostly with sparsity, which doubles them). The first name that is
 # in the device's own wins.
@@ -45,21 +46,13 @@ class Flops(NamedTuple):
     dense: float
 
 
-class _Attention(NamedTuple):
-    """Products of attention: how many, each of a query with each of `keys`, forward and backward."""
-
-    forward: int
-    backward: int
-    keys: float
-
-
 def flops_per_token(config: Config, backend: str) -> Flops:
     """Of training with `config`, whose layers run on `backend` (see `ops.choose_backend`)."""
     model = config.model
     inner = model.heads * model.head_width
     block = _block_weights(model)
     logits = model.dim * model.vocab_size
-    attention = _attention(model, backend)
+    attention = attention_rule(model).products(backend)
     product = 2 * inner * attention.keys
     per_block = 6 * block + product * (attention.forward + attention.backward)
     if config.run.activation_checkpointing:
@@ -84,20 +77,5 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def _block_weights(model: ModelConfig) -> int:
     """Weights of a block that are multiplied with."""
     inner = model.heads * model.head_width
-    budgets = (model.learned_k and model.attention == "coordinate-descent") + model.output_gate
-    return model.dim * (4 * inner + 2 * model.ff_width + budgets * model.heads)
-
-
-def _attention(model: ModelConfig, backend: str) -> _Attention:
-    T, S = model.seq_len, model.seq_len + model.null_kv
-    seen = (T + 1) / 2 + model.null_kv
-    if model.attention == "softmax":
-        # With null keys the mask is a tensor, and every score is computed. The backward computes the scores again.
-        return _Attention(2, 5, S if model.null_kv else seen)
-    if backend == "colt5":
-        return _Attention(2, 4, S)
-    if backend == "triton" and model.solver == "exact":
-        # Scores twice, and the values, for k > 2 of free and of capped entries apart; then scores and ∂L/∂λ in two
-        # kernels, and three gradients.
-        return _Attention(3 if model.attn_k <= 2 else 4, 7, seen)
-    return _Attention(2, 5, seen)
+    per_head = attention_rule(model).learns_budget + model.output_gate
+    return model.dim * (4 * inner + 2 * model.ff_width + per_head * model.heads)

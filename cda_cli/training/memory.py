@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cda_cli.config import Config, ModelConfig
-from cda_cli.model import Transformer
+from cda_cli.model import Transformer, attention_rule
 from cda_cli.ops import Choice
-from cda_cli.ops.attention import BLOCK_SCORES_CPU, BLOCK_SCORES_GPU
 from cda_cli.runtime import autocast
 
 MIB = 2**20
@@ -235,17 +234,13 @@ def _workspaces(device: torch.device, captured: bool) -> int:
 def _scratch(config: Config, device: torch.device, choice: Choice) -> dict[str, int]:
     """Bytes within an operator in PyTorch, by the start of its name, as measured on a CPU.
 
-    Attention in blocks: float32 of q, k, v and four gradients, and six tensors like a block's scores. Over rows: nine
-    like the scores forward, and six backward.
+    The row operator takes nine tensors like the scores forward, and six backward.
     """
-    model, rows = config.model, config.optim.batch_size * config.model.seq_len
-    limit = BLOCK_SCORES_GPU if device.type == "cuda" else BLOCK_SCORES_CPU
-    block = min(rows * model.heads * (model.seq_len + model.null_kv), limit)
+    model, batch_size = config.model, config.optim.batch_size
     fused = choice.name == "triton"
-    attention = model.attention == "coordinate-descent" and not (fused and model.solver == "exact")
-    units = rows * model.ff_width if model.ff == "coordinate-descent" and not fused else 0
+    units = batch_size * model.seq_len * model.ff_width if model.ff == "coordinate-descent" and not fused else 0
     return {
-        "cda.soft_topk_attention": 4 * (7 * rows * model.heads * model.head_width + 6 * block) if attention else 0,
+        **attention_rule(model).scratch(batch_size, device, choice),
         "cda.soft_topk_backward": 4 * 6 * units,
         "cda.soft_topk.": 4 * 9 * units,
     }

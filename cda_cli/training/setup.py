@@ -31,7 +31,7 @@ from cda_cli.data import (
     streamed_validation,
 )
 from cda_cli.errors import CheckpointError, DeviceError
-from cda_cli.model import Transformer, model_backend, state_tensors
+from cda_cli.model import Transformer, attention_rule, model_backend, state_tensors
 from cda_cli.ops import Choice
 from cda_cli.restore import check_model, fill
 from cda_cli.runtime import pick_dtype
@@ -270,27 +270,23 @@ def with_vocabulary(config: Config, data: RunData) -> Config:
 
 def remarks(config: Config) -> list[str]:
     """What is allowed, but probably not what was meant."""
-    model, said = config.model, []
-    keys = model.seq_len + model.null_kv
-    if model.attention == "coordinate-descent" and model.attn_k >= keys:
-        said.append(f"attn_k {model.attn_k:g} covers all {keys} keys of a row: every weight is 1")
+    model = config.model
+    said = attention_rule(model).warnings()
     if model.ff == "coordinate-descent" and model.ff_k >= model.ff_width:
         said.append(f"ff_k {model.ff_k:g} covers all {model.ff_width} units of a row: every activation is 1")
-    if model.learned_k and model.attention == "softmax":
-        said.append("learned_k has no effect with softmax attention; its control there is output_gate")
     return said
 
 
 def selects(model: ModelConfig) -> bool:
     """Whether any layer does so with coordinate descent."""
-    return model.attention == "coordinate-descent" or model.ff == "coordinate-descent"
+    return attention_rule(model).uses_operator or model.ff == "coordinate-descent"
 
 
 def describe_backend(config: Config, device: torch.device) -> str:
     """Which code computes the attention and the feed-forward, and why. Raises DeviceError as `choose` does."""
     model, choice = config.model, choose(config, device)
     if not selects(model):
-        return "PyTorch SDPA (no layer selects with coordinate descent)"
+        return f"{attention_rule(model).code} (no layer selects with coordinate descent)"
     return f"{choice.name}, {model.solver} solver ({choice.reason})"
 
 

@@ -140,7 +140,7 @@ def test_a_long_sequence_is_watched_in_parts(monkeypatch: pytest.MonkeyPatch, at
     """One row at a time, or 5 of a batch: the same figures, weights and logits, without all weights at once."""
     model = build(attention=attention, learned_k=True, null_kv=1)
     whole, together = run(model, keep=(1, 1)), raw(model)
-    monkeypatch.setattr("cda_cli.model.attention.OBSERVED", at_a_time)
+    monkeypatch.setattr("cda_cli.model.rules.base.BLOCK_SCORES", at_a_time)
     found, parts = run(model, keep=(1, 1)), raw(model)
     assert len(parts) > len(together)
     assert max(one.weights.numel() for one in parts if isinstance(one, AttentionSeen)) <= max(at_a_time, 7 * 2 * 13)

@@ -1,0 +1,45 @@
+"""Queries, keys and values of every head, and a few further numbers of every head, from one matrix product.
+
+The further numbers (the logits of a learned k and of an output gate) have linears of their own, with H outputs each.
+A GPU takes as long for a product with so few columns as for one with many. In compiled code the product of queries,
+keys and values therefore computes these columns too: they are packed behind it, padded with zeros to whole heads.
+
+Shapes: B batch, T queries, C width of the residual stream, H heads, G = 3·H and the heads that hold packed columns, D
+head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def project_heads(x_BTC: Tensor, to_qkv: nn.Linear, head_linears: Mapping[str, nn.Linear], head_width: int) -> Tensor:
+    """Heads [B, T, G, D]: H of queries, H of keys, H of values, and in compiled code those of the packed columns."""
+    weight = to_qkv.weight
+    if head_linears and torch.compiler.is_compiling():
+        weight = torch.cat((weight, *(linear.weight for linear in head_linears.values())))
+        weight = F.pad(weight, (0, 0, 0, -len(weight) % head_width))
+    return rearrange(F.linear(x_BTC, weight), "b t (g d) -> b t g d", d=head_width)
+
+
+def head_logits(x_BTC: Tensor, packed_BTGD: Tensor, head_linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    """The outputs [B, H, T] of `head_linears`, by their names.
+
+    `packed_BTGD` holds the heads behind the values that `project_heads` made: none where nothing was packed.
+    """
+    logits: dict[str, Tensor] = {}
+    first = 0
+    for name, linear in head_linears.items():
+        H = linear.out_features
+        if packed_BTGD.shape[2]:
+            outputs_BTH = packed_BTGD.flatten(2)[..., first : first + H] + linear.bias
+        else:
+            outputs_BTH = linear(x_BTC)
+        logits[name] = rearrange(outputs_BTH, "b t h -> b h t")
+        first += H
+    return logits

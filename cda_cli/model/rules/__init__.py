@@ -1,0 +1,33 @@
+"""The attention rules, by their names in the configuration (`model.attention`).
+
+A rule says how the scores of a layer become weights, and what else follows from that: the code that computes them, its
+matrix products, its scratch memory, and what is worth telling a person. To add a rule, write its file, add a line to
+`RULES` and its name to `ModelConfig.attention`, and test it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cda_cli.config import ModelConfig
+from cda_cli.model.rules.base import AttentionRule, Products
+from cda_cli.model.rules.soft_topk import SoftTopK
+from cda_cli.model.rules.softmax import Softmax
+from cda_cli.ops import Backend, Choice
+
+RULES: dict[str, type[AttentionRule]] = {
+    "softmax": Softmax,
+    "coordinate-descent": SoftTopK,
+}
+
+__all__ = ["RULES", "AttentionRule", "Products", "attention_rule", "model_backend"]
+
+
+def attention_rule(config: ModelConfig, backend: Backend = "auto") -> AttentionRule:
+    """The rule of `config`, as one layer uses it."""
+    return RULES[config.attention](config, backend)
+
+
+def model_backend(config: ModelConfig, backend: Backend, device: torch.device) -> Choice:
+    """The backend of a model's layers on `device`. Raises ValueError where a forced one cannot run."""
+    return attention_rule(config, backend).choose_backend(device)

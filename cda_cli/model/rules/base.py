@@ -1,0 +1,123 @@
+"""The interface of an attention rule, and attention by dense weights, which every rule can do.
+
+Shapes: B batch, H heads, T queries, S keys (null and cached ones first), D head width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cda_cli.config import ModelConfig
+from cda_cli.ops import Backend, Choice, choose_backend
+
+# Dense weights are computed for at most so many scores at a time, or for one row. With 8192 keys and 8 heads that is
+# 256 rows; in float64, in which an observer measures them, one copy takes 128 MiB.
+BLOCK_SCORES = 2**24
+
+See = Callable[[Tensor, Tensor, int], None]
+
+
+class Products(NamedTuple):
+    """Matrix products of attention: how many in forward and backward, each of a query with `keys` keys."""
+
+    forward: int
+    backward: int
+    keys: float
+
+
+class AttentionRule(ABC):
+    """How one layer turns scores into weights. `eps` is its temperature, which annealing changes between steps."""
+
+    has_budget = False  # Each row has a budget k and sums to it. Rows of the other rules sum to 1.
+    has_eps = True  # The weights depend on ε.
+    uses_operator = False  # `cda_cli.ops` computes the weights, with a solver and a backend.
+    code = "PyTorch, dense weights"  # What computes the weights where the operator does not, in words.
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        self.config, self.backend = config, backend
+        self.eps = config.attn_eps
+        self.scale = config.head_width**-0.5
+
+    @abstractmethod
+    def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
+        """Dense weights [B, H, t, S] of scores [B, H, t, S], in their dtype; a masked entry gets 0.
+
+        `budget` is the k of each row, [B, H, t]; `mask` is bool [t, S], True where a query sees a key. Every query sees
+        at least one.
+        """
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor) -> Tensor:
+        """Causal attention [B, H, T, D] of query [B, H, T, D] to key and value [B, H, S, D], S ≥ T.
+
+        Query t sees the keys up to t + S − T. `budget` is the k of each row: a number, or [B, H, T].
+        """
+        return self.attend_densely(query, key, value, budget)
+
+    def attend_densely(
+        self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, see: See | None = None
+    ) -> Tensor:
+        """What `attend` computes, by dense weights, block by block of queries.
+
+        `see`, where given, gets each block's weights [B, H, t, S], its k [B, H, t], and the index among the S keys of
+        the last one that its first query sees.
+        """
+        B, H, T, _ = query.shape
+        S, dtype = key.shape[2], torch.promote_types(query.dtype, torch.float32)
+        key_BHDS = key.to(dtype).transpose(-1, -2)
+        if not isinstance(budget, Tensor):
+            budget = torch.full((), budget, device=query.device)  # A copy from the host would wait for the GPU.
+        rows = max(1, BLOCK_SCORES // (B * H * S))
+        outputs = []
+        blocks = zip(query.split(rows, 2), budget.to(dtype).expand(B, H, T).split(rows, 2), strict=True)
+        for number, (query_BHtD, budget_BHt) in enumerate(blocks):
+            last = S - T + number * rows
+            with torch.autocast(query.device.type, enabled=False):
+                scores = self.scale * query_BHtD.to(dtype) @ key_BHDS
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(last)
+            weights = self.weights(scores, budget_BHt, mask)
+            if see is not None:
+                see(weights, budget_BHt, last)
+            outputs.append(weights.to(value.dtype) @ value)
+        return torch.cat(outputs, 2)
+
+    @property
+    def learns_budget(self) -> bool:
+        """Whether each query and head has a k of its own, from a linear."""
+        return self.has_budget and self.config.learned_k
+
+    @property
+    def most_keys(self) -> int:
+        """Keys that the last query of a whole sequence sees."""
+        return self.config.seq_len + self.config.null_kv
+
+    def choose_backend(self, device: torch.device) -> Choice:
+        """The backend of the operator on `device`. Raises ValueError where a forced one cannot run."""
+        return choose_backend(self.backend, self.config.solver, device)
+
+    def products(self, backend: str) -> Products:
+        """The matrix products of a whole sequence, where the operator runs on `backend`.
+
+        Dense weights are kept for the backward, and are computed for the keys that a query does not see, too.
+        """
+        return Products(2, 4, self.most_keys)
+
+    def scratch(self, batch_size: int, device: torch.device, choice: Choice) -> dict[str, int]:
+        """Bytes that an operator takes within itself, by the start of its name, as measured on a CPU."""
+        return {}
+
+    def warnings(self) -> list[str]:
+        """Sentences about settings that are allowed but that were hardly meant."""
+        config = self.config
+        if config.learned_k and not self.has_budget:
+            return [f"learned_k has no effect with {config.attention} attention; its control there is output_gate"]
+        return []
+
+    def description(self, eps: float | None) -> str:
+        """The rule in a few words, with its ε, such as "softmax" or "coordinate-descent, exact solver, ε = 0.1"."""
+        solver = f", {self.config.solver} solver" if self.uses_operator else ""
+        return f"{self.config.attention}{solver}" + (f", ε = {eps:g}" if eps is not None else "")

@@ -1,0 +1,70 @@
+"""Coordinate-descent attention: the entropic soft top-k of the scores (docs/operator.md)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cda_cli.config import ModelConfig
+from cda_cli.model.layers import solver_settings
+from cda_cli.model.rules.base import AttentionRule, Products
+from cda_cli.ops import Backend, Choice, choose_backend, soft_topk, soft_topk_attention
+from cda_cli.ops.attention import BLOCK_SCORES_CPU, BLOCK_SCORES_GPU
+
+
+class SoftTopK(AttentionRule):
+    """Weights min(1, exp((s + a)/ε)) that sum to the budget k of their row; k may be learned."""
+
+    has_budget = True
+    uses_operator = True
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        super().__init__(config, backend)
+        self.solver = solver_settings(config)
+
+    def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
+        return soft_topk(scores, budget, mask=mask, eps=self.eps, backend=self.backend, **self.solver)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor) -> Tensor:
+        return soft_topk_attention(
+            query,
+            key,
+            value,
+            budget,
+            eps=self.eps,
+            scale=self.scale,
+            backend=self.backend,
+            largest_k=max(1.0, self.config.attn_k),
+            **self.solver,
+        )
+
+    def choose_backend(self, device: torch.device) -> Choice:
+        return choose_backend(self.backend, self.config.solver, device, head_width=self.config.head_width)
+
+    def products(self, backend: str) -> Products:
+        """The fused kernels go over the scores twice. For k above 2 they sum values of free and capped entries apart.
+
+        Their backward computes the scores and ∂L/∂λ in two kernels, and three gradients.
+        """
+        seen = (self.config.seq_len + 1) / 2 + self.config.null_kv
+        if backend == "colt5":
+            return Products(2, 4, self.most_keys)
+        if self._is_fused(backend):
+            return Products(3 if self.config.attn_k <= 2 else 4, 7, seen)
+        return Products(2, 5, seen)
+
+    def scratch(self, batch_size: int, device: torch.device, choice: Choice) -> dict[str, int]:
+        """In blocks: float32 of query, key, value and four gradients, and six tensors as large as a block's scores."""
+        if self._is_fused(choice.name):
+            return {}
+        config, rows = self.config, batch_size * self.config.seq_len
+        limit = BLOCK_SCORES_GPU if device.type == "cuda" else BLOCK_SCORES_CPU
+        block = min(rows * config.heads * self.most_keys, limit)
+        return {"cda.soft_topk_attention": 4 * (7 * rows * config.heads * config.head_width + 6 * block)}
+
+    def warnings(self) -> list[str]:
+        k, keys = self.config.attn_k, self.most_keys
+        return [f"attn_k {k:g} covers all {keys} keys of a row: every weight is 1"] if k >= keys else []
+
+    def _is_fused(self, backend: str) -> bool:
+        return backend == "triton" and self.config.solver == "exact"

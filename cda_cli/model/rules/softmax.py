@@ -1,0 +1,36 @@
+"""Softmax attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cda_cli.model.rules.base import AttentionRule, Products
+
+
+class Softmax(AttentionRule):
+    """Weights softmax(scores), by PyTorch's fused attention. `attn_eps` and `attn_k` have no effect."""
+
+    has_eps = False
+    code = "PyTorch SDPA"
+
+    def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor) -> Tensor:
+        return sdpa(query, key, value, self.scale)
+
+    def products(self, backend: str) -> Products:
+        """The backward computes the scores again. With null keys the mask is a tensor, and every score is computed."""
+        seen = (self.config.seq_len + 1) / 2
+        return Products(2, 5, self.most_keys if self.config.null_kv else seen)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal softmax attention, where the T queries are the last of the S positions."""
+    T, S = query.shape[2], key.shape[2]
+    if S == T:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
