@@ -24,11 +24,18 @@ COMPILED_RECOMPUTE_KEEPS_SAVED = torch.__version__ < "2.13"
 
 
 class Attention(nn.Module):
+    query_scale: Tensor | None
+
     def __init__(self, config: ModelConfig, layer: int, backend: Backend) -> None:
         super().__init__()
         self.config, self.layer, self.backend = config, layer, backend
         self.heads = config.heads
         self.rule = attention_rule(config, backend)
+        self.eps = config.attn_eps  # the temperature of the weights now
+        # ε anneals as a factor on the query, in a tensor: compiled code and CUDA graphs would hold a number fast. The
+        # factor follows from the step, so no checkpoint holds it.
+        as_scale = config.eps_anneal_start is not None and self.rule.divides_by_eps
+        self.register_buffer("query_scale", torch.ones(()) if as_scale else None, persistent=False)
         self.observer: Observer | None = None
         self.is_recomputed = False  # Activation checkpointing computes this layer again in the backward.
 
@@ -43,14 +50,13 @@ class Attention(nn.Module):
         self.to_learned_k = _head_linear(config) if self.rule.learns_budget else None
         self.to_gate = _head_linear(config) if config.output_gate else None
 
-    @property
-    def eps(self) -> float:
-        """The temperature of the weights now."""
-        return self.rule.eps
-
-    @eps.setter
-    def eps(self, eps: float) -> None:
-        self.rule.eps = eps
+    def set_eps(self, eps: float) -> None:
+        """Changes the temperature ε of the weights: scores/ε = (scale · attn_eps/ε) · query·key / attn_eps."""
+        if self.query_scale is None:
+            self.rule.eps = eps
+        elif eps != self.eps:
+            self.query_scale.fill_(self.rule.eps / eps)
+        self.eps = eps
 
     def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         projected = project_heads(x_BTC, self.to_qkv, self._head_linears, self.config.head_width)
@@ -88,7 +94,9 @@ class Attention(nn.Module):
         if norms[0] and norms[1] and rotary and cache is None and self._has_kernels(projected_BTGD):
             from cda_cli.ops.triton.heads import norm_and_rotate
 
-            gains = norms[0].weight, norms[1].weight
+            # Rotation is linear, so a factor on the gain is one on the query, and takes no pass over it.
+            gain = norms[0].weight if self.query_scale is None else norms[0].weight * self.query_scale
+            gains = gain, norms[1].weight
             query, key, value, packed = norm_and_rotate(projected_BTGD, *gains, rotary.cos, rotary.sin, H, EPS)
         else:
             query, key, value, packed = projected_BTGD.split((H, H, H, projected_BTGD.shape[2] - 3 * H), dim=2)
@@ -97,6 +105,8 @@ class Attention(nn.Module):
             if rotary:
                 start = cache.length if cache is not None else 0
                 query, key = rotary(query, start), rotary(key, start)
+            if self.query_scale is not None:
+                query = query * self.query_scale
         query, key, value = (rearrange(heads, "b t h d -> b h t d") for heads in (query, key, value))
         if cache is not None:
             key, value = cache.append(self.layer, key, value)

@@ -119,9 +119,9 @@ class Transformer(nn.Module):
         return self.each_block()[0].attention.rule.description(self.attention_eps)
 
     def set_attention_eps(self, eps: float) -> None:
-        """ε of every attention layer, for annealing."""
+        """Sets the ε of every attention layer, for annealing."""
         for block in self.each_block():
-            block.attention.eps = eps
+            block.attention.set_eps(eps)
 
     def parameter_count(self) -> int:
         """Parameters, shared ones once."""

@@ -9,7 +9,7 @@ import torch
 
 from cda_cli.config import Config, parse
 from cda_cli.errors import DataError, DeviceError
-from cda_cli.training.setup import build, describe_backend, open_data, remarks, with_vocabulary
+from cda_cli.training.setup import build, compiles, describe_backend, open_data, remarks, with_vocabulary
 from cda_cli.training.speed import WINDOW, Speed
 
 
@@ -51,6 +51,18 @@ def test_the_backend_is_described_with_its_reason() -> None:
     for model in ({}, softmax):  # forced, it is an error before any work, though no layer selects
         with pytest.raises(DeviceError, match="no exact solver"):
             describe_backend(parse({"model": model, "run": {"backend": "colt5"}}), cpu)
+
+
+@pytest.mark.parametrize(
+    ("model", "compiled"),
+    [({}, True), ({"attention": "softmax"}, True), ({"solver": "iterative"}, False)],
+)
+def test_an_eps_that_anneals_is_compiled_where_it_is_no_constant(model: dict[str, object], compiled: bool) -> None:
+    """The iterative solver would compile at every step, so it says that it does not."""
+    said: list[str] = []
+    asked = parse({"model": {"eps_anneal_start": 2.0, **model}, "run": {"compile": True}})
+    assert compiles(asked, torch.device("cpu"), said.append) is compiled
+    assert said == ([] if compiled else ["torch.compile is off: an ε that changes every step would compile every step"])
 
 
 def test_the_seed_is_that_of_the_weights(config: Config) -> None:

@@ -31,7 +31,7 @@ class Products(NamedTuple):
 
 
 class AttentionRule(ABC):
-    """How one layer turns scores into weights. `eps` is its temperature, which annealing changes between steps."""
+    """How one layer turns scores into weights. `eps` is its temperature."""
 
     has_budget = False  # Each row has a budget k and sums to it. Rows of the other rules sum to 1.
     has_eps = True  # The weights depend on ε.
@@ -84,6 +84,16 @@ class AttentionRule(ABC):
                 see(weights, budget_BHt, last)
             outputs.append(weights.to(value.dtype) @ value)
         return torch.cat(outputs, 2)
+
+    @property
+    def divides_by_eps(self) -> bool:
+        """Whether ε enters as scores/ε alone, so that a factor on the query stands for another ε."""
+        return self.has_eps
+
+    @property
+    def anneals_as_number(self) -> bool:
+        """Whether ε anneals as a number, which compiled code holds as a constant: each new one would compile anew."""
+        return self.config.eps_anneal_start is not None and self.has_eps and not self.divides_by_eps
 
     @property
     def learns_budget(self) -> bool:

@@ -38,6 +38,11 @@ class SoftTopK(AttentionRule):
             **self.solver,
         )
 
+    @property
+    def divides_by_eps(self) -> bool:
+        """The iterative solver starts from eps_init, a number of its own."""
+        return self.config.solver == "exact"
+
     def choose_backend(self, device: torch.device) -> Choice:
         return choose_backend(self.backend, self.config.solver, device, head_width=self.config.head_width)
 
