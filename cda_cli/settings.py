@@ -78,7 +78,13 @@ class ModelSettings(Table):
     null_kv: Annotated[int, Setting("Learned key/value pairs of each head that every query sees.", ge=0)] = 0
 
     attention: Annotated[
-        Literal["softmax", "coordinate-descent"], Setting("Attention weights.", flag="--attention")
+        Literal["softmax", "coordinate-descent", "tempered-softmax", "hard-topk", "entmax"],
+        Setting(
+            "Attention weights of the scores s: softmax(s); coordinate-descent, the soft top-k; or as its controls "
+            "tempered-softmax, softmax(s/ε); hard-topk, softmax(s/ε) of the ⌊attn_k⌋ largest; entmax, entmax 1.5 of "
+            "s/ε (an optional package).",
+            flag="--attention",
+        ),
     ] = "coordinate-descent"
     attn_k: Annotated[
         float, Setting("Budget k of an attention row: it may attend fully to k keys.", flag="--attn-k", gt=0)
@@ -86,7 +92,7 @@ class ModelSettings(Table):
     attn_eps: Annotated[
         float,
         Setting(
-            "Temperature ε of the attention weights.",
+            "Temperature ε of the attention weights; softmax has none.",
             flag="--eps",
             flag_help="Temperature ε, of the attention weights and of the feed-forward.",
             by_preset=True,

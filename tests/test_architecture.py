@@ -58,7 +58,7 @@ OUTSIDE: dict[str, set[str]] = {
     "console": {"rich"},
     "runtime": {"torch"},
     "storage": {"torch", "safetensors"},
-    "model": {"torch", "einops"},
+    "model": {"torch", "einops", "entmax"},
     "ops": {"torch", "triton", "colt5_attention"},
 }
 HEAVY = {"torch", "datasets", "triton", "numpy", "yaml", "pydantic", "einops", "safetensors", "tokenizers", "tqdm"}

@@ -1,13 +1,180 @@
-"""The attention rules."""
+"""The attention rules: each against its definition in float64, and the same in every way that it can be computed."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import get_args
 
-from cda_cli.config import ModelConfig
-from cda_cli.model.rules import RULES
+import pytest
+import torch
+from torch import Tensor
+
+from cda_cli.config import ModelConfig, parse
+from cda_cli.errors import DeviceError
+from cda_cli.model import KeyValueCache, Transformer
+from cda_cli.model.observe import AttentionSeen, observing
+from cda_cli.model.rules import RULES, AttentionRule, attention_rule
+from cda_cli.ops import reference_soft_topk
+from cda_cli.training.setup import describe_backend
+from tests.model.cases import build, tiny, tokens
+
+EPS, K = 0.3, 2.5
+CPU = torch.device("cpu")
 
 
-def test_every_rule_of_the_configuration_is_there() -> None:
+def _entmax(scores: Tensor) -> Tensor:
+    """By bisection on τ."""
+    low, high = scores.amax(-1, keepdim=True) / 2 - 1, scores.amax(-1, keepdim=True) / 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        too_much = (scores / 2 - middle).clamp(min=0).square().sum(-1, keepdim=True) > 1
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    return (scores / 2 - low).clamp(min=0).square()
+
+
+def _hard_topk(scores: Tensor) -> Tensor:
+    """The 2 largest, by order."""
+    exponentials = (scores / EPS).exp()
+    kept = torch.where(scores.argsort(-1).argsort(-1) >= scores.shape[-1] - 2, exponentials, 0.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+# From scores [..., S] in float64, −inf where masked, to weights.
+DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda scores: scores.exp() / scores.exp().sum(-1, keepdim=True),
+    "tempered-softmax": lambda scores: (scores / EPS).exp() / (scores / EPS).exp().sum(-1, keepdim=True),
+    "coordinate-descent": lambda scores: reference_soft_topk(scores, K, EPS, scores > -torch.inf).weights,
+    "hard-topk": _hard_topk,
+    "entmax": lambda scores: _entmax(scores / EPS),
+}
+each_rule = pytest.mark.parametrize("name", sorted(RULES))
+
+
+def rule_of(name: str) -> AttentionRule:
+    return attention_rule(tiny(attention=name, attn_k=K, attn_eps=EPS, dim_head=8))
+
+
+def problem(T: int, S: int) -> list[Tensor]:
+    """query, key and value with 2 sequences, 3 heads and 8 channels."""
+    generator = torch.Generator().manual_seed(T)
+    return [torch.randn(2, 3, length, 8, generator=generator) for length in (T, S, S)]
+
+
+def defined(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and weights in float64, by the definition."""
+    query, key, value = query.double(), key.double(), value.double()
+    T, S = query.shape[2], key.shape[2]
+    scores = query @ key.transpose(-1, -2) * 8**-0.5
+    scores = scores.masked_fill(~torch.ones(T, S, dtype=torch.bool).tril(S - T), -torch.inf)
+    weights = DEFINITIONS[name](scores)
+    return weights @ value, weights
+
+
+def test_every_rule_of_the_configuration_is_there_and_is_tested() -> None:
     """A name without a rule is a KeyError in the middle of a run, and a rule without a name can never be chosen."""
-    assert set(RULES) == set(get_args(ModelConfig.model_fields["attention"].annotation))
+    assert set(RULES) == set(get_args(ModelConfig.model_fields["attention"].annotation)) == set(DEFINITIONS)
+
+
+@each_rule
+@pytest.mark.parametrize(("T", "S"), [(7, 7), (5, 9), (1, 6), (1, 1)])
+def test_a_rule_is_its_definition(name: str, T: int, S: int) -> None:
+    """With keys in front, as null and cached keys are; attended to by its own code, and by its dense weights."""
+    query, key, value = problem(T, S)
+    output, weights = defined(name, query, key, value)
+    rule = rule_of(name)
+    budget = K if rule.has_budget else 1.0
+    seen: list[Tensor] = []
+    torch.testing.assert_close(rule.attend(query, key, value, budget).double(), output, rtol=0, atol=2e-5)
+    densely = rule.attend_densely(query, key, value, budget, lambda weights, k, last: seen.append(weights))
+    torch.testing.assert_close(densely.double(), output, rtol=0, atol=2e-5)
+    torch.testing.assert_close(torch.cat(seen, 2).double(), weights, rtol=0, atol=2e-5)
+
+
+@each_rule
+def test_its_gradient_is_that_of_its_definition(name: str) -> None:
+    """Against differences of the definition in float64, along a direction for each of query, key and value."""
+    inputs = problem(6, 8)
+    rule = rule_of(name)
+    weights = torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(9))
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    (rule.attend(*leaves, K if rule.has_budget else 1.0) * weights).sum().backward()
+    for place, leaf in enumerate(leaves):
+        direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(place), dtype=torch.float64)
+        ends = []
+        for sign in (1, -1):
+            moved = [tensor.double() for tensor in inputs]
+            moved[place] = moved[place] + sign * 1e-6 * direction
+            ends.append((defined(name, *moved)[0] * weights).sum().item())
+        assert leaf.grad is not None
+        found = (leaf.grad.double() * direction).sum().item()
+        assert found == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-3, abs=1e-3)
+
+
+@each_rule
+def test_a_model_is_the_same_with_a_cache_and_never_sees_a_later_token(name: str) -> None:
+    model = build(config := tiny(attention=name, null_kv=2, position="rotary", attn_k=K))
+    batch = tokens(config)
+    cache = KeyValueCache(config, len(batch), CPU, torch.float32)
+    changed = batch.clone()
+    changed[:, 6:] = (batch[:, 6:] + 1) % config.vocab_size
+    with torch.no_grad():
+        logits = model(batch)
+        parts = [model(batch[:, start:stop], cache) for start, stop in ((0, 5), (5, 6), (6, 11))]
+        torch.testing.assert_close(torch.cat(parts, 1), logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(changed)[:, :6], logits[:, :6], rtol=0, atol=1e-6)
+
+
+@each_rule
+def test_an_observer_sees_rows_that_sum_to_their_k(name: str) -> None:
+    model = build(config := tiny(attention=name, null_kv=1, attn_k=K))
+    seen: list[AttentionSeen] = []
+    with torch.no_grad(), observing(model, lambda one: seen.append(one) if isinstance(one, AttentionSeen) else None):
+        logits = model(tokens(config))
+    torch.testing.assert_close(logits, model(tokens(config)).detach(), rtol=0, atol=1e-5)
+    visible = torch.arange(2, config.seq_len + 2).float()
+    for one in seen:
+        assert (one.weights >= 0).all()
+        torch.testing.assert_close(one.weights.sum(-1), one.sparsity_k.minimum(visible), atol=1e-4, rtol=0)
+    zeros = [(one.weights[:, :, -1] == 0).float().mean().item() for one in seen]
+    assert all(share > 0.2 for share in zeros) == (name in ("hard-topk", "entmax")), "which rules give weights of 0"
+
+
+@each_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_trains_compiled_and_in_bf16(name: str, dtype: torch.dtype) -> None:
+    """The same loss, and a gradient for each parameter."""
+    torch._dynamo.reset()
+    model, batch = build(tiny(attention=name, learned_k=True, output_gate=True)), tokens(tiny())
+    losses = []
+    for called in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = called(batch[:, :-1], targets_BT=batch[:, 1:]).mean()
+        loss.backward()
+        losses.append(loss.detach())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.numel())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=0)
+
+
+def test_a_learned_k_is_only_where_there_is_a_budget() -> None:
+    for name, rule in RULES.items():
+        model = Transformer(tiny(attention=name, learned_k=True))
+        assert any("to_learned_k" in key for key in model.state_dict()) == rule.has_budget
+
+
+def test_the_tempered_softmax_is_the_soft_topk_with_a_budget_of_one() -> None:
+    """Softmax itself ignores ε, as runs of before ε was one of its settings must stay what they are."""
+    query, key, value = problem(7, 7)
+    tempered = attention_rule(tiny(attention="tempered-softmax", dim_head=8)).attend(query, key, value, 1.0)
+    soft = attention_rule(tiny(attention="coordinate-descent", dim_head=8)).attend(query, key, value, 1.0)
+    torch.testing.assert_close(tempered, soft, rtol=0, atol=1e-5)
+    plain = [attention_rule(tiny(attention="softmax", attn_eps=eps)).attend(query, key, value, 1.0) for eps in (1, 0.1)]
+    assert plain[0].equal(plain[1])
+
+
+def test_a_missing_package_is_one_sentence_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work, not at the first step."""
+    monkeypatch.setitem(sys.modules, "entmax", None)
+    with pytest.raises(DeviceError, match=r"needs the package entmax; install it \(pip install entmax\), or choose"):
+        describe_backend(parse({"model": {"attention": "entmax"}}), CPU)

@@ -78,6 +78,13 @@ def test_attention_is_counted_as_it_is_computed(
     assert attention_alone(a_config(**model), backend) == pytest.approx(products * keys)
 
 
+@pytest.mark.parametrize("attention", ["hard-topk", "entmax"])
+def test_dense_weights_are_counted_as_pytorch_counts_them(attention: str) -> None:
+    """Its counter sees all of their products."""
+    config = a_config(attention=attention, null_kv=2, output_gate=True)
+    assert flops_per_token(config, "torch").computed == linear(config)
+
+
 def test_the_dense_figure_is_the_convention() -> None:
     """6N + 12·L·d·T, whatever is computed: N of GPT-2 small without what is only looked up, and its sequences."""
     gpt2 = {

@@ -68,6 +68,8 @@ def measured(config: Config, dtype: torch.dtype) -> int:
     [
         {"attention": "softmax"},
         {"attention": "softmax", "vocab_size": 5000},
+        {"attention": "hard-topk", "null_kv": 1},
+        {"attention": "entmax"},
         {"learned_k": True, "null_kv": 1},
         {"ff": "coordinate-descent", "ff_k": 16, "tied_embeddings": False, "norm": "layernorm"},
     ],

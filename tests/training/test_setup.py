@@ -20,6 +20,10 @@ from cda_cli.training.speed import WINDOW, Speed
         ({"seq_len": 8, "attn_k": 9.0, "null_kv": 1}, "attn_k 9 covers all 9 keys"),
         ({"dim": 8, "ff": "coordinate-descent", "ff_k": 32.0}, "ff_k 32 covers all 32 units"),
         ({"learned_k": True, "attention": "softmax"}, "learned_k has no effect with softmax"),
+        ({"learned_k": True, "attention": "hard-topk"}, "learned_k has no effect with hard-topk"),
+        ({"seq_len": 8, "attn_k": 8.5, "attention": "hard-topk"}, "attn_k 8.5 covers all 8 keys"),
+        ({"attn_k": 2.5, "attention": "hard-topk"}, "with attn_k 2.5 a row keeps 2"),
+        ({"attn_k": 0.5, "attention": "hard-topk"}, "with attn_k 0.5 a row keeps 1"),
     ],
 )
 def test_what_is_hardly_meant_is_said(model: dict[str, object], words: str) -> None:
@@ -32,6 +36,9 @@ def test_what_is_hardly_meant_is_said(model: dict[str, object], words: str) -> N
     [
         {"seq_len": 8, "attn_k": 8.0, "null_kv": 1},
         {"seq_len": 8, "attn_k": 99.0, "attention": "softmax"},
+        {"seq_len": 8, "attn_k": 99.0, "attention": "tempered-softmax"},
+        {"seq_len": 8, "attn_k": 99.0, "attention": "entmax"},
+        {"attn_k": 3.0, "attention": "hard-topk"},
         {"dim": 8, "ff_k": 99.0},
         {"learned_k": True},
     ],
@@ -45,6 +52,7 @@ def test_the_backend_is_described_with_its_reason() -> None:
     softmax = {"attention": "softmax", "ff": "gelu"}
     cpu = torch.device("cpu")
     assert "SDPA" in describe_backend(parse({"model": softmax}), cpu)
+    assert "dense weights" in describe_backend(parse({"model": {"attention": "hard-topk"}}), cpu)
     assert "exact solver" in describe_backend(parse({"model": {**softmax, "ff": "coordinate-descent"}}), cpu)
     asked = parse({"model": {"solver": "iterative"}, "run": {"backend": "colt5"}})
     assert describe_backend(asked, cpu) == "colt5, iterative solver (asked for)"

@@ -11,13 +11,18 @@ import torch
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.rules.base import AttentionRule, Products
+from cda_cli.model.rules.entmax import Entmax
+from cda_cli.model.rules.hard_topk import HardTopK
 from cda_cli.model.rules.soft_topk import SoftTopK
-from cda_cli.model.rules.softmax import Softmax
+from cda_cli.model.rules.softmax import Softmax, TemperedSoftmax
 from cda_cli.ops import Backend, Choice
 
 RULES: dict[str, type[AttentionRule]] = {
     "softmax": Softmax,
     "coordinate-descent": SoftTopK,
+    "tempered-softmax": TemperedSoftmax,
+    "hard-topk": HardTopK,
+    "entmax": Entmax,
 }
 
 __all__ = ["RULES", "AttentionRule", "Products", "attention_rule", "model_backend"]
@@ -29,5 +34,5 @@ def attention_rule(config: ModelConfig, backend: Backend = "auto") -> AttentionR
 
 
 def model_backend(config: ModelConfig, backend: Backend, device: torch.device) -> Choice:
-    """The backend of a model's layers on `device`. Raises ValueError where a forced one cannot run."""
+    """The backend of a model's layers on `device`. Raises ValueError where it cannot run."""
     return attention_rule(config, backend).choose_backend(device)

@@ -1,4 +1,4 @@
-"""Softmax attention."""
+"""Softmax attention, plain and with a temperature."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Softmax(AttentionRule):
         return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor) -> Tensor:
-        return sdpa(query, key, value, self.scale)
+        return _sdpa(query, key, value, self.scale)
 
     def products(self, backend: str) -> Products:
         """The backward computes the scores again. With null keys the mask is a tensor, and every score is computed."""
@@ -27,7 +27,19 @@ class Softmax(AttentionRule):
         return Products(2, 5, self.most_keys if self.config.null_kv else seen)
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+class TemperedSoftmax(Softmax):
+    """Weights softmax(scores/ε): the soft top-k with k = 1, by PyTorch's fused attention. `attn_k` has no effect."""
+
+    has_eps = True
+
+    def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
+        return super().weights(scores / self.eps, budget, mask)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor) -> Tensor:
+        return _sdpa(query, key, value, self.scale / self.eps)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal softmax attention, where the T queries are the last of the S positions."""
     T, S = query.shape[2], key.shape[2]
     if S == T:

@@ -1,0 +1,38 @@
+"""Hard top-k attention: the control of the soft top-k whose selection is not relaxed.
+
+Sources: Explicit Sparse Transformer (arXiv 1912.11637) and Memory-efficient Transformers via Top-k Attention (arXiv
+2106.06899), both with ε = 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cda_cli.model.rules.base import AttentionRule
+
+
+class HardTopK(AttentionRule):
+    """Weights softmax(scores/ε) over the ⌊attn_k⌋ largest scores of a row (at least one), and 0 elsewhere.
+
+    Rows sum to 1. The selection has no gradient: it reaches the scores that were kept. Among equal scores PyTorch
+    chooses.
+    """
+
+    @property
+    def kept(self) -> int:
+        """Keys that a row keeps."""
+        return max(1, int(self.config.attn_k))
+
+    def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
+        scores = scores.masked_fill(~mask, -torch.inf)
+        largest = scores.topk(min(self.kept, scores.shape[-1]), dim=-1)
+        return torch.zeros_like(scores).scatter(-1, largest.indices, (largest.values / self.eps).softmax(-1))
+
+    def warnings(self) -> list[str]:
+        warnings, k = super().warnings(), self.config.attn_k
+        if k >= self.most_keys:
+            warnings.append(f"attn_k {k:g} covers all {self.most_keys} keys of a row: hard-topk is tempered-softmax")
+        elif k != self.kept:
+            warnings.append(f"hard-topk keeps whole keys: with attn_k {k:g} a row keeps {self.kept}")
+        return warnings
