@@ -66,7 +66,12 @@ class ModelSettings(Table):
     depth: Annotated[int, Setting("Number of blocks.", ge=1)] = 4
     heads: Annotated[int, Setting("Number of attention heads.", ge=1)] = 4
     dim_head: Annotated[int | None, Setting("Width of a head; null: dim / heads.", ge=1)] = None
-    ff_mult: Annotated[float, Setting("Width of the feed-forward, as a multiple of dim.", gt=0)] = 4.0
+    ff_mult: Annotated[
+        float,
+        Setting(
+            "Width of the feed-forward, as a multiple of dim; 8/3 gives swiglu the weights of the others with 4.", gt=0
+        ),
+    ] = 4.0
     dropout: Annotated[float, Setting("Dropout on the embeddings and on each residual branch.", ge=0, lt=1)] = 0.0
     position: Annotated[Literal["learned", "rotary"], Setting("Position embedding.")] = "learned"
     rotary_base: Annotated[float, Setting("Wavelength base of the rotary positions.", gt=1)] = 10000.0
@@ -115,7 +120,13 @@ class ModelSettings(Table):
     eps_anneal_share: Annotated[float, Setting("Share of the schedule after which ε is attn_eps.", gt=0, le=1)] = 0.5
 
     ff: Annotated[
-        Literal["gelu", "coordinate-descent"], Setting("Feed-forward activation.", flag="--ff", by_preset=True)
+        Literal["gelu", "coordinate-descent", "relu2", "swiglu"],
+        Setting(
+            "Feed-forward activation: gelu; coordinate-descent, the soft top-k; relu2, max(0, x)²; or swiglu, whose "
+            "gate is a third matrix.",
+            flag="--ff",
+            by_preset=True,
+        ),
     ] = "gelu"
     ff_k: Annotated[float, Setting("Budget k of a feed-forward row.", flag="--ff-k", gt=0)] = 128.0
     ff_eps: Annotated[float, Setting("Temperature ε of the feed-forward.", flag="--eps", gt=0)] = 0.1

@@ -126,7 +126,10 @@ BAD_SETS = [
     ("optim.lr=fast", "optim.lr = 'fast' is not possible: input should be a valid number, unable to parse"),
     ("model.depth=2.5", "model.depth = 2.5 is not possible: input should be a valid integer"),
     ("model.dim=", "model.dim = None is not possible: input should be a valid integer"),
-    ("model.attention=soft", "model.attention = 'soft' is not possible: input should be 'softmax', 'coordinate-descent', '"),
+    (
+        "model.attention=soft",
+        "model.attention = 'soft' is not possible: input should be 'softmax', 'coordinate-descent', '",
+    ),
     ("run.keep=1", "run.keep = 1 is not possible: input should be greater than or equal to 2"),
     ("model.learned_k=perhaps", "model.learned_k = 'perhaps' is not possible: input should be a valid boolean"),
     ("run.parallel=[1]", "run.parallel = ['1'] is not possible: input should be 'ddp' or 'fsdp'"),

@@ -1,5 +1,6 @@
 """The model: token embeddings → blocks of attention and feed-forward → logits."""
 
+from cda_cli.model.activations import feed_forward_activation
 from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.published import from_published
 from cda_cli.model.rules import AttentionRule, attention_rule, model_backend
@@ -11,6 +12,7 @@ __all__ = [
     "Transformer",
     "attention_rule",
     "expected_tensors",
+    "feed_forward_activation",
     "from_published",
     "load_state_tensors",
     "model_backend",

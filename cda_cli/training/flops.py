@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from cda_cli.config import Config, ModelConfig
-from cda_cli.model import attention_rule
+from cda_cli.model import attention_rule, feed_forward_activation
 
 # Dense bf16, FLOP/s, from NVIDIA's data sheets (there mostly with sparsity, which doubles them). The first name that is
 # in the device's own wins.
@@ -78,4 +78,5 @@ def _block_weights(model: ModelConfig) -> int:
     """Weights of a block that are multiplied with."""
     inner = model.heads * model.head_width
     per_head = attention_rule(model).learns_budget + model.output_gate
-    return model.dim * (4 * inner + 2 * model.ff_width + per_head * model.heads)
+    units = feed_forward_activation(model).matrices * model.ff_width
+    return model.dim * (4 * inner + units + per_head * model.heads)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cda_cli.config import Config, ModelConfig
-from cda_cli.model import Transformer, attention_rule
+from cda_cli.model import Transformer, attention_rule, feed_forward_activation
 from cda_cli.ops import Choice
 from cda_cli.runtime import autocast
 
@@ -161,9 +161,9 @@ def _passing(config: Config, device: torch.device, dtype: torch.dtype, scratch: 
     model, width = config.model, dtype.itemsize
     rows = config.optim.batch_size * model.seq_len
     at_start = width * (model.vocab_size * model.dim + rows * model.dim)
-    in_block = (
-        rows * (2 * width * model.ff_width + 4 * model.dim) + 4 * model.vocab_size * model.dim + max(scratch.values())
-    )
+    units = feed_forward_activation(model).matrices * model.ff_width
+    within_operator = max(scratch.values(), default=0)
+    in_block = rows * (width * units + 4 * model.dim) + 4 * model.vocab_size * model.dim + within_operator
     if config.run.activation_checkpointing:
         plain = config.model_copy(update={"run": config.run.model_copy(update={"activation_checkpointing": False})})
         one, two = (_kept(plain, device, dtype, depth) for depth in (1, 2))
@@ -232,15 +232,7 @@ def _workspaces(device: torch.device, captured: bool) -> int:
 
 
 def _scratch(config: Config, device: torch.device, choice: Choice) -> dict[str, int]:
-    """Bytes within an operator in PyTorch, by the start of its name, as measured on a CPU.
-
-    The row operator takes nine tensors like the scores forward, and six backward.
-    """
-    model, batch_size = config.model, config.optim.batch_size
-    fused = choice.name == "triton"
-    units = batch_size * model.seq_len * model.ff_width if model.ff == "coordinate-descent" and not fused else 0
-    return {
-        **attention_rule(model).scratch(batch_size, device, choice),
-        "cda.soft_topk_backward": 4 * 6 * units,
-        "cda.soft_topk.": 4 * 9 * units,
-    }
+    """Bytes within an operator in PyTorch, by the start of its name."""
+    batch_size = config.optim.batch_size
+    of_attention = attention_rule(config.model).scratch(batch_size, device, choice)
+    return of_attention | feed_forward_activation(config.model).scratch(batch_size, choice)

@@ -31,7 +31,7 @@ from cda_cli.data import (
     streamed_validation,
 )
 from cda_cli.errors import CheckpointError, DeviceError
-from cda_cli.model import Transformer, attention_rule, model_backend, state_tensors
+from cda_cli.model import Transformer, attention_rule, feed_forward_activation, model_backend, state_tensors
 from cda_cli.ops import Choice
 from cda_cli.restore import check_model, fill
 from cda_cli.runtime import pick_dtype
@@ -270,16 +270,12 @@ def with_vocabulary(config: Config, data: RunData) -> Config:
 
 def remarks(config: Config) -> list[str]:
     """What is allowed, but probably not what was meant."""
-    model = config.model
-    said = attention_rule(model).warnings()
-    if model.ff == "coordinate-descent" and model.ff_k >= model.ff_width:
-        said.append(f"ff_k {model.ff_k:g} covers all {model.ff_width} units of a row: every activation is 1")
-    return said
+    return attention_rule(config.model).warnings() + feed_forward_activation(config.model).warnings()
 
 
 def selects(model: ModelConfig) -> bool:
     """Whether any layer does so with coordinate descent."""
-    return attention_rule(model).uses_operator or model.ff == "coordinate-descent"
+    return attention_rule(model).uses_operator or feed_forward_activation(model).uses_operator
 
 
 def describe_backend(config: Config, device: torch.device) -> str:

@@ -39,7 +39,10 @@ RANGE = "greater than 0"
         (["--set", "run.keep=1"], ["run.keep = 1"]),
         (["--preset", "tyni"], ["unknown preset 'tyni'", "did you mean 'tiny'?"]),
         (["--solver", "exat"], ["model.solver = 'exat'", "'exact' or 'iterative'"]),
-        (["--attention", "linear"], ["model.attention = 'linear'", "'softmax', 'coordinate-descent', 'tempered-softmax'"]),
+        (
+            ["--attention", "linear"],
+            ["model.attention = 'linear'", "'softmax', 'coordinate-descent', 'tempered-softmax'"],
+        ),
         (["--ff", "relu"], ["model.ff = 'relu'"]),
         (["--dtype", "f16"], ["run.dtype = 'f16'", "'float32' or 'bfloat16'"]),
         (["--backend", "cuda"], ["run.backend = 'cuda'", "'triton' or 'colt5'"]),

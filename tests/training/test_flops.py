@@ -48,6 +48,8 @@ def linear(config: Config) -> float:
         {"tied_embeddings": True},
         {"dropout": 0.1},
         {"ff": "coordinate-descent", "ff_k": 4},
+        {"ff": "relu2"},
+        {"ff": "swiglu"},
     ],
     ids=str,
 )

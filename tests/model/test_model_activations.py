@@ -1,0 +1,98 @@
+"""The feed-forward activations: each against its definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from cda_cli.config import ModelConfig
+from cda_cli.model.activations import ACTIVATIONS
+from cda_cli.model.feed_forward import FeedForward
+from cda_cli.model.observe import FeedForwardSeen, observing
+from cda_cli.ops import reference_soft_topk
+from tests.model.cases import build, tiny, tokens
+
+# Of hidden units and of those of the gate, in float64.
+DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": lambda x, gate: x / 2 * (1 + torch.erf(x / 2**0.5)),
+    "coordinate-descent": lambda x, gate: reference_soft_topk(x, 5.0, 0.3).weights,
+    "relu2": lambda x, gate: torch.where(x > 0, x * x, 0.0),
+    "swiglu": lambda x, gate: x * gate / (1 + (-gate).exp()),
+}
+each_activation = pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+
+
+def layer_of(name: str) -> FeedForward:
+    torch.manual_seed(0)
+    return FeedForward(tiny(ff=name), 0, "auto")
+
+
+def defined(name: str, layer: FeedForward, x: Tensor) -> Tensor:
+    """The layer's activations in float64."""
+
+    def through(linear: torch.nn.Linear) -> Tensor:
+        return x.double() @ linear.weight.double().T + linear.bias.double()
+
+    gate = through(layer.proj_gate) if layer.proj_gate is not None else torch.tensor(torch.nan)
+    return DEFINITIONS[name](through(layer.proj_in), gate)
+
+
+def test_every_activation_of_the_configuration_is_there_and_is_tested() -> None:
+    assert set(ACTIVATIONS) == set(get_args(ModelConfig.model_fields["ff"].annotation)) == set(DEFINITIONS)
+
+
+@each_activation
+def test_an_activation_is_its_definition_and_is_what_an_observer_sees(name: str) -> None:
+    layer, x = layer_of(name), torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1))
+    seen: list[FeedForwardSeen] = []
+    layer.observer = seen.append
+    output = layer(x)
+    expected = defined(name, layer, x)
+    torch.testing.assert_close(seen[0].activations.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output, layer.proj_out(expected.float()), rtol=0, atol=1e-5)
+
+
+@each_activation
+def test_its_gradient_is_that_of_its_definition(name: str) -> None:
+    """Against differences of the definition in float64, along a direction."""
+    layer, x = layer_of(name), torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    weights = torch.randn(24, generator=torch.Generator().manual_seed(3))
+    gate = layer.proj_gate(leaf) if layer.proj_gate is not None else None
+    (layer.activation(layer.proj_in(leaf), gate) * weights).sum().backward()
+    ends = [(defined(name, layer, x + sign * 1e-6 * direction) * weights).sum().item() for sign in (1, -1)]
+    assert leaf.grad is not None
+    assert (leaf.grad * direction).sum().item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-3, abs=1e-3)
+
+
+@each_activation
+def test_a_model_trains_and_is_observed_with_it(name: str) -> None:
+    """A gradient reaches each parameter, watched or not."""
+    model, batch = build(config := tiny(ff=name)), tokens(tiny())
+    seen: list[FeedForwardSeen] = []
+    with observing(model, lambda one: seen.append(one) if isinstance(one, FeedForwardSeen) else None):
+        loss = model(batch[:, :-1], targets_BT=batch[:, 1:]).mean()
+    assert [one.activations.shape[-1] for one in seen] == [config.ff_width] * config.depth
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.numel())
+
+
+def test_a_gate_is_a_third_matrix_of_the_same_width() -> None:
+    """ff_mult means the same for every activation: the width of the units."""
+    names = {key: tuple(tensor.shape) for key, tensor in layer_of("swiglu").state_dict().items() if "weight" in key}
+    assert names == {"proj_in.weight": (24, 12), "proj_gate.weight": (24, 12), "proj_out.weight": (12, 24)}
+    assert "proj_gate.weight" not in layer_of("gelu").state_dict()
+    matrices = [
+        sum(
+            p.numel()
+            for p in FeedForward(ModelConfig(dim=96, ff_mult=mult, ff=ff), 0, "auto").parameters()
+            if p.ndim > 1
+        )
+        for ff, mult in (("gelu", 4.0), ("swiglu", 8 / 3))
+    ]
+    assert matrices[0] == matrices[1]
