@@ -114,8 +114,15 @@ class ModelSettings(Table):
     ] = False
     learned_k_bias: Annotated[float, Setting("Initial bias of the linear of a learned k; −10 starts at k ≈ 1.")] = -10.0
     output_gate: Annotated[
-        bool, Setting("Scale each head's output by a gate of the learned k's form: the control for learned_k.")
+        bool, Setting("Scale each head's output by a learned gate for each query: the control for learned_k.")
     ] = False
+    output_gate_range: Annotated[
+        Literal["budget", "unit"],
+        Setting(
+            "budget: the gate is 1 + (attn_k − 1)·sigmoid, of the learned k's form and initial bias; unit: it is a "
+            "sigmoid with initial bias 0, whatever attn_k is."
+        ),
+    ] = "budget"
     eps_anneal_start: Annotated[float | None, Setting("ε of the attention at step 0; null: no annealing.", gt=0)] = None
     eps_anneal_share: Annotated[float, Setting("Share of the schedule after which ε is attn_eps.", gt=0, le=1)] = 0.5
 

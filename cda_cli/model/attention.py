@@ -47,8 +47,10 @@ class Attention(nn.Module):
         self.key_norm = HeadNorm(config.head_width) if config.qk_norm else None
         rotary = config.position == "rotary"
         self.rotary = RotaryPositions(config.head_width, config.seq_len, config.rotary_base) if rotary else None
-        self.to_learned_k = _head_linear(config) if self.rule.learns_budget else None
-        self.to_gate = _head_linear(config) if config.output_gate else None
+        self.to_learned_k = _head_linear(config, config.learned_k_bias) if self.rule.learns_budget else None
+        self.gate_is_unit = config.output_gate_range == "unit"
+        gate_bias = 0.0 if self.gate_is_unit else config.learned_k_bias
+        self.to_gate = _head_linear(config, gate_bias) if config.output_gate else None
 
     def set_eps(self, eps: float) -> None:
         """Changes the temperature ε of the weights: scores/ε = (scale · attn_eps/ε) · query·key / attn_eps."""
@@ -68,7 +70,8 @@ class Attention(nn.Module):
         else:
             out_BHTD = self.rule.attend_densely(query, key, value, budget, self._observe)
         if self.to_gate is not None:
-            out_BHTD = out_BHTD * self._one_to_k(logits["gate"]).unsqueeze(-1)
+            gate_BHT = logits["gate"].sigmoid() if self.gate_is_unit else self._one_to_k(logits["gate"])
+            out_BHTD = out_BHTD * gate_BHT.unsqueeze(-1)
         return self.to_out(rearrange(out_BHTD, "b h t d -> b t (h d)"))
 
     @property
@@ -131,7 +134,8 @@ class Attention(nn.Module):
         self.observer(AttentionSeen(self.layer, weights_BHtS.detach(), budget_BHt.detach(), null, last - null))
 
 
-def _head_linear(config: ModelConfig) -> nn.Linear:
+def _head_linear(config: ModelConfig, bias: float) -> nn.Linear:
+    """A linear that gives each head a number; its bias starts at `bias`."""
     linear = nn.Linear(config.dim, config.heads)
-    nn.init.constant_(linear.bias, config.learned_k_bias)
+    nn.init.constant_(linear.bias, bias)
     return linear

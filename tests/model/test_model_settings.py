@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -156,8 +157,23 @@ def test_the_control_and_the_learned_k_cost_the_same_and_start_at_k(setting: dic
     torch.testing.assert_close(model(batch), reference(batch), atol=1e-6, rtol=0)
 
 
-def _with(model: Transformer, config: ModelConfig) -> Transformer:
+@pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
+def test_a_unit_gate_is_a_sigmoid_whatever_k_is(attention: str) -> None:
+    """With bias 0 and no weight it halves the output; wide open it is 1, shut it is 0."""
+    settings: dict[str, Any] = {"attention": attention, "attn_k": 2.5, "depth": 1}
+    gated = build(tiny(**settings, output_gate=True, output_gate_range="unit"))
+    attention_layer, x = gated.each_block()[0].attention, torch.randn(1, 5, 12)
+    assert attention_layer.to_gate is not None
+    assert (attention_layer.to_gate.bias == 0).all()
+    torch.nn.init.zeros_(attention_layer.to_gate.weight)
+    ungated = _with(gated, tiny(**settings), strict=False).each_block()[0].attention
+    for bias, expected in ((0.0, 0.5), (1e4, 1.0), (-1e4, 0.0)):
+        torch.nn.init.constant_(attention_layer.to_gate.bias, bias)
+        torch.testing.assert_close(attention_layer(x), expected * ungated(x), atol=1e-6, rtol=0)
+
+
+def _with(model: Transformer, config: ModelConfig, strict: bool = True) -> Transformer:
     """The weights of `model` under other settings."""
     other = build(config)
-    other.load_state_dict(model.state_dict())
+    other.load_state_dict(model.state_dict(), strict=strict)
     return other
