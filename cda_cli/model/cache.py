@@ -9,9 +9,9 @@ from cda_cli.config import ModelConfig
 
 
 class KeyValueCache:
-    """Keys and values of the positions seen so far, for every layer: [depth, B, H, seq_len, D] each, made at once.
+    """The keys and values of the positions so far, for every layer: [depth, B, H, seq_len, D] each, allocated once.
 
-    Null keys are not in it; each attention layer puts its own in front.
+    It holds no null keys; each attention layer puts its own in front.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -22,9 +22,9 @@ class KeyValueCache:
         self.capacity = config.seq_len
 
     def append(self, layer: int, key_BHTD: Tensor, value_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores T new positions of a layer and returns all of its keys and values, [B, H, length + T, D].
+        """Stores T new positions of a layer and returns all keys and values of that layer, [B, H, length + T, D].
 
-        `length` moves on once the last layer has stored its own (see `advance`).
+        `advance` moves `length` on, after the last layer.
         """
         stop = self.length + key_BHTD.shape[2]
         self.keys[layer, :, :, self.length : stop] = key_BHTD
@@ -32,4 +32,5 @@ class KeyValueCache:
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
     def advance(self, positions: int) -> None:
+        """Counts the positions that every layer has stored."""
         self.length += positions

@@ -1,4 +1,7 @@
-"""The small layers: normalisation and rotary positions. Shapes: B batch, H heads, T positions, D head width."""
+"""The small layers, normalisation and rotary positions, and the settings of the solver.
+
+Shapes: B batch, H heads, T positions, D head width.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from cda_cli.config import ModelConfig
 from cda_cli.ops import SolverSettings
 
-EPS = 1e-6  # of the norms
+EPS = 1e-6  # added to the mean square in the norms
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -23,9 +26,9 @@ def solver_settings(config: ModelConfig) -> SolverSettings:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm with a learned gain, in the dtype of its input; statistics are float32.
+    """Root-mean-square norm with a learned gain, in the dtype of its input; its statistics are float32.
 
-    Under autocast the queries and keys are bf16 and the gain float32, for which PyTorch leaves its fused kernel.
+    Under autocast the gain is cast to the dtype of the input: PyTorch's fused kernel takes one dtype only.
     """
 
     def __init__(self, width: int) -> None:
@@ -39,13 +42,14 @@ class HeadNorm(RMSNorm):
     """RMSNorm of each head [B, T, H, D], with one gain [D] for all of them."""
 
     def forward(self, x_BTHD: Tensor) -> Tensor:
-        # A gain for each head until the gradient of each is summed: over B·T·H rows of D the compiler sums more slowly.
+        # Each head gets a copy of the gain: the compiler then sums the gradient over B·T rows of H·D numbers, which is
+        # faster than over B·T·H rows of D.
         gain_HD = self.weight.expand(x_BTHD.shape[-2], -1).contiguous()
         return (F.rms_norm(x_BTHD, self.normalized_shape, None, EPS) * gain_HD).to(x_BTHD.dtype)
 
 
 class RotaryPositions(nn.Module):
-    """Turns pairs of a head's channels by position · base^(−2i/D) (RoFormer, arXiv 2104.09864, equation 34)."""
+    """Rotates pairs of a head's channels by position · base^(−2i/D) (RoFormer, arXiv 2104.09864, equation 34)."""
 
     cos: Tensor
     sin: Tensor
@@ -58,9 +62,10 @@ class RotaryPositions(nn.Module):
         self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), 1).float(), persistent=False)
 
     def forward(self, x_BTHD: Tensor, start: int) -> Tensor:
-        """Channels i and i + D/2 make a pair; position `start` is the first of the T."""
+        """Rotates x [B, T, H, D], whose first position is `start`. Channels i and i + D/2 make a pair."""
         positions = slice(start, start + x_BTHD.shape[1])
         cos, sin = (table[positions, None].to(x_BTHD.dtype) for table in (self.cos, self.sin))
-        # One more read, with the sign in the table: for a concatenation the compiler makes a tensor, or masked reads.
+        # The sign is in the table, so this is one more read of x. A concatenation would compile to masked reads, or to
+        # a tensor of its own.
         partner = x_BTHD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
         return x_BTHD * cos + partner * sin

@@ -1,4 +1,4 @@
-"""From the published model to ours: the same weights, the same logits with the iterative solver."""
+"""Converts the published model to ours, with the same weights and, by the iterative solver, the same logits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cda_cli.model.transformer import Transformer
 def from_published(model: nn.Module) -> Transformer:
     """Our Transformer with the weights and settings of a `coordinate_descent_attention.Transformer` (0.0.11).
 
-    Takes any object of that shape, so the package itself is not needed. The solver is iterative, as there. The one
-    thing that cannot be carried over is a sparse feed-forward's output: the published forward raises NameError.
+    It takes any object with these attributes, so the package itself is not needed. The solver is iterative, as there.
+    Only the output of a sparse feed-forward has no counterpart: the published forward raises NameError.
     """
     published: Any = model
     ours = Transformer(_config(published))
@@ -55,7 +55,7 @@ def _config(published: Any) -> ModelConfig:
         depth=len(published.layers),
         heads=attention.heads,
         dim_head=inner // attention.heads,
-        ff_mult=(feed_forward.proj_out.in_features + 0.5) / dim,  # rounded down to a width
+        ff_mult=(feed_forward.proj_out.in_features + 0.5) / dim,  # the width is rounded down
         null_kv=attention.null_kv.shape[2],
         attention="coordinate-descent" if attention.use_coor_descent else "softmax",
         attn_k=attention.coor_descent_sparsity_k,

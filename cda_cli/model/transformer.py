@@ -22,7 +22,7 @@ from cda_cli.ops import Backend
 
 
 class Block(nn.Module):
-    """Pre-norm: each branch reads the normalised stream and adds to it."""
+    """A pre-norm block: each branch reads the normalised residual stream and adds its output to the stream."""
 
     def __init__(self, config: ModelConfig, layer: int, backend: Backend) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`config` says what it is; `backend` which code computes the operator, and is no part of it."""
+    """The model that `config` describes. `backend` chooses the code that computes the operator, not the model."""
 
     def __init__(self, config: ModelConfig, backend: Backend = "auto") -> None:
         super().__init__()
@@ -57,10 +57,13 @@ class Transformer(nn.Module):
     def forward(
         self, tokens_BT: Tensor, cache: KeyValueCache | None = None, targets_BT: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, T, V] in the dtype of the computation; with a cache, of the T positions that follow it.
+        """Logits [B, T, V] of tokens [B, T], int64, in the dtype of the computation.
 
-        With targets their cross-entropy instead, nats, float32 [B, T], 0 where a target is −100. Within the model, so
-        that torch.compile fuses it: outside, the logits would be written once more in float32, and their gradient too.
+        With a cache, the tokens follow the positions that it holds. With targets [B, T] the model returns their
+        cross-entropy instead: nats, float32 [B, T], 0 where a target is −100. The model computes it so that
+        torch.compile can fuse it; outside, the logits and their gradient would be written once more in float32.
+
+        Raises ValueError where the positions exceed the context.
         """
         start, T = (cache.length if cache is not None else 0), tokens_BT.shape[1]
         if start + T > self.config.seq_len:
@@ -71,7 +74,7 @@ class Transformer(nn.Module):
         x_BTC = self.dropout(x_BTC)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                # Without dropout a block draws no random numbers, so their state need not be kept.
+                # Without dropout a block draws no random numbers, so the checkpoint need not keep their state.
                 draws = self.config.dropout > 0
                 x_BTC = checkpoint(block, x_BTC, cache, use_reentrant=False, preserve_rng_state=draws)
             else:
@@ -82,7 +85,7 @@ class Transformer(nn.Module):
 
     @property
     def activation_checkpointing(self) -> bool:
-        """Whether only the inputs of the blocks are kept, and the blocks computed again backward."""
+        """Whether autograd keeps only the input of each block and computes the block again in the backward."""
         return self._activation_checkpointing
 
     @activation_checkpointing.setter
@@ -92,14 +95,14 @@ class Transformer(nn.Module):
             block.attention.is_recomputed = wanted
 
     def head(self, x_BTC: Tensor, targets_BT: Tensor | None) -> Tensor:
-        """From the residual stream of the last block to what `forward` returns."""
+        """Turns the residual stream of the last block into what `forward` returns."""
         logits_BTV = self.to_logits(self.norm(x_BTC))
         if targets_BT is None:
             return logits_BTV
         return cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten()).view_as(targets_BT)
 
     def compile_parts(self) -> None:
-        """Compiles the blocks, and what follows them, each by itself: for whatever works between them."""
+        """Compiles each block, and the head, by itself, so that uncompiled code can run between them."""
         for block in self.each_block():
             block.compile()
         self.head = torch.compile(self.head)  # type: ignore[method-assign]
@@ -109,7 +112,7 @@ class Transformer(nn.Module):
 
     @property
     def attention_eps(self) -> float | None:
-        """The ε that the attention weights have now, annealed or not; None where they have none."""
+        """The current ε of the attention weights, annealed or not; None where the rule has no ε."""
         attention = self.each_block()[0].attention
         return attention.eps if attention.rule.has_eps else None
 
@@ -124,13 +127,13 @@ class Transformer(nn.Module):
             block.attention.set_eps(eps)
 
     def parameter_count(self) -> int:
-        """Parameters, shared ones once."""
+        """The number of parameters; a shared one counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _scale_initial_weights(self) -> None:
-        """Tied embeddings are small, so that the first logits are; then each branch adds 1/√(2·depth) of a unit.
+        """With tied embeddings, makes the first logits small and scales each branch by 1/√(2·depth).
 
-        Without tied embeddings every weight is as PyTorch draws it, which is how the published model starts.
+        Without tied embeddings all weights stay as PyTorch draws them, which is how the published model starts.
         """
         if not self.config.tied_embeddings:
             return
@@ -141,14 +144,14 @@ class Transformer(nn.Module):
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Names, shapes and dtypes of the tensors that a checkpoint of this model holds; allocates nothing."""
+    """The name, shape and dtype of each tensor that a checkpoint of this model holds. Allocates nothing."""
     with torch.device("meta"):
         model = Transformer(config)
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state_tensors(model).items()}
 
 
 def state_tensors(model: Transformer) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: the state dict, a shared tensor once."""
+    """The tensors of a checkpoint: those of the state dict, with a shared tensor once."""
     state: dict[str, Tensor] = model.state_dict()
     if model.config.tied_embeddings:
         del state["to_logits.weight"]
@@ -156,7 +159,7 @@ def state_tensors(model: Transformer) -> dict[str, Tensor]:
 
 
 def load_state_tensors(model: Transformer, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `state_tensors` gave."""
+    """Loads tensors that `state_tensors` returned. Raises RuntimeError where they are not those of `model`."""
     if model.config.tied_embeddings:
         tensors = tensors | {"to_logits.weight": tensors["token_embedding.weight"]}
     model.load_state_dict(tensors)

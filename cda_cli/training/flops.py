@@ -1,15 +1,16 @@
-"""Floating-point operations of training, and the share that they are of what the device can do.
+"""Counts the floating-point operations of training, and knows how many the device can do.
 
-Only matrix products count, a multiplication and an addition as two. Two figures, both named wherever they are shown:
+Only matrix products count; a multiplication and an addition are two operations. There are two numbers, and whatever
+shows one names it:
 
-- *computed*: every product that the code makes. Causal attention makes half of them. Attention with coordinate descent
-  goes over its scores a second time, and for k above 2 sums the values of free and capped entries apart. A fused
-  backward computes the scores again, and activation checkpointing whole blocks.
-- *dense*: 6N + 12·L·d·T a token (PaLM, arXiv 2204.02311, appendix B), whatever the code does: work that is wanted, not
-  work that is done, so that implementations of different economy compare. N leaves out what is only looked up.
+- *computed*: every product that the code makes. Each attention rule says how many its own code makes (`model.rules`).
+  Activation checkpointing makes those of a whole block again.
+- *dense*: 6N + 12·L·d·T a token (PaLM, arXiv 2204.02311, appendix B), whatever the code does. It counts the work
+  that is wanted, not the work that is done, so it compares implementations. N leaves out weights that are only looked
+  up.
 
-The feed-forward with coordinate descent counts whole: it computes every hidden unit, and selects among them. The zeros
-that pad the projections of a compiled model with a number per head to whole heads do not count.
+A sparse feed-forward counts whole, because it computes every hidden unit before it selects. Zeros that pad a packed
+projection to whole heads (`model.head_projection`) do not count.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from cda_cli.config import Config, ModelConfig
 from cda_cli.model import attention_rule, feed_forward_activation
 
-# Dense bf16, FLOP/s, from NVIDIA's data sheets (there mostly with sparsity, which doubles them). The first name that is
-# in the device's own wins.
+# Dense bf16 FLOP/s from NVIDIA's data sheets, which mostly give twice as many, with sparsity. The first name that is a
+# part of the device's name wins.
 PEAKS = (
     ("B200", 2250e12),
     ("GH200", 989e12),
@@ -40,14 +41,14 @@ PEAKS = (
 
 
 class Flops(NamedTuple):
-    """Of one token, forward and backward."""
+    """Floating-point operations of one token, forward and backward."""
 
     computed: float
     dense: float
 
 
 def flops_per_token(config: Config, backend: str) -> Flops:
-    """Of training with `config`, whose layers run on `backend` (see `ops.choose_backend`)."""
+    """The operations of training with `config`, whose layers run on `backend` (see `ops.choose_backend`)."""
     model = config.model
     inner = model.heads * model.head_width
     block = _block_weights(model)
@@ -56,7 +57,7 @@ def flops_per_token(config: Config, backend: str) -> Flops:
     product = 2 * inner * attention.keys
     per_block = 6 * block + product * (attention.forward + attention.backward)
     if config.run.activation_checkpointing:
-        # The last product of a block is not made again, as nothing backward needs it, unless dropout comes after it.
+        # The backward does not need the last product of a block, so it is not made again, unless dropout follows it.
         unneeded = 0 if model.dropout else model.dim * model.ff_width
         per_block += 2 * (block - unneeded) + product * attention.forward
     N = model.depth * block + logits
@@ -67,7 +68,7 @@ def flops_per_token(config: Config, backend: str) -> Flops:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that the device can do in `dtype`, or None where that is not known."""
+    """The FLOP/s that the device can do in `dtype`, or None where that is unknown."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
@@ -75,7 +76,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def _block_weights(model: ModelConfig) -> int:
-    """Weights of a block that are multiplied with."""
+    """The number of a block's weights that take part in a matrix product."""
     inner = model.heads * model.head_width
     per_head = attention_rule(model).learns_budget + model.output_gate
     units = feed_forward_activation(model).matrices * model.ff_width

@@ -1,12 +1,12 @@
-"""A forecast of the memory that training takes: nothing is allocated, so it can be had where the run would not fit.
+"""Forecasts the memory that training takes. It allocates nothing, so it works where the run would not fit.
 
-The model runs forward and backward on fake tensors (shapes without memory), and what autograd keeps is counted:
+The model runs forward and backward on fake tensors (shapes without memory). The forecast counts what autograd keeps:
 
-- as it is, every tensor is followed from its making to its end, which gives the peak itself;
+- uncompiled, it follows every tensor from its allocation to its end, which gives the peak itself;
 - compiled, PyTorch's own partitioner decides what is kept and what is computed again, for a model of one block and of
-  two; each further block keeps as much as the second. Fused code has no intermediate results but those at its seams.
+  two. Each further block keeps as much as the second. Fused code has no intermediate results but those at its seams.
 
-Not seen are tensors within an operator, and the workspaces of the libraries, for which there is an allowance.
+Fake tensors show neither the tensors within an operator nor the workspaces of libraries. Both have an allowance.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MIB = 2**20
 
 
 class Forecast(NamedTuple):
-    """Bytes. Of each part the most that there is of it; `peak` is less than their sum where they do not meet."""
+    """Bytes: the most that each part takes. `peak` is less than their sum where not all are there at one time."""
 
     weights: int
     gradients: int
@@ -43,7 +43,7 @@ class Forecast(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """Kept for the backward."""
+    """Bytes that autograd keeps for the backward."""
 
     activations: int
     logits: int
@@ -52,7 +52,7 @@ class _Kept(NamedTuple):
 def forecast(
     config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, captured: bool, choice: Choice
 ) -> Forecast:
-    """Of a training step with `config`; `captured`: as CUDA graphs; `choice` is the backend of its layers."""
+    """The memory of a training step with `config`; `captured`: as CUDA graphs; `choice`: the backend of its layers."""
     model, optim = config.model, config.optim
     weights = 4 * _parameters(model)
     matrices = 4 * _parameters(model, lambda name, p: p.ndim == 2 and name.startswith("blocks."))
@@ -63,7 +63,7 @@ def forecast(
     if compiled:
         kept = _kept_compiled(config, device, dtype)
         at_loss = weights + accumulated + sum(kept) + _passing(config, device, dtype, scratch)
-        at_end = 2 * weights + accumulated  # all its gradients come at once, and are then added
+        at_end = 2 * weights + accumulated  # all gradients come at once, and are then added
     else:
         kept = _kept(config, device, dtype)
         at_loss, at_end = _followed(config, device, dtype, scratch), 2 * weights
@@ -75,13 +75,13 @@ def forecast(
         activations=kept.activations,
         logits=kept.logits,
         workspaces=workspaces,
-        # Either in the middle of a step, or at its end, when all gradients are there and nothing else is.
+        # The peak is either in the middle of a step, or at its end, when all gradients are there and nothing else is.
         peak=max(at_loss, at_end) + optimizer + average + workspaces,
     )
 
 
 def memory_remark(peak: int, available: int | None) -> str | None:
-    """Where a step on a CPU needs more memory than there is."""
+    """The sentence to say where a step on a CPU needs more memory than is free; None where it fits."""
     if available is None or peak <= available:
         return None
     return (
@@ -91,19 +91,19 @@ def memory_remark(peak: int, available: int | None) -> str | None:
 
 
 def is_small(config: Config) -> bool:
-    """Whether a step needs less than about 2 GiB, so that it fits without a forecast, which takes a second or more."""
+    """Whether a step needs less than about 2 GiB: it then fits without a forecast, which takes a second or more."""
     model = config.model
     rows = config.optim.batch_size * model.seq_len
     return rows * (model.depth * (model.dim + model.ff_width) + model.vocab_size) < 2**23
 
 
 def _followed(config: Config, device: torch.device, dtype: torch.dtype, scratch: dict[str, int]) -> int:
-    """The peak of forward and backward as they run; twice where gradients accumulate, as the second meets those of the
-    first."""
+    """The peak of forward and backward, uncompiled. Where gradients accumulate it follows two batches, because the
+    second one meets the gradients of the first."""
     with FakeTensorMode(), _Followed(scratch) as followed:
         model = _model(config, device)
         for _ in range(min(2, config.optim.grad_accum)):
-            # Nothing looks at what is kept, as that would let it live for longer.
+            # No hook looks at the saved tensors: it would let them live longer.
             _loss(model, config, device, dtype).backward()
         return followed.peak
 
@@ -114,8 +114,8 @@ def _kept_compiled(config: Config, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _kept(config: Config, device: torch.device, dtype: torch.dtype, compiled_depth: int | None = None) -> _Kept:
-    """What autograd keeps of a batch besides the weights, each piece of memory once; or, with a depth, what it would
-    keep of a compiled model of so many blocks."""
+    """What autograd keeps of a batch besides the weights, each storage once. With `compiled_depth`, what it would keep
+    of a compiled model of so many blocks."""
     if compiled_depth is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"depth": compiled_depth})})
         torch._dynamo.reset()
@@ -128,7 +128,7 @@ def _kept(config: Config, device: torch.device, dtype: torch.dtype, compiled_dep
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model = called = _model(config, device)
         if compiled_depth is not None:
-            # Inductor's decompositions and its partitioner, without its code generation.
+            # This backend has Inductor's decompositions and partitioner, without its code generation.
             called = torch.compile(model, backend="aot_eager_decomp_partition")  # type: ignore[assignment]
         loss = _loss(called, config, device, dtype)
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -144,7 +144,7 @@ def _kept(config: Config, device: torch.device, dtype: torch.dtype, compiled_dep
 
 
 def _loss(model: nn.Module, config: Config, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Of a batch."""
+    """The loss of a batch of zeros."""
     shape = (config.optim.batch_size, config.model.seq_len)
     inputs, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
     with autocast(device, dtype):
@@ -152,11 +152,11 @@ def _loss(model: nn.Module, config: Config, device: torch.device, dtype: torch.d
 
 
 def _passing(config: Config, device: torch.device, dtype: torch.dtype, scratch: dict[str, int]) -> int:
-    """What comes and goes at the worst moment of a compiled backward, of the two that it can be.
+    """The passing tensors at the worse of two moments of a compiled backward.
 
-    At its start there is the gradient of the logits, which takes the place of the logits, and those of the last weights
-    and of the last block's output. Later the logits are gone, and there are the gradients within a block, with what it
-    keeps where it is computed again, what is within an operator, and the gradient of the last weights.
+    At its start there are the gradients of the logits (in place of the logits), of the last weights, and of the last
+    block's output. Later the logits are gone, and there are the gradients within a block, the tensors that a recomputed
+    block keeps, those within an operator, and the gradient of the last weights.
     """
     model, width = config.model, dtype.itemsize
     rows = config.optim.batch_size * model.seq_len
@@ -172,7 +172,7 @@ def _passing(config: Config, device: torch.device, dtype: torch.dtype, scratch: 
 
 
 class _Followed(TorchDispatchMode):
-    """Follows the memory of every tensor that is made while it is entered; the operator has `scratch` more."""
+    """Within it, follows the memory of every new tensor. An operator has `scratch` bytes more, by its name."""
 
     def __init__(self, scratch: dict[str, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -223,8 +223,8 @@ def _parameters(config: ModelConfig, wanted: Callable[[str, Tensor], bool] = lam
 
 
 def _workspaces(device: torch.device, captured: bool) -> int:
-    """cuBLAS takes one for the thread of the forward and one for that of the backward, from PyTorch's allocator; two
-    more for the stream on which graphs are captured."""
+    """Bytes of cuBLAS: one workspace for the thread of the forward, one for that of the backward, and two more for the
+    stream that captures graphs."""
     if device.type != "cuda":
         return 0
     each = 32 * MIB if torch.cuda.get_device_capability(device) >= (9, 0) else 8320 * 1024

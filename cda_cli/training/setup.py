@@ -269,17 +269,17 @@ def with_vocabulary(config: Config, data: RunData) -> Config:
 
 
 def remarks(config: Config) -> list[str]:
-    """What is allowed, but probably not what was meant."""
+    """Sentences about settings that are allowed but that were hardly meant."""
     return attention_rule(config.model).warnings() + feed_forward_activation(config.model).warnings()
 
 
 def selects(model: ModelConfig) -> bool:
-    """Whether any layer does so with coordinate descent."""
+    """Whether any layer selects with the soft top-k operator."""
     return attention_rule(model).uses_operator or feed_forward_activation(model).uses_operator
 
 
 def describe_backend(config: Config, device: torch.device) -> str:
-    """Which code computes the attention and the feed-forward, and why. Raises DeviceError as `choose` does."""
+    """The code that computes the layers, and the reason for it. Raises DeviceError as `choose` does."""
     model, choice = config.model, choose(config, device)
     if not selects(model):
         return f"{attention_rule(model).code} (no layer selects with coordinate descent)"
@@ -295,7 +295,7 @@ def describe_peak(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def choose(config: Config, device: torch.device) -> Choice:
-    """The backend of the layers. Raises DeviceError where a forced one cannot run."""
+    """The backend of the layers. Raises DeviceError where a forced one, or the attention rule, cannot run here."""
     try:
         return model_backend(config.model, config.run.backend, device)
     except ValueError as error:
@@ -303,7 +303,7 @@ def choose(config: Config, device: torch.device) -> Choice:
 
 
 def compiles(config: Config, device: torch.device, note: Callable[[str], None]) -> bool:
-    """Whether the model is compiled: as asked for, or on a GPU."""
+    """Whether the model is compiled: as asked for, or by default on a GPU."""
     wanted = config.run.compile
     if wanted is None:
         wanted = device.type == "cuda"
@@ -316,9 +316,9 @@ def compiles(config: Config, device: torch.device, note: Callable[[str], None]) 
 def captures(
     config: Config, device: torch.device, is_compiled: bool, processes: Processes, note: Callable[[str], None]
 ) -> bool:
-    """Whether gradients are captured as CUDA graphs: where that is possible, unless they are asked not to be.
+    """Whether CUDA graphs hold forward and backward: wherever that is possible, unless the settings forbid it.
 
-    The operator in PyTorch looks at its results to go on, which a graph cannot.
+    The operator in PyTorch branches on its results, which a graph cannot.
     """
     if config.run.cuda_graphs is False:
         return False

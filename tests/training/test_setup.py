@@ -52,7 +52,6 @@ def test_the_backend_is_described_with_its_reason() -> None:
     softmax = {"attention": "softmax", "ff": "gelu"}
     cpu = torch.device("cpu")
     assert "SDPA" in describe_backend(parse({"model": softmax}), cpu)
-    assert "dense weights" in describe_backend(parse({"model": {"attention": "hard-topk"}}), cpu)
     assert "exact solver" in describe_backend(parse({"model": {**softmax, "ff": "coordinate-descent"}}), cpu)
     asked = parse({"model": {"solver": "iterative"}, "run": {"backend": "colt5"}})
     assert describe_backend(asked, cpu) == "colt5, iterative solver (asked for)"
