@@ -23,7 +23,7 @@ from synthetic import ATTENTION, header, on_gpu, random_data, row, settings
 from cda_cli.training.distribution import ALONE
 from cda_cli.training.memory import forecast
 from cda_cli.training.run import try_steps
-from cda_cli.training.setup import build, captures, choose
+from cda_cli.training.setup import build, captures, resolve_backend
 
 PRESETS = ("tiny", "small", "base")
 BATCH = 8  # so that a few of the largest fit beside each other
@@ -59,7 +59,7 @@ def outcome(case: Case) -> Outcome:
     device = torch.device("cuda")
     began = time.perf_counter()
     captured = captures(config, device, case.compiled, ALONE, print)
-    expected = forecast(config, device, torch.bfloat16, case.compiled, captured, choose(config, device))
+    expected = forecast(config, device, torch.bfloat16, case.compiled, captured, resolve_backend(config, device))
     seconds = time.perf_counter() - began
     setup = build(config, random_data(config))
     return Outcome(expected.peak, try_steps(setup)[1], seconds)

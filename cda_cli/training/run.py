@@ -39,11 +39,11 @@ from cda_cli.training.setup import (
     THREADS,
     Setup,
     build,
-    choose,
+    config_warnings,
     describe_backend,
     describe_peak,
     open_data,
-    remarks,
+    resolve_backend,
     with_absolute_paths,
     with_vocabulary,
 )
@@ -175,7 +175,7 @@ def dry_run(
 
 def _forecast(setup: Setup) -> Forecast | None:
     """None for the published code, which cannot be followed."""
-    choice = choose(setup.config, setup.device)
+    choice = resolve_backend(setup.config, setup.device)
     parts = setup.is_compiled, setup.graphs is not None, choice
     return forecast(setup.config, setup.device, setup.dtype, *parts) if choice.name != "colt5" else None
 
@@ -290,6 +290,6 @@ def _set_up(
         known = checkpoint.state.get("data")  # None in a checkpoint of before it was kept
         check_same_run(with_absolute_paths(saved_config(checkpoint)), config, run, same_text=known == data.identity)
         check_same_text(known, data.identity, data.description, run)
-    for sentence in [*remarks(config), *filter(None, [data.remark])]:
+    for sentence in [*config_warnings(config), *filter(None, [data.remark])]:
         display.note(sentence)
     return build(config, data, checkpoint, display.note, processes)

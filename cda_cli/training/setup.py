@@ -93,7 +93,7 @@ class Setup:
         peak = peak_flops(self.device, self.dtype)
         if peak is None:
             return {}
-        flops = flops_per_token(self.config, choose(self.config, self.device).name)
+        flops = flops_per_token(self.config, resolve_backend(self.config, self.device).name)
         return {
             f"mfu_{name}": tokens_per_second * value / (peak * self.processes.count)
             for name, value in flops._asdict().items()
@@ -268,20 +268,20 @@ def with_vocabulary(config: Config, data: RunData) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def remarks(config: Config) -> list[str]:
+def config_warnings(config: Config) -> list[str]:
     """Sentences about settings that are allowed but that were hardly meant."""
     return attention_rule(config.model).warnings() + feed_forward_activation(config.model).warnings()
 
 
-def selects(model: ModelConfig) -> bool:
+def uses_soft_topk(model: ModelConfig) -> bool:
     """Whether any layer selects with the soft top-k operator."""
     return attention_rule(model).uses_operator or feed_forward_activation(model).uses_operator
 
 
 def describe_backend(config: Config, device: torch.device) -> str:
-    """The code that computes the layers, and the reason for it. Raises DeviceError as `choose` does."""
-    model, choice = config.model, choose(config, device)
-    if not selects(model):
+    """The code that computes the layers, and the reason for it. Raises DeviceError as `resolve_backend` does."""
+    model, choice = config.model, resolve_backend(config, device)
+    if not uses_soft_topk(model):
         return f"{attention_rule(model).code} (no layer selects with coordinate descent)"
     return f"{choice.name}, {model.solver} solver ({choice.reason})"
 
@@ -294,7 +294,7 @@ def describe_peak(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"the peak of {name} in {precision} is not known here, so model FLOPs utilisation is not shown"
 
 
-def choose(config: Config, device: torch.device) -> Choice:
+def resolve_backend(config: Config, device: torch.device) -> Choice:
     """The backend of the layers. Raises DeviceError where a forced one, or the attention rule, cannot run here."""
     try:
         return model_backend(config.model, config.run.backend, device)
@@ -322,7 +322,7 @@ def captures(
     """
     if config.run.cuda_graphs is False:
         return False
-    kernels = not selects(config.model) or choose(config, device).name == "triton"
+    kernels = not uses_soft_topk(config.model) or resolve_backend(config, device).name == "triton"
     possible = device.type == "cuda" and is_compiled and processes.count == 1 and kernels
     if config.run.cuda_graphs and not possible:
         note("CUDA graphs are off: they take one process, a GPU, torch.compile, and the operator's backend triton")

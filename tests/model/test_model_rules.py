@@ -16,7 +16,7 @@ from cda_cli.model import KeyValueCache, Transformer
 from cda_cli.model.observe import AttentionSeen, observing
 from cda_cli.model.rules import RULES, AttentionRule, attention_rule
 from cda_cli.ops import reference_soft_topk
-from cda_cli.training.setup import choose
+from cda_cli.training.setup import resolve_backend
 from tests.model.cases import build, tiny, tokens
 
 EPS, K = 0.3, 2.5
@@ -177,4 +177,4 @@ def test_a_missing_package_is_one_sentence_with_its_remedy(monkeypatch: pytest.M
     """Before any work, not at the first step."""
     monkeypatch.setitem(sys.modules, "entmax", None)
     with pytest.raises(DeviceError, match=r"needs the package entmax; install it \(pip install entmax\), or choose"):
-        choose(parse({"model": {"attention": "entmax"}}), CPU)
+        resolve_backend(parse({"model": {"attention": "entmax"}}), CPU)

@@ -9,7 +9,7 @@ import torch
 
 from cda_cli.config import Config, parse
 from cda_cli.errors import DataError, DeviceError
-from cda_cli.training.setup import build, compiles, describe_backend, open_data, remarks, with_vocabulary
+from cda_cli.training.setup import build, compiles, config_warnings, describe_backend, open_data, with_vocabulary
 from cda_cli.training.speed import WINDOW, Speed
 
 
@@ -27,7 +27,7 @@ from cda_cli.training.speed import WINDOW, Speed
     ],
 )
 def test_what_is_hardly_meant_is_said(model: dict[str, object], words: str) -> None:
-    [sentence] = remarks(parse({"model": model}))
+    [sentence] = config_warnings(parse({"model": model}))
     assert words in sentence
 
 
@@ -45,7 +45,7 @@ def test_what_is_hardly_meant_is_said(model: dict[str, object], words: str) -> N
 )
 def test_nothing_is_said_without_cause(model: dict[str, object]) -> None:
     """A warning about a setting that has no effect here teaches people to pass over warnings."""
-    assert remarks(parse({"model": model})) == []
+    assert config_warnings(parse({"model": model})) == []
 
 
 def test_the_backend_is_described_with_its_reason() -> None:
