@@ -20,6 +20,9 @@ MODELS: list[dict[str, Any]] = [
     {"null_kv": 2, "learned_k": True, "qk_norm": True},
     {"position": "rotary", "norm": "rmsnorm"},
     {"position": "rotary", "qk_norm": True, "output_gate": True},
+    {"attention": "tempered-softmax", "null_kv": 1},
+    {"attention": "hard-topk"},
+    {"attention": "entmax"},
 ]
 each_model = pytest.mark.parametrize("settings", MODELS, ids=str)
 EPS = (4.0, 0.7, 0.3, 0.05)
