@@ -1,8 +1,8 @@
-"""What is not finite stays out of the weights, and weights that are not finite stay out of checkpoints.
+"""Keeps values that are not finite out of the weights, and weights that are not finite out of checkpoints.
 
-A step whose loss or gradient is not finite is refused: its gradients are dropped, and the same step is tried with the
-next batches, so that one bad batch costs a run nothing but itself. Several in a row mean that the weights are the
-cause.
+A step whose loss or gradient is not finite is refused: its gradients are dropped, and the same step is tried again with
+the next batches. One bad batch thus costs a run nothing but itself. Several refusals in a row mean that the weights are
+the cause.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ from cda_cli.storage import list_steps, step_folder, verify
 
 
 class StepValues(NamedTuple):
-    """Loss and gradient norm of a step, and their sum, which is not finite where one of them is not."""
+    """Loss and gradient norm of a step, and their sum, which is not finite if one of them is not."""
 
     loss: float
     norm: float
     sum: float
 
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.sum)
 
-class StepNumbers:
-    """Loss and gradient norm of a step, scalars on one device, and their sum; on their way to the host.
 
-    Made before the optimizer's kernels are launched, they are there before these have run. The host then has that long
-    to bring the next step under way, before the device is idle.
+class StepResult:
+    """Loss and gradient norm of a step, scalars on one device, and their sum; the host gets a copy of them.
+
+    If it is made before the optimizer's kernels are launched, the copy arrives before they have run. The host then has
+    that long to launch the next step before the device is idle.
     """
 
     def __init__(self, loss: Tensor, norm: Tensor) -> None:
@@ -40,14 +44,14 @@ class StepNumbers:
         self._arrived = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
 
     def read(self) -> StepValues:
-        """Waits for them."""
+        """Waits for the values."""
         if self._arrived:
             self._arrived.synchronize()
         return StepValues(*self._values.tolist())
 
 
 class Refusals:
-    """Steps refused in a row. The run in folder `run` stops at the `limit`-th."""
+    """Counts the steps refused in a row. The run in folder `run` stops at the `limit`-th."""
 
     def __init__(self, run: Path, limit: int) -> None:
         self._run = run
@@ -55,17 +59,15 @@ class Refusals:
         self._in_a_row = 0
         self._saw = ""
 
-    def refuses(self, numbers: StepNumbers) -> bool:
-        """Whether the step with these numbers must not reach the weights."""
-        values = numbers.read()
-        if math.isfinite(values.sum):
+    def add(self, values: StepValues) -> None:
+        """Counts a step with these values: as refused, unless they are finite."""
+        if values.is_finite:
             self._in_a_row = 0
-            return False
+            return
         self._in_a_row += 1
         self._saw = f"loss {values.loss:.4g}, gradient norm {values.norm:.4g}"
-        return True
 
-    def figures(self, step: int) -> dict[str, Any]:
+    def record(self, step: int) -> dict[str, Any]:
         """The record of step number `step`, which was refused."""
         return {"step": step, "saw": self._saw, "in_a_row": self._in_a_row}
 
@@ -79,7 +81,7 @@ class Refusals:
 
 
 def require_finite_weights(step: int, weights: Mapping[str, Tensor]) -> None:
-    """Raises TrainingError that names the first tensor of `weights`, those of `step`, with an infinity or a NaN."""
+    """Raises TrainingError, naming the first tensor with an infinity or a NaN among `weights`, those after `step`."""
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise TrainingError(
@@ -89,8 +91,10 @@ def require_finite_weights(step: int, weights: Mapping[str, Tensor]) -> None:
 
 
 def _remedy(run: Path, step: int) -> str:
-    """Where to go on from: the newest whole checkpoint below `step`, whose weights are those that failed; the loss of
-    an earlier one's weights was finite."""
+    """Says where to go on from: the newest intact checkpoint before `step`.
+
+    The weights of `step` itself are those that failed; the loss of any earlier weights was finite.
+    """
     steps = list_steps(run)
     for earlier in reversed([one for one in steps if one < step]):
         path = step_folder(run, earlier)

@@ -24,10 +24,10 @@ from cda_cli.inspection import Watcher, inspect, layer_means
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish, step_folder
-from cda_cli.training.finite import Refusals, StepNumbers
+from cda_cli.training.finite import Refusals, StepResult
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.milestones import Minutes, Patience
-from cda_cli.training.optimizer import learning_rate, set_learning_rate, step_if_finite
+from cda_cli.training.optimizer import GuardedOptimizer, learning_rate, set_learning_rate
 from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup
 from cda_cli.training.speed import Speed
@@ -72,7 +72,8 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
     Raises InterruptedRunError, after saving, when asked to stop.
     """
     optim, every = setup.config.optim, setup.config.run
-    model, optimizer, processes = setup.model, setup.optimizer, setup.processes
+    model, processes = setup.model, setup.processes
+    optimizer = GuardedOptimizer(setup.optimizer, lambda: processes.gather_ahead(setup.compiled))
     speed = Speed()
     since = Since()  # the last line of figures
     minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
@@ -91,16 +92,14 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
     first = setup.step + 1
     while setup.step < optim.steps and not (stop or patience.over):
         rate = learning_rate(optim, setup.config.schedule_steps, setup.step)
-        set_learning_rate(optimizer, rate)
+        set_learning_rate(setup.optimizer, rate)
         eps = annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps)
         model.set_attention_eps(eps)
         batches, setup.position, loss = ahead or begin(setup, speed)
-        numbers = StepNumbers(loss, clip_gradients(model, optim.clip))
-        launched = step_if_finite(optimizer, numbers.sum)
+        result = StepResult(loss, clip_gradients(model, optim.clip))
+        optimizer.launch(result)
         ahead, inspected = None, None
-        if launched:
-            optimizer.zero_grad(set_to_none=True)
-            processes.gather_ahead(setup.compiled)
+        if optimizer.steps_at_launch:
             # While the device takes the step, and its numbers are still on their way.
             shows, aside = shows_figures(setup.step + 1), setup.aside
             if shows and aside:
@@ -110,16 +109,13 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
             if shows:
                 inspected = inspect_first(setup, batches, aside)
         stop.agree()
-        if refusals.refuses(numbers):
-            if not launched:
-                optimizer.zero_grad(set_to_none=True)
-            record("refused", **refusals.figures(setup.step + 1))
+        values = result.read()
+        optimizer.settle(values.is_finite)
+        refusals.add(values)
+        if not values.is_finite:
+            record("refused", **refusals.record(setup.step + 1))
             refusals.check(setup.step + 1)
             continue
-        if not launched:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            processes.gather_ahead(setup.compiled)
         setup.step += 1
         if setup.step == first:
             # Compiling leaves half a million objects: a full round of the collector takes a third of a second, in which
@@ -131,7 +127,6 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         setup.validation_loss = None
         tokens = sum(batch.inputs.numel() for batch in batches)
         setup.tokens += tokens
-        values = numbers.read()
         since.add(values.loss, batches)
         speed.add(tokens)
         display.advance(setup.step)
@@ -160,10 +155,10 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
             # Validation and samples have the ε that the checkpoint of this step is restored with.
             model.set_attention_eps(annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps))
             if (due(setup.step, every.eval_every) or last) and not stop:
-                result = validate(setup, stop)
-                if result is not None:
-                    record("validation", **result._asdict(), **averaged_figures(setup, stop))
-                    setup.validation_loss = processes.of_first(result.loss)
+                found = validate(setup, stop)
+                if found is not None:
+                    record("validation", **found._asdict(), **averaged_figures(setup, stop))
+                    setup.validation_loss = processes.of_first(found.loss)
                     patience.add(setup.validation_loss)
             if due(setup.step, every.sample_every) and not stop:
                 record("sample", text=sample(setup, stop))

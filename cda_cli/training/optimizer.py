@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cda_cli.config import OptimConfig
 from cda_cli.training.distribution import placed_like
+from cda_cli.training.finite import StepResult
 
 
 class MuonAndAdamW:
@@ -97,17 +98,37 @@ def moments_bytes(optimizer: Optimizer) -> int:
     return sum((2 if "betas" in group else 1) * p.nbytes for group in groups for p in group["params"])
 
 
-def step_if_finite(optimizer: Optimizer, loss_and_norm: Tensor) -> bool:
-    """Takes the step, which the device itself leaves out where the scalar is not finite; or does nothing, and is False.
+class GuardedOptimizer:
+    """Takes only steps whose loss and gradient norm are finite.
 
-    Fused AdamW can do this (it is how gradient scaling skips a step). The host then judges the step while the device
-    takes it: to judge first would leave the device idle until all of the next kernels are launched.
+    Each step calls `launch` before the host knows whether they are, and then `settle` once it knows. Fused AdamW steps
+    in `launch`: the device itself leaves the step out where they are not finite, as it does for gradient scaling. The
+    host thus judges the step while the device takes it; if it judged first, the device would idle until all of the next
+    kernels are launched. Muon cannot leave out a step by itself, so it steps in `settle`.
+
+    Either way the gradients are then dropped, and `after_step` is called.
     """
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return False
-    optimizer.found_inf = (~torch.isfinite(loss_and_norm)).float()  # type: ignore[attr-defined]
-    optimizer.step()
-    return True
+
+    def __init__(self, optimizer: Optimizer, after_step: Callable[[], None] = lambda: None) -> None:
+        self._optimizer, self._after_step = optimizer, after_step
+        # Whether the weights of the next step are known, or on their way on the device, once `launch` returns.
+        self.steps_at_launch = isinstance(optimizer, torch.optim.AdamW)
+
+    def launch(self, result: StepResult) -> None:
+        if self.steps_at_launch:
+            self._optimizer.found_inf = (~torch.isfinite(result.sum)).float()  # type: ignore[union-attr]
+            self._end_step(take=True)
+            del self._optimizer.found_inf  # type: ignore[union-attr]
+
+    def settle(self, finite: bool) -> None:
+        if not self.steps_at_launch:
+            self._end_step(take=finite)
+
+    def _end_step(self, take: bool) -> None:
+        if take:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._after_step()
 
 
 def learning_rate(config: OptimConfig, schedule_steps: int, step: int) -> float:

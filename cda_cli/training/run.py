@@ -21,11 +21,13 @@ from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, load, only_writer
 from cda_cli.streams import when_stdout_is_lost
 from cda_cli.training.distribution import ALONE, Processes
+from cda_cli.training.finite import StepResult
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.launch import NOT_BEGUN
 from cda_cli.training.loop import Display, draw, train
 from cda_cli.training.memory import Forecast, forecast, is_small, memory_remark
 from cda_cli.training.milestones import Patience
+from cda_cli.training.optimizer import GuardedOptimizer
 from cda_cli.training.run_folder import (
     NoMetrics,
     check_folder,
@@ -196,14 +198,16 @@ def try_steps(setup: Setup) -> tuple[float, int]:
         loss = accumulate_gradients(setup.compiled, draw(setup, 1)[0], setup.device, setup.dtype)
         return loss.item(), peak_memory(setup.device)
     torch.cuda.reset_peak_memory_stats(setup.device)
-    losses = []
+    optimizer = GuardedOptimizer(setup.optimizer)
+    values = []
     for _ in range(2):
         batches, _ = draw(setup, min(2, setup.config.optim.grad_accum))
-        losses.append(accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, graphs=setup.graphs))
-        clip_gradients(setup.model, setup.config.optim.clip)
-        setup.optimizer.step()
-        setup.optimizer.zero_grad(set_to_none=True)
-    return losses[0].item(), peak_memory(setup.device)
+        loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, graphs=setup.graphs)
+        result = StepResult(loss, clip_gradients(setup.model, setup.config.optim.clip))
+        optimizer.launch(result)
+        values.append(result.read())
+        optimizer.settle(values[-1].is_finite)
+    return values[0].loss, peak_memory(setup.device)
 
 
 def make_plan(setup: Setup, run: Path) -> Plan:

@@ -28,6 +28,7 @@ import cda_cli.strict_yaml
 import cda_cli.training.distribution
 import cda_cli.training.finite
 import cda_cli.training.loop
+import cda_cli.training.optimizer
 import cda_cli.training.run
 import cda_cli.training.setup
 from cda_cli.data import digest
@@ -268,18 +269,20 @@ for one in broken_stopping.ALL:
 
 @variant
 def what_is_not_finite_let_through(patch: Patch) -> None:
-    patch.setattr(cda_cli.training.finite.Refusals, "refuses", lambda self, numbers: False)
+    patch.setattr(cda_cli.training.finite.StepValues, "is_finite", True)
 
 
 @variant
 def only_the_loss_looked_at(patch: Patch) -> None:
-    numbers = cda_cli.training.finite.StepNumbers
-    patch.setattr(cda_cli.training.loop, "StepNumbers", lambda loss, norm: numbers(loss, torch.zeros(())))
+    result = cda_cli.training.finite.StepResult
+    patch.setattr(cda_cli.training.loop, "StepResult", lambda loss, norm: result(loss, torch.zeros(())))
 
 
 @variant
 def step_taken_before_it_is_judged(patch: Patch) -> None:
-    patch.setattr(cda_cli.training.loop, "step_if_finite", lambda optimizer, loss_and_norm: optimizer.step() is None)
+    guarded = cda_cli.training.optimizer.GuardedOptimizer
+    patch.setattr(guarded, "launch", lambda self, result: self._end_step(take=True))
+    patch.setattr(guarded, "settle", lambda self, finite: None)
 
 
 @variant

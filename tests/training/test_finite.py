@@ -18,7 +18,7 @@ from cda_cli.errors import TrainingError
 from cda_cli.runtime import deterministic
 from cda_cli.signals import StopRequest
 from cda_cli.storage import pack_optimizer, publish, step_folder
-from cda_cli.training.finite import Refusals, StepNumbers, require_finite_weights
+from cda_cli.training.finite import Refusals, StepResult, require_finite_weights
 from cda_cli.training.loop import train
 from cda_cli.training.milestones import Patience
 from cda_cli.training.run_folder import Metrics
@@ -35,28 +35,34 @@ def saved(run: Path, *steps: int) -> None:
         publish(run, step=step, model={}, optimizer={}, rng={}, state={"step": step}, keep=9)
 
 
+def is_refused(refusals: Refusals, loss: Tensor, norm: Tensor) -> bool:
+    values = StepResult(loss, norm).read()
+    refusals.add(values)
+    return not values.is_finite
+
+
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_what_is_not_finite_is_refused(tmp_path: Path, bad: Tensor) -> None:
     """In the loss alone, in the gradient alone, or in both; and said as it was seen."""
     refusals = Refusals(tmp_path, limit=9)
-    assert not refusals.refuses(StepNumbers(ONE, ONE))
-    assert refusals.refuses(StepNumbers(bad, ONE))
-    assert refusals.figures(7) == {"step": 7, "saw": f"loss {bad.item():.4g}, gradient norm 1", "in_a_row": 1}
-    assert refusals.refuses(StepNumbers(ONE, bad))
-    assert refusals.refuses(StepNumbers(bad, -bad))
-    assert refusals.figures(7)["in_a_row"] == 3
+    assert not is_refused(refusals, ONE, ONE)
+    assert is_refused(refusals, bad, ONE)
+    assert refusals.record(7) == {"step": 7, "saw": f"loss {bad.item():.4g}, gradient norm 1", "in_a_row": 1}
+    assert is_refused(refusals, ONE, bad)
+    assert is_refused(refusals, bad, -bad)
+    assert refusals.record(7)["in_a_row"] == 3
 
 
 def test_only_those_in_a_row_count(tmp_path: Path) -> None:
     """A bad batch now and then costs nothing but itself."""
     refusals = Refusals(tmp_path, limit=2)
     for _ in range(5):
-        assert refusals.refuses(StepNumbers(BAD[0], ONE))
+        assert is_refused(refusals, BAD[0], ONE)
         refusals.check(3)
-        assert not refusals.refuses(StepNumbers(ONE, ONE))
+        assert not is_refused(refusals, ONE, ONE)
         refusals.check(3)
     for _ in range(2):
-        refusals.refuses(StepNumbers(ONE, BAD[1]))
+        is_refused(refusals, ONE, BAD[1])
     with pytest.raises(TrainingError, match=r"at step 3, with 2 batches in a row \(loss 1, gradient norm inf\)"):
         refusals.check(3)
 
@@ -66,7 +72,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
 
     def said(step: int) -> str:
         refusals = Refusals(tmp_path, limit=1)
-        refusals.refuses(StepNumbers(*BAD[:2]))
+        is_refused(refusals, *BAD[:2])
         with pytest.raises(TrainingError) as caught:
             refusals.check(step)
         return str(caught.value)

@@ -17,13 +17,14 @@ from torch.utils._pytree import tree_map_only
 from cda_cli.config import ModelConfig, OptimConfig
 from cda_cli.model import Transformer
 from cda_cli.storage import pack_optimizer
+from cda_cli.training.finite import StepResult
 from cda_cli.training.optimizer import (
+    GuardedOptimizer,
     MuonAndAdamW,
     build_optimizer,
     learning_rate,
     restore_optimizer,
     set_learning_rate,
-    step_if_finite,
 )
 from tests.devices import DEVICES
 
@@ -195,6 +196,18 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def taken_in_launch(optimizer: torch.optim.AdamW, loss: torch.Tensor) -> None:
+    """Steps once, and sees that `settle` has nothing left to do."""
+    guarded = GuardedOptimizer(optimizer)
+    result = StepResult(loss, torch.ones_like(loss))
+    guarded.launch(result)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert all(parameter.grad is None for parameter in parameters)
+    launched = [parameter.detach().clone() for parameter in parameters]
+    guarded.settle(result.read().is_finite)
+    assert all(old.equal(new) for old, new in zip(launched, parameters, strict=True))
+
+
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sharded", [False, True])
@@ -210,7 +223,7 @@ def test_the_device_leaves_a_step_out_that_is_not_finite(seen: float, sharded: b
         weights = [parameter.detach().clone() for parameter in model.parameters()]
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, loss)
-        assert step_if_finite(optimizer, torch.tensor(loss, device=device))
+        taken_in_launch(optimizer, torch.tensor(loss, device=device))
         taken = math.isfinite(loss)
         for old, new in zip(weights, model.parameters(), strict=True):
             assert old.equal(new) is not taken
@@ -235,14 +248,35 @@ def test_a_state_of_another_device_goes_on_as_this_one_does(name: str, device: s
     restored = build_optimizer(model, OptimConfig(optimizer=name))
     restore_optimizer(restored, on_cpu)
     assert {group.get("fused", True) for group in restored.param_groups} == {True}
-    assert step_if_finite(restored, torch.tensor(1.0, device=device)) is (name == "adamw")
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    guarded = GuardedOptimizer(restored)
+    guarded.launch(StepResult(torch.tensor(1.0, device=device), torch.tensor(1.0, device=device)))
+    guarded.settle(True)
+    assert guarded.steps_at_launch is (name == "adamw")
+    assert not any(old.equal(new) for old, new in zip(weights, model.parameters(), strict=True) if new.numel())
 
 
-def test_muon_is_left_to_the_host() -> None:
-    """It could not leave the step out by itself, so it must be judged before."""
-    model = a_model(null_kv=1)
+@pytest.mark.parametrize("finite", [True, False])
+def test_muon_waits_for_the_verdict(finite: bool) -> None:
+    """It cannot leave a step out by itself, so nothing may happen before the host has judged it."""
+    model, calls = a_model(null_kv=1), []
+    optimizer = GuardedOptimizer(
+        build_optimizer(model, OptimConfig(optimizer="muon")), lambda: calls.append(gradients_are_dropped(model))
+    )
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    assert not step_if_finite(build_optimizer(model, OptimConfig(optimizer="muon")), torch.tensor(1.0))
+    result = StepResult(torch.tensor(1.0 if finite else torch.nan), torch.tensor(1.0))
+    optimizer.launch(result)
+    assert not optimizer.steps_at_launch
+    assert not calls
     assert all(old.equal(new) for old, new in zip(before, model.parameters(), strict=True))
+    optimizer.settle(result.read().is_finite)
+    assert calls == [True], "what comes after a step comes once, with the gradients dropped"
+    assert all(old.equal(new) is not finite for old, new in zip(before, model.parameters(), strict=True))
+
+
+def gradients_are_dropped(model: Transformer) -> bool:
+    return all(parameter.grad is None for parameter in model.parameters())
