@@ -35,8 +35,9 @@ from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish
 from cda_cli.training.flops import flops_per_token, peak_flops
-from cda_cli.training.loop import draw, inspect_first, train
+from cda_cli.training.loop import train
 from cda_cli.training.milestones import Patience
+from cda_cli.training.pipeline import draw, inspect_first
 from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup, build
 

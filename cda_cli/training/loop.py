@@ -6,28 +6,24 @@ after the step in hand, by saving.
 
 from __future__ import annotations
 
-import gc
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from cda_cli.config import Config, annealed_eps
+from cda_cli.config import annealed_eps
 from cda_cli.data import IGNORE, Batch, evaluation_batches
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate
 from cda_cli.generation import SamplingSettings, generate
-from cda_cli.inspection import Watcher, inspect, layer_means
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish, step_folder
 from cda_cli.training.finite import Refusals, StepResult
-from cda_cli.training.gradients import accumulate_gradients, clip_gradients
-from cda_cli.training.milestones import Minutes, Patience
+from cda_cli.training.gradients import clip_gradients
+from cda_cli.training.milestones import Minutes, Patience, due
 from cda_cli.training.optimizer import GuardedOptimizer, learning_rate, set_learning_rate
+from cda_cli.training.pipeline import Pipeline, restore_gc
 from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import Setup
 from cda_cli.training.speed import Speed
@@ -56,16 +52,7 @@ class Display(Protocol):
         """No more steps come, for whatever reason."""
 
 
-@contextmanager
-def thawed_after() -> Iterator[None]:
-    """In the end Python's garbage collector sees again what `gc.freeze` has hidden from it."""
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@thawed_after()
+@restore_gc()
 def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: StopRequest, patience: Patience) -> None:
     """Trains from `setup.step` to `optim.steps`, or until `patience` is over.
 
@@ -75,39 +62,29 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
     model, processes = setup.model, setup.processes
     optimizer = GuardedOptimizer(setup.optimizer, lambda: processes.gather_ahead(setup.compiled))
     speed = Speed()
+    pipeline = Pipeline(setup, speed, optimizer.steps_at_launch)
     since = Since()  # the last line of figures
     minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
     saved = setup.step if setup.position is not None else None
-    ahead: Begun | None = None
 
     def record(kind: str, **figures: Any) -> None:
         line = {"step": setup.step, "kind": kind, **figures}
         metrics.write(line)
         display.show(line)
 
-    def shows_figures(step: int) -> bool:
+    def is_logged(step: int) -> bool:
         return due(step, every.log_every) or step == optim.steps
 
     model.train()
-    first = setup.step + 1
     while setup.step < optim.steps and not (stop or patience.over):
         rate = learning_rate(optim, setup.config.schedule_steps, setup.step)
         set_learning_rate(setup.optimizer, rate)
         eps = annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps)
         model.set_attention_eps(eps)
-        batches, setup.position, loss = ahead or begin(setup, speed)
+        batches, setup.position, loss = pipeline.take()
         result = StepResult(loss, clip_gradients(model, optim.clip))
         optimizer.launch(result)
-        ahead, inspected = None, None
-        if optimizer.steps_at_launch:
-            # While the device takes the step, and its numbers are still on their way.
-            shows, aside = shows_figures(setup.step + 1), setup.aside
-            if shows and aside:
-                aside.wait_stream(torch.cuda.current_stream(setup.device))  # for these weights, not for what comes now
-            if setup.step + 1 > first and begins_ahead(setup.config, setup.step + 1) and (aside or not shows):
-                ahead = begin(setup, speed)
-            if shows:
-                inspected = inspect_first(setup, batches, aside)
+        pipeline.prefetch(batches, inspects=is_logged(setup.step + 1))
         stop.agree()
         values = result.read()
         optimizer.settle(values.is_finite)
@@ -117,11 +94,7 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
             refusals.check(setup.step + 1)
             continue
         setup.step += 1
-        if setup.step == first:
-            # Compiling leaves half a million objects: a full round of the collector takes a third of a second, in which
-            # nothing is launched.
-            gc.collect()
-            gc.freeze()
+        pipeline.step_taken()
         if setup.average:
             setup.average.update(setup.step)
         setup.validation_loss = None
@@ -132,9 +105,9 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         display.advance(setup.step)
 
         last = setup.step == optim.steps
-        if shows_figures(setup.step) or stop:
+        if is_logged(setup.step) or stop:
             speed.mark()
-            layers = (inspected or inspect_first(setup, batches)).layers()
+            layers = pipeline.layers(batches)
             record(
                 "train",
                 **since.figures(),
@@ -193,43 +166,6 @@ class Since:
         return {"loss": statistics.fmean(self._losses), "bits_per_byte": bits_per_byte(self._nats, self._bytes)}
 
 
-def due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
-
-
-class Begun(NamedTuple):
-    """A step whose gradients are there, or on their way on the device, and no more than that."""
-
-    batches: list[Batch]
-    position: dict[str, Any]  # in the data, after them
-    loss: Tensor
-
-
-def begin(setup: Setup, speed: Speed) -> Begun:
-    with speed.waiting():
-        batches, position = draw(setup, setup.config.optim.grad_accum)
-    loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, setup.processes, setup.graphs)
-    return Begun(batches, position, loss)
-
-
-def draw(setup: Setup, count: int) -> tuple[list[Batch], dict[str, Any]]:
-    """So many batches, and the position in the data after them."""
-    batches, positions = zip(*(next(setup.batches) for _ in range(count)), strict=True)
-    return list(batches), positions[-1]
-
-
-def begins_ahead(config: Config, step: int) -> bool:
-    """Whether the step after `step` may begin before that one is judged, so that the device does not wait for it.
-
-    It does so with the same weights and batches as afterwards, for a refused step changes none. But what a checkpoint
-    of `step` holds must not move on, as random numbers do; nor what is due first see what comes of it; nor ε be late.
-    """
-    model, every = config.model, config.run
-    anything_due = any(due(step, interval) for interval in (every.eval_every, every.sample_every, every.save_every))
-    last = step == config.optim.steps
-    return not (last or anything_due or model.dropout or model.eps_anneal_start is not None)
-
-
 def save(setup: Setup, run: Path) -> Path:
     """Publishes a checkpoint of this moment, and returns its folder."""
     contents = setup.publishable()
@@ -256,25 +192,6 @@ def averaged_figures(setup: Setup, stop: StopRequest) -> dict[str, float]:
     with setup.average.in_place():
         result = validate(setup, stop)
     return {f"ema_{name}": getattr(result, name) for name in ("loss", "bits_per_byte")} if result else {}
-
-
-class Inspected(NamedTuple):
-    """What each layer selected, or what is on its way there on a stream."""
-
-    watcher: Watcher
-    stream: torch.cuda.Stream | None
-
-    def layers(self) -> list[dict[str, float]]:
-        with torch.cuda.stream(self.stream):
-            return layer_means(self.watcher.report())
-
-
-def inspect_first(setup: Setup, batches: list[Batch], stream: torch.cuda.Stream | None = None) -> Inspected:
-    """What each layer selects, on the first sequence of a step."""
-    first = batches[0].map(lambda values: values[:1])
-    # What fsdp compiles in place would be compiled once more.
-    with torch.compiler.set_stance("force_eager"), torch.cuda.stream(stream):
-        return Inspected(inspect(setup.model, [first], setup.device, setup.dtype), stream)
 
 
 def sample(setup: Setup, stop: StopRequest) -> str:

@@ -7,6 +7,11 @@ import time
 from collections.abc import Iterable
 
 
+def due(step: int, interval: int) -> bool:
+    """Whether something is due after `step` that is done every `interval` steps; 0: never."""
+    return interval > 0 and step % interval == 0
+
+
 class Minutes:
     """Whether so many minutes have passed since the last restart; 0: they never have."""
 

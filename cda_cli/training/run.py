@@ -24,10 +24,11 @@ from cda_cli.training.distribution import ALONE, Processes
 from cda_cli.training.finite import StepResult
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.launch import NOT_BEGUN
-from cda_cli.training.loop import Display, draw, train
+from cda_cli.training.loop import Display, train
 from cda_cli.training.memory import Forecast, forecast, is_small, memory_remark
 from cda_cli.training.milestones import Patience
 from cda_cli.training.optimizer import GuardedOptimizer
+from cda_cli.training.pipeline import draw
 from cda_cli.training.run_folder import (
     NoMetrics,
     check_folder,

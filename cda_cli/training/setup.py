@@ -86,7 +86,7 @@ class Setup:
     validation_loss: float | None = None
     processes: Processes = ALONE
     graphs: GradientGraphs | None = None
-    aside: torch.cuda.Stream | None = None  # for what may run beside a step, in a single process
+    inspection_stream: torch.cuda.Stream | None = None  # on which an inspection runs beside a step, in one process
 
     def utilisation(self, tokens_per_second: float) -> dict[str, float]:
         """Model FLOPs utilisation, `mfu_computed` and `mfu_dense` (see `flops`); nothing where no peak is known."""
@@ -225,7 +225,7 @@ def build(
         average=average,
         processes=processes,
         graphs=graphs,
-        aside=torch.cuda.Stream(device) if device.type == "cuda" and processes.count == 1 else None,
+        inspection_stream=torch.cuda.Stream(device) if device.type == "cuda" and processes.count == 1 else None,
     )
 
 

@@ -36,7 +36,7 @@ PHASES = {
     "a later step": ("cda_cli.training.gradients", "accumulate_gradients", 6),
     "evaluating": ("cda_cli.training.loop", "validate", 1),
     "saving": ("cda_cli.storage.checkpoint", "publish", 2),
-    "figures": ("cda_cli.training.loop", "inspect_first", 3),
+    "figures": ("cda_cli.training.pipeline", "inspect_first", 3),
 }
 VARIANT_PHASES = ("a later step", "evaluating", "saving")
 BEFORE_THE_RUN = ("preparing", "building")

@@ -21,7 +21,7 @@ from cda_cli.model import Transformer
 from cda_cli.signals import StopRequest
 from cda_cli.storage import list_steps
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
-from cda_cli.training.loop import due
+from cda_cli.training.milestones import due
 from cda_cli.training.run import run_training
 from tests.training.helpers import Memory, changed, losses, trained
 

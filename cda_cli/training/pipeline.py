@@ -1,0 +1,130 @@
+"""Keeps the device busy: launches the next step, and inspects this one, before the host has judged this one."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cda_cli.config import Config
+from cda_cli.data import Batch
+from cda_cli.inspection import Watcher, inspect, layer_means
+from cda_cli.training.gradients import accumulate_gradients
+from cda_cli.training.milestones import due
+from cda_cli.training.setup import Setup
+from cda_cli.training.speed import Speed
+
+
+class PendingStep(NamedTuple):
+    """A step whose gradients are computed, or are being computed on the device, and nothing more.
+
+    `position` is the position in the data after its `batches`; `loss` is a scalar on the device.
+    """
+
+    batches: list[Batch]
+    position: dict[str, Any]
+    loss: Tensor
+
+
+class Pipeline:
+    """Hands out steps with `take`, and in `prefetch` works ahead. Only an optimizer that `steps_at_launch` lets it."""
+
+    def __init__(self, setup: Setup, speed: Speed, steps_at_launch: bool) -> None:
+        self._setup, self._speed, self._steps_at_launch = setup, speed, steps_at_launch
+        self._warm = False
+        self._pending: PendingStep | None = None
+        self._inspection: Inspection | None = None
+
+    def take(self) -> PendingStep:
+        """Returns the step that was launched ahead, or else launches one."""
+        pending, self._pending = self._pending, None
+        return pending or launch_step(self._setup, self._speed)
+
+    def prefetch(self, batches: list[Batch], inspects: bool) -> None:
+        """Launches the next step, and with `inspects` an inspection of this one, on its `batches`.
+
+        To be called once the optimizer's step is launched: the device takes that step, and its values are on their way.
+        """
+        self._inspection = None
+        if not self._steps_at_launch:
+            return
+        setup, stream = self._setup, self._setup.inspection_stream
+        if inspects and stream:
+            # The inspection waits for the weights of this step, but not for the next step, which is launched after it.
+            stream.wait_stream(torch.cuda.current_stream(setup.device))
+        if self._warm and may_launch_ahead(setup.config, setup.step + 1) and (stream or not inspects):
+            self._pending = launch_step(setup, self._speed)
+        if inspects:
+            self._inspection = inspect_first(setup, batches, stream)
+
+    def step_taken(self) -> None:
+        """To be called after each step that was taken, but not after one that was refused."""
+        if not self._warm:
+            # Compiling leaves half a million objects. A full round of the garbage collector would then take a third of
+            # a second, in which nothing is launched.
+            gc.collect()
+            gc.freeze()
+            self._warm = True
+
+    def layers(self, batches: list[Batch]) -> list[dict[str, float]]:
+        """Waits for what each layer selected, in the step that was taken last and whose `batches` these are."""
+        inspection = self._inspection or inspect_first(self._setup, batches)
+        return inspection.layers()
+
+
+@contextmanager
+def restore_gc() -> Iterator[None]:
+    """Shows Python's garbage collector, in the end, what `gc.freeze` has hidden from it."""
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def launch_step(setup: Setup, speed: Speed) -> PendingStep:
+    with speed.waiting():
+        batches, position = draw(setup, setup.config.optim.grad_accum)
+    loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, setup.processes, setup.graphs)
+    return PendingStep(batches, position, loss)
+
+
+def draw(setup: Setup, count: int) -> tuple[list[Batch], dict[str, Any]]:
+    """Returns the next `count` batches, and the position in the data after them."""
+    batches, positions = zip(*(next(setup.batches) for _ in range(count)), strict=True)
+    return list(batches), positions[-1]
+
+
+def may_launch_ahead(config: Config, step: int) -> bool:
+    """Whether the step after `step` may be launched before `step` is judged, so that the device does not wait.
+
+    It then has the same weights and batches as it would have afterwards, as a refused step changes no weights. It may
+    not be launched before something that is due after `step`: a checkpoint must hold the random numbers of `step`, and
+    an evaluation or a sample comes first on the device. Nor while ε anneals, as the next step would have the old ε.
+    """
+    model, every = config.model, config.run
+    anything_due = any(due(step, interval) for interval in (every.eval_every, every.sample_every, every.save_every))
+    last = step == config.optim.steps
+    return not (last or anything_due or model.dropout or model.eps_anneal_start is not None)
+
+
+class Inspection(NamedTuple):
+    """What each layer selected, or what is being computed of it on a stream."""
+
+    watcher: Watcher
+    stream: torch.cuda.Stream | None
+
+    def layers(self) -> list[dict[str, float]]:
+        with torch.cuda.stream(self.stream):
+            return layer_means(self.watcher.report())
+
+
+def inspect_first(setup: Setup, batches: list[Batch], stream: torch.cuda.Stream | None = None) -> Inspection:
+    """Inspects what each layer selects on the first sequence of a step."""
+    first = batches[0].map(lambda values: values[:1])
+    # Otherwise what fsdp compiles in place would be compiled once more.
+    with torch.compiler.set_stance("force_eager"), torch.cuda.stream(stream):
+        return Inspection(inspect(setup.model, [first], setup.device, setup.dtype), stream)
