@@ -58,11 +58,11 @@ def outcome(case: Case) -> Outcome:
     )
     device = torch.device("cuda")
     began = time.perf_counter()
-    captured = captures(config, device, case.compiled, ALONE, print)
-    expected = forecast(config, device, torch.bfloat16, case.compiled, captured, resolve_backend(config, device))
+    backend = resolve_backend(config, device)
+    captured = captures(config, backend, device, case.compiled, ALONE, print)
+    expected = forecast(config, device, torch.bfloat16, case.compiled, captured, backend)
     seconds = time.perf_counter() - began
-    setup = build(config, random_data(config))
-    return Outcome(expected.peak, try_steps(setup)[1], seconds)
+    return Outcome(expected.peak, try_steps(*build(config, random_data(config)))[1], seconds)
 
 
 def main() -> None:

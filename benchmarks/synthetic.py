@@ -19,7 +19,7 @@ import torch
 
 from cda_cli.config import Config, resolve
 from cda_cli.data import Tokens, TrainBatches, load_tokenizer
-from cda_cli.training.setup import RunData
+from cda_cli.training.state import RunData
 
 VOCABULARY = 50304  # GPT-2's, rounded up to a multiple of 64
 TOKENS = 2**22

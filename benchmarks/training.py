@@ -33,13 +33,13 @@ from cda_cli.config import Config
 from cda_cli.errors import InterruptedRunError
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
-from cda_cli.storage import publish
 from cda_cli.training.flops import flops_per_token, peak_flops
-from cda_cli.training.loop import train
+from cda_cli.training.loop import save, train
 from cda_cli.training.milestones import Patience
 from cda_cli.training.pipeline import draw, inspect_first
 from cda_cli.training.run_folder import Metrics
-from cda_cli.training.setup import Setup, build
+from cda_cli.training.setup import build
+from cda_cli.training.state import RunContext, TrainState
 
 WARM = 5
 SINGLY = ", no CUDA graphs"
@@ -120,17 +120,17 @@ class Measured(NamedTuple):
     saving: float | None = None
 
 
-def measure(setup: Setup) -> Measured:
-    steps = setup.config.run.log_every
-    clock = Clock(WARM + steps, setup.device)
-    inspect_first(setup, draw(setup, 1)[0])  # compiles kernels too
+def measure(context: RunContext, state: TrainState) -> Measured:
+    steps = context.config.run.log_every
+    clock = Clock(WARM + steps, context.device)
+    inspect_first(context, state, draw(state, 1)[0])  # compiles kernels too
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         metrics = Metrics(Path(folder) / "metrics.jsonl", 0)
         with contextlib.suppress(InterruptedRunError):
-            train(setup, Path(folder), metrics, clock, setup.processes.agreed(stop), Patience(0))
+            train(context, state, Path(folder), metrics, clock, context.processes.agreed(stop), Patience(0))
         metrics.close()
     seconds = (clock.times[WARM + steps] - clock.times[WARM]) / steps
-    return Measured(seconds, None if setup.graphs else clock.memory, clock.figures["data_wait"])
+    return Measured(seconds, None if context.graphs else clock.memory, clock.figures["data_wait"])
 
 
 def measure_nanogpt(config: Config, device: torch.device) -> Measured:
@@ -143,14 +143,14 @@ def measure_nanogpt(config: Config, device: torch.device) -> Measured:
     return Measured(*nanogpt.measure(config, two_tensors, device, WARM, config.run.log_every))
 
 
-def saving(setup: Setup) -> float:
+def saving(context: RunContext, state: TrainState) -> float:
     """Seconds of a save once there are checkpoints to prune: the median of three after two."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         for step in range(5):
-            setup.step = step
+            state.step = step
             began = time.perf_counter()
-            publish(Path(folder), **setup.publishable())
+            save(context, state, Path(folder))
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[2:])
 
@@ -176,9 +176,9 @@ def rows(case: Case, device: torch.device) -> Iterator[tuple[str, Config, Measur
 def whole_loop(case: Case, sets: Sequence[str], saves: bool = False) -> tuple[Config, Measured]:
     _free()
     config = run_settings(case.preset, [*case.sets, *sets])
-    setup = build(config, random_data(config))
-    found = measure(setup)
-    return config, found._replace(saving=saving(setup)) if saves else found
+    context, state = build(config, random_data(config))
+    found = measure(context, state)
+    return config, found._replace(saving=saving(context, state)) if saves else found
 
 
 def tables(cases: Sequence[Case], device: torch.device) -> None:

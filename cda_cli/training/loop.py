@@ -25,8 +25,8 @@ from cda_cli.training.milestones import Minutes, Patience, due
 from cda_cli.training.optimizer import GuardedOptimizer, learning_rate, set_learning_rate
 from cda_cli.training.pipeline import Pipeline, restore_gc
 from cda_cli.training.run_folder import Metrics
-from cda_cli.training.setup import Setup
 from cda_cli.training.speed import Speed
+from cda_cli.training.state import RunContext, TrainState
 
 SAMPLE_TOKENS = 200
 
@@ -53,22 +53,30 @@ class Display(Protocol):
 
 
 @restore_gc()
-def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: StopRequest, patience: Patience) -> None:
-    """Trains from `setup.step` to `optim.steps`, or until `patience` is over.
+def train(
+    context: RunContext,
+    state: TrainState,
+    run: Path,
+    metrics: Metrics,
+    display: Display,
+    stop: StopRequest,
+    patience: Patience,
+) -> None:
+    """Trains from `state.step` to `optim.steps`, or until `patience` is over.
 
     Raises InterruptedRunError, after saving, when asked to stop.
     """
-    optim, every = setup.config.optim, setup.config.run
-    model, processes = setup.model, setup.processes
-    optimizer = GuardedOptimizer(setup.optimizer, lambda: processes.gather_ahead(setup.compiled))
+    config, processes, model = context.config, context.processes, state.model
+    optim, every = config.optim, config.run
+    optimizer = GuardedOptimizer(state.optimizer, lambda: processes.gather_ahead(context.compiled))
     speed = Speed()
-    pipeline = Pipeline(setup, speed, optimizer.steps_at_launch)
+    pipeline = Pipeline(context, state, speed, optimizer.steps_at_launch)
     since = Since()  # the last line of figures
     minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
-    saved = setup.step if setup.position is not None else None
+    saved = state.step if state.position is not None else None
 
     def record(kind: str, **figures: Any) -> None:
-        line = {"step": setup.step, "kind": kind, **figures}
+        line = {"step": state.step, "kind": kind, **figures}
         metrics.write(line)
         display.show(line)
 
@@ -76,36 +84,36 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
         return due(step, every.log_every) or step == optim.steps
 
     model.train()
-    while setup.step < optim.steps and not (stop or patience.over):
-        rate = learning_rate(optim, setup.config.schedule_steps, setup.step)
-        set_learning_rate(setup.optimizer, rate)
-        eps = annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps)
+    while state.step < optim.steps and not (stop or patience.over):
+        rate = learning_rate(optim, config.schedule_steps, state.step)
+        set_learning_rate(state.optimizer, rate)
+        eps = annealed_eps(config.model, state.step, config.schedule_steps)
         model.set_attention_eps(eps)
-        batches, setup.position, loss = pipeline.take()
+        batches, state.position, loss = pipeline.take()
         result = StepResult(loss, clip_gradients(model, optim.clip))
         optimizer.launch(result)
-        pipeline.prefetch(batches, inspects=is_logged(setup.step + 1))
+        pipeline.prefetch(batches, inspects=is_logged(state.step + 1))
         stop.agree()
         values = result.read()
         optimizer.settle(values.is_finite)
         refusals.add(values)
         if not values.is_finite:
-            record("refused", **refusals.record(setup.step + 1))
-            refusals.check(setup.step + 1)
+            record("refused", **refusals.record(state.step + 1))
+            refusals.check(state.step + 1)
             continue
-        setup.step += 1
+        state.step += 1
         pipeline.step_taken()
-        if setup.average:
-            setup.average.update(setup.step)
-        setup.validation_loss = None
+        if state.average:
+            state.average.update(state.step)
+        state.validation_loss = None
         tokens = sum(batch.inputs.numel() for batch in batches)
-        setup.tokens += tokens
+        state.tokens += tokens
         since.add(values.loss, batches)
         speed.add(tokens)
-        display.advance(setup.step)
+        display.advance(state.step)
 
-        last = setup.step == optim.steps
-        if is_logged(setup.step) or stop:
+        last = state.step == optim.steps
+        if is_logged(state.step) or stop:
             speed.mark()
             layers = pipeline.layers(batches)
             record(
@@ -114,38 +122,38 @@ def train(setup: Setup, run: Path, metrics: Metrics, display: Display, stop: Sto
                 lr=rate,
                 eps=eps,
                 grad_norm=values.norm,
-                tokens=setup.tokens,
+                tokens=state.tokens,
                 tokens_per_second=speed.tokens_per_second,
-                seconds_left=speed.seconds_left(optim.steps - setup.step),
+                seconds_left=speed.seconds_left(optim.steps - state.step),
                 data_wait=speed.data_wait,
-                **setup.utilisation(speed.tokens_per_second),
-                memory_bytes=peak_memory(setup.device),
+                **context.utilisation(speed.tokens_per_second),
+                memory_bytes=peak_memory(context.device),
                 layers=layers,
             )
             since = Since()
         passed = every.save_minutes > 0 and processes.any(minutes.passed())
         with speed.paused():
             # Validation and samples have the ε that the checkpoint of this step is restored with.
-            model.set_attention_eps(annealed_eps(setup.config.model, setup.step, setup.config.schedule_steps))
-            if (due(setup.step, every.eval_every) or last) and not stop:
-                found = validate(setup, stop)
+            model.set_attention_eps(annealed_eps(config.model, state.step, config.schedule_steps))
+            if (due(state.step, every.eval_every) or last) and not stop:
+                found = validate(context, stop)
                 if found is not None:
-                    record("validation", **found._asdict(), **averaged_figures(setup, stop))
-                    setup.validation_loss = processes.of_first(found.loss)
-                    patience.add(setup.validation_loss)
-            if due(setup.step, every.sample_every) and not stop:
-                record("sample", text=sample(setup, stop))
-            if due(setup.step, every.save_every) or passed or last or stop or patience.over:
-                path = save(setup, run)
-                saved = setup.step
+                    record("validation", **found._asdict(), **averaged_figures(context, state, stop))
+                    state.validation_loss = processes.of_first(found.loss)
+                    patience.add(state.validation_loss)
+            if due(state.step, every.sample_every) and not stop:
+                record("sample", text=sample(context, state, stop))
+            if due(state.step, every.save_every) or passed or last or stop or patience.over:
+                path = save(context, state, run)
+                saved = state.step
                 minutes.restart()
                 record("checkpoint", path=str(path))
-    if patience.over and setup.step < optim.steps:
-        display.note(f"stopped early at step {setup.step} of {optim.steps}: {patience.words()}")
+    if patience.over and state.step < optim.steps:
+        display.note(f"stopped early at step {state.step} of {optim.steps}: {patience.words()}")
     if stop:
-        if saved != setup.step:
-            save(setup, run)
-        stop.check(f"stopped at step {setup.step} of {optim.steps}, and saved; the same command goes on from there")
+        if saved != state.step:
+            save(context, state, run)
+        stop.check(f"stopped at step {state.step} of {optim.steps}, and saved; the same command goes on from there")
 
 
 class Since:
@@ -166,43 +174,44 @@ class Since:
         return {"loss": statistics.fmean(self._losses), "bits_per_byte": bits_per_byte(self._nats, self._bytes)}
 
 
-def save(setup: Setup, run: Path) -> Path:
+def save(context: RunContext, state: TrainState, run: Path) -> Path:
     """Publishes a checkpoint of this moment, and returns its folder."""
-    contents = setup.publishable()
-    if setup.processes.first:
-        publish(run, **contents)
-    setup.processes.wait()
-    return step_folder(run, setup.step)
+    contents, retention = state.checkpoint(context), context.config.run
+    if context.processes.first:
+        publish(run, **contents._asdict(), keep=retention.keep, keep_best=retention.keep_best)
+    context.processes.wait()
+    return step_folder(run, state.step)
 
 
-def validate(setup: Setup, stop: StopRequest) -> Evaluation | None:
+def validate(context: RunContext, stop: StopRequest) -> Evaluation | None:
     """Figures on the first `eval_batches` batches of the validation split, or None where a stop cut them short."""
-    config, validation = setup.config, setup.data.validation
+    config, validation = context.config, context.data.validation
     batches = evaluation_batches(
         validation, config.model.seq_len, config.optim.batch_size, max_batches=config.run.eval_batches
     )
-    result = evaluate(setup.compiled, stop.until(batches), setup.device, setup.dtype)
+    result = evaluate(context.compiled, stop.until(batches), context.device, context.dtype)
     return None if stop else result
 
 
-def averaged_figures(setup: Setup, stop: StopRequest) -> dict[str, float]:
+def averaged_figures(context: RunContext, state: TrainState, stop: StopRequest) -> dict[str, float]:
     """The same figures of the averaged weights, where there are any."""
-    if setup.average is None:
+    if state.average is None:
         return {}
-    with setup.average.in_place():
-        result = validate(setup, stop)
+    with state.average.in_place():
+        result = validate(context, stop)
     return {f"ema_{name}": getattr(result, name) for name in ("loss", "bits_per_byte")} if result else {}
 
 
-def sample(setup: Setup, stop: StopRequest) -> str:
+def sample(context: RunContext, state: TrainState, stop: StopRequest) -> str:
     """Text that follows the beginning of the validation split, until a stop; same step, same text."""
-    tokenizer, prompt_tokens = setup.data.tokenizer, min(64, setup.config.model.seq_len // 2)
-    prompt = [int(token) for token in setup.data.validation.ids[:prompt_tokens]]
-    setup.model.eval()
-    seed, settings = setup.config.run.seed, SamplingSettings()
+    config, data = context.config, context.data
+    prompt = [int(token) for token in data.validation.ids[: min(64, config.model.seq_len // 2)]]
+    state.model.eval()
+    settings = SamplingSettings()
     with torch.compiler.set_stance("force_eager"):
-        tokens = list(stop.until(generate(setup.model, prompt, SAMPLE_TOKENS, settings, seed=seed, dtype=setup.dtype)))
-    setup.model.train()
-    decoder = tokenizer.stream()  # one for both: the text of a token may depend on the tokens before it
+        generated = generate(state.model, prompt, SAMPLE_TOKENS, settings, seed=config.run.seed, dtype=context.dtype)
+        tokens = list(stop.until(generated))
+    state.model.train()
+    decoder = data.tokenizer.stream()  # one for both: the text of a token may depend on the tokens before it
     before, after = ("".join(map(decoder.push, part)) for part in (prompt, tokens))
     return f"{before}▸{after}{decoder.flush()}"

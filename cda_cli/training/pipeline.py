@@ -15,8 +15,8 @@ from cda_cli.data import Batch
 from cda_cli.inspection import Watcher, inspect, layer_means
 from cda_cli.training.gradients import accumulate_gradients
 from cda_cli.training.milestones import due
-from cda_cli.training.setup import Setup
 from cda_cli.training.speed import Speed
+from cda_cli.training.state import RunContext, TrainState
 
 
 class PendingStep(NamedTuple):
@@ -33,8 +33,9 @@ class PendingStep(NamedTuple):
 class Pipeline:
     """Hands out steps with `take`, and in `prefetch` works ahead. Only an optimizer that `steps_at_launch` lets it."""
 
-    def __init__(self, setup: Setup, speed: Speed, steps_at_launch: bool) -> None:
-        self._setup, self._speed, self._steps_at_launch = setup, speed, steps_at_launch
+    def __init__(self, context: RunContext, state: TrainState, speed: Speed, steps_at_launch: bool) -> None:
+        self._context, self._state, self._speed = context, state, speed
+        self._steps_at_launch = steps_at_launch
         self._warm = False
         self._pending: PendingStep | None = None
         self._inspection: Inspection | None = None
@@ -42,7 +43,7 @@ class Pipeline:
     def take(self) -> PendingStep:
         """Returns the step that was launched ahead, or else launches one."""
         pending, self._pending = self._pending, None
-        return pending or launch_step(self._setup, self._speed)
+        return pending or launch_step(self._context, self._state, self._speed)
 
     def prefetch(self, batches: list[Batch], inspects: bool) -> None:
         """Launches the next step, and with `inspects` an inspection of this one, on its `batches`.
@@ -52,14 +53,14 @@ class Pipeline:
         self._inspection = None
         if not self._steps_at_launch:
             return
-        setup, stream = self._setup, self._setup.inspection_stream
+        context, state, stream = self._context, self._state, self._context.inspection_stream
         if inspects and stream:
             # The inspection waits for the weights of this step, but not for the next step, which is launched after it.
-            stream.wait_stream(torch.cuda.current_stream(setup.device))
-        if self._warm and may_launch_ahead(setup.config, setup.step + 1) and (stream or not inspects):
-            self._pending = launch_step(setup, self._speed)
+            stream.wait_stream(torch.cuda.current_stream(context.device))
+        if self._warm and may_launch_ahead(context.config, state.step + 1) and (stream or not inspects):
+            self._pending = launch_step(context, state, self._speed)
         if inspects:
-            self._inspection = inspect_first(setup, batches, stream)
+            self._inspection = inspect_first(context, state, batches, stream)
 
     def step_taken(self) -> None:
         """To be called after each step that was taken, but not after one that was refused."""
@@ -72,7 +73,7 @@ class Pipeline:
 
     def layers(self, batches: list[Batch]) -> list[dict[str, float]]:
         """Waits for what each layer selected, in the step that was taken last and whose `batches` these are."""
-        inspection = self._inspection or inspect_first(self._setup, batches)
+        inspection = self._inspection or inspect_first(self._context, self._state, batches)
         return inspection.layers()
 
 
@@ -85,16 +86,19 @@ def restore_gc() -> Iterator[None]:
         gc.unfreeze()
 
 
-def launch_step(setup: Setup, speed: Speed) -> PendingStep:
+def launch_step(context: RunContext, state: TrainState, speed: Speed) -> PendingStep:
+    """Draws the batches of a step and adds their gradients; a GPU may still compute them afterwards."""
     with speed.waiting():
-        batches, position = draw(setup, setup.config.optim.grad_accum)
-    loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, setup.processes, setup.graphs)
+        batches, position = draw(state, context.config.optim.grad_accum)
+    loss = accumulate_gradients(
+        context.compiled, batches, context.device, context.dtype, context.processes, context.graphs
+    )
     return PendingStep(batches, position, loss)
 
 
-def draw(setup: Setup, count: int) -> tuple[list[Batch], dict[str, Any]]:
+def draw(state: TrainState, count: int) -> tuple[list[Batch], dict[str, Any]]:
     """Returns the next `count` batches, and the position in the data after them."""
-    batches, positions = zip(*(next(setup.batches) for _ in range(count)), strict=True)
+    batches, positions = zip(*(next(state.batches) for _ in range(count)), strict=True)
     return list(batches), positions[-1]
 
 
@@ -122,9 +126,11 @@ class Inspection(NamedTuple):
             return layer_means(self.watcher.report())
 
 
-def inspect_first(setup: Setup, batches: list[Batch], stream: torch.cuda.Stream | None = None) -> Inspection:
+def inspect_first(
+    context: RunContext, state: TrainState, batches: list[Batch], stream: torch.cuda.Stream | None = None
+) -> Inspection:
     """Inspects what each layer selects on the first sequence of a step."""
     first = batches[0].map(lambda values: values[:1])
     # Otherwise what fsdp compiles in place would be compiled once more.
     with torch.compiler.set_stance("force_eager"), torch.cuda.stream(stream):
-        return Inspection(inspect(setup.model, [first], setup.device, setup.dtype), stream)
+        return Inspection(inspect(state.model, [first], context.device, context.dtype), stream)

@@ -39,18 +39,16 @@ from cda_cli.training.run_folder import (
     validation_losses,
 )
 from cda_cli.training.setup import (
-    THREADS,
-    Setup,
     build,
     config_warnings,
     describe_backend,
     describe_peak,
     open_data,
-    resolve_backend,
     with_absolute_paths,
     with_vocabulary,
 )
 from cda_cli.training.space import check_space
+from cda_cli.training.state import THREADS, RunContext, TrainState
 from cda_cli.training.trackers import check_trackers
 
 
@@ -110,38 +108,38 @@ def _run(
     config: Config, run: Path, checkpoint: Checkpoint | None, display: Display, stop: StopRequest, processes: Processes
 ) -> None:
     with stop.at_once(NOT_BEGUN):
-        setup = _set_up(config, run, checkpoint, display, stop, processes)
-        _check_same_start(setup)
-    if checkpoint and setup.step >= setup.config.optim.steps:
-        display.note(f"{run} has all its {setup.step} steps; raise --steps to go on")
+        context, state = _set_up(config, run, checkpoint, display, stop, processes)
+        _check_same_start(context, state)
+    config = context.config
+    if checkpoint and state.step >= config.optim.steps:
+        display.note(f"{run} has all its {state.step} steps; raise --steps to go on")
         return
     if checkpoint:
-        display.note(f"resuming from {checkpoint.path}, step {setup.step}")
+        display.note(f"resuming from {checkpoint.path}, step {state.step}")
         before = saved_config(checkpoint).schedule_steps
-        if before != setup.config.schedule_steps:
-            now = setup.config.schedule_steps
+        if before != config.schedule_steps:
             display.note(
-                f"the learning-rate schedule is now {now} steps long and was {before}; "
+                f"the learning-rate schedule is now {config.schedule_steps} steps long and was {before}; "
                 f"--set optim.schedule_steps={before} keeps it"
             )
-    unknown = describe_peak(setup.device, setup.dtype)
+    unknown = describe_peak(context.device, context.dtype)
     if unknown:
         display.note(unknown)
-    if setup.device.type == "cpu" and not is_small(setup.config) and (expected := _forecast(setup)):
-        remark = _memory_remark(setup, expected)
+    if context.device.type == "cpu" and not is_small(config) and (expected := _forecast(context)):
+        remark = _memory_remark(context, expected)
         if remark:
             display.note(remark)
-    before_this = processes.told("validation losses", lambda: json.dumps(validation_losses(run, setup.step)))
-    patience = Patience(setup.config.run.patience, json.loads(before_this))
+    before_this = processes.told("validation losses", lambda: json.dumps(validation_losses(run, state.step)))
+    patience = Patience(config.run.patience, json.loads(before_this))
     if patience.over:
         display.note(f"{run} was stopped early: {patience.words()}; raise --set run.patience to go on")
         return
     if processes.first:
-        check_space(run, setup)
-    metrics = open_run(run, setup.config, setup.step) if processes.first else NoMetrics()
+        check_space(run, config.run, state)
+    metrics = open_run(run, config, state.step) if processes.first else NoMetrics()
     try:
-        display.start(make_plan(setup, run))
-        train(setup, run, metrics, display, processes.agreed(stop), patience)
+        display.start(make_plan(context, state, run))
+        train(context, state, run, metrics, display, processes.agreed(stop), patience)
     finally:
         metrics.close()
         display.finish()
@@ -166,69 +164,71 @@ def dry_run(
         tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache,
     ):
         checkpoint = _find(run, resume, display, ALONE)
-        setup = _set_up(config, run, checkpoint, display, stop, ALONE, spare_cache=Path(cache))
-        plan, expected = make_plan(setup, run), _forecast(setup)
-        fits = expected is None or _memory_remark(setup, expected) is None
-        name = "Muon and AdamW" if setup.config.optim.optimizer == "muon" else "AdamW"
-        known = DryRun(plan, None, name, expected, None, on_gpu=setup.device.type == "cuda")
+        context, state = _set_up(config, run, checkpoint, display, stop, ALONE, spare_cache=Path(cache))
+        plan, expected = make_plan(context, state, run), _forecast(context)
+        fits = expected is None or _memory_remark(context, expected) is None
+        name = "Muon and AdamW" if config.optim.optimizer == "muon" else "AdamW"
+        known = DryRun(plan, None, name, expected, None, on_gpu=context.device.type == "cuda")
         foretold(known)
-        loss, peak = try_steps(setup) if fits else (None, None)
+        loss, peak = try_steps(context, state) if fits else (None, None)
         return known._replace(loss=loss, peak=peak)
 
 
-def _forecast(setup: Setup) -> Forecast | None:
-    """None for the published code, which cannot be followed."""
-    choice = resolve_backend(setup.config, setup.device)
-    parts = setup.is_compiled, setup.graphs is not None, choice
-    return forecast(setup.config, setup.device, setup.dtype, *parts) if choice.name != "colt5" else None
+def _forecast(context: RunContext) -> Forecast | None:
+    """Forecasts memory; None for the published code, which cannot be followed."""
+    if context.backend.name == "colt5":
+        return None
+    captured = context.graphs is not None
+    return forecast(context.config, context.device, context.dtype, context.is_compiled, captured, context.backend)
 
 
-def _memory_remark(setup: Setup, expected: Forecast) -> str | None:
-    # The weights are there already.
-    left = available_memory() if setup.device.type == "cpu" else None
+def _memory_remark(context: RunContext, expected: Forecast) -> str | None:
+    # The weights are allocated already.
+    left = available_memory() if context.device.type == "cpu" else None
     return memory_remark(expected.peak - expected.weights, left)
 
 
-def try_steps(setup: Setup) -> tuple[float, int]:
-    """The loss of the first batch, and the peak of memory in bytes.
+def try_steps(context: RunContext, state: TrainState) -> tuple[float, int]:
+    """Returns the loss of the first batch, and the peak of memory in bytes.
 
-    On a GPU two whole steps, as only the second meets the optimizer's state, with up to two batches each, as only the
-    second meets gradients.
+    A GPU takes two whole steps, since only the second meets the optimizer's state, of up to two batches each, since
+    only the second batch meets gradients. A CPU computes the gradients of one batch.
     """
-    if setup.device.type == "cpu":
-        loss = accumulate_gradients(setup.compiled, draw(setup, 1)[0], setup.device, setup.dtype)
-        return loss.item(), peak_memory(setup.device)
-    torch.cuda.reset_peak_memory_stats(setup.device)
-    optimizer = GuardedOptimizer(setup.optimizer)
-    values = []
+    device, dtype, optim = context.device, context.dtype, context.config.optim
+    if device.type == "cpu":
+        loss = accumulate_gradients(context.compiled, draw(state, 1)[0], device, dtype)
+        return loss.item(), peak_memory(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    optimizer = GuardedOptimizer(state.optimizer)
+    losses = []
     for _ in range(2):
-        batches, _ = draw(setup, min(2, setup.config.optim.grad_accum))
-        loss = accumulate_gradients(setup.compiled, batches, setup.device, setup.dtype, graphs=setup.graphs)
-        result = StepResult(loss, clip_gradients(setup.model, setup.config.optim.clip))
+        batches, _ = draw(state, min(2, optim.grad_accum))
+        loss = accumulate_gradients(context.compiled, batches, device, dtype, graphs=context.graphs)
+        result = StepResult(loss, clip_gradients(state.model, optim.clip))
         optimizer.launch(result)
-        values.append(result.read())
-        optimizer.settle(values[-1].is_finite)
-    return values[0].loss, peak_memory(setup.device)
+        values = result.read()
+        optimizer.settle(values.is_finite)
+        losses.append(values.loss)
+    return losses[0], peak_memory(device)
 
 
-def make_plan(setup: Setup, run: Path) -> Plan:
-    config = setup.config
-    optim, per_step = config.optim, config.optim.batch_size * config.optim.grad_accum
-    windows = setup.data.windows
+def make_plan(context: RunContext, state: TrainState, run: Path) -> Plan:
+    config, windows, processes = context.config, context.data.windows, context.processes.count
+    per_step = config.optim.batch_size * config.optim.grad_accum
     return Plan(
         run=run,
-        data=setup.data.description,
-        parameters=setup.model.parameter_count(),
-        device=describe_device(setup.device),
-        dtype=str(setup.dtype).removeprefix("torch."),
-        compiled=setup.is_compiled,
-        cuda_graphs=setup.graphs is not None,
-        backend=describe_backend(config, setup.device),
-        first_step=setup.step,
-        steps=optim.steps,
+        data=context.data.description,
+        parameters=state.model.parameter_count(),
+        device=describe_device(context.device),
+        dtype=str(context.dtype).removeprefix("torch."),
+        compiled=context.is_compiled,
+        cuda_graphs=context.graphs is not None,
+        backend=describe_backend(config, context.backend),
+        first_step=state.step,
+        steps=config.optim.steps,
         tokens_per_step=per_step * config.model.seq_len,
-        epochs=optim.steps * per_step / windows if windows else None,
-        processes=f"{count}, {config.run.parallel}" if (count := setup.processes.count) > 1 else "1",
+        epochs=config.optim.steps * per_step / windows if windows else None,
+        processes=f"{processes}, {config.run.parallel}" if processes > 1 else "1",
     )
 
 
@@ -259,13 +259,17 @@ def _find(run: Path, resume: str, display: Display, processes: Processes) -> Che
     return checkpoint
 
 
-def _check_same_start(setup: Setup) -> None:
-    """Raises ConfigError where a machine sees another run folder than the first, or another text: it would train on, in
-    vain."""
-    text = f"{setup.data.windows} windows of text and {len(setup.data.validation)} validation tokens"
-    text += f", data {digest(setup.data.identity)[:8]}"
-    here = f"step {setup.step}, {text}"
-    first = setup.processes.told("start", lambda: here)
+def _check_same_start(context: RunContext, state: TrainState) -> None:
+    """Raises ConfigError if this machine sees another run folder, or another text, than the first process does.
+
+    It would otherwise train on in vain.
+    """
+    data = context.data
+    here = (
+        f"step {state.step}, {data.windows} windows of text and {len(data.validation)} validation tokens, "
+        f"data {digest(data.identity)[:8]}"
+    )
+    first = context.processes.told("start", lambda: here)
     if here != first:
         raise ConfigError(
             f"the processes do not start from the same ({here} here, {first} in the first one); "
@@ -281,7 +285,7 @@ def _set_up(
     stop: StopRequest,
     processes: Processes,
     spare_cache: Path | None = None,
-) -> Setup:
+) -> tuple[RunContext, TrainState]:
     try:
         with processes.in_turn():
             data = open_data(

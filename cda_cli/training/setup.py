@@ -1,25 +1,17 @@
-"""Everything that a run needs before its first step: data, model, optimizer, and the place to go on from."""
+"""Sets up a run before its first step: data, model, optimizer, and the place to go on from."""
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from cda_cli import __version__
 from cda_cli.config import Config, ModelConfig
 from cda_cli.data import (
-    Batch,
     Prefetched,
     StreamedBatches,
-    Tokenizer,
-    Tokens,
     TrainBatches,
     absolute_source,
     check_lengths,
@@ -31,104 +23,17 @@ from cda_cli.data import (
     streamed_validation,
 )
 from cda_cli.errors import CheckpointError, DeviceError
-from cda_cli.model import Transformer, attention_rule, feed_forward_activation, model_backend, state_tensors
+from cda_cli.model import Transformer, attention_rule, feed_forward_activation, model_backend
 from cda_cli.ops import Choice
 from cda_cli.restore import check_model, fill
 from cda_cli.runtime import pick_dtype
-from cda_cli.storage import Checkpoint, pack_optimizer, unpack_optimizer
+from cda_cli.storage import Checkpoint, unpack_optimizer
 from cda_cli.training.average import WeightAverage
 from cda_cli.training.distribution import ALONE, Processes
-from cda_cli.training.finite import require_finite_weights
-from cda_cli.training.flops import flops_per_token, peak_flops
+from cda_cli.training.flops import peak_flops
 from cda_cli.training.gradients import GradientGraphs
 from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optimizer
-
-THREADS = "threads"  # in the state of a checkpoint: of the CPU, where that alone computed, else None
-
-
-@dataclass
-class RunData:
-    """The data of a run. `open_batches` takes the position to go on from, or None; `windows` are those of one pass
-    over the training text, unknown (None) where it is streamed; `remark` says what the tokenizer loses of the text.
-    `identity`, plain JSON, tells the text and its tokens from others: by the tokens themselves, or where they are
-    streamed by the files (see `fingerprint`)."""
-
-    tokenizer: Tokenizer
-    validation: Tokens
-    description: str
-    windows: int | None
-    remark: str | None
-    open_batches: Callable[[Mapping[str, Any] | None], Iterator[tuple[Batch, dict[str, Any]]]]
-    identity: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Setup:
-    """A run that is ready for its next step. `compiled` is what is called in training: `model`, or a wrapper of it.
-
-    `average` is that of its weights, where one was asked for; `validation_loss` is that of this very step, where it was
-    measured.
-    """
-
-    config: Config
-    device: torch.device
-    dtype: torch.dtype
-    data: RunData
-    model: Transformer
-    compiled: nn.Module
-    is_compiled: bool
-    optimizer: Optimizer
-    batches: Iterator[tuple[Batch, dict[str, Any]]]
-    step: int
-    tokens: int
-    position: dict[str, Any] | None
-    average: WeightAverage | None
-    validation_loss: float | None = None
-    processes: Processes = ALONE
-    graphs: GradientGraphs | None = None
-    inspection_stream: torch.cuda.Stream | None = None  # on which an inspection runs beside a step, in one process
-
-    def utilisation(self, tokens_per_second: float) -> dict[str, float]:
-        """Model FLOPs utilisation, `mfu_computed` and `mfu_dense` (see `flops`); nothing where no peak is known."""
-        peak = peak_flops(self.device, self.dtype)
-        if peak is None:
-            return {}
-        flops = flops_per_token(self.config, resolve_backend(self.config, self.device).name)
-        return {
-            f"mfu_{name}": tokens_per_second * value / (peak * self.processes.count)
-            for name, value in flops._asdict().items()
-        }
-
-    def publishable(self) -> dict[str, Any]:
-        """What a checkpoint of this moment holds, for `storage.publish`. Raises TrainingError for weights that are not
-        finite. Of several processes all must ask, and the first one gets it; it is the same for any number of them."""
-        model = self.processes.gathered(state_tensors(self.model))
-        average = self.processes.gathered(self.average.tensors()) if self.average else None
-        require_finite_weights(self.step, model)
-        require_finite_weights(self.step, {f"the average of {name}": one for name, one in (average or {}).items()})
-        optimizer, plain = pack_optimizer(self.optimizer.state_dict())
-        state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "position": self.position,
-            "data": self.data.identity,
-            "validation_loss": self.validation_loss if math.isfinite(self.validation_loss or 0.0) else None,
-            "config": self.config.model_dump(mode="json"),
-            "optimizer": plain,
-            THREADS: torch.get_num_threads() if self.device.type == "cpu" and self.processes.count == 1 else None,
-            "versions": {"cda": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]},
-        }
-        return {
-            "step": self.step,
-            "model": model,
-            "optimizer": self.processes.gathered(optimizer),
-            "rng": self.processes.random_states(self.device),
-            "state": state,
-            "ema": average,
-            "tokenizer_json": self.data.tokenizer.to_json(),
-            "keep": self.config.run.keep,
-            "keep_best": self.config.run.keep_best,
-        }
+from cda_cli.training.state import Batches, RunContext, RunData, TrainState
 
 
 def open_data(
@@ -138,9 +43,9 @@ def open_data(
     should_stop: Callable[[], bool] = lambda: False,
     spare_cache: Path | None = None,
 ) -> RunData:
-    """Prepares the text, or opens it as a stream. Raises DataError where a side is shorter than one sequence.
+    """Prepares the text, or opens it as a stream. Raises DataError if a side is shorter than one sequence.
 
-    `spare_cache` is where tokens go that are not in the cache yet, for a run that must leave nothing behind.
+    `spare_cache` takes the tokens that are not in the cache yet, for a run that must leave nothing behind.
     """
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
     if data.streaming:
@@ -181,12 +86,16 @@ def build(
     checkpoint: Checkpoint | None = None,
     note: Callable[[str], None] = print,
     processes: Processes = ALONE,
-) -> Setup:
-    """Model, optimizer and batches of `config`, as `checkpoint` left them where there is one."""
+) -> tuple[RunContext, TrainState]:
+    """Builds model, optimizer and batches of `config`, as `checkpoint` left them if there is one.
+
+    Raises DeviceError if the device or the backend cannot run here, and CheckpointError for a checkpoint that is not of
+    this model.
+    """
     device = processes.device(config.run.device)
     dtype = pick_dtype(config.run.dtype, device)
     torch.manual_seed(config.run.seed)
-    describe_backend(config, device)  # a backend that cannot run is an error before any work
+    backend = resolve_backend(config, device)  # a backend that cannot run is an error before any work
     if checkpoint:
         check_model(checkpoint.model, checkpoint, config)
     model = Transformer(config.model, config.run.backend).to(device)
@@ -195,47 +104,49 @@ def build(
         fill(model, checkpoint.model, checkpoint, config)
     is_compiled = compiles(config, device, note)
     called = processes.wrap(model, config, dtype, is_compiled)
-    graphs = GradientGraphs(called, device, dtype) if captures(config, device, is_compiled, processes, note) else None
+    captured = captures(config, backend, device, is_compiled, processes, note)
     optimizer = build_optimizer(model, config.optim)
-    state: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
+    saved: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:
         fill_optimizer(optimizer, checkpoint)
-    processes.set_random_states(checkpoint.rng if checkpoint else None, config.run.seed, state["step"], device)
+    processes.set_random_states(checkpoint.rng if checkpoint else None, config.run.seed, saved["step"], device)
     average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
     if average and checkpoint:
         if checkpoint.ema:
             check_model(checkpoint.ema, checkpoint, config)
             average.load(checkpoint.ema)
         else:
-            note(f"the moving average of the weights begins at step {state['step']}")
-    return Setup(
+            note(f"the moving average of the weights begins at step {saved['step']}")
+    context = RunContext(
         config=config,
         device=device,
         dtype=dtype,
+        backend=backend,
         data=data,
-        model=model,
+        processes=processes,
         compiled=called,
         is_compiled=is_compiled,
-        optimizer=optimizer,
-        # So many that the next step's are there while this one's are trained on.
-        batches=Prefetched(_pinned(data.open_batches(state["position"]), device), ahead=config.optim.grad_accum),
-        step=state["step"],
-        tokens=state["tokens"],
-        position=state["position"],
-        average=average,
-        processes=processes,
-        graphs=graphs,
+        graphs=GradientGraphs(called, device, dtype) if captured else None,
         inspection_stream=torch.cuda.Stream(device) if device.type == "cuda" and processes.count == 1 else None,
     )
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        average=average,
+        # A thread reads so far ahead that the batches of the next step are there while this one is trained on.
+        batches=Prefetched(_pinned(data.open_batches(saved["position"]), device), ahead=config.optim.grad_accum),
+        step=saved["step"],
+        tokens=saved["tokens"],
+        position=saved["position"],
+    )
+    return context, state
 
 
-def _pinned(
-    batches: Iterator[tuple[Batch, dict[str, Any]]], device: torch.device
-) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """For a GPU in pinned memory (see `to_device`), where that takes none of the training loop's time."""
+def _pinned(batches: Batches, device: torch.device) -> Batches:
+    """Puts batches for a GPU into pinned memory (see `to_device`), in the thread that reads them."""
     if device.type != "cuda":
         return batches
-    return ((batch.map(torch.Tensor.pin_memory), state) for batch, state in batches)
+    return ((batch.map(torch.Tensor.pin_memory), position) for batch, position in batches)
 
 
 def fill_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
@@ -278,9 +189,9 @@ def uses_soft_topk(model: ModelConfig) -> bool:
     return attention_rule(model).uses_operator or feed_forward_activation(model).uses_operator
 
 
-def describe_backend(config: Config, device: torch.device) -> str:
-    """The code that computes the layers, and the reason for it. Raises DeviceError as `resolve_backend` does."""
-    model, choice = config.model, resolve_backend(config, device)
+def describe_backend(config: Config, choice: Choice) -> str:
+    """Says which code computes the attention and the feed-forward, and why."""
+    model = config.model
     if not uses_soft_topk(model):
         return f"{attention_rule(model).code} (no layer selects with coordinate descent)"
     return f"{choice.name}, {model.solver} solver ({choice.reason})"
@@ -314,7 +225,12 @@ def compiles(config: Config, device: torch.device, note: Callable[[str], None]) 
 
 
 def captures(
-    config: Config, device: torch.device, is_compiled: bool, processes: Processes, note: Callable[[str], None]
+    config: Config,
+    choice: Choice,
+    device: torch.device,
+    is_compiled: bool,
+    processes: Processes,
+    note: Callable[[str], None],
 ) -> bool:
     """Whether CUDA graphs hold forward and backward: wherever that is possible, unless the settings forbid it.
 
@@ -322,7 +238,7 @@ def captures(
     """
     if config.run.cuda_graphs is False:
         return False
-    kernels = not uses_soft_topk(config.model) or resolve_backend(config, device).name == "triton"
+    kernels = not uses_soft_topk(config.model) or choice.name == "triton"
     possible = device.type == "cuda" and is_compiled and processes.count == 1 and kernels
     if config.run.cuda_graphs and not possible:
         note("CUDA graphs are off: they take one process, a GPU, torch.compile, and the operator's backend triton")

@@ -1,23 +1,24 @@
-"""Whether the disk has room for a run's checkpoints, asked before the first step and not when one is due."""
+"""Checks that the disk has room for a run's checkpoints before the first step, not when a checkpoint is due."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+from cda_cli.config import RunConfig
 from cda_cli.errors import StorageError
 from cda_cli.storage import list_steps
 from cda_cli.training.optimizer import moments_bytes
-from cda_cli.training.setup import Setup
+from cda_cli.training.state import TrainState
 
-OTHER_BYTES = 2**20  # random states, state.json, figures: more than they come to
+OTHER_BYTES = 2**20  # an upper bound on random states, state.json and metrics
 
 
-def check_space(run: Path, setup: Setup) -> None:
-    """Raises StorageError where the checkpoints that the run keeps, and the one being written, cannot all fit."""
-    each = checkpoint_bytes(setup)
-    # The newest, the best, and one more, as an old one goes only after the new one is there.
-    kept = setup.config.run.keep + setup.config.run.keep_best + 1
+def check_space(run: Path, config: RunConfig, state: TrainState) -> None:
+    """Raises StorageError if the checkpoints that the run keeps, and the one being written, cannot all fit."""
+    each = checkpoint_bytes(state)
+    # The newest, the best, and one more: an old checkpoint is removed only after the new one is there.
+    kept = config.keep + config.keep_best + 1
     present = min(len(list_steps(run)), kept)
     needed = (kept - present) * each
     free = shutil.disk_usage(run).free
@@ -28,10 +29,10 @@ def check_space(run: Path, setup: Setup) -> None:
         )
 
 
-def checkpoint_bytes(setup: Setup) -> int:
-    """About the size of a checkpoint: the weights, their average where there is one, and the optimizer's moments."""
-    weights = sum(parameter.nbytes for parameter in setup.model.parameters())
-    return (2 if setup.average else 1) * weights + moments_bytes(setup.optimizer) + OTHER_BYTES
+def checkpoint_bytes(state: TrainState) -> int:
+    """Estimates the size of a checkpoint: the weights, their average if there is one, and the optimizer's moments."""
+    weights = sum(parameter.nbytes for parameter in state.model.parameters())
+    return (2 if state.average else 1) * weights + moments_bytes(state.optimizer) + OTHER_BYTES
 
 
 def _mebibytes(size: int) -> str:

@@ -17,7 +17,7 @@ from cda_cli.config import Config
 from cda_cli.errors import TrainingError
 from cda_cli.signals import StopRequest
 from cda_cli.storage import list_steps, load, newest, pack_optimizer
-from cda_cli.training.setup import Setup
+from cda_cli.training.state import RunContext, TrainState
 from tests.reliability import micro
 from tests.reliability.variants import broken
 from tests.training.helpers import Memory, changed
@@ -32,17 +32,17 @@ class Poison:
     """Spoils one value of one training step, and of its repetitions up to `times` in all; remembers the weights and
     moments before, and what they were at each step that was refused."""
 
-    def __init__(self, setup: Setup, step: int, place: str, value: float, times: int) -> None:
-        self.setup, self.step, self.value, self.left = setup, step, value, times
+    def __init__(self, state: TrainState, step: int, place: str, value: float, times: int) -> None:
+        self.state, self.step, self.value, self.left = state, step, value, times
         if place == "gradient":
-            list(setup.model.parameters())[step % 7].register_hook(self._spoilt)
+            list(state.model.parameters())[step % 7].register_hook(self._spoilt)
         else:
             # The first block's output is an activation; that of the model goes straight into the loss.
-            module = setup.model if place == "loss" else setup.model.each_block()[0]
+            module = state.model if place == "loss" else state.model.each_block()[0]
             module.register_forward_hook(lambda module, inputs, output: self._spoilt(output))
 
     def _spoilt(self, tensor: Tensor) -> Tensor:
-        if self.setup.step != self.step - 1 or not self.left or not self.setup.model.training:
+        if self.state.step != self.step - 1 or not self.left or not self.state.model.training:
             return tensor
         self.left -= 1
         spoilt = tensor.clone()
@@ -56,12 +56,12 @@ class Watching(Memory):
     def __init__(self) -> None:
         super().__init__()
         self.fault: str | None = None
-        self._setup: Setup | None = None
+        self._state: TrainState | None = None
         self._before: dict[str, Tensor] = {}
 
-    def watch(self, setup: Setup) -> None:
-        self._setup = setup
-        self.advance(setup.step)
+    def watch(self, state: TrainState) -> None:
+        self._state = state
+        self.advance(state.step)
 
     def advance(self, step: int) -> None:
         self._before = self._tensors()
@@ -78,10 +78,10 @@ class Watching(Memory):
 
     def _tensors(self) -> dict[str, Tensor]:
         """Moments that are not there yet are as good as 0."""
-        assert self._setup is not None
-        moments, _ = pack_optimizer(self._setup.optimizer.state_dict())
-        averages = self._setup.average.tensors() if self._setup.average else {}
-        named = self._setup.model.state_dict() | moments | {f"average of {name}": one for name, one in averages.items()}
+        assert self._state is not None
+        moments, _ = pack_optimizer(self._state.optimizer.state_dict())
+        averages = self._state.average.tensors() if self._state.average else {}
+        named = self._state.model.state_dict() | moments | {f"average of {name}": one for name, one in averages.items()}
         return {name: tensor.detach().clone() for name, tensor in named.items()}
 
 
@@ -108,10 +108,10 @@ def fault_of(config: Config, run: Path, step: int, place: str, value: float, tim
     display = Watching()
     train = cda_cli.training.run.train
 
-    def poisoned(setup: Setup, *rest: Any) -> None:
-        display.watch(setup)
-        Poison(setup, step, place, value, times)
-        train(setup, *rest)
+    def poisoned(context: RunContext, state: TrainState, *rest: Any) -> None:
+        display.watch(state)
+        Poison(state, step, place, value, times)
+        train(context, state, *rest)
 
     said = ""
     with pytest.MonkeyPatch.context() as patch:

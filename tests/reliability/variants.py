@@ -291,12 +291,12 @@ def average_taken_of_a_refused_step_too(patch: Patch) -> None:
     build = cda_cli.training.run.build
 
     def built(*given: Any) -> Any:
-        setup = build(*given)
-        if setup.average:
-            drop, update = setup.optimizer.zero_grad, setup.average.update
-            patch.setattr(setup.optimizer, "zero_grad", lambda set_to_none: (drop(set_to_none), update(setup.step + 1)))
-            patch.setattr(setup.average, "update", lambda step: None)
-        return setup
+        context, state = build(*given)
+        if state.average:
+            drop, update = state.optimizer.zero_grad, state.average.update
+            patch.setattr(state.optimizer, "zero_grad", lambda set_to_none: (drop(set_to_none), update(state.step + 1)))
+            patch.setattr(state.average, "update", lambda step: None)
+        return context, state
 
     patch.setattr(cda_cli.training.run, "build", built)
 

@@ -22,7 +22,8 @@ from cda_cli.training.finite import Refusals, StepResult, require_finite_weights
 from cda_cli.training.loop import train
 from cda_cli.training.milestones import Patience
 from cda_cli.training.run_folder import Metrics
-from cda_cli.training.setup import Setup, build, open_data
+from cda_cli.training.setup import build, open_data
+from cda_cli.training.state import TrainState
 from tests.devices import DEVICES
 from tests.training.helpers import Memory, with_settings
 
@@ -111,7 +112,7 @@ def nan_at(number: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     return spoil
 
 
-def trained_with(config: Config, run: Path, step: int, poisoned: bool) -> Setup:
+def trained_with(config: Config, run: Path, step: int, poisoned: bool) -> TrainState:
     """After STEPS steps: the batch that comes first at `step` has a loss that is not finite, or is left out."""
     data = open_data(config, show_progress=False)
     run.mkdir()
@@ -121,21 +122,21 @@ def trained_with(config: Config, run: Path, step: int, poisoned: bool) -> Setup:
         return (item for number, item in enumerate(data.open_batches(position), 1) if number != step)
 
     with deterministic(config.run.deterministic), StopRequest() as stop:
-        setup = build(config, data if poisoned else replace(data, open_batches=without_it))
+        context, state = build(config, data if poisoned else replace(data, open_batches=without_it))
         if poisoned:
-            setup.model.register_forward_hook(nan_at(step))
-        train(setup, run, metrics, display, stop, Patience(0))
+            state.model.register_forward_hook(nan_at(step))
+        train(context, state, run, metrics, display, stop, Patience(0))
     metrics.close()
     refused = [record["step"] for record in display.records if record["kind"] == "refused"]
     assert refused == [step] * poisoned
-    return setup
+    return state
 
 
-def everything(setup: Setup) -> dict[str, Tensor]:
+def everything(state: TrainState) -> dict[str, Tensor]:
     """Weights, moments with their count of steps, and the average of the weights."""
-    averages = setup.average.tensors() if setup.average else {}
-    moments, _ = pack_optimizer(setup.optimizer.state_dict())
-    return {**setup.model.state_dict(), **moments, **{f"average of {name}": one for name, one in averages.items()}}
+    averages = state.average.tensors() if state.average else {}
+    moments, _ = pack_optimizer(state.optimizer.state_dict())
+    return {**state.model.state_dict(), **moments, **{f"average of {name}": one for name, one in averages.items()}}
 
 
 @pytest.mark.parametrize("step", [1, 3])

@@ -9,7 +9,15 @@ import torch
 
 from cda_cli.config import Config, parse
 from cda_cli.errors import DataError, DeviceError
-from cda_cli.training.setup import build, compiles, config_warnings, describe_backend, open_data, with_vocabulary
+from cda_cli.training.setup import (
+    build,
+    compiles,
+    config_warnings,
+    describe_backend,
+    open_data,
+    resolve_backend,
+    with_vocabulary,
+)
 from cda_cli.training.speed import WINDOW, Speed
 
 
@@ -48,16 +56,21 @@ def test_nothing_is_said_without_cause(model: dict[str, object]) -> None:
     assert config_warnings(parse({"model": model})) == []
 
 
-def test_the_backend_is_described_with_its_reason() -> None:
+def test_the_backend_is_described_with_its_reason(config: Config) -> None:
     softmax = {"attention": "softmax", "ff": "gelu"}
-    cpu = torch.device("cpu")
-    assert "SDPA" in describe_backend(parse({"model": softmax}), cpu)
-    assert "exact solver" in describe_backend(parse({"model": {**softmax, "ff": "coordinate-descent"}}), cpu)
-    asked = parse({"model": {"solver": "iterative"}, "run": {"backend": "colt5"}})
-    assert describe_backend(asked, cpu) == "colt5, iterative solver (asked for)"
+
+    def said(settings: dict[str, object]) -> str:
+        config = parse(settings)
+        return describe_backend(config, resolve_backend(config, torch.device("cpu")))
+
+    assert "SDPA" in said({"model": softmax})
+    assert "exact solver" in said({"model": {**softmax, "ff": "coordinate-descent"}})
+    asked = {"model": {"solver": "iterative"}, "run": {"backend": "colt5"}}
+    assert said(asked) == "colt5, iterative solver (asked for)"
+    data = open_data(config, show_progress=False)
     for model in ({}, softmax):  # forced, it is an error before any work, though no layer selects
         with pytest.raises(DeviceError, match="no exact solver"):
-            describe_backend(parse({"model": model, "run": {"backend": "colt5"}}), cpu)
+            build(parse({"model": model, "run": {"backend": "colt5", "device": "cpu"}}), data)
 
 
 @pytest.mark.parametrize(
@@ -77,10 +90,10 @@ def test_the_seed_is_that_of_the_weights(config: Config) -> None:
     weights = []
     for seed in (3, 3, 4):
         seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
-        setup = build(seeded, open_data(seeded, show_progress=False))
-        weights.append(setup.model.token_embedding.weight.detach())
-        assert (setup.step, setup.tokens, setup.position) == (0, 0, None)
-        assert all(parameter.dtype == torch.float32 for parameter in setup.model.parameters())
+        _, state = build(seeded, open_data(seeded, show_progress=False))
+        weights.append(state.model.token_embedding.weight.detach())
+        assert (state.step, state.tokens, state.position) == (0, 0, None)
+        assert all(parameter.dtype == torch.float32 for parameter in state.model.parameters())
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])
 
@@ -167,4 +180,5 @@ def test_the_wait_for_data_is_a_share_of_the_steps(monkeypatch: pytest.MonkeyPat
 def test_activation_checkpointing_is_asked_for(config: Config) -> None:
     asked = config.model_copy(update={"run": config.run.model_copy(update={"activation_checkpointing": True})})
     for each, expected in ((config, False), (asked, True)):
-        assert build(each, open_data(each, show_progress=False)).model.activation_checkpointing is expected
+        _, state = build(each, open_data(each, show_progress=False))
+        assert state.model.activation_checkpointing is expected
