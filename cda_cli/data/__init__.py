@@ -13,7 +13,6 @@ batches → ahead      prefetch    made in a thread, before they are asked for
 """
 
 from cda_cli.data.batches import (
-    IGNORE,
     Batch,
     TrainBatches,
     check_lengths,
@@ -35,6 +34,7 @@ from cda_cli.data.tokenizers import (
     tokenizer_from_json,
     without_surrogates,
 )
+from cda_cli.targets import IGNORE
 
 __all__ = [
     "IGNORE",

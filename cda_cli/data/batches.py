@@ -19,8 +19,7 @@ from torch import Tensor
 
 from cda_cli.data.prepare import Corpus, Tokens
 from cda_cli.errors import DataError
-
-IGNORE = -100  # the ignore_index of torch.nn.functional.cross_entropy
+from cda_cli.targets import IGNORE
 
 State = dict[str, Any]
 

@@ -1,5 +1,5 @@
 """Evaluation: a model and a split → loss, perplexity, bits per byte."""
 
-from cda_cli.evaluation.evaluate import Evaluation, bits_per_byte, evaluate, token_losses
+from cda_cli.evaluation.evaluate import Evaluation, bits_per_byte, evaluate
 
-__all__ = ["Evaluation", "bits_per_byte", "evaluate", "token_losses"]
+__all__ = ["Evaluation", "bits_per_byte", "evaluate"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.data import IGNORE, Batch
-from cda_cli.runtime import autocast, to_device
+from cda_cli.token_losses import token_losses
 
 
 class Evaluation(NamedTuple):
@@ -31,12 +31,6 @@ class Evaluation(NamedTuple):
 def bits_per_byte(nats: float, text_bytes: int) -> float:
     """The nats of some tokens as bits per byte of their text; infinite where they stand for no text."""
     return nats / math.log(2) / text_bytes if text_bytes else math.inf
-
-
-def token_losses(model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Cross-entropy of each target, nats, float32 [B, T]; 0 where the target is IGNORE."""
-    with autocast(device, dtype):
-        return model(to_device(batch.inputs, device), targets_BT=to_device(batch.targets, device))
 
 
 @torch.no_grad()

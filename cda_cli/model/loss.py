@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # the ignore_index of torch.nn.functional.cross_entropy
+from cda_cli.targets import IGNORE
+
 PARTS = range(1024, 127, -1)  # so many logits fit in the registers of a compiled kernel, the most first
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """−log of each target's softmax, nats, float32 [N]; 0 where a target is −100.
+    """−log of each target's softmax, nats, float32 [N]; 0 where a target is IGNORE.
 
     Compiled, the sum over a long row is one loop with two exponentials a logit, and slower than its memory. In parts
     that stay in registers it takes one.
@@ -30,13 +31,13 @@ class _InParts(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, part: int) -> Tensor:
         sums = logits_NV.unflatten(-1, (-1, part)).float().logsumexp(-1).logsumexp(-1)
         ctx.save_for_backward(logits_NV, targets_N, sums)
-        of_targets = logits_NV.gather(-1, torch.where(targets_N == IGNORED, 0, targets_N).unsqueeze(-1)).squeeze(-1)
-        return torch.where(targets_N == IGNORED, 0.0, sums - of_targets.float())
+        of_targets = logits_NV.gather(-1, torch.where(targets_N == IGNORE, 0, targets_N).unsqueeze(-1)).squeeze(-1)
+        return torch.where(targets_N == IGNORE, 0.0, sums - of_targets.float())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, targets_N, sums = ctx.saved_tensors
-        grad_N1 = torch.where(targets_N == IGNORED, 0.0, grads[0]).unsqueeze(-1)
+        grad_N1 = torch.where(targets_N == IGNORE, 0.0, grads[0]).unsqueeze(-1)
         is_target = torch.arange(logits_NV.shape[-1], device=logits_NV.device) == targets_N.unsqueeze(-1)
         softmax = (logits_NV.float() - sums.unsqueeze(-1)).exp()
         return ((softmax - is_target.float()) * grad_N1).to(logits_NV.dtype), None, None

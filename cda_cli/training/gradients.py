@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.data import IGNORE, Batch
-from cda_cli.evaluation import token_losses
 from cda_cli.runtime import to_device
+from cda_cli.token_losses import token_losses
 from cda_cli.training.distribution import ALONE, Processes, whole
 
 

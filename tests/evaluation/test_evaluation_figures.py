@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.data import IGNORE, Batch, Tokens, evaluation_batches
-from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
+from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate
 from cda_cli.model import Transformer
+from cda_cli.token_losses import token_losses
 
 CPU = torch.device("cpu")
 VOCABULARY = 19

@@ -6,14 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cda_cli.data import IGNORE
-from cda_cli.model.loss import IGNORED, cross_entropy
+from cda_cli.model.loss import cross_entropy
+from cda_cli.targets import IGNORE
 from tests.devices import DEVICES
-
-
-def test_what_the_data_leaves_out_the_loss_ignores() -> None:
-    """Else the mean would be over other tokens than its sum."""
-    assert IGNORED == IGNORE
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -25,7 +20,7 @@ def test_compiled_it_is_the_cross_entropy(V: int, dtype: torch.dtype, device: st
     logits = 4 * torch.randn(12, V, generator=generator)
     logits[3, 7] = 90.0
     targets = torch.randint(V, (12,), generator=generator)
-    targets[3], targets[5], targets[11] = 8, -100, V - 1
+    targets[3], targets[5], targets[11] = 8, IGNORE, V - 1
     grad = torch.randn(12, generator=generator).to(device)
     logits, targets = logits.to(device, dtype), targets.to(device)
 
