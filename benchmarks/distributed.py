@@ -26,7 +26,7 @@ from training import measure, run_settings
 
 from cda_cli.signals import StopRequest
 from cda_cli.training.distribution import join
-from cda_cli.training.launch import OneVoice
+from cda_cli.training.launch import ErrorCoordinator
 from cda_cli.training.setup import build
 
 LIMIT = 240  # seconds that a row may take
@@ -84,7 +84,7 @@ def run_again(count: int, arguments: list[str]) -> None:
 def work(preset: str, sets: list[str], result: Path) -> None:
     """In each process; the first writes [tokens a second, share of a step that waits for data]."""
     config = run_settings(preset, sets)
-    with OneVoice() as voice, StopRequest(), join(voice, config) as processes:
+    with ErrorCoordinator() as coordinator, StopRequest(), join(coordinator, config) as processes:
         found = measure(*build(config, random_data(config), processes=processes))
         tokens = config.optim.batch_size * config.optim.grad_accum * config.model.seq_len
         if processes.first:

@@ -56,19 +56,20 @@ def train(
     """
     from cda_cli.config import resolve, settings_of
     from cda_cli.signals import StopRequest
-    from cda_cli.training.launch import OneVoice, count_processes, launch
+    from cda_cli.training.launch import ErrorCoordinator, count_processes, launch
 
     run = out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))
-    with OneVoice() as voice, StopRequest() as stop:  # a wrong setting is refused before torch is imported
+    # A wrong setting is refused before torch is imported.
+    with ErrorCoordinator() as coordinator, StopRequest() as stop:
         settings = resolve(preset, config, set_ or (), flags, base=settings_of(run, resume))
-        if (processes := count_processes(settings, voice.place, devices, dry_run)) > voice.place.processes:
+        if (processes := count_processes(settings, coordinator.place, devices, dry_run)) > coordinator.place.processes:
             sys.exit(launch(processes, stop))
         from cda_cli.console import TrainingDisplay, show_dry_run, show_forecast
         from cda_cli.training import run as training
-        from cda_cli.training.distribution import Silence, join
+        from cda_cli.training.distribution import NullDisplay, join
 
-        with join(voice, settings) as joined:
-            display = TrainingDisplay() if joined.first else Silence()
+        with join(coordinator, settings) as joined:
+            display = TrainingDisplay() if joined.first else NullDisplay()
             if dry_run:
                 show_dry_run(training.dry_run(settings, run, resume, display, stop, show_forecast))
             else:

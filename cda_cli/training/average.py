@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cda_cli.training.distribution import placed_like
+from cda_cli.training.distribution import shard_like
 
 
 class WeightAverage:
@@ -38,7 +38,7 @@ class WeightAverage:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts back what `tensors` gave."""
         for name, average in self._average.items():
-            average.copy_(placed_like(tensors[name], average))
+            average.copy_(shard_like(tensors[name], average))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

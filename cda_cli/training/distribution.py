@@ -1,8 +1,8 @@
-"""One run in several processes, on PyTorch's own engine: DDP and FSDP2 (`fully_shard`).
+"""Runs one training in several processes, with PyTorch's DDP or FSDP2 (`fully_shard`).
 
-Every process reads the whole order of the data and takes its rows of each step; gradients, the loss and a request to
-stop are put together; the first process (rank 0) alone speaks and writes. The loop is the same for one process, where
-all of this does nothing.
+Every process reads the whole order of the data and takes its own rows of each step. The processes combine gradients,
+losses and requests to stop. Only the first process (rank 0) prints and writes. The loop is the same for one process,
+where nothing here has an effect.
 
 W processes, B = batch_size, A = grad_accum.
 """
@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from hashlib import blake2b
 from types import TracebackType
@@ -37,21 +37,25 @@ from cda_cli.errors import DeviceError
 from cda_cli.model import Transformer
 from cda_cli.runtime import pick_device, random_states, restore_random_states
 from cda_cli.signals import StopRequest
-from cda_cli.training.launch import ERROR, POLL, OneVoice, Place
+from cda_cli.training.launch import ERROR, POLL, ErrorCoordinator, Place, log_level
 
 # One process may write a large checkpoint while the others wait in a collective.
 TIMEOUT = timedelta(hours=1)
 
-# The buffers are tables that nothing changes. The option was renamed in torch 2.13.
+# Nothing changes the model's buffers, so they need no broadcast. PyTorch 2.13 renamed the option.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _CONSTANT_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 class Processes:
-    """The processes of a run, seen from one of them. Made by `join`; ALONE is a run in one process."""
+    """The processes of a run, seen from one of them. `join` makes it; ALONE stands for a run in one process.
+
+    When it is left, the settings of PyTorch that it changed are restored.
+    """
 
     def __init__(self, place: Place, store: Any = None) -> None:
         self._place, self._store = place, store
+        self._settings = ExitStack()
         self.count = place.processes
         self.first = place.rank == 0
 
@@ -59,61 +63,70 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        # After an error the others may wait for this one where it will never come: then its end is theirs.
+        # After an error the other processes may wait in a collective that this one never joins. To destroy the group
+        # would then wait for them; instead the launcher ends them once this process has ended.
         if self.count > 1 and error is None:
             dist.destroy_process_group()
+        self._settings.close()
 
-    # What one says and the others hear.
+    def silence_warnings(self) -> None:
+        """Shows no warnings, and of PyTorch's log only errors, until these processes are left."""
+        self._settings.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        self._settings.enter_context(log_level("torch", logging.ERROR))
 
-    def say(self, key: str, word: str = "") -> None:
+    # Texts in the store.
+
+    def store_set(self, key: str, text: str = "") -> None:
         if self.count > 1:
-            self._store.set(key, word)
+            self._store.set(key, text)
 
-    def hear(self, key: str) -> str:
-        """Waits for as long as it takes, and can be interrupted, unlike a collective."""
+    def store_wait(self, key: str) -> str:
+        """Waits for the text under `key`, however long it takes. Unlike a collective it can be interrupted."""
         while not self._store.check([key]):
             if self._store.check([ERROR]):
-                sys.exit(int(self._store.get(ERROR)))  # it has been said
+                sys.exit(int(self._store.get(ERROR)))  # another process has shown the error
             time.sleep(POLL)
         return cast(bytes, self._store.get(key)).decode()
 
-    def told(self, key: str, find: Callable[[], str]) -> str:
-        """What the first process finds, in all."""
+    def broadcast_text(self, key: str, find: Callable[[], str]) -> str:
+        """Calls `find` in the first process, and returns its text in all."""
         if not self.first:
-            return self.hear(key)
-        word = find()
-        self.say(key, word)
-        return word
+            return self.store_wait(key)
+        text = find()
+        self.store_set(key, text)
+        return text
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """The first process, then the first of each other machine, then all: what is cached is made once."""
+    def first_process_first(self) -> Iterator[None]:
+        """Lets in the first process, then the first of each other machine, then all, so that caches are filled once."""
         place = self._place
         if place.local_rank:
-            self.hear(f"done/{place.machine}")
+            self.store_wait(f"done/{place.machine}")
         elif place.rank:
-            self.hear("done")
+            self.store_wait("done")
         yield
         if place.rank == 0:
-            self.say("done")
+            self.store_set("done")
         if place.local_rank == 0:
-            self.say(f"done/{place.machine}")
+            self.store_set(f"done/{place.machine}")
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Waits until all processes are here."""
         if self.count > 1:
             dist.all_reduce(torch.zeros(1))
 
     # The work of a step.
 
     def batches(self, grad_accum: int) -> int:
-        """Of a step in each process, see `share`."""
+        """Returns how many batches a step has in each process (see `share`)."""
         return grad_accum // math.gcd(grad_accum, self.count)
 
     def share(self, batches: Sequence[Batch]) -> list[Batch]:
-        """This process's rows of a step's A batches of B rows: A·B/W of them, in batches of at most B.
+        """Returns this process's rows of a step's A batches of B rows: A·B/W of them, in batches of at most B.
 
-        Whole batches as far as A and W have common factors, for whose sake a batch is large; then parts of batches.
+        Each process takes whole batches as far as A and W have common factors, since large batches run faster. Beyond
+        that, batches are cut into parts.
         """
         if self.count == 1:
             return list(batches)
@@ -124,40 +137,45 @@ class Processes:
         return [batch.map(lambda values: values[here]) for batch in batches[group :: self.count // parts]]
 
     def accumulating(self, model: nn.Module, number: int, batches: int) -> AbstractContextManager[object]:
-        """For batch `number` of a step's `batches`, from 1: within it forward and backward add to this process's
-        gradients, and with the last one the mean over all processes is taken."""
+        """Surrounds forward and backward of batch `number` of a step's `batches`, counted from 1.
+
+        Each adds to this process's gradients; the last also takes their mean over all processes.
+        """
         last = number == batches
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
             model.set_reshard_after_backward(last)
-            return nullcontext() if batches == 1 else _kept_gathered(model)
+            return nullcontext() if batches == 1 else _keep_unsharded(model)
         if isinstance(model, DistributedDataParallel) and not last:
             return cast(AbstractContextManager[object], model.no_sync())
         return nullcontext()
 
     def gather_ahead(self, model: nn.Module) -> None:
-        """Once the optimizer's kernels are launched: fsdp gathers the new weights while the host goes on to the next
-        forward pass, be it of training or not, which waits for them. Until then nothing may write to the weights."""
+        """Lets fsdp gather the new weights while the host goes on.
+
+        To be called once the optimizer's kernels are launched. The next forward pass, of training or not, waits for
+        the weights; nothing may write to them before it.
+        """
         if isinstance(model, FSDPModule):
             model.unshard(async_op=True)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Of each process's `value`, which is overwritten; the same bits everywhere."""
+        """Returns the sum of the processes' values, with the same bits in all, and overwrites `value` with it."""
         if self.count > 1:
             dist.all_reduce(value)
         return value
 
     def any(self, here: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether `here` is true in any process."""
         return bool(self.sum(torch.tensor(int(here))))
 
-    def of_first(self, value: float) -> float:
-        """The first process's `value`: what is decided by it is then the same in all."""
+    def broadcast_value(self, value: float) -> float:
+        """Returns the first process's `value` in all, so that all decide alike."""
         if self.count == 1:
             return value
-        told = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(told, 0)
-        return told.item()
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(shared, 0)
+        return shared.item()
 
     def agreed(self, stop: StopRequest) -> StopRequest:
         return AgreedStop(stop) if self.count > 1 else stop
@@ -165,7 +183,7 @@ class Processes:
     # The model and its checkpoint.
 
     def device(self, name: str) -> torch.device:
-        """The device of this process: `cuda` is then the GPU of its number on this machine."""
+        """Returns the device of this process: of several, each takes the GPU of its number on this machine."""
         device = pick_device(name)
         if self.count == 1 or device.type == "cpu":
             return device
@@ -177,15 +195,17 @@ class Processes:
         return torch.device("cuda", self._place.local_rank)
 
     def wrap(self, model: Transformer, config: Config, dtype: torch.dtype, compiled: bool) -> nn.Module:
-        """The module to call in place of `model`, whose parameters may become sharded ones: build optimizers after it.
+        """Returns the module to call in place of `model`.
 
-        Compiled whole, so that with ddp the gradients travel after the last backward pass of a step and not during it:
-        that costs less than what many small compiled parts cost the host. Block by block only where fsdp gathers and
-        frees the weights of one block after the other.
+        It may replace parameters of `model` by sharded ones, so optimizers must be built afterwards.
+
+        The model is compiled whole. With ddp the gradients then travel after the last backward pass of a step and not
+        during it, which costs less than many small compiled parts cost the host. Only where fsdp gathers and frees the
+        weights block by block is the model compiled block by block.
         """
         if self.count == 1:
             return cast(nn.Module, torch.compile(model)) if compiled else model
-        # An empty parameter (no null keys) has nothing to share, and DDP would wait for its gradient.
+        # DDP would wait for the gradient of an empty parameter (no null keys), which never comes.
         empty = {parameter for parameter in model.parameters() if not parameter.numel()}
         for parameter in empty:
             parameter.requires_grad_(False)
@@ -195,24 +215,31 @@ class Processes:
                 model.compile_parts()
             elif compiled:
                 model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
+            # The losses are a view, which nothing overwrites.
+            self._settings.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
             return _shard(model, dtype, empty, by_block)
         called: nn.Module = model
         if compiled:
-            torch._dynamo.config.optimize_ddp = False  # which would cut the graph
+            # Otherwise Dynamo would cut the graph at DDP's buckets. It reads the setting whenever it compiles.
+            self._settings.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
             called = cast(nn.Module, torch.compile(model))
         return DistributedDataParallel(called, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
 
-    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole tensors, sharded ones put together one at a time, in the first process; nothing in the others."""
-        kept = {}
+    def gather_to_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the full tensors in the first process, gathering sharded ones one at a time, and {} in the others."""
+        gathered = {}
         for name, tensor in tensors.items():
-            complete = whole(tensor)
+            full = full_tensor(tensor)
             if self.first:
-                kept[name] = complete.cpu() if complete is not tensor else complete
-        return kept
+                gathered[name] = full.cpu() if full is not tensor else full
+        return gathered
 
     def random_states(self, device: torch.device) -> dict[str, Tensor]:
-        """Those of all processes: the first's as a run of one process saves them, the others' under their rank."""
+        """Returns the random states of all processes.
+
+        Those of the first have the names that a run in one process gives them; the others' names have the rank.
+        """
         states = random_states(device)
         if self.count == 1:
             return states
@@ -226,8 +253,10 @@ class Processes:
     def set_random_states(
         self, states: Mapping[str, Tensor] | None, seed: int, step: int, device: torch.device
     ) -> None:
-        """Puts back what `random_states` gave. A process, or a GPU, that was not there gets a state of its own, from
-        the seed."""
+        """Restores what `random_states` returned.
+
+        A process that has no state there gets one of its own, from the seed.
+        """
         rank = self._place.rank
         if self.first:
             if states is not None:
@@ -247,35 +276,34 @@ class Processes:
 ALONE = Processes(Place())
 
 
-def join(voice: OneVoice, config: Config) -> Processes:
-    """Meets the other processes that torchrun has started, or none. Raises DeviceError where there are too few GPUs."""
-    place = voice.place
+def join(coordinator: ErrorCoordinator, config: Config) -> Processes:
+    """Joins the other processes that torchrun has started, if any. Raises DeviceError if there are too few GPUs."""
+    place = coordinator.place
     if place.processes == 1:
         return ALONE
-    processes = Processes(place, voice.store())
+    processes = Processes(place, coordinator.store())
     device = processes.device(config.run.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore("group", voice.store()),
+        store=PrefixStore("group", coordinator.store()),
         rank=place.rank,
         world_size=place.processes,
         timeout=TIMEOUT,
     )
-    if not processes.first:  # which meets the same, and says so
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch").setLevel(logging.ERROR)
+    if not processes.first:
+        processes.silence_warnings()  # the first process meets the same ones, and shows them
     return processes
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, in every process; any other as it is."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gathers a sharded tensor, in every process; returns any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's shard of a whole tensor that belongs to `parameter`, where that is sharded."""
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Returns this process's shard of a full `tensor` that belongs to `parameter`; all of it if that is not sharded."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
     return distribute_tensor(
@@ -284,8 +312,8 @@ def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 @contextmanager
-def _kept_gathered(model: FSDPModule) -> Iterator[None]:
-    """Weights that the forward pass has gathered stay: gradients that are added up take as much memory."""
+def _keep_unsharded(model: FSDPModule) -> Iterator[None]:
+    """Keeps the weights that the forward pass has gathered. Accumulated gradients take as much memory anyway."""
     model.set_reshard_after_forward(False)
     try:
         yield
@@ -294,16 +322,15 @@ def _kept_gathered(model: FSDPModule) -> Iterator[None]:
 
 
 def _shard(model: Transformer, dtype: torch.dtype, ignored: set[nn.Parameter], by_block: bool) -> nn.Module:
-    """FSDP2: of a process with one batch a step over blocks, each gathered while the one before it is computed.
+    """Shards the model with FSDP2.
 
-    There the parameters of blocks are gathered in the dtype of the matrix products, and gradients summed in float32;
-    the residual stream, the embeddings and the logits keep what autocast gives them, as in one process.
+    With `by_block` (one batch a step in each process) each block is gathered while the one before it is computed. The
+    parameters of blocks are gathered in the dtype of the matrix products, and gradients are summed in float32. The
+    residual stream, the embeddings and the logits keep the dtypes that autocast gives them, as in one process.
 
-    With more batches the gradients that are added up are whole, and so are the weights from the first batch to the
-    last: all in one group, in float32, for autocast as in one process.
+    With more batches a step the accumulated gradients are full tensors, and so are the weights from the first batch to
+    the last. All parameters are then one group, in float32, for autocast as in one process.
     """
-    # The losses are a view, of which nothing is overwritten.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
@@ -311,13 +338,13 @@ def _shard(model: Transformer, dtype: torch.dtype, ignored: set[nn.Parameter], b
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.each_block() if by_block else []:
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
-    # After a forward pass without a backward one the model's parameters would else not be its shards.
+    # Without resharding, the model's parameters would not be its shards after a forward pass without a backward pass.
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
     return model
 
 
 class AgreedStop(StopRequest):
-    """What any of the processes was asked, known to all of them from the same call of `agree` on."""
+    """A request to stop that any process got, known to all of them from the same call of `agree` on."""
 
     def __init__(self, own: StopRequest) -> None:
         super().__init__()
@@ -330,8 +357,8 @@ class AgreedStop(StopRequest):
         self.reason = self._own.reason
 
 
-class Silence:
-    """The display of the processes that do not speak."""
+class NullDisplay:
+    """The display of the processes that print nothing."""
 
     interactive = False
 

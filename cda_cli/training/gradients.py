@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cda_cli.data import IGNORE, Batch
 from cda_cli.runtime import to_device
 from cda_cli.token_losses import token_losses
-from cda_cli.training.distribution import ALONE, Processes, whole
+from cda_cli.training.distribution import ALONE, Processes, full_tensor
 
 
 def accumulate_gradients(
@@ -43,7 +43,7 @@ def accumulate_gradients(
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scales the gradients to a norm of at most `limit` (0: leaves them) and returns the norm they had."""
-    return whole(nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf))
+    return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf))
 
 
 def _add_gradients(

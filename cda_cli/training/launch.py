@@ -1,10 +1,10 @@
-"""From one command to several processes and back: torchrun's launcher, and one voice among what it has started.
+"""Starts one command in several processes, with torchrun's launcher, and coordinates their errors.
 
     cda train --devices 4 …                     launch: torchrun's agent starts this command line four times
     torchrun … -m cda_cli train …               the same, on one machine or many
 
-Each process finds its place in the environment. Here torch is imported only where it is needed, so that a wrong
-setting is said at once.
+Each process finds its place in the environment. This module imports torch inside its functions, so that the error for a
+wrong setting comes at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -27,15 +27,15 @@ from cda_cli.config import Config
 from cda_cli.errors import ConfigError, TrainingError, exit_code
 from cda_cli.signals import StopRequest
 
-NOT_BEGUN = "stopped before the first step, with nothing to save; the same command starts again"
-ERROR = "error"  # under which the store has the exit code, once a process has met an error
-HEAD_START = 1.0  # seconds that the first process has to speak before another does
-POLL = 0.1  # seconds between two looks
+STOPPED_BEFORE_START = "stopped before the first step, with nothing to save; the same command starts again"
+ERROR = "error"  # the key in the store of the exit code, once a process has met an error
+HEAD_START = 1.0  # seconds that the first process has to report an error before another process does
+POLL = 0.1  # seconds between two looks at the store
 
 
 @dataclass(frozen=True)
 class Place:
-    """Of this process among the `processes` of a run: `rank` over all machines, `local_rank` on its own `machine`."""
+    """The place of this process among the `processes` of a run: `rank` over all machines, `local_rank` on its own."""
 
     rank: int = 0
     processes: int = 1
@@ -45,7 +45,7 @@ class Place:
 
     @staticmethod
     def of(environment: Mapping[str, str]) -> Place:
-        """As torchrun says in the environment of what it starts; alone where it says nothing."""
+        """Reads what torchrun sets in the environment of its processes; without that, this process is alone."""
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
             return Place()
         rank, processes = int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -59,9 +59,9 @@ class Place:
 
 
 def count_processes(config: Config, place: Place, devices: int, dry_run: bool) -> int:
-    """Those that torchrun has started, or else `--devices`.
+    """Returns the number of processes that torchrun has started, or else `devices`.
 
-    Raises ConfigError where they cannot share the sequences of a step evenly, and where settings do not go together.
+    Raises ConfigError if they cannot share the sequences of a step evenly, or if settings exclude each other.
     """
     started, optim = place.processes, config.optim
     if started > 1 and devices not in (1, place.local_processes):
@@ -86,19 +86,32 @@ def count_processes(config: Config, place: Place, devices: int, dry_run: bool) -
     return processes
 
 
+@contextlib.contextmanager
+def log_level(name: str, level: int) -> Iterator[None]:
+    """Sets the level of a logger, and restores it at the end."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@log_level("torch.distributed.elastic", logging.CRITICAL)
 def launch(processes: int, stop: StopRequest) -> int:
     """Runs this very command line in `processes` processes on this machine, and returns the exit code of the run.
 
-    A request to stop goes on to each of them, and is waited for as long as it takes them to save. Raises
-    InterruptedRunError where they were not yet there to say so, and TrainingError where one was killed and none could
-    say why.
+    It passes a request to stop on to each of them, and waits for as long as they take to save. Raises
+    InterruptedRunError if the stop came before they could report it, and TrainingError if one was killed and no process
+    could say why.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of sockets and of groups left behind
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings about sockets and groups left behind
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # The agent would wait for half a minute only, and not tell how it ended; this one ends a single process too.
+    # If the agent handled SIGTERM, it would wait for half a minute only, and hide how the run ended. So it handles only
+    # SIGQUIT, which ends a run in one process too.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -115,7 +128,7 @@ def launch(processes: int, stop: StopRequest) -> int:
     )
     with tempfile.TemporaryDirectory(prefix="cda-launch-") as logs:
         agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=logs))
-        threading.Thread(target=_pass_on, args=(stop, agent), daemon=True).start()
+        threading.Thread(target=_forward_stop, args=(stop, agent), daemon=True).start()
         try:
             result = agent.run()
         except SignalException as ended:
@@ -125,10 +138,10 @@ def launch(processes: int, stop: StopRequest) -> int:
     return _exit_code([failure.exitcode for failure in result.failures.values()], stop)
 
 
-def _pass_on(stop: StopRequest, agent: Any) -> None:
-    """Sends SIGTERM to the workers of `agent` once a stop is asked for and they are all there.
+def _forward_stop(stop: StopRequest, agent: Any) -> None:
+    """Sends SIGTERM to the workers of `agent` once a stop is asked for and all workers have started.
 
-    Never SIGINT: one that is still importing would answer it with a traceback.
+    It never sends SIGINT, to which a worker that is still importing would answer with a traceback.
     """
     while not (stop and (workers := agent.get_worker_group().workers) and all(worker.id for worker in workers)):
         time.sleep(POLL)
@@ -138,12 +151,12 @@ def _pass_on(stop: StopRequest, agent: Any) -> None:
 
 
 def _exit_code(codes: list[int], stop: StopRequest) -> int:
-    """The one for all, from those of the processes that did not end with 0; below 0 is the signal that ended one."""
+    """Returns the exit code of the run, from the `codes` of processes that failed: below 0 is the signal of one."""
     if not codes:
         return 0
-    code = max(codes)  # one that a process has chosen, where there is one
+    code = max(codes)  # prefers a code that a process chose to a signal that ended it
     if code == -signal.SIGTERM:
-        stop.check(NOT_BEGUN)
+        stop.check(STOPPED_BEFORE_START)
     if stop.signal_number is not None and code == 128 + signal.SIGTERM:
         return 128 + stop.signal_number
     if code < 0:
@@ -152,11 +165,11 @@ def _exit_code(codes: list[int], stop: StopRequest) -> int:
     return code
 
 
-class OneVoice:
+class ErrorCoordinator:
     """While entered, an error in one of several processes ends all of them with one sentence and one exit code.
 
-    Whoever meets it first says so in the store that all share, and lets the error pass to be told; the others leave
-    without a word. The first process has a head start, so that what all of them meet is told by that one.
+    The process that meets an error first claims it in the store that all share, and raises it on, so that it is shown.
+    The others exit silently. The first process has a head start, so that it reports the errors that all processes meet.
     """
 
     def __init__(self) -> None:
@@ -164,7 +177,7 @@ class OneVoice:
         self._store: Any = None
 
     def store(self) -> Any:
-        """The store of torchrun, which outlives the processes: so these take what is of their attempt only."""
+        """Returns torchrun's store. It outlives the processes, so each attempt uses a prefix of its own."""
         if self._store is None:
             from torch.distributed import PrefixStore  # type: ignore[attr-defined]
             from torch.distributed.rendezvous import rendezvous
@@ -173,20 +186,20 @@ class OneVoice:
             self._store = PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
         return self._store
 
-    def __enter__(self) -> OneVoice:
+    def __enter__(self) -> ErrorCoordinator:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self.place.processes == 1 or not isinstance(error, Exception):
             return
-        # The launcher ends the others as soon as one has gone: that must not cut short what this one says.
+        # The launcher ends all processes once one of them has ended. That must not cut this one's error message short.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         from torch.distributed import DistError
 
         try:
             code = self._claim(exit_code(error))
         except DistError:
-            code = 1  # the store has gone, and the run with it
+            code = 1  # the store has ended, and with it the run
         if code is not None:
             sys.exit(code)
         if isinstance(error, RuntimeError) and (isinstance(error, DistError) or "gloo" in str(error)):
@@ -196,12 +209,12 @@ class OneVoice:
             ) from error
 
     def _claim(self, code: int) -> int | None:
-        """None where it is this process that speaks, and its exit code is for all; else that of the one that does."""
+        """Returns None if this process reports its error, and sets the exit code of all; else returns that code."""
         store = self.store()
         until = time.monotonic() + (HEAD_START if self.place.rank else 0)
         while time.monotonic() < until and not store.check([ERROR]):
             time.sleep(POLL)
-        if store.add("speaking", 1) > 1:
+        if store.add("claims", 1) > 1:
             return int(store.get(ERROR))
         store.set(ERROR, str(code))
         return None

@@ -139,7 +139,7 @@ def train(
                 found = validate(context, stop)
                 if found is not None:
                     record("validation", **found._asdict(), **averaged_figures(context, state, stop))
-                    state.validation_loss = processes.of_first(found.loss)
+                    state.validation_loss = processes.broadcast_value(found.loss)
                     patience.add(state.validation_loss)
             if due(state.step, every.sample_every) and not stop:
                 record("sample", text=sample(context, state, stop))

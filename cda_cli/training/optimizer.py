@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.config import OptimConfig
-from cda_cli.training.distribution import placed_like
+from cda_cli.training.distribution import shard_like
 from cda_cli.training.finite import StepResult
 
 
@@ -82,7 +82,7 @@ def _fitted(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[
     """A state dict with the settings of `optimizer`, and with its moments sharded as the parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
-        index: {name: placed_like(value, parameters[index]) for name, value in values.items()}
+        index: {name: shard_like(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
     groups = [

@@ -23,7 +23,7 @@ from cda_cli.streams import when_stdout_is_lost
 from cda_cli.training.distribution import ALONE, Processes
 from cda_cli.training.finite import StepResult
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
-from cda_cli.training.launch import NOT_BEGUN
+from cda_cli.training.launch import STOPPED_BEFORE_START
 from cda_cli.training.loop import Display, train
 from cda_cli.training.memory import Forecast, forecast, is_small, memory_remark
 from cda_cli.training.milestones import Patience
@@ -98,7 +98,7 @@ def run_training(
             check_folder(run)
             held.enter_context(only_writer(run, display.note))
         held.enter_context(deterministic(config.run.deterministic))
-        with stop.at_once(NOT_BEGUN):
+        with stop.at_once(STOPPED_BEFORE_START):
             checkpoint = _find(run, resume, display, processes)
         held.enter_context(cpu_threads(_threads(config, checkpoint, display, processes)))
         _run(config, run, checkpoint, display, stop, processes)
@@ -107,7 +107,7 @@ def run_training(
 def _run(
     config: Config, run: Path, checkpoint: Checkpoint | None, display: Display, stop: StopRequest, processes: Processes
 ) -> None:
-    with stop.at_once(NOT_BEGUN):
+    with stop.at_once(STOPPED_BEFORE_START):
         context, state = _set_up(config, run, checkpoint, display, stop, processes)
         _check_same_start(context, state)
     config = context.config
@@ -129,7 +129,7 @@ def _run(
         remark = _memory_remark(context, expected)
         if remark:
             display.note(remark)
-    before_this = processes.told("validation losses", lambda: json.dumps(validation_losses(run, state.step)))
+    before_this = processes.broadcast_text("validation losses", lambda: json.dumps(validation_losses(run, state.step)))
     patience = Patience(config.run.patience, json.loads(before_this))
     if patience.over:
         display.note(f"{run} was stopped early: {patience.words()}; raise --set run.patience to go on")
@@ -250,12 +250,12 @@ def _threads(config: Config, checkpoint: Checkpoint | None, display: Display, pr
 def _find(run: Path, resume: str, display: Display, processes: Processes) -> Checkpoint | None:
     """What the run goes on from. The first process looks for it, and the others take the same."""
     if not processes.first:
-        path = processes.hear("checkpoint")
+        path = processes.store_wait("checkpoint")
         return load(Path(path)) if path else None
     checkpoint, damaged = find_checkpoint(run, resume)
     for sentence in damaged:
         display.note(sentence)
-    processes.say("checkpoint", str(checkpoint.path) if checkpoint else "")
+    processes.store_set("checkpoint", str(checkpoint.path) if checkpoint else "")
     return checkpoint
 
 
@@ -269,7 +269,7 @@ def _check_same_start(context: RunContext, state: TrainState) -> None:
         f"step {state.step}, {data.windows} windows of text and {len(data.validation)} validation tokens, "
         f"data {digest(data.identity)[:8]}"
     )
-    first = context.processes.told("start", lambda: here)
+    first = context.processes.broadcast_text("start", lambda: here)
     if here != first:
         raise ConfigError(
             f"the processes do not start from the same ({here} here, {first} in the first one); "
@@ -287,7 +287,7 @@ def _set_up(
     spare_cache: Path | None = None,
 ) -> tuple[RunContext, TrainState]:
     try:
-        with processes.in_turn():
+        with processes.first_process_first():
             data = open_data(
                 config, show_progress=display.interactive, should_stop=lambda: bool(stop), spare_cache=spare_cache
             )

@@ -117,8 +117,8 @@ class TrainState:
         All processes must call this; the first gets the tensors. Raises TrainingError if a weight is not finite.
         """
         config, data, processes = context.config, context.data, context.processes
-        model = processes.gathered(state_tensors(self.model))
-        average = processes.gathered(self.average.tensors()) if self.average else None
+        model = processes.gather_to_first(state_tensors(self.model))
+        average = processes.gather_to_first(self.average.tensors()) if self.average else None
         require_finite_weights(self.step, model)
         require_finite_weights(self.step, {f"the average of {name}": one for name, one in (average or {}).items()})
         optimizer, plain = pack_optimizer(self.optimizer.state_dict())
@@ -136,7 +136,7 @@ class TrainState:
         return CheckpointContents(
             step=self.step,
             model=model,
-            optimizer=processes.gathered(optimizer),
+            optimizer=processes.gather_to_first(optimizer),
             rng=processes.random_states(context.device),
             state=state,
             ema=average,

@@ -1,17 +1,21 @@
-"""A run in several processes is the run in one: the same losses, the same files, one voice. On CPUs, over gloo."""
+"""A run in several processes is the run in one: the same losses and files, and one process prints. Over gloo."""
 
 from __future__ import annotations
 
 import itertools
+import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cda_cli.config import Config, dump_yaml, parse
 from cda_cli.data import Batch
 from cda_cli.errors import ConfigError
+from cda_cli.model import Transformer
 from cda_cli.storage import load, locate
 from cda_cli.training.distribution import Processes
 from cda_cli.training.launch import Place, count_processes
@@ -179,6 +183,24 @@ def test_other_data_on_another_machine_is_refused(nursery: Nursery, small: Confi
     assert ended.codes == [2, 2]
     assert not ended.err[0]
     assert "do not start from the same" in ended.err[1]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_settings_of_python_and_pytorch_are_restored(small: Config, parallel: str) -> None:
+    """What else this Python process does, before or after, must not depend on a run in several processes."""
+
+    def settings_now() -> list[object]:
+        return [list(warnings.filters), logging.getLogger("torch").level, torch._dynamo.config.optimize_ddp]
+
+    config = small.model_copy(update={"run": small.run.model_copy(update={"parallel": parallel})})
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    before = settings_now()
+    with Processes(Place(rank=1, processes=2)) as processes:
+        processes.silence_warnings()
+        silent = settings_now()
+        processes.wrap(Transformer(config.model), config, torch.float32, compiled=True)
+        assert before != silent != settings_now()
+    assert settings_now() == before
 
 
 @pytest.mark.parametrize(("accumulated", "rows", "count"), [(1, 4, 2), (4, 1, 2), (2, 2, 4), (6, 3, 9), (3, 6, 2)])
