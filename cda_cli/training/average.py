@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights: a second set of them, which no gradient touches."""
+"""The exponential moving average of a model's weights: a second set of weights without gradients."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cda_cli.training.distribution import shard_like
 class WeightAverage:
     """After step t: average ← d·average + (1 − d)·weights, with d = min(decay, (1 + t)/(10 + t)).
 
-    The second bound (TensorFlow's) lets the average leave the random weights of the start behind at once. It is a
-    function of the step, so the tensors are all there is to save. Each has the dtype and device of its weight.
+    The second bound is TensorFlow's. With it the average soon forgets the random initial weights. As it depends on the
+    step alone, a checkpoint needs only the tensors. Each tensor has the dtype and device of its weight.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -24,7 +24,7 @@ class WeightAverage:
         self._average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
     def update(self, step: int) -> None:
-        """Adds the weights after `step` (1 the first)."""
+        """Adds the weights after `step`, counted from 1."""
         decay = min(self._decay, (1 + step) / (10 + step))
         pairs = [(average, weight) for average, weight in self._pairs() if weight.numel()]
         averages, weights = zip(*pairs, strict=True)
@@ -32,19 +32,20 @@ class WeightAverage:
             get_ema_multi_avg_fn(decay)(list(averages), list(weights), step)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the names of the weights, a shared one once: what a checkpoint holds."""
+        """Returns what a checkpoint holds: the tensors by the names of their weights, a shared weight once."""
         return self._average
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what `tensors` gave."""
+        """Restores what `tensors` returned."""
         for name, average in self._average.items():
             average.copy_(shard_like(tensors[name], average))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the model has the averaged weights; after it, its own again, to the last bit.
+        """Gives the model the averaged weights, and at the end its own again, to the last bit.
 
-        They change places in memory, one at a time: whatever holds the model's tensors (a compiled graph) sees it.
+        Weights and averages are exchanged in memory, one at a time, so that whatever holds the model's tensors (a
+        compiled graph) sees the exchange.
         """
         self._exchange()
         try:

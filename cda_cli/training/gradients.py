@@ -1,4 +1,4 @@
-"""The gradients of a step: of its batches one after another, and where that is possible as CUDA graphs."""
+"""The gradients of a step, batch after batch, and where possible as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def accumulate_gradients(
 ) -> Tensor:
     """Adds the gradients of the mean loss over the tokens of all `batches`, and returns that loss, a scalar.
 
-    Each batch's sum is divided by the tokens of all, so that accumulation, and the sharing of rows among processes,
-    equal one large batch. With `graphs` (of this model, for one process) gradients start at 0.
+    The sum of each batch is divided by the number of tokens of all. Accumulation thus equals one large batch, however
+    the processes share its rows. With `graphs` (of this model, in one process) gradients start at 0 instead.
     """
     batches = list(batches)
-    # Filled there: a copy would wait for all that a GPU has in hand.
+    # The tensor is filled on the device. A copy to a GPU would wait for all work that is queued there.
     tokens = torch.full((), float(sum(int((batch.targets != IGNORE).sum()) for batch in batches)), device=device)
     total = torch.zeros((), device=device)
     shared = processes.share(batches)
@@ -42,27 +42,31 @@ def accumulate_gradients(
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scales the gradients to a norm of at most `limit` (0: leaves them) and returns the norm they had."""
+    """Scales the gradients to a norm of at most `limit`, or leaves them if it is 0, and returns the norm before."""
     return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf))
 
 
 def _add_gradients(
     model: nn.Module, batch: Batch, tokens: Tensor, device: torch.device, dtype: torch.dtype, processes: int = 1
 ) -> Tensor:
-    """Adds those of a batch's losses / `tokens`, and returns their sum. The mean over `processes` is taken later."""
+    """Adds the gradients of the sum of a batch's losses over `tokens`, and returns that sum, a scalar.
+
+    With several `processes` the gradients are scaled by their number, as DDP and FSDP take the mean over them later.
+    """
     loss = token_losses(model, batch, device, dtype).sum() / tokens
     (loss * processes).backward()
     return loss.detach()
 
 
 class GradientGraphs:
-    """Forward and backward of a batch as a CUDA graph: the host launches it whole, where it could not launch one kernel
-    after the other as fast as they run.
+    """Forward and backward of a batch as a CUDA graph.
 
-    The first step runs as ever, which compiles and warms up. In the second, two graphs are captured: of the first batch
-    of a step, which makes the gradients, and of a further one, which adds to them. They know their tensors by their
-    places: gradients keep theirs from step to step, and so does, set apart for the graphs, what comes and goes within
-    them. Batches are of one shape.
+    The host launches a graph at once; it could not launch small kernels one after another as fast as they run.
+
+    The first step runs without graphs, which compiles and warms up. The second captures two graphs: one of the first
+    batch of a step, which creates the gradients, and one of a further batch, which adds to them. Graphs replay fixed
+    addresses. Gradients therefore stay where they are from step to step, and the tensors within the graphs have a pool
+    of their own. All batches must have one shape.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -73,7 +77,10 @@ class GradientGraphs:
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
 
     def add(self, batch: Batch, tokens: Tensor, first: bool) -> Tensor:
-        """As `_add_gradients` does; `first` of the step. The next call writes over what this one returns."""
+        """Does what `_add_gradients` does; `first` marks the first batch of a step.
+
+        The next call overwrites the tensor that this one returns.
+        """
         self._steps += first
         if self._steps == 1:
             return _add_gradients(self._model, batch, tokens, self._device, self._dtype)
@@ -93,10 +100,10 @@ class GradientGraphs:
         return loss
 
     def _captured(self, first: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A graph, which has not run, and the loss that it writes."""
+        """Captures a graph, without running it, and returns it with the loss that it writes."""
         graph = torch.cuda.CUDAGraph()
         pool = None if first else self._graphs[True][0].pool()
-        # What another thread does is not in it: one brings the next batches into pinned memory.
+        # Another thread copies the next batches into pinned memory, which must not disturb the capture.
         capture = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
         with torch.cuda.device(self._device), capture:
             loss = _add_gradients(self._model, self._batch, self._tokens, self._device, self._dtype)

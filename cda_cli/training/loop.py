@@ -1,7 +1,7 @@
 """The training loop, top to bottom.
 
-batches → loss → gradients → clip → step → figures; now and then validate, sample, save. A request to stop is answered
-after the step in hand, by saving.
+batches → loss → gradients → clip → step → metrics; now and then validate, sample, save. After a request to stop, the
+loop finishes the current step and saves.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ SAMPLE_TOKENS = 200
 
 
 class Display(Protocol):
-    """What shows a run to a person. `interactive`: stderr is a terminal, so progress may be drawn on it."""
+    """Shows a run to a person. If it is `interactive`, stderr is a terminal, on which progress may be drawn."""
 
     interactive: bool
 
     def start(self, plan: Any) -> None:
-        """The first step is about to be taken; `plan` is a `training.run.Plan`."""
+        """Called before the first step; `plan` is a `training.run.Plan`."""
 
     def advance(self, step: int) -> None:
-        """A step is done."""
+        """Called after each step."""
 
     def show(self, record: dict[str, Any]) -> None:
         """A record, as it goes into metrics.jsonl; its `kind` is train, refused, validation, sample or checkpoint."""
 
     def note(self, text: str) -> None:
-        """A sentence."""
+        """Shows a sentence."""
 
     def finish(self) -> None:
-        """No more steps come, for whatever reason."""
+        """Called when no more steps come, for whatever reason."""
 
 
 @restore_gc()
@@ -71,7 +71,7 @@ def train(
     optimizer = GuardedOptimizer(state.optimizer, lambda: processes.gather_ahead(context.compiled))
     speed = Speed()
     pipeline = Pipeline(context, state, speed, optimizer.steps_at_launch)
-    since = Since()  # the last line of figures
+    since = Since()  # the last log line
     minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
     saved = state.step if state.position is not None else None
 
@@ -133,7 +133,7 @@ def train(
             since = Since()
         passed = every.save_minutes > 0 and processes.any(minutes.passed())
         with speed.paused():
-            # Validation and samples have the ε that the checkpoint of this step is restored with.
+            # Validation and samples use the ε that a model restored from this step's checkpoint has.
             model.set_attention_eps(annealed_eps(config.model, state.step, config.schedule_steps))
             if (due(state.step, every.eval_every) or last) and not stop:
                 found = validate(context, stop)
@@ -184,7 +184,7 @@ def save(context: RunContext, state: TrainState, run: Path) -> Path:
 
 
 def validate(context: RunContext, stop: StopRequest) -> Evaluation | None:
-    """Figures on the first `eval_batches` batches of the validation split, or None where a stop cut them short."""
+    """Evaluates the first `eval_batches` batches of the validation split; None if a stop cut that short."""
     config, validation = context.config, context.data.validation
     batches = evaluation_batches(
         validation, config.model.seq_len, config.optim.batch_size, max_batches=config.run.eval_batches
@@ -203,7 +203,10 @@ def averaged_figures(context: RunContext, state: TrainState, stop: StopRequest) 
 
 
 def sample(context: RunContext, state: TrainState, stop: StopRequest) -> str:
-    """Text that follows the beginning of the validation split, until a stop; same step, same text."""
+    """Generates text that follows the beginning of the validation split, until a stop.
+
+    The same weights give the same text.
+    """
     config, data = context.config, context.data
     prompt = [int(token) for token in data.validation.ids[: min(64, config.model.seq_len // 2)]]
     state.model.eval()
@@ -212,6 +215,7 @@ def sample(context: RunContext, state: TrainState, stop: StopRequest) -> str:
         generated = generate(state.model, prompt, SAMPLE_TOKENS, settings, seed=config.run.seed, dtype=context.dtype)
         tokens = list(stop.until(generated))
     state.model.train()
-    decoder = data.tokenizer.stream()  # one for both: the text of a token may depend on the tokens before it
+    # One decoder for prompt and text, as the text of a token may depend on the tokens before it.
+    decoder = data.tokenizer.stream()
     before, after = ("".join(map(decoder.push, part)) for part in (prompt, tokens))
     return f"{before}▸{after}{decoder.flush()}"

@@ -1,4 +1,4 @@
-"""When to save by the clock, and when to stop because the validation loss no longer falls."""
+"""When something is due: by the step, by the clock, or because the validation loss no longer falls."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 
 def due(step: int, interval: int) -> bool:
-    """Whether something is due after `step` that is done every `interval` steps; 0: never."""
+    """Whether something that is done every `interval` steps is due after `step`. An interval of 0 means never."""
     return interval > 0 and step % interval == 0
 
 
 class Minutes:
-    """Whether so many minutes have passed since the last restart; 0: they never have."""
+    """Tells whether so many minutes have passed since the last restart. For 0 minutes it never does."""
 
     def __init__(self, minutes: float) -> None:
         self._seconds = 60 * minutes
@@ -27,10 +27,10 @@ class Minutes:
 
 
 class Patience:
-    """Validations in a row without a new lowest loss; `over` once there were `limit` of them (0: never).
+    """Counts validations in a row without a new lowest loss. It is `over` after `limit` of them, or never if that is 0.
 
-    `losses` are those that the run has behind it, oldest first, so that a resumed run has as little patience left as
-    the one before. A loss that is not finite is never the lowest.
+    `losses` are those of the run so far, oldest first, so that a resumed run has as much patience left as it had
+    before. A loss that is not finite is never the lowest.
     """
 
     def __init__(self, limit: int, losses: Iterable[float | None] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer, and its schedule: the learning rate is a function of the step alone, so it has no state to restore."""
+"""The optimizer and its schedule. The learning rate depends on the step alone, so it has no state to restore."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cda_cli.training.finite import StepResult
 
 
 class MuonAndAdamW:
-    """`torch.optim.Muon` for some parameters and AdamW for the others, called as one optimizer is."""
+    """`torch.optim.Muon` for some parameters and AdamW for the others, with the methods of one optimizer."""
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
         self.parts: dict[str, torch.optim.Optimizer] = {"muon": muon, "adamw": adamw}
@@ -48,11 +48,11 @@ Optimizer = torch.optim.AdamW | MuonAndAdamW
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Weight decay on matrices only: not on gains, biases and null keys.
+    """Builds the optimizer of `config`, which decays only matrices: no gains, biases or null keys.
 
-    Muon (arXiv 2502.16982) takes the matrices within the model's blocks. Embeddings, the logits and all that is no
-    matrix stay with AdamW. Its steps are scaled to the size of AdamW's, so one learning rate and weight decay serve
-    both.
+    Muon (arXiv 2502.16982) takes the matrices within the model's blocks. AdamW keeps the embeddings, the logits and all
+    parameters that are no matrices. Muon's steps are scaled to the size of AdamW's, so that both share one learning
+    rate and weight decay.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     matrices = [p for p in named.values() if p.ndim == 2]
@@ -71,7 +71,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Loads a state dict, but not the settings in it: those of a run's configuration and device may have changed."""
+    """Loads a state dict without the settings in it: the run's configuration or device may have changed since."""
     if isinstance(optimizer, MuonAndAdamW):
         optimizer.load_state_dict({name: _fitted(state[name], part) for name, part in optimizer.parts.items()})
     else:
@@ -79,7 +79,7 @@ def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def _fitted(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A state dict with the settings of `optimizer`, and with its moments sharded as the parameters are."""
+    """Returns `state` with the settings of `optimizer`, and with moments sharded as the parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {name: shard_like(value, parameters[index]) for name, value in values.items()}
@@ -93,7 +93,7 @@ def _fitted(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[
 
 
 def moments_bytes(optimizer: Optimizer) -> int:
-    """Of the tensors that its steps keep: AdamW two like each parameter, Muon one."""
+    """Returns the bytes of the moments: AdamW keeps two tensors like each parameter, Muon one."""
     groups = optimizer.param_groups
     return sum((2 if "betas" in group else 1) * p.nbytes for group in groups for p in group["params"])
 
@@ -101,26 +101,28 @@ def moments_bytes(optimizer: Optimizer) -> int:
 class GuardedOptimizer:
     """Takes only steps whose loss and gradient norm are finite.
 
-    Each step calls `launch` before the host knows whether they are, and then `settle` once it knows. Fused AdamW steps
-    in `launch`: the device itself leaves the step out where they are not finite, as it does for gradient scaling. The
-    host thus judges the step while the device takes it; if it judged first, the device would idle until all of the next
-    kernels are launched. Muon cannot leave out a step by itself, so it steps in `settle`.
+    For each step, call `launch` before the host knows whether they are finite, and then `settle`, once it knows. Fused
+    AdamW steps in `launch`: the device itself leaves a step out if they are not finite, as it does for gradient
+    scaling. The host thus judges the step while the device takes it. If the host judged first, the device would idle
+    until all of the next kernels are launched. Muon cannot leave a step out by itself, so it steps in `settle`.
 
     Either way the gradients are then dropped, and `after_step` is called.
     """
 
     def __init__(self, optimizer: Optimizer, after_step: Callable[[], None] = lambda: None) -> None:
         self._optimizer, self._after_step = optimizer, after_step
-        # Whether the weights of the next step are known, or on their way on the device, once `launch` returns.
+        # Whether the weights of the next step are computed, or being computed on the device, once `launch` returns.
         self.steps_at_launch = isinstance(optimizer, torch.optim.AdamW)
 
     def launch(self, result: StepResult) -> None:
+        """Takes the step if the device can leave it out by itself. The host does not wait for `result`."""
         if self.steps_at_launch:
             self._optimizer.found_inf = (~torch.isfinite(result.sum)).float()  # type: ignore[union-attr]
             self._end_step(take=True)
             del self._optimizer.found_inf  # type: ignore[union-attr]
 
     def settle(self, finite: bool) -> None:
+        """Takes the step if it is `finite` and `launch` did not take it."""
         if not self.steps_at_launch:
             self._end_step(take=finite)
 
@@ -132,7 +134,10 @@ class GuardedOptimizer:
 
 
 def learning_rate(config: OptimConfig, schedule_steps: int, step: int) -> float:
-    """Of the step with index `step` (0 the first): linear warm-up, then cosine to min_lr_ratio, or constant."""
+    """Returns the rate of the step with index `step`, counted from 0.
+
+    It rises linearly in the warm-up, then follows a cosine down to lr·min_lr_ratio, or stays constant.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

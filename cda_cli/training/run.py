@@ -1,4 +1,4 @@
-"""A whole run: find where to go on from → data → model → the loop; or, for a dry run, one batch and the plan."""
+"""A whole run: find where to go on from → data → model → the loop. Or a dry run: the plan, and one batch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from cda_cli.training.trackers import check_trackers
 
 
 class Plan(NamedTuple):
-    """What a run is about to do. Tokens are those of one step; `epochs` is None for streamed data."""
+    """What a run is about to do. `epochs`, the passes over the text, is None for streamed data."""
 
     run: Path
     data: str
@@ -71,9 +71,12 @@ class Plan(NamedTuple):
 
 
 class DryRun(NamedTuple):
-    """The plan, the loss of one batch, and memory: as forecast (None for the published code, which cannot be followed),
-    and the measured peak in bytes, on a GPU of two steps, elsewhere of the whole process with one batch. Loss and peak
-    are None where the batch does not fit, and was not tried."""
+    """The plan, the loss of one batch, and memory.
+
+    `forecast` is None for the published code, which cannot be followed. `peak` is measured, in bytes: of two steps on a
+    GPU, and elsewhere of the whole process with one batch. `loss` and `peak` are None if the batch does not fit and was
+    not tried.
+    """
 
     plan: Plan
     loss: float | None
@@ -86,13 +89,13 @@ class DryRun(NamedTuple):
 def run_training(
     config: Config, run: Path, resume: str, display: Display, stop: StopRequest, processes: Processes = ALONE
 ) -> None:
-    """Trains into the folder `run` (see `find_checkpoint` for `resume`); `display` hears of everything.
+    """Trains into the folder `run` (see `find_checkpoint` for `resume`), and shows everything on `display`.
 
-    Of several processes each calls this, and the first alone writes. Raises StorageError where another run writes into
+    Each of several processes calls this, and only the first writes. Raises StorageError if another run writes into
     `run`.
     """
     with contextlib.ExitStack() as held:
-        held.enter_context(when_stdout_is_lost(stop.lose))  # what is printed never loses a run
+        held.enter_context(when_stdout_is_lost(stop.lose))  # a failing print must not lose a run
         if processes.first:
             check_trackers(config.run.track)
             check_folder(run)
@@ -151,11 +154,11 @@ def dry_run(
     resume: str,
     display: Display,
     stop: StopRequest,
-    foretold: Callable[[DryRun], None] = lambda known: None,
+    show_forecast: Callable[[DryRun], None] = lambda known: None,
 ) -> DryRun:
-    """Builds everything and tries it (see `DryRun`); writes nothing but a cache that it removes.
+    """Builds everything and tries it (see `DryRun`). It writes nothing but a cache that it removes.
 
-    `foretold` hears of the plan and the forecast before anything is tried, as the trial may use up the memory.
+    `show_forecast` gets the plan and the forecast before anything is tried, as the trial may use up the memory.
     """
     with (
         deterministic(config.run.deterministic),
@@ -169,7 +172,7 @@ def dry_run(
         fits = expected is None or _memory_remark(context, expected) is None
         name = "Muon and AdamW" if config.optim.optimizer == "muon" else "AdamW"
         known = DryRun(plan, None, name, expected, None, on_gpu=context.device.type == "cuda")
-        foretold(known)
+        show_forecast(known)
         loss, peak = try_steps(context, state) if fits else (None, None)
         return known._replace(loss=loss, peak=peak)
 
@@ -233,8 +236,10 @@ def make_plan(context: RunContext, state: TrainState, run: Path) -> Plan:
 
 
 def _threads(config: Config, checkpoint: Checkpoint | None, display: Display, processes: Processes) -> int | None:
-    """CPU threads: those asked for, or else those that the run began with, since their number decides how sums are cut,
-    and so the last bits."""
+    """Returns the number of CPU threads: the one asked for, or else the one that the run began with.
+
+    It decides how sums are split, and so their last bits.
+    """
     begun = checkpoint.state.get(THREADS) if checkpoint else None
     if config.run.threads or processes.count > 1 or type(begun) is not int or not 1 <= begun <= MOST_THREADS:
         return config.run.threads
@@ -248,7 +253,7 @@ def _threads(config: Config, checkpoint: Checkpoint | None, display: Display, pr
 
 
 def _find(run: Path, resume: str, display: Display, processes: Processes) -> Checkpoint | None:
-    """What the run goes on from. The first process looks for it, and the others take the same."""
+    """Finds the checkpoint to go on from. The first process looks for it, and the others take the same."""
     if not processes.first:
         path = processes.store_wait("checkpoint")
         return load(Path(path)) if path else None
@@ -294,9 +299,9 @@ def _set_up(
     except PreparationStoppedError as error:
         stop.check(str(error))
         raise
-    config = with_vocabulary(with_absolute_paths(config), data)  # an error named them as they were given
+    config = with_vocabulary(with_absolute_paths(config), data)  # errors so far named the paths as they were given
     if checkpoint:
-        known = checkpoint.state.get("data")  # None in a checkpoint of before it was kept
+        known = checkpoint.state.get("data")  # None in a checkpoint of a version that did not save it
         check_same_run(with_absolute_paths(saved_config(checkpoint)), config, run, same_text=known == data.identity)
         check_same_text(known, data.identity, data.description, run)
     for sentence in [*config_warnings(config), *filter(None, [data.remark])]:

@@ -150,7 +150,7 @@ def _pinned(batches: Batches, device: torch.device) -> Batches:
 
 
 def fill_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
-    """Puts a checkpoint's moments into `optimizer`. Raises CheckpointError where they are not those of its model."""
+    """Puts a checkpoint's moments into `optimizer`. Raises CheckpointError if they are not those of its model."""
     try:
         restore_optimizer(optimizer, unpack_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"]))
         for parameter, state in optimizer.state.items():
@@ -164,7 +164,7 @@ def fill_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """`config` with its text and its tokenizer named so that they are found from any folder."""
+    """Returns `config` with absolute paths of its text and its tokenizer, which are then found from any folder."""
     tokenizer = Path(config.data.tokenizer).expanduser()
     paths = {
         "source": absolute_source(config.data.source),
@@ -174,7 +174,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def with_vocabulary(config: Config, data: RunData) -> Config:
-    """The configuration with the vocabulary of the tokenizer."""
+    """Returns `config` with the vocabulary size of the tokenizer."""
     model = config.model.model_copy(update={"vocab_size": data.tokenizer.vocab_size})
     return config.model_copy(update={"model": model})
 
@@ -198,7 +198,7 @@ def describe_backend(config: Config, choice: Choice) -> str:
 
 
 def describe_peak(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a GPU's utilisation is not shown, where it is not."""
+    """Says why a GPU's utilisation is not shown; None if it is, or on a CPU."""
     if device.type == "cpu" or peak_flops(device, dtype) is not None:
         return None
     name, precision = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
-"""Tokens per second over a window, the time that is left, and the share of it that went into waiting for data.
+"""Tokens per second over a window, the time that is left, and the share of the time spent waiting for data.
 
-Pauses for validation and saving are not counted.
+Validation and saving do not count.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-WINDOW = 20  # intervals between two lines of figures
+WINDOW = 20  # intervals, each from one log line to the next
 
 
 class Interval(NamedTuple):
-    """Some steps: their number, tokens, seconds, and the seconds of those in which the next batch was not there."""
+    """Some steps: their number, tokens and seconds, and the seconds in which they waited for a batch."""
 
     steps: int
     tokens: int
@@ -24,10 +24,10 @@ class Interval(NamedTuple):
 
 
 class Speed:
-    """`add` each step, `mark` before a line of figures.
+    """Measures intervals: call `add` after each step, and `mark` before each log line.
 
-    The first step of a process compiles and warms up. It is an interval of its own, forgotten once there is another,
-    so that the first line of figures, after a resume too, has the speed of the steps to come.
+    The first step of a process compiles and warms up. It is an interval of its own, which is forgotten once there is
+    another. The first log line, also after a resume, thus has the speed of the steps to come.
     """
 
     def __init__(self) -> None:
@@ -38,14 +38,14 @@ class Speed:
         self._marks = 0
 
     def add(self, tokens: int) -> None:
-        """A step of so many tokens is done."""
+        """Counts a step of so many tokens."""
         self._steps += 1
         self._tokens += tokens
         if not self._marks:
             self.mark()
 
     def mark(self) -> None:
-        """Ends an interval, if it has a step."""
+        """Ends the interval, if it has a step."""
         if not self._steps:
             return
         now = time.perf_counter()
@@ -63,7 +63,7 @@ class Speed:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around whatever makes the next batch."""
+        """Counts the time within as waiting for data."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
@@ -75,12 +75,12 @@ class Speed:
 
     @property
     def data_wait(self) -> float:
-        """The share of the time in which the loop waited for data."""
+        """The share of the time that the loop waited for data."""
         seconds = self._sum("seconds")
         return self._sum("waited") / seconds if seconds else 0.0
 
     def seconds_left(self, steps: int) -> float | None:
-        """Seconds for `steps` more, or None before anything was measured."""
+        """Estimates the seconds that `steps` more steps take; None before anything was measured."""
         done = self._sum("steps")
         return steps * self._sum("seconds") / done if done else None
 
