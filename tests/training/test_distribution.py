@@ -47,7 +47,7 @@ def small(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def alone(small: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run in one process that the others are held against."""
+    """The run in one process with which the others are compared."""
     run = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CDA_CACHE", str(run.parent / "cache"))
@@ -68,8 +68,8 @@ def settings(config: Config, folder: Path) -> Path:
 def test_the_number_of_processes_changes_no_loss(
     nursery: Nursery, small: Config, alone: Path, tmp_path: Path, count: int, parallel: str, batches: int
 ) -> None:
-    """Nor how many batches each has; nor the gradient norm, the data position or what a checkpoint holds; and the first
-    process alone speaks."""
+    """Neither does the number of batches in each process. Gradient norm, data position and checkpoints are the same
+    too, and only the first process prints."""
     run, optim = tmp_path / "run", small.optim
     finer = ("--batch-size", optim.batch_size // batches, "--grad-accum", optim.grad_accum * batches)
     evaluation = ("--set", f"run.eval_batches={small.run.eval_batches * batches}")
@@ -95,7 +95,7 @@ def test_the_number_of_processes_changes_no_loss(
 def test_compiled_it_is_the_same_run(
     nursery: Nursery, small: Config, alone: Path, tmp_path: Path, parallel: str, batches: int
 ) -> None:
-    """Whole, and by blocks: beside the run that compiles nothing, to the rounding of other kernels."""
+    """The model is compiled whole or by blocks. Without compiling, the losses are the same but for rounding."""
     run, optim = tmp_path / "run", small.optim
     finer = ("--batch-size", optim.batch_size // batches, "--grad-accum", optim.grad_accum * batches)
     quiet = ("--steps", 2, "--eval-every", 0, "--sample-every", 0, "--set", "run.eval_batches=1")
@@ -108,7 +108,7 @@ def test_compiled_it_is_the_same_run(
 
 
 def test_muon_in_several_processes(nursery: Nursery, small: Config, tmp_path: Path) -> None:
-    """It makes its matrices orthogonal in bfloat16, where a last bit of a gradient is seen: so the bound is wider."""
+    """Muon makes its matrices orthogonal in bfloat16, which shows the last bit of a gradient, so the bound is wider."""
     config, runs = changed(small, optimizer="muon"), [tmp_path / "one", tmp_path / "two"]
     for run in runs:
         count = 1 + runs.index(run)
@@ -121,7 +121,7 @@ def test_muon_in_several_processes(nursery: Nursery, small: Config, tmp_path: Pa
 
 
 def test_a_run_goes_on_under_any_number(nursery: Nursery, small: Config, alone: Path, tmp_path: Path) -> None:
-    """Each part resumes what another number of processes has saved, with the other way to share."""
+    """Each part resumes what another number of processes has saved, with ddp after fsdp and the other way round."""
     run, path = tmp_path / "run", settings(small, tmp_path)
     for count, parallel, steps in ((2, "fsdp", 2), (4, "ddp", 4), (1, "ddp", 6), (2, "fsdp", STEPS)):
         command = ("train", "--config", path, "--out", run, "--parallel", parallel, "--steps", steps)
@@ -132,7 +132,7 @@ def test_a_run_goes_on_under_any_number(nursery: Nursery, small: Config, alone: 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_dropout_goes_on_where_it_was(nursery: Nursery, config: Config, tmp_path: Path, parallel: str) -> None:
-    """Each process has random numbers of its own, and the same number of processes resumes to the last bit."""
+    """Each process has its own random numbers, and the same number of processes resumes them to the last bit."""
     path = settings(changed(config, steps=6, schedule_steps=6), tmp_path)
     for run, steps in (("whole", (6,)), ("cut", (3, 6))):
         for last in steps:
@@ -145,7 +145,7 @@ def test_dropout_goes_on_where_it_was(nursery: Nursery, config: Config, tmp_path
 
 
 def test_a_step_that_is_not_finite_is_refused_by_all(nursery: Nursery, small: Config, tmp_path: Path) -> None:
-    """Were one to take it, the next sum of gradients would never end."""
+    """If one process took it, the next sum of gradients would never end."""
     run = tmp_path / "run"
     ended = nursery.run(2, "train", "--config", settings(small, tmp_path), "--out", run, *OVERFLOWING)
     assert ended.codes == [1, 1]
@@ -154,14 +154,14 @@ def test_a_step_that_is_not_finite_is_refused_by_all(nursery: Nursery, small: Co
     assert [record["step"] for record in metrics(run, "refused")] == [2] * small.optim.max_refused
 
 
-def test_what_all_meet_is_said_once(nursery: Nursery, small: Config, tmp_path: Path) -> None:
+def test_an_error_of_all_processes_is_shown_once(nursery: Nursery, small: Config, tmp_path: Path) -> None:
     ended = nursery.run(2, "train", "--config", settings(small, tmp_path), "--out", tmp_path / "run", "--device", "x")
     assert ended.codes == [2, 2]
     assert ended.err == ["error: unknown device 'x'; use auto, cpu, cuda, or cuda:1\n", ""]
 
 
-def test_what_one_meets_ends_all(nursery: Nursery, small: Config, tmp_path: Path) -> None:
-    """The cache of the second process is a file. The first one waits for it, and leaves without a word of its own."""
+def test_an_error_of_one_process_ends_all(nursery: Nursery, small: Config, tmp_path: Path) -> None:
+    """The cache of the second process is a file, which is an error. The first waits for it, and then exits silently."""
     (tmp_path / "file").touch()
     command = ("train", "--config", settings(small, tmp_path), "--out", tmp_path / "run")
     ended = nursery.run(2, *command, only={1: {"CDA_CACHE": str(tmp_path / "file")}})
@@ -173,7 +173,7 @@ def test_what_one_meets_ends_all(nursery: Nursery, small: Config, tmp_path: Path
 
 
 def test_other_data_on_another_machine_is_refused(nursery: Nursery, small: Config, tmp_path: Path) -> None:
-    """Each process would train on its own text, and say nothing."""
+    """Otherwise each process would silently train on its own text."""
     text = Path(small.data.source).read_text(encoding="utf-8")
     for name, length in (("first", 500), ("second", 400)):
         (tmp_path / name).mkdir()
@@ -221,16 +221,16 @@ def test_a_batch_that_cannot_be_shared_names_the_remedy(small: Config) -> None:
         count_processes(config, Place(), 4, dry_run=False)
 
 
-def test_the_place_is_that_of_the_environment() -> None:
-    assert Place.of({"RANK": "3", "WORLD_SIZE": "4"}) == Place(), "half of what torchrun says is something else"
+def test_the_place_comes_from_the_environment() -> None:
+    assert Place.of({"RANK": "3", "WORLD_SIZE": "4"}) == Place(), "only torchrun sets all of them"
     environment = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     assert Place.of(environment) == Place(3, 4, 3, 4, 0)
     environment |= {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
     assert Place.of(environment) == Place(3, 4, 1, 2, 1)
 
 
-def test_torchrun_has_the_word(small: Config) -> None:
-    """`--devices` is the number on this machine, and torchrun's on all."""
+def test_torchrun_decides_the_number_of_processes(small: Config) -> None:
+    """`--devices` counts those on this machine, and torchrun those on all machines."""
     two_of_four = Place(0, 4, 0, 2)
     assert count_processes(small, two_of_four, 1, dry_run=False) == 4
     assert count_processes(small, two_of_four, 2, dry_run=False) == 4

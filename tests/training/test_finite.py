@@ -1,4 +1,4 @@
-"""Steps that are refused: which, how many in a row, what the run then says, and that they leave no trace."""
+"""Refused steps: which are refused, how many in a row, what the run then says, and that they leave no trace."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def is_refused(refusals: Refusals, loss: Tensor, norm: Tensor) -> bool:
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_what_is_not_finite_is_refused(tmp_path: Path, bad: Tensor) -> None:
-    """In the loss alone, in the gradient alone, or in both; and said as it was seen."""
+    """A bad value in the loss alone, in the gradient alone, or in both. The record names it."""
     refusals = Refusals(tmp_path, limit=9)
     assert not is_refused(refusals, ONE, ONE)
     assert is_refused(refusals, bad, ONE)
@@ -69,7 +69,7 @@ def test_only_those_in_a_row_count(tmp_path: Path) -> None:
 
 
 def test_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
-    """Not one of the very weights that failed, and not a damaged one."""
+    """It is not the checkpoint of the very weights that failed, and not a damaged one."""
 
     def said(step: int) -> str:
         refusals = Refusals(tmp_path, limit=1)
@@ -91,7 +91,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_weights_that_are_not_finite_are_named(bad: Tensor) -> None:
-    """A step with a finite gradient can still overflow: by its rate, or by weight decay."""
+    """A step with a finite gradient can still overflow, by its rate or by weight decay."""
     require_finite_weights(3, {"a": torch.ones(4), "none": torch.ones(0), "whole": torch.tensor(3)})
     with pytest.raises(
         TrainingError, match=r"^b is not finite after step 3, so that these weights are not saved; go on"
@@ -103,7 +103,7 @@ STEPS = 5
 
 
 def nan_at(number: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """Spoils the output of that forward pass of training, counted from 1."""
+    """Returns a hook that spoils the output of the `number`-th forward pass of training, counted from 1."""
     passes = itertools.count(1)
 
     def spoil(model: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def nan_at(number: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
 
 
 def trained_with(config: Config, run: Path, step: int, poisoned: bool) -> TrainState:
-    """After STEPS steps: the batch that comes first at `step` has a loss that is not finite, or is left out."""
+    """Trains for STEPS steps. The first batch of `step` has a loss that is not finite, or is left out."""
     data = open_data(config, show_progress=False)
     run.mkdir()
     metrics, display = Metrics(run / "metrics.jsonl", 0), Memory()
@@ -133,20 +133,20 @@ def trained_with(config: Config, run: Path, step: int, poisoned: bool) -> TrainS
 
 
 def everything(state: TrainState) -> dict[str, Tensor]:
-    """Weights, moments with their count of steps, and the average of the weights."""
+    """Returns weights, moments with their count of steps, and the average of the weights."""
     averages = state.average.tensors() if state.average else {}
     moments, _ = pack_optimizer(state.optimizer.state_dict())
     return {**state.model.state_dict(), **moments, **{f"average of {name}": one for name, one in averages.items()}}
 
 
 @pytest.mark.parametrize("step", [1, 3])
-@pytest.mark.parametrize("every", [1, 99], ids=["figures each step", "the next step begins before"])
+@pytest.mark.parametrize("every", [1, 99], ids=["a log line each step", "the next step is launched ahead"])
 @pytest.mark.parametrize("optim", [{}, {"optim.optimizer": "muon"}, {"optim.ema_decay": 0.5}], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_refused_step_leaves_no_trace(
     config: Config, tmp_path: Path, device: str, optim: dict[str, object], every: int, step: int
 ) -> None:
-    """To the last bit it is the run that never met that batch; fused AdamW itself leaves the step out."""
+    """The run equals, to the last bit, the run that never met that batch."""
     plain = {
         "model.dropout": 0.0, "model.eps_anneal_start": None, "optim.steps": STEPS, "optim.grad_accum": 1,
         "run.device": device, "run.compile": False, "run.deterministic": True, "run.log_every": every,

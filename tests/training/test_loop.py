@@ -1,4 +1,4 @@
-"""The steps of the training loop: accumulation, clipping, what is shown and recorded when."""
+"""The steps of the training loop: accumulation, clipping, and what is shown and recorded when."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_accumulation_equals_the_large_batch(ignored: list[tuple[int, int]], spl
 @given(limit=st.floats(0.01, 10))
 @settings(max_examples=20)
 def test_clipping_scales_to_the_limit(limit: float) -> None:
-    """The norm that is returned is the one before, which the figures show."""
+    """It returns the norm before, which the log line shows."""
     model = small_model()
     accumulate_gradients(model, [a_batch(4)], CPU, torch.float32)
     before = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
@@ -101,7 +101,7 @@ def intervals(config: Config, **run: object) -> Config:
 
 
 def test_a_line_is_the_mean_of_its_steps(config: Config, tmp_path: Path) -> None:
-    """log_every only thins out the figures; the last step always has some."""
+    """log_every only thins out the log lines; the last step always has one."""
     trained(config, tmp_path / "each")
     trained(intervals(config, log_every=5), tmp_path / "some")
     each, some = losses(tmp_path / "each"), losses(tmp_path / "some")
@@ -112,15 +112,15 @@ def test_a_line_is_the_mean_of_its_steps(config: Config, tmp_path: Path) -> None
 
 
 def test_nothing_in_between_but_always_at_the_end(config: Config, tmp_path: Path) -> None:
-    """0 turns an interval off; a run without a last validation and checkpoint would have been for nothing."""
+    """0 turns an interval off, but without a last validation and checkpoint a run would have been for nothing."""
     display = trained(intervals(config, eval_every=0, save_every=0, sample_every=0), tmp_path / "run")
     others = [(record["kind"], record["step"]) for record in display.records if record["kind"] != "train"]
     assert others == [("validation", 12), ("checkpoint", 12)]
     assert list_steps(tmp_path / "run") == [12]
 
 
-def test_the_display_hears_what_the_metrics_hold(config: Config, tmp_path: Path) -> None:
-    """Each record as it is written, one start, one finish."""
+def test_the_display_shows_what_the_metrics_hold(config: Config, tmp_path: Path) -> None:
+    """It gets each record as it is written, one start and one finish."""
     display = trained(config, tmp_path / "run")
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()]
     assert display.records == written
@@ -131,7 +131,7 @@ def test_the_display_hears_what_the_metrics_hold(config: Config, tmp_path: Path)
 
 
 def test_epsilon_anneals_and_is_recorded(config: Config, tmp_path: Path) -> None:
-    """From 2 at the first step to 0.1 halfway, and no further."""
+    """It goes from 2 at the first step to 0.1 halfway, and no further."""
     display = trained(config, tmp_path / "run")
     eps = [record["eps"] for record in display.records if record["kind"] == "train"]
     assert eps[0] == 2.0
@@ -156,7 +156,7 @@ def test_the_garbage_collector_is_spared_what_compiling_leaves_until_the_end(con
 
 
 def test_a_stop_before_the_first_step_is_saved_too(config: Config, tmp_path: Path) -> None:
-    """Step 0 is a state as any other: the same command goes on from it."""
+    """Step 0 is a state like any other: the same command goes on from it."""
 
     class Impatient(Memory):
         def start(self, plan: object) -> None:

@@ -1,4 +1,4 @@
-"""The schedule of the learning rate, and what is decayed."""
+"""The schedule of the learning rate, what is decayed, and the protocol of a step."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def decayed(model: Transformer) -> dict[str, bool]:
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_matrices_are_decayed_gains_and_biases_not(norm: str) -> None:
-    """Decay pulls a gain to 0, which is not where it is at rest."""
+    """Decay pulls a gain to 0, but a gain that does nothing is 1."""
     found = decayed(a_model(norm=norm, qk_norm=True))
     assert found["token_embedding.weight"]
     assert found["blocks.1.attention.to_qkv.weight"]
@@ -105,13 +105,13 @@ def test_matrices_are_decayed_gains_and_biases_not(norm: str) -> None:
 
 
 def test_null_keys_are_not_decayed() -> None:
-    """They are learned vectors, as biases are, and no matrix that is multiplied with."""
+    """They are learned vectors like biases, and nothing multiplies with them as matrices."""
     found = decayed(a_model(null_kv=1))
     assert not found["blocks.0.attention.null_kv"]
 
 
 def test_every_parameter_is_trained_once() -> None:
-    """A tied embedding that is in two groups would be stepped twice; one that is in none, never."""
+    """A tied embedding in two groups would be stepped twice, and one in no group never."""
     model = a_model(tied_embeddings=True, null_kv=2)
     assert set(decayed(model)) == {name for name, _ in model.named_parameters()}
     no_null = a_model(null_kv=0)
@@ -134,7 +134,7 @@ def with_muon(model: Transformer, **settings: float) -> MuonAndAdamW:
 
 
 def test_muon_has_the_matrices_of_the_blocks_and_no_others() -> None:
-    """Embeddings and the logits are matrices too, but rows of theirs are steered one by one."""
+    """Embeddings and the logits are matrices too, but their rows are trained one by one."""
     model = a_model(tied_embeddings=False, null_kv=2)
     optimizer = with_muon(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -152,7 +152,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_no_others() -> None:
 
 
 def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:
-    """The same rate serves both: the root mean square of a step is about 0.2 of it, whatever the gradient's size."""
+    """One rate serves both: the root mean square of a step is about 0.2 of the rate, whatever the gradient's size."""
     for size in (1e-3, 1e3):
         model = a_model(dim=64)
         weight = model.get_parameter("blocks.0.attention.to_qkv.weight")
@@ -169,7 +169,7 @@ def test_a_step_of_muon_is_as_large_as_one_of_adamw() -> None:
 
 
 def test_a_restored_optimizer_keeps_its_settings_and_gets_the_state() -> None:
-    """What a resumed run changed must not be undone by what was saved."""
+    """The saved settings must not undo what a resumed run changed."""
     for name in ("adamw", "muon"):
         model = a_model()
         before = build_optimizer(model, OptimConfig(optimizer=name, weight_decay=0.25, beta1=0.5))
@@ -189,7 +189,7 @@ def test_a_restored_optimizer_keeps_its_settings_and_gets_the_state() -> None:
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    """Of one process."""
+    """A process group of one process."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     yield
@@ -197,7 +197,7 @@ def group() -> Iterator[None]:
 
 
 def taken_in_launch(optimizer: torch.optim.AdamW, loss: torch.Tensor) -> None:
-    """Steps once, and sees that `settle` has nothing left to do."""
+    """Steps once, and checks that `launch` did everything and `settle` nothing."""
     guarded = GuardedOptimizer(optimizer)
     result = StepResult(loss, torch.ones_like(loss))
     guarded.launch(result)
@@ -213,7 +213,7 @@ def taken_in_launch(optimizer: torch.optim.AdamW, loss: torch.Tensor) -> None:
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("seen", [math.nan, math.inf, 1.0])
 def test_the_device_leaves_a_step_out_that_is_not_finite(seen: float, sharded: bool, device: str) -> None:
-    """Weights, averages and the count of steps stay as they were, and the next step is taken as if nothing was."""
+    """Weights, averages and the count of steps stay as they were, and the next step is taken as if nothing happened."""
     model = a_model(null_kv=1).to(device)
     if sharded:
         fully_shard(model, mesh=init_device_mesh(device, (1,)))
@@ -234,7 +234,7 @@ def test_the_device_leaves_a_step_out_that_is_not_finite(seen: float, sharded: b
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_state_of_another_device_goes_on_as_this_one_does(name: str, device: str) -> None:
-    """What was saved where AdamW had no fused steps, or where it had, takes them here."""
+    """AdamW takes fused steps here, whether it did so where the state was saved or not."""
     model = a_model(null_kv=1).to(device)
     optimizer = build_optimizer(model, OptimConfig(optimizer=name))
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What a run is built from, and what is said about it beforehand; and its speed."""
+"""What a run is built from, what is said about it beforehand, and its speed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_an_eps_that_anneals_is_compiled_where_it_is_no_constant(model: dict[str
 
 
 def test_the_seed_is_that_of_the_weights(config: Config) -> None:
-    """Two runs with one seed begin alike; with two, apart."""
+    """Two runs with the same seed start from the same weights, and with two seeds from different ones."""
     weights = []
     for seed in (3, 3, 4):
         seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
@@ -99,13 +99,13 @@ def test_the_seed_is_that_of_the_weights(config: Config) -> None:
 
 
 def test_the_vocabulary_is_the_tokenizer_s(config: Config) -> None:
-    """A model with fewer rows than tokens fails at the first rare one."""
+    """A model with fewer rows than the tokenizer has tokens would fail at the first rare token."""
     narrow = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2})})
     assert with_vocabulary(narrow, open_data(narrow, show_progress=False)).model.vocab_size == 256
 
 
 def test_a_side_that_is_too_short_is_named(config: Config) -> None:
-    """At the start, not at the first validation."""
+    """The error comes at the start, not at the first validation."""
     long = config.model_copy(update={"model": config.model.model_copy(update={"seq_len": 2000})})
     with pytest.raises(DataError, match=r"the validation is shorter.*validation_fraction"):
         open_data(long, show_progress=False)
@@ -120,7 +120,7 @@ class Clock:
 
 
 def test_speed_is_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validation and saving are paused."""
+    """Validation and saving do not count."""
     clock = Clock(monkeypatch)
     speed = Speed()
     assert speed.tokens_per_second == speed.data_wait == 0
@@ -141,8 +141,8 @@ def test_speed_is_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speed.seconds_left(4) == 2.0
 
 
-def test_speed_is_right_in_the_first_line_of_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a resume too: the step that compiles stands for none of those to come."""
+def test_speed_is_right_in_the_first_log_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a resume too: the step that compiles says nothing about the steps to come."""
     clock = Clock(monkeypatch)
     speed = Speed()
     for seconds in [60.0] + [0.5] * 9:
@@ -154,7 +154,7 @@ def test_speed_is_right_in_the_first_line_of_figures(monkeypatch: pytest.MonkeyP
 
 
 def test_speed_follows_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window, not the mean since the start."""
+    """It is measured over a window, not since the start."""
     clock = Clock(monkeypatch)
     speed = Speed()
     for seconds in [1.0] * 50 + [4.0] * WINDOW:
