@@ -153,8 +153,8 @@ class Processes:
     def gather_ahead(self, model: nn.Module) -> None:
         """Lets fsdp gather the new weights while the host goes on.
 
-        To be called once the optimizer's kernels are launched. The next forward pass, of training or not, waits for
-        the weights; nothing may write to them before it.
+        Call it once the optimizer's kernels are launched. The next forward pass, of training or not, waits for the
+        weights; nothing may write to them before it.
         """
         if isinstance(model, FSDPModule):
             model.unshard(async_op=True)
@@ -255,7 +255,7 @@ class Processes:
     ) -> None:
         """Restores what `random_states` returned.
 
-        A process that has no state there gets one of its own, from the seed.
+        A process, or a GPU, that has no state there gets one of its own, from the seed.
         """
         rank = self._place.rank
         if self.first:

@@ -1,4 +1,7 @@
-"""Keeps the device busy: launches the next step, and inspects this one, before the host has judged this one."""
+"""Keeps the device busy: launches the next step, and inspects this one, before the host has judged this one.
+
+The order of operations decides both speed and bits. Whatever runs ahead must compute what it would compute later.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,11 @@ class PendingStep(NamedTuple):
 
 
 class Pipeline:
-    """Hands out steps with `take`, and in `prefetch` works ahead. Only an optimizer that `steps_at_launch` lets it."""
+    """Hands out steps with `take`, and works ahead in `prefetch`.
+
+    It works ahead only with an optimizer that `steps_at_launch` (see `GuardedOptimizer`). It never launches the first
+    step ahead, which compiles and warms up.
+    """
 
     def __init__(self, context: RunContext, state: TrainState, speed: Speed, steps_at_launch: bool) -> None:
         self._context, self._state, self._speed = context, state, speed
@@ -46,9 +53,10 @@ class Pipeline:
         return pending or launch_step(self._context, self._state, self._speed)
 
     def prefetch(self, batches: list[Batch], inspects: bool) -> None:
-        """Launches the next step, and with `inspects` an inspection of this one, on its `batches`.
+        """Launches the next step and, with `inspects`, an inspection of this one on its `batches`.
 
-        To be called once the optimizer's step is launched: the device takes that step, and its values are on their way.
+        Call it once the optimizer's step is launched. The device then takes that step, and the host would wait for its
+        loss and norm.
         """
         self._inspection = None
         if not self._steps_at_launch:
@@ -63,7 +71,7 @@ class Pipeline:
             self._inspection = inspect_first(context, state, batches, stream)
 
     def step_taken(self) -> None:
-        """To be called after each step that was taken, but not after one that was refused."""
+        """Call it after each step that was taken, but not after one that was refused."""
         if not self._warm:
             # Compiling leaves half a million objects. A full round of the garbage collector would then take a third of
             # a second, in which nothing is launched.
@@ -72,14 +80,14 @@ class Pipeline:
             self._warm = True
 
     def layers(self, batches: list[Batch]) -> list[dict[str, float]]:
-        """Waits for what each layer selected, in the step that was taken last and whose `batches` these are."""
+        """Returns what each layer selected in the last step, on its `batches`, and waits for it."""
         inspection = self._inspection or inspect_first(self._context, self._state, batches)
         return inspection.layers()
 
 
 @contextmanager
 def restore_gc() -> Iterator[None]:
-    """Shows Python's garbage collector, in the end, what `gc.freeze` has hidden from it."""
+    """Shows Python's garbage collector at the end what `gc.freeze` has hidden from it."""
     try:
         yield
     finally:
@@ -105,9 +113,10 @@ def draw(state: TrainState, count: int) -> tuple[list[Batch], dict[str, Any]]:
 def may_launch_ahead(config: Config, step: int) -> bool:
     """Whether the step after `step` may be launched before `step` is judged, so that the device does not wait.
 
-    It then has the same weights and batches as it would have afterwards, as a refused step changes no weights. It may
-    not be launched before something that is due after `step`: a checkpoint must hold the random numbers of `step`, and
-    an evaluation or a sample comes first on the device. Nor while ε anneals, as the next step would have the old ε.
+    It then has the same weights and batches as it would have afterwards, as a refused step changes no weights. But
+    evaluations, samples and checkpoints that are due after `step` come before the next step. With dropout a step draws
+    random numbers, of which a checkpoint must hold those of its own step, and a stop may save any step. While ε
+    anneals, the next step would have the old ε.
     """
     model, every = config.model, config.run
     anything_due = any(due(step, interval) for interval in (every.eval_every, every.sample_every, every.save_every))
@@ -116,7 +125,7 @@ def may_launch_ahead(config: Config, step: int) -> bool:
 
 
 class Inspection(NamedTuple):
-    """What each layer selected, or what is being computed of it on a stream."""
+    """What each layer selected; a stream may still be computing it."""
 
     watcher: Watcher
     stream: torch.cuda.Stream | None
@@ -131,6 +140,6 @@ def inspect_first(
 ) -> Inspection:
     """Inspects what each layer selects on the first sequence of a step."""
     first = batches[0].map(lambda values: values[:1])
-    # Otherwise what fsdp compiles in place would be compiled once more.
+    # A module that fsdp compiles in place would otherwise be compiled once more, for this shape.
     with torch.compiler.set_stance("force_eager"), torch.cuda.stream(stream):
         return Inspection(inspect(state.model, [first], context.device, context.dtype), stream)

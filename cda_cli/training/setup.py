@@ -108,7 +108,7 @@ def build(
     optimizer = build_optimizer(model, config.optim)
     saved: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:
-        fill_optimizer(optimizer, checkpoint)
+        load_optimizer(optimizer, checkpoint)
     processes.set_random_states(checkpoint.rng if checkpoint else None, config.run.seed, saved["step"], device)
     average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
     if average and checkpoint:
@@ -149,7 +149,7 @@ def _pinned(batches: Batches, device: torch.device) -> Batches:
     return ((batch.map(torch.Tensor.pin_memory), position) for batch, position in batches)
 
 
-def fill_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
+def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     """Puts a checkpoint's moments into `optimizer`. Raises CheckpointError if they are not those of its model."""
     try:
         restore_optimizer(optimizer, unpack_optimizer(checkpoint.optimizer, checkpoint.state["optimizer"]))
