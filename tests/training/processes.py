@@ -1,8 +1,8 @@
 """Runs of several processes on this machine that meet as torchrun's do, without as many imports of torch.
 
 One process imports everything and then forks the ranks of each run: `python -m tests.training.processes`. A line of
-its stdin is a job, a line of its stdout the exit codes of the ranks. It holds the store that they meet in, as
-torchrun's agent does, and as there each run finds in it what the attempts before have left.
+its stdin is a job, a line of its stdout the exit codes of the ranks. They meet in one store, as in that of torchrun's
+agent, and as there each run finds in it what the attempts before have left.
 """
 
 from __future__ import annotations
@@ -56,18 +56,37 @@ class Nursery:
 
 
 def main() -> None:
-    from torch.distributed import TCPStore
-
     import cda_cli.console
     import cda_cli.main
     import cda_cli.training.run  # noqa: F401
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = start_store()
     for attempt, line in enumerate(sys.stdin):
         job = json.loads(line)
-        children = [fork(job, rank, store.port, attempt) for rank in range(len(job["said"]))]
+        children = [fork(job, rank, port, attempt) for rank in range(len(job["said"]))]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(codes), flush=True)
+
+
+def start_store() -> int:
+    """Forks a process that holds the store for as long as this one and its ranks live, and returns the port.
+
+    The store has threads. A rank forked from its process while a thread holds a lock would wait for the lock for ever.
+    """
+    from torch.distributed import TCPStore
+
+    (port_read, port_write), (life_read, life_write) = os.pipe(), os.pipe()
+    if os.fork():
+        os.close(port_write)
+        os.close(life_read)
+        with os.fdopen(port_read) as line:
+            return int(line.read())
+    os.close(life_write)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(port_write, str(store.port).encode())
+    os.close(port_write)
+    os.read(life_read, 1)  # returns once nobody can write any more
+    os._exit(0)
 
 
 def fork(job: dict[str, Any], rank: int, port: int, attempt: int) -> int:
