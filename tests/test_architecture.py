@@ -198,6 +198,14 @@ def test_the_model_loads_without_the_compiler() -> None:
     assert "torch._dynamo" not in loaded
 
 
+@pytest.mark.parametrize("module", ["cda_cli.storage"])
+def test_a_runs_folder_is_opened_without_torch(module: str) -> None:
+    """`cda train` reads the settings of the run that goes on, and reports a wrong flag before torch is imported."""
+    script = f"import sys; import {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {name.partition(".")[0] for name in done.stdout.split()} & {"torch", "numpy"}
+
+
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 FUNCTIONS = {"eval", "exec", "__import__", "compile"}
 ATTRIBUTES = {

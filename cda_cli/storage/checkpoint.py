@@ -17,15 +17,16 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from cda_cli.errors import CheckpointError
 from cda_cli.storage.atomic import published_folder, remove_published, remove_stale
 from cda_cli.storage.manifest import MANIFEST, damaged, verify, write_manifest
 from cda_cli.storage.optimizer import pack_optimizer, unpack_optimizer
 from cda_cli.storage.tensors import check_fits, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "PARTS",

@@ -7,11 +7,12 @@ tuples nor keys other than strings, so `{"$tuple": [...]}` and `{"$items": [[key
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from cda_cli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pack_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -38,6 +39,8 @@ def unpack_optimizer(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) ->
 
 
 def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    from torch import Tensor
+
     if isinstance(value, Tensor):
         if place in tensors:
             raise ValueError(f"two tensors of the optimizer would be called {place}")

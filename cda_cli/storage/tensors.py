@@ -6,14 +6,16 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from cda_cli.errors import CheckpointError, StorageError
 from cda_cli.storage.manifest import damaged
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # What the parser and torch raise for files that are malformed in one way or another.
 _MALFORMED = (
@@ -34,6 +36,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     Raises OSError as every other write does, and ValueError for a name that the format keeps for itself.
     """
+    from safetensors.torch import save_file
+
     if "__metadata__" in tensors:
         raise ValueError("a tensor cannot be called __metadata__: the file could not be read again")
     try:
@@ -47,6 +51,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a verified file, in memory of their own on the CPU. Raises CheckpointError if malformed."""
+    from safetensors.torch import load_file
+
     try:
         # The loader maps the file: without the copy, a file cut short later would kill the process (SIGBUS).
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
