@@ -31,13 +31,14 @@ from synthetic import ATTENTION, SOFTMAX, header, on_gpu, random_data, row, sett
 
 from cda_cli.config import Config
 from cda_cli.errors import InterruptedRunError
+from cda_cli.runs.metrics import Metrics
+from cda_cli.runs.records import Record, TrainRecord
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.training.flops import flops_per_token, peak_flops
 from cda_cli.training.loop import save, train
 from cda_cli.training.milestones import Patience
 from cda_cli.training.pipeline import draw, inspect_first
-from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import build
 from cda_cli.training.state import RunContext, TrainState
 
@@ -88,7 +89,7 @@ class Clock:
         self.last, self.device = last, device
         self.memory = 0
         self.times: dict[int, float] = {}
-        self.figures: dict[str, Any] = {}
+        self.record: TrainRecord | None = None
 
     def start(self, plan: Any) -> None: ...
 
@@ -101,9 +102,9 @@ class Clock:
         if step == self.last:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def show(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "train" and record["step"] > WARM and not self.figures:
-            self.figures = record
+    def show(self, record: Record) -> None:
+        if isinstance(record, TrainRecord) and record.step > WARM and not self.record:
+            self.record = record
 
     def note(self, text: str) -> None: ...
 
@@ -130,7 +131,7 @@ def measure(context: RunContext, state: TrainState) -> Measured:
             train(context, state, Path(folder), metrics, clock, context.processes.agreed(stop), Patience(0))
         metrics.close()
     seconds = (clock.times[WARM + steps] - clock.times[WARM]) / steps
-    return Measured(seconds, None if context.graphs else clock.memory, clock.figures["data_wait"])
+    return Measured(seconds, None if context.graphs else clock.memory, clock.record.data_wait if clock.record else None)
 
 
 def measure_nanogpt(config: Config, device: torch.device) -> Measured:

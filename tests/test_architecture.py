@@ -25,7 +25,7 @@ LAYERS: tuple[set[str], ...] = (
     {"console", "training"},
     {"evaluation", "generation", "inspection"},
     {"restore", "diagnosis", "token_losses"},
-    {"data", "model"},
+    {"data", "model", "runs"},
     {"config", "storage", "runtime", "signals", "streams"},
     {"ops", "errors", "settings", "targets", "strict_json", "strict_yaml", "cda_cli"},
 )
@@ -33,11 +33,12 @@ LAYERS: tuple[set[str], ...] = (
 ONLY: dict[str, set[str]] = {
     "__main__": {"main"},
     "main": {"cda_cli", "commands", "errors", "streams"},
-    "console": {"strict_json"},
+    "console": {"runs", "strict_json"},
     "diagnosis": {"ops", "runtime"},
     "token_losses": {"data", "runtime"},  # below training and evaluation, which both take their loss from it
     "data": {"config", "errors", "settings", "storage", "targets"},
     "model": {"config", "ops", "targets"},
+    "runs": {"config", "errors", "storage", "strict_json"},
     "config": {"errors", "settings", "strict_yaml"},
     "storage": {"errors"},
     "runtime": {"errors", "settings"},
@@ -58,6 +59,7 @@ OUTSIDE: dict[str, set[str]] = {
     "commands": {"typer"},
     "main": {"typer", "rich"},
     "console": {"rich"},
+    "runs": set(),
     "runtime": {"torch"},
     "storage": {"torch", "safetensors"},
     "model": {"torch", "einops", "entmax"},
@@ -198,7 +200,7 @@ def test_the_model_loads_without_the_compiler() -> None:
     assert "torch._dynamo" not in loaded
 
 
-@pytest.mark.parametrize("module", ["cda_cli.storage"])
+@pytest.mark.parametrize("module", ["cda_cli.storage", "cda_cli.runs.metrics", "cda_cli.console"])
 def test_a_runs_folder_is_opened_without_torch(module: str) -> None:
     """`cda train` reads the settings of the run that goes on, and reports a wrong flag before torch is imported."""
     script = f"import sys; import {module}; print(*sys.modules)"

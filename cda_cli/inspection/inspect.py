@@ -17,6 +17,7 @@ from cda_cli.errors import ConfigError
 from cda_cli.inspection.measures import HeadFigures, UnitFigures, head_figures, unit_figures
 from cda_cli.model import Transformer
 from cda_cli.model.observe import AttentionSeen, FeedForwardSeen, observing
+from cda_cli.runs.records import LayerRecord
 from cda_cli.runtime import autocast, to_device
 
 
@@ -117,17 +118,17 @@ class Watcher:
         return Report(heads, units, self.feed_forward[0].tokens if self.feed_forward else 0)
 
 
-def layer_means(report: Report) -> list[dict[str, float]]:
-    """For the live figures of training: one dict a layer, the means over its heads and its share of active units."""
+def layer_means(report: Report) -> tuple[LayerRecord, ...]:
+    """What training records of each layer: the means over its heads, and its share of active units."""
     layers = []
     for unit in report.feed_forward:
         heads = [head for head in report.heads if head.layer == unit.layer]
-        values: dict[str, Any] = {"layer": unit.layer}
-        for name in ("sparsity_k", "effective_support", "capped_share", "distance_back"):
-            values[name] = sum(getattr(head, name) for head in heads) / len(heads)
-        values["active_units"] = unit.active_units / unit.units
-        layers.append(values)
-    return layers
+        means = {
+            name: sum(getattr(head, name) for head in heads) / len(heads)
+            for name in ("sparsity_k", "effective_support", "capped_share", "distance_back")
+        }
+        layers.append(LayerRecord(layer=unit.layer, **means, active_units=unit.active_units / unit.units))
+    return tuple(layers)
 
 
 @torch.no_grad()

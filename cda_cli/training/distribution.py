@@ -35,6 +35,7 @@ from cda_cli.config import Config
 from cda_cli.data import Batch
 from cda_cli.errors import DeviceError
 from cda_cli.model import Transformer
+from cda_cli.runs.records import Record
 from cda_cli.runtime import pick_device, random_states, restore_random_states
 from cda_cli.signals import StopRequest
 from cda_cli.training.launch import ERROR, POLL, ErrorCoordinator, Place, log_level
@@ -366,7 +367,7 @@ class NullDisplay:
 
     def advance(self, step: int) -> None: ...
 
-    def show(self, record: dict[str, Any]) -> None: ...
+    def show(self, record: Record) -> None: ...
 
     def note(self, text: str) -> None: ...
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cda_cli.errors import CheckpointError, TrainingError
+from cda_cli.runs.records import RefusedRecord
 from cda_cli.storage import list_steps, step_folder, verify
 
 
@@ -67,9 +68,9 @@ class Refusals:
         self._in_a_row += 1
         self._saw = f"loss {values.loss:.4g}, gradient norm {values.norm:.4g}"
 
-    def record(self, step: int) -> dict[str, Any]:
+    def record(self, step: int) -> RefusedRecord:
         """The record of step number `step`, which was refused."""
-        return {"step": step, "saw": self._saw, "in_a_row": self._in_a_row}
+        return RefusedRecord(step=step, saw=self._saw, in_a_row=self._in_a_row)
 
     def check(self, step: int) -> None:
         """Raises TrainingError once step number `step` was refused for the last time."""

@@ -16,6 +16,8 @@ from cda_cli.config import annealed_eps
 from cda_cli.data import IGNORE, Batch, evaluation_batches
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate
 from cda_cli.generation import SamplingSettings, generate
+from cda_cli.runs.metrics import Metrics
+from cda_cli.runs.records import CheckpointRecord, Record, SampleRecord, TrainRecord, ValidationRecord
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish, step_folder
@@ -24,7 +26,6 @@ from cda_cli.training.gradients import clip_gradients
 from cda_cli.training.milestones import Minutes, Patience, due
 from cda_cli.training.optimizer import GuardedOptimizer, learning_rate, set_learning_rate
 from cda_cli.training.pipeline import Pipeline, restore_gc
-from cda_cli.training.run_folder import Metrics
 from cda_cli.training.speed import Speed
 from cda_cli.training.state import RunContext, TrainState
 
@@ -42,8 +43,8 @@ class Display(Protocol):
     def advance(self, step: int) -> None:
         """Called after each step."""
 
-    def show(self, record: dict[str, Any]) -> None:
-        """A record, as it goes into metrics.jsonl; its `kind` is train, refused, validation, sample or checkpoint."""
+    def show(self, record: Record) -> None:
+        """A record, as it goes into metrics.jsonl."""
 
     def note(self, text: str) -> None:
         """Shows a sentence."""
@@ -75,10 +76,9 @@ def train(
     minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
     saved = state.step if state.position is not None else None
 
-    def record(kind: str, **figures: Any) -> None:
-        line = {"step": state.step, "kind": kind, **figures}
-        metrics.write(line)
-        display.show(line)
+    def report(record: Record) -> None:
+        metrics.write(record)
+        display.show(record)
 
     def is_logged(step: int) -> bool:
         return due(step, every.log_every) or step == optim.steps
@@ -98,7 +98,7 @@ def train(
         optimizer.settle(values.is_finite)
         refusals.add(values)
         if not values.is_finite:
-            record("refused", **refusals.record(state.step + 1))
+            report(refusals.record(state.step + 1))
             refusals.check(state.step + 1)
             continue
         state.step += 1
@@ -116,19 +116,22 @@ def train(
         if is_logged(state.step) or stop:
             speed.mark()
             layers = pipeline.layers(batches)
-            record(
-                "train",
-                **since.figures(),
-                lr=rate,
-                eps=eps,
-                grad_norm=values.norm,
-                tokens=state.tokens,
-                tokens_per_second=speed.tokens_per_second,
-                seconds_left=speed.seconds_left(optim.steps - state.step),
-                data_wait=speed.data_wait,
-                **context.utilisation(speed.tokens_per_second),
-                memory_bytes=peak_memory(context.device),
-                layers=layers,
+            report(
+                TrainRecord(
+                    step=state.step,
+                    loss=since.loss,
+                    bits_per_byte=since.bits_per_byte,
+                    lr=rate,
+                    eps=eps,
+                    grad_norm=values.norm,
+                    tokens=state.tokens,
+                    tokens_per_second=speed.tokens_per_second,
+                    seconds_left=speed.seconds_left(optim.steps - state.step),
+                    data_wait=speed.data_wait,
+                    **context.utilisation(speed.tokens_per_second),
+                    memory_bytes=peak_memory(context.device),
+                    layers=layers,
+                )
             )
             since = Since()
         passed = every.save_minutes > 0 and processes.any(minutes.passed())
@@ -138,16 +141,17 @@ def train(
             if (due(state.step, every.eval_every) or last) and not stop:
                 found = validate(context, stop)
                 if found is not None:
-                    record("validation", **found._asdict(), **averaged_figures(context, state, stop))
+                    measured = found._asdict() | averaged_metrics(context, state, stop)
+                    report(ValidationRecord(step=state.step, **measured))
                     state.validation_loss = processes.broadcast_value(found.loss)
                     patience.add(state.validation_loss)
             if due(state.step, every.sample_every) and not stop:
-                record("sample", text=sample(context, state, stop))
+                report(SampleRecord(step=state.step, text=sample(context, state, stop)))
             if due(state.step, every.save_every) or passed or last or stop or patience.over:
                 path = save(context, state, run)
                 saved = state.step
                 minutes.restart()
-                record("checkpoint", path=str(path))
+                report(CheckpointRecord(step=state.step, path=str(path)))
     if patience.over and state.step < optim.steps:
         display.note(f"stopped early at step {state.step} of {optim.steps}: {patience.words()}")
     if stop:
@@ -157,7 +161,7 @@ def train(
 
 
 class Since:
-    """The losses since the last line of figures, and what they were taken over."""
+    """The losses since the last train record, and what they were taken over."""
 
     def __init__(self) -> None:
         self._losses: list[float] = []
@@ -169,9 +173,15 @@ class Since:
         self._nats += loss * sum(int((batch.targets != IGNORE).sum()) for batch in batches)
         self._bytes += sum(int(batch.target_bytes.sum()) for batch in batches)
 
-    def figures(self) -> dict[str, float]:
-        """The mean of the losses, and all of them spread over the bytes of their text."""
-        return {"loss": statistics.fmean(self._losses), "bits_per_byte": bits_per_byte(self._nats, self._bytes)}
+    @property
+    def loss(self) -> float:
+        """Mean of the losses, nats per token."""
+        return statistics.fmean(self._losses)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """All the losses, in bits, spread over the bytes of their text."""
+        return bits_per_byte(self._nats, self._bytes)
 
 
 def save(context: RunContext, state: TrainState, run: Path) -> Path:
@@ -193,8 +203,8 @@ def validate(context: RunContext, stop: StopRequest) -> Evaluation | None:
     return None if stop else result
 
 
-def averaged_figures(context: RunContext, state: TrainState, stop: StopRequest) -> dict[str, float]:
-    """The same figures of the averaged weights, where there are any."""
+def averaged_metrics(context: RunContext, state: TrainState, stop: StopRequest) -> dict[str, float]:
+    """The same metrics of the averaged weights, where there are any."""
     if state.average is None:
         return {}
     with state.average.in_place():

@@ -16,6 +16,7 @@ from torch import Tensor
 from cda_cli.config import Config
 from cda_cli.data import Batch
 from cda_cli.inspection import Watcher, inspect, layer_means
+from cda_cli.runs.records import LayerRecord
 from cda_cli.training.gradients import accumulate_gradients
 from cda_cli.training.milestones import due
 from cda_cli.training.speed import Speed
@@ -79,7 +80,7 @@ class Pipeline:
             gc.freeze()
             self._warm = True
 
-    def layers(self, batches: list[Batch]) -> list[dict[str, float]]:
+    def layers(self, batches: list[Batch]) -> tuple[LayerRecord, ...]:
         """Returns what each layer selected in the last step, on its `batches`, and waits for it."""
         inspection = self._inspection or inspect_first(self._context, self._state, batches)
         return inspection.layers()
@@ -130,7 +131,7 @@ class Inspection(NamedTuple):
     watcher: Watcher
     stream: torch.cuda.Stream | None
 
-    def layers(self) -> list[dict[str, float]]:
+    def layers(self) -> tuple[LayerRecord, ...]:
         with torch.cuda.stream(self.stream):
             return layer_means(self.watcher.report())
 

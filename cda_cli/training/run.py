@@ -15,6 +15,7 @@ from cda_cli.config import Config
 from cda_cli.data import PreparationStoppedError, digest
 from cda_cli.errors import ConfigError
 from cda_cli.restore import saved_config
+from cda_cli.runs.metrics import NullMetrics
 from cda_cli.runtime import available_memory, cpu_threads, describe_device, deterministic, peak_memory
 from cda_cli.settings import MOST_THREADS
 from cda_cli.signals import StopRequest
@@ -30,7 +31,6 @@ from cda_cli.training.milestones import Patience
 from cda_cli.training.optimizer import GuardedOptimizer
 from cda_cli.training.pipeline import draw
 from cda_cli.training.run_folder import (
-    NoMetrics,
     check_folder,
     check_same_run,
     check_same_text,
@@ -139,7 +139,7 @@ def _run(
         return
     if processes.first:
         check_space(run, config.run, state)
-    metrics = open_run(run, config, state.step) if processes.first else NoMetrics()
+    metrics = open_run(run, config, state.step) if processes.first else NullMetrics()
     try:
         display.start(make_plan(context, state, run))
         train(context, state, run, metrics, display, processes.agreed(stop), patience)

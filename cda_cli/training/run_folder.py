@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cda_cli import strict_json
 from cda_cli.config import CONFIG_FILE, Config, dump_yaml
-from cda_cli.errors import CheckpointError, ConfigError, StorageError
+from cda_cli.errors import CheckpointError, ConfigError
+from cda_cli.runs.metrics import Metrics, read_metrics
+from cda_cli.runs.records import ValidationRecord
 from cda_cli.storage import LOCK, Checkpoint, is_hidden, list_steps, load, locate, newest, remove_stale, write_file
-from cda_cli.training.trackers import Tracker, numbers, open_trackers
+from cda_cli.training.trackers import open_trackers
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -101,63 +100,7 @@ def open_run(run: Path, config: Config, resumed_step: int) -> Metrics:
     return Metrics(run / METRICS_FILE, resumed_step, open_trackers(run, config, resumed_step))
 
 
-class Metrics:
-    """metrics.jsonl: one JSON object a line, with its step. Lines of steps that are about to be redone are dropped.
-
-    The numbers of each line also go to the trackers.
-    """
-
-    def __init__(self, path: Path, resumed_step: int, trackers: Sequence[Tracker] = ()) -> None:
-        self._trackers = trackers
-        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
-        write_file(path, "".join(strict_json.dumps(line) + "\n" for line in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        try:
-            self._file.write(strict_json.dumps(record) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise StorageError(
-                f"{self._file.name} cannot be written ({error.strerror}); free some space and start again to resume"
-            ) from error
-        if self._trackers and (figures := numbers(record)):
-            for tracker in self._trackers:
-                tracker.log(record["step"], figures)
-
-    def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
-        # What could not be flushed was said by `write`.
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-
-class NoMetrics(Metrics):
-    """Of a process that does not write."""
-
-    def __init__(self) -> None: ...
-
-    def write(self, record: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def validation_losses(run: Path, step: int) -> list[float | None]:
-    """The validation losses of the run in folder `run` up to `step`, oldest first; None for one that was not finite."""
-    records = [record for record in read_metrics(run / METRICS_FILE) if record.get("kind") == "validation"]
-    return [record.get("loss") for record in records if record["step"] <= step]
-
-
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file; one that a kill cut short or a disk damaged is left out. A link is none."""
-    if path.is_symlink() or not path.is_file():
-        return
-    # A record ends at \n alone: its text may hold U+2028, U+0085 and other line ends of `splitlines`.
-    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield record
+def validation_losses(run: Path, step: int) -> list[float]:
+    """The validation losses of the run in folder `run` up to `step`, oldest first; NaN for one that was not finite."""
+    records = [record for record in read_metrics(run / METRICS_FILE) if isinstance(record, ValidationRecord)]
+    return [record.loss for record in records if record.step <= step]

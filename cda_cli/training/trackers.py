@@ -1,7 +1,7 @@
 """Trackers of experiments, each through its own library, which is imported only where it is asked for.
 
-They get the numbers of what goes into metrics.jsonl, under "KIND/NAME" (train/loss, train/layer 0/sparsity_k), and a
-resumed run goes on in the same place: the folder's own identity, in RUN/tracker-id, is its name there.
+They get the numbers of each record in metrics.jsonl (see `runs.records.numbers`). A resumed run goes on in the same
+place: the folder's own identity, in RUN/tracker-id, is its name there.
 """
 
 from __future__ import annotations
@@ -13,22 +13,14 @@ import secrets
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
 from cda_cli.config import Config
 from cda_cli.errors import ConfigError
+from cda_cli.runs.metrics import Tracker
 from cda_cli.storage import write_file
 
 PROJECT = "cda"
 ID_FILE = "tracker-id"
-
-
-class Tracker(Protocol):
-    """Where the figures of a run also go."""
-
-    def log(self, step: int, figures: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -40,8 +32,8 @@ class TensorBoard:
         # What was written of steps that are about to be redone is hidden.
         self._writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -70,8 +62,8 @@ class WeightsAndBiases:
                 f"wandb did not start ({reason}); run `wandb login`, or set WANDB_MODE=offline to keep the run here"
             ) from error
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -88,8 +80,8 @@ class Trackio:
             settings = config.model_dump(mode="json")
             self._run = trackio.init(PROJECT, name=name, config=settings, resume="allow", embed=False)
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
         import trackio
@@ -115,20 +107,6 @@ def check_trackers(names: Iterable[str]) -> None:
 def open_trackers(run: Path, config: Config, step: int) -> list[Tracker]:
     """Those that the configuration asks for. `step` is the last one that is not redone."""
     return [TRACKERS[name](run, config, step) for name in config.run.track]
-
-
-def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record of metrics.jsonl, by the names they have in a tracker."""
-    kind = record["kind"]
-    found = _numbers(f"{kind}/", record, leave={"step", "kind"})
-    for layer in record.get("layers", ()):
-        found |= _numbers(f"{kind}/layer {layer['layer']}/", layer, leave={"layer"})
-    return found
-
-
-def _numbers(prefix: str, values: Mapping[str, Any], leave: set[str]) -> dict[str, float]:
-    kept = {key: value for key, value in values.items() if key not in leave}
-    return {prefix + key: value for key, value in kept.items() if isinstance(value, (int, float))}
 
 
 def _identity(run: Path) -> str:

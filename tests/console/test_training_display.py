@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cda_cli.console import TrainingDisplay
 from cda_cli.console.reports import show_doctor, show_dry_run, show_forecast
 from cda_cli.diagnosis import Check, Diagnosis
+from cda_cli.runs.records import CheckpointRecord, Record, RefusedRecord, SampleRecord
 from cda_cli.training.memory import Forecast
 from cda_cli.training.run import DryRun, Plan
 from tests.console.conftest import MakeScreen, Screen
+from tests.runs.records import TRAIN, VALIDATION
 
 PLAN = Plan(Path("runs/[x]"), "a text", 1_234_567, "cpu", "float32", False, False, "torch", 0, 20, 512, 1.25)
-LAYER = {
-    "layer": 0, "sparsity_k": 1.5, "effective_support": 4.25, "capped_share": 0.125, "distance_back": 7.5,
-    "active_units": 0.75,
-}  # fmt: skip
-TRAIN = {
-    "step": 10, "kind": "train", "loss": 2.5, "bits_per_byte": 3.6067, "lr": 1e-3, "eps": 0.1, "grad_norm": 0.75,
-    "tokens": 5120, "tokens_per_second": 999.9, "seconds_left": 61.0, "data_wait": 0.0123, "memory_bytes": 2**29,
-    "layers": [LAYER, LAYER | {"layer": 1, "effective_support": 9.0}],
-}  # fmt: skip
-VALIDATION = {
-    "step": 10, "kind": "validation", "loss": 2.625, "standard_error": 0.5, "bits_per_byte": 3.75,
-}  # fmt: skip
 SAMPLE = "a\tb \N{ESCAPE}[2J[bold]\xa0\u3000\r\n" + "long " * 50 + "end"
-RECORDS: list[dict[str, Any]] = [
+RECORDS: list[Record] = [
     TRAIN,
     VALIDATION,
-    {"step": 10, "kind": "sample", "text": SAMPLE},
-    {"step": 11, "kind": "refused", "saw": "loss nan, gradient norm inf", "in_a_row": 2},
-    {"step": 10, "kind": "checkpoint", "path": "runs/[x]/checkpoints/step-00000010"},
+    SampleRecord(step=10, text=SAMPLE),
+    RefusedRecord(step=11, saw="loss nan, gradient norm inf", in_a_row=2),
+    CheckpointRecord(step=10, path="runs/[x]/checkpoints/step-00000010"),
 ]
 
 
@@ -44,7 +34,7 @@ def shown(screen: Screen, plan: Plan = PLAN) -> str:
     display.start(plan)
     for record in RECORDS:
         display.show(record)
-        display.advance(record["step"])
+        display.advance(record.step)
     display.finish()
     return screen.getvalue()
 
@@ -110,7 +100,7 @@ def test_a_terminal_that_cannot_be_drawn_on_gets_lines(
 def test_utilisation_names_both_figures(screen: MakeScreen) -> None:
     """One number without its rule could be either; on a CPU there is none."""
     made = screen()
-    known = TRAIN | {"mfu_computed": 0.4567, "mfu_dense": 0.5}
+    known = replace(TRAIN, mfu_computed=0.4567, mfu_dense=0.5)
     display = TrainingDisplay()
     display.start(PLAN)
     display.show(known)

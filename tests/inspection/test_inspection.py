@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -186,7 +187,7 @@ def test_the_report_for_machines_is_whole() -> None:
 
 def test_the_figures_of_a_layer_are_means_over_its_heads() -> None:
     report = run(build(learned_k=True)).report()
-    for layer, values in enumerate(layer_means(report)):
+    for layer, values in enumerate(map(asdict, layer_means(report))):
         heads = [head for head in report.heads if head.layer == layer]
         assert values.pop("layer") == layer
         assert values.pop("active_units") == pytest.approx(report.feed_forward[layer].active_units / 32)
@@ -194,7 +195,7 @@ def test_the_figures_of_a_layer_are_means_over_its_heads() -> None:
         for name, value in values.items():
             assert value == pytest.approx(sum(getattr(head, name) for head in heads) / 2)
     assert len(layer_means(report)) == 2
-    assert layer_means(Report([], [], 0)) == []
+    assert layer_means(Report([], [], 0)) == ()
 
 
 @pytest.mark.parametrize(

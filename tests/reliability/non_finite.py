@@ -15,6 +15,7 @@ from torch import Tensor
 import cda_cli.training.run
 from cda_cli.config import Config
 from cda_cli.errors import TrainingError
+from cda_cli.runs.records import Record, RefusedRecord
 from cda_cli.signals import StopRequest
 from cda_cli.storage import list_steps, load, newest, pack_optimizer
 from cda_cli.training.state import RunContext, TrainState
@@ -68,12 +69,12 @@ class Watching(Memory):
         if not all(tensor.isfinite().all() for tensor in self._before.values()):
             self.fault = self.fault or f"weights, moments or averages are not finite after step {step}"
 
-    def show(self, record: dict[str, Any]) -> None:
+    def show(self, record: Record) -> None:
         super().show(record)
-        if record["kind"] == "refused":
+        if isinstance(record, RefusedRecord):
             now = self._tensors()
             if any(not new.equal(self._before.get(name, torch.zeros_like(new))) for name, new in now.items()):
-                changed = f"weights, moments or averages changed with the refused step {record['step']}"
+                changed = f"weights, moments or averages changed with the refused step {record.step}"
                 self.fault = self.fault or changed
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -124,7 +125,7 @@ def fault_of(config: Config, run: Path, step: int, place: str, value: float, tim
             said = str(error)
     if display.fault:
         return display.fault
-    refused = [record["step"] for record in display.records if record["kind"] == "refused"]
+    refused = [record.step for record in display.records if isinstance(record, RefusedRecord)]
     if refused != [step] * min(times, LIMIT):
         return f"the steps {refused} were refused"
     found, _ = newest(run)

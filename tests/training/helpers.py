@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cda_cli.config import Config, parse
+from cda_cli.runs.records import Record
 from cda_cli.signals import StopRequest
 from cda_cli.training.run import run_training
 
@@ -22,7 +23,7 @@ class Memory:
     def __init__(self, stop_after: int | None = None) -> None:
         self.stop_after = stop_after
         self.plan: Any = None
-        self.records: list[dict[str, Any]] = []
+        self.records: list[Record] = []
         self.notes: list[str] = []
         self.finished = 0
 
@@ -33,7 +34,7 @@ class Memory:
         if step == self.stop_after:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def show(self, record: dict[str, Any]) -> None:
+    def show(self, record: Record) -> None:
         self.records.append(record)
 
     def note(self, text: str) -> None:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from cda_cli.config import Config
 from cda_cli.data import Batch
 from cda_cli.errors import TrainingError
+from cda_cli.runs.metrics import Metrics
+from cda_cli.runs.records import RefusedRecord
 from cda_cli.runtime import deterministic
 from cda_cli.signals import StopRequest
 from cda_cli.storage import pack_optimizer, publish, step_folder
 from cda_cli.training.finite import Refusals, StepResult, require_finite_weights
 from cda_cli.training.loop import train
 from cda_cli.training.milestones import Patience
-from cda_cli.training.run_folder import Metrics
 from cda_cli.training.setup import build, open_data
 from cda_cli.training.state import TrainState
 from tests.devices import DEVICES
@@ -48,10 +49,10 @@ def test_what_is_not_finite_is_refused(tmp_path: Path, bad: Tensor) -> None:
     refusals = Refusals(tmp_path, limit=9)
     assert not is_refused(refusals, ONE, ONE)
     assert is_refused(refusals, bad, ONE)
-    assert refusals.record(7) == {"step": 7, "saw": f"loss {bad.item():.4g}, gradient norm 1", "in_a_row": 1}
+    assert refusals.record(7) == RefusedRecord(step=7, saw=f"loss {bad.item():.4g}, gradient norm 1", in_a_row=1)
     assert is_refused(refusals, ONE, bad)
     assert is_refused(refusals, bad, -bad)
-    assert refusals.record(7)["in_a_row"] == 3
+    assert refusals.record(7).in_a_row == 3
 
 
 def test_only_those_in_a_row_count(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def trained_with(config: Config, run: Path, step: int, poisoned: bool) -> TrainS
             state.model.register_forward_hook(nan_at(step))
         train(context, state, run, metrics, display, stop, Patience(0))
     metrics.close()
-    refused = [record["step"] for record in display.records if record["kind"] == "refused"]
+    refused = [record.step for record in display.records if isinstance(record, RefusedRecord)]
     assert refused == [step] * poisoned
     return state
 

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cda_cli import strict_json
 from cda_cli.config import Config, ModelConfig
 from cda_cli.data import IGNORE, Batch
 from cda_cli.errors import InterruptedRunError
 from cda_cli.model import Transformer
+from cda_cli.runs.records import VERSION, TrainRecord, to_json
 from cda_cli.signals import StopRequest
 from cda_cli.storage import list_steps
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
@@ -114,7 +116,7 @@ def test_a_line_is_the_mean_of_its_steps(config: Config, tmp_path: Path) -> None
 def test_nothing_in_between_but_always_at_the_end(config: Config, tmp_path: Path) -> None:
     """0 turns an interval off, but without a last validation and checkpoint a run would have been for nothing."""
     display = trained(intervals(config, eval_every=0, save_every=0, sample_every=0), tmp_path / "run")
-    others = [(record["kind"], record["step"]) for record in display.records if record["kind"] != "train"]
+    others = [(record.kind, record.step) for record in display.records if record.kind != "train"]
     assert others == [("validation", 12), ("checkpoint", 12)]
     assert list_steps(tmp_path / "run") == [12]
 
@@ -123,7 +125,8 @@ def test_the_display_shows_what_the_metrics_hold(config: Config, tmp_path: Path)
     """It gets each record as it is written, one start and one finish."""
     display = trained(config, tmp_path / "run")
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()]
-    assert display.records == written
+    assert written[0] == {"step": 0, "kind": "schema", "version": VERSION}
+    assert [json.loads(strict_json.dumps(to_json(record))) for record in display.records] == written[1:]
     assert [record["step"] for record in written if record["kind"] == "sample"] == [7]
     assert display.finished == 1
     assert (display.plan.first_step, display.plan.steps, display.plan.tokens_per_step) == (0, 12, 2 * 2 * 16)
@@ -133,7 +136,7 @@ def test_the_display_shows_what_the_metrics_hold(config: Config, tmp_path: Path)
 def test_epsilon_anneals_and_is_recorded(config: Config, tmp_path: Path) -> None:
     """It goes from 2 at the first step to 0.1 halfway, and no further."""
     display = trained(config, tmp_path / "run")
-    eps = [record["eps"] for record in display.records if record["kind"] == "train"]
+    eps = [record.eps for record in display.records if isinstance(record, TrainRecord)]
     assert eps[0] == 2.0
     assert eps[3] == pytest.approx(2.0**0.5 * 0.1**0.5), "step 3 of the 6 over which it anneals"
     assert eps[6:] == pytest.approx([0.1] * 6)

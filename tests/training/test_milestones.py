@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cda_cli.config import Config
+from cda_cli.runs.records import ValidationRecord
 from cda_cli.storage import list_steps
 from cda_cli.training.milestones import Minutes, Patience
 from tests.training.helpers import Memory, losses, trained
@@ -60,7 +61,7 @@ def stopped_early(config: Config, run: Path) -> Memory:
 def test_a_run_without_progress_stops_saves_and_stays_stopped(config: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     display = stopped_early(config, run)
-    validations = [record["loss"] for record in display.records if record["kind"] == "validation"]
+    validations = [record.loss for record in display.records if isinstance(record, ValidationRecord)]
     last = len(validations)
     assert last < 12
     assert min(validations[:-2]) <= min(validations[-2:])

@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cda_cli.config import Config, parse
 from cda_cli.errors import ConfigError
-from cda_cli.training.trackers import check_trackers, numbers
+from cda_cli.runs.records import TrainRecord
+from cda_cli.training.trackers import check_trackers
 from tests.training.helpers import Memory, changed, losses, trained
 
 
@@ -31,8 +32,8 @@ def test_tensorboard_has_every_number_across_a_resume(config: Config, tmp_path: 
     run = tmp_path / "run"
     displays = tracked(config, run, "tensorboard")
     assert scalars(run, "train/loss") == pytest.approx(losses(run), rel=1e-6)
-    records = [record for display in displays for record in display.records if record["kind"] == "train"]
-    support = {record["step"]: record["layers"][1]["effective_support"] for record in records}
+    records = [record for display in displays for record in display.records if isinstance(record, TrainRecord)]
+    support = {record.step: record.layers[1].effective_support for record in records}
     assert scalars(run, "train/layer 1/effective_support") == pytest.approx(support, rel=1e-6)
     assert sorted(scalars(run, "validation/loss")) == [5, 10, 12]
 
@@ -88,15 +89,3 @@ def test_trackers_are_named_in_a_list_or_with_commas() -> None:
     assert parse({"run": {"track": ""}}).run.track == []
     with pytest.raises(ConfigError, match="'tensorboard', 'wandb' or 'trackio'"):
         parse({"run": {"track": "wandb,mlflow"}})
-
-
-def test_what_is_no_number_is_not_tracked() -> None:
-    assert numbers({"step": 3, "kind": "sample", "text": "abc"}) == {}
-    record = {
-        "step": 3,
-        "kind": "train",
-        "loss": 2.5,
-        "seconds_left": None,
-        "layers": [{"layer": 0, "sparsity_k": 1.5}],
-    }
-    assert numbers(record) == {"train/loss": 2.5, "train/layer 0/sparsity_k": 1.5}

@@ -1,0 +1,4 @@
+"""The folder of a run, as every command sees it. None of it imports torch.
+
+`records` holds the types of the records in metrics.jsonl, `metrics` reads and writes that file, and `folder` has `Run`.
+"""

@@ -1,0 +1,91 @@
+"""metrics.jsonl: the records of a run, one JSON object a line, oldest first."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from cda_cli import strict_json
+from cda_cli.errors import StorageError
+from cda_cli.runs.records import VERSION, Record, SchemaRecord, from_json, numbers, to_json
+from cda_cli.storage import write_file
+
+
+def read_metrics(path: Path) -> Iterator[Record]:
+    """The records of a metrics file; lines that are damaged, or of a kind that is not known, are left out."""
+    for values in _read_objects(path):
+        record = from_json(values)
+        if record is not None:
+            yield record
+
+
+class Tracker(Protocol):
+    """Where the numbers of a run also go."""
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Metrics:
+    """Writes the records of a run to its metrics file, and their numbers to trackers.
+
+    The lines of steps after `resumed_step`, which are about to be done again, are dropped. The others stay as they are,
+    also where another version of `cda` wrote them.
+    """
+
+    def __init__(self, path: Path, resumed_step: int, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
+        kept = [values for values in _read_objects(path) if values["step"] <= resumed_step]
+        versions = [record.version for record in map(from_json, kept) if isinstance(record, SchemaRecord)]
+        if versions[-1:] != [VERSION]:
+            kept.append(to_json(SchemaRecord(step=resumed_step, version=VERSION)))
+        write_file(path, "".join(strict_json.dumps(values) + "\n" for values in kept).encode())
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Raises StorageError where the disk is full."""
+        try:
+            self._file.write(strict_json.dumps(to_json(record)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(
+                f"{self._file.name} cannot be written ({error.strerror}); free some space and start again to resume"
+            ) from error
+        if self._trackers and (found := numbers(record)):
+            for tracker in self._trackers:
+                tracker.log(record.step, found)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+        # `write` has already reported what could not be flushed.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+class NullMetrics(Metrics):
+    """For a process that does not write."""
+
+    def __init__(self) -> None: ...
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _read_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects with a step. A line that a kill cut short or a disk damaged is left out; a link is no file."""
+    if path.is_symlink() or not path.is_file():
+        return
+    # Only \n ends a record: its text may hold U+2028, U+0085 and the other line ends of `splitlines`.
+    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            yield values
