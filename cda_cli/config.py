@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -31,8 +30,6 @@ from cda_cli.settings import (
     RunSettings,
     preset_names,
 )
-
-CONFIG_FILE = "config.yaml"  # in the folder of a run
 
 
 class Section(BaseModel):
@@ -150,7 +147,7 @@ def resolve(
     preset under the key `preset`; the argument wins over it. `base`, the settings of a run that goes on, stands in
     for a preset that is named nowhere. Raises ConfigError.
     """
-    from_file = _read_yaml(file) if file else {}
+    from_file = read_yaml(file) if file else {}
     in_file = from_file.pop("preset", None)
     named = preset or in_file
     start = base.model_dump() if base and not named and not file else _preset_layer(named or DEFAULT_PRESET)
@@ -189,36 +186,8 @@ def annealed_eps(model: ModelConfig, step: int, schedule_steps: int) -> float:
     return float(model.eps_anneal_start ** (1 - progress) * model.attn_eps**progress)
 
 
-def settings_of(run: Path, resume: str) -> Config | None:
-    """The settings that a run goes on with where no preset or file is named, from the configuration in its folder.
-
-    `resume` is "auto", "never", or the path of a run or of one of its checkpoints. None where there is no such run.
-    """
-    if resume == "never":
-        return None
-    named = Path(resume).resolve()
-    for folder in [run] if resume == "auto" else [named, named.parent, named.parent.parent]:
-        if os.path.lexists(folder / CONFIG_FILE):
-            return parse(_read_yaml(_no_link(folder / CONFIG_FILE)))
-        if os.path.lexists(folder / "state.json"):  # a checkpoint, wherever it was copied to
-            return parse(_read_yaml(_no_link(folder / "state.json")).get("config", {}))
-    return None
-
-
-def _no_link(path: Path) -> Path:
-    """A run is read that may come from anywhere; a file of it that is a link would lead to another one."""
-    if path.is_symlink() or not path.is_file():
-        raise ConfigError(f"{path} is a link, or no file; put a file in its place")
-    return path
-
-
-def _preset_layer(name: str) -> Layer:
-    if name not in preset_names():
-        raise ConfigError(f"unknown preset {name!r}: {did_you_mean(str(name), preset_names())}")
-    return _read_yaml(PRESET_FOLDER / f"{name}.yaml")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a file that `--config` or a run's folder has. Raises ConfigError."""
     try:
         values = strict_yaml.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -232,6 +201,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold the sections {', '.join(SECTIONS)}, each with its settings")
     return values
+
+
+def _preset_layer(name: str) -> Layer:
+    if name not in preset_names():
+        raise ConfigError(f"unknown preset {name!r}: {did_you_mean(str(name), preset_names())}")
+    return read_yaml(PRESET_FOLDER / f"{name}.yaml")
 
 
 def _read_set(line: str) -> Layer:

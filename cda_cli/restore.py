@@ -28,10 +28,11 @@ from cda_cli.data import (
 from cda_cli.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from cda_cli.model import Transformer, expected_tensors, load_state_tensors, model_backend
 from cda_cli.ops import Backend
+from cda_cli.runs.folder import locate_checkpoint
 from cda_cli.runtime import pick_device, pick_dtype
 from cda_cli.settings import Dtype, Side
 from cda_cli.signals import StopRequest
-from cda_cli.storage import Checkpoint, check_fits, load, locate, locate_best
+from cda_cli.storage import Checkpoint, check_fits, load
 
 STREAMED_TOKENS = 2**20  # of the held-out documents of a stream, which has no end to wait for
 
@@ -56,7 +57,7 @@ def restore(
     `ema`: with the moving average of its weights. Raises CheckpointError, also where it has none.
     """
     part = "ema" if ema else "model"
-    checkpoint = load(locate_best(path) if best else locate(path), parts=(part,))
+    checkpoint = load(locate_checkpoint(path, best=best), parts=(part,))
     config = saved_config(checkpoint)
     if ema and not checkpoint.ema:
         raise CheckpointError(

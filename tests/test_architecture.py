@@ -200,7 +200,7 @@ def test_the_model_loads_without_the_compiler() -> None:
     assert "torch._dynamo" not in loaded
 
 
-@pytest.mark.parametrize("module", ["cda_cli.storage", "cda_cli.runs.metrics", "cda_cli.console"])
+@pytest.mark.parametrize("module", ["cda_cli.storage", "cda_cli.runs.folder", "cda_cli.console"])
 def test_a_runs_folder_is_opened_without_torch(module: str) -> None:
     """`cda train` reads the settings of the run that goes on, and reports a wrong flag before torch is imported."""
     script = f"import sys; import {module}; print(*sys.modules)"

@@ -15,14 +15,12 @@ import yaml
 from pydantic import ValidationError
 
 from cda_cli.config import (
-    CONFIG_FILE,
     Config,
     ModelConfig,
     annealed_eps,
     dump_yaml,
     parse,
     resolve,
-    settings_of,
 )
 from cda_cli.data.sources import KINDS, PACKED
 from cda_cli.errors import ConfigError, did_you_mean
@@ -89,19 +87,6 @@ def test_the_settings_of_a_run_that_goes_on(tmp_path: Path) -> None:
     assert resolve(base=base, flags={"optim.steps": 12}).model == base.model
     assert resolve("tiny", base=base) == resolve("tiny")
     assert resolve(file=write(tmp_path, "run: {seed: 3}"), base=base) == resolve("tiny", flags={"run.seed": 3})
-
-
-def test_settings_are_found_in_the_folder_of_a_run(tmp_path: Path) -> None:
-    run, other = tmp_path / "run", tmp_path / "other"
-    checkpoint = run / "checkpoints" / "step-00000010"
-    checkpoint.mkdir(parents=True)
-    config = resolve("base", flags={"run.seed": 8})
-    (run / CONFIG_FILE).write_text(dump_yaml(config), encoding="utf-8")
-    for place, resume in ((run, "auto"), (other, str(run)), (other, str(checkpoint))):
-        assert settings_of(place, resume) == config
-    assert settings_of(run, "never") is None
-    assert settings_of(other, "auto") is None
-    assert settings_of(run, str(other)) is None
 
 
 def test_numbers_are_read_as_people_write_them() -> None:
@@ -299,23 +284,3 @@ def test_reading_a_configuration_imports_nothing_heavy(module: str) -> None:
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "cda_cli" in loaded
     assert not loaded & {"torch", "numpy", "datasets", "triton", "transformers", "safetensors", "einops"}
-
-
-def test_a_run_whose_configuration_is_a_link_is_refused(tmp_path: Path) -> None:
-    """A run may come from anywhere, and the link would lead out of it."""
-    (tmp_path / "elsewhere").write_text("run:\n  seed: 3\n")
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"config\.yaml is a link, or no file; put a file in its place"):
-        settings_of(run, "auto")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [("[" * 5_000, r"config\.yaml is not valid YAML"), ("optim: {steps: " + "9" * 5_000 + "}", "steps = inf is not")],
-)
-def test_yaml_that_is_too_much_is_one_sentence(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=words):
-        settings_of(tmp_path, "auto")

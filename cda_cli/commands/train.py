@@ -54,14 +54,15 @@ def train(
     Settings: preset, then --config, then --set, then flags, the later winning; so does the later of two --set.
     docs/configuration.md describes each key.
     """
-    from cda_cli.config import resolve, settings_of
+    from cda_cli.config import resolve
+    from cda_cli.runs.folder import config_to_resume
     from cda_cli.signals import StopRequest
     from cda_cli.training.launch import ErrorCoordinator, count_processes, launch
 
     run = out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))
     # A wrong setting is refused before torch is imported.
     with ErrorCoordinator() as coordinator, StopRequest() as stop:
-        settings = resolve(preset, config, set_ or (), flags, base=settings_of(run, resume))
+        settings = resolve(preset, config, set_ or (), flags, base=config_to_resume(run, resume))
         if (processes := count_processes(settings, coordinator.place, devices, dry_run)) > coordinator.place.processes:
             sys.exit(launch(processes, stop))
         from cda_cli.console import TrainingDisplay, show_dry_run, show_forecast

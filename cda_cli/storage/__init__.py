@@ -6,13 +6,13 @@ it does not import torch, so that a command line can look into a run's folder be
 
 from cda_cli.storage.atomic import is_hidden, published_folder, remove_published, remove_stale, write_file
 from cda_cli.storage.checkpoint import (
+    STATE_FILE,
     Checkpoint,
     best,
     check_fits,
     list_steps,
     load,
     locate,
-    locate_best,
     newest,
     pack_optimizer,
     publish,
@@ -24,6 +24,7 @@ from cda_cli.storage.lock import LOCK, only_writer
 
 __all__ = [
     "LOCK",
+    "STATE_FILE",
     "Checkpoint",
     "best",
     "check_fits",
@@ -31,7 +32,6 @@ __all__ = [
     "list_steps",
     "load",
     "locate",
-    "locate_best",
     "newest",
     "only_writer",
     "pack_optimizer",

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PARTS",
+    "STATE_FILE",
     "Checkpoint",
     "best",
     "check_fits",
     "list_steps",
     "load",
     "locate",
-    "locate_best",
     "newest",
     "pack_optimizer",
     "publish",
@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 PARTS = ("model", "optimizer", "rng", "ema")
+STATE_FILE = "state.json"
 
 _FOLDER = "checkpoints"
 _STEP = re.compile(r"step-([0-9]{8})")
@@ -125,7 +126,7 @@ def publish(
             write_tensors(folder / "rng.safetensors", rng)
             if ema is not None:
                 write_tensors(folder / "ema.safetensors", ema)
-            (folder / "state.json").write_bytes(state_json)
+            (folder / STATE_FILE).write_bytes(state_json)
             if tokenizer_json is not None:
                 (folder / "tokenizer.json").write_bytes(tokenizer_json.encode())
             write_manifest(folder)
@@ -145,7 +146,7 @@ def load(path: Path, parts: Collection[str] = PARTS) -> Checkpoint:
     unknown = set(parts) - set(PARTS)
     if unknown:
         raise ValueError(f"a checkpoint has no part {sorted(unknown)[0]!r}; its parts are {', '.join(PARTS)}")
-    present = verify(path, {"state.json", "tokenizer.json", *(f"{part}.safetensors" for part in parts)})
+    present = verify(path, {STATE_FILE, "tokenizer.json", *(f"{part}.safetensors" for part in parts)})
     wanted = {part: part in parts and f"{part}.safetensors" in present for part in PARTS}
     tensors = {part: read_tensors(path / f"{part}.safetensors") if wanted[part] else {} for part in PARTS}
     return Checkpoint(
@@ -154,7 +155,7 @@ def load(path: Path, parts: Collection[str] = PARTS) -> Checkpoint:
         optimizer=tensors["optimizer"],
         rng=tensors["rng"],
         ema=tensors["ema"],
-        state=_decode_state(path / "state.json"),
+        state=_decode_state(path / STATE_FILE),
         tokenizer_json=_read_text(path / "tokenizer.json") if "tokenizer.json" in present else None,
     )
 
@@ -226,20 +227,6 @@ def locate(path: Path, warn: Callable[[str], object] = _log.warning) -> Path:
         return _locate(path, warn)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); allow reading it") from error
-
-
-def locate_best(path: Path) -> Path:
-    """The `best` checkpoint of the run that a user means by `path`. Raises CheckpointError where there is none."""
-    newest_one = locate(path)
-    if newest_one == Path(path):
-        raise CheckpointError(f"{path} is one checkpoint; give the folder of its run to have the best of them")
-    found = best(newest_one.parent.parent)
-    if found is None:
-        raise CheckpointError(
-            f"no checkpoint of {path} was validated at its step; leave --best out, or train with eval-every and "
-            "save-every that meet"
-        )
-    return found
 
 
 def _locate(path: Path, warn: Callable[[str], object]) -> Path:

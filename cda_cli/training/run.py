@@ -15,11 +15,12 @@ from cda_cli.config import Config
 from cda_cli.data import PreparationStoppedError, digest
 from cda_cli.errors import ConfigError
 from cda_cli.restore import saved_config
-from cda_cli.runs.metrics import NullMetrics
+from cda_cli.runs.folder import Run
+from cda_cli.runs.metrics import Metrics, NullMetrics
 from cda_cli.runtime import available_memory, cpu_threads, describe_device, deterministic, peak_memory
 from cda_cli.settings import MOST_THREADS
 from cda_cli.signals import StopRequest
-from cda_cli.storage import Checkpoint, load, only_writer
+from cda_cli.storage import Checkpoint, load
 from cda_cli.streams import when_stdout_is_lost
 from cda_cli.training.distribution import ALONE, Processes
 from cda_cli.training.finite import StepResult
@@ -30,14 +31,7 @@ from cda_cli.training.memory import Forecast, forecast, is_small, memory_remark
 from cda_cli.training.milestones import Patience
 from cda_cli.training.optimizer import GuardedOptimizer
 from cda_cli.training.pipeline import draw
-from cda_cli.training.run_folder import (
-    check_folder,
-    check_same_run,
-    check_same_text,
-    find_checkpoint,
-    open_run,
-    validation_losses,
-)
+from cda_cli.training.resume import check_same_run, check_same_text, find_checkpoint
 from cda_cli.training.setup import (
     build,
     config_warnings,
@@ -49,7 +43,7 @@ from cda_cli.training.setup import (
 )
 from cda_cli.training.space import check_space
 from cda_cli.training.state import THREADS, RunContext, TrainState
-from cda_cli.training.trackers import check_trackers
+from cda_cli.training.trackers import check_trackers, open_trackers
 
 
 class Plan(NamedTuple):
@@ -98,8 +92,8 @@ def run_training(
         held.enter_context(when_stdout_is_lost(stop.lose))  # a failing print must not lose a run
         if processes.first:
             check_trackers(config.run.track)
-            check_folder(run)
-            held.enter_context(only_writer(run, display.note))
+            Run(run).check()
+            held.enter_context(Run(run).lock(display.note))
         held.enter_context(deterministic(config.run.deterministic))
         with stop.at_once(STOPPED_BEFORE_START):
             checkpoint = _find(run, resume, display, processes)
@@ -132,14 +126,16 @@ def _run(
         remark = _memory_remark(context, expected)
         if remark:
             display.note(remark)
-    before_this = processes.broadcast_text("validation losses", lambda: json.dumps(validation_losses(run, state.step)))
+    before_this = processes.broadcast_text(
+        "validation losses", lambda: json.dumps(Run(run).validation_losses(state.step))
+    )
     patience = Patience(config.run.patience, json.loads(before_this))
     if patience.over:
         display.note(f"{run} was stopped early: {patience.words()}; raise --set run.patience to go on")
         return
     if processes.first:
         check_space(run, config.run, state)
-    metrics = open_run(run, config, state.step) if processes.first else NullMetrics()
+    metrics = _open_metrics(Run(run), config, state.step) if processes.first else NullMetrics()
     try:
         display.start(make_plan(context, state, run))
         train(context, state, run, metrics, display, processes.agreed(stop), patience)
@@ -175,6 +171,12 @@ def dry_run(
         show_forecast(known)
         loss, peak = try_steps(context, state) if fits else (None, None)
         return known._replace(loss=loss, peak=peak)
+
+
+def _open_metrics(run: Run, config: Config, step: int) -> Metrics:
+    """Writes the settings of the run, and opens its metrics and trackers after `step`."""
+    run.write_config(config)
+    return run.open_metrics(step, open_trackers(run, config, step))
 
 
 def _forecast(context: RunContext) -> Forecast | None:
@@ -257,7 +259,7 @@ def _find(run: Path, resume: str, display: Display, processes: Processes) -> Che
     if not processes.first:
         path = processes.store_wait("checkpoint")
         return load(Path(path)) if path else None
-    checkpoint, damaged = find_checkpoint(run, resume)
+    checkpoint, damaged = find_checkpoint(Run(run), resume)
     for sentence in damaged:
         display.note(sentence)
     processes.store_set("checkpoint", str(checkpoint.path) if checkpoint else "")

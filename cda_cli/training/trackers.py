@@ -9,28 +9,25 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import secrets
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from cda_cli.config import Config
 from cda_cli.errors import ConfigError
+from cda_cli.runs.folder import Run
 from cda_cli.runs.metrics import Tracker
-from cda_cli.storage import write_file
 
 PROJECT = "cda"
-ID_FILE = "tracker-id"
 
 
 class TensorBoard:
     """Event files in RUN/tensorboard; `tensorboard --logdir runs` shows them."""
 
-    def __init__(self, run: Path, config: Config, step: int) -> None:
+    def __init__(self, run: Run, config: Config, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # What was written of steps that are about to be redone is hidden.
-        self._writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)
+        self._writer = SummaryWriter(run.path / "tensorboard", purge_step=step + 1)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -43,15 +40,15 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of project `cda` (or WANDB_PROJECT), with its files in RUN/wandb; WANDB_MODE=offline needs no account."""
 
-    def __init__(self, run: Path, config: Config, step: int) -> None:
+    def __init__(self, run: Run, config: Config, step: int) -> None:
         import wandb
 
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
-                dir=str(run),
-                id=_identity(run),
-                name=run.name,
+                dir=str(run.path),
+                id=run.tracker_id(),
+                name=run.path.name,
                 resume="allow",
                 config=config.model_dump(mode="json"),
                 settings=wandb.Settings(silent=True, console="off"),
@@ -72,11 +69,11 @@ class WeightsAndBiases:
 class Trackio:
     """A run of project `cda` where trackio keeps its data (TRACKIO_DIR); `trackio show` shows it."""
 
-    def __init__(self, run: Path, config: Config, step: int) -> None:
+    def __init__(self, run: Run, config: Config, step: int) -> None:
         import trackio
 
         with contextlib.redirect_stdout(sys.stderr):  # it speaks of itself
-            name = f"{run.name}-{_identity(run)}"
+            name = f"{run.path.name}-{run.tracker_id()}"
             settings = config.model_dump(mode="json")
             self._run = trackio.init(PROJECT, name=name, config=settings, resume="allow", embed=False)
 
@@ -104,14 +101,6 @@ def check_trackers(names: Iterable[str]) -> None:
             raise ConfigError(f"the tracker {name} is not installed; install it (pip install {name}), or track without")
 
 
-def open_trackers(run: Path, config: Config, step: int) -> list[Tracker]:
+def open_trackers(run: Run, config: Config, step: int) -> list[Tracker]:
     """Those that the configuration asks for. `step` is the last one that is not redone."""
     return [TRACKERS[name](run, config, step) for name in config.run.track]
-
-
-def _identity(run: Path) -> str:
-    """Of the run in this folder, wherever it is moved to."""
-    file = run / ID_FILE
-    if not file.exists():
-        write_file(file, secrets.token_hex(4).encode())
-    return file.read_text(encoding="utf-8").strip()

@@ -21,6 +21,7 @@ import cda_cli.config
 import cda_cli.data.batches
 import cda_cli.data.sources
 import cda_cli.data.streaming
+import cda_cli.runs.folder
 import cda_cli.storage.atomic
 import cda_cli.storage.checkpoint
 import cda_cli.storage.manifest
@@ -311,7 +312,7 @@ def lock_left_out(patch: Patch) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         yield
 
-    patch.setattr(cda_cli.training.run, "only_writer", only_writer)
+    patch.setattr(cda_cli.runs.folder, "only_writer", only_writer)
 
 
 @variant
@@ -326,7 +327,7 @@ def lock_is_a_file_that_exists(patch: Patch) -> None:
         yield
         (folder / ".lock").unlink()
 
-    patch.setattr(cda_cli.training.run, "only_writer", only_writer)
+    patch.setattr(cda_cli.runs.folder, "only_writer", only_writer)
 
 
 # Hostile files

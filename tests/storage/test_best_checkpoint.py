@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cda_cli.errors import CheckpointError
-from cda_cli.storage.checkpoint import best, list_steps, locate_best, publish, step_folder
+from cda_cli.storage.checkpoint import best, list_steps, publish, step_folder
 
 
 def judged(contents, step: int, loss: float | None) -> dict[str, object]:
@@ -24,7 +23,7 @@ def test_the_best_stays_besides_the_newest(tmp_path: Path, contents) -> None:
         left.append(list_steps(tmp_path))
     assert left[2:6] == [[20, 30], [20, 30, 40], [20, 40, 50], [50, 60]]
     assert left[-1] == [70, 80, 90], "of two equals the newer is the best"
-    assert locate_best(tmp_path) == best(tmp_path) == step_folder(tmp_path, 70)
+    assert best(tmp_path) == step_folder(tmp_path, 70)
     publish(tmp_path, **judged(contents, 100, None))
     assert list_steps(tmp_path) == [90, 100], "nobody asked to keep the best"
 
@@ -59,10 +58,6 @@ def test_a_best_that_the_disk_does_not_give_stays(tmp_path: Path, contents, watc
     assert list_steps(tmp_path) == [1, 5, 6]
 
 
-def test_without_a_best_the_remedy_is_named(tmp_path: Path, contents) -> None:
-    path = publish(tmp_path, **judged(contents, 1, None))
+def test_without_a_validation_there_is_no_best(tmp_path: Path, contents) -> None:
+    publish(tmp_path, **judged(contents, 1, None))
     assert best(tmp_path) is None
-    with pytest.raises(CheckpointError, match=r"validated at its step; leave --best out"):
-        locate_best(tmp_path)
-    with pytest.raises(CheckpointError, match=r"is one checkpoint; give the folder of its run"):
-        locate_best(path)

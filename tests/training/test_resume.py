@@ -1,4 +1,4 @@
-"""The folder of a run: what may go on in it."""
+"""Which settings make another run, and which may change when a run goes on."""
 
 from __future__ import annotations
 
@@ -8,18 +8,7 @@ import pytest
 
 from cda_cli.config import Config, parse
 from cda_cli.errors import ConfigError
-from cda_cli.storage import LOCK
-from cda_cli.training.run_folder import check_folder, check_same_run
-
-
-def test_what_a_kill_leaves_before_there_is_a_configuration_is_no_other_folder(tmp_path: Path) -> None:
-    """The same command must start again, and not ask for another folder."""
-    (tmp_path / LOCK).touch()
-    (tmp_path / ".tmp-config.yaml-123-0123abcd").touch()
-    check_folder(tmp_path)
-    (tmp_path / "thesis.txt").touch()
-    with pytest.raises(ConfigError, match="is not empty and holds no run"):
-        check_folder(tmp_path)
+from cda_cli.training.resume import check_same_run
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""The folder of a run, and what a path that somebody names in its place means."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from cda_cli.config import Config, dump_yaml, parse, read_yaml
+from cda_cli.errors import CheckpointError, ConfigError
+from cda_cli.runs.metrics import Metrics, Tracker, read_metrics
+from cda_cli.runs.records import Record, ValidationRecord
+from cda_cli.storage import (
+    LOCK,
+    STATE_FILE,
+    best,
+    is_hidden,
+    list_steps,
+    locate,
+    newest,
+    only_writer,
+    remove_stale,
+    write_file,
+)
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+TRACKER_ID_FILE = "tracker-id"
+
+
+class Run:
+    """The folder of a run, which need not exist yet.
+
+        RUN/config.yaml     the settings, as `--config` reads them
+        RUN/metrics.jsonl   the records (see `records`)
+        RUN/checkpoints/    the checkpoints (see `storage`)
+        RUN/tracker-id      the name of the run where trackers keep it, if it has trackers
+        RUN/.lock           held by the process that writes
+
+    Trackers may add folders of their own. A run may come from a stranger, and a link in it would lead to another file:
+    one in the place of config.yaml is refused, and one in the place of metrics.jsonl is ignored.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def check(self) -> None:
+        """Raises ConfigError where the path is a file, or a folder that holds something other than a run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; give --out the name of a folder")
+        if self.path.is_dir() and not (self.path / CONFIG_FILE).exists():
+            # A run that was killed before it wrote its configuration leaves no more than these.
+            foreign = [entry.name for entry in self.path.iterdir() if entry.name != LOCK and not is_hidden(entry.name)]
+            if foreign:
+                raise ConfigError(f"{self.path} is not empty and holds no run; choose another folder for --out")
+
+    def lock(self, warn: Callable[[str], object]) -> AbstractContextManager[None]:
+        """Holds the folder for this process alone (see `storage.only_writer`). Raises StorageError where it is held."""
+        return only_writer(self.path, warn)
+
+    def config(self) -> Config | None:
+        """The settings of the run, or None where there is none. Raises ConfigError where they cannot be read."""
+        file = self.path / CONFIG_FILE
+        return parse(read_yaml(_no_link(file))) if os.path.lexists(file) else None
+
+    def write_config(self, config: Config) -> None:
+        """Makes this the folder of a run with these settings, and removes what killed processes left in it."""
+        remove_stale(self.path)
+        write_file(self.path / CONFIG_FILE, dump_yaml(config).encode())
+
+    def metrics(self) -> Iterator[Record]:
+        """The records of the run, oldest first."""
+        return read_metrics(self.path / METRICS_FILE)
+
+    def open_metrics(self, resumed_step: int, trackers: Sequence[Tracker] = ()) -> Metrics:
+        """Opens the metrics for writing, after `resumed_step`; later records are dropped."""
+        return Metrics(self.path / METRICS_FILE, resumed_step, trackers)
+
+    def validation_losses(self, step: int) -> list[float]:
+        """The validation losses up to `step`, oldest first, nats per token; NaN for one that was not finite."""
+        records = [record for record in self.metrics() if isinstance(record, ValidationRecord)]
+        return [record.loss for record in records if record.step <= step]
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, damaged ones included, lowest first."""
+        return list_steps(self.path)
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that verifies, or None, and a sentence for each newer one that does not."""
+        return newest(self.path)
+
+    def best(self) -> Path | None:
+        """The checkpoint that verifies and has the lowest validation loss."""
+        return best(self.path)
+
+    def tracker_id(self) -> str:
+        """The name of this run where trackers keep it, which stays with the folder wherever it is moved to."""
+        file = self.path / TRACKER_ID_FILE
+        if not file.exists():
+            write_file(file, secrets.token_hex(4).encode())
+        return file.read_text(encoding="utf-8").strip()
+
+
+def config_to_resume(run: Path, resume: str) -> Config | None:
+    """The settings with which a run goes on where the command names no preset or file.
+
+    `resume` is "auto", "never", or the path of a run or of one of its checkpoints, which has settings of its own,
+    wherever it was copied to. None where there is no run.
+    """
+    if resume == "never":
+        return None
+    named = Path(resume).resolve()
+    for folder in [run] if resume == "auto" else [named, named.parent, named.parent.parent]:
+        config = Run(folder).config()
+        if config is not None:
+            return config
+        if os.path.lexists(folder / STATE_FILE):
+            return parse(read_yaml(_no_link(folder / STATE_FILE)).get("config", {}))
+    return None
+
+
+def locate_checkpoint(path: Path, *, best: bool = False) -> Path:
+    """The checkpoint that a user means by `path`: that checkpoint, or the newest of a run, or the best of it.
+
+    Raises CheckpointError where there is none.
+    """
+    found = locate(path)
+    if not best:
+        return found
+    if found == Path(path):
+        raise CheckpointError(f"{path} is one checkpoint; give the folder of its run to have the best of them")
+    best_one = Run(found.parent.parent).best()
+    if best_one is None:
+        raise CheckpointError(
+            f"no checkpoint of {path} was validated at its step; leave --best out, or train with eval-every and "
+            "save-every that meet"
+        )
+    return best_one
+
+
+def _no_link(path: Path) -> Path:
+    """Refuses a link, which would lead out of a run that comes from a stranger."""
+    if path.is_symlink() or not path.is_file():
+        raise ConfigError(f"{path} is a link, or no file; put a file in its place")
+    return path

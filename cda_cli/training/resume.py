@@ -1,0 +1,83 @@
+"""What a run goes on from, and whether it is the same run: its settings, and the text that it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cda_cli.config import Config
+from cda_cli.errors import CheckpointError, ConfigError
+from cda_cli.runs.folder import Run
+from cda_cli.storage import Checkpoint, load, locate
+
+
+def find_checkpoint(run: Run, resume: str) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that `run` goes on from, and a sentence for each damaged one that was passed over.
+
+    `resume`: "auto" takes the newest whole checkpoint of `run`, if there is one; "never" wants a folder without a run;
+    anything else is the path of a run or checkpoint to go on from. That must be the newest checkpoint of `run`, unless
+    `run` has none yet: two histories never mix in one folder.
+    """
+    run.check()
+    if resume == "auto":
+        path, damaged = run.newest()
+        if path is None and run.steps():
+            raise CheckpointError(
+                f"no checkpoint in {run.path} is whole ({damaged[0]}); start again with another --out"
+            )
+        return (load(path), damaged) if path else (None, [])
+    if resume == "never":
+        if run.steps():
+            raise ConfigError(f"{run.path} holds another run; choose another --out, or go on with --resume auto")
+        return None, []
+    path = locate(Path(resume))
+    if run.steps() and path.resolve() != (run.newest()[0] or run.path).resolve():
+        raise ConfigError(f"{run.path} already holds a run that {path} is not the newest of; choose another --out")
+    return load(path), []
+
+
+def check_same_run(before: Config, now: Config, where: Path, *, same_text: bool = False) -> None:
+    """Raises ConfigError where the settings `now` are of another run than those `before`, of the run in `where`.
+
+    Model, data, seed and optimizer make a run; steps, rates and intervals may change. If both have the `same_text`, in
+    the same tokens, it may lie elsewhere.
+    """
+    places = {"source", "tokenizer"} if same_text else set()
+    pairs = [("model", before.model, now.model), ("data", before.data, now.data)]
+    for section, old, new in pairs:
+        for name, value in old.model_dump(exclude=places).items():
+            if value != getattr(new, name):
+                _refuse(where, f"{section}.{name}", value, getattr(new, name))
+    if before.run.seed != now.run.seed:
+        _refuse(where, "run.seed", before.run.seed, now.run.seed)
+    if before.optim.optimizer != now.optim.optimizer:
+        _refuse(where, "optim.optimizer", before.optim.optimizer, now.optim.optimizer)
+
+
+def check_same_text(before: Any, now: Mapping[str, Any], text: str, where: Path) -> None:
+    """Raises ConfigError where `text` is not what the run in `where` was trained on.
+
+    `now` is the identity of `text` (see `RunData`), and `before` that of the other: None where a checkpoint has none.
+    """
+    if before is None or before == now:
+        return
+    if not isinstance(before, dict):
+        raise CheckpointError(f"the state.json of the checkpoint in {where} says nothing usable of its data")
+    name = next((name for name, value in now.items() if before.get(name) != value), "kind")
+    differs = f"{name}: {before.get(name)} there and {now.get(name)} here"
+    if name == "content":
+        differs = "as long, with other content"
+    elif name == "tokenizer":
+        differs = "in the tokens of another tokenizer"
+    raise ConfigError(
+        f"{text} is not what {where} was trained on ({differs}); put the old text back, name it with --data, or start "
+        "a new run with another --out"
+    )
+
+
+def _refuse(where: Path, key: str, before: object, now: object) -> None:
+    raise ConfigError(
+        f"{where} holds another run ({key} is {before!r} there and {now!r} here); choose another --out, "
+        "or give the settings of that run"
+    )
