@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import nanogpt
 import torch
@@ -35,6 +35,7 @@ from cda_cli.runs.metrics import Metrics
 from cda_cli.runs.records import Record, TrainRecord
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
+from cda_cli.training.display import NullDisplay
 from cda_cli.training.flops import flops_per_token, peak_flops
 from cda_cli.training.loop import save, train
 from cda_cli.training.milestones import Patience
@@ -76,22 +77,18 @@ CASES = {
 }
 
 
-class Clock:
+class Clock(NullDisplay):
     """A display that shows nothing, and knows when each step was done, the peak of memory between the warm steps and
     the first line of figures, which is that of step `last` - WARM, and what that line was.
 
     It stops the run after step `last`: a run that comes to its own end is validated, which compiles once more.
     """
 
-    interactive = False
-
     def __init__(self, last: int, device: torch.device) -> None:
         self.last, self.device = last, device
         self.memory = 0
         self.times: dict[int, float] = {}
         self.record: TrainRecord | None = None
-
-    def start(self, plan: Any) -> None: ...
 
     def advance(self, step: int) -> None:
         self.times[step] = time.perf_counter()
@@ -105,10 +102,6 @@ class Clock:
     def show(self, record: Record) -> None:
         if isinstance(record, TrainRecord) and record.step > WARM and not self.record:
             self.record = record
-
-    def note(self, text: str) -> None: ...
-
-    def finish(self) -> None: ...
 
 
 class Measured(NamedTuple):

@@ -67,7 +67,8 @@ def train(
             sys.exit(launch(processes, stop))
         from cda_cli.console import TrainingDisplay, show_dry_run, show_forecast
         from cda_cli.training import run as training
-        from cda_cli.training.distribution import NullDisplay, join
+        from cda_cli.training.display import NullDisplay
+        from cda_cli.training.distribution import join
 
         with join(coordinator, settings) as joined:
             display = TrainingDisplay() if joined.first else NullDisplay()

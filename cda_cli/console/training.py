@@ -24,11 +24,11 @@ from cda_cli.runs.records import (
 )
 
 if TYPE_CHECKING:
-    from cda_cli.training.run import Plan
+    from cda_cli.training.display import Plan
 
 
 class TrainingDisplay:
-    """The `Display` of the training loop (see `training.loop`)."""
+    """The `Display` of the training loop (see `training.display`)."""
 
     def __init__(self) -> None:
         self._console = out()

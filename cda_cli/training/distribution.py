@@ -35,7 +35,6 @@ from cda_cli.config import Config
 from cda_cli.data import Batch
 from cda_cli.errors import DeviceError
 from cda_cli.model import Transformer
-from cda_cli.runs.records import Record
 from cda_cli.runtime import pick_device, random_states, restore_random_states
 from cda_cli.signals import StopRequest
 from cda_cli.training.launch import ERROR, POLL, ErrorCoordinator, Place, log_level
@@ -356,19 +355,3 @@ class AgreedStop(StopRequest):
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         self.signal_number = int(asked) or None
         self.reason = self._own.reason
-
-
-class NullDisplay:
-    """The display of the processes that print nothing."""
-
-    interactive = False
-
-    def start(self, plan: Any) -> None: ...
-
-    def advance(self, step: int) -> None: ...
-
-    def show(self, record: Record) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def finish(self) -> None: ...

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +20,7 @@ from cda_cli.runs.records import CheckpointRecord, Record, SampleRecord, TrainRe
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish, step_folder
+from cda_cli.training.display import Display
 from cda_cli.training.finite import Refusals, StepResult
 from cda_cli.training.gradients import clip_gradients
 from cda_cli.training.milestones import Minutes, Patience, due
@@ -30,27 +30,6 @@ from cda_cli.training.speed import Speed
 from cda_cli.training.state import RunContext, TrainState
 
 SAMPLE_TOKENS = 200
-
-
-class Display(Protocol):
-    """Shows a run to a person. If it is `interactive`, stderr is a terminal, on which progress may be drawn."""
-
-    interactive: bool
-
-    def start(self, plan: Any) -> None:
-        """Called before the first step; `plan` is a `training.run.Plan`."""
-
-    def advance(self, step: int) -> None:
-        """Called after each step."""
-
-    def show(self, record: Record) -> None:
-        """A record, as it goes into metrics.jsonl."""
-
-    def note(self, text: str) -> None:
-        """Shows a sentence."""
-
-    def finish(self) -> None:
-        """Called when no more steps come, for whatever reason."""
 
 
 @restore_gc()

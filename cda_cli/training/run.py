@@ -22,11 +22,12 @@ from cda_cli.settings import MOST_THREADS
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, load
 from cda_cli.streams import when_stdout_is_lost
+from cda_cli.training.display import Display, Plan
 from cda_cli.training.distribution import ALONE, Processes
 from cda_cli.training.finite import StepResult
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.launch import STOPPED_BEFORE_START
-from cda_cli.training.loop import Display, train
+from cda_cli.training.loop import train
 from cda_cli.training.memory import Forecast, forecast, is_small, memory_remark
 from cda_cli.training.milestones import Patience
 from cda_cli.training.optimizer import GuardedOptimizer
@@ -44,24 +45,6 @@ from cda_cli.training.setup import (
 from cda_cli.training.space import check_space
 from cda_cli.training.state import THREADS, RunContext, TrainState
 from cda_cli.training.trackers import check_trackers, open_trackers
-
-
-class Plan(NamedTuple):
-    """What a run is about to do. `epochs`, the passes over the text, is None for streamed data."""
-
-    run: Path
-    data: str
-    parameters: int
-    device: str
-    dtype: str
-    compiled: bool
-    cuda_graphs: bool
-    backend: str
-    first_step: int
-    steps: int
-    tokens_per_step: int
-    epochs: float | None
-    processes: str = "1"
 
 
 class DryRun(NamedTuple):

@@ -7,11 +7,11 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from cda_cli.config import Config, parse
 from cda_cli.runs.records import Record
 from cda_cli.signals import StopRequest
+from cda_cli.training.display import Plan
 from cda_cli.training.run import run_training
 
 
@@ -22,12 +22,12 @@ class Memory:
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.stop_after = stop_after
-        self.plan: Any = None
+        self.plan: Plan | None = None
         self.records: list[Record] = []
         self.notes: list[str] = []
         self.finished = 0
 
-    def start(self, plan: Any) -> None:
+    def start(self, plan: Plan) -> None:
         self.plan = plan
 
     def advance(self, step: int) -> None:
