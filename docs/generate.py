@@ -1,4 +1,5 @@
-"""Writes the generated pages of the docs: cli.md from the help of the commands, configuration.md from the settings.
+"""Writes the generated pages of the docs: cli.md from the help of the commands, configuration.md from the settings, and
+metrics.md from the types of the records.
 
     make docs
 
@@ -10,8 +11,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from dataclasses import MISSING, fields
 from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
+from cda_cli.runs.records import KINDS, VERSION, LayerRecord
 from cda_cli.settings import SECTIONS, TABLE, preset_names
 
 FOLDER = Path(__file__).parent
@@ -19,7 +24,7 @@ FOLDER = Path(__file__).parent
 
 def pages() -> dict[str, str]:
     """Name and text of each generated page."""
-    return {"cli.md": commands(), "configuration.md": configuration()}
+    return {"cli.md": commands(), "configuration.md": configuration(), "metrics.md": metrics()}
 
 
 def commands() -> str:
@@ -61,6 +66,58 @@ def _as_yaml(default: object) -> str:
     if default is None:
         return "null"
     return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+RECORDS = f"""\
+# Metrics
+
+`RUN/metrics.jsonl` holds the records of a run, oldest first. Each line is a JSON object in UTF-8 with at least a `step`
+and a `kind`. This page is version {VERSION} of the schema. [training.md](training.md) says how speed, utilisation and
+bits per byte are counted.
+
+- A number that is not finite is `null`, and a field that may be missing is left out where a run has no such thing.
+- A record is on the disk at once. A kill can cut the last line short: pass over it.
+- A run that goes on from a checkpoint first drops the records of the steps that it does again.
+- Only a newline ends a record: a text may hold U+2028 and its like.
+- A later version may add kinds and fields: ignore those that you do not know. A name keeps its meaning and its unit.
+
+`Run.metrics` reads them so:
+
+```python
+from pathlib import Path
+
+from cda_cli.runs.folder import Run
+from cda_cli.runs.records import ValidationRecord
+
+for record in Run(Path("runs/tiny")).metrics():
+    if isinstance(record, ValidationRecord):
+        print(record.step, record.loss)
+```"""
+
+TYPES = {int: "integer", float: "number", str: "string", tuple: "array", NoneType: "null"}
+
+
+def metrics() -> str:
+    lines = [RECORDS]
+    for kind, record in KINDS.items():
+        lines += ["", f"## {kind}", "", *record_table(record)]
+    return "\n".join([*lines, "", "## layers of a train record", "", *record_table(LayerRecord)]) + "\n"
+
+
+def record_table(record: type[Any]) -> list[str]:
+    lines = [f"{record.__doc__}", "", "| field | type | unit | meaning |", "|---|---|---|---|"]
+    hints = get_type_hints(record, include_extras=True)
+    for field in fields(record):
+        hint, about = get_args(hints[field.name])
+        kinds = [get_origin(hint) or hint] if get_origin(hint) in (None, tuple) else get_args(hint)
+        if field.default is MISSING:
+            words = " or ".join(TYPES[kind] for kind in kinds)
+        else:
+            words = f"{TYPES[kinds[0]]}, may be missing"
+        lines.append(
+            f"| `{field.name}` | {words} | {about.unit} | {about.meaning} |".replace("|activation|", r"\|activation\|")
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -35,18 +35,6 @@ class Record:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SchemaRecord(Record):
-    """The version of the schema that the lines after this one follow; lines without one before them follow version 1.
-
-    It is the first line of a new run, and stands where another version of `cda` took a run up again.
-    """
-
-    kind: ClassVar[str] = "schema"
-
-    version: Annotated[int, About("", "The version, a whole number that rises with every new field or kind.")]
-
-
-@dataclass(frozen=True, kw_only=True)
 class LayerRecord:
     """What one layer selects: means over its heads and over the first sequence of the step."""
 
@@ -54,7 +42,7 @@ class LayerRecord:
     sparsity_k: Annotated[float, About("keys", "Budget k of a row of attention.")]
     effective_support: Annotated[float, About("keys", "exp of the entropy of λ/Σλ: how many keys share a row.")]
     capped_share: Annotated[
-        float, About("share of k", "Keys with λ ≥ 1 − 1e-6, per unit of k; only of rows that see more than k keys.")
+        float, About("share of k", "Keys with λ ≥ 1 − 1e-6 for each unit of k, over rows that see more than k keys.")
     ]
     distance_back: Annotated[float, About("tokens", "Distance from a query back to its keys, weighted by λ/Σλ.")]
     active_units: Annotated[float, About("share", "Hidden units of the feed-forward with |activation| > 1e-3.")]
@@ -75,12 +63,13 @@ class TrainRecord(Record):
     grad_norm: Annotated[float, About("", "Euclidean norm of the gradient of this step, before clipping.")]
     tokens: Annotated[int, About("tokens", "Tokens trained on since the run began.")]
     tokens_per_second: Annotated[
-        float, About("tokens per second", "Of all processes, over the last 20 records, validation and saving left out.")
+        float,
+        About("tokens per second", "Speed of all processes over 20 train records, without pauses to validate or save."),
     ]
     seconds_left: Annotated[
-        float | None, About("seconds", "What the remaining steps take at this speed; null while that is not known.")
+        float | None, About("seconds", "Time for the remaining steps at this speed; null before a step was measured.")
     ]
-    data_wait: Annotated[float, About("share", "Of that time, the part in which the next batch was not there.")]
+    data_wait: Annotated[float, About("share", "Part of the training time in which the next batch was not there yet.")]
     mfu_computed: Annotated[
         float | None, About("share", "Model FLOPs utilisation by the products that the code makes.")
     ] = None
@@ -110,7 +99,7 @@ class ValidationRecord(Record):
 
     loss: Annotated[float, About("nats per token", "Mean over all tokens.")]
     standard_error: Annotated[
-        float, About("nats per token", "Of the loss, a window being one observation; null of a single window.")
+        float, About("nats per token", "Standard error of the loss over windows; null for a single window.")
     ]
     perplexity: Annotated[float, About("", "exp of the loss.")]
     bits_per_byte: Annotated[
@@ -119,7 +108,7 @@ class ValidationRecord(Record):
     bits_per_byte_error: Annotated[float, About("bits per byte", "Standard error of `bits_per_byte`.")]
     tokens: Annotated[int, About("tokens", "Tokens that were predicted.")]
     text_bytes: Annotated[
-        int | None, About("bytes", "UTF-8 text that these tokens stand for; missing in files of early versions.")
+        int | None, About("bytes", "UTF-8 text that these tokens stand for; missing where a version did not count it.")
     ] = None
     windows: Annotated[int, About("windows", "Sequences that hold these tokens.")]
     ema_loss: Annotated[
@@ -145,12 +134,21 @@ class CheckpointRecord(Record):
 
     kind: ClassVar[str] = "checkpoint"
 
-    path: Annotated[str, About("", "Its folder, as seen from where the command ran.")]
+    path: Annotated[str, About("", "Its folder, as the command named it: relative to where it ran, or absolute.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemaRecord(Record):
+    """The schema of the lines after it: the first line of a run, and where a run goes on with another version."""
+
+    kind: ClassVar[str] = "schema"
+
+    version: Annotated[int, About("", "Version of the schema. Lines without such a line before them follow version 1.")]
 
 
 KINDS: dict[str, type[Record]] = {
     each.kind: each
-    for each in (SchemaRecord, TrainRecord, RefusedRecord, ValidationRecord, SampleRecord, CheckpointRecord)
+    for each in (TrainRecord, RefusedRecord, ValidationRecord, SampleRecord, CheckpointRecord, SchemaRecord)
 }
 _TYPES: dict[type[Any], dict[str, Any]] = {kind: get_type_hints(kind) for kind in (*KINDS.values(), LayerRecord)}
 
