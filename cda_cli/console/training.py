@@ -1,4 +1,4 @@
-"""A training run, live on a terminal and as plain lines off it."""
+"""Shows a training run: live on a terminal, and as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class TrainingDisplay:
-    """The `Display` of the training loop (see `training.display`)."""
+    """The `training.display.Display` of a run."""
 
     def __init__(self) -> None:
         self._console = out()

@@ -26,7 +26,7 @@ class TensorBoard:
     def __init__(self, run: Run, config: Config, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What was written of steps that are about to be redone is hidden.
+        # This hides what was written of steps that are about to be done again.
         self._writer = SummaryWriter(run.path / "tensorboard", purge_step=step + 1)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -72,7 +72,7 @@ class Trackio:
     def __init__(self, run: Run, config: Config, step: int) -> None:
         import trackio
 
-        with contextlib.redirect_stdout(sys.stderr):  # it speaks of itself
+        with contextlib.redirect_stdout(sys.stderr):  # trackio prints what it does
             name = f"{run.path.name}-{run.tracker_id()}"
             settings = config.model_dump(mode="json")
             self._run = trackio.init(PROJECT, name=name, config=settings, resume="allow", embed=False)
@@ -95,12 +95,12 @@ TRACKERS: dict[str, type[TensorBoard] | type[WeightsAndBiases] | type[Trackio]] 
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raises ConfigError where a tracker's library, which has its name, is not installed."""
+    """Raises ConfigError where the library of a tracker is not installed; it has the tracker's name."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"the tracker {name} is not installed; install it (pip install {name}), or track without")
 
 
 def open_trackers(run: Run, config: Config, step: int) -> list[Tracker]:
-    """Those that the configuration asks for. `step` is the last one that is not redone."""
+    """Opens the trackers that the configuration asks for. `step` is the last one that is not done again."""
     return [TRACKERS[name](run, config, step) for name in config.run.track]
