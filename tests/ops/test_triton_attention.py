@@ -30,6 +30,9 @@ from tests.ops.attention_problems import (
 from tests.ops.cases import DEVICE, UNIT, assert_within, random_rows
 
 HALF = (torch.bfloat16, torch.float16)
+# On a GPU each dtype is a kernel of its own. The interpreter runs the same source, which float32 holds to the tightest
+# bounds; other tests take the half precisions there.
+DTYPES = (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -65,7 +68,7 @@ def test_every_budget(k: float, dtype: torch.dtype) -> None:
     assert_at_most_twice_plain(this, fused(this))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("k", [2.0, 6.0])
 def test_packed_documents(causal: bool, dtype: torch.dtype, k: float) -> None:
@@ -75,7 +78,7 @@ def test_packed_documents(causal: bool, dtype: torch.dtype, k: float) -> None:
     assert_at_most_twice_plain(this, fused(this))
 
 
-@pytest.mark.parametrize("D", [1, 8, 24, 33])  # each is a compilation of every kernel
+@pytest.mark.parametrize("D", [1, 8, 24, 33] if DEVICE == "cuda" else [1, 33])  # each is a compilation of every kernel
 @settings(max_examples=15 if DEVICE == "cuda" else 5)
 @given(data=st.data())
 def test_any_shape_as_the_torch_backend(D: int, data: st.DataObject) -> None:
@@ -187,7 +190,7 @@ def test_training_and_inference_give_the_same_output() -> None:
     assert_within(output.cpu(), fused(this)[0], 1e-5, "output")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "heads"), [(1, 4), (3, 4), (3, 46)])
 @pytest.mark.parametrize("documents", [None, packed(60, 71).expand(2, -1)])
 def test_a_few_queries_against_a_cache(T: int, heads: int, documents: Tensor | None, dtype: torch.dtype) -> None:
@@ -200,12 +203,11 @@ def test_a_few_queries_against_a_cache(T: int, heads: int, documents: Tensor | N
     error = (plain(this, False)[0].double() - expected).norm()
     assert output.dtype == dtype
     assert (output.cpu().double() - expected).norm() <= 2 * error
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-    _, blocks = soft_topk_attention(*leaves, **this.settings(DEVICE), backend="triton", return_threshold=True)
-    assert_within(threshold.cpu(), blocks.cpu(), 1e-4, "threshold")
+    _, exact = soft_topk_attention(*inputs, **this.settings(DEVICE), backend="torch", return_threshold=True)
+    assert_within(threshold, exact, 1e-4, "threshold")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("largest_k", [2.0, None])
 @pytest.mark.parametrize("causal", [True, False])
 def test_calls_that_share_a_layout_share_nothing_else(
