@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-gpu compile-kernels reliability lint format bench bench-gpu docs clean
+.PHONY: help setup demo check test test-gpu compile-kernels reliability lint format bench bench-gpu docs clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -26,7 +26,10 @@ demo: setup ## Train, evaluate, sample from and inspect a small model, in about 
 	$(BIN)/cda sample runs/demo --prompt "def " --max-new-tokens 200
 	$(BIN)/cda inspect-sparsity runs/demo --max-batches 4
 
-test: setup ## Run the tests
+check: lint ## Check style and types, and run the tests that are quick, in about a minute
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test: setup ## Run all tests
 	$(BIN)/python -m pytest -n auto
 
 test-gpu: setup ## Run the tests of the operator, its kernels, the model, training and inspection on a GPU

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 # The tensors of the tests are small: a second thread only waits for the first, and starves whatever else runs.
 # Set before torch is imported; the processes that tests start inherit it.
@@ -29,7 +30,48 @@ if not torch.cuda.is_available():
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
+# These files start processes, train, or run kernels in the interpreter. They take most of the time of all tests.
+SLOW = (
+    "commands/test_data_identity.py",
+    "commands/test_devices.py",
+    "commands/test_disk_full.py",
+    "commands/test_doctor_command.py",
+    "commands/test_interrupts.py",
+    "commands/test_sample_command.py",
+    "commands/test_streams.py",
+    "model/test_model_heads.py",
+    "ops/test_compiled_kernels.py",
+    "ops/test_transforms.py",
+    "ops/test_triton_attention.py",
+    "ops/test_triton_attention_variants.py",
+    "ops/test_triton_rows.py",
+    "ops/test_vector_functions.py",
+    "reliability/test_reliability.py",
+    "storage/test_checkpoint.py",
+    "storage/test_checkpoint_damage.py",
+    "test_runtime.py",
+    "training/test_bit_identical_resume.py",
+    "training/test_distribution.py",
+    "training/test_finite.py",
+    "training/test_flops.py",
+    "training/test_loop.py",
+    "training/test_memory.py",
+    "training/test_milestones.py",
+    "training/test_trackers.py",
+)
+
 FENCE, MARK = 64, 12345.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of the SLOW files, and those that run a kernel."""
+    here = Path(__file__).parent
+    missing = [name for name in SLOW if not (here / name).is_file()]
+    assert not missing, f"no such files of tests: {missing}"
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if item.path.relative_to(here).as_posix() in SLOW or any(value == "triton" for value in parameters):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
