@@ -37,8 +37,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
 from cda_cli.ops.backends import WIDEST_HEAD
-from cda_cli.ops.triton import attention_launches, heads, rows
-from cda_cli.ops.triton.attention import FEW_QUERIES, fused_attention
+from cda_cli.ops.triton import attention_launches, heads, row_launches
+from cda_cli.ops.triton.fused_attention import FEW_QUERIES, fused_attention
 
 # Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, compute capabilities).
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -123,10 +123,10 @@ def decoding_calls(quick: bool) -> Iterator[Call]:
 
 def row_calls(quick: bool) -> Iterator[Call]:
     """Rows of every block, as long as it and shorter, and rows in parts."""
-    blocks = [2048] if quick else [2**power for power in range(rows.REGISTER_LIMIT.bit_length())]
-    shapes = [(32, block) for block in blocks] + [(2, 2 * rows.REGISTER_LIMIT)]
+    blocks = [2048] if quick else [2**power for power in range(row_launches.REGISTER_LIMIT.bit_length())]
+    shapes = [(32, block) for block in blocks] + [(2, 2 * row_launches.REGISTER_LIMIT)]
     if not quick:
-        shapes += [(33, block - 1) for block in blocks if block > 1] + [(3, rows.REGISTER_LIMIT + 1)]
+        shapes += [(33, block - 1) for block in blocks if block > 1] + [(3, row_launches.REGISTER_LIMIT + 1)]
     for dtype, (R, n), solve in itertools.product(
         DTYPES[:1] if quick else DTYPES, shapes, (exact_rows, iterative_rows)
     ):
@@ -152,14 +152,14 @@ def attend(
 
 
 def exact_rows(scores: Tensor) -> None:
-    _, saved = rows.exact_forward(scores, torch.ones(scores.shape[0]), 0.1)
-    rows.exact_backward(scores, scores, saved, 0.1)
+    _, saved = row_launches.exact_forward(scores, torch.ones(scores.shape[0]), 0.1)
+    row_launches.exact_backward(scores, scores, saved, 0.1)
 
 
 def iterative_rows(scores: Tensor) -> None:
     budget = torch.ones(scores.shape[0])
-    _, history = rows.iterative_forward(scores, budget, (1.0, 0.1), 0.1)
-    rows.iterative_backward(scores, scores, budget, history, (1.0, 0.1), 0.1)
+    _, history = row_launches.iterative_forward(scores, budget, (1.0, 0.1), 0.1)
+    row_launches.iterative_backward(scores, scores, budget, history, (1.0, 0.1), 0.1)
 
 
 def norm_and_rotate(projected: Tensor) -> None:

@@ -25,8 +25,8 @@ from synthetic import header, random_data, row
 from training import measure, run_settings
 
 from cda_cli.signals import StopRequest
-from cda_cli.training.distribution import join
-from cda_cli.training.launch import ErrorCoordinator
+from cda_cli.training.distributed.launch import ErrorCoordinator
+from cda_cli.training.distributed.processes import join
 from cda_cli.training.setup import build
 
 LIMIT = 240  # seconds that a row may take

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from synthetic import ATTENTION, header, on_gpu, random_data, row, settings
 
-from cda_cli.training.distribution import ALONE
-from cda_cli.training.memory import forecast
+from cda_cli.training.accounting.memory_forecast import forecast
+from cda_cli.training.distributed.processes import ALONE
 from cda_cli.training.run import try_steps
 from cda_cli.training.setup import build, captures, resolve_backend
 

@@ -57,7 +57,7 @@ def train(
     from cda_cli.config import resolve
     from cda_cli.runs.folder import config_to_resume
     from cda_cli.signals import StopRequest
-    from cda_cli.training.launch import ErrorCoordinator, count_processes, launch
+    from cda_cli.training.distributed.launch import ErrorCoordinator, count_processes, launch
 
     run = out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))
     # A wrong setting is refused before torch is imported.
@@ -68,7 +68,7 @@ def train(
         from cda_cli.console import TrainingDisplay, show_dry_run, show_forecast
         from cda_cli.training import run as training
         from cda_cli.training.display import NullDisplay
-        from cda_cli.training.distribution import join
+        from cda_cli.training.distributed.processes import join
 
         with join(coordinator, settings) as joined:
             display = TrainingDisplay() if joined.first else NullDisplay()

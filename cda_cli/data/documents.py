@@ -9,7 +9,7 @@ from typing import Any
 
 from cda_cli.data.files import brief
 from cda_cli.data.hub import quiet_libraries, read_errors
-from cda_cli.data.rows import READERS
+from cda_cli.data.row_readers import READERS
 from cda_cli.errors import DataError
 
 Position = dict[str, Any]

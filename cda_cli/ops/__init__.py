@@ -13,8 +13,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from cda_cli.ops.attention import blockwise_attention
 from cda_cli.ops.backends import Backend, Choice, Solver, SolverSettings, choose_backend
+from cda_cli.ops.blockwise_attention import blockwise_attention
 from cda_cli.ops.checks import (
     check_attention,
     check_finite,
@@ -23,11 +23,11 @@ from cda_cli.ops.checks import (
     check_solver_settings,
     row_budgets,
 )
+from cda_cli.ops.colt5 import published_soft_topk
 from cda_cli.ops.dense import differentiable_attention, for_each_query, published_attention
 from cda_cli.ops.precision import autocast_dtype, settle_vector_functions
-from cda_cli.ops.published import published_soft_topk
 from cda_cli.ops.reference import reference_attention, reference_gradients, reference_soft_topk
-from cda_cli.ops.rows import differentiable_rows, soft_topk_rows
+from cda_cli.ops.row_operator import differentiable_rows, soft_topk_rows
 from cda_cli.ops.transforms import transformed
 
 __all__ = [
@@ -241,7 +241,7 @@ def _fused(
     largest_k: float | None,
     return_threshold: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    from cda_cli.ops.triton.attention import fused_attention, threshold
+    from cda_cli.ops.triton.fused_attention import fused_attention, threshold
 
     if not query.dtype == key.dtype == value.dtype:
         dtype = autocast_dtype(value)

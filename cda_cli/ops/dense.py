@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cda_cli.ops.colt5 import published_soft_topk
 from cda_cli.ops.documents import visible_ranges
 from cda_cli.ops.precision import arithmetic_dtype, in_own_precision
-from cda_cli.ops.published import published_soft_topk
-from cda_cli.ops.rows import differentiable_rows
+from cda_cli.ops.row_operator import differentiable_rows
 
 
 @in_own_precision

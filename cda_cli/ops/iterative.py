@@ -81,7 +81,7 @@ def iterative_gradients(
 def iterative_rows(scores: Tensor, budget: Tensor, plan: Annealing, backend: str) -> tuple[Tensor, Tensor]:
     """`solve_iterative` by backend "torch", or by the kernels of "triton"."""
     if backend == "triton":
-        from cda_cli.ops.triton.rows import iterative_forward
+        from cda_cli.ops.triton.row_launches import iterative_forward
 
         return iterative_forward(scores, budget, plan.steps, plan.last)
     return solve_iterative(scores.to(budget.dtype), budget, plan)
@@ -92,7 +92,7 @@ def iterative_rows_gradients(
 ) -> tuple[Tensor, Tensor]:
     """`iterative_gradients` by backend "torch", or by the kernels of "triton"."""
     if backend == "triton":
-        from cda_cli.ops.triton.rows import iterative_backward
+        from cda_cli.ops.triton.row_launches import iterative_backward
 
         return iterative_backward(grad_weights, scores, budget, history, plan.steps, plan.last)
     return iterative_gradients(scores.to(budget.dtype), budget, history, grad_weights.to(budget.dtype), plan)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cda_cli.training.distribution import shard_like
+from cda_cli.training.distributed.processes import shard_like
 
 
 class WeightAverage:

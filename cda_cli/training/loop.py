@@ -20,13 +20,14 @@ from cda_cli.runs.records import CheckpointRecord, Record, SampleRecord, TrainRe
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.storage import publish, step_folder
+from cda_cli.training.accounting.speed import Speed
 from cda_cli.training.display import Display
-from cda_cli.training.finite import Refusals, StepResult
+from cda_cli.training.early_stop import Patience
 from cda_cli.training.gradients import clip_gradients
-from cda_cli.training.milestones import Minutes, Patience, due
+from cda_cli.training.nonfinite import Refusals, StepResult
 from cda_cli.training.optimizer import GuardedOptimizer, learning_rate, set_learning_rate
 from cda_cli.training.pipeline import Pipeline, restore_gc
-from cda_cli.training.speed import Speed
+from cda_cli.training.schedule import Minutes, due
 from cda_cli.training.state import RunContext, TrainState
 
 SAMPLE_TOKENS = 200

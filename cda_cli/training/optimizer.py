@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.config import OptimConfig
-from cda_cli.training.distribution import shard_like
-from cda_cli.training.finite import StepResult
+from cda_cli.training.distributed.processes import shard_like
+from cda_cli.training.nonfinite import StepResult
 
 
 class MuonAndAdamW:

@@ -17,9 +17,9 @@ from cda_cli.config import Config
 from cda_cli.data import Batch
 from cda_cli.inspection import Watcher, inspect, layer_means
 from cda_cli.runs.records import LayerRecord
+from cda_cli.training.accounting.speed import Speed
 from cda_cli.training.gradients import accumulate_gradients
-from cda_cli.training.milestones import due
-from cda_cli.training.speed import Speed
+from cda_cli.training.schedule import due
 from cda_cli.training.state import RunContext, TrainState
 
 

@@ -22,14 +22,15 @@ from cda_cli.settings import MOST_THREADS
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, load
 from cda_cli.streams import when_stdout_is_lost
+from cda_cli.training.accounting.disk_space import check_space
+from cda_cli.training.accounting.memory_forecast import Forecast, forecast, is_small, memory_remark
 from cda_cli.training.display import Display, Plan
-from cda_cli.training.distribution import ALONE, Processes
-from cda_cli.training.finite import StepResult
+from cda_cli.training.distributed.launch import STOPPED_BEFORE_START
+from cda_cli.training.distributed.processes import ALONE, Processes
+from cda_cli.training.early_stop import Patience
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
-from cda_cli.training.launch import STOPPED_BEFORE_START
 from cda_cli.training.loop import train
-from cda_cli.training.memory import Forecast, forecast, is_small, memory_remark
-from cda_cli.training.milestones import Patience
+from cda_cli.training.nonfinite import StepResult
 from cda_cli.training.optimizer import GuardedOptimizer
 from cda_cli.training.pipeline import draw
 from cda_cli.training.resume import check_same_run, check_same_text, find_checkpoint
@@ -42,7 +43,6 @@ from cda_cli.training.setup import (
     with_absolute_paths,
     with_vocabulary,
 )
-from cda_cli.training.space import check_space
 from cda_cli.training.state import THREADS, RunContext, TrainState
 from cda_cli.training.trackers import check_trackers, open_trackers
 

@@ -28,9 +28,9 @@ from cda_cli.ops import Choice
 from cda_cli.restore import check_model, fill
 from cda_cli.runtime import pick_dtype
 from cda_cli.storage import Checkpoint, unpack_optimizer
+from cda_cli.training.accounting.flops import peak_flops
 from cda_cli.training.average import WeightAverage
-from cda_cli.training.distribution import ALONE, Processes
-from cda_cli.training.flops import peak_flops
+from cda_cli.training.distributed.processes import ALONE, Processes
 from cda_cli.training.gradients import GradientGraphs
 from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optimizer
 from cda_cli.training.state import Batches, RunContext, RunData, TrainState

@@ -17,11 +17,11 @@ from cda_cli.data import Batch, Tokenizer, Tokens
 from cda_cli.model import Transformer, state_tensors
 from cda_cli.ops import Choice
 from cda_cli.storage import pack_optimizer
+from cda_cli.training.accounting.flops import flops_per_token, peak_flops
 from cda_cli.training.average import WeightAverage
-from cda_cli.training.distribution import Processes
-from cda_cli.training.finite import require_finite_weights
-from cda_cli.training.flops import flops_per_token, peak_flops
+from cda_cli.training.distributed.processes import Processes
 from cda_cli.training.gradients import GradientGraphs
+from cda_cli.training.nonfinite import require_finite_weights
 from cda_cli.training.optimizer import Optimizer
 
 # In the state of a checkpoint: the number of CPU threads if the CPU alone computed, or else None.

@@ -14,8 +14,8 @@ import pytest
 
 from cda_cli.restore import saved_config
 from cda_cli.storage import load, locate, newest
+from cda_cli.training.accounting.disk_space import OTHER_BYTES, checkpoint_bytes
 from cda_cli.training.setup import build, open_data
-from cda_cli.training.space import OTHER_BYTES, checkpoint_bytes
 from tests.commands.helpers import Cda, assert_refused, metrics
 
 LIMITED = """

@@ -12,8 +12,8 @@ from cda_cli.console import TrainingDisplay
 from cda_cli.console.reports import show_doctor, show_dry_run, show_forecast
 from cda_cli.diagnosis import Check, Diagnosis
 from cda_cli.runs.records import CheckpointRecord, Record, RefusedRecord, SampleRecord
+from cda_cli.training.accounting.memory_forecast import Forecast
 from cda_cli.training.display import Plan
-from cda_cli.training.memory import Forecast
 from cda_cli.training.run import DryRun
 from tests.console.conftest import MakeScreen, Screen
 from tests.runs.records import TRAIN, VALIDATION

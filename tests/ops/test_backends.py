@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cda_cli.ops import backends, choose_backend, soft_topk, soft_topk_attention
-from cda_cli.ops.attention import blockwise_attention, blockwise_attention_backward
-from cda_cli.ops.rows import soft_topk_rows, soft_topk_rows_backward
+from cda_cli.ops.blockwise_attention import blockwise_attention, blockwise_attention_backward
+from cda_cli.ops.row_operator import soft_topk_rows, soft_topk_rows_backward
 from tests.ops.cases import DEVICE, assert_within, random_mask, random_rows
 
 ITERATIVE = {"solver": "iterative", "n_iters": 7, "eps_init": 3.0, "eps_decay": 0.6, "eps": 0.2}

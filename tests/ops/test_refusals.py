@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from cda_cli.ops import soft_topk, soft_topk_attention
-from cda_cli.ops.attention import blockwise_attention
-from cda_cli.ops.rows import soft_topk_rows
-from cda_cli.ops.triton.attention import fused_attention
+from cda_cli.ops.blockwise_attention import blockwise_attention
+from cda_cli.ops.row_operator import soft_topk_rows
+from cda_cli.ops.triton.fused_attention import fused_attention
 from tests.ops.cases import DEVICE, assert_within, random_rows
 
 NAMES = {"query": "query_BHTD", "key": "key_BHSD", "value": "value_BHSD"}

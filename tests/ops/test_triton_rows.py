@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cda_cli.ops import soft_topk
 from cda_cli.ops.iterative import annealing
-from cda_cli.ops.triton import rows as kernels
+from cda_cli.ops.triton import row_launches as kernels
 from tests.ops.cases import (
     DEVICE,
     UNIT,

@@ -26,9 +26,9 @@ import cda_cli.storage.atomic
 import cda_cli.storage.checkpoint
 import cda_cli.storage.manifest
 import cda_cli.strict_yaml
-import cda_cli.training.distribution
-import cda_cli.training.finite
+import cda_cli.training.distributed.processes
 import cda_cli.training.loop
+import cda_cli.training.nonfinite
 import cda_cli.training.optimizer
 import cda_cli.training.run
 import cda_cli.training.setup
@@ -166,7 +166,7 @@ def manifest_in_any_spelling(patch: Patch) -> None:
 
 @variant
 def random_states_not_restored(patch: Patch) -> None:
-    patch.setattr(cda_cli.training.distribution, "restore_random_states", lambda states: None)
+    patch.setattr(cda_cli.training.distributed.processes, "restore_random_states", lambda states: None)
 
 
 @variant
@@ -270,12 +270,12 @@ for one in broken_stopping.ALL:
 
 @variant
 def what_is_not_finite_let_through(patch: Patch) -> None:
-    patch.setattr(cda_cli.training.finite.StepValues, "is_finite", True)
+    patch.setattr(cda_cli.training.nonfinite.StepValues, "is_finite", True)
 
 
 @variant
 def only_the_loss_looked_at(patch: Patch) -> None:
-    result = cda_cli.training.finite.StepResult
+    result = cda_cli.training.nonfinite.StepResult
     patch.setattr(cda_cli.training.loop, "StepResult", lambda loss, norm: result(loss, torch.zeros(())))
 
 

@@ -17,8 +17,8 @@ from cda_cli.data import Batch
 from cda_cli.errors import ConfigError
 from cda_cli.model import Transformer
 from cda_cli.storage import load, locate
-from cda_cli.training.distribution import Processes
-from cda_cli.training.launch import Place, count_processes
+from cda_cli.training.distributed.launch import Place, count_processes
+from cda_cli.training.distributed.processes import Processes
 from tests.commands.helpers import OVERFLOWING, contents, metrics
 from tests.training.helpers import changed, losses, trained
 from tests.training.processes import Nursery

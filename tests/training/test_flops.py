@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cda_cli.config import Config, parse
 from cda_cli.model import Transformer
-from cda_cli.training.flops import flops_per_token, peak_flops
+from cda_cli.training.accounting.flops import flops_per_token, peak_flops
 
 MODEL: dict[str, Any] = {"vocab_size": 50, "seq_len": 12, "dim": 16, "depth": 3, "heads": 2, "dim_head": 6}
 

@@ -23,8 +23,8 @@ from cda_cli.runs.records import VERSION, TrainRecord, to_json
 from cda_cli.signals import StopRequest
 from cda_cli.storage import list_steps
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
-from cda_cli.training.milestones import due
 from cda_cli.training.run import run_training
+from cda_cli.training.schedule import due
 from tests.training.helpers import Memory, changed, losses, trained
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from cda_cli.config import ModelConfig, OptimConfig
 from cda_cli.model import Transformer
 from cda_cli.storage import pack_optimizer
-from cda_cli.training.finite import StepResult
+from cda_cli.training.nonfinite import StepResult
 from cda_cli.training.optimizer import (
     GuardedOptimizer,
     MuonAndAdamW,

@@ -9,6 +9,7 @@ import torch
 
 from cda_cli.config import Config, parse
 from cda_cli.errors import DataError, DeviceError
+from cda_cli.training.accounting.speed import WINDOW, Speed
 from cda_cli.training.setup import (
     build,
     compiles,
@@ -18,7 +19,6 @@ from cda_cli.training.setup import (
     resolve_backend,
     with_vocabulary,
 )
-from cda_cli.training.speed import WINDOW, Speed
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from cda_cli.runs.records import RefusedRecord
 from cda_cli.runtime import deterministic
 from cda_cli.signals import StopRequest
 from cda_cli.storage import pack_optimizer, publish, step_folder
-from cda_cli.training.finite import Refusals, StepResult, require_finite_weights
+from cda_cli.training.early_stop import Patience
 from cda_cli.training.loop import train
-from cda_cli.training.milestones import Patience
+from cda_cli.training.nonfinite import Refusals, StepResult, require_finite_weights
 from cda_cli.training.setup import build, open_data
 from cda_cli.training.state import TrainState
 from tests.devices import DEVICES

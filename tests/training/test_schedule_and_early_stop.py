@@ -10,7 +10,8 @@ import pytest
 from cda_cli.config import Config
 from cda_cli.runs.records import ValidationRecord
 from cda_cli.storage import list_steps
-from cda_cli.training.milestones import Minutes, Patience
+from cda_cli.training.early_stop import Patience
+from cda_cli.training.schedule import Minutes
 from tests.training.helpers import Memory, losses, trained
 
 

@@ -43,7 +43,7 @@ def soft_topk_rows(
         weights, saved = iterative_rows(scores, budget, annealing(eps, n_iters, eps_init, eps_decay), backend)
         return weights.to(scores.dtype), saved
     if backend == "triton":
-        from cda_cli.ops.triton.rows import exact_forward
+        from cda_cli.ops.triton.row_launches import exact_forward
 
         return exact_forward(scores, budget, eps)
     rows = scores.to(budget.dtype)
@@ -84,7 +84,7 @@ def soft_topk_rows_backward(
         grad_scores, grad_budget = iterative_rows_gradients(scores, budget, saved, grad_weights, plan, backend)
         return grad_scores.to(scores.dtype), grad_budget
     if backend == "triton":
-        from cda_cli.ops.triton.rows import exact_backward
+        from cda_cli.ops.triton.row_launches import exact_backward
 
         return exact_backward(grad_weights, scores, saved, eps)
     rows, grad = scores.to(budget.dtype), grad_weights.to(budget.dtype)

@@ -1,29 +1,9 @@
-"""When something is due: by the step, by the clock, or because the validation loss no longer falls."""
+"""Stops a run early, once its validation loss no longer falls."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable
-
-
-def due(step: int, interval: int) -> bool:
-    """Whether something that is done every `interval` steps is due after `step`. An interval of 0 means never."""
-    return interval > 0 and step % interval == 0
-
-
-class Minutes:
-    """Tells whether so many minutes have passed since the last restart. For 0 minutes it never does."""
-
-    def __init__(self, minutes: float) -> None:
-        self._seconds = 60 * minutes
-        self._began = time.monotonic()
-
-    def passed(self) -> bool:
-        return self._seconds > 0 and time.monotonic() - self._began >= self._seconds
-
-    def restart(self) -> None:
-        self._began = time.monotonic()
 
 
 class Patience:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cda_cli.ops import reference_soft_topk, soft_topk_attention
-from cda_cli.ops.triton.attention import fused_attention, fused_attention_backward
+from cda_cli.ops.triton.fused_attention import fused_attention, fused_attention_backward
 from tests.ops.attention_problems import (
     ANNEALING,
     CASES,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cda_cli.config import DataConfig
 from cda_cli.data import open_source
-from cda_cli.data import rows as rows_module
+from cda_cli.data import row_readers as rows_module
 from cda_cli.errors import DataError
 
 LOOKS_LIKE_ANOTHER_TYPE = [

@@ -37,7 +37,7 @@ from cda_cli.errors import DeviceError
 from cda_cli.model import Transformer
 from cda_cli.runtime import pick_device, random_states, restore_random_states
 from cda_cli.signals import StopRequest
-from cda_cli.training.launch import ERROR, POLL, ErrorCoordinator, Place, log_level
+from cda_cli.training.distributed.launch import ERROR, POLL, ErrorCoordinator, Place, log_level
 
 # One process may write a large checkpoint while the others wait in a collective.
 TIMEOUT = timedelta(hours=1)

@@ -27,7 +27,7 @@ from cda_cli.ops.triton.attention_launches import (
     padded,
     solve_and_output,
 )
-from cda_cli.ops.triton.rows import exact_forward
+from cda_cli.ops.triton.row_launches import exact_forward
 from cda_cli.ops.triton.tiles import BEYOND
 
 # Up to so many queries are too few for a program per block of queries.

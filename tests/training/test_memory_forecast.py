@@ -12,8 +12,8 @@ from cda_cli.config import Config, parse
 from cda_cli.data import Batch
 from cda_cli.model import Transformer
 from cda_cli.ops import Choice
+from cda_cli.training.accounting.memory_forecast import Forecast, forecast, memory_remark
 from cda_cli.training.gradients import accumulate_gradients
-from cda_cli.training.memory import Forecast, forecast, memory_remark
 from cda_cli.training.optimizer import build_optimizer
 from tests.devices import DEVICES
 from tests.training.helpers import with_settings

@@ -1,0 +1,1 @@
+"""Several processes: from one command to many and back (`launch`), and what they share in a step (`processes`)."""
