@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-
 from cda_cli.errors import CheckpointError, StorageError
 from cda_cli.storage.manifest import damaged
 
@@ -17,9 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# What the parser and torch raise for files that are malformed in one way or another.
+# What safetensors, beside its own error, and torch raise for files that are malformed in one way or another.
 _MALFORMED = (
-    SafetensorError,
     OSError,
     ValueError,
     TypeError,
@@ -36,6 +33,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     Raises OSError as every other write does, and ValueError for a name that the format keeps for itself.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if "__metadata__" in tensors:
@@ -51,12 +49,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a verified file, in memory of their own on the CPU. Raises CheckpointError if malformed."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         # The loader maps the file: without the copy, a file cut short later would kill the process (SIGBUS).
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except _MALFORMED as error:
+    except (SafetensorError, *_MALFORMED) as error:
         raise damaged(path, f"cannot be read as safetensors ({type(error).__name__})") from error
 
 
