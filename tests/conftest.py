@@ -30,7 +30,8 @@ if not torch.cuda.is_available():
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-# These files start processes, train, or run kernels in the interpreter. They take most of the time of all tests.
+# These files start processes, train, or run kernels in the interpreter, which takes most of the time of all tests.
+# Elsewhere single tests have the marker, such as those that compile.
 SLOW = (
     "commands/test_data_identity.py",
     "commands/test_devices.py",

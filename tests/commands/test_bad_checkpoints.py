@@ -60,6 +60,7 @@ def test_a_file_that_is_missing(cda: Cda, step: Path, name: str) -> None:
         assert_refused(cda(command, step, *options), name, "is missing")
 
 
+@pytest.mark.slow
 def test_the_older_one_is_read_and_the_damage_said(finished: Path, tmp_path: Path) -> None:
     """Figures of another checkpoint than the newest, without a word, would be taken for the newest's."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))

@@ -273,6 +273,7 @@ print(len(corpus.train), len(corpus.validation))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_both_end_well(folder: Path, cache: Path) -> None:
     (folder / "a.txt").write_text(UNICODE * 200_000)
     command = [sys.executable, "-c", PREPARE, str(folder / "a.txt")]

@@ -68,6 +68,7 @@ def test_at_its_end_nothing_is_rounded_anew(settings: dict[str, Any]) -> None:
         assert torch.equal(model(batch), with_number(model, model.config.attn_eps)(batch))
 
 
+@pytest.mark.slow
 def test_the_kernels_get_the_factor_too() -> None:
     """Where norm and rotation are one kernel, the factor is in the gain of the norm."""
     torch.manual_seed(0)
@@ -95,6 +96,7 @@ def test_an_observer_sees_the_weights_of_the_number(settings: dict[str, Any]) ->
         torch.testing.assert_close(found.weights, right.weights, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "graphs"), [({}, 1), ({"position": "rotary", "qk_norm": True}, 1), ({"solver": "iterative"}, 4)]
 )

@@ -11,6 +11,7 @@ from cda_cli.targets import IGNORE
 from tests.devices import DEVICES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("V", [257, 2048, 50304])

@@ -82,6 +82,7 @@ def test_scores_are_float32_under_autocast(attention: str) -> None:
             torch.testing.assert_close(one.weights.sum(-1), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", COMPILED, ids=str)
 def test_compiled_logits_and_gradients_are_the_same(settings: dict[str, Any]) -> None:
     """In one graph: a break in it would cost the speed that compiling is for."""

@@ -140,6 +140,7 @@ def test_an_observer_sees_rows_that_sum_to_their_k(name: str) -> None:
     assert all(share > 0.2 for share in zeros) == (name in ("hard-topk", "entmax")), "which rules give weights of 0"
 
 
+@pytest.mark.slow
 @each_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_trains_compiled_and_in_bf16(name: str, dtype: torch.dtype) -> None:

@@ -76,6 +76,7 @@ def test_parity_on_rows_at_the_edge(name: str, backend: str, dtype: torch.dtype)
     assert_parity(backend, scores.to(dtype), torch.tensor([1.0, 2.0, 2.5, 7.0], dtype=dtype), None, **SEED_SETTINGS)
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_parity_whatever_the_annealing(data: st.DataObject) -> None:
     """Any shape, any k per row, n_iters from 1 to 25, eps_decay up to 1.0 and eps_init on either side of ε."""
