@@ -13,8 +13,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from cda_cli.ops.attention_blocks import blockwise_attention
 from cda_cli.ops.backends import Backend, Choice, Solver, SolverSettings, choose_backend
-from cda_cli.ops.blockwise_attention import blockwise_attention
 from cda_cli.ops.checks import (
     check_attention,
     check_finite,

@@ -193,9 +193,9 @@ def test_blocks_of_queries_do_not_show(
 ) -> None:
     """The smallest blocks and one block for all give the same output and gradients."""
     this = problem((1, 2, T, S, 4), (1, 2, T), dtype=torch.float64, causal=causal)
-    monkeypatch.setattr("cda_cli.ops.blockwise_attention.BLOCK_SCORES_CPU", 1)
+    monkeypatch.setattr("cda_cli.ops.attention_blocks.BLOCK_SCORES_CPU", 1)
     many = run(this, solver=solver, **ANNEALING)
-    monkeypatch.setattr("cda_cli.ops.blockwise_attention.BLOCK_SCORES_CPU", 2**40)
+    monkeypatch.setattr("cda_cli.ops.attention_blocks.BLOCK_SCORES_CPU", 2**40)
     assert_close(many, run(this, solver=solver, **ANNEALING), 1e-11, this)
 
 
@@ -218,7 +218,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(
     solver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T = S = 2048 in blocks of 16 queries: a quarter of one T × S tensor is never there at once."""
-    monkeypatch.setattr("cda_cli.ops.blockwise_attention.BLOCK_SCORES_CPU", 1)
+    monkeypatch.setattr("cda_cli.ops.attention_blocks.BLOCK_SCORES_CPU", 1)
     long, short = (problem((1, 1, T, T, 8), 2.0) for T in (2048, 1024))
     peak = peak_memory(long, solver, tmp_path)
     assert peak > 5 * long.query.nbytes, "the profiler saw nothing, so the bounds below say nothing"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cda_cli.ops import backends, choose_backend, soft_topk, soft_topk_attention
-from cda_cli.ops.blockwise_attention import blockwise_attention, blockwise_attention_backward
+from cda_cli.ops.attention_blocks import blockwise_attention, blockwise_attention_backward
 from cda_cli.ops.row_operator import soft_topk_rows, soft_topk_rows_backward
 from tests.ops.cases import DEVICE, assert_within, random_mask, random_rows
 

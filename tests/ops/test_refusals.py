@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cda_cli.ops import soft_topk, soft_topk_attention
-from cda_cli.ops.blockwise_attention import blockwise_attention
+from cda_cli.ops.attention_blocks import blockwise_attention
 from cda_cli.ops.row_operator import soft_topk_rows
 from cda_cli.ops.triton.fused_attention import fused_attention
 from tests.ops.cases import DEVICE, assert_within, random_rows

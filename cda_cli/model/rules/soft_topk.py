@@ -9,7 +9,7 @@ from cda_cli.config import ModelConfig
 from cda_cli.model.layers import solver_settings
 from cda_cli.model.rules.base import AttentionRule, Products
 from cda_cli.ops import Backend, Choice, choose_backend, soft_topk, soft_topk_attention
-from cda_cli.ops.blockwise_attention import BLOCK_SCORES_CPU, BLOCK_SCORES_GPU
+from cda_cli.ops.attention_blocks import BLOCK_SCORES_CPU, BLOCK_SCORES_GPU
 
 
 class SoftTopK(AttentionRule):
