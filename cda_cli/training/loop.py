@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from cda_cli.config import annealed_eps
 from cda_cli.data import IGNORE, Batch, evaluation_batches
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate
 from cda_cli.generation import SamplingSettings, generate
@@ -26,7 +25,7 @@ from cda_cli.training.early_stop import Patience
 from cda_cli.training.gradients import clip_gradients
 from cda_cli.training.nonfinite import Refusals, StepResult
 from cda_cli.training.optimizer import GuardedOptimizer, learning_rate, set_learning_rate
-from cda_cli.training.pipeline import Pipeline, restore_gc
+from cda_cli.training.pipeline import Pipeline, eps_of_step, restore_gc
 from cda_cli.training.schedule import Minutes, due
 from cda_cli.training.state import RunContext, TrainState
 
@@ -67,9 +66,7 @@ def train(
     while state.step < optim.steps and not (stop or patience.over):
         rate = learning_rate(optim, config.schedule_steps, state.step)
         set_learning_rate(state.optimizer, rate)
-        eps = annealed_eps(config.model, state.step, config.schedule_steps)
-        model.set_attention_eps(eps)
-        batches, state.position, loss = pipeline.take()
+        batches, state.position, loss, eps = pipeline.take()
         result = StepResult(loss, clip_gradients(model, optim.clip))
         optimizer.launch(result)
         pipeline.prefetch(batches, inspects=is_logged(state.step + 1))
@@ -95,7 +92,7 @@ def train(
         last = state.step == optim.steps
         if is_logged(state.step) or stop:
             speed.mark()
-            layers = pipeline.layers(batches)
+            layers = pipeline.layers(batches, eps)
             report(
                 TrainRecord(
                     step=state.step,
@@ -117,7 +114,7 @@ def train(
         passed = every.save_minutes > 0 and processes.any(minutes.passed())
         with speed.paused():
             # Validation and samples use the ε that a model restored from this step's checkpoint has.
-            model.set_attention_eps(annealed_eps(config.model, state.step, config.schedule_steps))
+            model.set_attention_eps(eps_of_step(config, state.step))
             if (due(state.step, every.eval_every) or last) and not stop:
                 found = validate(context, stop)
                 if found is not None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cda_cli.config import Config
+from cda_cli.config import Config, annealed_eps
 from cda_cli.data import Batch
 from cda_cli.inspection import Watcher, inspect, layer_means
 from cda_cli.runs.records import LayerRecord
@@ -26,12 +26,14 @@ from cda_cli.training.state import RunContext, TrainState
 class PendingStep(NamedTuple):
     """A step whose gradients are computed, or are being computed on the device, and nothing more.
 
-    `position` is the position in the data after its `batches`; `loss` is a scalar on the device.
+    `position` is the position in the data after its `batches`; `loss` is a scalar on the device. `eps` is the ε of the
+    attention with which the gradients are computed.
     """
 
     batches: list[Batch]
     position: dict[str, Any]
     loss: Tensor
+    eps: float
 
 
 class Pipeline:
@@ -51,7 +53,14 @@ class Pipeline:
     def take(self) -> PendingStep:
         """Returns the step that was launched ahead, or else launches one."""
         pending, self._pending = self._pending, None
-        return pending or launch_step(self._context, self._state, self._speed)
+        context, state = self._context, self._state
+        if pending is None:
+            return launch_step(context, state, self._speed, state.step)
+        if pending.eps == eps_of_step(context.config, state.step):
+            return pending
+        # The step before was refused, so ε stays where it was. The gradients of this step are computed again with it.
+        state.optimizer.zero_grad(set_to_none=True)
+        return compute_gradients(context, state, pending.batches, pending.position, state.step)
 
     def prefetch(self, batches: list[Batch], inspects: bool) -> None:
         """Launches the next step and, with `inspects`, an inspection of this one on its `batches`.
@@ -66,8 +75,11 @@ class Pipeline:
         if inspects and stream:
             # The inspection waits for the weights of this step, but not for the next step, which is launched after it.
             stream.wait_stream(torch.cuda.current_stream(context.device))
-        if self._warm and may_launch_ahead(context.config, state.step + 1) and (stream or not inspects):
-            self._pending = launch_step(context, state, self._speed)
+        # An inspection beside the next step would see the ε of that step.
+        anneals = context.config.model.eps_anneal_start is not None
+        inspects_beside = stream is not None and not anneals
+        if self._warm and may_launch_ahead(context.config, state.step + 1) and (inspects_beside or not inspects):
+            self._pending = launch_step(context, state, self._speed, state.step + 1)
         if inspects:
             self._inspection = inspect_first(context, state, batches, stream)
 
@@ -80,8 +92,10 @@ class Pipeline:
             gc.freeze()
             self._warm = True
 
-    def layers(self, batches: list[Batch]) -> tuple[LayerRecord, ...]:
-        """Returns what each layer selected in the last step, on its `batches`, and waits for it."""
+    def layers(self, batches: list[Batch], eps: float) -> tuple[LayerRecord, ...]:
+        """Returns what each layer selected in the last step, on its `batches` with its `eps`, and waits for it."""
+        if self._inspection is None:
+            self._state.model.set_attention_eps(eps)  # The next step may be launched, with its own ε.
         inspection = self._inspection or inspect_first(self._context, self._state, batches)
         return inspection.layers()
 
@@ -95,14 +109,28 @@ def restore_gc() -> Iterator[None]:
         gc.unfreeze()
 
 
-def launch_step(context: RunContext, state: TrainState, speed: Speed) -> PendingStep:
-    """Draws the batches of a step and adds their gradients; a GPU may still compute them afterwards."""
+def launch_step(context: RunContext, state: TrainState, speed: Speed, step: int) -> PendingStep:
+    """Draws the batches of the step with index `step`, counted from 0, and computes their gradients."""
     with speed.waiting():
         batches, position = draw(state, context.config.optim.grad_accum)
+    return compute_gradients(context, state, batches, position, step)
+
+
+def compute_gradients(
+    context: RunContext, state: TrainState, batches: list[Batch], position: dict[str, Any], step: int
+) -> PendingStep:
+    """Adds the gradients of `batches` with the ε of `step`; a GPU may still compute them afterwards."""
+    eps = eps_of_step(context.config, step)
+    state.model.set_attention_eps(eps)
     loss = accumulate_gradients(
         context.compiled, batches, context.device, context.dtype, context.processes, context.graphs
     )
-    return PendingStep(batches, position, loss)
+    return PendingStep(batches, position, loss, eps)
+
+
+def eps_of_step(config: Config, step: int) -> float:
+    """Returns the ε of the attention in the step with index `step`, counted from 0."""
+    return annealed_eps(config.model, step, config.schedule_steps)
 
 
 def draw(state: TrainState, count: int) -> tuple[list[Batch], dict[str, Any]]:
@@ -116,13 +144,12 @@ def may_launch_ahead(config: Config, step: int) -> bool:
 
     It then has the same weights and batches as it would have afterwards, as a refused step changes no weights. But
     evaluations, samples and checkpoints that are due after `step` come before the next step. With dropout a step draws
-    random numbers, of which a checkpoint must hold those of its own step, and a stop may save any step. While ε
-    anneals, the next step would have the old ε.
+    random numbers, of which a checkpoint must hold those of its own step, and a stop may save any step.
     """
-    model, every = config.model, config.run
+    every = config.run
     anything_due = any(due(step, interval) for interval in (every.eval_every, every.sample_every, every.save_every))
     last = step == config.optim.steps
-    return not (last or anything_due or model.dropout or model.eps_anneal_start is not None)
+    return not (last or anything_due or config.model.dropout)
 
 
 class Inspection(NamedTuple):

@@ -55,7 +55,7 @@ ON_REQUEST = [
     if case in ("cpu", "cuda, bf16")
     for settings in ({"optimizer": "muon"}, {"ema_decay": 0.6})
 ]
-# A step that draws random numbers, or has its own ε, does not begin before the one before it is over.
+# A step that draws random numbers does not begin before the one before it is over.
 BETWEEN: list[dict[str, Any]] = [
     AHEAD | {"run.compile": None},
     {"model.dropout": 0.0, "model.eps_anneal_start": None},

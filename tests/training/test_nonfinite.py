@@ -142,17 +142,21 @@ def everything(state: TrainState) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize("every", [1, 99], ids=["a log line each step", "the next step is launched ahead"])
-@pytest.mark.parametrize("optim", [{}, {"optim.optimizer": "muon"}, {"optim.ema_decay": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optim.optimizer": "muon"}, {"optim.ema_decay": 0.5}, {"model.eps_anneal_start": 2.0}],
+    ids=str,
+)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_refused_step_leaves_no_trace(
-    config: Config, tmp_path: Path, device: str, optim: dict[str, object], every: int, step: int
+    config: Config, tmp_path: Path, device: str, changes: dict[str, object], every: int, step: int
 ) -> None:
     """The run equals, to the last bit, the run that never met that batch."""
     plain = {
         "model.dropout": 0.0, "model.eps_anneal_start": None, "optim.steps": STEPS, "optim.grad_accum": 1,
         "run.device": device, "run.compile": False, "run.deterministic": True, "run.log_every": every,
     }  # fmt: skip
-    asked = with_settings(config, plain | optim)
+    asked = with_settings(config, plain | changes)
     refused, spared = (trained_with(asked, tmp_path / str(poisoned), step, poisoned) for poisoned in (True, False))
     found, wanted = everything(refused), everything(spared)
     assert any(name.endswith("step") for name in wanted), sorted(wanted)
