@@ -1,0 +1,49 @@
+"""A curve in one line of text: a loss over the steps of a run."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+ASCII = "_.-~=+*#"  # where stdout cannot show blocks
+GAP = " "
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """One character for each value, from the lowest to the highest, in at most `width` characters.
+
+    More values than characters are averaged in `width` groups of neighbours. A group without a finite value is a gap.
+    """
+    groups = min(width, len(values))
+    means = [_mean(values[i * len(values) // groups : (i + 1) * len(values) // groups]) for i in range(groups)]
+    finite = [mean for mean in means if mean is not None]
+    if not finite:
+        return GAP * groups
+    low, high = min(finite), max(finite)
+    levels = BLOCKS if _can_show(BLOCKS) else ASCII
+    return "".join(GAP if mean is None else levels[_level(mean, low, high)] for mean in means)
+
+
+def _mean(group: Sequence[float]) -> float | None:
+    finite = [value for value in group if math.isfinite(value)]
+    # Dividing first keeps the sum of huge values finite.
+    return sum(value / len(finite) for value in finite) if finite else None
+
+
+def _level(value: float, low: float, high: float) -> int:
+    """A curve without a slope is drawn at the bottom."""
+    if low == high:
+        return 0
+    # Halved, so that the range of the largest floats stays finite.
+    share = (value / 2 - low / 2) / (high / 2 - low / 2)
+    return min(len(BLOCKS) - 1, int(share * len(BLOCKS)))
+
+
+def _can_show(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
