@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.console import Console
-from rich.text import Text
-
 from cda_cli.console.base import out
 from cda_cli.console.text import write_text
 
 
 class SampleDisplay:
-    """`stream`: piece by piece; `quiet`: show nothing, only collect; `several`: say which sample is which."""
+    """Writes samples to stdout: piece by piece with `stream`, else each when it is whole; `quiet` only collects them.
 
-    def __init__(self, stream: bool, quiet: bool, several: bool) -> None:
-        self._stream, self._quiet, self._several = stream, quiet, several
+    `headings` puts a line in front of each, as `head` does with several files. `end` follows each.
+    """
+
+    def __init__(self, stream: bool, quiet: bool, headings: bool = False, end: str = "\n") -> None:
+        self._stream, self._quiet, self._headings, self._end = stream, quiet, headings, end
         self._console = out()
+        self._is_first = True
 
-    def begin(self, prompt: int, number: int, text: str) -> None:
+    def begin(self, heading: str, prompt: str) -> None:
         if self._quiet:
             return
-        if self._several:
-            # On stderr, so that a pipe gets the text alone.
-            Console(stderr=True).print(Text(f"── prompt {prompt + 1}, sample {number + 1}", style="dim"))
-        write_text(self._console, text, style="dim")
+        if self._headings:
+            write_text(self._console, f"{'' if self._is_first else self._end}==> {heading} <==\n", style="bold")
+        self._is_first = False
+        write_text(self._console, prompt, style="dim")
 
     def follow(self, pieces: Iterable[str]) -> str:
         """Shows the pieces as they come, or all at the end; returns the text as it is."""
@@ -36,5 +37,5 @@ class SampleDisplay:
         if not self._quiet:
             if not self._stream:
                 write_text(self._console, "".join(collected))
-            write_text(self._console, "\n")
+            write_text(self._console, self._end)
         return "".join(collected)

@@ -63,15 +63,36 @@ def test_temperature_0_takes_the_likeliest(cda: Cda, finished: Path) -> None:
 
 
 def test_a_prompt_a_line_of_a_file(cda: Cda, finished: Path, tmp_path: Path) -> None:
-    """Empty lines are no prompts; headings of the samples stay out of a pipe."""
+    """Empty lines are no prompts."""
     file = tmp_path / "prompts.txt"
     file.write_text("first\n\nsecond λ\n", encoding="utf-8")
     samples = sampled(cda, finished, "--prompts-file", file, *SHORT)
     assert [sample["prompt"] for sample in samples] == ["first", "second λ"]
-    shown = cda("sample", finished, "--prompts-file", file, *SHORT)
-    assert shown.err == "── prompt 1, sample 1\n── prompt 2, sample 1\n"
-    assert shown.out.startswith("first")
-    assert "\nsecond λ" in shown.out
+
+
+def test_equal_prompts_get_different_texts(cda: Cda, finished: Path, tmp_path: Path) -> None:
+    """Each sample of a call has a seed of its own, with which it can be got again by itself."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\na\n", encoding="utf-8")
+    samples = sampled(cda, finished, "--prompts-file", file, *SHORT, "--num-samples", 2, "--seed", 5)
+    assert [sample["seed"] for sample in samples] == [5, 6, 7, 8]
+    assert len({sample["text"] for sample in samples}) == 4
+    assert sampled(cda, finished, "-p", "a", *SHORT, "--seed", 7) == samples[2:3]
+
+
+def test_samples_can_be_told_apart_in_a_pipe(cda: Cda, finished: Path) -> None:
+    """A heading for a person, a NUL for a program; a single sample is its text alone."""
+    ask = ("--prompt", "def\nx", *SHORT)
+    first, second = sampled(cda, finished, *ask, "--num-samples", 2)
+    texts = ["def\nx" + sample["text"] for sample in (first, second)]
+    shown = cda("sample", finished, *ask, "--num-samples", 2)
+    assert shown.err == ""
+    assert shown.out == (
+        f"==> prompt 1, sample 1, seed 0 <==\n{texts[0]}\n\n==> prompt 1, sample 2, seed 1 <==\n{texts[1]}\n"
+    )
+    assert cda("sample", finished, *ask, "--num-samples", 2, "-0").out == f"{texts[0]}\0{texts[1]}\0"
+    assert cda("sample", finished, *ask).out == f"{texts[0]}\n"
+    assert_refused(cda("sample", finished, *ask, "--null", "--json"), "--null and --json")
 
 
 def test_a_line_of_prompts_ends_at_its_newline_alone(cda: Cda, finished: Path, tmp_path: Path) -> None:
@@ -155,8 +176,8 @@ def test_escape_sequences_are_shown_harmlessly_on_a_terminal(finished: Path, mon
     monkeypatch.setattr(sys, "stdout", screen)
     harmless = "[bold]:smile: \t\xa0\u202f\u3000\u200d\u200c\xad\ufeff"
     evil = "\N{ESCAPE}]0;title\a\N{ESCAPE}[2J\x9b5n\r\u202e" + harmless
-    display = SampleDisplay(stream=True, quiet=False, several=False)
-    display.begin(0, 0, evil)
+    display = SampleDisplay(stream=True, quiet=False)
+    display.begin("prompt 1", evil)
     assert display.follow(["plain ", evil, "\n."]) == "plain " + evil + "\n."
     shown = screen.getvalue()
     safe = "".join("\N{REPLACEMENT CHARACTER}" if c in "\N{ESCAPE}\a\x9b\r\u202e" else c for c in evil)
