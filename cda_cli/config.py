@@ -9,10 +9,10 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -27,6 +27,7 @@ from cda_cli.settings import (
     DataSettings,
     ModelSettings,
     OptimSettings,
+    Row,
     RunSettings,
     preset_names,
 )
@@ -134,6 +135,31 @@ class Config(Section):
 Layer = Mapping[str, Mapping[str, Any]]
 
 
+class Resolved(NamedTuple):
+    """A configuration, and where each of its values comes from, by key: "default", "preset tiny", "--lr" …
+
+    `preset` is the one that it starts from, or None where it starts from the settings of a run.
+    """
+
+    config: Config
+    origins: dict[str, str]
+    preset: str | None
+
+
+class Explained(NamedTuple):
+    """A setting: its row of the table, its value, where that comes from, and its value in each preset."""
+
+    row: Row
+    value: Any
+    origin: str
+    presets: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        row = self.row
+        about = {"allowed": row.allowed, "values": row.values, "flag": row.setting.flag, "meaning": row.meaning}
+        return {"key": row.key, "value": self.value, "from": self.origin, "presets": self.presets} | about
+
+
 def resolve(
     preset: str | None = None,
     file: Path | None = None,
@@ -147,19 +173,59 @@ def resolve(
     preset under the key `preset`; the argument wins over it. `base`, the settings of a run that goes on, stands in
     for a preset that is named nowhere. Raises ConfigError.
     """
+    return resolve_with_origins(preset, file, sets, flags, base).config
+
+
+def resolve_with_origins(
+    preset: str | None = None,
+    file: Path | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    base: Config | None = None,
+) -> Resolved:
+    """`resolve`, which also says where each value comes from. Raises ConfigError."""
     from_file = read_yaml(file) if file else {}
     in_file = from_file.pop("preset", None)
     named = preset or in_file
-    start = base.model_dump() if base and not named and not file else _preset_layer(named or DEFAULT_PRESET)
-    layers: list[Layer] = [start, from_file]
-    layers += [_read_set(line) for line in sets]
-    layers += [_dotted(key, value) for key, value in (flags or {}).items() if value is not None]
+    start = None if base and not named and not file else named or DEFAULT_PRESET
+    layers: list[tuple[str, Layer]] = [(f"preset {start}", read_yaml(preset_file(start)))] if start else []
+    layers += [("run", base.model_dump())] if base and not start else []
+    layers += [(f"file {file}", from_file)]
+    layers += [("--set", _read_set(line)) for line in sets]
+    layers += [(_flag(key, value), _dotted(key, value)) for key, value in (flags or {}).items() if value is not None]
     merged: dict[str, dict[str, Any]] = {}
-    for layer in layers:
+    origins = dict.fromkeys(TABLE, "default")
+    for origin, layer in layers:
         _check_keys(layer)
         for section, values in layer.items():
             merged.setdefault(section, {}).update(values)
-    return parse(merged)
+            origins |= dict.fromkeys((f"{section}.{name}" for name in values), origin)
+    return Resolved(parse(merged), origins, start)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The values of all settings, by key."""
+    return {key: getattr(getattr(config, row.section), row.name) for key, row in TABLE.items()}
+
+
+def preset_values() -> dict[str, dict[str, Any]]:
+    """The values of all settings in each preset: by the preset's name, then by key."""
+    return {name: flat(resolve(name)) for name in preset_names()}
+
+
+def explain(resolved: Resolved) -> list[Explained]:
+    """All settings of a configuration, in the order of the table."""
+    values, presets = flat(resolved.config), preset_values()
+    return [
+        Explained(row, values[key], resolved.origins[key], {name: preset[key] for name, preset in presets.items()})
+        for key, row in TABLE.items()
+    ]
+
+
+def nearest_preset(config: Config) -> str:
+    """The preset from which the fewest settings differ: a run does not record the one that it began from."""
+    values, presets = flat(config), preset_values()
+    return min(presets, key=lambda name: sum(values[key] != value for key, value in presets[name].items()))
 
 
 def parse(values: Mapping[str, Any]) -> Config:
@@ -176,6 +242,32 @@ def dump_yaml(config: Config) -> str:
     text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
     # PyYAML writes a NEL as it is, and reads it as a line break.
     return yaml.safe_dump(config.model_dump(), sort_keys=False) if "\x85" in text else text
+
+
+def annotated_yaml(resolved: Resolved, keys: Collection[str]) -> str:
+    """The settings `keys` as YAML that `--config` reads back, with the origin of each value as a comment."""
+    lines = []
+    for section, values in resolved.config.model_dump().items():
+        wanted = {name: value for name, value in values.items() if f"{section}.{name}" in keys}
+        lines += [f"{section}:"] if wanted else []
+        for name, value in wanted.items():
+            # `dump_yaml` says why not all characters are written as they are.
+            entry = yaml.safe_dump({name: value}, allow_unicode="\x85" not in str(value)).rstrip("\n").split("\n")
+            origin = resolved.origins[f"{section}.{name}"]
+            # A comment would end a text that goes on in the next line, and so would a line end in the name of a file.
+            comment = f"  # {origin}" if len(entry) == 1 and origin.isprintable() else ""
+            lines += [f"  {line}{comment}" if line else "" for line in entry]
+    return "\n".join(lines) + "\n"
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a file for `--config`, with what the table of settings says of each setting."""
+    schema = Config.model_json_schema()
+    sections = {name: schema["$defs"][type(section).__name__] for name, section in Config()}
+    for row in TABLE.values():
+        sections[row.section]["properties"][row.name]["description"] = row.meaning
+    schema["properties"]["preset"] = {"description": "The preset to start from.", "enum": preset_names()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
 
 
 def annealed_eps(model: ModelConfig, step: int, schedule_steps: int) -> float:
@@ -203,10 +295,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _preset_layer(name: str) -> Layer:
+def preset_file(name: str) -> Path:
+    """The YAML file of a preset. Raises ConfigError where there is no such preset."""
     if name not in preset_names():
         raise ConfigError(f"unknown preset {name!r}: {did_you_mean(str(name), preset_names())}")
-    return read_yaml(PRESET_FOLDER / f"{name}.yaml")
+    return PRESET_FOLDER / f"{name}.yaml"
+
+
+def preset_purpose(name: str) -> tuple[str, str]:
+    """The number of parameters and the purpose of a preset, which the first line of its file gives."""
+    first = preset_file(name).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    parameters, _, purpose = first.partition(" parameters: ")
+    return parameters, purpose
 
 
 def _read_set(line: str) -> Layer:
@@ -223,6 +323,12 @@ def _read_set(line: str) -> Layer:
         return _dotted(key, strict_yaml.loads(value))
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of --set {line!r} is not valid YAML; put quotes around it") from error
+
+
+def _flag(key: str, value: Any) -> str:
+    """The flag that gave `value` to the setting `key`."""
+    on, _, off = TABLE[key].setting.flag.partition("/") if key in TABLE else (key, "", "")
+    return off if off and value is False else on or key
 
 
 def _dotted(key: str, value: Any) -> Layer:

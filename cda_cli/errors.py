@@ -73,8 +73,8 @@ def exit_code(error: Exception) -> int:
     return 2 if isinstance(error, OSError) and error.filename else 1
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'NEAREST'?`, or the list of what is known where nothing is near."""
+def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """`did you mean 'NEAREST'?`, or `otherwise` where nothing is near: by default the list of what is known."""
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    return f"did you mean {near[0]!r}?" if near else otherwise or f"known: {', '.join(names)}"

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -29,13 +30,14 @@ Side = Literal["validation", "train", "all"]  # of a text
 class Setting:
     """What the table says of a setting besides its type and its default.
 
-    `flag` is its option of `cda train`, such as "--attn-k", or "--compile/--no-compile" for a switch. Two settings may
-    share a flag, which then sets both; the first of them describes it, with `flag_help`. `by_preset` says that the
-    presets differ in a setting that has a flag.
+    `flag` is its option of `cda train`, such as "--attn-k", or "--compile/--no-compile" for a switch, and `short` the
+    same in one letter. Two settings may share a flag, which then sets both; the first of them describes it, with
+    `flag_help`. `by_preset` says that the presets differ in a setting that has a flag.
     """
 
     help: str
     flag: str = ""
+    short: str = ""
     flag_help: str = ""
     by_preset: bool = False
     gt: float | None = None
@@ -177,7 +179,9 @@ class OptimSettings(Table):
 
     steps: Annotated[
         int,
-        Setting("Optimizer steps; may be raised when a run is resumed.", flag="--steps", by_preset=True, ge=1),
+        Setting(
+            "Optimizer steps; may be raised when a run is resumed.", flag="--steps", short="-s", by_preset=True, ge=1
+        ),
     ] = 1000
     schedule_steps: Annotated[int | None, Setting("Length of the learning-rate schedule; null: steps.", ge=1)] = None
     schedule: Annotated[Literal["cosine", "constant"], Setting("Learning rate after the warm-up.")] = "cosine"
@@ -294,6 +298,21 @@ class Row(NamedTuple):
     def meaning(self) -> str:
         return with_values(self.setting.help, self.values)
 
+    @property
+    def allowed(self) -> str:
+        """What the setting may be, in words."""
+        limits = {">": self.setting.gt, "≥": self.setting.ge, "<": self.setting.lt, "≤": self.setting.le}
+        bounds = [f"{sign} {as_written(limit)}" for sign, limit in limits.items() if limit is not None]
+        if bool in self.kinds:
+            words = ["true", "false"]
+        elif self.values:
+            words = [*self.values, *["several with commas between"] * isinstance(self.default, list)]
+        elif int in self.kinds or float in self.kinds:
+            words = [" ".join(["integer" if int in self.kinds else "number", *bounds[:1]]), *bounds[1:]]
+        else:
+            words = ["text"]
+        return ", ".join([*words, *["or null"] * (NoneType in self.kinds)])
+
 
 def _values(kind: Any) -> tuple[str, ...]:
     if get_origin(kind) is list:
@@ -308,6 +327,15 @@ def with_values(help: str, values: Sequence[str]) -> str:
     return f"{help.removesuffix('.')}: {', '.join(values[:-1])} or {values[-1]}."
 
 
+def as_written(value: Any) -> str:
+    """A value as `--set` takes it, with commas between the words of a list."""
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    if isinstance(value, list):
+        return ",".join(value) or "[]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _rows(section: str) -> Iterator[Row]:
     settings = SECTIONS[section]
     for name, hint in get_type_hints(settings, include_extras=True).items():
@@ -319,4 +347,14 @@ TABLE = {row.key: row for section in SECTIONS for row in _rows(section)}  # by k
 
 
 def preset_names() -> list[str]:
+    """Sorted by name."""
     return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
+
+
+def find_settings(word: str) -> list[Row]:
+    """The settings whose name holds `word`, or all of a section; where there are none, those whose help holds it."""
+    word, name = word.lower(), word.lower().lstrip("-").replace("-", "_")
+    if name in SECTIONS:
+        return [row for row in TABLE.values() if row.section == name]
+    named = [row for row in TABLE.values() if name in row.key or name == row.setting.parameter]
+    return named or [row for row in TABLE.values() if word in f"{row.meaning} {row.setting.flag_help}".lower()]

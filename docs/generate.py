@@ -16,6 +16,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from cda_cli.config import preset_purpose, preset_values
+from cda_cli.console.settings import default_words
 from cda_cli.runs.records import KINDS, VERSION, LayerRecord
 from cda_cli.settings import SECTIONS, TABLE, preset_names
 
@@ -35,37 +37,50 @@ def commands() -> str:
         return page.read_text(encoding="utf-8")
 
 
+CONFIGURATION = """\
+# Configuration
+
+A run is described by four sections. The layers, the later winning: preset, `--config FILE.yaml`,
+`--set section.key=value`, flags. Of two `--set` with the same key the later wins. An unknown key is an error
+that names the nearest one, and a key that a file gives twice is an error too. The resolved configuration is
+written to `config.yaml` in the run folder, and `--config` reads it back. A default stands where neither
+file nor `--set` nor flag gives a value; where the presets differ, the tables below name each.
+
+`cda config` shows this page for the settings at hand: it takes the options of `cda train` and says of each value where
+it comes from. `cda config optim dropout` shows what these words name, `cda config RUN` what a run had and how that
+differs from its nearest preset. `cda config --yaml > mine.yaml` writes a file to start from, and
+`cda config --schema` the JSON Schema of such a file, by which an editor completes and checks it.
+
+The setting decides what its text means. Numbers are decimal: `010` is ten, and `1e3` and `1_000` are a
+thousand, for whole numbers too; switches are `true` and `false`. `null` takes away an optional value.
+`--set` takes a text, such as a path, as it is: `#`, `:`, quotes and spaces are part of it."""
+
+CACHE = """\
+## The cache
+
+Prepared tokens lie in a cache, so that the next run on the same text begins at once. It is the folder `cda` in
+`$XDG_CACHE_HOME`, or in `~/.cache` where that is not set; `CDA_CACHE` names another folder. `cda doctor` shows which
+folder it is and how much it holds. To empty it, remove the folder while no run is preparing its text: the next run
+prepares what is missing. With `--streaming` nothing is put there. Hugging Face keeps its datasets and tokenizers in a
+cache of its own, which `HF_HOME` moves."""
+
+
 def configuration() -> str:
-    presets = ", ".join(f"`{name}`" for name in preset_names())
-    lines = [
-        "# Configuration",
-        "",
-        "A run is described by four sections. The layers, the later winning: preset, `--config FILE.yaml`,",
-        "`--set section.key=value`, flags. Of two `--set` with the same key the later wins. An unknown key is an error",
-        "that names the nearest one, and a key that a file gives twice is an error too. The resolved configuration is",
-        "written to `config.yaml` in the run folder, and `--config` reads it back. A default stands where no layer",
-        "gives a value.",
-        "",
-        "The setting decides what its text means. Numbers are decimal: `010` is ten, and `1e3` and `1_000` are a",
-        "thousand, for whole numbers too; switches are `true` and `false`. `null` takes away an optional value.",
-        "`--set` takes a text, such as a path, as it is: `#`, `:`, quotes and spaces are part of it.",
-        "",
-        f"Presets: {presets}; each is a commented file in `cda_cli/presets/`.",
-    ]
+    lines = [CONFIGURATION, "", "## Presets", "", "`cda presets` lists them, and `cda presets NAME` prints one.", ""]
+    lines += ["| preset | parameters | purpose |", "|---|---|---|"]
+    lines += [f"| `{name}` | {' | '.join(preset_purpose(name))} |" for name in preset_names()]
+    lines += ["", CACHE]
+    values = preset_values()
     for section, settings in SECTIONS.items():
         lines += ["", f"## {section}", "", f"{settings.__doc__}", ""]
-        lines += ["| key | flag | default | meaning |", "|---|---|---|---|"]
+        lines += ["| key | flag | allowed | default | meaning |", "|---|---|---|---|---|"]
         for row in TABLE.values():
             if row.section == section:
-                flag = row.setting.flag and f"`{row.setting.flag.replace('/', '` `')}`"
-                lines.append(f"| `{row.key}` | {flag} | `{_as_yaml(row.default)}` | {row.meaning} |")
+                spellings = [row.setting.short, *row.setting.flag.split("/")]
+                flag = " ".join(f"`{spelling}`" for spelling in spellings if spelling)
+                default = default_words({name: values[name][row.key] for name in values})
+                lines.append(f"| `{row.key}` | {flag} | {row.allowed} | {default} | {row.setting.help} |")
     return "\n".join(lines) + "\n"
-
-
-def _as_yaml(default: object) -> str:
-    if default is None:
-        return "null"
-    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 RECORDS = f"""\
@@ -87,6 +102,8 @@ bits per byte are counted.
 from pathlib import Path
 
 from cda_cli.runs.folder import Run
+from cda_cli.config import preset_purpose, preset_values
+from cda_cli.console.settings import default_words
 from cda_cli.runs.records import ValidationRecord
 
 for record in Run(Path("runs/tiny")).metrics():

@@ -33,7 +33,7 @@ LAYERS: tuple[set[str], ...] = (
 ONLY: dict[str, set[str]] = {
     "__main__": {"main"},
     "main": {"cda_cli", "commands", "errors", "streams"},
-    "console": {"runs", "strict_json"},
+    "console": {"runs", "settings", "strict_json"},
     "diagnosis": {"ops", "runtime"},
     "token_losses": {"data", "runtime"},  # below training and evaluation, which both take their loss from it
     "data": {"config", "errors", "settings", "storage", "targets"},

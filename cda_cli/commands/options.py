@@ -7,11 +7,36 @@ from typing import Annotated, get_args
 
 import typer
 
-from cda_cli.commands.setting_flags import completion, setting_option
-from cda_cli.settings import Side, with_values
+from cda_cli.commands.setting_flags import PANELS, completion, setting_option
+from cda_cli.settings import DEFAULT_PRESET, TABLE, Side, preset_names, with_values
 
 SIDES = get_args(Side)
 
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        "-p",
+        help=with_values("Named starting point; `cda presets` describes each.", preset_names()),
+        show_default=DEFAULT_PRESET,
+        autocompletion=completion(preset_names()),
+        rich_help_panel=PANELS["run"],
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML with the sections model, data, optim, run.", rich_help_panel=PANELS["run"]),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Any setting; `cda config` describes each.",
+        autocompletion=completion([f"{key}=" for key in TABLE]),
+        rich_help_panel=PANELS["run"],
+    ),
+]
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT|RUN", help="A checkpoint folder, or a run: then its newest checkpoint.")
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cda_cli.settings import TABLE, Row, with_values
+from cda_cli.settings import TABLE, Row, as_written, with_values
 
 PANELS = {"run": "Run", "data": "Data", "optim": "Optimisation", "model": "Model"}  # in the order of the help
 
@@ -58,7 +58,7 @@ def completion(values: Sequence[str]) -> Callable[[str], list[str]] | None:
 def _parameter(name: str, row: Row) -> inspect.Parameter:
     """The parameter from which Typer makes the option of a setting. It is None where the option is not given."""
     option = typer.Option(
-        row.setting.flag,
+        *filter(None, (row.setting.flag, row.setting.short)),
         help=with_values(row.setting.flag_help or row.setting.help, row.values),
         show_default=_default_shown(row),
         metavar="INTEGER" if int in row.kinds else "FLOAT" if float in row.kinds else None,
@@ -72,10 +72,10 @@ def _parameter(name: str, row: Row) -> inspect.Parameter:
 def _default_shown(row: Row) -> str | bool:
     """The default as the help shows it; False where the help says in words what happens without a value."""
     if row.setting.by_preset:
-        return "preset's"
+        return "by preset"
     if row.default in (None, []):
         return False
     if isinstance(row.default, bool):
         on, off = row.setting.flag.split("/")
         return (on if row.default else off).removeprefix("--")
-    return f"{row.default:g}" if isinstance(row.default, float) else str(row.default)
+    return as_written(row.default)

@@ -9,36 +9,21 @@ from typing import Annotated
 
 from typer import Option
 
-from cda_cli.commands.setting_flags import PANELS, completion, with_setting_flags
-from cda_cli.settings import DEFAULT_PRESET, TABLE, preset_names, with_values
+from cda_cli.commands.options import ConfigOption, PresetOption, SetOption
+from cda_cli.commands.setting_flags import PANELS, with_setting_flags
+from cda_cli.settings import DEFAULT_PRESET
 
 RUN = PANELS["run"]
 
 
 @with_setting_flags
 def train(
-    preset: Annotated[
-        str | None,
-        Option(
-            help=with_values("Named starting point.", preset_names()),
-            autocompletion=completion(preset_names()),
-            rich_help_panel=RUN,
-        ),
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    out: Annotated[
+        Path | None, Option("--out", "-o", help="Run folder.", show_default="runs/PRESET", rich_help_panel=RUN)
     ] = None,
-    config: Annotated[
-        Path | None, Option(help="YAML with the sections model, data, optim, run.", rich_help_panel=RUN)
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        Option(
-            "--set",
-            metavar="SECTION.KEY=VALUE",
-            help="Any setting.",
-            autocompletion=completion([f"{key}=" for key in TABLE]),
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    out: Annotated[Path | None, Option(help="Run folder; runs/PRESET by default.", rich_help_panel=RUN)] = None,
     resume: Annotated[
         str, Option(metavar="auto|never|CHECKPOINT", help="What to go on from.", rich_help_panel=RUN)
     ] = "auto",
@@ -52,7 +37,7 @@ def train(
     """Train a model; the same command again goes on from its newest checkpoint.
 
     Settings: preset, then --config, then --set, then flags, the later winning; so does the later of two --set.
-    docs/configuration.md describes each key.
+    `cda config` describes each setting, and says where its value would come from.
     """
     from cda_cli.config import resolve
     from cda_cli.runs.folder import config_to_resume

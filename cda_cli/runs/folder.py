@@ -103,6 +103,17 @@ class Run:
         return file.read_text(encoding="utf-8").strip()
 
 
+def config_of(folder: Path) -> Config | None:
+    """The settings of a run or of one of its checkpoints. None where the folder is neither.
+
+    Raises ConfigError where they cannot be read.
+    """
+    config = Run(folder).config()
+    if config is None and os.path.lexists(folder / STATE_FILE):
+        return parse(read_yaml(_no_link(folder / STATE_FILE)).get("config", {}))
+    return config
+
+
 def config_to_resume(run: Path, resume: str) -> Config | None:
     """The settings with which a run goes on where the command names no preset or file.
 
@@ -113,11 +124,8 @@ def config_to_resume(run: Path, resume: str) -> Config | None:
         return None
     named = Path(resume).resolve()
     for folder in [run] if resume == "auto" else [named, named.parent, named.parent.parent]:
-        config = Run(folder).config()
-        if config is not None:
+        if (config := config_of(folder)) is not None:
             return config
-        if os.path.lexists(folder / STATE_FILE):
-            return parse(read_yaml(_no_link(folder / STATE_FILE)).get("config", {}))
     return None
 
 
