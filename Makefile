@@ -25,6 +25,8 @@ demo: setup ## Train, evaluate, sample from and inspect a small model, in about 
 	$(BIN)/cda eval runs/demo --max-batches 20
 	$(BIN)/cda sample runs/demo --prompt "def " --max-new-tokens 200
 	$(BIN)/cda inspect-sparsity runs/demo --max-batches 4
+	@echo
+	@echo "The run is in runs/demo. Call the command as $(BIN)/cda, or as cda after: source $(BIN)/activate"
 
 check: lint ## Check style and types, and run the tests that are quick, in about a minute
 	$(BIN)/python -m pytest -n auto -m "not slow"
