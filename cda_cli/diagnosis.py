@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 from typing import Any, NamedTuple
 
 import torch
 
+from cda_cli.data import cache_folder
 from cda_cli.ops import choose_backend, reference_gradients, reference_soft_topk, soft_topk, soft_topk_attention
 from cda_cli.ops.reference import reference_attention
 from cda_cli.runtime import describe_device
@@ -28,15 +30,23 @@ class Check(NamedTuple):
         return self.error <= self.tolerance
 
 
+class Cache(NamedTuple):
+    """Where prepared tokens are kept, and how many bytes they are."""
+
+    folder: str
+    size: int
+
+
 class Diagnosis(NamedTuple):
     versions: dict[str, str]
     devices: list[str]
     backends: dict[str, str]
+    cache: Cache
     checks: list[Check]
 
     def as_dict(self) -> dict[str, Any]:
         checks = [check._asdict() | {"passed": check.passed} for check in self.checks]
-        return self._asdict() | {"checks": checks}
+        return self._asdict() | {"cache": self.cache._asdict(), "checks": checks}
 
 
 def diagnose() -> Diagnosis:
@@ -52,8 +62,18 @@ def diagnose() -> Diagnosis:
         backends={
             f"{device}, {solver}": f"{choice.name} ({choice.reason})" for (device, solver), choice in choices.items()
         },
+        cache=_cache(),
         checks=[check for device in devices for check in (*_row_checks(device), *_attention_checks(device))],
     )
+
+
+def _cache() -> Cache:
+    """Counts the files that are there: another process may write or remove some meanwhile."""
+    folder, size = cache_folder(), 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            size += path.lstat().st_size if path.is_file() else 0
+    return Cache(str(folder), size)
 
 
 def _version(package: str) -> str:

@@ -34,7 +34,7 @@ ONLY: dict[str, set[str]] = {
     "__main__": {"main"},
     "main": {"cda_cli", "commands", "errors", "streams"},
     "console": {"runs", "settings", "strict_json"},
-    "diagnosis": {"ops", "runtime"},
+    "diagnosis": {"data", "ops", "runtime"},
     "token_losses": {"data", "runtime"},  # below training and evaluation, which both take their loss from it
     "data": {"config", "errors", "settings", "storage", "targets"},
     "model": {"config", "ops", "targets"},

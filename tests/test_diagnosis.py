@@ -61,5 +61,5 @@ def test_both_solvers_have_a_backend_with_its_reason(diagnosis: Diagnosis) -> No
 
 def test_the_dict_is_plain(diagnosis: Diagnosis) -> None:
     plain = diagnosis.as_dict()
-    assert set(plain) == {"versions", "devices", "backends", "checks"}
+    assert set(plain) == {"versions", "devices", "backends", "cache", "checks"}
     assert plain["checks"][0] == diagnosis.checks[0]._asdict() | {"passed": True}

@@ -14,7 +14,7 @@ from cda_cli.console.training import plan_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cda_cli.diagnosis import Diagnosis
+    from cda_cli.diagnosis import Cache, Diagnosis
     from cda_cli.evaluation import Evaluation
     from cda_cli.inspection import Report
     from cda_cli.restore import Restored, TextSide
@@ -81,11 +81,19 @@ def show_doctor(diagnosis: Diagnosis) -> None:
     console.print(pairs(diagnosis.versions))
     _section("Devices", pairs({str(number): device for number, device in enumerate(diagnosis.devices)}))
     _section("Backend of each solver", pairs(diagnosis.backends))
+    _section("Cache of prepared tokens", pairs(cache_rows(diagnosis.cache)))
     checks = table("case", "error", "at most", "")
     for check in diagnosis.checks:
         verdict = Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
         checks.add_row(check.name, f"{check.error:.1e}", f"{check.tolerance:.1e}", verdict)
     _section("The operator against its float64 optimum", checks)
+
+
+def cache_rows(cache: Cache) -> dict[str, str]:
+    return {
+        "folder": f"{cache.folder} (the environment variable CDA_CACHE names another)",
+        "size": f"{memory(cache.size)} (remove the folder to empty the cache)",
+    }
 
 
 def show_forecast(result: DryRun) -> None:

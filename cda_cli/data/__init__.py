@@ -22,7 +22,15 @@ from cda_cli.data.batches import (
 )
 from cda_cli.data.fingerprint import digest
 from cda_cli.data.prefetch import Prefetched
-from cda_cli.data.prepare import Corpus, PreparationStoppedError, Tokens, loss_of_text, prepare, prepare_whole
+from cda_cli.data.prepare import (
+    Corpus,
+    PreparationStoppedError,
+    Tokens,
+    cache_folder,
+    loss_of_text,
+    prepare,
+    prepare_whole,
+)
 from cda_cli.data.sources import Source, absolute_source, is_there, open_source
 from cda_cli.data.streaming import StreamedBatches, streamed_identity, streamed_validation
 from cda_cli.data.tokenizers import (
@@ -51,6 +59,7 @@ __all__ = [
     "Tokens",
     "TrainBatches",
     "absolute_source",
+    "cache_folder",
     "check_lengths",
     "count_evaluation_windows",
     "count_windows",

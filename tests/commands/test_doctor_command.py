@@ -43,12 +43,22 @@ def test_all_is_well_here(cda: Cda) -> None:
     assert "FAILED" not in result.out
 
 
-def test_json_is_all_of_stdout(cda: Cda) -> None:
+def test_the_cache_is_named_with_what_it_holds(cda: Cda, cache: Path) -> None:
+    """Whoever runs out of space on a disk looks for it."""
+    (cache / "tokens" / "key").mkdir(parents=True)
+    (cache / "tokens" / "key" / "train.bin").write_bytes(bytes(3 * 2**20))
+    words = " ".join(cda("doctor").out.split())
+    assert f"folder {cache} (the environment variable CDA_CACHE names another)" in words
+    assert "size 3 MiB (remove the folder to empty the cache)" in words
+
+
+def test_json_is_all_of_stdout(cda: Cda, cache: Path) -> None:
     result = cda("doctor", "--json")
     assert (result.code, result.err) == (0, "")
     document, end = json.JSONDecoder().raw_decode(result.out)
     assert result.out[end:] == "\n"
-    assert set(document) == {"versions", "devices", "backends", "checks"}
+    assert set(document) == {"versions", "devices", "backends", "cache", "checks"}
+    assert document["cache"] == {"folder": str(cache), "size": 0}
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     assert set(document["backends"]) == {f"{one}, {solver}" for one in devices for solver in ("exact", "iterative")}
     assert len(document["checks"]) == 11 * len(devices)
