@@ -31,13 +31,13 @@ from synthetic import ATTENTION, SOFTMAX, header, on_gpu, random_data, row, sett
 
 from cda_cli.config import Config
 from cda_cli.errors import InterruptedRunError
+from cda_cli.runs.early_stop import Patience
 from cda_cli.runs.metrics import Metrics
 from cda_cli.runs.records import Record, TrainRecord
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
 from cda_cli.training.accounting.flops import flops_per_token, peak_flops
 from cda_cli.training.display import NullDisplay
-from cda_cli.training.early_stop import Patience
 from cda_cli.training.loop import save, train
 from cda_cli.training.pipeline import draw, inspect_first
 from cda_cli.training.setup import build

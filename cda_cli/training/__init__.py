@@ -2,6 +2,6 @@
 
 A run: `run` is the whole of it, `setup` builds what `state` holds, `resume` finds where it goes on.
 A step: `loop` has the order of things, `pipeline` works ahead, `gradients`, `optimizer` and `average` do one each,
-`nonfinite` refuses a step, `schedule` says what is due, `early_stop` when to end.
+`nonfinite` refuses a step, `schedule` says what is due.
 Around it: `distributed` for several processes, `accounting` for speed and memory, `display` and `trackers` for people.
 """

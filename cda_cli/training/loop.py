@@ -14,6 +14,7 @@ import torch
 from cda_cli.data import IGNORE, Batch, evaluation_batches
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate
 from cda_cli.generation import SamplingSettings, generate
+from cda_cli.runs.early_stop import Patience
 from cda_cli.runs.metrics import Metrics
 from cda_cli.runs.records import CheckpointRecord, Record, SampleRecord, TrainRecord, ValidationRecord
 from cda_cli.runtime import peak_memory
@@ -21,7 +22,6 @@ from cda_cli.signals import StopRequest
 from cda_cli.storage import publish, step_folder
 from cda_cli.training.accounting.speed import Speed
 from cda_cli.training.display import Display
-from cda_cli.training.early_stop import Patience
 from cda_cli.training.gradients import clip_gradients
 from cda_cli.training.nonfinite import Refusals, StepResult
 from cda_cli.training.optimizer import GuardedOptimizer, learning_rate, set_learning_rate

@@ -15,6 +15,7 @@ from cda_cli.config import Config
 from cda_cli.data import PreparationStoppedError, digest
 from cda_cli.errors import ConfigError
 from cda_cli.restore import saved_config
+from cda_cli.runs.early_stop import Patience
 from cda_cli.runs.folder import Run
 from cda_cli.runs.metrics import Metrics, NullMetrics
 from cda_cli.runtime import available_memory, cpu_threads, describe_device, deterministic, peak_memory
@@ -27,7 +28,6 @@ from cda_cli.training.accounting.memory_forecast import Forecast, forecast, is_s
 from cda_cli.training.display import Display, Plan
 from cda_cli.training.distributed.launch import STOPPED_BEFORE_START
 from cda_cli.training.distributed.processes import ALONE, Processes
-from cda_cli.training.early_stop import Patience
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.loop import train
 from cda_cli.training.nonfinite import StepResult

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from cda_cli.config import Config
 from cda_cli.data import Batch
 from cda_cli.errors import TrainingError
+from cda_cli.runs.early_stop import Patience
 from cda_cli.runs.metrics import Metrics
 from cda_cli.runs.records import RefusedRecord
 from cda_cli.runtime import deterministic
 from cda_cli.signals import StopRequest
 from cda_cli.storage import pack_optimizer, publish, step_folder
-from cda_cli.training.early_stop import Patience
 from cda_cli.training.loop import train
 from cda_cli.training.nonfinite import Refusals, StepResult, require_finite_weights
 from cda_cli.training.setup import build, open_data

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cda_cli.config import Config
+from cda_cli.runs.early_stop import Patience
 from cda_cli.runs.records import ValidationRecord
 from cda_cli.storage import list_steps
-from cda_cli.training.early_stop import Patience
 from cda_cli.training.schedule import Minutes
 from tests.training.helpers import Memory, losses, trained
 
