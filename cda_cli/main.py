@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cda_cli import __version__
-from cda_cli.commands import config, doctor, eval, inspect_sparsity, presets, sample, train
+from cda_cli.commands import config, doctor, eval, inspect_sparsity, presets, runs, sample, train
 from cda_cli.errors import CdaError, InterruptedRunError, exit_code
 from cda_cli.streams import open_streams
 
@@ -25,6 +25,7 @@ app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("sample")(sample.sample)
 app.command("inspect-sparsity")(inspect_sparsity.inspect_sparsity)
+app.command("runs")(runs.runs)
 app.command("config")(config.config)
 app.command("presets")(presets.presets)
 app.command("doctor")(doctor.doctor)

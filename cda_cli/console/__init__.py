@@ -2,6 +2,7 @@
 
 from cda_cli.console.base import print_json, progress, shows_progress
 from cda_cli.console.reports import show_doctor, show_dry_run, show_evaluation, show_forecast, show_report
+from cda_cli.console.runs import show_runs
 from cda_cli.console.sampling import SampleDisplay
 from cda_cli.console.settings import show_presets, show_settings
 from cda_cli.console.text import note
@@ -19,6 +20,7 @@ __all__ = [
     "show_forecast",
     "show_presets",
     "show_report",
+    "show_runs",
     "show_settings",
     "shows_progress",
 ]

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from cda_cli.config import Config, dump_yaml, parse, read_yaml
 from cda_cli.errors import CheckpointError, ConfigError
-from cda_cli.runs.metrics import Metrics, Tracker, read_metrics
+from cda_cli.runs.metrics import Metrics, R, Tracker, read_kind, read_metrics
 from cda_cli.runs.records import Record, ValidationRecord
 from cda_cli.storage import (
     LOCK,
     STATE_FILE,
     best,
+    is_held,
     is_hidden,
     list_steps,
     locate,
@@ -60,6 +61,10 @@ class Run:
         """Holds the folder for this process alone (see `storage.only_writer`). Raises StorageError where it is held."""
         return only_writer(self.path, warn)
 
+    def is_running(self) -> bool:
+        """Whether a process holds the folder now."""
+        return is_held(self.path)
+
     def config(self) -> Config | None:
         """The settings of the run, or None where there is none. Raises ConfigError where they cannot be read."""
         file = self.path / CONFIG_FILE
@@ -74,14 +79,17 @@ class Run:
         """The records of the run, oldest first."""
         return read_metrics(self.path / METRICS_FILE)
 
+    def records(self, kind: type[R], *, newest_first: bool = False, most: int | None = None) -> Iterator[R]:
+        """The records of one kind (see `metrics.read_kind`), oldest first unless `newest_first`."""
+        return read_kind(self.path / METRICS_FILE, kind, newest_first=newest_first, most=most)
+
     def open_metrics(self, resumed_step: int, trackers: Sequence[Tracker] = ()) -> Metrics:
         """Opens the metrics for writing, after `resumed_step`; later records are dropped."""
         return Metrics(self.path / METRICS_FILE, resumed_step, trackers)
 
     def validation_losses(self, step: int) -> list[float]:
         """The validation losses up to `step`, oldest first, nats per token; NaN for one that was not finite."""
-        records = [record for record in self.metrics() if isinstance(record, ValidationRecord)]
-        return [record.loss for record in records if record.step <= step]
+        return [record.loss for record in self.records(ValidationRecord) if record.step <= step]
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, damaged ones included, lowest first."""

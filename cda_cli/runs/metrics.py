@@ -6,12 +6,14 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from cda_cli import strict_json
 from cda_cli.errors import StorageError
 from cda_cli.runs.records import VERSION, Record, SchemaRecord, from_json, numbers, to_json
 from cda_cli.storage import write_file
+
+R = TypeVar("R", bound=Record)
 
 
 def read_metrics(path: Path) -> Iterator[Record]:
@@ -19,6 +21,17 @@ def read_metrics(path: Path) -> Iterator[Record]:
     for values in _read_objects(path):
         record = from_json(values)
         if record is not None:
+            yield record
+
+
+def read_kind(path: Path, kind: type[R], *, newest_first: bool = False, most: int | None = None) -> Iterator[R]:
+    """The records of one kind, or at most `most` of them, evenly spread.
+
+    It is many times faster than to read all records, as it passes over the other lines.
+    """
+    for values in _read_objects(path, f'"{kind.kind}"'.encode(), newest_first, most):
+        record = from_json(values)
+        if isinstance(record, kind):
             yield record
 
 
@@ -77,14 +90,22 @@ class NullMetrics(Metrics):
     def close(self) -> None: ...
 
 
-def _read_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects with a step. A line that a kill cut short or a disk damaged is left out; a link is no file."""
+def _read_objects(
+    path: Path, word: bytes = b"", newest_first: bool = False, most: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """The JSON objects with a step, of the lines that hold `word`, or of at most `most` of these.
+
+    A line that a kill cut short or a disk damaged is left out; a link is no file.
+    """
     if path.is_symlink() or not path.is_file():
         return
     # Only \n ends a record: its text may hold U+2028, U+0085 and the other line ends of `splitlines`.
-    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
+    lines = [line for line in path.read_bytes().split(b"\n") if word in line]
+    if newest_first:
+        lines.reverse()
+    for line in lines[:: max(1, -(-len(lines) // most))] if most else lines:
         try:
-            values = json.loads(line)
+            values = json.loads(line.decode("utf-8", errors="replace"))
         except (ValueError, RecursionError):
             continue
         if isinstance(values, dict) and isinstance(values.get("step"), int):

@@ -20,7 +20,7 @@ from cda_cli.storage.checkpoint import (
     unpack_optimizer,
     verify,
 )
-from cda_cli.storage.lock import LOCK, only_writer
+from cda_cli.storage.lock import LOCK, is_held, only_writer
 
 __all__ = [
     "LOCK",
@@ -28,6 +28,7 @@ __all__ = [
     "Checkpoint",
     "best",
     "check_fits",
+    "is_held",
     "is_hidden",
     "list_steps",
     "load",

@@ -40,6 +40,23 @@ def only_writer(folder: Path, warn: Callable[[str], object]) -> Iterator[None]:
                 path.rmdir()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process holds `folder` now; False where the file system has no locks."""
+    try:
+        descriptor = os.open(Path(folder) / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        # The file of a writer that has not locked it yet is empty. Trying its lock would refuse that writer.
+        if os.read(descriptor, 1):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _TAKEN
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _lock(file: Path, warn: Callable[[str], object]) -> int:
     """The descriptor of `file`, locked; the file says who holds it."""
     while True:

@@ -14,6 +14,10 @@ from tests.commands.helpers import COMMANDS, Cda, assert_refused, environment, i
 
 # Importing these takes so long that --help is no longer instant.
 HEAVY = {"torch", "datasets", "numpy", "tokenizers", "safetensors", "triton"}
+# Runs a command, and tells at the end what it has imported.
+AND_TELL = (
+    "import atexit, sys; atexit.register(lambda: print('LOADED', *sys.modules)); from cda_cli.main import run; run()"
+)
 
 
 def in_fresh_interpreter(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -23,10 +27,7 @@ def in_fresh_interpreter(code: str, *arguments: str) -> subprocess.CompletedProc
 @pytest.mark.parametrize("command", [[], ["train"], ["doctor"]])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     """Importing PyTorch takes seconds, for which a person who asks for help would wait."""
-    code = (
-        "import atexit, sys; atexit.register(lambda: print('LOADED', *sys.modules)); import cda_cli.main as m; m.run()"
-    )
-    done = in_fresh_interpreter(code, *command, "--help")
+    done = in_fresh_interpreter(AND_TELL, *command, "--help")
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
     loaded = set(done.stdout[done.stdout.index("LOADED") :].split())
@@ -34,11 +35,18 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert not loaded & HEAVY
 
 
+@pytest.mark.parametrize("command", ["config", "presets", "runs"])
+def test_what_only_looks_imports_nothing_heavy(command: str, tmp_path: Path) -> None:
+    """It answers at once, as `ls` does."""
+    done = in_fresh_interpreter(AND_TELL, command, *[str(tmp_path)] * (command == "runs"))
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.rpartition("LOADED")[2].split())
+    assert "cda_cli.console" in loaded
+    assert not loaded & HEAVY
+
+
 def test_a_wrong_setting_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
-    code = (
-        "import atexit, sys; atexit.register(lambda: print('LOADED', *sys.modules)); import cda_cli.main as m; m.run()"
-    )
-    done = in_fresh_interpreter(code, "train", "--out", str(tmp_path / "run"), "--solver", "exat")
+    done = in_fresh_interpreter(AND_TELL, "train", "--out", str(tmp_path / "run"), "--solver", "exat")
     assert done.returncode == 2
     assert not set(done.stdout.split()) & HEAVY
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cda_cli.runs.metrics import Metrics, NullMetrics, read_metrics
-from cda_cli.runs.records import VERSION, Record, SampleRecord, SchemaRecord
+from cda_cli.runs.metrics import Metrics, NullMetrics, read_kind, read_metrics
+from cda_cli.runs.records import VERSION, Record, SampleRecord, SchemaRecord, TrainRecord
 from tests.runs.records import ONE_OF_EACH, TRAIN
 
 SCHEMA = {"step": 0, "kind": "schema", "version": VERSION}
@@ -38,6 +38,20 @@ def file(tmp_path: Path) -> Path:
 def test_records_come_back_as_they_were(file: Path) -> None:
     write(file, *ONE_OF_EACH[1:])
     assert list(read_metrics(file)) == ONE_OF_EACH
+
+
+def test_the_records_of_one_kind_come_alone(file: Path) -> None:
+    """From a sample that speaks of another kind, and from either end."""
+    write(file, *at(1, 2, 3), SampleRecord(step=3, text='{"kind": "train"}'), SampleRecord(step=4, text="x"))
+    assert [record.step for record in read_kind(file, TrainRecord)] == [1, 2, 3]
+    assert [record.step for record in read_kind(file, TrainRecord, newest_first=True)] == [3, 2, 1]
+    assert [record.step for record in read_kind(file, SampleRecord)] == [3, 4]
+
+
+def test_records_of_one_kind_are_thinned_out_evenly(file: Path) -> None:
+    write(file, *at(*range(100)))
+    assert [record.step for record in read_kind(file, TrainRecord, most=30)] == list(range(0, 100, 4))
+    assert len(list(read_kind(file, TrainRecord, most=100))) == 100
 
 
 def test_a_file_says_which_schema_its_lines_follow(file: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cda_cli.errors import StorageError
-from cda_cli.storage import LOCK, only_writer
+from cda_cli.storage import LOCK, is_held, only_writer
 
 HOLDER = """
 import sys
@@ -37,6 +37,22 @@ def test_an_empty_folder_that_was_there_stays(tmp_path: Path) -> None:
     with only_writer(tmp_path, pytest.fail):
         pass
     assert tmp_path.is_dir()
+
+
+def test_a_look_at_a_folder_tells_whether_it_is_held_and_changes_nothing(tmp_path: Path) -> None:
+    """The file that a killed writer left holds nothing, and one that a writer has just made is let alone."""
+    assert not is_held(tmp_path)
+    with only_writer(tmp_path, pytest.fail):
+        assert is_held(tmp_path)
+        assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
+    assert list(tmp_path.iterdir()) == []
+    for content in ("", "123\n"):
+        (tmp_path / LOCK).write_text(content)
+        assert not is_held(tmp_path)
+        assert (tmp_path / LOCK).read_text() == content
+    (tmp_path / LOCK).unlink()
+    (tmp_path / LOCK).symlink_to(tmp_path / "elsewhere")
+    assert not is_held(tmp_path)
 
 
 def test_a_second_writer_is_told_who_holds_it_and_a_kill_frees_it(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""`cda runs`: the table of runs, on a terminal and in a pipe, and its JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cda_cli.config import resolve
+from cda_cli.runs.folder import Run
+from cda_cli.runs.records import CheckpointRecord
+from tests.commands.helpers import Cda, assert_refused
+from tests.runs.records import TRAIN, VALIDATION
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run with a falling loss, one that was cut short, and a folder that holds something else."""
+    for name, steps, k in (("finished", 40, 2.0), ("cut", 20, 8.0)):
+        run = Run(tmp_path / "runs" / name)
+        run.path.mkdir(parents=True)
+        run.write_config(resolve("tiny", flags={"optim.steps": 40, "model.attn_k": k}))
+        metrics = run.open_metrics(0)
+        for step in range(10, steps + 1, 10):
+            metrics.write(replace(TRAIN, step=step, loss=50.0 / step))
+            metrics.write(replace(VALIDATION, step=step, loss=60.0 / step))
+        metrics.write(CheckpointRecord(step=steps, path="x"))
+        metrics.close()
+    (tmp_path / "runs" / "other").mkdir()
+    (tmp_path / "runs" / "other" / "config.yaml").write_text("title: a site\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+def test_the_table(cda: Cda, runs: Path) -> None:
+    """Best first; the paths are such as another command takes."""
+    result = cda("runs")
+    assert (result.code, result.err) == (0, "")
+    assert result.out == (
+        "run            state        steps    best  at   train  loss\n"
+        "runs/finished  finished     40/40  1.5000  40  1.2500  █▃▁▁\n"
+        "  model.attn_k=2\n"
+        "runs/cut       interrupted  20/40  3.0000  20  2.5000  █▁\n"
+        "  model.attn_k=8\n"
+        "runs/other: unknown section 'title': known: data, model, optim, run\n"
+    )
+
+
+def test_a_name_longer_than_the_terminal_is_not_cut(
+    cda: Cda, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is there to be copied; the columns stay in their places."""
+    name = "runs/" + "sweep-" * 20
+    (runs / "cut").rename(tmp_path / name)
+    lines = cda("runs").out.splitlines()
+    place = lines.index(name)
+    assert lines[place + 1].index("interrupted") == lines[0].index("state")
+    assert max(map(len, (line for line in lines if line != name))) <= 120
+
+
+def test_one_run_differs_from_none(cda: Cda, runs: Path) -> None:
+    assert "attn_k" not in cda("runs", runs / "cut").out
+
+
+def test_json(cda: Cda, runs: Path) -> None:
+    result = cda("runs", "--json")
+    assert (result.code, result.err) == (0, "")
+    document = json.loads(result.out)
+    best, cut = document["runs"]
+    assert document["differing"] == ["model.attn_k"]
+    assert list(document["problems"]) == ["runs/other"]
+    assert (best["path"], cut["path"]) == ("runs/finished", "runs/cut")
+    assert cut | {"settings": None} == {
+        "path": "runs/cut", "state": "interrupted", "step": 20, "steps": 40, "best_loss": 3.0, "best_step": 20,
+        "train_loss": 2.5, "losses": [5.0, 2.5], "settings": None,
+    }  # fmt: skip
+    assert cut["settings"]["model.attn_k"] == 8.0
+
+
+def test_no_runs(cda: Cda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(cda("runs"), "there is no folder runs")
+    (tmp_path / "runs").mkdir()
+    assert cda("runs") == (0, "no runs\n", "")
+    assert json.loads(cda("runs", "--json").out)["runs"] == []
