@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -21,14 +23,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train")(train.train)
-app.command("eval")(eval.evaluate)
-app.command("sample")(sample.sample)
-app.command("inspect-sparsity")(inspect_sparsity.inspect_sparsity)
-app.command("runs")(runs.runs)
-app.command("config")(config.config)
-app.command("presets")(presets.presets)
-app.command("doctor")(doctor.doctor)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train.train,
+    "eval": eval.evaluate,
+    "sample": sample.sample,
+    "inspect-sparsity": inspect_sparsity.inspect_sparsity,
+    "runs": runs.runs,
+    "config": config.config,
+    "presets": presets.presets,
+    "doctor": doctor.doctor,
+}
+for name, command in COMMANDS.items():
+    # Each paragraph as one line, which the help wraps at the width of the terminal.
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    app.command(name, help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(command)
 
 
 class GlobalOptions:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cda_cli.commands.completion import complete_setting
 from cda_cli.commands.options import ConfigOption, JsonOption, PresetOption, SetOption
 from cda_cli.commands.setting_flags import with_setting_flags
 from cda_cli.settings import SECTIONS, TABLE, find_settings
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 def config(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN] [WORD]...", help="A run or a checkpoint; sections, or words to look for."),
+        typer.Argument(
+            metavar="RUN|WORD",
+            help="A run or a checkpoint; sections of the settings, or words to look for in them.",
+            autocompletion=complete_setting,
+        ),
     ] = None,
     preset: PresetOption = None,
     file: ConfigOption = None,

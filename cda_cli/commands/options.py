@@ -7,7 +7,8 @@ from typing import Annotated, get_args
 
 import typer
 
-from cda_cli.commands.setting_flags import PANELS, completion, setting_option
+from cda_cli.commands.completion import complete_checkpoint, completion
+from cda_cli.commands.setting_flags import PANELS, setting_option
 from cda_cli.settings import DEFAULT_PRESET, TABLE, Side, preset_names, with_values
 
 SIDES = get_args(Side)
@@ -17,7 +18,7 @@ PresetOption = Annotated[
     typer.Option(
         "--preset",
         "-p",
-        help=with_values("Named starting point; `cda presets` describes each.", preset_names()),
+        help=with_values("Named starting point.", preset_names()).removesuffix(".") + "; see `cda presets`.",
         show_default=DEFAULT_PRESET,
         autocompletion=completion(preset_names()),
         rich_help_panel=PANELS["run"],
@@ -32,13 +33,18 @@ SetOption = Annotated[
     typer.Option(
         "--set",
         metavar="SECTION.KEY=VALUE",
-        help="Any setting; `cda config` describes each.",
+        help="Any setting; see `cda config`.",
         autocompletion=completion([f"{key}=" for key in TABLE]),
         rich_help_panel=PANELS["run"],
     ),
 ]
 CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT|RUN", help="A checkpoint folder, or a run: then its newest checkpoint.")
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT|RUN",
+        help="A checkpoint folder, or a run: then its newest checkpoint.",
+        autocompletion=complete_checkpoint,
+    ),
 ]
 BestOption = Annotated[
     bool, typer.Option("--best", help="Of a run: the checkpoint with the lowest validation loss, not the newest.")

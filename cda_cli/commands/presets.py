@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
+from cda_cli.commands.completion import completion
 from cda_cli.commands.options import JsonOption
-from cda_cli.commands.setting_flags import completion
 from cda_cli.settings import preset_names
 
 
 def presets(
     name: Annotated[
         str | None,
-        typer.Argument(help="A preset, to print as YAML.", autocompletion=completion(preset_names())),
+        typer.Argument(metavar="NAME", help="A preset, to print as YAML.", autocompletion=completion(preset_names())),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -13,7 +13,7 @@ from cda_cli.commands.options import JsonOption
 def runs(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="Runs, or folders that hold runs.", show_default="runs"),
+        typer.Argument(metavar="FOLDER", help="Runs, or folders that hold runs.", show_default="runs"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

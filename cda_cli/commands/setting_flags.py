@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
+from cda_cli.commands.completion import setting_completion
 from cda_cli.settings import TABLE, Row, as_written, with_values
 
 PANELS = {"run": "Run", "data": "Data", "optim": "Optimisation", "model": "Model"}  # in the order of the help
@@ -42,17 +43,7 @@ def setting_option(key: str, also: str = "") -> Any:
     """The option of a command that knows the setting `key` without a configuration; its help ends with `also`."""
     row = TABLE[key]
     help = f"{row.meaning.removesuffix('.')}; {also}." if also else row.meaning
-    return typer.Option(row.setting.flag, help=help, autocompletion=completion(row.values))
-
-
-def completion(values: Sequence[str]) -> Callable[[str], list[str]] | None:
-    """Completes an option that is one of `values`, or several with commas between."""
-
-    def complete(incomplete: str) -> list[str]:
-        before, comma, word = incomplete.rpartition(",")
-        return [f"{before}{comma}{value}" for value in values if value.startswith(word)]
-
-    return complete if values else None
+    return typer.Option(row.setting.flag, help=help, autocompletion=setting_completion(row))
 
 
 def _parameter(name: str, row: Row) -> inspect.Parameter:
@@ -62,7 +53,7 @@ def _parameter(name: str, row: Row) -> inspect.Parameter:
         help=with_values(row.setting.flag_help or row.setting.help, row.values),
         show_default=_default_shown(row),
         metavar="INTEGER" if int in row.kinds else "FLOAT" if float in row.kinds else None,
-        autocompletion=completion(row.values),
+        autocompletion=setting_completion(row),
         rich_help_panel=PANELS[row.section],
     )
     annotation: Any = Annotated[bool | None if bool in row.kinds else str | None, option]

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from typer import Option
 
+from cda_cli.commands.completion import complete_resume
 from cda_cli.commands.options import ConfigOption, PresetOption, SetOption
 from cda_cli.commands.setting_flags import PANELS, with_setting_flags
 from cda_cli.settings import DEFAULT_PRESET
@@ -25,7 +26,13 @@ def train(
         Path | None, Option("--out", "-o", help="Run folder.", show_default="runs/PRESET", rich_help_panel=RUN)
     ] = None,
     resume: Annotated[
-        str, Option(metavar="auto|never|CHECKPOINT", help="What to go on from.", rich_help_panel=RUN)
+        str,
+        Option(
+            metavar="auto|never|CHECKPOINT",
+            help="What to go on from.",
+            autocompletion=complete_resume,
+            rich_help_panel=RUN,
+        ),
     ] = "auto",
     dry_run: Annotated[
         bool, Option("--dry-run", help="Build all, forecast memory, try a batch, print the plan.", rich_help_panel=RUN)

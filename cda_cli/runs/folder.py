@@ -23,6 +23,7 @@ from cda_cli.storage import (
     newest,
     only_writer,
     remove_stale,
+    step_folder,
     write_file,
 )
 
@@ -94,6 +95,10 @@ class Run:
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, damaged ones included, lowest first."""
         return list_steps(self.path)
+
+    def checkpoints(self) -> list[Path]:
+        """The folders of the checkpoints, damaged ones included, lowest step first."""
+        return [step_folder(self.path, step) for step in self.steps()]
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies, or None, and a sentence for each newer one that does not."""

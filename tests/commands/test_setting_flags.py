@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -10,8 +11,11 @@ import typer
 from typer.testing import CliRunner
 
 from cda_cli.commands.setting_flags import with_setting_flags
+from cda_cli.config import Config
 from cda_cli.main import app
+from cda_cli.runs.folder import Run
 from cda_cli.settings import TABLE, Row, Side, preset_names
+from cda_cli.storage import step_folder
 from tests.commands.helpers import COMMANDS
 
 WITH_FLAG = [row for row in TABLE.values() if row.setting.flag]
@@ -75,8 +79,41 @@ def completed(*words: str) -> list[str]:
         (("train", "--track", "wandb,t"), ["wandb,tensorboard", "wandb,trackio"]),
         (("train", "--set", "optim.b"), ["optim.batch_size=", "optim.beta1=", "optim.beta2="]),
         (("train", "--preset", ""), preset_names()),
+        (("train", "-p", "t"), ["tiny"]),
         (("train", "--lr", ""), []),
+        (("eval", "--split", "v"), ["validation"]),
+        (("sample", "--device", "c"), ["cpu", "cuda"]),
+        (("train", "--resume", "n"), ["never"]),
+        (("presets", "s"), ["seed", "small"]),
+        (("config", "drop"), ["dropout"]),
+        (("config", "optim.l"), ["optim.lr"]),
+        (("config", "-p", "b"), ["base"]),
     ],
 )
 def test_a_shell_completes_the_word_that_was_begun(words: tuple[str, ...], offered: list[str]) -> None:
+    assert completed(*words) == offered
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("sample", ""), ["runs/a", "runs/b"]),
+        (("eval", "ru"), ["runs/a", "runs/b"]),
+        (("inspect-sparsity", "runs/b"), ["runs/b"]),
+        (("sample", "runs/b/"), ["runs/b/checkpoints/step-00000004", "runs/b/checkpoints/step-00000008"]),
+        (("train", "--resume", "runs/b/checkpoints/step-00000008"), ["runs/b/checkpoints/step-00000008"]),
+        (("config", "runs/a"), ["runs/a"]),
+        (("sample", "elsewhere"), []),
+        (("sample", "no/such/place"), []),
+    ],
+)
+def test_a_shell_completes_runs_and_their_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], offered: list[str]
+) -> None:
+    for name in ("runs/a", "runs/b", "elsewhere/far/down/c"):
+        Run(tmp_path / name).path.mkdir(parents=True)
+        Run(tmp_path / name).write_config(Config())
+    for step in (4, 8):
+        step_folder(tmp_path / "runs" / "b", step).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     assert completed(*words) == offered
