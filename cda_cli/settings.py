@@ -352,9 +352,13 @@ def preset_names() -> list[str]:
 
 
 def find_settings(word: str) -> list[Row]:
-    """The settings whose name holds `word`, or all of a section; where there are none, those whose help holds it."""
+    """The settings of a section, or those with a word in their name that begins so; else those whose help holds it."""
     word, name = word.lower(), word.lower().lstrip("-").replace("-", "_")
     if name in SECTIONS:
         return [row for row in TABLE.values() if row.section == name]
-    named = [row for row in TABLE.values() if name in row.key or name == row.setting.parameter]
+    named = [
+        row
+        for row in TABLE.values()
+        if f"_{name}" in f"_{row.name}" or row.key.startswith(name) or name == row.setting.parameter
+    ]
     return named or [row for row in TABLE.values() if word in f"{row.meaning} {row.setting.flag_help}".lower()]

@@ -30,7 +30,7 @@ def config(
     preset: PresetOption = None,
     file: ConfigOption = None,
     set_: SetOption = None,
-    changed: Annotated[bool, typer.Option("--changed", help="Only the settings that differ from the preset.")] = False,
+    changed: Annotated[bool, typer.Option("--changed", help="A short table of what differs from the preset.")] = False,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="YAML, which --config reads back.")] = False,
     as_json: JsonOption = False,
     schema: Annotated[bool, typer.Option("--schema", help="The JSON Schema of a file for --config.")] = False,
@@ -43,7 +43,7 @@ def config(
     settings of that, and how they differ from --preset, or from the preset that is nearest.
     """
     from cda_cli.config import annotated_yaml, explain, json_schema, nearest_preset, preset_file, resolve_with_origins
-    from cda_cli.console import print_json, show_settings
+    from cda_cli.console import print_json, show_changed, show_settings
     from cda_cli.errors import ConfigError
 
     if as_yaml + as_json + schema > 1:
@@ -66,7 +66,7 @@ def config(
     elif as_json:
         print_json({"run": run and str(run), "preset": start, "settings": [each.as_dict() for each in settings]})
     else:
-        show_settings(settings, start, run)
+        (show_changed if changed else show_settings)(settings, start, run)
 
 
 def _split(words: list[str]) -> tuple[Path | None, Config | None, list[str]]:

@@ -4,7 +4,7 @@ from cda_cli.console.base import print_json, progress, shows_progress
 from cda_cli.console.reports import show_doctor, show_dry_run, show_evaluation, show_forecast, show_report
 from cda_cli.console.runs import show_runs
 from cda_cli.console.sampling import SampleDisplay
-from cda_cli.console.settings import show_presets, show_settings
+from cda_cli.console.settings import show_changed, show_presets, show_settings
 from cda_cli.console.text import note
 from cda_cli.console.training import TrainingDisplay
 
@@ -14,6 +14,7 @@ __all__ = [
     "note",
     "print_json",
     "progress",
+    "show_changed",
     "show_doctor",
     "show_dry_run",
     "show_evaluation",

@@ -29,8 +29,6 @@ def show_settings(settings: Sequence[Explained], preset: str, run: Path | None =
     if run:
         words = f"differs from preset {preset} in {changed} setting{'s' * (changed != 1)}"
         console.print(Text(f"{printable(str(run))} {words}", style="bold"))
-    elif not settings:
-        console.print(f"all settings are those of preset {preset}")
     for section, own in itertools.groupby(settings, lambda each: each.row.section):
         if run or section != settings[0].row.section:
             console.print()
@@ -39,6 +37,24 @@ def show_settings(settings: Sequence[Explained], preset: str, run: Path | None =
             console.print(_setting_line(each, preset))
             for line in Text(_setting_words(each)).wrap(console, console.width - len(INDENT)):
                 console.print(INDENT + line.plain.rstrip())
+
+
+def show_changed(settings: Sequence[Explained], preset: str, run: Path | None = None) -> None:
+    """A table of settings that differ from those of `preset`: their values there, and where their own come from."""
+    console = out()
+    if run:
+        console.print(Text(printable(str(run)), style="bold"))
+    if not settings:
+        console.print(f"all settings are those of preset {preset}")
+        return
+    made = table("setting", "value", f"preset {preset}", "from")
+    for column in made.columns:
+        column.justify, column.overflow = "left", "fold"
+    made.columns[0].no_wrap = True
+    for each in settings:
+        values = (printable(as_written(value)) for value in (each.value, each.presets[preset]))
+        made.add_row(each.row.key, *values, each.origin)
+    console.print(made)
 
 
 def _setting_line(each: Explained, preset: str) -> Text:
@@ -68,18 +84,20 @@ def show_presets(presets: Mapping[str, tuple[Config, str, str]]) -> None:
     """Each preset with its configuration, its number of parameters, and its purpose; the smallest model first."""
     console = out()
     by_size = sorted(presets.items(), key=lambda item: item[1][0].model.dim ** 2 * item[1][0].model.depth)
-    made = table("preset", "parameters", "layers × width", "heads", "context", "batch", "attention")
-    made.columns[-1].justify = "left"
+    made = table("preset", "parameters", "shape", "heads", "context", "batch", "attention", "k", "ε")
+    made.columns[6].justify = "left"
     for name, (config, parameters, _) in by_size:
         model, optim = config.model, config.optim
         made.add_row(
             name,
             parameters,
-            f"{model.depth} × {model.dim}",
+            f"{model.depth}×{model.dim}",
             str(model.heads),
-            f"{model.seq_len:,}",
-            f"{optim.batch_size} × {optim.grad_accum}" if optim.grad_accum > 1 else str(optim.batch_size),
-            f"{model.attention}, k {'≤ ' * model.learned_k}{as_written(model.attn_k)}, ε {as_written(model.attn_eps)}",
+            str(model.seq_len),
+            f"{optim.batch_size}×{optim.grad_accum}" if optim.grad_accum > 1 else str(optim.batch_size),
+            model.attention,
+            f"{'≤ ' * model.learned_k}{as_written(model.attn_k)}",
+            as_written(model.attn_eps),
         )
     console.print(made)
     console.print()

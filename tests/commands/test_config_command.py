@@ -71,7 +71,7 @@ def test_the_origin_of_each_value_is_the_layer_that_won(cda: Cda, tmp_path: Path
         ("optim.beta", ["optim.beta1", "optim.beta2"]),
         ("LR", ["optim.lr", "optim.min_lr_ratio"]),
         ("grad-accum", ["optim.grad_accum"]),
-        ("eps", [key for key in TABLE if "eps" in key]),
+        ("eps", [key for key in TABLE if "eps" in key and "steps" not in key]),
         ("muon", ["optim.optimizer", "optim.lr"]),
         ("fsdp", ["run.parallel"]),
     ],
@@ -164,6 +164,12 @@ def test_changed_shows_what_differs_from_the_preset(cda: Cda, finished: Path) ->
     differing = shown(cda, finished, "--changed")
     assert {"model.depth", "optim.steps", "data.source"} <= set(differing)
     assert all(each["value"] != each["presets"]["tiny"] for each in differing.values())
+    table = cda("config", "--preset", "base", "--steps", 5, "--set", "model.depth=3", "--changed").out
+    assert [line.split() for line in table.splitlines()] == [
+        ["setting", "value", "preset", "base", "from"],
+        ["model.depth", "3", "12", "--set"],
+        ["optim.steps", "5", "50000", "--steps"],
+    ]
     assert cda("config", "--preset", "base", "--changed").out == "all settings are those of preset base\n"
 
 
