@@ -32,6 +32,7 @@ from synthetic import ATTENTION, SOFTMAX, header, on_gpu, random_data, row, sett
 from cda_cli.config import Config
 from cda_cli.errors import InterruptedRunError
 from cda_cli.runs.early_stop import Patience
+from cda_cli.runs.folder import Run
 from cda_cli.runs.metrics import Metrics
 from cda_cli.runs.records import Record, TrainRecord
 from cda_cli.runtime import peak_memory
@@ -121,7 +122,7 @@ def measure(context: RunContext, state: TrainState) -> Measured:
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         metrics = Metrics(Path(folder) / "metrics.jsonl", 0)
         with contextlib.suppress(InterruptedRunError):
-            train(context, state, Path(folder), metrics, clock, context.processes.agreed(stop), Patience(0))
+            train(context, state, Run(Path(folder)), metrics, clock, context.processes.agreed(stop), Patience(0))
         metrics.close()
     seconds = (clock.times[WARM + steps] - clock.times[WARM]) / steps
     return Measured(seconds, None if context.graphs else clock.memory, clock.record.data_wait if clock.record else None)
@@ -144,7 +145,7 @@ def saving(context: RunContext, state: TrainState) -> float:
         for step in range(5):
             state.step = step
             began = time.perf_counter()
-            save(context, state, Path(folder))
+            save(context, state, Run(Path(folder)))
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[2:])
 

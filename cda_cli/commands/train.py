@@ -47,14 +47,14 @@ def train(
     `cda config` describes each setting, and says where its value would come from.
     """
     from cda_cli.config import resolve
-    from cda_cli.runs.folder import config_to_resume
+    from cda_cli.runs.folder import Run, config_to_resume
     from cda_cli.signals import StopRequest
     from cda_cli.training.distributed.launch import ErrorCoordinator, count_processes, launch
 
-    run = out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))
+    run = Run(out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET)))
     # A wrong setting is refused before torch is imported.
     with ErrorCoordinator() as coordinator, StopRequest() as stop:
-        settings = resolve(preset, config, set_ or (), flags, base=config_to_resume(run, resume))
+        settings = resolve(preset, config, set_ or (), flags, base=config_to_resume(run.path, resume))
         if (processes := count_processes(settings, coordinator.place, devices, dry_run)) > coordinator.place.processes:
             sys.exit(launch(processes, stop))
         from cda_cli.console import TrainingDisplay, show_dry_run, show_forecast

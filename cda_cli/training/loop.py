@@ -15,6 +15,7 @@ from cda_cli.data import IGNORE, Batch, evaluation_batches
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate
 from cda_cli.generation import SamplingSettings, generate
 from cda_cli.runs.early_stop import Patience
+from cda_cli.runs.folder import Run
 from cda_cli.runs.metrics import Metrics
 from cda_cli.runs.records import CheckpointRecord, Record, SampleRecord, TrainRecord, ValidationRecord
 from cda_cli.runtime import peak_memory
@@ -36,7 +37,7 @@ SAMPLE_TOKENS = 200
 def train(
     context: RunContext,
     state: TrainState,
-    run: Path,
+    run: Run,
     metrics: Metrics,
     display: Display,
     stop: StopRequest,
@@ -161,13 +162,13 @@ class Since:
         return bits_per_byte(self._nats, self._bytes)
 
 
-def save(context: RunContext, state: TrainState, run: Path) -> Path:
+def save(context: RunContext, state: TrainState, run: Run) -> Path:
     """Publishes a checkpoint of this moment, and returns its folder."""
     contents, retention = state.checkpoint(context), context.config.run
     if context.processes.first:
-        publish(run, **contents._asdict(), keep=retention.keep, keep_best=retention.keep_best)
+        publish(run.path, **contents._asdict(), keep=retention.keep, keep_best=retention.keep_best)
     context.processes.wait()
-    return step_folder(run, state.step)
+    return step_folder(run.path, state.step)
 
 
 def validate(context: RunContext, stop: StopRequest) -> Evaluation | None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cda_cli.errors import CheckpointError, TrainingError
+from cda_cli.runs.folder import Run
 from cda_cli.runs.records import RefusedRecord
-from cda_cli.storage import list_steps, step_folder, verify
+from cda_cli.storage import step_folder, verify
 
 
 class StepValues(NamedTuple):
@@ -52,9 +52,9 @@ class StepResult:
 
 
 class Refusals:
-    """Counts the steps refused in a row. The run in folder `run` stops at the `limit`-th."""
+    """Counts the steps refused in a row. The `run` stops at the `limit`-th."""
 
-    def __init__(self, run: Path, limit: int) -> None:
+    def __init__(self, run: Run, limit: int) -> None:
         self._run = run
         self._limit = limit
         self._in_a_row = 0
@@ -91,14 +91,14 @@ def require_finite_weights(step: int, weights: Mapping[str, Tensor]) -> None:
             )
 
 
-def _remedy(run: Path, step: int) -> str:
+def _remedy(run: Run, step: int) -> str:
     """Says where to go on from: the newest intact checkpoint before `step`.
 
     The weights of `step` itself are those that failed; the loss of any earlier weights was finite.
     """
-    steps = list_steps(run)
+    steps = run.steps()
     for earlier in reversed([one for one in steps if one < step]):
-        path = step_folder(run, earlier)
+        path = step_folder(run.path, earlier)
         try:
             verify(path)
         except CheckpointError:

@@ -64,9 +64,9 @@ class DryRun(NamedTuple):
 
 
 def run_training(
-    config: Config, run: Path, resume: str, display: Display, stop: StopRequest, processes: Processes = ALONE
+    config: Config, run: Run, resume: str, display: Display, stop: StopRequest, processes: Processes = ALONE
 ) -> None:
-    """Trains into the folder `run` (see `find_checkpoint` for `resume`), and shows everything on `display`.
+    """Trains into the folder of `run` (see `find_checkpoint` for `resume`), and shows everything on `display`.
 
     Each of several processes calls this, and only the first writes. Raises StorageError if another run writes into
     `run`.
@@ -75,8 +75,8 @@ def run_training(
         held.enter_context(when_stdout_is_lost(stop.lose))  # a failing print must not lose a run
         if processes.first:
             check_trackers(config.run.track)
-            Run(run).check()
-            held.enter_context(Run(run).lock(display.note))
+            run.check()
+            held.enter_context(run.lock(display.note))
         held.enter_context(deterministic(config.run.deterministic))
         with stop.at_once(STOPPED_BEFORE_START):
             checkpoint = _find(run, resume, display, processes)
@@ -85,14 +85,14 @@ def run_training(
 
 
 def _run(
-    config: Config, run: Path, checkpoint: Checkpoint | None, display: Display, stop: StopRequest, processes: Processes
+    config: Config, run: Run, checkpoint: Checkpoint | None, display: Display, stop: StopRequest, processes: Processes
 ) -> None:
     with stop.at_once(STOPPED_BEFORE_START):
         context, state = _set_up(config, run, checkpoint, display, stop, processes)
         _check_same_start(context, state)
     config = context.config
     if checkpoint and state.step >= config.optim.steps:
-        display.note(f"{run} has all its {state.step} steps; raise --steps to go on")
+        display.note(f"{run.path} has all its {state.step} steps; raise --steps to go on")
         return
     if checkpoint:
         display.note(f"resuming from {checkpoint.path}, step {state.step}")
@@ -109,16 +109,14 @@ def _run(
         remark = _memory_remark(context, expected)
         if remark:
             display.note(remark)
-    before_this = processes.broadcast_text(
-        "validation losses", lambda: json.dumps(Run(run).validation_losses(state.step))
-    )
+    before_this = processes.broadcast_text("validation losses", lambda: json.dumps(run.validation_losses(state.step)))
     patience = Patience(config.run.patience, json.loads(before_this))
     if patience.over:
-        display.note(f"{run} was stopped early: {patience.words()}; raise --set run.patience to go on")
+        display.note(f"{run.path} was stopped early: {patience.words()}; raise --set run.patience to go on")
         return
     if processes.first:
         check_space(run, config.run, state)
-    metrics = _open_metrics(Run(run), config, state.step) if processes.first else NullMetrics()
+    metrics = _open_metrics(run, config, state.step) if processes.first else NullMetrics()
     try:
         display.start(make_plan(context, state, run))
         train(context, state, run, metrics, display, processes.agreed(stop), patience)
@@ -129,7 +127,7 @@ def _run(
 
 def dry_run(
     config: Config,
-    run: Path,
+    run: Run,
     resume: str,
     display: Display,
     stop: StopRequest,
@@ -200,11 +198,11 @@ def try_steps(context: RunContext, state: TrainState) -> tuple[float, int]:
     return losses[0], peak_memory(device)
 
 
-def make_plan(context: RunContext, state: TrainState, run: Path) -> Plan:
+def make_plan(context: RunContext, state: TrainState, run: Run) -> Plan:
     config, windows, processes = context.config, context.data.windows, context.processes.count
     per_step = config.optim.batch_size * config.optim.grad_accum
     return Plan(
-        run=run,
+        run=run.path,
         data=context.data.description,
         parameters=state.model.parameter_count(),
         device=describe_device(context.device),
@@ -237,12 +235,12 @@ def _threads(config: Config, checkpoint: Checkpoint | None, display: Display, pr
     return begun
 
 
-def _find(run: Path, resume: str, display: Display, processes: Processes) -> Checkpoint | None:
+def _find(run: Run, resume: str, display: Display, processes: Processes) -> Checkpoint | None:
     """Finds the checkpoint to go on from. The first process looks for it, and the others take the same."""
     if not processes.first:
         path = processes.store_wait("checkpoint")
         return load(Path(path)) if path else None
-    checkpoint, damaged = find_checkpoint(Run(run), resume)
+    checkpoint, damaged = find_checkpoint(run, resume)
     for sentence in damaged:
         display.note(sentence)
     processes.store_set("checkpoint", str(checkpoint.path) if checkpoint else "")
@@ -269,7 +267,7 @@ def _check_same_start(context: RunContext, state: TrainState) -> None:
 
 def _set_up(
     config: Config,
-    run: Path,
+    run: Run,
     checkpoint: Checkpoint | None,
     display: Display,
     stop: StopRequest,
@@ -287,8 +285,9 @@ def _set_up(
     config = with_vocabulary(with_absolute_paths(config), data)  # errors so far named the paths as they were given
     if checkpoint:
         known = checkpoint.state.get("data")  # None in a checkpoint of a version that did not save it
-        check_same_run(with_absolute_paths(saved_config(checkpoint)), config, run, same_text=known == data.identity)
-        check_same_text(known, data.identity, data.description, run)
+        before = with_absolute_paths(saved_config(checkpoint))
+        check_same_run(before, config, run.path, same_text=known == data.identity)
+        check_same_text(known, data.identity, data.description, run.path)
     for sentence in [*config_warnings(config), *filter(None, [data.remark])]:
         display.note(sentence)
     return build(config, data, checkpoint, display.note, processes)

@@ -15,6 +15,7 @@ from torch import Tensor
 import cda_cli.training.run
 from cda_cli.config import Config
 from cda_cli.errors import TrainingError
+from cda_cli.runs.folder import Run
 from cda_cli.runs.records import Record, RefusedRecord
 from cda_cli.signals import StopRequest
 from cda_cli.storage import list_steps, load, newest, pack_optimizer
@@ -120,7 +121,7 @@ def fault_of(config: Config, run: Path, step: int, place: str, value: float, tim
         patch.setattr(cda_cli.training.run, "train", poisoned)
         try:
             with StopRequest() as stop:
-                cda_cli.training.run.run_training(config, run, "auto", display, stop)
+                cda_cli.training.run.run_training(config, Run(run), "auto", display, stop)
         except TrainingError as error:
             said = str(error)
     if display.fault:

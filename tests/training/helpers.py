@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cda_cli.config import Config, parse
+from cda_cli.runs.folder import Run
 from cda_cli.runs.records import Record
 from cda_cli.signals import StopRequest
 from cda_cli.training.display import Plan
@@ -61,7 +62,7 @@ def trained(config: Config, run: Path, resume: str = "auto", stop_after: int | N
     """Trains, or goes on, and returns what the display was shown."""
     display = Memory(stop_after)
     with StopRequest() as stop:
-        run_training(config, run, resume, display, stop)
+        run_training(config, Run(run), resume, display, stop)
     return display
 
 

@@ -19,6 +19,7 @@ from cda_cli.config import Config, ModelConfig
 from cda_cli.data import IGNORE, Batch
 from cda_cli.errors import InterruptedRunError
 from cda_cli.model import Transformer
+from cda_cli.runs.folder import Run
 from cda_cli.runs.records import VERSION, TrainRecord, to_json
 from cda_cli.signals import StopRequest
 from cda_cli.storage import list_steps
@@ -153,7 +154,7 @@ def test_the_garbage_collector_is_spared_what_compiling_leaves_until_the_end(con
 
     before = gc.get_freeze_count()
     with StopRequest() as stop, pytest.raises(InterruptedRunError):
-        run_training(config, tmp_path / "run", "auto", Counting(stop_after=4), stop)
+        run_training(config, Run(tmp_path / "run"), "auto", Counting(stop_after=4), stop)
     assert min(frozen) > before + 10_000
     assert gc.get_freeze_count() == before, "objects of this run would never be collected"
 
@@ -166,7 +167,7 @@ def test_a_stop_before_the_first_step_is_saved_too(config: Config, tmp_path: Pat
             self.advance(0)
 
     with StopRequest() as stop, pytest.raises(InterruptedRunError, match="step 0 of 12"):
-        run_training(config, tmp_path / "run", "auto", Impatient(stop_after=0), stop)
+        run_training(config, Run(tmp_path / "run"), "auto", Impatient(stop_after=0), stop)
     assert list_steps(tmp_path / "run") == [0]
     trained(changed(config, steps=2), tmp_path / "run")
     trained(changed(config, steps=2), tmp_path / "whole")

@@ -16,6 +16,7 @@ from cda_cli.config import Config
 from cda_cli.data import Batch
 from cda_cli.errors import TrainingError
 from cda_cli.runs.early_stop import Patience
+from cda_cli.runs.folder import Run
 from cda_cli.runs.metrics import Metrics
 from cda_cli.runs.records import RefusedRecord
 from cda_cli.runtime import deterministic
@@ -46,7 +47,7 @@ def is_refused(refusals: Refusals, loss: Tensor, norm: Tensor) -> bool:
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_what_is_not_finite_is_refused(tmp_path: Path, bad: Tensor) -> None:
     """A bad value in the loss alone, in the gradient alone, or in both. The record names it."""
-    refusals = Refusals(tmp_path, limit=9)
+    refusals = Refusals(Run(tmp_path), limit=9)
     assert not is_refused(refusals, ONE, ONE)
     assert is_refused(refusals, bad, ONE)
     assert refusals.record(7) == RefusedRecord(step=7, saw=f"loss {bad.item():.4g}, gradient norm 1", in_a_row=1)
@@ -57,7 +58,7 @@ def test_what_is_not_finite_is_refused(tmp_path: Path, bad: Tensor) -> None:
 
 def test_only_those_in_a_row_count(tmp_path: Path) -> None:
     """A bad batch now and then costs nothing but itself."""
-    refusals = Refusals(tmp_path, limit=2)
+    refusals = Refusals(Run(tmp_path), limit=2)
     for _ in range(5):
         assert is_refused(refusals, BAD[0], ONE)
         refusals.check(3)
@@ -73,7 +74,7 @@ def test_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
     """It is not the checkpoint of the very weights that failed, and not a damaged one."""
 
     def said(step: int) -> str:
-        refusals = Refusals(tmp_path, limit=1)
+        refusals = Refusals(Run(tmp_path), limit=1)
         is_refused(refusals, *BAD[:2])
         with pytest.raises(TrainingError) as caught:
             refusals.check(step)
@@ -126,7 +127,7 @@ def trained_with(config: Config, run: Path, step: int, poisoned: bool) -> TrainS
         context, state = build(config, data if poisoned else replace(data, open_batches=without_it))
         if poisoned:
             state.model.register_forward_hook(nan_at(step))
-        train(context, state, run, metrics, display, stop, Patience(0))
+        train(context, state, Run(run), metrics, display, stop, Patience(0))
     metrics.close()
     refused = [record.step for record in display.records if isinstance(record, RefusedRecord)]
     assert refused == [step] * poisoned

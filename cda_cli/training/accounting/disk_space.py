@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 from cda_cli.config import RunConfig
 from cda_cli.errors import StorageError
-from cda_cli.storage import list_steps
+from cda_cli.runs.folder import Run
 from cda_cli.training.optimizer import moments_bytes
 from cda_cli.training.state import TrainState
 
 OTHER_BYTES = 2**20  # an upper bound on random states, state.json and metrics
 
 
-def check_space(run: Path, config: RunConfig, state: TrainState) -> None:
+def check_space(run: Run, config: RunConfig, state: TrainState) -> None:
     """Raises StorageError if the checkpoints that the run keeps, and the one being written, cannot all fit."""
     each = checkpoint_bytes(state)
     # The newest, the best, and one more: an old checkpoint is removed only after the new one is there.
     kept = config.keep + config.keep_best + 1
-    present = min(len(list_steps(run)), kept)
+    present = min(len(run.steps()), kept)
     needed = (kept - present) * each
-    free = shutil.disk_usage(run).free
+    free = shutil.disk_usage(run.path).free
     if free < needed:
         raise StorageError(
-            f"{run} has {_mebibytes(free)} free, and the checkpoints of this run need {_mebibytes(needed)} more "
+            f"{run.path} has {_mebibytes(free)} free, and the checkpoints of this run need {_mebibytes(needed)} more "
             f"({kept} of {_mebibytes(each)}, {present} there); free some space, or choose another --out"
         )
 
