@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +19,9 @@ from cda_cli.config import Config, dump_yaml, parse
 from cda_cli.data import Batch
 from cda_cli.errors import ConfigError
 from cda_cli.model import Transformer
+from cda_cli.signals import StopRequest
 from cda_cli.storage import load, locate
-from cda_cli.training.distributed.launch import Place, count_processes
+from cda_cli.training.distributed.launch import Place, count_processes, launch
 from cda_cli.training.distributed.processes import Processes
 from tests.commands.helpers import OVERFLOWING, contents, metrics
 from tests.training.helpers import changed, losses, trained
@@ -201,6 +205,17 @@ def test_settings_of_python_and_pytorch_are_restored(small: Config, parallel: st
         processes.wrap(Transformer(config.model), config, torch.float32, compiled=True)
         assert before != silent != settings_now()
     assert settings_now() == before
+
+
+def test_the_launcher_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of torchrun's agent, and no thread that could send a signal to whatever has a worker's number."""
+    monkeypatch.setattr(sys, "argv", ["cda", "--version"])
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    before, threads = dict(os.environ), threading.enumerate()
+    with StopRequest() as stop:
+        assert launch(2, stop) == 0
+    assert dict(os.environ) == before
+    assert not [thread for thread in threading.enumerate() if thread not in threads]
 
 
 @pytest.mark.parametrize(("accumulated", "rows", "count"), [(1, 4, 2), (4, 1, 2), (2, 2, 4), (6, 3, 9), (3, 6, 2)])

@@ -98,6 +98,23 @@ def log_level(name: str, level: int) -> Iterator[None]:
         logger.setLevel(before)
 
 
+@contextlib.contextmanager
+def agent_environment(processes: int) -> Iterator[None]:
+    """Sets the variables that torchrun's agent reads and passes on to its workers, and restores them at the end."""
+    before = dict(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings about sockets and groups left behind
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # If the agent handled SIGTERM, it would wait for half a minute only, and hide how the run ended. So it handles only
+    # SIGQUIT, which ends a run in one process too.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @log_level("torch.distributed.elastic", logging.CRITICAL)
 def launch(processes: int, stop: StopRequest) -> int:
     """Runs this very command line in `processes` processes on this machine, and returns the exit code of the run.
@@ -106,48 +123,48 @@ def launch(processes: int, stop: StopRequest) -> int:
     InterruptedRunError if the stop came before they could report it, and TrainingError if one was killed and no process
     could say why.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings about sockets and groups left behind
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # If the agent handled SIGTERM, it would wait for half a minute only, and hide how the run ended. So it handles only
-    # SIGQUIT, which ends a run in one process too.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    with agent_environment(processes), tempfile.TemporaryDirectory(prefix="cda-launch-") as logs:
+        from torch.distributed.elastic.agent.server.api import WorkerSpec
+        from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+        from torch.distributed.elastic.rendezvous import RendezvousParameters
+        from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-    from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.rendezvous import RendezvousParameters
-    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
-
-    meeting = get_rendezvous_handler(
-        RendezvousParameters("c10d", "localhost:0", uuid.uuid4().hex, 1, 1, local_addr="localhost")
-    )
-    command = ("-m", "cda_cli", *sys.argv[1:])
-    spec = WorkerSpec(
-        "train", processes, meeting, entrypoint=sys.executable, args=command, max_restarts=0, local_addr="localhost"
-    )
-    with tempfile.TemporaryDirectory(prefix="cda-launch-") as logs:
+        meeting = get_rendezvous_handler(
+            RendezvousParameters("c10d", "localhost:0", uuid.uuid4().hex, 1, 1, local_addr="localhost")
+        )
+        command = ("-m", "cda_cli", *sys.argv[1:])
+        spec = WorkerSpec(
+            "train", processes, meeting, entrypoint=sys.executable, args=command, max_restarts=0, local_addr="localhost"
+        )
         agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=logs))
-        threading.Thread(target=_forward_stop, args=(stop, agent), daemon=True).start()
+        ended = threading.Event()
+        forwarder = threading.Thread(target=_forward_stop, args=(stop, agent, ended), daemon=True)
+        forwarder.start()
         try:
             result = agent.run()
-        except SignalException as ended:
-            return 128 + ended.sigval
+        except SignalException as signalled:
+            return 128 + signalled.sigval
         finally:
+            ended.set()
+            forwarder.join()
             meeting.shutdown()
     return _exit_code([failure.exitcode for failure in result.failures.values()], stop)
 
 
-def _forward_stop(stop: StopRequest, agent: Any) -> None:
+def _forward_stop(stop: StopRequest, agent: Any, ended: threading.Event) -> None:
     """Sends SIGTERM to the workers of `agent` once a stop is asked for and all workers have started.
 
-    It never sends SIGINT, to which a worker that is still importing would answer with a traceback.
+    It never sends SIGINT, to which a worker that is still importing would answer with a traceback. It returns once the
+    run has `ended`.
     """
-    while not (stop and (workers := agent.get_worker_group().workers) and all(worker.id for worker in workers)):
-        time.sleep(POLL)
-    for worker in workers:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker.id, signal.SIGTERM)
+    while not ended.wait(POLL):
+        workers = agent.get_worker_group().workers
+        if stop and workers and all(worker.id for worker in workers):
+            for worker in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.id, signal.SIGTERM)
+            return
 
 
 def _exit_code(codes: list[int], stop: StopRequest) -> int:
