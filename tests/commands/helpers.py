@@ -40,7 +40,9 @@ run:
   device: cpu
 """
 
-WITH_DEVICE = ("train", "eval", "sample", "inspect-sparsity")
+WITH_DEVICE = {
+    name for name, command in COMMANDS.items() if any("--device" in option.opts for option in command.params)
+}
 
 # Weights that grow by 27 orders of magnitude in the first step: the second one overflows.
 OVERFLOWING = ("--set", "optim.weight_decay=1e30")
