@@ -1,4 +1,4 @@
-"""Loss over a split: each token but the first is predicted once, in windows that do not overlap."""
+"""Measures the loss over a split: the model predicts each token but the first once, in windows that do not overlap."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from cda_cli.token_losses import token_losses
 
 
 class Evaluation(NamedTuple):
-    """loss: mean nats per token; its standard error takes a window as one observation, as tokens of one window share
-    their context. bits_per_byte: all nats in bits, spread over `text_bytes`, those that the tokens which were counted
-    stand for (see `Tokens.sizes`)."""
+    """What `evaluate` measures, over `tokens` targets in `windows` windows.
+
+    `loss` is the mean, in nats per token. `bits_per_byte` is the sum of the losses in bits, divided by `text_bytes`,
+    the bytes of text that the targets stand for (see `Tokens.sizes`). Tokens of one window share their context, so both
+    standard errors take a window as one observation.
+    """
 
     loss: float
     standard_error: float
@@ -29,7 +32,7 @@ class Evaluation(NamedTuple):
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:
-    """The nats of some tokens as bits per byte of their text; infinite where they stand for no text."""
+    """Converts the nats of some tokens to bits per byte of their text: infinite if they stand for no text."""
     return nats / math.log(2) / text_bytes if text_bytes else math.inf
 
 
@@ -41,7 +44,10 @@ def evaluate(
     dtype: torch.dtype,
     advance: Callable[[int], None] = lambda windows: None,
 ) -> Evaluation:
-    """Figures of `model` over `batches`; `advance` hears of the windows done. Leaves the model's mode as it was."""
+    """Measures `model` over `batches`, in evaluation mode, and restores the mode of the model.
+
+    `dtype` is that of the matrix products. `advance` gets the number of windows of each batch once it is done.
+    """
     sums, counts, sizes = [], [], []
     training = model.training
     model.eval()
@@ -53,11 +59,12 @@ def evaluate(
             advance(len(batch.inputs))
     finally:
         model.train(training)
-    return _figures(torch.cat(sums), torch.cat(counts), torch.cat(sizes))
+    return _summarise(torch.cat(sums), torch.cat(counts), torch.cat(sizes))
 
 
-def _figures(sums: Tensor, counts: Tensor, sizes: Tensor) -> Evaluation:
-    """From the loss of each window, the number of its tokens, and their bytes."""
+def _summarise(sums: Tensor, counts: Tensor, sizes: Tensor) -> Evaluation:
+    """Makes the evaluation of W windows from `sums` [W] of their losses, `counts` [W] of their targets, and `sizes` [W],
+    the bytes that these stand for."""
     nats, tokens, text_bytes = sums.sum().item(), int(counts.sum()), int(sizes.sum())
     loss = nats / tokens
     return Evaluation(
@@ -73,7 +80,10 @@ def _figures(sums: Tensor, counts: Tensor, sizes: Tensor) -> Evaluation:
 
 
 def _ratio_error(sums: Tensor, counts: Tensor) -> float:
-    """The standard error of the ratio Σ sums / Σ counts, a window being one observation; NaN of a single one."""
+    """Returns the standard error of the ratio Σ sums / Σ counts, where each window is one observation.
+
+    It is NaN for a single window. Source: Cochran, Sampling Techniques, equation 6.13.
+    """
     windows, total = len(sums), counts.sum()
     if windows < 2 or not total:
         return math.nan

@@ -44,8 +44,11 @@ def run(model: nn.Module, tokens: Tokens, seq_len: int, batch_size: int) -> Eval
 
 @torch.no_grad()
 def direct_losses(model: Transformer, tokens: Tokens, seq_len: int) -> list[list[float]]:
-    """Nats of each token but the first, by window: a window alone, and the last one full, where the text is long
-    enough, but counted from its own."""
+    """Returns the nats of each token but the first, window by window.
+
+    The model sees one window at a time. The last one is full where the text is long enough, and only its new targets
+    are counted.
+    """
     ids = tokens.ids.astype(np.int64)
     found = []
     for first in range(0, len(ids) - 1, seq_len):
@@ -58,7 +61,7 @@ def direct_losses(model: Transformer, tokens: Tokens, seq_len: int) -> list[list
 
 @settings(max_examples=60)
 @given(lengths=LENGTHS, batch_size=st.integers(1, 7), seed=st.integers(0, 99))
-def test_the_figures_are_those_of_a_direct_computation(lengths: tuple[int, int], batch_size: int, seed: int) -> None:
+def test_the_metrics_are_those_of_a_direct_computation(lengths: tuple[int, int], batch_size: int, seed: int) -> None:
     """Each token once, the last window included, however short its new part is."""
     count, seq_len = lengths
     model, tokens = build(), text(count, seed)
@@ -81,7 +84,8 @@ def test_the_figures_are_those_of_a_direct_computation(lengths: tuple[int, int],
         assert math.isnan(found.bits_per_byte_error)
         return
 
-    # The variance of a ratio of means: Cochran, Sampling Techniques, equation 6.13 without the finite population.
+    # The variance of a ratio of means is that of Cochran, Sampling Techniques, equation 6.13, for a population without
+    # end.
     def error(ratio: float, each: list[int]) -> float:
         pairs = zip(windows, each, strict=True)
         variance = math.fsum((math.fsum(window) - ratio * size) ** 2 for window, size in pairs) / (n - 1)
@@ -118,7 +122,7 @@ def test_a_uniform_guess_over_bytes_is_eight_bits() -> None:
     assert bits_per_byte(math.log(256), 2) == pytest.approx(4)
 
 
-def test_a_model_that_is_utterly_wrong_has_figures_too() -> None:
+def test_a_model_that_is_utterly_wrong_has_metrics_too() -> None:
     """e to the loss would be more than a float holds."""
     logits = torch.full((VOCABULARY + 1,), -5000.0)
     logits[-1] = 5000.0
@@ -127,8 +131,8 @@ def test_a_model_that_is_utterly_wrong_has_figures_too() -> None:
     assert math.isfinite(found.perplexity)
 
 
-def test_the_error_covers_the_loss_of_the_whole_as_often_as_it_says() -> None:
-    """Losses of whole texts, each estimated from 30 of its windows: about 68 % lie within one standard error."""
+def test_the_error_covers_the_loss_of_the_text_as_often_as_it_says() -> None:
+    """The loss of a text is estimated from 30 of its windows: about 68 % of the estimates lie within one standard error."""
     generator = torch.Generator().manual_seed(0)
     model = build(seq_len=6)
     long = text(6 * 2000 + 1)
@@ -145,7 +149,7 @@ def test_the_error_covers_the_loss_of_the_whole_as_often_as_it_says() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_comes_back_and_dropout_is_off_meanwhile(training: bool) -> None:
-    """Else a run trains on without dropout after its first validation, or is validated with it."""
+    """Otherwise a run would train on without dropout after its first validation, or be validated with it."""
     model = build(dropout=0.5).train(training)
     expected = run(build(dropout=0.0), text(40), 9, 3)
     assert run(model, text(40), 9, 3).loss == pytest.approx(expected.loss, abs=1e-5)
