@@ -1,7 +1,7 @@
 """What each layer and head of a model selects, over real text.
 
-windows of the text → forward passes under observation → sums of figures → a report, and the weights of one head over
-the first window for the heat map.
+windows of the text → observed forward passes → sums of measures → a report, and the weights of one head over the first
+window, for the heat map.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from cda_cli.data import Batch
 from cda_cli.errors import ConfigError
-from cda_cli.inspection.measures import HeadFigures, UnitFigures, head_figures, unit_figures
+from cda_cli.inspection.measures import HeadSums, UnitCounts, count_active_units, sum_head_measures
 from cda_cli.model import Transformer
-from cda_cli.model.observe import AttentionSeen, FeedForwardSeen, observing
+from cda_cli.model.observe import ObservedAttention, ObservedFeedForward, observing
 from cda_cli.runs.records import LayerRecord
 from cda_cli.runtime import autocast, to_device
 
 
 class HeadReport(NamedTuple):
-    """Means over the rows of one head; `capped_share` over the rows that see more than k keys."""
+    """Means over the rows of one head; `capped_share` is the mean over the rows that see more than k keys."""
 
     layer: int
     head: int
@@ -36,7 +36,11 @@ class HeadReport(NamedTuple):
 
 
 class FeedForwardReport(NamedTuple):
-    """Active units: |activation| > 1e-3, mean over the tokens. Dead units: active on none of them."""
+    """The units of one feed-forward layer.
+
+    `active_units` is the mean number of units with |activation| > 1e-3 on a token. `dead_units` were active on no
+    token.
+    """
 
     layer: int
     units: int
@@ -50,7 +54,7 @@ class Report(NamedTuple):
     tokens: int
 
     def only(self, layers: Collection[int], heads: Collection[int]) -> Report:
-        """The report of these layers and heads."""
+        """Keeps these layers and heads alone."""
         return Report(
             [head for head in self.heads if head.layer in layers and head.head in heads],
             [unit for unit in self.feed_forward if unit.layer in layers],
@@ -66,7 +70,10 @@ class Report(NamedTuple):
 
 
 def parse_selection(text: str | None, count: int, option: str) -> list[int]:
-    """`0,2-3` → [0, 2, 3], out of `count`; all where None. Raises ConfigError."""
+    """Reads numbers and ranges below `count`: `0,2-3` gives [0, 2, 3], and None gives all of them.
+
+    `option` names what was given, for the ConfigError that is raised for anything else.
+    """
     if text is None:
         return list(range(count))
     chosen: list[int] = []
@@ -83,21 +90,24 @@ def parse_selection(text: str | None, count: int, option: str) -> list[int]:
 
 
 class Watcher:
-    """Adds up the figures of each layer as forward passes go by; keeps the weights of `keep` = (layer, head)."""
+    """Adds up the measures of each layer while forward passes are observed.
+
+    It also keeps the weights of the layer and head `keep` over the first sequence.
+    """
 
     def __init__(self, keep: tuple[int, int] | None = None) -> None:
-        self.attention: dict[int, HeadFigures] = {}
-        self.feed_forward: dict[int, UnitFigures] = {}
+        self.attention: dict[int, HeadSums] = {}
+        self.feed_forward: dict[int, UnitCounts] = {}
         self.keep = keep
         self._kept: list[Tensor] = []
 
-    def __call__(self, seen: AttentionSeen | FeedForwardSeen) -> None:
-        if isinstance(seen, FeedForwardSeen):
-            figures = unit_figures(seen.activations)
+    def __call__(self, seen: ObservedAttention | ObservedFeedForward) -> None:
+        if isinstance(seen, ObservedFeedForward):
+            counts = count_active_units(seen.activations)
             known = self.feed_forward.get(seen.layer)
-            self.feed_forward[seen.layer] = known + figures if known else figures
+            self.feed_forward[seen.layer] = known + counts if known else counts
             return
-        sums = head_figures(seen)
+        sums = sum_head_measures(seen)
         before = self.attention.get(seen.layer)
         self.attention[seen.layer] = before + sums if before else sums
         if self.keep is not None and seen.layer == self.keep[0] and seen.position == sum(map(len, self._kept)):
@@ -105,21 +115,21 @@ class Watcher:
 
     @property
     def kept(self) -> Tensor | None:
-        """The weights [T, S] of `keep` over the first sequence."""
+        """The weights [T, S] of `keep` over the first sequence, or None if there is no `keep`."""
         return torch.cat(self._kept) if self._kept else None
 
     def report(self) -> Report:
         heads = [
-            _head_report(layer, head, dict(zip(HeadFigures._fields, sums, strict=True)))
-            for layer, figures in sorted(self.attention.items())
-            for head, sums in enumerate(torch.stack(figures, dim=-1).tolist())
+            _head_report(layer, head, dict(zip(HeadSums._fields, sums, strict=True)))
+            for layer, of_heads in sorted(self.attention.items())
+            for head, sums in enumerate(torch.stack(of_heads, dim=-1).tolist())
         ]
-        units = [_unit_report(layer, figures) for layer, figures in sorted(self.feed_forward.items())]
+        units = [_unit_report(layer, counts) for layer, counts in sorted(self.feed_forward.items())]
         return Report(heads, units, self.feed_forward[0].tokens if self.feed_forward else 0)
 
 
 def layer_means(report: Report) -> tuple[LayerRecord, ...]:
-    """What training records of each layer: the means over its heads, and its share of active units."""
+    """Returns what training records of each layer: the means over its heads, and its share of active units."""
     layers = []
     for unit in report.feed_forward:
         heads = [head for head in report.heads if head.layer == unit.layer]
@@ -140,7 +150,10 @@ def inspect(
     keep: tuple[int, int] | None = None,
     advance: Callable[[int], None] = lambda windows: None,
 ) -> Watcher:
-    """Observes `model` over `batches`; leaves its mode as it was."""
+    """Observes `model` over `batches`, in evaluation mode, and restores the mode of the model.
+
+    `dtype` is that of the matrix products. `advance` gets the number of windows of each batch once it is done.
+    """
     watcher = Watcher(keep)
     training = model.training
     model.eval()
@@ -171,11 +184,11 @@ def _head_report(layer: int, head: int, sums: dict[str, float]) -> HeadReport:
     )
 
 
-def _unit_report(layer: int, figures: UnitFigures) -> FeedForwardReport:
-    times_active = figures.times_active.cpu()
+def _unit_report(layer: int, counts: UnitCounts) -> FeedForwardReport:
+    times_active = counts.times_active.cpu()
     return FeedForwardReport(
         layer=layer,
         units=len(times_active),
-        active_units=times_active.sum().item() / figures.tokens,
+        active_units=times_active.sum().item() / counts.tokens,
         dead_units=int((times_active == 0).sum()),
     )

@@ -1,4 +1,4 @@
-"""The sparsity measures: from weights to figures. Rows sum to k, so each measure says what it normalises by.
+"""The sparsity measures of weights and activations. Rows sum to k, so each measure says what it normalises by.
 
 Shapes: B batch, H heads, T queries, S keys (null keys first), F feed-forward units.
 """
@@ -10,57 +10,62 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cda_cli.model.observe import AttentionSeen
+from cda_cli.model.observe import ObservedAttention
 
-VISIBLE_WEIGHT = 1e-3  # λ above it counts as attended: λ > 0 everywhere, so "sparse" needs a tolerance
-CAPPED_WEIGHT = 1 - 1e-6  # λ at or above it counts as capped
+VISIBLE_WEIGHT = 1e-3  # an entry with a larger λ counts as attended; λ > 0 everywhere, so "sparse" needs a tolerance
+CAPPED_WEIGHT = 1 - 1e-6  # an entry whose λ is at least this counts as capped
 
 
 def effective_support(weights: Tensor) -> Tensor:
-    """exp of the entropy of λ/Σλ along the last dimension, [...]: how many entries share a row; 0 if it is empty."""
+    """Counts the entries that share a row: exp of the entropy of λ/Σλ along the last dimension of `weights` [..., S].
+
+    Returns [...]; a row of zeros has 0.
+    """
     total = weights.sum(-1, keepdim=True)
     share = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
     entropy = -torch.special.xlogy(share, share).sum(-1)
     return torch.where(total.squeeze(-1) > 0, entropy.exp(), 0.0)
 
 
-class HeadFigures(NamedTuple):
-    """Sums over rows, float64 [H] each, on the device of the weights; divide by `rows` (or by `bounded_rows`, where
-    named) for means."""
+class HeadSums(NamedTuple):
+    """Sums of the measures over the rows of each head, float64 [H], on the device of the weights.
 
-    rows: Tensor
+    The mean of a measure is its sum divided by `rows`; that of `capped_share` is divided by `bounded_rows`.
+    """
+
+    rows: Tensor  # their number
     row_sum: Tensor
     sparsity_k: Tensor
     excess: Tensor  # |Σλ − min(k, visible keys)|
     support: Tensor
     attended: Tensor  # entries with λ > VISIBLE_WEIGHT
-    bounded_rows: Tensor  # rows that see more than k keys: elsewhere every entry is capped, whatever the model does
+    bounded_rows: Tensor  # the number of rows that see more than k keys; any other row must cap every entry
     capped_share: Tensor  # capped entries per unit of k, over the bounded rows
-    distance: Tensor  # mean of query position − key position under λ/Σλ, null keys left out
+    distance: Tensor  # mean of query position − key position under λ/Σλ, without null keys
 
-    def __add__(self, other: object) -> HeadFigures:
-        assert isinstance(other, HeadFigures)
-        return HeadFigures(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: object) -> HeadSums:
+        assert isinstance(other, HeadSums)
+        return HeadSums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def head_figures(seen: AttentionSeen) -> HeadFigures:
-    """The figures of one layer's heads over some rows of one forward pass."""
+def sum_head_measures(seen: ObservedAttention) -> HeadSums:
+    """Sums the measures of each head of one layer over some rows of a forward pass."""
     weights, k = seen.weights.double(), seen.sparsity_k.double()
     B, H, T, S = weights.shape
-    keys = torch.arange(S - seen.null, device=weights.device)
+    keys = torch.arange(S - seen.null_keys, device=weights.device)
     position = seen.position + torch.arange(T, device=weights.device)
-    visible = (position + 1 + seen.null).expand(B, H, T)
+    visible = (position + 1 + seen.null_keys).expand(B, H, T)
     row_sum = weights.sum(-1)
     bounded = visible > k
     capped = (weights >= CAPPED_WEIGHT).sum(-1) / k
-    real = weights[..., seen.null :]
+    real = weights[..., seen.null_keys :]
     back = (position.unsqueeze(1) - keys).clamp(min=0).double()
     distance = (real * back).sum(-1) / real.sum(-1).clamp(min=1e-30)
 
     def total(values: Tensor) -> Tensor:
         return values.double().sum((0, 2))
 
-    return HeadFigures(
+    return HeadSums(
         rows=total(torch.ones_like(k)),
         row_sum=total(row_sum),
         sparsity_k=total(k),
@@ -73,18 +78,18 @@ def head_figures(seen: AttentionSeen) -> HeadFigures:
     )
 
 
-class UnitFigures(NamedTuple):
-    """The number of tokens, and for each unit of [F] of how many of them it was active on."""
+class UnitCounts(NamedTuple):
+    """The number of tokens, and the number of them on which each unit was active, [F]."""
 
     tokens: int
     times_active: Tensor
 
-    def __add__(self, other: object) -> UnitFigures:
-        assert isinstance(other, UnitFigures)
-        return UnitFigures(self.tokens + other.tokens, self.times_active + other.times_active)
+    def __add__(self, other: object) -> UnitCounts:
+        assert isinstance(other, UnitCounts)
+        return UnitCounts(self.tokens + other.tokens, self.times_active + other.times_active)
 
 
-def unit_figures(activations: Tensor) -> UnitFigures:
-    """The figures of one feed-forward layer, from its activations [B, T, F]; active means |activation| > 1e-3."""
+def count_active_units(activations: Tensor) -> UnitCounts:
+    """Counts on how many tokens each unit is active, from activations [B, T, F]: |activation| > VISIBLE_WEIGHT."""
     active = activations.abs().flatten(0, 1) > VISIBLE_WEIGHT
-    return UnitFigures(len(active), active.sum(0))
+    return UnitCounts(len(active), active.sum(0))

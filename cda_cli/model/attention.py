@@ -14,7 +14,7 @@ from cda_cli.config import ModelConfig
 from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.head_projection import head_logits, project_heads
 from cda_cli.model.layers import EPS, HeadNorm, RotaryPositions
-from cda_cli.model.observe import AttentionSeen, Observer
+from cda_cli.model.observe import ObservedAttention, Observer
 from cda_cli.model.rules import attention_rule
 from cda_cli.ops import Backend, choose_backend
 from cda_cli.ops.transforms import transformed
@@ -131,7 +131,7 @@ class Attention(nn.Module):
     def _observe(self, weights_BHtS: Tensor, budget_BHt: Tensor, last: int) -> None:
         assert self.observer is not None
         null = self.config.null_kv
-        self.observer(AttentionSeen(self.layer, weights_BHtS.detach(), budget_BHt.detach(), null, last - null))
+        self.observer(ObservedAttention(self.layer, weights_BHtS.detach(), budget_BHt.detach(), null, last - null))
 
 
 def _head_linear(config: ModelConfig, bias: float) -> nn.Linear:

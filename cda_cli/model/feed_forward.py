@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.activations import feed_forward_activation
-from cda_cli.model.observe import FeedForwardSeen, Observer
+from cda_cli.model.observe import ObservedFeedForward, Observer
 from cda_cli.ops import Backend
 
 
@@ -24,5 +24,5 @@ class FeedForward(nn.Module):
         gate = self.proj_gate(x_BTC) if self.proj_gate is not None else None
         activations = self.activation(self.proj_in(x_BTC), gate)
         if self.observer is not None:
-            self.observer(FeedForwardSeen(self.layer, activations.detach()))
+            self.observer(ObservedFeedForward(self.layer, activations.detach()))
         return self.proj_out(activations)

@@ -1,7 +1,7 @@
-"""Observing a forward pass: what each layer selected, for inspection and for the live metrics of training.
+"""Observes what each layer of a forward pass selects, for inspection and for the live metrics of training.
 
-While a module's `observer` is set, the module computes dense weights and hands them over in blocks of rows, so that
-memory does not grow as O(T × S) (see `rules.base.BLOCK_SCORES`).
+While the `observer` of an attention layer is set, the layer computes dense weights and passes them on in blocks of
+rows, so that memory does not grow as O(T × S) (see `rules.base.BLOCK_SCORES`).
 """
 
 from __future__ import annotations
@@ -18,32 +18,35 @@ if TYPE_CHECKING:
     from cda_cli.model.transformer import Transformer
 
 
-class AttentionSeen(NamedTuple):
-    """Attention of one layer, or some of its rows: weights [B, H, T, S], and the k of each row [B, H, T].
+class ObservedAttention(NamedTuple):
+    """The attention of one layer, or some of its rows: weights [B, H, T, S], and the k of each row [B, H, T].
 
-    The first `null` keys are null keys. Row 0 is the query at `position`, which sees the keys up to that position.
+    The first `null_keys` keys are null keys. Row 0 is the query at `position`, which sees the keys up to that position.
     """
 
     layer: int
     weights: Tensor
     sparsity_k: Tensor
-    null: int
+    null_keys: int
     position: int
 
 
-class FeedForwardSeen(NamedTuple):
-    """Activations of one feed-forward layer, [B, T, hidden]."""
+class ObservedFeedForward(NamedTuple):
+    """The activations of one feed-forward layer, [B, T, F], F units."""
 
     layer: int
     activations: Tensor
 
 
-Observer = Callable[[AttentionSeen | FeedForwardSeen], None]
+Observer = Callable[[ObservedAttention | ObservedFeedForward], None]
 
 
 @contextmanager
 def observing(model: Transformer, observer: Observer) -> Iterator[None]:
-    """Within it, each layer of a forward pass calls `observer`: attention for all rows, in order; feed-forward once."""
+    """Within it, each layer of a forward pass calls `observer`.
+
+    An attention layer calls it for each block of rows, in order, and a feed-forward layer calls it once.
+    """
     observed: list[Attention | FeedForward] = []
     for block in model.each_block():
         observed += (block.attention, block.feed_forward)

@@ -1,4 +1,4 @@
-"""A model's report: what it says of the model, and that it leaves the model as it was."""
+"""The report says what the model selects, and making it leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cda_cli.data import Batch, Tokens, evaluation_batches
 from cda_cli.errors import ConfigError
 from cda_cli.inspection import Report, Watcher, effective_support, inspect, layer_means, parse_selection
 from cda_cli.model import Transformer
-from cda_cli.model.observe import AttentionSeen, FeedForwardSeen, observing
+from cda_cli.model.observe import ObservedAttention, ObservedFeedForward, observing
 
 CPU = torch.device("cpu")
 
@@ -37,9 +37,9 @@ def run(model: Transformer, **changes: Any) -> Watcher:
     return inspect(model, changes.pop("text", batches()), CPU, torch.float32, **changes)
 
 
-def raw(model: Transformer) -> list[AttentionSeen | FeedForwardSeen]:
-    """All that is seen in one pass over the whole text."""
-    seen: list[AttentionSeen | FeedForwardSeen] = []
+def raw(model: Transformer) -> list[ObservedAttention | ObservedFeedForward]:
+    """Returns what an observer gets in one pass over the whole text."""
+    seen: list[ObservedAttention | ObservedFeedForward] = []
     with torch.no_grad(), observing(model, seen.append):
         model(torch.cat([batch.inputs for batch in batches()]))
     return seen
@@ -53,12 +53,12 @@ def at_most_visible(k: Tensor, null: int = 0) -> Tensor:
 @pytest.mark.parametrize("learned_k", [False, True])
 @pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
 def test_rows_sum_to_k_or_to_1(attention: str, learned_k: bool, null_kv: int) -> None:
-    """k of each row where it is learned, and no more than the row sees."""
+    """A learned k differs from row to row. No row sums to more than the number of keys that it sees."""
     model = build(attention=attention, learned_k=learned_k, null_kv=null_kv)
     report = run(model).report()
     assert [(head.layer, head.head) for head in report.heads] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert report.tokens == 7 * 12
-    seen = [one for one in raw(model) if isinstance(one, AttentionSeen)]
+    seen = [one for one in raw(model) if isinstance(one, ObservedAttention)]
     for head in report.heads:
         k = seen[head.layer].sparsity_k[:, head.head]
         assert head.sparsity_k == pytest.approx(k.mean().item(), rel=1e-5)
@@ -77,13 +77,13 @@ def test_an_iteration_that_stops_early_shows_in_the_row_sums() -> None:
 
 
 @pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
-def test_the_figures_are_the_means_over_the_text(attention: str) -> None:
+def test_the_measures_are_the_means_over_the_text(attention: str) -> None:
     model = build(attention=attention)
     report = run(model).report()
     position = torch.arange(12)
     back = (position[:, None] - position).clamp(min=0)
     for one in raw(model):
-        if isinstance(one, FeedForwardSeen):
+        if isinstance(one, ObservedFeedForward):
             unit = report.feed_forward[one.layer]
             active = one.activations.abs() > 1e-3
             assert unit == (one.layer, 32, pytest.approx(active.sum(-1).double().mean().item()), unit.dead_units)
@@ -102,7 +102,7 @@ def test_the_figures_are_the_means_over_the_text(attention: str) -> None:
 
 
 def test_a_head_that_must_cap_everything_has_no_share() -> None:
-    """k covers the whole context: no row is bounded, and nothing is divided by nothing."""
+    """k covers the whole context, so no row is bounded, and 0 is not divided by 0."""
     for head in run(build(attn_k=99.0)).report().heads:
         assert head.capped_share == 0
         assert head.row_sum == pytest.approx(6.5)
@@ -128,7 +128,7 @@ def test_dead_units_are_found() -> None:
 
 def test_the_kept_weights_are_those_of_the_first_window() -> None:
     model = build(null_kv=1)
-    seen = [one for one in raw(model) if isinstance(one, AttentionSeen)]
+    seen = [one for one in raw(model) if isinstance(one, ObservedAttention)]
     kept = run(model, keep=(1, 0)).kept
     assert kept is not None
     torch.testing.assert_close(kept, seen[1].weights[0, 0], atol=1e-5, rtol=0)
@@ -138,13 +138,13 @@ def test_the_kept_weights_are_those_of_the_first_window() -> None:
 @pytest.mark.parametrize("at_a_time", [1, 7 * 2 * 13 * 5])
 @pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
 def test_a_long_sequence_is_watched_in_parts(monkeypatch: pytest.MonkeyPatch, attention: str, at_a_time: int) -> None:
-    """One row at a time, or 5 of a batch: the same figures, weights and logits, without all weights at once."""
+    """One row at a time, or 5 of a batch: the same measures, weights and logits, and never all weights at once."""
     model = build(attention=attention, learned_k=True, null_kv=1)
     whole, together = run(model, keep=(1, 1)), raw(model)
     monkeypatch.setattr("cda_cli.model.rules.base.BLOCK_SCORES", at_a_time)
     found, parts = run(model, keep=(1, 1)), raw(model)
     assert len(parts) > len(together)
-    assert max(one.weights.numel() for one in parts if isinstance(one, AttentionSeen)) <= max(at_a_time, 7 * 2 * 13)
+    assert max(one.weights.numel() for one in parts if isinstance(one, ObservedAttention)) <= max(at_a_time, 7 * 2 * 13)
     assert found.kept is not None
     assert whole.kept is not None
     torch.testing.assert_close(found.kept, whole.kept, atol=1e-6, rtol=0)
@@ -155,7 +155,7 @@ def test_a_long_sequence_is_watched_in_parts(monkeypatch: pytest.MonkeyPatch, at
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_as_it_was(training: bool) -> None:
-    """In its mode, unwatched, even after an error; and dropout is off meanwhile."""
+    """Its mode and its observers are restored, also after an error. Dropout is off meanwhile."""
     model = build(dropout=0.5).train(training)
     heard: list[int] = []
     assert run(model, advance=heard.append).report() == run(build()).report()
@@ -177,7 +177,7 @@ def test_only_some_layers_and_heads() -> None:
     assert set(part.heads) <= set(report.heads)
 
 
-def test_the_report_for_machines_is_whole() -> None:
+def test_the_report_for_machines_holds_everything() -> None:
     report = run(build()).report()
     document = report.as_dict()
     assert [dict(head) for head in document["heads"]] == [head._asdict() for head in report.heads]
@@ -185,7 +185,7 @@ def test_the_report_for_machines_is_whole() -> None:
     assert document["tokens"] == 84
 
 
-def test_the_figures_of_a_layer_are_means_over_its_heads() -> None:
+def test_the_measures_of_a_layer_are_means_over_its_heads() -> None:
     report = run(build(learned_k=True)).report()
     for layer, values in enumerate(map(asdict, layer_means(report))):
         heads = [head for head in report.heads if head.layer == layer]
@@ -215,7 +215,7 @@ def test_a_selection(text: str | None, chosen: list[int]) -> None:
 
 @pytest.mark.parametrize("text", ["4", "0-4", "-1", "3-1", "1-", "", ",", "0,", "a", "1-b", "1.5", "1-2-3", "--"])
 def test_a_selection_that_cannot_be_is_one_sentence(text: str) -> None:
-    """That names the option and shows what there is, or how it is written."""
+    """The sentence names the option, and what may be selected or how to write it."""
     with pytest.raises(ConfigError) as refusal:
         parse_selection(text, 4, "--layers")
     numbers = re.escape(f"--layers {text} is out of range; this model has 0 to 3")

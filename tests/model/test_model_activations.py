@@ -12,7 +12,7 @@ from torch import Tensor
 from cda_cli.config import ModelConfig
 from cda_cli.model.activations import ACTIVATIONS
 from cda_cli.model.feed_forward import FeedForward
-from cda_cli.model.observe import FeedForwardSeen, observing
+from cda_cli.model.observe import ObservedFeedForward, observing
 from cda_cli.ops import reference_soft_topk
 from tests.model.cases import build, tiny, tokens
 
@@ -48,7 +48,7 @@ def test_every_activation_of_the_configuration_is_there_and_is_tested() -> None:
 @each_activation
 def test_an_activation_is_its_definition_and_is_what_an_observer_sees(name: str) -> None:
     layer, x = layer_of(name), torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1))
-    seen: list[FeedForwardSeen] = []
+    seen: list[ObservedFeedForward] = []
     layer.observer = seen.append
     output = layer(x)
     expected = defined(name, layer, x)
@@ -74,8 +74,8 @@ def test_its_gradient_is_that_of_its_definition(name: str) -> None:
 def test_a_model_trains_and_is_observed_with_it(name: str) -> None:
     """A gradient reaches each parameter, watched or not."""
     model, batch = build(config := tiny(ff=name)), tokens(tiny())
-    seen: list[FeedForwardSeen] = []
-    with observing(model, lambda one: seen.append(one) if isinstance(one, FeedForwardSeen) else None):
+    seen: list[ObservedFeedForward] = []
+    with observing(model, lambda one: seen.append(one) if isinstance(one, ObservedFeedForward) else None):
         loss = model(batch[:, :-1], targets_BT=batch[:, 1:]).mean()
     assert [one.activations.shape[-1] for one in seen] == [config.ff_width] * config.depth
     loss.backward()

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from cda_cli.config import ModelConfig
 from cda_cli.model import Transformer, expected_tensors, load_state_tensors, state_tensors
-from cda_cli.model.observe import AttentionSeen, observing
+from cda_cli.model.observe import ObservedAttention, observing
 from tests.devices import DEVICES
 from tests.model.cases import build, tiny, tokens
 
@@ -90,7 +90,7 @@ def test_an_observer_sees_the_weights_of_the_number(settings: dict[str, Any]) ->
     for one, into in zip((model, with_number(model, 1.1)), seen, strict=True):
         with torch.no_grad(), observing(one, into.append):
             one(batch)
-    attention = [[one for one in each if isinstance(one, AttentionSeen)] for each in seen]
+    attention = [[one for one in each if isinstance(one, ObservedAttention)] for each in seen]
     assert len(attention[0]) == model.config.depth
     for found, right in zip(*attention, strict=True):
         torch.testing.assert_close(found.weights, right.weights, rtol=0, atol=1e-5)

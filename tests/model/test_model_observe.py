@@ -1,4 +1,4 @@
-"""Observation: the weights that are handed over are those that made the output, and watching changes nothing."""
+"""Observation passes on the very weights that made the output, and changes nothing."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from cda_cli.config import ModelConfig
 from cda_cli.model import KeyValueCache, Transformer
 from cda_cli.model.attention import Attention
-from cda_cli.model.observe import AttentionSeen, FeedForwardSeen, observing
+from cda_cli.model.observe import ObservedAttention, ObservedFeedForward, observing
 from tests.model.cases import build, cases, name, tiny, tokens
 
 every_case = pytest.mark.parametrize("config", cases(), ids=name)
-Seen = list[AttentionSeen | FeedForwardSeen]
+Observations = list[ObservedAttention | ObservedFeedForward]
 
 
-def watched(model: Transformer, batch: Tensor) -> tuple[Tensor, Seen]:
-    seen: Seen = []
+def watched(model: Transformer, batch: Tensor) -> tuple[Tensor, Observations]:
+    seen: Observations = []
     with torch.no_grad(), observing(model, seen.append):
         logits = model(batch)
     return logits, seen
 
 
 def passed(model: Transformer, batch: Tensor) -> dict[Any, tuple[Tensor, Tensor]]:
-    """Input and output of each module in a forward pass without observation."""
+    """Returns input and output of each module in a forward pass without observation."""
     through: dict[Any, tuple[Tensor, Tensor]] = {}
     hooks = [
         module.register_forward_hook(lambda module, args, out: through.update({module: (args[0], out)}))
@@ -40,7 +40,7 @@ def passed(model: Transformer, batch: Tensor) -> dict[Any, tuple[Tensor, Tensor]
 
 
 def output_by(weights: Tensor, attention: Attention, x: Tensor) -> Tensor:
-    """What a layer gives for the input `x` [B, T, C] under these weights [B, H, T, S]."""
+    """Returns the output of a layer for the input `x` [B, T, C] under these weights [B, H, T, S]."""
     B, T, _ = x.shape
     values = attention.to_qkv(x).chunk(3, -1)[2].view(B, T, attention.heads, -1).transpose(1, 2)
     values = torch.cat((attention.null_kv[1].expand(B, -1, -1, -1), values), 2)
@@ -61,18 +61,18 @@ def test_watching_does_not_change_the_logits(config: ModelConfig) -> None:
 
 @every_case
 def test_the_weights_and_activations_make_the_output_of_their_layer(config: ModelConfig) -> None:
-    """Figures of other weights than those that the model used would be figures of nothing."""
+    """Measures of any other weights would say nothing about the model."""
     model, batch = build(config), tokens(config)
     _, seen = watched(model, batch)
     through = passed(model, batch)
     assert [(type(one), one.layer) for one in seen] == [
-        (kind, layer) for layer in range(config.depth) for kind in (AttentionSeen, FeedForwardSeen)
+        (kind, layer) for layer in range(config.depth) for kind in (ObservedAttention, ObservedFeedForward)
     ]
     B, T = batch.shape
     for one in seen:
         block = model.each_block()[one.layer]
         with torch.no_grad():
-            if isinstance(one, AttentionSeen):
+            if isinstance(one, ObservedAttention):
                 assert one.weights.shape == (B, config.heads, T, T + config.null_kv)
                 given, expected = through[block.attention]
                 made = output_by(one.weights, block.attention, given)
@@ -90,7 +90,7 @@ def test_k_is_that_of_each_row_and_the_rows_sum_to_it(config: ModelConfig) -> No
     through = passed(model, batch)
     visible = torch.arange(1, batch.shape[1] + 1) + config.null_kv
     for one in seen:
-        if not isinstance(one, AttentionSeen):
+        if not isinstance(one, ObservedAttention):
             continue
         attention = model.each_block()[one.layer].attention
         expected = torch.tensor(1.0 if config.attention == "softmax" else config.attn_k)
@@ -107,11 +107,11 @@ def test_k_is_that_of_each_row_and_the_rows_sum_to_it(config: ModelConfig) -> No
 
 @pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
 def test_watching_ends_even_where_it_fails(attention: str) -> None:
-    """An observer left behind would make every later pass dense, and slow, without a word."""
+    """An observer left behind would make every later pass dense and slow, and nothing would say so."""
     model, batch = build(tiny(attention=attention)), tokens(tiny())
-    seen: Seen = []
+    seen: Observations = []
 
-    def failing(one: AttentionSeen | FeedForwardSeen) -> None:
+    def failing(one: ObservedAttention | ObservedFeedForward) -> None:
         seen.append(one)
         raise RuntimeError("the observer's own fault")
 
@@ -129,7 +129,7 @@ def test_watching_ends_even_where_it_fails(attention: str) -> None:
 
 @pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
 def test_what_is_seen_holds_no_graph(attention: str) -> None:
-    """Figures gathered over a long text would keep every activation of it alive."""
+    """Otherwise an inspection of a long text would keep every activation alive."""
     model, seen = build(tiny(attention=attention, learned_k=True)), []
     with observing(model, seen.append):
         model(tokens(tiny())).sum().backward()
@@ -144,14 +144,14 @@ def test_a_cached_pass_can_be_watched(attention: str, position: str) -> None:
     model = build(config := tiny(attention=attention, position=position, null_kv=1))
     batch = tokens(config)
     cache = KeyValueCache(config, len(batch), torch.device("cpu"), torch.float32)
-    seen: Seen = []
+    seen: Observations = []
     with torch.no_grad():
         model(batch[:, :6], cache)
         with observing(model, seen.append):
             model(batch[:, 6:], cache)
     for late, whole in zip(seen, watched(model, batch)[1], strict=True):
-        if isinstance(late, AttentionSeen) and isinstance(whole, AttentionSeen):
-            assert (late.null, late.position, whole.position) == (1, 6, 0)
+        if isinstance(late, ObservedAttention) and isinstance(whole, ObservedAttention):
+            assert (late.null_keys, late.position, whole.position) == (1, 6, 0)
         for part, all_rows in zip(late[1:3], whole[1:3], strict=True):
-            dim = 2 if isinstance(late, AttentionSeen) else 1
+            dim = 2 if isinstance(late, ObservedAttention) else 1
             torch.testing.assert_close(part, all_rows.narrow(dim, 6, config.seq_len - 6), atol=1e-5, rtol=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cda_cli.config import ModelConfig
-from cda_cli.model.observe import AttentionSeen, observing
+from cda_cli.model.observe import ObservedAttention, observing
 from cda_cli.runtime import autocast
 from tests.model.cases import build, cases, name, tiny, tokens
 
@@ -75,7 +75,7 @@ def test_scores_are_float32_under_autocast(attention: str) -> None:
     with torch.no_grad(), observing(model, seen.append), autocast(CPU, torch.bfloat16):
         model(tokens(config))
     for one in seen:
-        if isinstance(one, AttentionSeen):
+        if isinstance(one, ObservedAttention):
             assert one.weights.dtype == torch.float32
             visible = torch.arange(1, config.seq_len + 1).float()
             expected = one.sparsity_k.minimum(visible)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cda_cli.config import ModelConfig, parse
 from cda_cli.errors import DeviceError
 from cda_cli.model import KeyValueCache, Transformer
-from cda_cli.model.observe import AttentionSeen, observing
+from cda_cli.model.observe import ObservedAttention, observing
 from cda_cli.model.rules import RULES, AttentionRule, attention_rule
 from cda_cli.ops import reference_soft_topk
 from cda_cli.training.setup import resolve_backend
@@ -128,8 +128,11 @@ def test_a_model_is_the_same_with_a_cache_and_never_sees_a_later_token(name: str
 @each_rule
 def test_an_observer_sees_rows_that_sum_to_their_k(name: str) -> None:
     model = build(config := tiny(attention=name, null_kv=1, attn_k=K))
-    seen: list[AttentionSeen] = []
-    with torch.no_grad(), observing(model, lambda one: seen.append(one) if isinstance(one, AttentionSeen) else None):
+    seen: list[ObservedAttention] = []
+    with (
+        torch.no_grad(),
+        observing(model, lambda one: seen.append(one) if isinstance(one, ObservedAttention) else None),
+    ):
         logits = model(tokens(config))
     torch.testing.assert_close(logits, model(tokens(config)).detach(), rtol=0, atol=1e-5)
     visible = torch.arange(2, config.seq_len + 2).float()

@@ -19,7 +19,7 @@ from cda_cli.ops import Backend, Choice, choose_backend
 # 256 rows; in float64, in which an observer measures them, one copy takes 128 MiB.
 BLOCK_SCORES = 2**24
 
-See = Callable[[Tensor, Tensor, int], None]
+ObserveBlock = Callable[[Tensor, Tensor, int], None]
 
 
 class Products(NamedTuple):
@@ -59,12 +59,12 @@ class AttentionRule(ABC):
         return self.attend_densely(query, key, value, budget)
 
     def attend_densely(
-        self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, see: See | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, observe: ObserveBlock | None = None
     ) -> Tensor:
         """What `attend` computes, by dense weights, block by block of queries.
 
-        `see`, where given, gets each block's weights [B, H, t, S], its k [B, H, t], and the index among the S keys of
-        the last one that its first query sees.
+        `observe`, if given, gets the weights [B, H, t, S] of each block, its k [B, H, t], and the index, among the S
+        keys, of the last one that its first query sees.
         """
         B, H, T, _ = query.shape
         S, dtype = key.shape[2], torch.promote_types(query.dtype, torch.float32)
@@ -80,8 +80,8 @@ class AttentionRule(ABC):
                 scores = self.scale * query_BHtD.to(dtype) @ key_BHDS
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(last)
             weights = self.weights(scores, budget_BHt, mask)
-            if see is not None:
-                see(weights, budget_BHt, last)
+            if observe is not None:
+                observe(weights, budget_BHt, last)
             outputs.append(weights.to(value.dtype) @ value)
         return torch.cat(outputs, 2)
 
