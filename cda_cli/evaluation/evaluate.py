@@ -63,8 +63,8 @@ def evaluate(
 
 
 def _summarise(sums: Tensor, counts: Tensor, sizes: Tensor) -> Evaluation:
-    """Makes the evaluation of W windows from `sums` [W] of their losses, `counts` [W] of their targets, and `sizes` [W],
-    the bytes that these stand for."""
+    """Summarises W windows: `sums` [W] of their losses, `counts` [W] of their targets, and `sizes` [W], the bytes of
+    text that the targets stand for."""
     nats, tokens, text_bytes = sums.sum().item(), int(counts.sum()), int(sizes.sum())
     loss = nats / tokens
     return Evaluation(

@@ -1,7 +1,7 @@
-"""Text from a model, a token at a time.
+"""Generates tokens with a model, one at a time.
 
-prompt → prefill the cache → logits → filtered distribution → token → …  When the context is full, the newer half of it
-is read again and generation goes on.
+prompt → prefill the cache → logits → filtered distribution → token → …  When the context is full, the model reads the
+newer half of it again, and generation goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cda_cli.runtime import autocast
 
 
 class SamplingSettings(NamedTuple):
-    """temperature 0 takes the likeliest token; the filters apply in the order top_k, top_p, min_p."""
+    """How tokens are drawn. Temperature 0 takes the likeliest. The filters apply in the order top_k, top_p, min_p."""
 
     temperature: float = 0.8
     top_k: int | None = None
@@ -28,7 +28,7 @@ class SamplingSettings(NamedTuple):
     min_p: float | None = None
 
     def check(self) -> None:
-        """Raises ConfigError."""
+        """Raises ConfigError for a setting without meaning."""
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"--temperature must be 0 or more, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -49,10 +49,10 @@ def generate(
     dtype: torch.dtype = torch.float32,
     use_cache: bool = True,
 ) -> Iterator[int]:
-    """Tokens that follow `prompt`, at most `max_new_tokens`, ending before a `separator`.
+    """Yields at most `max_new_tokens` tokens that follow `prompt`, and ends before a `separator`.
 
-    The draw depends on the seed and the logits alone. Raises ConfigError, at once, for an empty prompt, or one that is
-    longer than the context.
+    The draw depends on the seed and the logits alone; `dtype` is that of the matrix products. Raises ConfigError, at
+    once, for an empty prompt, or one that is longer than the context.
     """
     context = model.config.seq_len
     settings.check()
@@ -76,7 +76,7 @@ def _tokens(
     dtype: torch.dtype,
     use_cache: bool,
 ) -> Iterator[int]:
-    """Tokens without end. The model sees those from `start` on."""
+    """Yields tokens without end. The model sees those from `start` on."""
     context, device = model.config.seq_len, next(model.parameters()).device
     seen, start, cache = list(prompt), 0, None
     while True:
@@ -92,14 +92,17 @@ def _tokens(
 
 
 def filtered_distribution(logits_V: Tensor, settings: SamplingSettings) -> Tensor:
-    """Probabilities [V] after temperature and filters; at least one token always stays. temperature must be above 0."""
-    # At most 0, and in float64, so that a tiny temperature makes neither inf nor NaN.
+    """Returns the probabilities [V], float32, after temperature and filters. At least one token always stays.
+
+    The temperature must be above 0.
+    """
+    # The logits are at most 0 and float64, so that a tiny temperature makes neither inf nor NaN.
     logits = (logits_V - logits_V.max()).double() / settings.temperature
     if settings.top_k is not None and settings.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[-1], -torch.inf)
     probabilities = logits.softmax(-1).float()
     if settings.top_p is not None and settings.top_p < 1:
-        order = logits.argsort(descending=True)  # two logits that differ may round to one probability
+        order = logits.argsort(descending=True)  # different logits may round to the same probability
         ordered = probabilities[order]
         beyond = ordered.cumsum(-1) - ordered >= settings.top_p
         probabilities = probabilities.scatter(0, order[beyond], 0.0)

@@ -1,4 +1,4 @@
-"""prompt text → tokens → text as it comes."""
+"""Generates text for a prompt: prompt text → tokens → pieces of text, each as soon as it is known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cda_cli.signals import StopRequest
 
 
 def read_prompts(prompt: str | None, prompts_file: Path | None, stdin: TextIO) -> list[str]:
-    """The prompts: one given, one a line of a file, or all of stdin as one. Raises ConfigError."""
+    """Returns the prompts: `prompt`, each line of `prompts_file`, or all of `stdin` as one. Raises ConfigError."""
     if prompt is not None and prompts_file is not None:
         raise ConfigError("--prompt and --prompts-file exclude each other; give one of them")
     if prompt is not None:
@@ -32,7 +32,7 @@ def read_prompts(prompt: str | None, prompts_file: Path | None, stdin: TextIO) -
 
 
 def _prompts_of_lines(file: Path) -> list[str]:
-    """A line ends at \\n or \\r\\n and nowhere else: a form feed, U+0085 or U+2028 belongs to its prompt."""
+    """Reads a prompt a line. Only \\n or \\r\\n ends a line: a form feed, U+0085 or U+2028 belongs to its prompt."""
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -53,9 +53,9 @@ def generate_text(
     dtype: torch.dtype,
     stop: StopRequest,
 ) -> Iterator[str]:
-    """Pieces of the text that follows `prompt`, none ending within a character; fewer where a stop is asked for.
+    """Yields the text that follows `prompt`, in pieces that never end within a character, until a stop is asked for.
 
-    Raises ConfigError, at once, where the prompt is empty or does not fit the context.
+    Raises ConfigError, at once, if the prompt is empty or does not fit the context.
     """
     prompt_tokens = [int(token) for token in restored.tokenizer.encode(prompt)]
     separator = restored.tokenizer.separator

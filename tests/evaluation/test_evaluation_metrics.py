@@ -84,8 +84,8 @@ def test_the_metrics_are_those_of_a_direct_computation(lengths: tuple[int, int],
         assert math.isnan(found.bits_per_byte_error)
         return
 
-    # The variance of a ratio of means is that of Cochran, Sampling Techniques, equation 6.13, for a population without
-    # end.
+    # Cochran, Sampling Techniques, equation 6.13 gives the variance of a ratio of means. Its correction for a finite
+    # population is left out.
     def error(ratio: float, each: list[int]) -> float:
         pairs = zip(windows, each, strict=True)
         variance = math.fsum((math.fsum(window) - ratio * size) ** 2 for window, size in pairs) / (n - 1)
@@ -132,7 +132,7 @@ def test_a_model_that_is_utterly_wrong_has_metrics_too() -> None:
 
 
 def test_the_error_covers_the_loss_of_the_text_as_often_as_it_says() -> None:
-    """The loss of a text is estimated from 30 of its windows: about 68 % of the estimates lie within one standard error."""
+    """Each estimate takes 30 windows of a text. About 68 % of the estimates lie within one standard error."""
     generator = torch.Generator().manual_seed(0)
     model = build(seq_len=6)
     long = text(6 * 2000 + 1)
