@@ -10,7 +10,7 @@ import pytest
 
 from cda_cli.console import TrainingDisplay
 from cda_cli.console.reports import show_doctor, show_dry_run, show_forecast
-from cda_cli.diagnosis import Check, Diagnosis
+from cda_cli.diagnosis import Cache, Check, Diagnosis
 from cda_cli.runs.records import CheckpointRecord, Record, RefusedRecord, SampleRecord
 from cda_cli.training.accounting.memory_forecast import Forecast
 from cda_cli.training.display import Plan
@@ -150,7 +150,7 @@ def test_a_dry_run_tells_the_memory(screen: MakeScreen) -> None:
 def test_a_check_that_failed_is_seen(screen: MakeScreen) -> None:
     made = screen()
     checks = [Check("good", 1e-7, 1e-5), Check("bad", 1e-3, 1e-5)]
-    show_doctor(Diagnosis({"torch": "2"}, ["cpu"], {"exact": "torch"}, checks))
+    show_doctor(Diagnosis({"torch": "2"}, ["cpu"], {"exact": "torch"}, Cache("cache", 0), checks))
     rows = [line.split() for line in made.getvalue().splitlines()]
     assert ["good", "1.0e-07", "1.0e-05", "ok"] in rows
     assert ["bad", "1.0e-03", "1.0e-05", "FAILED"] in rows
