@@ -187,10 +187,13 @@ def resolve_with_origins(
     from_file = read_yaml(file) if file else {}
     in_file = from_file.pop("preset", None)
     named = preset or in_file
-    start = None if base and not named and not file else named or DEFAULT_PRESET
-    layers: list[tuple[str, Layer]] = [(f"preset {start}", read_yaml(preset_file(start)))] if start else []
-    layers += [("run", base.model_dump())] if base and not start else []
-    layers += [(f"file {file}", from_file)]
+    start: str | None = None
+    if base and not named and not file:
+        first: tuple[str, Layer] = ("run", base.model_dump())
+    else:
+        start = named or DEFAULT_PRESET
+        first = (f"preset {start}", read_yaml(preset_file(start)))
+    layers = [first, (f"file {file}", from_file)]
     layers += [("--set", _read_set(line)) for line in sets]
     layers += [(_flag(key, value), _dotted(key, value)) for key, value in (flags or {}).items() if value is not None]
     merged: dict[str, dict[str, Any]] = {}
