@@ -36,7 +36,8 @@ def show_runs(runs: Sequence[Summary], differing: Sequence[str], problems: Mappi
         console.print(Text(_line(HEADER, widths), style="bold"))
     for run, row in zip(runs, rows, strict=True):
         line = Text(_line(row, widths))
-        line.highlight_words([run.state], STYLES[run.state])
+        start = line.plain.index(run.state, len(row[0]))
+        line.stylize(STYLES[run.state], start, start + len(run.state))
         console.print(line, soft_wrap=True)
         words = " ".join(f"{key}={printable(as_written(run.settings[key]))}" for key in differing)
         for part in Text(words).wrap(console, console.width - len(GAP)) if words else ():
