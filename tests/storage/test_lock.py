@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -50,6 +51,9 @@ def test_a_look_at_a_folder_tells_whether_it_is_held_and_changes_nothing(tmp_pat
         (tmp_path / LOCK).write_text(content)
         assert not is_held(tmp_path)
         assert (tmp_path / LOCK).read_text() == content
+    with (tmp_path / LOCK).open("w") as new:
+        fcntl.flock(new, fcntl.LOCK_EX)
+        assert not is_held(tmp_path), "a writer that does not have it yet would be refused"
     (tmp_path / LOCK).unlink()
     (tmp_path / LOCK).symlink_to(tmp_path / "elsewhere")
     assert not is_held(tmp_path)
