@@ -31,7 +31,7 @@ class Check(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Where prepared tokens are kept, and how many bytes they are."""
+    """The folder that keeps what is prepared from texts, and how many bytes are in it."""
 
     folder: str
     size: int

@@ -58,11 +58,11 @@ thousand, for whole numbers too; switches are `true` and `false`. `null` takes a
 CACHE = """\
 ## The cache
 
-Prepared tokens lie in a cache, so that the next run on the same text begins at once. It is the folder `cda` in
-`$XDG_CACHE_HOME`, or in `~/.cache` where that is not set; `CDA_CACHE` names another folder. `cda doctor` shows which
-folder it is and how much it holds. To empty it, remove the folder while no run is preparing its text: the next run
-prepares what is missing. With `--streaming` nothing is put there. Hugging Face keeps its datasets and tokenizers in a
-cache of its own, which `HF_HOME` moves."""
+A cache keeps what is prepared from a text, its tokens above all, so that the next run on the same text begins at once.
+It is the folder `cda` in `$XDG_CACHE_HOME`, or in `~/.cache` where that is not set; `CDA_CACHE` names another folder.
+`cda doctor` shows which folder it is and how much it holds. To empty it, remove the folder while no run is preparing
+its text: the next run prepares what is missing. `--streaming` puts no tokens there. Hugging Face keeps its datasets
+and tokenizers in a cache of its own, which `HF_HOME` moves."""
 
 
 def configuration() -> str:

@@ -81,7 +81,7 @@ def show_doctor(diagnosis: Diagnosis) -> None:
     console.print(pairs(diagnosis.versions))
     _section("Devices", pairs({str(number): device for number, device in enumerate(diagnosis.devices)}))
     _section("Backend of each solver", pairs(diagnosis.backends))
-    _section("Cache of prepared tokens", pairs(cache_rows(diagnosis.cache)))
+    _section("Cache of prepared text", pairs(cache_rows(diagnosis.cache)))
     checks = table("case", "error", "at most", "")
     for check in diagnosis.checks:
         verdict = Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
