@@ -1,4 +1,4 @@
-"""What `cda doctor` finds: versions, devices, backends, and the operator checked on this machine."""
+"""Finds what `cda doctor` shows: versions, devices, backends, and checks of the operator on this machine."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _version(package: str) -> str:
 
 
 def _row_checks(device: torch.device) -> list[Check]:
-    """The exact row operator in float32 on rows that have ties, a far leader, masks, and fractional k."""
+    """Checks the exact row operator in float32, on rows with ties, a far leader, masks and fractional k."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(64, 333, generator=generator)
     scores[0] = 0.5
@@ -114,7 +114,7 @@ def _row_checks(device: torch.device) -> list[Check]:
 
 
 def _attention_checks(device: torch.device) -> list[Check]:
-    """Causal attention with two null keys in front, output only, in float32 and bf16."""
+    """Checks the output of causal attention with two null keys in front, in float32 and bf16."""
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(2, 2, T, 16, generator=generator) for T in (65, 67, 67))
     checks = []
@@ -124,8 +124,8 @@ def _attention_checks(device: torch.device) -> list[Check]:
         assert isinstance(output, torch.Tensor)
         expected, _ = reference_attention(q.cpu(), k.cpu(), v.cpu(), 2.0, eps=0.1, scale=0.25, causal=True)
         name = f"{device}: attention, {str(dtype).removeprefix('torch.')}, k = 2"
-        # The scores, up to about 5, carry the rounding of float32 products into λ over ε; the output that of its dtype,
-        # and with the kernels, whose matrix units sum the values, so do the weights.
+        # Scores reach about 5. The rounding of their float32 products is divided by ε on its way into λ. The output is
+        # rounded to its dtype; the kernels also round the weights, since matrix units sum the values.
         roundings = 2 if choose_backend("auto", "exact", device).name == "triton" else 1
         tolerance = (1e-5 + 4 * ROUNDING[torch.float32] * 5 / 0.1 + roundings * u) * expected.abs().max().item()
         checks.append(Check(name, _error(output, expected), tolerance))

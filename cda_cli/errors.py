@@ -1,7 +1,8 @@
-"""The errors a user can meet: one sentence that names the remedy, and an exit code. No torch in here.
+"""The errors that a user can meet: each has one sentence that names the remedy, and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 3 a check that the user asked for failed. Interrupted, after
-saving: 129 by SIGHUP, 130 by SIGINT, 143 by SIGTERM, 141 as stdout can no longer be written.
+Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 3 a check that the user asked for failed. A run that was
+interrupted, and saved, exits with 129 (SIGHUP), 130 (SIGINT), 143 (SIGTERM), or 141 (stdout was lost). This module
+imports no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 
 
 class CdaError(Exception):
-    """Anything the user can mend. The message is one sentence with its remedy; `main` prints it and exits."""
+    """Anything that the user can mend. The message is one sentence with its remedy; `main` prints it and exits."""
 
     exit_code = 2
 
@@ -38,7 +39,7 @@ class DeviceError(CdaError):
 
 
 class OutputLostError(CdaError):
-    """Stdout cannot be written. A reader that has gone knows, and is told nothing."""
+    """Stdout cannot be written. If its reader has gone, the message is empty, since nobody would read it."""
 
     def __init__(self, error: OSError) -> None:
         reader_left = isinstance(error, BrokenPipeError)
@@ -67,14 +68,14 @@ class InterruptedRunError(CdaError):
 
 
 def exit_code(error: Exception) -> int:
-    """What a command that ends with `error` returns."""
+    """Returns the exit code of a command that ends with `error`."""
     if isinstance(error, CdaError):
         return error.exit_code
     return 2 if isinstance(error, OSError) and error.filename else 1
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
-    """`did you mean 'NEAREST'?`, or `otherwise` where nothing is near: by default the list of what is known."""
+    """Returns `did you mean 'NEAREST'?`, or `otherwise` if nothing is near: by default the list of the known words."""
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else otherwise or f"known: {', '.join(names)}"

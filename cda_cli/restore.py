@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that is ready to run: what eval, sample and inspect-sparsity start with."""
+"""Restores a model from a checkpoint, and opens a text for it, as eval, sample and inspect-sparsity need them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ from cda_cli.settings import Dtype, Side
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, check_fits, load
 
-STREAMED_TOKENS = 2**20  # of the held-out documents of a stream, which has no end to wait for
+STREAMED_TOKENS = 2**20  # A stream has no end, so at most so many tokens of its held-out documents are evaluated.
 
 
 class Restored(NamedTuple):
-    """A model in evaluation mode on its device, with all that its checkpoint says; `averaged`: its weights are."""
+    """A model in evaluation mode on its device, with all that its checkpoint says.
+
+    `averaged` says whether the weights are the moving average.
+    """
 
     model: Transformer
     config: Config
@@ -52,9 +55,9 @@ class Restored(NamedTuple):
 def restore(
     path: Path, device: torch.device, backend: Backend = "auto", *, best: bool = False, ema: bool = False
 ) -> Restored:
-    """The model of a checkpoint, or of the newest whole checkpoint of a run (its best one, if `best`).
+    """Restores the model of a checkpoint, or of the newest intact checkpoint of a run, or with `best` of its best one.
 
-    `ema`: with the moving average of its weights. Raises CheckpointError, also where it has none.
+    With `ema` the weights are the moving average. Raises CheckpointError if there is no such checkpoint or average.
     """
     part = "ema" if ema else "model"
     checkpoint = load(locate_checkpoint(path, best=best), parts=(part,))
@@ -65,9 +68,9 @@ def restore(
             "--set optim.ema_decay=0.999"
         )
     weights = checkpoint.ema if ema else checkpoint.model
-    check_model(weights, checkpoint, config)
+    check_weights(weights, checkpoint, config)
     model = Transformer(config.model, backend)
-    fill(model, weights, checkpoint, config)
+    load_weights(model, weights, checkpoint, config)
     tokenizer = tokenizer_of(checkpoint)
     return Restored(model.to(device).eval(), config, tokenizer, checkpoint.state, checkpoint.path, device, ema)
 
@@ -75,7 +78,10 @@ def restore(
 def restore_on(
     path: Path, device: str, dtype: str, backend: str, *, best: bool = False, ema: bool = False
 ) -> tuple[Restored, torch.dtype]:
-    """`restore`, with device, dtype and backend as a command line names them, and the dtype of the matrix products."""
+    """Calls `restore` with device, dtype and backend as a command line names them.
+
+    Also returns the dtype of the matrix products. Raises ConfigError or DeviceError for what cannot run here.
+    """
     if dtype not in get_args(Dtype):
         raise ConfigError(f"unknown dtype {dtype!r}: {did_you_mean(dtype, get_args(Dtype))}")
     where = pick_device(device)
@@ -88,7 +94,7 @@ def restore_on(
 
 
 class TextSide(NamedTuple):
-    """The part `split` of a text, in the tokens of a model; `sides` are evaluated one after another."""
+    """The part `split` of a text, in the tokens of a model. Its `sides` are evaluated one after another."""
 
     sides: list[Tokens]
     seq_len: int
@@ -96,9 +102,9 @@ class TextSide(NamedTuple):
     split: str
 
     def batches(self, batch_size: int, max_batches: int | None = None) -> tuple[Iterator[Batch], int]:
-        """Its batches in order, each token but the first of a side once, and the number of windows in them.
+        """Returns its batches in order, and the number of windows in them.
 
-        Raises DataError where a side has a single token, or none.
+        Each token but the first of a side is a target once. Raises DataError if a side has fewer than two tokens.
         """
         windows = sum(count_evaluation_windows(side, self.seq_len) for side in self.sides)
         each = [evaluation_batches(side, self.seq_len, batch_size) for side in self.sides]
@@ -118,11 +124,11 @@ def open_side(
     show_progress: bool,
     encoding: str | None = None,
 ) -> TextSide:
-    """A text in the tokens of the restored model: the run's own where `data` is None or names it, else `data`.
+    """Opens a text in the tokens of the restored model: `data`, or the run's own text if that is None.
 
-    `split` is that of training, or "all", both sides; where not given it is "validation" of the run's own text, and
-    "all" of another, of which the model has seen nothing. `encoding` is that of the text; where None the run's own for
-    its own text, and UTF-8 for another. Raises DataError, or ConfigError for a split that is not one of SPLITS.
+    `split` is one of SPLITS. Its default is "validation" for the run's own text, and "all" for another, of which the
+    model has seen nothing. The default of `encoding` is the run's for its own text, and UTF-8 for another. Raises
+    DataError for a text that cannot be read, and ConfigError for another split.
     """
     if split is not None and split not in SPLITS:
         raise ConfigError(f"unknown split {split!r}: {did_you_mean(split, SPLITS)}")
@@ -160,7 +166,7 @@ _STATE: dict[str, type | tuple[type, ...]] = {
 
 
 def saved_config(checkpoint: Checkpoint) -> Config:
-    """The configuration of a checkpoint. Raises CheckpointError where its state.json is not one of a run."""
+    """Returns the configuration of a checkpoint. Raises CheckpointError if its state.json is not one of a run."""
     for name, kind in _STATE.items():
         if name not in checkpoint.state or not isinstance(checkpoint.state[name], kind):
             raise CheckpointError(
@@ -175,9 +181,11 @@ def saved_config(checkpoint: Checkpoint) -> Config:
         ) from error
 
 
-def check_model(tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:
-    """Raises CheckpointError where `tensors`, the weights of a checkpoint or their average, are not those of the model
-    that `config` describes; asked before that model takes any memory."""
+def check_weights(tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:
+    """Raises CheckpointError if `tensors` do not fit the model that `config` describes, before it takes any memory.
+
+    `tensors` are the weights of `checkpoint`, or their average.
+    """
     try:
         if config.model.depth > len(tensors):
             raise CheckpointError(
@@ -190,12 +198,12 @@ def check_model(tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Conf
     check_fits(tensors, expected)
 
 
-def fill(model: Transformer, tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:
-    """Puts `tensors`, which must fit (see `check_model`), into `model`, whose ε becomes that of the step."""
+def load_weights(model: Transformer, tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:
+    """Loads `tensors`, which must fit (see `check_weights`), into `model`, and sets its ε to that of the step."""
     load_state_tensors(model, tensors)
     model.set_attention_eps(annealed_eps(config.model, checkpoint.state["step"], config.schedule_steps))
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer that the model was trained with, from the checkpoint itself."""
+    """Returns the tokenizer that the model was trained with, which the checkpoint holds."""
     return tokenizer_from_json(checkpoint.tokenizer_json) if checkpoint.tokenizer_json else load_tokenizer("bytes")

@@ -22,7 +22,7 @@ DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # the values that NVIDIA names 
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU. Raises DeviceError where there is no such device."""
+    """Returns the device: `auto` is the first GPU, or the CPU. Raises DeviceError if there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -38,27 +38,27 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: Dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products; `auto` is bf16 on a GPU that has it, and float32 elsewhere."""
+    """Returns the dtype of the matrix products: `auto` is bf16 on a GPU that has it, and float32 elsewhere."""
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Matrix products in `dtype`; the weights stay float32."""
+    """Within it, matrix products run in `dtype`, while the weights stay float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Within it, where `wanted`, every operation gives the same bits each time on one kind of device and one PyTorch.
+    """Within it, if `wanted`, each operation always gives the same bits on one kind of device with one PyTorch.
 
-    PyTorch then leaves out what adds in any order (attention of cuDNN, atomic sums in the backward of flash attention
-    and of embeddings) and Inductor what it would choose by the clock; our kernels have no such sums. PyTorch's settings
-    are put back at the end, the variable of cuBLAS stays. To be entered before the first product on a GPU, as cuBLAS
-    reads it then.
+    PyTorch then avoids code that adds in any order (attention of cuDNN, atomic sums in the backward of flash attention
+    and of embeddings), and Inductor makes no choice by the clock. Our own kernels have no such sums. At the end
+    PyTorch's settings are restored, but the environment variable of cuBLAS stays. Enter this before the first product
+    on a GPU, when cuBLAS reads the variable.
 
-    Raises DeviceError where the environment, or an operation within, does not allow it.
+    Raises DeviceError if the environment, or an operation within, does not allow it.
     """
     if not wanted:
         yield
@@ -87,9 +87,9 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Within it, PyTorch and MKL compute with `count` threads on a CPU, or with as many as before where it is None.
+    """Within it, PyTorch and MKL compute with `count` threads on a CPU, or with as many as before if it is None.
 
-    The number is set in any case: MKL may else take fewer threads than PyTorch, as the machine is at that moment.
+    The number is always set: otherwise MKL may take fewer threads than PyTorch while the machine is busy.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -100,16 +100,16 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`. From pinned memory, as any other copy first waits for all that a GPU has in hand."""
+    """Copies `tensor` to `device`, from pinned memory: other copies to a GPU wait for all work that is queued there."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that dropout draws from, as uint8 tensors.
+    """Returns the states of the generators that dropout draws from, as uint8 tensors.
 
-    Those of GPUs only where `device` is one: to ask for them starts CUDA, which takes memory there and fails in a fork.
+    It asks GPUs only if `device` is one: that starts CUDA, which takes memory there and fails in a forked process.
     """
     states = {"cpu": torch.get_rng_state()}
     for index in range(torch.cuda.device_count() if device.type == "cuda" else 0):
@@ -118,7 +118,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random_states(states: dict[str, Tensor]) -> None:
-    """Puts back what `random_states` gave; states of devices that are not here are left out. Raises CheckpointError."""
+    """Restores what `random_states` returned, but for devices that are not here. Raises CheckpointError."""
     try:
         torch.set_rng_state(states["cpu"])
         for index in range(torch.cuda.device_count()):
@@ -139,8 +139,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process can still take: what the machine has left, or its control group, if that is less. None
-    where the system does not say (macOS). `root` is where /proc and /sys are."""
+    """Returns the bytes that this process can still take: what the machine or its control group has left, if less.
+
+    It is None where the system does not say (macOS). `root` is the folder that holds /proc and /sys.
+    """
     try:
         fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
         left = [1024 * int(fields["MemAvailable"].split()[0])]
@@ -164,7 +166,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def _reclaimable(group: Path) -> int:
-    """Bytes of files that a control group has cached, and would give up."""
+    """Returns the bytes of cached files that a control group would give up."""
     fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
 

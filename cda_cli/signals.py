@@ -1,4 +1,4 @@
-"""A request to stop, by a signal or a stdout that is lost: long work polls it, finishes what must not be cut, saves."""
+"""A request to stop, by a signal or because stdout is lost. Long work polls it, finishes what it must, and saves."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 class StopRequest:
     """While entered, SIGINT, SIGTERM and SIGHUP set `signal_number` and do nothing else; a second one changes nothing.
+
     A SIGHUP that is ignored at the start (nohup) stays ignored.
 
     Inside `at_once` they end the block; leaving the request then raises InterruptedRunError.
@@ -44,9 +45,11 @@ class StopRequest:
 
     @contextmanager
     def at_once(self, message: str) -> Iterator[None]:
-        """For work that has nothing to save and may not come by to ask (a download, reading a large file): a request
-        ends it wherever it is, by KeyboardInterrupt, which the clean-up on the way sees. `message` is what the
-        InterruptedRunError says."""
+        """Within it, a request ends the work at once, by KeyboardInterrupt, so that its clean-up still runs.
+
+        It is for work that has nothing to save and cannot poll (a download, reading a large file). `message` is that
+        of the InterruptedRunError.
+        """
         self.check(message)
         self._ended, self._at_once = message, True
         try:
@@ -61,16 +64,16 @@ class StopRequest:
             raise InterruptedRunError(self.reason + message, self.signal_number)
 
     def lose(self, error: OSError) -> None:
-        """What is shown can no longer be written, as `error` says: asks to stop as SIGPIPE would."""
+        """Asks to stop as SIGPIPE would, since `error` has shown that stdout can no longer be written."""
         if self.signal_number is None:
             self.signal_number = signal.SIGPIPE
             self.reason = f"stdout can no longer be written ({error.strerror}); "
 
     def agree(self) -> None:
-        """Where a run has several processes, each calls this at the same places and learns what any was asked."""
+        """Makes a request to any of several processes known to all; each calls this at the same places."""
 
     def until(self, items: Iterable[T]) -> Iterator[T]:
-        """`items`, the first always, until a stop was asked for."""
+        """Yields `items` until a stop is asked for; it always yields the first."""
         for item in items:
             yield item
             self.agree()

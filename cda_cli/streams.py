@@ -1,4 +1,4 @@
-"""Stdin, stdout and stderr that may be closed, full, or gone while a command runs."""
+"""Guards stdin, stdout and stderr, which may be closed or full, or may go away while a command runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from cda_cli.errors import OutputLostError
 
 
 class _Stderr(io.FileIO):
-    """A first write that fails is told to `lost`. What is written from then on is dropped, so that neither another
-    thread nor the end of the interpreter meets the error again."""
+    """Calls `lost` at the first write that fails, and drops what is written from then on.
+
+    Neither another thread nor the end of the interpreter thus meets the error again.
+    """
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -35,7 +37,7 @@ class _Stderr(io.FileIO):
         return len(data)
 
     def lost(self, error: OSError) -> None:
-        """Nobody can be told."""
+        """Ignores the error, since there is no place left to report it."""
 
 
 def _refuse(error: OSError) -> None:
@@ -60,25 +62,25 @@ def when_stdout_is_lost(answer: Callable[[OSError], None]) -> Iterator[None]:
 
 
 def open_streams() -> None:
-    """Puts the null device in the place of streams that are closed, and guards stdout and stderr where they are open.
+    """Opens the null device in place of each closed stream, and guards stdout and stderr if they are open.
 
-    A closed stdin is empty, and what goes to a closed stdout or stderr is dropped, as nobody wants it. A file that is
-    opened later would else get the number of the closed stream, and what is meant for that one.
+    A closed stdin then is empty, and what goes to a closed stdout or stderr is dropped. Otherwise a file that is opened
+    later would get the number of the closed stream, and all that is written to that stream.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is this one
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = _guarded(sys.stdout, sys.__stdout__, _Stdout(1))
     sys.stderr = _guarded(sys.stderr, sys.__stderr__, _Stderr(2))
 
 
 def _guarded(stream: TextIO | None, original: TextIO | None, raw: _Stderr) -> TextIO:
-    """The guarded stream in the place of the one that the process was started with; another one stays.
+    """Returns a guarded stream in place of the one that the process was started with; any other stream stays.
 
-    Where ε has no code, a mark is written; a newline is \\n everywhere.
+    A character that the encoding lacks is written as a question mark, and a newline is always \\n.
     """
     if stream is not None and stream is not original:
         if isinstance(stream, io.TextIOWrapper):

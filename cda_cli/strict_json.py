@@ -1,4 +1,4 @@
-"""JSON that every reader takes: a figure that is no finite number (the error of a single window) becomes null."""
+"""Writes JSON that every reader takes: a number that is not finite (the error of a single window) becomes null."""
 
 from __future__ import annotations
 

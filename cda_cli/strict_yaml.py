@@ -1,4 +1,4 @@
-"""YAML without its surprises: a scalar is the text that was written, or null; and a key is given once.
+"""Reads YAML without its surprises: a scalar is the text that was written, or null, and a key is given once.
 
 YAML 1.1 reads 010 as eight, 1:30 as ninety, `on` as true and a path such as 2024-01-01 as a date, and of two equal keys
 it drops the first. Here the setting decides what its text means (see `config`).
@@ -42,7 +42,7 @@ class Loader(yaml.SafeLoader):
 
 
 def loads(text: str) -> Any:
-    """The document in `text`: mappings, lists, text and None. Raises yaml.YAMLError."""
+    """Reads the document in `text` as mappings, lists, text and None. Raises yaml.YAMLError."""
     loader = Loader(text)
     try:
         return loader.get_single_data()

@@ -1,3 +1,3 @@
-"""The mark of a target that has no loss. The data sets it, the loss of the model obeys it, and both import it here."""
+"""The mark of a target that has no loss. The data sets it, and the loss of the model skips it; both import it here."""
 
-IGNORE = -100  # what torch.nn.functional.cross_entropy ignores unless told otherwise
+IGNORE = -100  # the default of torch.nn.functional.cross_entropy

@@ -1,4 +1,4 @@
-"""The loss of each token, from which training takes its gradients and evaluation its figures."""
+"""Computes the loss of each token, from which training takes its gradients and evaluation its metrics."""
 
 from __future__ import annotations
 

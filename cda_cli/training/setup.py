@@ -25,7 +25,7 @@ from cda_cli.data import (
 from cda_cli.errors import CheckpointError, DeviceError
 from cda_cli.model import Transformer, attention_rule, feed_forward_activation, model_backend
 from cda_cli.ops import Choice
-from cda_cli.restore import check_model, fill
+from cda_cli.restore import check_weights, load_weights
 from cda_cli.runtime import pick_dtype
 from cda_cli.storage import Checkpoint, unpack_optimizer
 from cda_cli.training.accounting.flops import peak_flops
@@ -97,11 +97,11 @@ def build(
     torch.manual_seed(config.run.seed)
     backend = resolve_backend(config, device)  # a backend that cannot run is an error before any work
     if checkpoint:
-        check_model(checkpoint.model, checkpoint, config)
+        check_weights(checkpoint.model, checkpoint, config)
     model = Transformer(config.model, config.run.backend).to(device)
     model.activation_checkpointing = config.run.activation_checkpointing
     if checkpoint:
-        fill(model, checkpoint.model, checkpoint, config)
+        load_weights(model, checkpoint.model, checkpoint, config)
     is_compiled = compiles(config, device, note)
     called = processes.wrap(model, config, dtype, is_compiled)
     captured = captures(config, backend, device, is_compiled, processes, note)
@@ -113,7 +113,7 @@ def build(
     average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
     if average and checkpoint:
         if checkpoint.ema:
-            check_model(checkpoint.ema, checkpoint, config)
+            check_weights(checkpoint.ema, checkpoint, config)
             average.load(checkpoint.ema)
         else:
             note(f"the moving average of the weights begins at step {saved['step']}")
