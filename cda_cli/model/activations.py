@@ -28,19 +28,19 @@ class Activation(ABC):
 
     @abstractmethod
     def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
-        """Activations [B, T, F] of hidden units [B, T, F], in their dtype; `gate` [B, T, F] where it is gated."""
+        """Returns the activations [B, T, F] of `hidden` [B, T, F], in its dtype; `gate` [B, T, F] if it is gated."""
 
     @property
     def matrices(self) -> int:
-        """Matrices of dim × F weights."""
+        """The number of matrices of dim × F weights."""
         return 3 if self.is_gated else 2
 
     def scratch(self, batch_size: int, choice: Choice) -> dict[str, int]:
-        """Bytes that an operator takes within itself, by the start of its name, as measured on a CPU."""
+        """Returns the bytes that an operator takes for itself, by the start of its name, as measured on a CPU."""
         return {}
 
     def warnings(self) -> list[str]:
-        """Sentences about settings that are allowed but that were hardly meant."""
+        """Returns a sentence about each setting that is allowed but can hardly be meant."""
         return []
 
 
@@ -67,7 +67,7 @@ class SwiGlu(Activation):
 
 
 class SoftTopKActivation(Activation):
-    """The soft top-k weights of the hidden units; as in the published model, the weights alone."""
+    """The soft top-k weights of the hidden units. They stand alone, without the units, as in the published model."""
 
     uses_operator = True
 
@@ -76,7 +76,7 @@ class SoftTopKActivation(Activation):
         return soft_topk(hidden, config.ff_k, eps=config.ff_eps, backend=self.backend, **solver_settings(config))
 
     def scratch(self, batch_size: int, choice: Choice) -> dict[str, int]:
-        """Nine tensors like the scores forward, and six backward, in float32."""
+        """The operator takes nine float32 tensors as large as the scores forward, and six backward."""
         config = self.config
         units = 0 if choice.name == "triton" else batch_size * config.seq_len * config.ff_width
         return {"cda.soft_topk_backward": 4 * 6 * units, "cda.soft_topk.": 4 * 9 * units}
@@ -95,5 +95,5 @@ ACTIVATIONS: dict[str, type[Activation]] = {
 
 
 def feed_forward_activation(config: ModelConfig, backend: Backend = "auto") -> Activation:
-    """The activation of `config`, as one layer uses it."""
+    """Makes the activation of `config`, as one layer uses it."""
     return ACTIVATIONS[config.ff](config, backend)

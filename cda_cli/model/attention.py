@@ -1,4 +1,4 @@
-"""Causal self-attention: projections, positions, cache, and output. A rule (`rules`) makes the weights of the scores.
+"""Causal self-attention: projections, positions, cache and output. A rule (`rules`) turns scores into weights.
 
 Shapes: B batch, T queries, C width of the residual stream, H heads, D head width, S keys (null and cached ones first),
 G heads of the projection.
@@ -31,9 +31,9 @@ class Attention(nn.Module):
         self.config, self.layer, self.backend = config, layer, backend
         self.heads = config.heads
         self.rule = attention_rule(config, backend)
-        self.eps = config.attn_eps  # the temperature of the weights now
-        # ε anneals as a factor on the query, in a tensor: compiled code and CUDA graphs would hold a number fast. The
-        # factor follows from the step, so no checkpoint holds it.
+        self.eps = config.attn_eps  # the current temperature of the weights
+        # ε anneals as a factor on the query. The factor is a tensor, since compiled code and CUDA graphs would keep a
+        # number constant. It follows from the step, so no checkpoint holds it.
         as_scale = config.eps_anneal_start is not None and self.rule.divides_by_eps
         self.register_buffer("query_scale", torch.ones(()) if as_scale else None, persistent=False)
         self.observer: Observer | None = None
@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         projected = project_heads(x_BTC, self.to_qkv, self._head_linears, self.config.head_width)
-        query, key, value, packed = self._placed(projected, cache)
+        query, key, value, packed = self._prepare_heads(projected, cache)
         logits = head_logits(x_BTC, packed, self._head_linears)
         budget = self._budget(logits.get("k"))
         if self.observer is None:
@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
     @property
     def _head_linears(self) -> dict[str, nn.Linear]:
-        """The linears that give each head a number."""
+        """The linears that make a number for each head."""
         linears = {"k": self.to_learned_k, "gate": self.to_gate}
         return {name: linear for name, linear in linears.items() if linear is not None}
 
@@ -89,15 +89,17 @@ class Attention(nn.Module):
     def _one_to_k(self, logits: Tensor) -> Tensor:
         return 1 + (self.config.attn_k - 1) * logits.sigmoid()
 
-    def _placed(self, projected_BTGD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """query [B, H, T, D]; key and value [B, H, S, D], null and cached ones first; the heads behind the values."""
+    def _prepare_heads(
+        self, projected_BTGD: Tensor, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns query [B, H, T, D], key and value [B, H, S, D], null and cached ones first, and the packed heads."""
         H, norms, rotary = self.heads, (self.query_norm, self.key_norm), self.rotary
-        # Heads move in front of positions last. So norm, rotation and their gradients keep the order of the memory:
-        # compiled, they are few kernels, and the gradients of the three lie where the matrix product reads them.
+        # Heads move in front of positions only at the end. Norm, rotation and their gradients thus keep the order of
+        # the memory: they compile to few kernels, and the three gradients lie where the matrix product reads them.
         if norms[0] and norms[1] and rotary and cache is None and self._has_kernels(projected_BTGD):
             from cda_cli.ops.triton.heads import norm_and_rotate
 
-            # Rotation is linear, so a factor on the gain is one on the query, and takes no pass over it.
+            # Rotation is linear, so a factor on the gain is a factor on the query, without a pass over the query.
             gain = norms[0].weight if self.query_scale is None else norms[0].weight * self.query_scale
             gains = gain, norms[1].weight
             query, key, value, packed = norm_and_rotate(projected_BTGD, *gains, rotary.cos, rotary.sin, H, EPS)
@@ -119,7 +121,7 @@ class Attention(nn.Module):
         return query, key, value, packed
 
     def _has_kernels(self, projected: Tensor) -> bool:
-        """Whether Triton kernels may compute norm and rotation too."""
+        """Whether Triton kernels can compute norm and rotation."""
         if self.backend not in ("auto", "triton") or transformed():
             return False
         recomputed = self.is_recomputed and torch.is_grad_enabled() and torch.compiler.is_compiling()
@@ -135,7 +137,7 @@ class Attention(nn.Module):
 
 
 def _head_linear(config: ModelConfig, bias: float) -> nn.Linear:
-    """A linear that gives each head a number; its bias starts at `bias`."""
+    """Makes a linear with one output for each head, whose bias starts at `bias`."""
     linear = nn.Linear(config.dim, config.heads)
     nn.init.constant_(linear.bias, bias)
     return linear

@@ -1,8 +1,8 @@
-"""Queries, keys and values of every head, and a few further numbers of every head, from one matrix product.
+"""Projects queries, keys, values, and a few further numbers of every head, by one matrix product.
 
 The further numbers (the logits of a learned k and of an output gate) have linears of their own, with H outputs each.
-A GPU takes as long for a product with so few columns as for one with many. In compiled code the product of queries,
-keys and values therefore computes these columns too: they are packed behind it, padded with zeros to whole heads.
+A GPU takes as long for a product with so few columns as for one with many. In compiled code these columns are
+therefore packed behind those of queries, keys and values, and padded with zeros to a multiple of the head width.
 
 Shapes: B batch, T queries, C width of the residual stream, H heads, G = 3·H and the heads that hold packed columns, D
 head width.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 def project_heads(x_BTC: Tensor, to_qkv: nn.Linear, head_linears: Mapping[str, nn.Linear], head_width: int) -> Tensor:
-    """Heads [B, T, G, D]: H of queries, H of keys, H of values, and in compiled code those of the packed columns."""
+    """Returns the heads [B, T, G, D]: of queries, keys and values, H each, and in compiled code of packed columns."""
     weight = to_qkv.weight
     if head_linears and torch.compiler.is_compiling():
         weight = torch.cat((weight, *(linear.weight for linear in head_linears.values())))
@@ -28,9 +28,9 @@ def project_heads(x_BTC: Tensor, to_qkv: nn.Linear, head_linears: Mapping[str, n
 
 
 def head_logits(x_BTC: Tensor, packed_BTGD: Tensor, head_linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-    """The outputs [B, H, T] of `head_linears`, by their names.
+    """Returns the outputs [B, H, T] of `head_linears`, by their names.
 
-    `packed_BTGD` holds the heads behind the values that `project_heads` made: none where nothing was packed.
+    `packed_BTGD` are the heads that `project_heads` returned behind the values. There are none if it packed nothing.
     """
     logits: dict[str, Tensor] = {}
     first = 0

@@ -1,4 +1,4 @@
-"""The small layers, normalisation and rotary positions, and the settings of the solver.
+"""Small layers (normalisation, rotary positions), and the settings of the solver.
 
 Shapes: B batch, H heads, T positions, D head width.
 """
@@ -65,7 +65,7 @@ class RotaryPositions(nn.Module):
         """Rotates x [B, T, H, D], whose first position is `start`. Channels i and i + D/2 make a pair."""
         positions = slice(start, start + x_BTHD.shape[1])
         cos, sin = (table[positions, None].to(x_BTHD.dtype) for table in (self.cos, self.sin))
-        # The sign is in the table, so this is one more read of x. A concatenation would compile to masked reads, or to
-        # a tensor of its own.
+        # The table has the sign, so this only reads x once more. A concatenation would compile to masked reads or to
+        # another tensor.
         partner = x_BTHD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
         return x_BTHD * cos + partner * sin

@@ -1,4 +1,4 @@
-"""Cross-entropy of a vocabulary. Shapes: N tokens, V logits of each."""
+"""The cross-entropy over a vocabulary. Shapes: N tokens, V logits of each."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 from cda_cli.targets import IGNORE
 
-PARTS = range(1024, 127, -1)  # so many logits fit in the registers of a compiled kernel, the most first
+PARTS = range(1024, 127, -1)  # numbers of logits that fit in the registers of a compiled kernel, largest first
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """−log of each target's softmax, nats, float32 [N]; 0 where a target is IGNORE.
+    """Returns −log softmax of each target, nats, float32 [N]; 0 if a target is IGNORE.
 
-    Compiled, the sum over a long row is one loop with two exponentials a logit, and slower than its memory. In parts
-    that stay in registers it takes one.
+    The compiler makes one loop of the sum over a long row, with two exponentials a logit, which take longer than
+    reading the logits. If the row is cut into parts that stay in registers, one exponential is enough.
     """
     V = logits_NV.shape[-1]
     part = next((part for part in PARTS if V % part == 0), V)
     if torch.compiler.is_compiling() and part < V:
-        return _InParts.apply(logits_NV, targets_N, part)  # type: ignore[no-untyped-call]
+        return _CrossEntropyInParts.apply(logits_NV, targets_N, part)  # type: ignore[no-untyped-call]
     return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
-class _InParts(torch.autograd.Function):
+class _CrossEntropyInParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, part: int) -> Tensor:
         sums = logits_NV.unflatten(-1, (-1, part)).float().logsumexp(-1).logsumexp(-1)

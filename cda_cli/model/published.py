@@ -1,4 +1,4 @@
-"""Converts the published model to ours, with the same weights and, by the iterative solver, the same logits."""
+"""Converts the published model to ours: with the same weights, and with the iterative solver the same logits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cda_cli.model.transformer import Transformer
 
 
 def from_published(model: nn.Module) -> Transformer:
-    """Our Transformer with the weights and settings of a `coordinate_descent_attention.Transformer` (0.0.11).
+    """Makes a Transformer with the weights and settings of a `coordinate_descent_attention.Transformer` (0.0.11).
 
-    It takes any object with these attributes, so the package itself is not needed. The solver is iterative, as there.
-    Only the output of a sparse feed-forward has no counterpart: the published forward raises NameError.
+    It takes any object with these attributes, so the package itself is not needed. The solver is iterative, as in the
+    published model. Only the output of a sparse feed-forward has no counterpart: the published code raises NameError.
     """
     published: Any = model
     ours = Transformer(_config(published))
@@ -60,7 +60,7 @@ def _config(published: Any) -> ModelConfig:
         attention="coordinate-descent" if attention.use_coor_descent else "softmax",
         attn_k=attention.coor_descent_sparsity_k,
         attn_eps=attention.coor_descent_eps,
-        learned_k=attention.use_coor_descent and attention.to_learned_k is not None,  # softmax never reads it
+        learned_k=attention.use_coor_descent and attention.to_learned_k is not None,  # the published softmax ignores it
         ff="coordinate-descent" if feed_forward.use_coor_descent else "gelu",
         ff_k=feed_forward.coor_descent_sparsity_k,
         ff_eps=feed_forward.coor_descent_eps,

@@ -57,13 +57,13 @@ class Transformer(nn.Module):
     def forward(
         self, tokens_BT: Tensor, cache: KeyValueCache | None = None, targets_BT: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, T, V] of tokens [B, T], int64, in the dtype of the computation.
+        """Returns the logits [B, T, V] of tokens [B, T], int64, in the dtype of the computation.
 
         With a cache, the tokens follow the positions that it holds. With targets [B, T] the model returns their
-        cross-entropy instead: nats, float32 [B, T], 0 where a target is −100. The model computes it so that
-        torch.compile can fuse it; outside, the logits and their gradient would be written once more in float32.
+        cross-entropy instead: nats, float32 [B, T], 0 if a target is IGNORE. The model computes it so that
+        torch.compile can fuse it; otherwise the logits and their gradient would be written once more in float32.
 
-        Raises ValueError where the positions exceed the context.
+        Raises ValueError if the positions exceed the context.
         """
         start, T = (cache.length if cache is not None else 0), tokens_BT.shape[1]
         if start + T > self.config.seq_len:
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
 
     @property
     def attention_eps(self) -> float | None:
-        """The current ε of the attention weights, annealed or not; None where the rule has no ε."""
+        """The current ε of the attention weights, or None if the rule has no ε."""
         attention = self.each_block()[0].attention
         return attention.eps if attention.rule.has_eps else None
 
@@ -144,14 +144,14 @@ class Transformer(nn.Module):
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The name, shape and dtype of each tensor that a checkpoint of this model holds. Allocates nothing."""
+    """Returns the name, shape and dtype of each tensor in a checkpoint of this model, without allocating any."""
     with torch.device("meta"):
         model = Transformer(config)
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state_tensors(model).items()}
 
 
 def state_tensors(model: Transformer) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: those of the state dict, with a shared tensor once."""
+    """Returns the tensors that a checkpoint holds: those of the state dict, with a shared tensor once."""
     state: dict[str, Tensor] = model.state_dict()
     if model.config.tied_embeddings:
         del state["to_logits.weight"]
@@ -159,7 +159,7 @@ def state_tensors(model: Transformer) -> dict[str, Tensor]:
 
 
 def load_state_tensors(model: Transformer, tensors: dict[str, Tensor]) -> None:
-    """Loads tensors that `state_tensors` returned. Raises RuntimeError where they are not those of `model`."""
+    """Loads tensors that `state_tensors` returned. Raises RuntimeError if they are not those of `model`."""
     if model.config.tied_embeddings:
         tensors = tensors | {"to_logits.weight": tensors["token_embedding.weight"]}
     model.load_state_dict(tensors)

@@ -218,7 +218,7 @@ def compiles(config: Config, device: torch.device, note: Callable[[str], None]) 
     wanted = config.run.compile
     if wanted is None:
         wanted = device.type == "cuda"
-    if wanted and attention_rule(config.model).anneals_as_number:
+    if wanted and attention_rule(config.model).recompiles_for_each_eps:
         note("torch.compile is off: an ε that changes every step would compile every step")
         return False
     return wanted

@@ -29,10 +29,10 @@ __all__ = ["RULES", "AttentionRule", "Products", "attention_rule", "model_backen
 
 
 def attention_rule(config: ModelConfig, backend: Backend = "auto") -> AttentionRule:
-    """The rule of `config`, as one layer uses it."""
+    """Makes the rule of `config`, as one layer uses it."""
     return RULES[config.attention](config, backend)
 
 
 def model_backend(config: ModelConfig, backend: Backend, device: torch.device) -> Choice:
-    """The backend of a model's layers on `device`. Raises ValueError where it cannot run."""
+    """Chooses the backend of a model's layers on `device`. Raises ValueError if it cannot run."""
     return attention_rule(config, backend).choose_backend(device)

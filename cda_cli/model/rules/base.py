@@ -15,15 +15,15 @@ from torch import Tensor
 from cda_cli.config import ModelConfig
 from cda_cli.ops import Backend, Choice, choose_backend
 
-# Dense weights are computed for at most so many scores at a time, or for one row. With 8192 keys and 8 heads that is
-# 256 rows; in float64, in which an observer measures them, one copy takes 128 MiB.
+# Dense weights are computed for at most so many scores at a time, but at least for one row. With 8192 keys and 8 heads
+# that is 256 rows. An observer measures them in float64, where one copy takes 128 MiB.
 BLOCK_SCORES = 2**24
 
 ObserveBlock = Callable[[Tensor, Tensor, int], None]
 
 
 class Products(NamedTuple):
-    """Matrix products of attention: how many in forward and backward, each of a query with `keys` keys."""
+    """The number of matrix products of attention in forward and backward, each of a query with `keys` keys."""
 
     forward: int
     backward: int
@@ -36,7 +36,7 @@ class AttentionRule(ABC):
     has_budget = False  # Each row has a budget k and sums to it. Rows of the other rules sum to 1.
     has_eps = True  # The weights depend on ε.
     uses_operator = False  # `cda_cli.ops` computes the weights, with a solver and a backend.
-    code = "PyTorch, dense weights"  # What computes the weights where the operator does not, in words.
+    code = "PyTorch, dense weights"  # The code that computes the weights if the operator does not, in words.
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         self.config, self.backend = config, backend
@@ -45,14 +45,14 @@ class AttentionRule(ABC):
 
     @abstractmethod
     def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
-        """Dense weights [B, H, t, S] of scores [B, H, t, S], in their dtype; a masked entry gets 0.
+        """Returns the dense weights [B, H, t, S] of scores [B, H, t, S], in their dtype; a masked entry gets 0.
 
-        `budget` is the k of each row, [B, H, t]; `mask` is bool [t, S], True where a query sees a key. Every query sees
+        `budget` is the k of each row, [B, H, t]. `mask` is bool [t, S], True where a query sees a key; every query sees
         at least one.
         """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor) -> Tensor:
-        """Causal attention [B, H, T, D] of query [B, H, T, D] to key and value [B, H, S, D], S ≥ T.
+        """Computes causal attention [B, H, T, D] of query [B, H, T, D] to key and value [B, H, S, D], S ≥ T.
 
         Query t sees the keys up to t + S − T. `budget` is the k of each row: a number, or [B, H, T].
         """
@@ -61,7 +61,7 @@ class AttentionRule(ABC):
     def attend_densely(
         self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, observe: ObserveBlock | None = None
     ) -> Tensor:
-        """What `attend` computes, by dense weights, block by block of queries.
+        """Computes what `attend` does, by dense weights, one block of queries after another.
 
         `observe`, if given, gets the weights [B, H, t, S] of each block, its k [B, H, t], and the index, among the S
         keys, of the last one that its first query sees.
@@ -91,8 +91,8 @@ class AttentionRule(ABC):
         return self.has_eps
 
     @property
-    def anneals_as_number(self) -> bool:
-        """Whether ε anneals as a number, which compiled code holds as a constant: each new one would compile anew."""
+    def recompiles_for_each_eps(self) -> bool:
+        """Whether ε anneals as a number, which compiled code takes for a constant, so that a new one compiles again."""
         return self.config.eps_anneal_start is not None and self.has_eps and not self.divides_by_eps
 
     @property
@@ -101,27 +101,27 @@ class AttentionRule(ABC):
         return self.has_budget and self.config.learned_k
 
     @property
-    def most_keys(self) -> int:
-        """Keys that the last query of a whole sequence sees."""
+    def max_keys(self) -> int:
+        """The number of keys that the last query of a full sequence sees."""
         return self.config.seq_len + self.config.null_kv
 
     def choose_backend(self, device: torch.device) -> Choice:
-        """The backend of the operator on `device`. Raises ValueError where a forced one cannot run."""
+        """Chooses the backend of the operator on `device`. Raises ValueError if a forced one cannot run."""
         return choose_backend(self.backend, self.config.solver, device)
 
     def products(self, backend: str) -> Products:
-        """The matrix products of a whole sequence, where the operator runs on `backend`.
+        """Returns the matrix products of a full sequence, with the operator on `backend`.
 
-        Dense weights are kept for the backward, and are computed for the keys that a query does not see, too.
+        Dense weights are kept for the backward. They are also computed for keys that a query does not see.
         """
-        return Products(2, 4, self.most_keys)
+        return Products(2, 4, self.max_keys)
 
     def scratch(self, batch_size: int, device: torch.device, choice: Choice) -> dict[str, int]:
-        """Bytes that an operator takes within itself, by the start of its name, as measured on a CPU."""
+        """Returns the bytes that an operator takes for itself, by the start of its name, as measured on a CPU."""
         return {}
 
     def warnings(self) -> list[str]:
-        """Sentences about settings that are allowed but that were hardly meant."""
+        """Returns a sentence about each setting that is allowed but can hardly be meant."""
         config = self.config
         if config.learned_k and not self.has_budget:
             return [f"learned_k has no effect with {config.attention} attention; its control there is output_gate"]

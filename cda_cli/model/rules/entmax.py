@@ -15,7 +15,7 @@ from cda_cli.ops import Choice
 
 
 class Entmax(AttentionRule):
-    """Weights entmax 1.5 of scores/ε: max(0, s/(2·ε) − τ)², with the τ of each row that makes it sum to 1."""
+    """The weights are entmax 1.5 of scores/ε: max(0, s/(2·ε) − τ)², with the τ for which a row sums to 1."""
 
     def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
         from entmax import entmax15
@@ -23,7 +23,7 @@ class Entmax(AttentionRule):
         return entmax15((scores / self.eps).masked_fill(~mask, -torch.inf), dim=-1)
 
     def choose_backend(self, device: torch.device) -> Choice:
-        """Also raises ValueError where the package is missing."""
+        """Also raises ValueError if the package is missing."""
         if importlib.util.find_spec("entmax") is None:
             raise ValueError(
                 "attention 'entmax' needs the package entmax; install it (pip install entmax), or choose another "

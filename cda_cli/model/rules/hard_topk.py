@@ -13,15 +13,14 @@ from cda_cli.model.rules.base import AttentionRule
 
 
 class HardTopK(AttentionRule):
-    """Weights softmax(scores/ε) over the ⌊attn_k⌋ largest scores of a row (at least one), and 0 elsewhere.
+    """The weights are softmax(scores/ε) over the ⌊attn_k⌋ largest scores of a row (at least one), and 0 elsewhere.
 
-    Rows sum to 1. The selection has no gradient: it reaches the scores that were kept. Among equal scores PyTorch
-    chooses.
+    Rows sum to 1. The selection has no gradient: only the kept scores have one. Among equal scores PyTorch chooses.
     """
 
     @property
     def kept(self) -> int:
-        """Keys that a row keeps."""
+        """The number of keys that a row keeps."""
         return max(1, int(self.config.attn_k))
 
     def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
@@ -31,8 +30,8 @@ class HardTopK(AttentionRule):
 
     def warnings(self) -> list[str]:
         warnings, k = super().warnings(), self.config.attn_k
-        if k >= self.most_keys:
-            warnings.append(f"attn_k {k:g} covers all {self.most_keys} keys of a row: hard-topk is tempered-softmax")
+        if k >= self.max_keys:
+            warnings.append(f"attn_k {k:g} covers all {self.max_keys} keys of a row: hard-topk is tempered-softmax")
         elif k != self.kept:
             warnings.append(f"hard-topk keeps whole keys: with attn_k {k:g} a row keeps {self.kept}")
         return warnings

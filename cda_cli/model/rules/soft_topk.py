@@ -13,7 +13,7 @@ from cda_cli.ops.attention_blocks import BLOCK_SCORES_CPU, BLOCK_SCORES_GPU
 
 
 class SoftTopK(AttentionRule):
-    """Weights min(1, exp((s + a)/ε)) that sum to the budget k of their row; k may be learned."""
+    """The weights min(1, exp((s + a)/ε)) of a row sum to its budget k, which may be learned."""
 
     has_budget = True
     uses_operator = True
@@ -40,35 +40,36 @@ class SoftTopK(AttentionRule):
 
     @property
     def divides_by_eps(self) -> bool:
-        """The iterative solver starts from eps_init, a number of its own."""
+        """True for the exact solver alone: the iterative one starts from eps_init, which does not change with ε."""
         return self.config.solver == "exact"
 
     def choose_backend(self, device: torch.device) -> Choice:
         return choose_backend(self.backend, self.config.solver, device, head_width=self.config.head_width)
 
     def products(self, backend: str) -> Products:
-        """The fused kernels go over the scores twice. For k above 2 they sum values of free and capped entries apart.
+        """Counts the products of the fused kernels, of the blocks of PyTorch, or of the published operator.
 
-        Their backward computes the scores and ∂L/∂λ in two kernels, and three gradients.
+        The fused kernels compute the scores twice. For k above 2 they sum the values of free and of capped entries
+        separately. Their backward computes scores and ∂L/∂λ in each of two kernels, and three gradients.
         """
         seen = (self.config.seq_len + 1) / 2 + self.config.null_kv
         if backend == "colt5":
-            return Products(2, 4, self.most_keys)
+            return Products(2, 4, self.max_keys)
         if self._is_fused(backend):
             return Products(3 if self.config.attn_k <= 2 else 4, 7, seen)
         return Products(2, 5, seen)
 
     def scratch(self, batch_size: int, device: torch.device, choice: Choice) -> dict[str, int]:
-        """In blocks: float32 of query, key, value and four gradients, and six tensors as large as a block's scores."""
+        """The code in blocks takes query, key, value and four gradients in float32, and six tensors of block scores."""
         if self._is_fused(choice.name):
             return {}
         config, rows = self.config, batch_size * self.config.seq_len
         limit = BLOCK_SCORES_GPU if device.type == "cuda" else BLOCK_SCORES_CPU
-        block = min(rows * config.heads * self.most_keys, limit)
+        block = min(rows * config.heads * self.max_keys, limit)
         return {"cda.soft_topk_attention": 4 * (7 * rows * config.heads * config.head_width + 6 * block)}
 
     def warnings(self) -> list[str]:
-        k, keys = self.config.attn_k, self.most_keys
+        k, keys = self.config.attn_k, self.max_keys
         return [f"attn_k {k:g} covers all {keys} keys of a row: every weight is 1"] if k >= keys else []
 
     def _is_fused(self, backend: str) -> bool:

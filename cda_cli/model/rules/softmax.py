@@ -10,7 +10,7 @@ from cda_cli.model.rules.base import AttentionRule, Products
 
 
 class Softmax(AttentionRule):
-    """Weights softmax(scores), by PyTorch's fused attention. `attn_eps` and `attn_k` have no effect."""
+    """The weights are softmax(scores), by PyTorch's fused attention. `attn_eps` and `attn_k` have no effect."""
 
     has_eps = False
     code = "PyTorch SDPA"
@@ -22,13 +22,13 @@ class Softmax(AttentionRule):
         return _sdpa(query, key, value, self.scale)
 
     def products(self, backend: str) -> Products:
-        """The backward computes the scores again. With null keys the mask is a tensor, and every score is computed."""
+        """The backward computes the scores again. With null keys the mask is a tensor, and all scores are computed."""
         seen = (self.config.seq_len + 1) / 2
-        return Products(2, 5, self.most_keys if self.config.null_kv else seen)
+        return Products(2, 5, self.max_keys if self.config.null_kv else seen)
 
 
 class TemperedSoftmax(Softmax):
-    """Weights softmax(scores/ε): the soft top-k with k = 1, by PyTorch's fused attention. `attn_k` has no effect."""
+    """The weights are softmax(scores/ε), the soft top-k with k = 1. `attn_k` has no effect."""
 
     has_eps = True
 
@@ -40,7 +40,7 @@ class TemperedSoftmax(Softmax):
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal softmax attention, where the T queries are the last of the S positions."""
+    """Computes causal softmax attention. The T queries are the last of the S positions."""
     T, S = query.shape[2], key.shape[2]
     if S == T:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
