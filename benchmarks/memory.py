@@ -23,7 +23,7 @@ from synthetic import ATTENTION, header, on_gpu, random_data, row, settings
 from cda_cli.training.accounting.memory_forecast import forecast
 from cda_cli.training.distributed.processes import ALONE
 from cda_cli.training.run import try_steps
-from cda_cli.training.setup import build, captures, resolve_backend
+from cda_cli.training.setup import build, resolve_backend, uses_cuda_graphs
 
 PRESETS = ("tiny", "small", "base")
 BATCH = 8  # so that a few of the largest fit beside each other
@@ -59,7 +59,7 @@ def outcome(case: Case) -> Outcome:
     device = torch.device("cuda")
     began = time.perf_counter()
     backend = resolve_backend(config, device)
-    captured = captures(config, backend, device, case.compiled, ALONE, print)
+    captured = uses_cuda_graphs(config, backend, device, case.compiled, ALONE, print)
     expected = forecast(config, device, torch.bfloat16, case.compiled, captured, backend)
     seconds = time.perf_counter() - began
     return Outcome(expected.peak, try_steps(*build(config, random_data(config)))[1], seconds)

@@ -1,7 +1,8 @@
-"""Training: a configuration and data → a run folder of checkpoints and metrics.
+"""Trains: a configuration and data → a run folder of checkpoints and metrics.
 
-A run: `run` is the whole of it, `setup` builds what `state` holds, `resume` finds where it goes on.
-A step: `loop` has the order of things, `pipeline` works ahead, `gradients`, `optimizer` and `average` do one each,
-`nonfinite` refuses a step, `schedule` says what is due.
-Around it: `distributed` for several processes, `accounting` for speed and memory, `display` and `trackers` for people.
+A run: `run` trains from start to end, `setup` builds what `state` holds, and `resume` finds where a run goes on.
+A step: `loop` has the order of operations, and `pipeline` launches the next step early. `gradients`, `optimizer` and
+`average` do what their names say. `nonfinite` refuses a step, and `schedule` says what is due.
+Around it: `distributed` is for several processes, `accounting` counts speed and memory, and `display` and `trackers`
+show a run to people.
 """

@@ -1,4 +1,4 @@
-"""What a run goes on from, and whether it is the same run: its settings, and the text that it is trained on."""
+"""Finds the checkpoint that a run goes on from, and checks that it is the same run, on the same text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from cda_cli.storage import Checkpoint, load, locate
 
 
 def find_checkpoint(run: Run, resume: str) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint that `run` goes on from, and a sentence for each damaged one that was passed over.
+    """Loads the checkpoint that `run` goes on from, and returns it with a sentence for each damaged one passed over.
 
-    `resume`: "auto" takes the newest whole checkpoint of `run`, if there is one; "never" wants a folder without a run;
-    anything else is the path of a run or checkpoint to go on from. That must be the newest checkpoint of `run`, unless
-    `run` has none yet: two histories never mix in one folder.
+    `resume` "auto" takes the newest intact checkpoint of `run`, if there is one, and "never" wants a folder without a
+    run. Anything else is the path of a run or checkpoint to go on from. If `run` has checkpoints already, that must be
+    the newest of them, so that two histories never mix in one folder.
+
+    Raises ConfigError or CheckpointError if there is nothing to go on from, or if something is in the way.
     """
     run.check()
     if resume == "auto":
@@ -38,10 +40,10 @@ def find_checkpoint(run: Run, resume: str) -> tuple[Checkpoint | None, list[str]
 
 
 def check_same_run(before: Config, now: Config, where: Path, *, same_text: bool = False) -> None:
-    """Raises ConfigError where the settings `now` are of another run than those `before`, of the run in `where`.
+    """Raises ConfigError if the settings `now` make another run than `before`, those of the run in `where`.
 
-    Model, data, seed and optimizer make a run; steps, rates and intervals may change. If both have the `same_text`, in
-    the same tokens, it may lie elsewhere.
+    Model, data, seed and optimizer make a run; steps, rates and intervals may change. With the `same_text`, in the same
+    tokens, the text may lie in another place.
     """
     places = {"source", "tokenizer"} if same_text else set()
     pairs = [("model", before.model, now.model), ("data", before.data, now.data)]
@@ -56,9 +58,10 @@ def check_same_run(before: Config, now: Config, where: Path, *, same_text: bool 
 
 
 def check_same_text(before: Any, now: Mapping[str, Any], text: str, where: Path) -> None:
-    """Raises ConfigError where `text` is not what the run in `where` was trained on.
+    """Raises ConfigError if `text` is not what the run in `where` was trained on.
 
-    `now` is the identity of `text` (see `RunData`), and `before` that of the other: None where a checkpoint has none.
+    `now` is the identity of `text` (see `RunData`), and `before` is that of the text of the run, or None if its
+    checkpoint has none.
     """
     if before is None or before == now:
         return

@@ -45,7 +45,7 @@ def open_data(
 ) -> RunData:
     """Prepares the text, or opens it as a stream. Raises DataError if a side is shorter than one sequence.
 
-    `spare_cache` takes the tokens that are not in the cache yet, for a run that must leave nothing behind.
+    Tokens that are not in the cache yet go to `spare_cache`, if given, for a run that must leave nothing behind.
     """
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
     if data.streaming:
@@ -95,16 +95,16 @@ def build(
     device = processes.device(config.run.device)
     dtype = pick_dtype(config.run.dtype, device)
     torch.manual_seed(config.run.seed)
-    backend = resolve_backend(config, device)  # a backend that cannot run is an error before any work
+    backend = resolve_backend(config, device)  # before any work, as it may raise
     if checkpoint:
         check_weights(checkpoint.model, checkpoint, config)
     model = Transformer(config.model, config.run.backend).to(device)
     model.activation_checkpointing = config.run.activation_checkpointing
     if checkpoint:
         load_weights(model, checkpoint.model, checkpoint, config)
-    is_compiled = compiles(config, device, note)
-    called = processes.wrap(model, config, dtype, is_compiled)
-    captured = captures(config, backend, device, is_compiled, processes, note)
+    is_compiled = uses_compile(config, device, note)
+    wrapped = processes.wrap(model, config, dtype, is_compiled)
+    captured = uses_cuda_graphs(config, backend, device, is_compiled, processes, note)
     optimizer = build_optimizer(model, config.optim)
     saved: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
     if checkpoint:
@@ -124,16 +124,16 @@ def build(
         backend=backend,
         data=data,
         processes=processes,
-        compiled=called,
+        compiled=wrapped,
         is_compiled=is_compiled,
-        graphs=GradientGraphs(called, device, dtype) if captured else None,
+        graphs=GradientGraphs(wrapped, device, dtype) if captured else None,
         inspection_stream=torch.cuda.Stream(device) if device.type == "cuda" and processes.count == 1 else None,
     )
     state = TrainState(
         model=model,
         optimizer=optimizer,
         average=average,
-        # A thread reads so far ahead that the batches of the next step are there while this one is trained on.
+        # A thread makes the batches of the next step during this one.
         batches=Prefetched(_pinned(data.open_batches(saved["position"]), device), ahead=config.optim.grad_accum),
         step=saved["step"],
         tokens=saved["tokens"],
@@ -180,7 +180,7 @@ def with_vocabulary(config: Config, data: RunData) -> Config:
 
 
 def config_warnings(config: Config) -> list[str]:
-    """Sentences about settings that are allowed but that were hardly meant."""
+    """Returns a sentence about each setting that is allowed but can hardly be meant."""
     return attention_rule(config.model).warnings() + feed_forward_activation(config.model).warnings()
 
 
@@ -206,15 +206,15 @@ def describe_peak(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def resolve_backend(config: Config, device: torch.device) -> Choice:
-    """The backend of the layers. Raises DeviceError where a forced one, or the attention rule, cannot run here."""
+    """Chooses the backend of the layers. Raises DeviceError if a forced one, or the attention rule, cannot run here."""
     try:
         return model_backend(config.model, config.run.backend, device)
     except ValueError as error:
         raise DeviceError(str(error)) from error
 
 
-def compiles(config: Config, device: torch.device, note: Callable[[str], None]) -> bool:
-    """Whether the model is compiled: as asked for, or by default on a GPU."""
+def uses_compile(config: Config, device: torch.device, note: Callable[[str], None]) -> bool:
+    """Whether the model is compiled: as the settings say, or by default on a GPU."""
     wanted = config.run.compile
     if wanted is None:
         wanted = device.type == "cuda"
@@ -224,7 +224,7 @@ def compiles(config: Config, device: torch.device, note: Callable[[str], None]) 
     return wanted
 
 
-def captures(
+def uses_cuda_graphs(
     config: Config,
     choice: Choice,
     device: torch.device,
@@ -232,9 +232,9 @@ def captures(
     processes: Processes,
     note: Callable[[str], None],
 ) -> bool:
-    """Whether CUDA graphs hold forward and backward: wherever that is possible, unless the settings forbid it.
+    """Whether CUDA graphs hold forward and backward: if that is possible, and unless the settings forbid it.
 
-    The operator in PyTorch branches on its results, which a graph cannot.
+    A graph cannot hold the operator in PyTorch, which branches on its results.
     """
     if config.run.cuda_graphs is False:
         return False

@@ -12,11 +12,11 @@ from cda_cli.errors import DataError, DeviceError
 from cda_cli.training.accounting.speed import WINDOW, Speed
 from cda_cli.training.setup import (
     build,
-    compiles,
     config_warnings,
     describe_backend,
     open_data,
     resolve_backend,
+    uses_compile,
     with_vocabulary,
 )
 
@@ -81,7 +81,7 @@ def test_an_eps_that_anneals_is_compiled_where_it_is_no_constant(model: dict[str
     """The iterative solver would compile at every step, so it says that it does not."""
     said: list[str] = []
     asked = parse({"model": {"eps_anneal_start": 2.0, **model}, "run": {"compile": True}})
-    assert compiles(asked, torch.device("cpu"), said.append) is compiled
+    assert uses_compile(asked, torch.device("cpu"), said.append) is compiled
     assert said == ([] if compiled else ["torch.compile is off: an ε that changes every step would compile every step"])
 
 

@@ -1,16 +1,16 @@
-"""Counts the floating-point operations of training, and knows how many the device can do.
+"""Counts the floating-point operations of training, and knows how many a device can do.
 
-Only matrix products count; a multiplication and an addition are two operations. There are two numbers, and whatever
+Only matrix products count; a multiplication and an addition are two operations. There are two counts, and whoever
 shows one names it:
 
-- *computed*: every product that the code makes. Each attention rule says how many its own code makes (`model.rules`).
-  Activation checkpointing makes those of a whole block again.
+- *computed*: every product that the code computes. Each attention rule says how many its own code computes
+  (`model.rules`). Activation checkpointing computes those of a block again.
 - *dense*: 6N + 12·L·d·T a token (PaLM, arXiv 2204.02311, appendix B), whatever the code does. It counts the work
   that is wanted, not the work that is done, so it compares implementations. N leaves out weights that are only looked
   up.
 
-A sparse feed-forward counts whole, because it computes every hidden unit before it selects. Zeros that pad a packed
-projection to whole heads (`model.head_projection`) do not count.
+A sparse feed-forward counts in full, because it computes every hidden unit before it selects. The zeros that pad a
+packed projection (`model.head_projection`) do not count.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from cda_cli.config import Config, ModelConfig
 from cda_cli.model import attention_rule, feed_forward_activation
 
-# Dense bf16 FLOP/s from NVIDIA's data sheets, which mostly give twice as many, with sparsity. The first name that is a
-# part of the device's name wins.
+# Dense bf16 FLOP/s by NVIDIA's data sheets, most of which give the number with sparsity, twice as high. The first name
+# that is a part of the device's name wins.
 PEAKS = (
     ("B200", 2250e12),
     ("GH200", 989e12),
@@ -48,7 +48,7 @@ class Flops(NamedTuple):
 
 
 def flops_per_token(config: Config, backend: str) -> Flops:
-    """The operations of training with `config`, whose layers run on `backend` (see `ops.choose_backend`)."""
+    """Counts the operations of training with `config`, whose layers run on `backend` (see `ops.choose_backend`)."""
     model = config.model
     inner = model.heads * model.head_width
     block = _block_weights(model)
@@ -57,7 +57,7 @@ def flops_per_token(config: Config, backend: str) -> Flops:
     product = 2 * inner * attention.keys
     per_block = 6 * block + product * (attention.forward + attention.backward)
     if config.run.activation_checkpointing:
-        # The backward does not need the last product of a block, so it is not made again, unless dropout follows it.
+        # The backward does not need the last product of a block, so it is computed again only if dropout follows it.
         unneeded = 0 if model.dropout else model.dim * model.ff_width
         per_block += 2 * (block - unneeded) + product * attention.forward
     N = model.depth * block + logits
@@ -68,7 +68,7 @@ def flops_per_token(config: Config, backend: str) -> Flops:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The FLOP/s that the device can do in `dtype`, or None where that is unknown."""
+    """Returns the FLOP/s that the device can do in `dtype`, or None if that is not known."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
@@ -76,7 +76,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def _block_weights(model: ModelConfig) -> int:
-    """The number of a block's weights that take part in a matrix product."""
+    """Counts the weights of a block that take part in a matrix product."""
     inner = model.heads * model.head_width
     per_head = attention_rule(model).learns_budget + model.output_gate
     units = feed_forward_activation(model).matrices * model.ff_width

@@ -1,12 +1,13 @@
-"""Forecasts the memory that training takes. It allocates nothing, so it works where the run would not fit.
+"""Forecasts the memory that training takes. It allocates nothing, so it also works for a run that would not fit.
 
 The model runs forward and backward on fake tensors (shapes without memory). The forecast counts what autograd keeps:
 
-- uncompiled, it follows every tensor from its allocation to its end, which gives the peak itself;
-- compiled, PyTorch's own partitioner decides what is kept and what is computed again, for a model of one block and of
-  two. Each further block keeps as much as the second. Fused code has no intermediate results but those at its seams.
+- For an uncompiled model it follows every tensor from its allocation to its end, which gives the peak itself.
+- For a compiled model PyTorch's own partitioner decides what is kept and what is computed again, with one block and
+  with two. Each further block keeps as much as the second. Within fused code there are no intermediate results.
 
-Fake tensors show neither the tensors within an operator nor the workspaces of libraries. Both have an allowance.
+Fake tensors show neither the tensors within an operator nor the workspaces of libraries. Both are estimated.
+To compile the same code for several models, the forecast makes torch.compile forget what it has compiled.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ MIB = 2**20
 
 
 class Forecast(NamedTuple):
-    """Bytes: the most that each part takes. `peak` is less than their sum where not all are there at one time."""
+    """The most bytes that each part takes. `peak` is less than their sum if they do not all exist at one time."""
 
     weights: int
     gradients: int
     optimizer: int
     average: int
-    activations: int  # kept for the backward, but not the next
-    logits: int  # of the last layer, and what the loss keeps
+    activations: int  # kept for the backward, without those of `logits`
+    logits: int  # those of the last layer, and what the loss keeps
     workspaces: int
     peak: int
 
 
-class _Kept(NamedTuple):
+class _SavedBytes(NamedTuple):
     """Bytes that autograd keeps for the backward."""
 
     activations: int
@@ -52,7 +53,10 @@ class _Kept(NamedTuple):
 def forecast(
     config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, captured: bool, choice: Choice
 ) -> Forecast:
-    """The memory of a training step with `config`; `captured`: as CUDA graphs; `choice`: the backend of its layers."""
+    """Forecasts the memory of a training step with `config`, whose layers run on the backend of `choice`.
+
+    `compiled` and `captured` say whether the step is compiled, and whether CUDA graphs hold it.
+    """
     model, optim = config.model, config.optim
     weights = 4 * _parameters(model)
     matrices = 4 * _parameters(model, lambda name, p: p.ndim == 2 and name.startswith("blocks."))
@@ -61,12 +65,12 @@ def forecast(
     accumulated = weights if optim.grad_accum > 1 else 0
     workspaces, scratch = _workspaces(device, captured), _scratch(config, device, choice)
     if compiled:
-        kept = _kept_compiled(config, device, dtype)
-        at_loss = weights + accumulated + sum(kept) + _passing(config, device, dtype, scratch)
-        at_end = 2 * weights + accumulated  # all gradients come at once, and are then added
+        kept = _saved_compiled(config, device, dtype)
+        at_loss = weights + accumulated + sum(kept) + _temporaries(config, device, dtype, scratch)
+        at_end = 2 * weights + accumulated  # all gradients exist at once before they are added
     else:
-        kept = _kept(config, device, dtype)
-        at_loss, at_end = _followed(config, device, dtype, scratch), 2 * weights
+        kept = _saved(config, device, dtype)
+        at_loss, at_end = _traced_peak(config, device, dtype, scratch), 2 * weights
     return Forecast(
         weights=weights,
         gradients=weights,
@@ -75,13 +79,13 @@ def forecast(
         activations=kept.activations,
         logits=kept.logits,
         workspaces=workspaces,
-        # The peak is either in the middle of a step, or at its end, when all gradients are there and nothing else is.
+        # The peak is either at the loss, or at the end of a step, when all gradients exist and nothing else does.
         peak=max(at_loss, at_end) + optimizer + average + workspaces,
     )
 
 
 def memory_remark(peak: int, available: int | None) -> str | None:
-    """The sentence to say where a step on a CPU needs more memory than is free; None where it fits."""
+    """Returns a sentence if a step on a CPU needs more memory than is free, and None if it fits."""
     if available is None or peak <= available:
         return None
     return (
@@ -91,31 +95,35 @@ def memory_remark(peak: int, available: int | None) -> str | None:
 
 
 def is_small(config: Config) -> bool:
-    """Whether a step needs less than about 2 GiB: it then fits without a forecast, which takes a second or more."""
+    """Whether a step needs less than about 2 GiB. It then fits without a forecast, which takes seconds."""
     model = config.model
     rows = config.optim.batch_size * model.seq_len
     return rows * (model.depth * (model.dim + model.ff_width) + model.vocab_size) < 2**23
 
 
-def _followed(config: Config, device: torch.device, dtype: torch.dtype, scratch: dict[str, int]) -> int:
-    """The peak of forward and backward, uncompiled. Where gradients accumulate it follows two batches, because the
-    second one meets the gradients of the first."""
-    with FakeTensorMode(), _Followed(scratch) as followed:
+def _traced_peak(config: Config, device: torch.device, dtype: torch.dtype, scratch: dict[str, int]) -> int:
+    """Returns the peak of forward and backward, uncompiled.
+
+    If gradients accumulate it follows two batches, because the second one meets the gradients of the first.
+    """
+    with FakeTensorMode(), _MemoryTrace(scratch) as trace:
         model = _model(config, device)
         for _ in range(min(2, config.optim.grad_accum)):
             # No hook looks at the saved tensors: it would let them live longer.
             _loss(model, config, device, dtype).backward()
-        return followed.peak
+        return trace.peak
 
 
-def _kept_compiled(config: Config, device: torch.device, dtype: torch.dtype) -> _Kept:
-    one, two = (_kept(config, device, dtype, depth) for depth in (1, 2))
-    return _Kept(one.activations + (config.model.depth - 1) * (two.activations - one.activations), one.logits)
+def _saved_compiled(config: Config, device: torch.device, dtype: torch.dtype) -> _SavedBytes:
+    one, two = (_saved(config, device, dtype, depth) for depth in (1, 2))
+    return _SavedBytes(one.activations + (config.model.depth - 1) * (two.activations - one.activations), one.logits)
 
 
-def _kept(config: Config, device: torch.device, dtype: torch.dtype, compiled_depth: int | None = None) -> _Kept:
-    """What autograd keeps of a batch besides the weights, each storage once. With `compiled_depth`, what it would keep
-    of a compiled model of so many blocks."""
+def _saved(config: Config, device: torch.device, dtype: torch.dtype, compiled_depth: int | None = None) -> _SavedBytes:
+    """Counts what autograd keeps of a batch besides the weights, each storage once.
+
+    With `compiled_depth` it counts what autograd would keep of a compiled model with so many blocks.
+    """
     if compiled_depth is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"depth": compiled_depth})})
         torch._dynamo.reset()
@@ -140,22 +148,22 @@ def _kept(config: Config, device: torch.device, dtype: torch.dtype, compiled_dep
     if compiled_depth is not None:
         torch._dynamo.reset()
     logits = sum(sizes[key] for key in of_logits)
-    return _Kept(sum(sizes.values()) - logits, logits)
+    return _SavedBytes(sum(sizes.values()) - logits, logits)
 
 
 def _loss(model: nn.Module, config: Config, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The loss of a batch of zeros."""
+    """Computes the loss of a batch of zeros."""
     shape = (config.optim.batch_size, config.model.seq_len)
     inputs, targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
     with autocast(device, dtype):
         return model(inputs, targets_BT=targets).sum()
 
 
-def _passing(config: Config, device: torch.device, dtype: torch.dtype, scratch: dict[str, int]) -> int:
-    """The passing tensors at the worse of two moments of a compiled backward.
+def _temporaries(config: Config, device: torch.device, dtype: torch.dtype, scratch: dict[str, int]) -> int:
+    """Counts the temporary tensors at the worse of two moments of a compiled backward.
 
-    At its start there are the gradients of the logits (in place of the logits), of the last weights, and of the last
-    block's output. Later the logits are gone, and there are the gradients within a block, the tensors that a recomputed
+    At its start the gradients of the logits (in place of the logits), of the last weights, and of the last block's
+    output exist. Later the logits are gone, and the gradients within a block exist, with the tensors that a recomputed
     block keeps, those within an operator, and the gradient of the last weights.
     """
     model, width = config.model, dtype.itemsize
@@ -166,13 +174,13 @@ def _passing(config: Config, device: torch.device, dtype: torch.dtype, scratch: 
     in_block = rows * (width * units + 4 * model.dim) + 4 * model.vocab_size * model.dim + within_operator
     if config.run.activation_checkpointing:
         plain = config.model_copy(update={"run": config.run.model_copy(update={"activation_checkpointing": False})})
-        one, two = (_kept(plain, device, dtype, depth) for depth in (1, 2))
+        one, two = (_saved(plain, device, dtype, depth) for depth in (1, 2))
         in_block += two.activations - one.activations
     return max(at_start, in_block - width * rows * model.vocab_size)
 
 
-class _Followed(TorchDispatchMode):
-    """Within it, follows the memory of every new tensor. An operator has `scratch` bytes more, by its name."""
+class _MemoryTrace(TorchDispatchMode):
+    """Within it, follows the memory of every new tensor. An operator takes `scratch` bytes more, by its name."""
 
     def __init__(self, scratch: dict[str, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -223,8 +231,10 @@ def _parameters(config: ModelConfig, wanted: Callable[[str, Tensor], bool] = lam
 
 
 def _workspaces(device: torch.device, captured: bool) -> int:
-    """Bytes of cuBLAS: one workspace for the thread of the forward, one for that of the backward, and two more for the
-    stream that captures graphs."""
+    """Returns the bytes of cuBLAS, which has a workspace for each thread and stream.
+
+    There is one for the forward, one for the backward, and two more for the stream that captures graphs.
+    """
     if device.type != "cuda":
         return 0
     each = 32 * MIB if torch.cuda.get_device_capability(device) >= (9, 0) else 8320 * 1024
@@ -232,7 +242,7 @@ def _workspaces(device: torch.device, captured: bool) -> int:
 
 
 def _scratch(config: Config, device: torch.device, choice: Choice) -> dict[str, int]:
-    """Bytes within an operator in PyTorch, by the start of its name."""
+    """Returns the bytes within an operator in PyTorch, by the start of its name."""
     batch_size = config.optim.batch_size
     of_attention = attention_rule(config.model).scratch(batch_size, device, choice)
     return of_attention | feed_forward_activation(config.model).scratch(batch_size, choice)

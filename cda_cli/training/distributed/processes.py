@@ -1,6 +1,6 @@
 """Runs one training in several processes, with PyTorch's DDP or FSDP2 (`fully_shard`).
 
-Every process reads the whole order of the data and takes its own rows of each step. The processes combine gradients,
+Every process reads the data in its full order and takes its own rows of each step. The processes combine gradients,
 losses and requests to stop. Only the first process (rank 0) prints and writes. The loop is the same for one process,
 where nothing here has an effect.
 
@@ -125,7 +125,7 @@ class Processes:
     def share(self, batches: Sequence[Batch]) -> list[Batch]:
         """Returns this process's rows of a step's A batches of B rows: A·B/W of them, in batches of at most B.
 
-        Each process takes whole batches as far as A and W have common factors, since large batches run faster. Beyond
+        Large batches run faster, so each process takes whole batches as far as A and W have common factors. Beyond
         that, batches are cut into parts.
         """
         if self.count == 1:
@@ -178,6 +178,7 @@ class Processes:
         return shared.item()
 
     def agreed(self, stop: StopRequest) -> StopRequest:
+        """Returns a request to stop that is the same in all processes (see `AgreedStop`)."""
         return AgreedStop(stop) if self.count > 1 else stop
 
     # The model and its checkpoint.
@@ -199,7 +200,7 @@ class Processes:
 
         It may replace parameters of `model` by sharded ones, so optimizers must be built afterwards.
 
-        The model is compiled whole. With ddp the gradients then travel after the last backward pass of a step and not
+        The model is compiled as one. With ddp the gradients then travel after the last backward pass of a step and not
         during it, which costs less than many small compiled parts cost the host. Only where fsdp gathers and frees the
         weights block by block is the model compiled block by block.
         """
