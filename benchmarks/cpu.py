@@ -1,10 +1,10 @@
-"""Speed on this CPU: start-up, and a training step with softmax, with the exact soft top-k, and as published.
+"""Measures speed on this CPU: of start-up, and of a training step with softmax, the exact and the published soft top-k.
 
     make bench
 
-Each table is one run; steps are interleaved, so that a busy machine disturbs all variants alike, and medians are
-taken. The model is preset tiny (T = 256) on the source of the standard library; "trained" repeats the measurement
-after 150 steps with that attention, as the work of the solver depends on the scores.
+Each table is one run. The steps of all variants are interleaved, so that a busy machine disturbs them alike, and the
+table has their medians. The model is preset tiny (T = 256) on the source of the standard library. "trained" repeats the
+measurement after 150 steps with that attention, since the work of the solver depends on the scores.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def make_step(config: Config, tokens: object, trained: bool) -> Callable[[], Non
 
 
 def interleaved(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median seconds of each; the published operator is timed a quarter as often."""
+    """Returns the median seconds of each; the published operator is timed a quarter as often."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(ROUNDS):
         for name, step in steps.items():

@@ -1,12 +1,12 @@
-"""Tokens a second of one process and of several, a GPU each, with DDP and with FSDP2.
+"""Measures the tokens a second of one process and of several, with a GPU each, with DDP and with FSDP2.
 
     python benchmarks/distributed.py
     python benchmarks/distributed.py --devices 4 --set model.attention=softmax --set model.learned_k=false
     python benchmarks/distributed.py --device cpu --preset tiny --steps 3
 
-A preset with GPT-2's vocabulary and its own batch, bf16, compiled, on the whole loop of `cda train`. Every run has the
-same tokens a step: W processes share the grad_accum batches of a step, so that each batch is as large as alone where
-grad_accum is a multiple of W (strong scaling). torchrun starts this file again for each row.
+It runs the loop of `cda train` on a preset with GPT-2's vocabulary and its own batch, compiled, in bf16. Every run has
+the same tokens a step (strong scaling): W processes share the grad_accum batches of a step. If grad_accum is a multiple
+of W, each batch is as large as with one process. torchrun starts this file again for each row.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def table(preset: str, devices: int, device: str) -> None:
 
 
 def run_again(count: int, arguments: list[str]) -> None:
-    """This file in `count` processes."""
+    """Runs this file in `count` processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
     command = [*torchrun, "--nproc-per-node", str(count), __file__, *arguments]
     environment = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **os.environ}
@@ -82,7 +82,7 @@ def run_again(count: int, arguments: list[str]) -> None:
 
 
 def work(preset: str, sets: list[str], result: Path) -> None:
-    """In each process; the first writes [tokens a second, share of a step that waits for data]."""
+    """Trains in this process. The first one writes [tokens a second, share of a step that waits for data]."""
     config = run_settings(preset, sets)
     with ErrorCoordinator() as coordinator, StopRequest(), join(coordinator, config) as processes:
         found = measure(*build(config, random_data(config), processes=processes))

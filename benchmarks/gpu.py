@@ -1,11 +1,11 @@
-"""Speed on this GPU: the row operator and attention, each beside what it has to be measured against.
+"""Measures speed on this GPU: of the row operator and of attention, each beside its alternatives.
 
     make bench-gpu
 
-Every table is one run. Times are medians on the device, of CUDA graphs, so that no host is in them. The published
-operator and the package `adasplash`, which is timed if it is installed, cannot be captured; `triton.testing.do_bench`
-times them. `python benchmarks/gpu.py rows` (or attention, decoding, adasplash) makes that table only. Tables that were
-made are in benchmarks/results/.
+Every table is one run. Times are medians of CUDA graphs on the device, so they contain no time of the host. The
+published operator and the package `adasplash`, which is timed if it is installed, cannot be captured;
+`triton.testing.do_bench` times them. `python benchmarks/gpu.py rows` (or attention, decoding, adasplash) makes that
+table only. benchmarks/results/ has the tables of earlier runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CACHES = ((8, 8, 8192, 64), (1, 8, 65536, 128))
 
 
 def main(wanted: Sequence[str]) -> None:
-    # The last takes the longest: AdaSplash-2 compiles 30 settings of each kernel for each shape.
+    # The last one takes longest: AdaSplash-2 compiles 30 settings of each kernel for each shape.
     tables = {
         "rows": rows_table,
         "attention": attention_table,
@@ -55,7 +55,7 @@ def main(wanted: Sequence[str]) -> None:
 
 
 def median(function: Callable[[], object], captured: bool = True) -> float:
-    """Milliseconds."""
+    """Returns the median of the milliseconds."""
     if not captured:
         return do_bench(function, warmup=10, rep=50, return_mode="median")
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -65,7 +65,7 @@ def median(function: Callable[[], object], captured: bool = True) -> float:
 def forward_and_both(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], captured: bool = True
 ) -> tuple[float, float]:
-    """Milliseconds of the forward without gradients, and of forward and backward."""
+    """Returns the milliseconds of the forward without gradients, and of forward and backward."""
     with torch.no_grad():
         forward = median(lambda: function(*inputs), captured)
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -113,7 +113,7 @@ def published_rows(scores: Tensor, k: float) -> Tensor:
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """Bytes at the worst moment, over what stood before."""
+    """Returns the peak of allocated bytes above those allocated before."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -125,7 +125,7 @@ def peak_memory(function: Callable[[], object]) -> int:
 
 
 def published_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scores, the published operator, product with the values, in float32: the published pipeline, patched to run."""
+    """The published pipeline, patched to run, in float32: scores, the published operator, product with the values."""
     query, key, value = query.float(), key.float(), value.float()
     scores = query.shape[-1] ** -0.5 * query @ key.transpose(-1, -2)
     T = scores.shape[-1]

@@ -1,12 +1,13 @@
-"""The forecast of memory beside the measured peak of two training steps, on this GPU: the most bytes that PyTorch's
-allocator had given out at once (`torch.cuda.max_memory_allocated`). What it holds in reserve and CUDA itself are not in
-it.
+"""Compares the forecast of memory with the measured peak of two training steps on this GPU.
+
+The peak is the most bytes that PyTorch's allocator had given out at once (`torch.cuda.max_memory_allocated`). It
+contains neither the allocator's reserve nor CUDA itself.
 
     python benchmarks/memory.py
 
-Presets tiny, small and base with GPT-2's vocabulary, both kinds of attention, with and without torch.compile (and CUDA
-graphs) and activation checkpointing. Each case has a process of its own, several at a time; the whole takes about two
-minutes.
+The cases are the presets tiny, small and base with GPT-2's vocabulary, with both kinds of attention, with and without
+torch.compile (and CUDA graphs) and activation checkpointing. Each case has a process of its own, and several run at a
+time. All take about two minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cda_cli.training.run import try_steps
 from cda_cli.training.setup import build, resolve_backend, uses_cuda_graphs
 
 PRESETS = ("tiny", "small", "base")
-BATCH = 8  # so that a few of the largest fit beside each other
+BATCH = 8  # small enough for a few of the largest cases at a time
 AT_A_TIME = 6
 
 
@@ -69,7 +70,7 @@ def main() -> None:
     on_gpu()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     began = time.perf_counter()
-    # What compiles takes longest, and starts first.
+    # Compiled cases take longest, so they start first.
     cases = [
         Case(preset, attention, compiled, checkpointing)
         for compiled, preset, attention, checkpointing in itertools.product(

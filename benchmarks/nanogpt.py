@@ -1,6 +1,9 @@
-"""GPT-2's model and training step in plain PyTorch, as nanoGPT (github.com/karpathy/nanoGPT) has them: what `cda`'s own
-step is measured against. Learned positions, LayerNorm and biases, GELU, tied embeddings, SDPA; the loss inside the
-compiled model, fused AdamW, bf16 autocast, batches from pinned memory, one look at the loss in ten steps."""
+"""GPT-2's model and training step in plain PyTorch, as in nanoGPT (github.com/karpathy/nanoGPT).
+
+`cda`'s own step is compared with it. The model has learned positions, LayerNorm and biases, GELU, tied embeddings and
+SDPA. The loss is inside the compiled model, AdamW is fused, autocast takes bf16, batches come from pinned memory, and
+the host reads the loss once in ten steps.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +70,10 @@ class GPT(nn.Module):
 def measure(
     config: Config, next_batch: Callable[[], tuple[Tensor, Tensor]], device: torch.device, warm: int, steps: int
 ) -> tuple[float, int]:
-    """Seconds of a step, and the peak of memory in bytes, over `steps` after `warm` ones. `next_batch` gives inputs and
-    targets [B, T] on the CPU."""
+    """Returns the seconds of a step, and the peak of memory in bytes, over `steps` steps after `warm` ones.
+
+    `next_batch` returns inputs and targets [B, T] on the CPU.
+    """
     torch.manual_seed(0)
     torch._dynamo.reset()
     optim = config.optim

@@ -1,11 +1,11 @@
-"""Would leaving out tiles of keys pay? What a trained model's attention says, layer by layer.
+"""Measures, for each layer of a trained model, whether leaving out tiles of keys would pay.
 
     cda train --preset small --set model.seq_len=8192 --set model.attn_eps=0.1 --set model.eps_anneal_start=1 ...
     python benchmarks/skipping.py RUN --data TEXT
 
-A tile of 64 queries × 64 keys (or 128 × 64) can be left out at tolerance τ if no weight in it reaches τ. Printed are
-the share of such tiles among those that some query sees, for τ = 1e-2 … 1e-5, the error ‖o − o_τ‖/‖o‖ that leaving them
-out would cause, and on a GPU the time of the attention on these tensors beside PyTorch's.
+A tile of 64 queries × 64 keys (or 128 × 64) can be left out at tolerance τ if no weight in it reaches τ. The table has
+the share of such tiles among those that some query sees, for τ = 1e-2 … 1e-5, and the error ‖o − o_τ‖/‖o‖ that leaving
+them out would cause. On a GPU it also has the time of the attention on these tensors beside PyTorch's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cda_cli.restore import Restored, restore
 
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 KEYS = 64
-ROWS = 1024  # whose dense weights are held at a time
+ROWS = 1024  # rows whose dense weights are in memory at a time
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def attention_inputs(restored: Restored, text: Path) -> list[tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]]:
-    """query, key, value, k and settings of every layer, for the last whole window of `text`."""
+    """Returns query, key, value, k and settings of every layer, for the last full window of `text`."""
     seen: list[tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]] = []
 
     def listening(query: Tensor, key: Tensor, value: Tensor, k: float | Tensor, **settings: Any) -> Any:
@@ -66,7 +66,7 @@ def attention_inputs(restored: Restored, text: Path) -> list[tuple[Tensor, Tenso
 def skippable(
     query: Tensor, key: Tensor, value: Tensor, k: Tensor, settings: dict[str, Any]
 ) -> tuple[dict[int, list[float]], list[float]]:
-    """For each height of a tile the share below each tolerance; and the errors, for tiles of 64 queries."""
+    """Returns the share of tiles below each tolerance, for each height of a tile, and the errors for 64 queries."""
     maxima: dict[int, list[Tensor]] = {64: [], 128: []}
     lost, norm = torch.zeros(len(TOLERANCES)), 0.0
     for weights, visible, values in dense_weights(query, key, value, k, settings):
@@ -89,7 +89,7 @@ def skippable(
 def dense_weights(
     query: Tensor, key: Tensor, value: Tensor, k: Tensor, settings: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Weights [ROWS, S] of a block of queries of one head, which keys it sees, and the head's values, in float32."""
+    """Yields for each block of queries its weights [ROWS, S], the keys that it sees, and the values, in float32."""
     query, key, value = query.float(), key.float(), value.float()
     T, S = query.shape[2], key.shape[2]
     _, threshold = soft_topk_attention(query, key, value, k, **settings, return_threshold=True)
@@ -104,7 +104,7 @@ def dense_weights(
 
 
 def timings(query: Tensor, key: Tensor, value: Tensor, k: Tensor, settings: dict[str, Any]) -> tuple[str, str]:
-    """Forward / forward and backward of the attention and of PyTorch's default on these tensors, milliseconds."""
+    """Times forward, and forward with backward, of the attention and of PyTorch's default; milliseconds."""
     from gpu import forward_and_both  # beside this file
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Any:

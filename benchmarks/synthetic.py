@@ -1,5 +1,4 @@
-"""Random tokens in place of a text, so that a benchmark needs no data; what the benchmarks on a GPU ask for, and the
-tables that they print, each with where it comes from."""
+"""What the benchmarks share: random tokens in place of a text, their arguments, and tables with their provenance."""
 
 from __future__ import annotations
 
@@ -28,13 +27,15 @@ ATTENTION = {"softmax": SOFTMAX, "coordinate-descent": ()}
 
 
 def settings(preset: str, sets: Sequence[str] = ()) -> Config:
-    """A preset with GPT-2's vocabulary."""
+    """Returns the settings of a preset with GPT-2's vocabulary."""
     return resolve(preset=preset, sets=[f"model.vocab_size={VOCABULARY}", *sets])
 
 
 def on_gpu(wanted: Sequence[str] = (), known: Collection[str] = ()) -> list[str]:
-    """What to measure of all that is `known`: what is wanted, or everything. Ends the program where a name is unknown,
-    or where there is no GPU."""
+    """Returns the names to measure: those `wanted`, or all that are `known`.
+
+    It ends the program if a name is unknown, or if there is no GPU.
+    """
     program = f"benchmarks/{Path(sys.argv[0]).name}"
     if unknown := [name for name in wanted if name not in known]:
         sys.exit(f"{program} has no {', '.join(unknown)}; it has {', '.join(known)}")
@@ -55,14 +56,14 @@ def random_data(config: Config) -> RunData:
 
 
 def row(*cells: object) -> None:
-    """A line of a table; numbers with three decimals."""
+    """Prints a line of a table, numbers with three decimals."""
     print(
         "| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
     )
 
 
 def header(title: str, *columns: str) -> None:
-    """The head of a table: its title, its provenance as benchmarks/results/ has it, and its columns."""
+    """Prints the head of a table: its title, its provenance as in benchmarks/results/, and its columns."""
     print(f"\n## {title}\n")
     for name, value in provenance().items():
         print(f"- {name}: {value}")
@@ -72,7 +73,7 @@ def header(title: str, *columns: str) -> None:
 
 
 def provenance() -> dict[str, str]:
-    """What it takes to make a table again: date, machine, versions, commit and command."""
+    """Returns what is needed to reproduce a table: date, machine, versions, commit and command."""
     packages = {"PyTorch": torch.__version__, "Python": platform.python_version()}
     if importlib.util.find_spec("triton"):
         packages["Triton"] = importlib.metadata.version("triton")
@@ -86,7 +87,7 @@ def provenance() -> dict[str, str]:
 
 
 def machine() -> str:
-    """The GPUs of this machine, or its CPU with the threads that PyTorch takes."""
+    """Describes the GPUs of this machine, or its CPU with the number of threads that PyTorch uses."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     described = Path("/proc/cpuinfo")
@@ -96,7 +97,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of this code; “with changes” where files differ from it, “unknown” outside a repository."""
+    """Returns the commit of this code: “with changes” if files differ from it, “unknown” outside a repository."""
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty= with changes"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

@@ -1,14 +1,14 @@
-"""Training as `cda train` does it, beside nanoGPT's step: speed, memory, FLOPs utilisation, and what saving costs.
+"""Measures training as in `cda train`, beside nanoGPT's step: speed, memory, FLOPs utilisation, and the cost of saving.
 
     python benchmarks/training.py
     python benchmarks/training.py small bytes-8192
 
-`CASES` are presets with GPT-2's vocabulary and their own batches, where nothing else is set, bf16, compiled. With the
-vocabulary of bytes, which the presets have of their own, the attention is a larger part of a step. Beside nanoGPT's
-step stands that of a model with its parts: learned positions, LayerNorm, and no norm of queries and keys. `cda`'s
-figures are those of its whole loop on a wall clock, over as many steps as lie between two lines of figures, with one
-such line. Memory is the most that PyTorch's allocator had given out at once in such steps, without that line; not with
-CUDA graphs, for which it has been set apart before. Reserved is what the allocator has of the GPU in the end.
+`CASES` are presets with GPT-2's vocabulary and their own batches, unless something else is set, compiled, in bf16. With
+the presets' own vocabulary of bytes, attention is a larger part of a step. Next to nanoGPT's step is that of a model
+with nanoGPT's parts: learned positions, LayerNorm, and no norm of queries and keys. The times of `cda` are those of its
+loop on a wall clock, from one log line to the next, with one such line. Memory is the most that PyTorch's allocator had
+given out at once in such steps, without the log line. It is not measured with CUDA graphs, whose memory is allocated
+beforehand. Reserved is what the allocator holds of the GPU at the end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ GPT2 = ("model.position=learned", "model.norm=layernorm", "model.qk_norm=false")
 
 
 class Case(NamedTuple):
-    """A preset, and what is set in it; `beside`: nanoGPT's step, that of its parts, and saving are measured too."""
+    """A preset, and what is set in it. `beside` also measures nanoGPT's step, that of its parts, and saving."""
 
     preset: str
     sets: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 
 def filling(sequence: float) -> int:
-    """A batch that takes four fifths of this GPU, by the bytes of a sequence; a multiple of 128."""
+    """Returns a batch size, a multiple of 128, that takes four fifths of this GPU, from the bytes of a sequence."""
     total = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
     return max(128, int(0.8 * total / sequence) // 128 * 128)
 
@@ -68,7 +68,7 @@ SEED = f"optim.batch_size={filling(80 * 2**20)}"
 LONG = ("model.seq_len=8192", "optim.batch_size=4", "optim.grad_accum=1")
 CASES = {
     "tiny": Case("tiny", (BYTES, "run.log_every=200")),
-    # Of bytes, as published; ten of its steps are as long as a hundred of `small`.
+    # It has the vocabulary of bytes, as published. Ten of its steps take as long as a hundred of `small`.
     "seed": Case("seed", (BYTES, "model.solver=exact", SEED, "optim.grad_accum=1", "run.log_every=10")),
     "small": Case("small", beside=True),
     "small-8192": Case("small", LONG),
@@ -79,10 +79,10 @@ CASES = {
 
 
 class Clock(NullDisplay):
-    """A display that shows nothing, and knows when each step was done, the peak of memory between the warm steps and
-    the first line of figures, which is that of step `last` - WARM, and what that line was.
+    """A display that shows nothing, and records the time of each step.
 
-    It stops the run after step `last`: a run that comes to its own end is validated, which compiles once more.
+    It also keeps the first log line after the warm steps, which is that of step `last` - WARM, and the peak of memory
+    before it. It stops the run after step `last`, since a run that ends by itself is validated, which compiles again.
     """
 
     def __init__(self, last: int, device: torch.device) -> None:
@@ -106,8 +106,11 @@ class Clock(NullDisplay):
 
 
 class Measured(NamedTuple):
-    """`seconds` of a step; `memory`, its peak in bytes, unless it was set apart; `waited`, the share of it that went
-    into waiting for data; `saving`, seconds of a save."""
+    """What is measured of a step.
+
+    `seconds` are those of a step. `memory` is its peak in bytes, unless CUDA graphs hold it. `waited` is the share of a
+    step spent waiting for data. `saving` are the seconds of a save.
+    """
 
     seconds: float
     memory: int | None
@@ -139,7 +142,7 @@ def measure_nanogpt(config: Config, device: torch.device) -> Measured:
 
 
 def saving(context: RunContext, state: TrainState) -> float:
-    """Seconds of a save once there are checkpoints to prune: the median of three after two."""
+    """Returns the seconds of a save with checkpoints to prune: the median of three saves after two others."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         for step in range(5):
@@ -157,7 +160,7 @@ def run_settings(preset: str, sets: Sequence[str]) -> Config:
 
 
 def rows(case: Case, device: torch.device) -> Iterator[tuple[str, Config, Measured]]:
-    """The steps of a case by their names, each built once."""
+    """Measures the steps of a case, each built once, and yields them with their names."""
     if case.beside:
         _free()
         config = run_settings(case.preset, [*case.sets, *SOFTMAX])
@@ -211,7 +214,7 @@ def _free() -> None:
     gc.collect()
     torch._dynamo.reset()
     if torch.cuda.is_available():
-        torch._C._cuda_clearCublasWorkspaces()  # of the streams of graphs, which would count as the next row's memory
+        torch._C._cuda_clearCublasWorkspaces()  # those of graphs' streams would count as memory of the next row
         torch.cuda.empty_cache()
 
 
