@@ -36,8 +36,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from cda_cli.ops.backends import WIDEST_HEAD
-from cda_cli.ops.triton import attention_launches, heads, row_launches
+from cda_cli.ops.backends.triton_kernels import WIDEST_HEAD
+from cda_cli.ops.triton import attention_launches, heads_launches, row_launches
 from cda_cli.ops.triton.fused_attention import FEW_QUERIES, fused_attention
 
 # Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, compute capabilities).
@@ -164,7 +164,7 @@ def iterative_rows(scores: Tensor) -> None:
 
 def norm_and_rotate(projected: Tensor) -> None:
     gain, angles = torch.ones(projected.shape[-1]), torch.zeros(projected.shape[1], projected.shape[-1])
-    outputs = heads.norm_and_rotate(projected.requires_grad_(), gain, gain, angles, angles, 4, 1e-6)
+    outputs = heads_launches.norm_and_rotate(projected.requires_grad_(), gain, gain, angles, angles, 4, 1e-6)
     torch.autograd.grad(outputs, projected, [torch.zeros_like(output) for output in outputs])
 
 

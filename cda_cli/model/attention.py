@@ -16,8 +16,7 @@ from cda_cli.model.head_projection import head_logits, project_heads
 from cda_cli.model.layers import EPS, HeadNorm, RotaryPositions
 from cda_cli.model.observe import ObservedAttention, Observer
 from cda_cli.model.rules import attention_rule
-from cda_cli.ops import Backend, choose_backend
-from cda_cli.ops.transforms import transformed
+from cda_cli.ops import Backend, can_norm_and_rotate, norm_and_rotate
 
 # When a compiled block is recomputed in the backward, PyTorch 2.11 keeps what an autograd.Function has saved.
 COMPILED_RECOMPUTE_KEEPS_SAVED = torch.__version__ < "2.13"
@@ -97,8 +96,6 @@ class Attention(nn.Module):
         # Heads move in front of positions only at the end. Norm, rotation and their gradients thus keep the order of
         # the memory: they compile to few kernels, and the three gradients lie where the matrix product reads them.
         if norms[0] and norms[1] and rotary and cache is None and self._has_kernels(projected_BTGD):
-            from cda_cli.ops.triton.heads import norm_and_rotate
-
             # Rotation is linear, so a factor on the gain is a factor on the query, without a pass over the query.
             gain = norms[0].weight if self.query_scale is None else norms[0].weight * self.query_scale
             gains = gain, norms[1].weight
@@ -122,13 +119,10 @@ class Attention(nn.Module):
 
     def _has_kernels(self, projected: Tensor) -> bool:
         """Whether Triton kernels can compute norm and rotation."""
-        if self.backend not in ("auto", "triton") or transformed():
-            return False
         recomputed = self.is_recomputed and torch.is_grad_enabled() and torch.compiler.is_compiling()
         if COMPILED_RECOMPUTE_KEEPS_SAVED and recomputed:
             return False
-        device, dtype, width = projected.device, projected.dtype, self.config.head_width
-        return choose_backend(self.backend, "exact", device, dtype, head_width=width).name == "triton"
+        return can_norm_and_rotate(self.backend, projected.device, projected.dtype, self.config.head_width)
 
     def _observe(self, weights_BHtS: Tensor, budget_BHt: Tensor, last: int) -> None:
         assert self.observer is not None

@@ -10,35 +10,30 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
-from cda_cli.ops.attention_blocks import blockwise_attention
-from cda_cli.ops.backends import Backend, Choice, Solver, SolverSettings, choose_backend
-from cda_cli.ops.checks import (
-    check_attention,
-    check_finite,
-    check_positive,
-    check_rows,
-    check_solver_settings,
-    row_budgets,
-)
-from cda_cli.ops.colt5 import published_soft_topk
-from cda_cli.ops.dense import differentiable_attention, for_each_query, published_attention
+from cda_cli.ops.attention_blocks import scores_at_once
+from cda_cli.ops.attention_inputs import AttentionInputs
+from cda_cli.ops.backends import BACKENDS, Backend, Choice, choose_backend
+from cda_cli.ops.checks import check_attention, check_finite, check_positive, check_rows, checked_spec, row_budgets
+from cda_cli.ops.heads import Heads, can_norm_and_rotate, norm_and_rotate
 from cda_cli.ops.precision import autocast_dtype, settle_vector_functions
 from cda_cli.ops.reference import reference_attention, reference_gradients, reference_soft_topk
-from cda_cli.ops.row_operator import differentiable_rows, soft_topk_rows
-from cda_cli.ops.transforms import transformed
+from cda_cli.ops.solve_spec import Solver, SolverSettings
 
 __all__ = [
     "Backend",
     "Choice",
+    "Heads",
     "Solver",
     "SolverSettings",
+    "can_norm_and_rotate",
     "choose_backend",
+    "norm_and_rotate",
     "reference_attention",
     "reference_gradients",
     "reference_soft_topk",
+    "scores_at_once",
     "soft_topk",
     "soft_topk_attention",
 ]
@@ -87,23 +82,12 @@ def soft_topk(
     Sources: operator and exact solver, arXiv 2304.04947 (the problem) and Newton on its dual; docs/operator.md.
     """
     check_rows(scores, mask)
-    check_solver_settings(eps, n_iters, eps_init, eps_decay)
+    spec = checked_spec(solver, eps, n_iters, eps_init, eps_decay)
     chosen = choose_backend(backend, solver, scores.device, scores.dtype)
     budget = row_budgets(sparsity_k, scores, scores.shape[:-1])
     if not scores.shape[-1]:
         return scores.clone()
-    if chosen.name == "colt5":
-        return published_soft_topk(
-            scores, budget, mask=mask, eps=eps, n_iters=n_iters, eps_init=eps_init, eps_decay=eps_decay
-        )
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    rows, budget = scores.reshape(-1, scores.shape[-1]), budget.reshape(-1)
-    if transformed():
-        weights, _ = differentiable_rows(rows, budget, eps, solver, n_iters, eps_init, eps_decay)
-        return weights.to(scores.dtype).view(scores.shape)
-    weights, _ = soft_topk_rows(rows, budget, eps, solver, n_iters, eps_init, eps_decay, chosen.name)
-    return weights.view(scores.shape)
+    return BACKENDS[chosen.name].rows(scores, budget, mask, spec)
 
 
 @overload
@@ -199,64 +183,19 @@ def soft_topk_attention(
         ImportError: a backend that this machine lacks.
     """
     check_attention(query_BHTD, key_BHSD, value_BHSD, documents)
-    check_solver_settings(eps, n_iters, eps_init, eps_decay)
-    _, H, _, D = query_BHTD.shape
-    chosen = choose_backend(backend, solver, query_BHTD.device, query_BHTD.dtype, D)
+    spec = checked_spec(solver, eps, n_iters, eps_init, eps_decay)
+    head_width = query_BHTD.shape[-1]
+    chosen = choose_backend(backend, solver, query_BHTD.device, query_BHTD.dtype, head_width)
     budget = row_budgets(sparsity_k, query_BHTD, query_BHTD.shape[:3])
     if scale is None:
-        scale = D**-0.5
+        scale = head_width**-0.5
     check_finite("scale", scale)
     if largest_k is not None:
         check_positive("largest_k", largest_k, infinite=True)
-    inputs = query_BHTD, key_BHSD, value_BHSD, budget, documents
-    annealed = n_iters, eps_init, eps_decay
-    threshold: Tensor | None = None
-    if chosen.name == "colt5":
-        if return_threshold:
-            raise ValueError("backend 'colt5' does not give the threshold; choose backend 'torch'")
-        output = published_attention(*inputs, eps, scale, causal, *annealed)
-    elif transformed():
-        output, threshold = differentiable_attention(*inputs, eps, scale, causal, solver, *annealed)
-    elif chosen.name == "triton" and solver == "exact":
-        largest_k = largest_k if isinstance(sparsity_k, Tensor) else sparsity_k
-        output, threshold = _fused(*inputs, eps, scale, causal, largest_k, return_threshold)
-    else:
-        key, value = for_each_query(key_BHSD, H), for_each_query(value_BHSD, H)
-        inputs = query_BHTD, key, value, budget, documents
-        output, threshold, _ = blockwise_attention(*inputs, eps, scale, causal, solver, *annealed, chosen.name)
+    if not isinstance(sparsity_k, Tensor):
+        largest_k = sparsity_k
+    inputs = AttentionInputs(query_BHTD, key_BHSD, value_BHSD, budget, documents, scale, causal)
+    output, threshold = BACKENDS[chosen.name].attention(inputs, spec, largest_k, return_threshold)
     dtype = autocast_dtype(value_BHSD) or value_BHSD.dtype
     output = output if output.dtype == dtype else output.to(dtype)
     return (output, threshold.detach()) if return_threshold and threshold is not None else output
-
-
-def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    budget: Tensor,
-    documents: Tensor | None,
-    eps: float,
-    scale: float,
-    causal: bool,
-    largest_k: float | None,
-    return_threshold: bool,
-) -> tuple[Tensor, Tensor | None]:
-    from cda_cli.ops.triton.fused_attention import fused_attention, threshold
-
-    if not query.dtype == key.dtype == value.dtype:
-        dtype = autocast_dtype(value)
-        if dtype is None:
-            raise ValueError(
-                f"backend 'triton' takes query, key and value of one dtype, not {query.dtype}, {key.dtype} and "
-                f"{value.dtype}; convert them or choose backend 'torch'"
-            )
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if scale <= 0:
-        # The kernels compare the products q·k themselves: a negative scale would turn their order round.
-        query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, budget))
-    at_most_two = largest_k is not None and largest_k <= 2
-    budget = budget.contiguous()  # here, where the compiler makes it so as it computes it
-    output, stats, *_ = fused_attention(query, key, value, budget, documents, eps, scale, causal, at_most_two, trained)
-    return output, threshold(stats.detach(), eps, scale) if return_threshold else None

@@ -11,23 +11,29 @@ changes ε as it goes, holds them in their own units.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cda_cli.ops.attention_inputs import AttentionInputs
 from cda_cli.ops.dense import differentiable_attention
 from cda_cli.ops.documents import VisibleRanges, visible_ranges
-from cda_cli.ops.dual import Dual, exact_gradients, parts
-from cda_cli.ops.exact import solve_exact
-from cda_cli.ops.iterative import Annealing, annealing, iterative_dual, iterative_rows, iterative_rows_gradients
 from cda_cli.ops.precision import in_own_precision
+from cda_cli.ops.solve_spec import SolveSpec
+from cda_cli.ops.solvers import SOLVERS, row_solver
 from cda_cli.ops.transforms import differentiated_again, gradients
 
 # Scores of one block: on a CPU they should stay in the cache, on a GPU each pass should be worth its launch.
 BLOCK_SCORES_CPU = 2**19
 BLOCK_SCORES_GPU = 2**25
+
+
+def scores_at_once(device: torch.device) -> int:
+    """Scores that attention in blocks holds at a time on `device`, unless 16 queries have more."""
+    return BLOCK_SCORES_GPU if device.type == "cuda" else BLOCK_SCORES_CPU
 
 
 class Block(NamedTuple):
@@ -44,8 +50,7 @@ def blocks(query: Tensor, key: Tensor, causal: bool) -> Iterator[Block]:
     S = key.shape[1]
     if not S:
         return
-    limit = BLOCK_SCORES_GPU if query.is_cuda else BLOCK_SCORES_CPU
-    step = max(16, limit // max(1, N * S))
+    step = max(16, scores_at_once(query.device) // max(1, N * S))
     first = max(0, T - S) if causal else 0  # queries before it see nothing
     for start in range(first, T, step):
         stop = min(start + step, T)
@@ -91,67 +96,48 @@ def blockwise_attention(
     value: Tensor,
     budget: Tensor,
     documents: Tensor | None,
-    eps: float,
     scale: float,
     causal: bool,
     solver: str,
     n_iters: int,
-    eps_init: float,
-    eps_decay: float,
+    schedule: list[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, H, T, D] in the dtype of `value`, the threshold a [B, H, T], and what the backward needs of each row.
 
-    query [B, H, T, D]; key, value [B, H, S, D]; budget [B, H, T] in the arithmetic dtype; documents
-    [B, S] or None. The third output is the
-    dual in units of ε, [2, B·H, T], for the exact solver, and the history of a, [n_iters, B·H, T], for the iterative.
+    The first seven arguments are `AttentionInputs`, whose key heads are as many as its query heads. solver, n_iters and
+    schedule are those of `SolveSpec.flat`. backend is "torch" or "triton". The third output is [m, B·H, T], with the
+    scores in the unit of the solver (`RowSolver.in_units`); it has no gradient.
     """
-    exact = solver == "exact"
-    q, k = _arithmetic(budget, query, key, scale / eps if exact else scale)
+    code, spec = row_solver(solver, backend), SolveSpec.of_flat(solver, n_iters, schedule)
+    unit, in_units = code.in_units(spec)
+    q, k = _arithmetic(budget, query, key, scale / unit)
     v = value.flatten(0, 1).to(budget.dtype)
     N, T, _ = q.shape
-    plan = annealing(eps, n_iters, eps_init, eps_decay)
     ranges = None if documents is None else visible_ranges(documents, query.shape[2], causal)
     out = v.new_zeros(N, T, v.shape[-1])
-    # What a row without keys gets: everything it sees is capped.
-    saved = budget.new_zeros(2 if exact else n_iters, N, T)
-    if exact:
-        saved[0], saved[1] = torch.finfo(budget.dtype).min, 1.0
+    saved = budget.new_empty(code.kept(spec), N, T)
+    code.save_unseen(saved)
     for block in blocks(q, k, causal):
         rows = slice(block.start, block.stop)
         scores = block_scores(q, k, block, causal, ranges)
-        flat, row_budget = scores.flatten(0, 1), budget.flatten(0, 1)[:, rows].reshape(-1)
-        if exact:
-            weights, dual = solve_exact(flat, row_budget, visible_keys(block, q, causal, ranges), 1.0)
-            saved[:, :, rows] = torch.stack(dual).view(2, *scores.shape[:2])
-        else:
-            weights, history = iterative_rows(flat, row_budget, plan, backend)
-            saved[:, :, rows] = history.view(n_iters, *scores.shape[:2])
+        row_budget = budget.flatten(0, 1)[:, rows].reshape(-1)
+        visible = functools.partial(visible_keys, block, q, causal, ranges)
+        weights, row_saved = code.solve(scores.flatten(0, 1), row_budget, visible, in_units)
+        saved[:, :, rows] = row_saved.view(len(saved), *scores.shape[:2])
         out[:, rows] = torch.bmm(weights.view_as(scores), v[:, : block.keys])
-    threshold = eps * Dual(*saved).threshold(1.0) if exact else iterative_dual(saved).threshold(plan.last)
     B, H = query.shape[:2]
-    return out.view(B, H, T, v.shape[-1]).to(value.dtype), threshold.view(B, H, T), saved
+    threshold = code.threshold(saved, spec).view(B, H, T)
+    return out.view(B, H, T, v.shape[-1]).to(value.dtype), threshold, saved
 
 
 @blockwise_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    budget: Tensor,
-    documents: Tensor | None,
-    eps: float,
-    scale: float,
-    causal: bool,
-    solver: str,
-    n_iters: int,
-    eps_init: float,
-    eps_decay: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, budget: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     B, H, T, _ = query.shape
+    *_, solver, n_iters, schedule, _ = settings
+    kept = SOLVERS[solver].kept(SolveSpec.of_flat(solver, n_iters, schedule))
     output = value.new_empty(B, H, T, value.shape[-1])
-    return output, budget.new_empty(budget.shape), budget.new_empty(2 if solver == "exact" else n_iters, B * H, T)
+    return output, budget.new_empty(budget.shape), budget.new_empty(kept, B * H, T)
 
 
 @torch.library.custom_op("cda::soft_topk_attention_backward", mutates_args=())
@@ -162,41 +148,37 @@ def blockwise_attention_backward(
     key: Tensor,
     value: Tensor,
     budget: Tensor,
-    saved: Tensor,
     documents: Tensor | None,
-    eps: float,
+    saved: Tensor,
     scale: float,
     causal: bool,
     solver: str,
     n_iters: int,
-    eps_init: float,
-    eps_decay: float,
+    schedule: list[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each in its dtype, and of the budget [B, H, T]."""
-    exact = solver == "exact"
-    factor = scale / eps if exact else scale
+    code, spec = row_solver(solver, backend), SolveSpec.of_flat(solver, n_iters, schedule)
+    unit, in_units = code.in_units(spec)
+    factor = scale / unit
     q, k = _arithmetic(budget, query, key, factor)
     v, grad_out = value.flatten(0, 1).to(budget.dtype), grad_output.flatten(0, 1).to(budget.dtype)
-    plan = annealing(eps, n_iters, eps_init, eps_decay)
     ranges = None if documents is None else visible_ranges(documents, query.shape[2], causal)
-    # Contiguous, as is promised to the compiler, whatever the strides of the inputs.
+    # The compiler was promised contiguous gradients, whatever the strides of the inputs.
     grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q, k, v))
     grad_budget = budget.new_zeros(budget.shape).flatten(0, 1)
     for block in blocks(q, k, causal):
         rows, keys = slice(block.start, block.stop), slice(0, block.keys)
         scores = block_scores(q, k, block, causal, ranges)
-        shape, flat = scores.shape, scores.flatten(0, 1)
+        shape = scores.shape
         grad_weights = torch.bmm(grad_out[:, rows], v[:, keys].transpose(1, 2)).flatten(0, 1)
-        row_saved = saved[:, :, rows].flatten(1)
-        if exact:
-            row_parts = parts(flat, Dual(*row_saved), 1.0)
-            grad_scores, grad_rows = exact_gradients(row_parts, grad_weights)
-            weights = row_parts.weights()
-        else:
-            weights, grad_scores, grad_rows = _iterative_block(
-                flat, budget.flatten(0, 1)[:, rows].reshape(-1), row_saved, grad_weights, plan, backend
-            )
+        weights, grad_scores, grad_rows = code.weights_and_gradients(
+            grad_weights,
+            scores.flatten(0, 1),
+            budget.flatten(0, 1)[:, rows].reshape(-1),
+            saved[:, :, rows].flatten(1),
+            in_units,
+        )
         grad_scores, weights = grad_scores.view(shape), weights.view(shape)
         grad_budget[:, rows] = grad_rows.view(shape[:2])
         grad_q[:, rows] = torch.bmm(grad_scores, k[:, keys])
@@ -212,48 +194,28 @@ def blockwise_attention_backward(
     )
 
 
-def _iterative_block(
-    scores: Tensor, budget: Tensor, history: Tensor, grad_weights: Tensor, plan: Annealing, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(weights, ∂L/∂s, ∂L/∂k) of one block, from the history of a."""
-    weights = (scores + history[-1].unsqueeze(-1)).clamp_(max=0).div_(plan.last).exp_()
-    return weights, *iterative_rows_gradients(scores, budget, history, grad_weights, plan, backend)
-
-
 @blockwise_attention_backward.register_fake
 def _(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    budget: Tensor,
-    saved: Tensor,
-    documents: Tensor | None,
-    eps: float,
-    scale: float,
-    causal: bool,
-    solver: str,
-    n_iters: int,
-    eps_init: float,
-    eps_decay: float,
-    backend: str,
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, budget: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # Contiguous whatever the strides of the inputs, as the real ones are: not empty_like, which would keep them.
+    # The real gradients are contiguous, whatever the strides of the inputs. empty_like would keep those strides.
     query_grad, key_grad, value_grad, budget_grad = (x.new_empty(x.shape) for x in (query, key, value, budget))
     return query_grad, key_grad, value_grad, budget_grad
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, budget, documents, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, budget, output[2], documents)
+    ctx.save_for_backward(query, key, value, budget, documents, output[2])
 
 
 def _backward(ctx: Any, grad_output: Tensor, _grad_threshold: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
     grads: tuple[Tensor | None, ...]
     if differentiated_again():
-        documents, settings = ctx.saved_tensors[5], ctx.settings[:-1]  # but the backend
+        documents = ctx.saved_tensors[4]
+        scale, causal, *flat, _backend = ctx.settings
+        spec = SolveSpec.of_flat(*flat)
         grads = gradients(
-            lambda q, k, v, budgets: differentiable_attention(q, k, v, budgets, documents, *settings)[0],
+            lambda *qkvb: differentiable_attention(AttentionInputs._make((*qkvb, documents, scale, causal)), spec)[0],
             ctx.saved_tensors[:4],
             ctx.needs_input_grad[:4],
             grad_output,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.ops.precision import arithmetic_dtype
+from cda_cli.ops.solve_spec import Solver, SolveSpec
 from cda_cli.ops.transforms import transformed
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -28,8 +29,8 @@ def check_tensors(**tensors: Tensor) -> None:
         device = _same_device(name, tensor, device or tensor.device)
 
 
-def check_solver_settings(eps: float, n_iters: int, eps_init: float, eps_decay: float) -> None:
-    """The settings have a meaning, also where the solver does not read them."""
+def checked_spec(solver: Solver, eps: float, n_iters: int, eps_init: float, eps_decay: float) -> SolveSpec:
+    """The settings as one object. Each has a meaning, also where the solver does not read it."""
     check_positive("eps", eps)
     check_positive("eps_init", eps_init)
     check_positive("eps_decay", eps_decay)
@@ -39,6 +40,7 @@ def check_solver_settings(eps: float, n_iters: int, eps_init: float, eps_decay: 
         _check_type("n_iters", n_iters, Integral, "a whole number")
     if n_iters < 1:
         raise ValueError(f"n_iters must be at least 1, not {n_iters}")
+    return SolveSpec(solver, eps, n_iters, eps_init, eps_decay)
 
 
 def check_positive(name: str, value: float, *, infinite: bool = False) -> None:
@@ -102,7 +104,7 @@ def row_budgets(sparsity_k: float | Tensor, like: Tensor, shape: torch.Size) -> 
     """The k of each row, of `shape`, on the device of `like` and in the dtype of its arithmetic.
 
     Looking into a tensor is free on a CPU. On a GPU it would wait for all that was launched, and a tracer has no
-    numbers to show: there a k that is not above 0 makes its row NaN (`cda_cli.ops.dual.usable`, and the kernels).
+    numbers to show: there a k that is not above 0 makes its row NaN (`dual.usable`, and the kernels).
     """
     dtype = arithmetic_dtype(like.dtype)
     if not isinstance(sparsity_k, Tensor):

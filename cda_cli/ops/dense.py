@@ -1,4 +1,4 @@
-"""Attention by way of all T × S scores, in plain PyTorch: for the published operator, and for transforms.
+"""Attention by all T × S scores, in plain PyTorch: for the published operator, and for transforms.
 
 Shapes: B batch, H heads, T queries, S keys, D head width.
 """
@@ -8,59 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cda_cli.ops.colt5 import published_soft_topk
+from cda_cli.ops.attention_inputs import AttentionInputs
 from cda_cli.ops.documents import visible_ranges
 from cda_cli.ops.precision import arithmetic_dtype, in_own_precision
 from cda_cli.ops.row_operator import differentiable_rows
+from cda_cli.ops.solve_spec import SolveSpec
 
 
 @in_own_precision
-def differentiable_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    budget: Tensor,
-    documents: Tensor | None,
-    eps: float,
-    scale: float,
-    causal: bool,
-    solver: str,
-    n_iters: int,
-    eps_init: float,
-    eps_decay: float,
-) -> tuple[Tensor, Tensor]:
+def differentiable_attention(inputs: AttentionInputs, spec: SolveSpec) -> tuple[Tensor, Tensor]:
     """Output [B, H, T, D] in the dtype of `value`, and the threshold a [B, H, T] without gradient.
 
-    For any transform of torch.func and any number of derivatives. query [B, H, T, D]; key, value [B, G, S, D] with H a
-    multiple of G; budget [B, H, T] in the arithmetic dtype; documents [B, S] or None.
+    It serves any transform of torch.func and any number of derivatives.
     """
-    scores = _scores(query, key, documents, scale, causal)
-    weights, threshold = differentiable_rows(
-        scores.flatten(0, 2), budget.flatten(), eps, solver, n_iters, eps_init, eps_decay
-    )
-    return _output(weights.view(scores.shape), value), threshold.view(budget.shape)
-
-
-@in_own_precision
-def published_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    budget: Tensor,
-    documents: Tensor | None,
-    eps: float,
-    scale: float,
-    causal: bool,
-    n_iters: int,
-    eps_init: float,
-    eps_decay: float,
-) -> Tensor:
-    """The output of `differentiable_attention` under the weights of `published_soft_topk`."""
-    scores = _scores(query, key, documents, scale, causal)
-    weights = published_soft_topk(
-        scores, budget, mask=None, eps=eps, n_iters=n_iters, eps_init=eps_init, eps_decay=eps_decay
-    )
-    return _output(weights, value)
+    scores, budget = dense_scores(inputs), inputs.budget
+    weights, threshold = differentiable_rows(scores.flatten(0, 2), budget.flatten(), spec)
+    return weighted_values(weights.view(scores.shape), inputs.value), threshold.view(budget.shape)
 
 
 def for_each_query(x: Tensor, heads: int) -> Tensor:
@@ -68,8 +31,9 @@ def for_each_query(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _scores(query: Tensor, key: Tensor, documents: Tensor | None, scale: float, causal: bool) -> Tensor:
+def dense_scores(inputs: AttentionInputs) -> Tensor:
     """Scores [B, H, T, S] in the dtype of the arithmetic, −inf where a query does not see the key."""
+    query, key, _, _, documents, scale, causal = inputs
     T, S, dtype = query.shape[2], key.shape[2], arithmetic_dtype(query.dtype)
     scores = scale * query.to(dtype) @ for_each_query(key, query.shape[1]).to(dtype).transpose(-1, -2)
     places = torch.arange(S, device=query.device)
@@ -82,5 +46,6 @@ def _scores(query: Tensor, key: Tensor, documents: Tensor | None, scale: float, 
     return scores
 
 
-def _output(weights: Tensor, value: Tensor) -> Tensor:
+def weighted_values(weights: Tensor, value: Tensor) -> Tensor:
+    """Output [B, H, T, D] in the dtype of `value` [B, G, S, D], for weights [B, H, T, S]."""
     return (weights @ for_each_query(value, weights.shape[1]).to(weights.dtype)).to(value.dtype)

@@ -50,15 +50,16 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, whose first argument is a tensor, with autocast off on that tensor's device.
+    """`function` with autocast off on the device of its first argument: a tensor, or a tuple that starts with one.
 
     Autocast would turn the products of scores into bf16, and the soft top-k divides scores by a small ε.
     """
 
     @functools.wraps(function)
     def without_autocast(*args: P.args, **kwargs: P.kwargs) -> R:
-        assert isinstance(args[0], Tensor)
-        with torch.autocast(args[0].device.type, enabled=False):
+        first = args[0][0] if isinstance(args[0], tuple) else args[0]
+        assert isinstance(first, Tensor)
+        with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return without_autocast

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from cda_cli.config import ModelConfig
 from cda_cli.model import Transformer
 from cda_cli.model.layers import EPS, HeadNorm, RotaryPositions
-from cda_cli.ops.triton.heads import heads_backward, heads_forward, norm_and_rotate
+from cda_cli.ops.triton.heads_launches import heads_backward, heads_forward, norm_and_rotate
 from tests.devices import DEVICES
 
 DEVICE = DEVICES[-1]

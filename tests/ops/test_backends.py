@@ -8,14 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from cda_cli.ops import backends, choose_backend, soft_topk, soft_topk_attention
+from cda_cli.ops import Backend, Choice, Solver, choose_backend, soft_topk, soft_topk_attention
 from cda_cli.ops.attention_blocks import blockwise_attention, blockwise_attention_backward
+from cda_cli.ops.backends import BACKENDS, triton_kernels
 from cda_cli.ops.row_operator import soft_topk_rows, soft_topk_rows_backward
+from cda_cli.ops.solve_spec import SolveSpec
+from cda_cli.ops.solvers import CODE
 from tests.ops.cases import DEVICE, assert_within, random_mask, random_rows
 
 ITERATIVE = {"solver": "iterative", "n_iters": 7, "eps_init": 3.0, "eps_decay": 0.6, "eps": 0.2}
@@ -42,6 +46,41 @@ def with_gradients(door: Callable[..., Tensor], *inputs: Tensor, **settings: obj
 
 
 doors = pytest.mark.parametrize("door", [rows_door, attention_door])
+
+
+def test_every_name_of_a_backend_or_solver_has_its_object() -> None:
+    """A name without one would pass the checks of the doors and then be a KeyError."""
+    assert {name: backend.name for name, backend in BACKENDS.items()} == {name: name for name in BACKENDS}
+    assert set(get_args(Backend)) == {"auto", *BACKENDS}
+    assert set(get_args(Choice.__annotations__["name"])) <= set(BACKENDS)
+    assert set(CODE["torch"]()) == set(get_args(Solver))
+    assert set(CODE["triton"]()) <= set(get_args(Solver))
+
+
+def test_settings_come_out_of_a_custom_operator_as_they_went_in() -> None:
+    spec = SolveSpec("iterative", 0.2, 7, 3.0, 0.6)
+    assert SolveSpec.of_flat(*spec.flat()) == spec
+
+
+@pytest.mark.parametrize("solver", ["exact", "iterative"])
+def test_compiled_rows_take_any_number_of_iterations_with_one_graph(solver: str) -> None:
+    """The second number makes it a symbol. No further one is compiled."""
+    torch._dynamo.reset()
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    def function(scores: Tensor, n_iters: int) -> Tensor:
+        return soft_topk(scores, 2.0, solver=solver, n_iters=n_iters)
+
+    scores = random_rows(3, 9)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for n_iters in (3, 4, 5, 6):
+        assert torch.equal(compiled(scores, n_iters), function(scores, n_iters))
+    assert graphs <= 2
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -161,12 +200,12 @@ def test_a_machine_without_a_triton_that_will_do(
     module: object, obstacle: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", module)
-    backends._find_triton_obstacle.cache_clear()
+    triton_kernels._find_triton_obstacle.cache_clear()
     try:
         with pytest.raises(ValueError, match=f"cannot run: {obstacle}; choose backend 'torch'"):
             rows_door(backend="triton")
     finally:
-        backends._find_triton_obstacle.cache_clear()
+        triton_kernels._find_triton_obstacle.cache_clear()
 
 
 def test_heads_that_the_kernels_cannot_hold_are_left_to_torch() -> None:
@@ -211,7 +250,7 @@ def test_autocast_changes_nothing_of_rows(solver: str, dtype: torch.dtype) -> No
 
 def row_samples(solver: str, dtype: torch.dtype) -> tuple[object, ...]:
     budget = torch.full((4,), 2.5, requires_grad=True)
-    return random_rows(4, 9).to(dtype).requires_grad_(), budget, 0.1, solver, 5, 4.0, 0.7, "torch"
+    return random_rows(4, 9).to(dtype).requires_grad_(), budget, solver, 5, [0.1, 4.0, 0.7], "torch"
 
 
 def attention_samples(solver: str, dtype: torch.dtype, sequences: int = 2) -> tuple[object, ...]:
@@ -219,7 +258,7 @@ def attention_samples(solver: str, dtype: torch.dtype, sequences: int = 2) -> tu
     # As a model makes its heads: views of [B, T, H, D], and of [B, T, H].
     tensors = [query.to(dtype), key.to(dtype), value.to(dtype), budget]
     views = [tensor.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in tensors]
-    return *views, None, 0.1, 0.3, True, solver, 5, 4.0, 0.7, "torch"
+    return *views, None, 0.3, True, solver, 5, [0.1, 4.0, 0.7], "torch"
 
 
 @pytest.mark.parametrize("solver", ["exact", "iterative"])
@@ -242,7 +281,7 @@ def test_the_registered_backwards_keep_the_rules_of_torch(solver: str, sequences
         torch.library.opcheck(soft_topk_rows_backward, (weights, scores, budget, saved, *settings), test_utils=checks)
         query, key, value, budget, documents, *settings = attention_samples(solver, torch.float32, sequences)
         output, _, saved = blockwise_attention(query, key, value, budget, documents, *settings)
-        arguments = (output, query, key, value, budget, saved, documents, *settings)
+        arguments = (output, query, key, value, budget, documents, saved, *settings)
         torch.library.opcheck(blockwise_attention_backward, arguments, test_utils=checks)
 
 

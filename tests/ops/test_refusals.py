@@ -173,7 +173,7 @@ def test_rows_of_a_budget_without_meaning_are_nan(backend: str, solver: str) -> 
     """
     scores, budget = random_rows(6, 8).to(DEVICE), torch.tensor(BUDGETS, device=DEVICE)
     scores[1, 1:] = -torch.inf
-    weights, _ = soft_topk_rows(scores, budget, 0.1, solver, 5, 4.0, 0.7, backend)
+    weights, _ = soft_topk_rows(scores, budget, solver, 5, [0.1, 4.0, 0.7], backend)
     visible = scores > -torch.inf
     assert weights[BROKEN][visible[BROKEN]].isnan().all()
     assert not weights[~visible].nan_to_num().any()
@@ -201,7 +201,7 @@ def test_attention_by_blocks_makes_such_a_query_nan(solver: str, backend: str) -
     query, key, value = (random_rows(1, 6, 5, 8, seed=seed).to(DEVICE) for seed in range(3))
     budget = torch.tensor(BUDGETS, device=DEVICE)[:, None].expand(1, 6, 5).contiguous()
     output, *_ = blockwise_attention(
-        query, key, value, budget, None, 0.1, 0.3, True, solver, 5, 4.0, 0.7, backend
+        query, key, value, budget, None, 0.3, True, solver, 5, [0.1, 4.0, 0.7], backend
     )  # fmt: skip
     assert output[:, BROKEN].isnan().all()
     assert output[:, ~BROKEN].isfinite().all()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cda_cli.ops import soft_topk
-from cda_cli.ops.iterative import annealing
+from cda_cli.ops.solve_spec import SolveSpec
+from cda_cli.ops.solvers.iterative import Annealing
 from cda_cli.ops.triton import row_launches as kernels
 from tests.ops.cases import (
     DEVICE,
@@ -23,7 +24,7 @@ from tests.ops.cases import (
     tolerance,
 )
 
-PLAN = annealing(0.1, 4, 4.0, 0.3)
+PLAN = Annealing.of(SolveSpec("iterative", 0.1, 4, 4.0, 0.3))
 BUDGETS = (0.5, 1.0, 2.5, 7.0, 1e6)
 LENGTHS = [1, 2, 15, 16, 17, 33, 64, 65, 129, 257]
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from cda_cli.config import ModelConfig
 from cda_cli.model.layers import solver_settings
 from cda_cli.model.rules.base import AttentionRule, Products
-from cda_cli.ops import Backend, Choice, choose_backend, soft_topk, soft_topk_attention
-from cda_cli.ops.attention_blocks import BLOCK_SCORES_CPU, BLOCK_SCORES_GPU
+from cda_cli.ops import Backend, Choice, choose_backend, scores_at_once, soft_topk, soft_topk_attention
 
 
 class SoftTopK(AttentionRule):
@@ -64,8 +63,7 @@ class SoftTopK(AttentionRule):
         if self._is_fused(choice.name):
             return {}
         config, rows = self.config, batch_size * self.config.seq_len
-        limit = BLOCK_SCORES_GPU if device.type == "cuda" else BLOCK_SCORES_CPU
-        block = min(rows * config.heads * self.max_keys, limit)
+        block = min(rows * config.heads * self.max_keys, scores_at_once(device))
         return {"cda.soft_topk_attention": 4 * (7 * rows * config.heads * config.head_width + 6 * block)}
 
     def warnings(self) -> list[str]:

@@ -13,9 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
+from cda_cli.ops.attention_inputs import AttentionInputs
 from cda_cli.ops.dense import differentiable_attention
 from cda_cli.ops.documents import VisibleRanges, visible_ranges
 from cda_cli.ops.precision import in_own_precision
+from cda_cli.ops.solve_spec import SolveSpec
 from cda_cli.ops.transforms import differentiated_again, gradients
 from cda_cli.ops.triton.attention_decoding import few_scores_kernel
 from cda_cli.ops.triton.attention_launches import (
@@ -143,18 +145,8 @@ def _outputs(query: Tensor, at_most_two: bool, trained: bool) -> tuple[Tensor, T
 
 
 @fused_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    budget: Tensor,
-    documents: Tensor | None,
-    eps: float,
-    scale: float,
-    causal: bool,
-    at_most_two: bool,
-    trained: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, budget: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    *_, at_most_two, trained = settings
     output, leaders, free_output = _outputs(query, at_most_two, trained)
     return output, budget.new_empty(4, *query.shape[:3]), leaders, free_output
 
@@ -206,17 +198,7 @@ def fused_attention_backward(
 
 @fused_attention_backward.register_fake
 def _(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    summed: Tensor,
-    stats: Tensor,
-    leaders: Tensor,
-    documents: Tensor | None,
-    eps: float,
-    scale: float,
-    causal: bool,
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, summed: Tensor, stats: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     S = key.shape[2]
     grads = heads_inside(query, query.shape[2]), heads_inside(key, S), heads_inside(value, S)
@@ -241,9 +223,9 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Any, ...]:
     *saved, documents, budget = ctx.saved_tensors
     grads: tuple[Tensor | None, ...]
     if differentiated_again():
-        settings = documents, eps, scale, causal, "exact", 1, 1.0, 1.0  # nothing to anneal
+        spec = SolveSpec("exact", eps)
         grads = gradients(
-            lambda q, k, v, budgets: differentiable_attention(q, k, v, budgets, *settings)[0],
+            lambda *qkvb: differentiable_attention(AttentionInputs._make((*qkvb, documents, scale, causal)), spec)[0],
             (*saved[:3], budget),
             ctx.needs_input_grad[:4],
             grad_output,

@@ -15,7 +15,7 @@ from cda_cli.ops.triton.row_tiles import any_of, exp2, load_entries, place_rows,
 from cda_cli.ops.triton.tiles import usable
 
 LOG2E = tl.constexpr(math.log2(math.e))
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the shift of a row with nothing free, as in cda_cli.ops.dual
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the shift of a row with nothing free, as in `dual.py`
 # exp(28), the reach of one shift: the exponent of an entry with weight 1 that is further below has lost digits.
 FAINT = tl.constexpr(2.0**40)
 REACH = tl.constexpr(30.0)  # log2, of a guess

@@ -23,7 +23,7 @@ MOST_BUDGET = tl.constexpr(torch.finfo(torch.float32).max)
 FAR = tl.constexpr(-1e20)
 
 
-# The iterative solver (cda_cli.ops.iterative) on d = s − max(s) and a + max(s): the iteration is the same, and fewer
+# The iterative solver (`solvers/iterative.py`) on d = s − max(s) and a + max(s): the iteration is the same, and fewer
 # digits are lost. Since s + b = min(s, −a), its exponentials are min(e, cut) for e = exp((d − origin)/ε) and one number
 # per row, cut = exp((−a − origin)/ε): as long as ε stays, no iteration needs new ones. A masked score is FAR below all.
 

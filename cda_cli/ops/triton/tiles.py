@@ -140,7 +140,7 @@ def powers(scores, shift, peak, factor, dtype: tl.constexpr):
 
 @triton.jit
 def usable(budget):
-    """NaN in place of a k that is not above 0, as `cda_cli.ops.dual.usable` has it."""
+    """NaN in place of a k that is not above 0, as `dual.usable` has it."""
     return tl.where(budget > 0, budget, float("nan"))
 
 

@@ -1,42 +1,30 @@
-"""Norm and rotation of queries and keys, which a model does around attention, by one kernel each way.
+"""Norm and rotation of queries and keys: the launches of `heads_kernels`, and their gradient.
 
-Of PyTorch's operators, compiled, the gradient of the gains would read once more all that the gradient of the heads
-reads, and that of the values would be copied apart.
+PyTorch's own operators, compiled, would read all heads once more for the gradient of the gains, and would copy the
+gradient of the values.
 
 Shapes: B batch, T positions, H heads, G heads of a projection, D head width.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from cda_cli.ops.heads import Heads
 from cda_cli.ops.transforms import differentiated_again, gradients
 from cda_cli.ops.triton.heads_kernels import backward_kernel, forward_kernel
 
 ROWS = 32
 
 
-class Heads(NamedTuple):
-    """query, key, value [B, T, H, D], and what else was projected, [B, T, G − 3H, D]."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    rest: Tensor
-
-
 def norm_and_rotate(
     projected: Tensor, query_gain: Tensor, key_gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> Heads:
-    """`HeadNorm` and `RotaryPositions` of the first 2H heads of `projected` [B, T, G, D], from position 0 on.
-
-    Gains [D]; the tables `cos` and `sin` [at least T, D] of `RotaryPositions`, float32; D is even. The arithmetic is
-    float32, and the result, rounded once, has the dtype of `projected`.
-    """
+    """`ops.norm_and_rotate`."""
     tensors = (projected.contiguous(), query_gain, key_gain, cos, sin)
     return Heads(*_NormAndRotate.apply(*tensors, heads, eps))  # type: ignore[no-untyped-call]
 
@@ -90,7 +78,7 @@ def _in_plain_pytorch(inputs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, head
 def heads_forward(
     projected: Tensor, query_gain: Tensor, key_gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """query and key [B, T, H, D], see `heads.norm_and_rotate`; `projected` is contiguous."""
+    """query and key [B, T, H, D], as `norm_and_rotate` gives them; `projected` is contiguous."""
     B, T, G, D = projected.shape
     query, key = _queries_and_keys(projected, heads)
     if query.numel():

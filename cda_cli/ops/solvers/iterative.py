@@ -19,20 +19,50 @@ import torch
 from torch import Tensor
 
 from cda_cli.ops.dual import Dual, usable
+from cda_cli.ops.solve_spec import SolveSpec
+from cda_cli.ops.solvers.base import RowSolver, Solve, Visible
 
 
 class Annealing(NamedTuple):
-    """ε of each iteration, and the final one, that turns the dual into weights."""
+    """ε of each iteration, and the final ε, which turns the dual into weights."""
 
     steps: tuple[float, ...]
     last: float
 
+    @classmethod
+    def of(cls, spec: SolveSpec) -> Annealing:
+        values = [max(spec.eps_init, spec.eps)]
+        for _ in range(spec.n_iters):
+            values.append(max(values[-1] * spec.eps_decay, spec.eps))
+        return cls(tuple(values[:-1]), values[-1])
 
-def annealing(eps: float, n_iters: int, eps_init: float, eps_decay: float) -> Annealing:
-    values = [max(eps_init, eps)]
-    for _ in range(n_iters):
-        values.append(max(values[-1] * eps_decay, eps))
-    return Annealing(tuple(values[:-1]), values[-1])
+
+class Iterative(RowSolver):
+    """n_iters steps of coordinate descent. It saves the history of a, one number for each step."""
+
+    def kept(self, spec: SolveSpec) -> int:
+        return spec.n_iters
+
+    def solve(self, scores: Tensor, budget: Tensor, visible: Visible, spec: SolveSpec) -> tuple[Tensor, Tensor]:
+        return solve_iterative(scores, budget, Annealing.of(spec))
+
+    def gradients(
+        self, grad_weights: Tensor, scores: Tensor, budget: Tensor, saved: Tensor, spec: SolveSpec
+    ) -> tuple[Tensor, Tensor]:
+        return iterative_gradients(scores, budget, saved, grad_weights.to(budget.dtype), Annealing.of(spec))
+
+    def weights(self, scores: Tensor, saved: Tensor, spec: SolveSpec) -> Tensor:
+        return (scores + saved[-1].unsqueeze(-1)).clamp_(max=0).div_(Annealing.of(spec).last).exp_()
+
+    def threshold(self, saved: Tensor, spec: SolveSpec) -> Tensor:
+        """The last a is the threshold, and its temperature is the final ε."""
+        last = saved[-1]
+        return Dual(-last, torch.ones_like(last)).threshold(Annealing.of(spec).last)
+
+    def differentiable(self, scores: Tensor, budget: Tensor, solve: Solve, spec: SolveSpec) -> tuple[Tensor, Tensor]:
+        """PyTorch differentiates the iteration itself."""
+        weights, history = solve_iterative(scores, budget, Annealing.of(spec))
+        return weights, self.threshold(history.detach(), spec)
 
 
 def solve_iterative(scores: Tensor, budget: Tensor, plan: Annealing) -> tuple[Tensor, Tensor]:
@@ -76,31 +106,6 @@ def iterative_gradients(
         grad_a = torch.zeros_like(grad_a)
     grad_scores -= grad_b  # b starts as −s
     return grad_scores.masked_fill_(masked, 0.0), (grad_log_k / budget.clamp(min=1e-20).unsqueeze(-1)).squeeze(-1)
-
-
-def iterative_rows(scores: Tensor, budget: Tensor, plan: Annealing, backend: str) -> tuple[Tensor, Tensor]:
-    """`solve_iterative` by backend "torch", or by the kernels of "triton"."""
-    if backend == "triton":
-        from cda_cli.ops.triton.row_launches import iterative_forward
-
-        return iterative_forward(scores, budget, plan.steps, plan.last)
-    return solve_iterative(scores.to(budget.dtype), budget, plan)
-
-
-def iterative_rows_gradients(
-    scores: Tensor, budget: Tensor, history: Tensor, grad_weights: Tensor, plan: Annealing, backend: str
-) -> tuple[Tensor, Tensor]:
-    """`iterative_gradients` by backend "torch", or by the kernels of "triton"."""
-    if backend == "triton":
-        from cda_cli.ops.triton.row_launches import iterative_backward
-
-        return iterative_backward(grad_weights, scores, budget, history, plan.steps, plan.last)
-    return iterative_gradients(scores.to(budget.dtype), budget, history, grad_weights.to(budget.dtype), plan)
-
-
-def iterative_dual(history: Tensor) -> Dual:
-    """The last a as a dual whose temperature is the final ε of the annealing."""
-    return Dual(-history[-1], torch.ones_like(history[-1]))
 
 
 def _b(scores: Tensor, a: Tensor | None) -> Tensor:

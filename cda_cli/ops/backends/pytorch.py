@@ -1,0 +1,38 @@
+"""Backend "torch": plain PyTorch, in any place and any dtype, and attention in blocks of queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cda_cli.ops.attention_blocks import blockwise_attention
+from cda_cli.ops.attention_inputs import AttentionInputs
+from cda_cli.ops.backends.base import OperatorBackend
+from cda_cli.ops.dense import differentiable_attention, for_each_query
+from cda_cli.ops.row_operator import differentiable_rows, soft_topk_rows
+from cda_cli.ops.solve_spec import SolveSpec
+from cda_cli.ops.transforms import transformed
+
+
+class TorchBackend(OperatorBackend):
+    name = "torch"
+
+    def rows(self, scores: Tensor, budget: Tensor, mask: Tensor | None, spec: SolveSpec) -> Tensor:
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        rows, budget = scores.reshape(-1, scores.shape[-1]), budget.reshape(-1)
+        if transformed():
+            weights, _ = differentiable_rows(rows, budget, spec)
+            return weights.to(scores.dtype).view(scores.shape)
+        weights, _ = soft_topk_rows(rows, budget, *spec.flat(), self.name)
+        return weights.view(scores.shape)
+
+    def attention(
+        self, inputs: AttentionInputs, spec: SolveSpec, largest_k: float | None, return_threshold: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if transformed():
+            return differentiable_attention(inputs, spec)
+        query, key, value, *others = inputs
+        key, value = for_each_query(key, query.shape[1]), for_each_query(value, query.shape[1])
+        output, threshold, _ = blockwise_attention(query, key, value, *others, *spec.flat(), self.name)
+        return output, threshold

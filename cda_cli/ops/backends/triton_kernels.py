@@ -1,0 +1,97 @@
+"""Backend "triton": the kernels of `ops.triton`, on a GPU, or on a CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from cda_cli.ops.attention_inputs import AttentionInputs
+from cda_cli.ops.backends.pytorch import TorchBackend
+from cda_cli.ops.precision import autocast_dtype
+from cda_cli.ops.solve_spec import Solver, SolveSpec
+from cda_cli.ops.transforms import transformed
+
+# The kernels need bf16 in the matrix units and asynchronous copies (Ampere and later).
+LEAST_CAPABILITY = (8, 0)
+LEAST_TRITON = (3, 6)
+# The solvers of which attention is fused. Attention of the others works through blocks of queries on the row kernels.
+FUSED: frozenset[Solver] = frozenset({"exact"})
+# A tile of wider heads does not fit the memory of a multiprocessor.
+WIDEST_HEAD = 256
+
+
+class TritonBackend(TorchBackend):
+    """Rows by their kernels, and attention by fused ones. Transforms are those of PyTorch."""
+
+    name = "triton"
+
+    def supports(self, solver: Solver, device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+        if solver in FUSED and head_width > WIDEST_HEAD:
+            return f"its attention holds heads of up to {WIDEST_HEAD} channels, not {head_width}"
+        return _triton_obstacle(device, dtype)
+
+    def attention(
+        self, inputs: AttentionInputs, spec: SolveSpec, largest_k: float | None, return_threshold: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if spec.solver not in FUSED or transformed():
+            return super().attention(inputs, spec, largest_k, return_threshold)
+        return _fused(inputs, spec.eps, largest_k, return_threshold)
+
+
+def _fused(
+    inputs: AttentionInputs, eps: float, largest_k: float | None, return_threshold: bool
+) -> tuple[Tensor, Tensor | None]:
+    from cda_cli.ops.triton.fused_attention import fused_attention, threshold
+
+    query, key, value, budget, documents, scale, causal = inputs
+    if not query.dtype == key.dtype == value.dtype:
+        dtype = autocast_dtype(value)
+        if dtype is None:
+            raise ValueError(
+                f"backend 'triton' takes query, key and value of one dtype, not {query.dtype}, {key.dtype} and "
+                f"{value.dtype}; convert them or choose backend 'torch'"
+            )
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if scale <= 0:
+        # The kernels compare the products q·k themselves, and a negative scale would reverse their order.
+        query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, budget))
+    at_most_two = largest_k is not None and largest_k <= 2
+    budget = budget.contiguous()  # here, so that the compiler makes it contiguous as it computes it
+    output, stats, *_ = fused_attention(query, key, value, budget, documents, eps, scale, causal, at_most_two, trained)
+    return output, threshold(stats.detach(), eps, scale) if return_threshold else None
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run, or None."""
+    return _find_triton_obstacle(device, dtype)
+
+
+# torch.compiler.assume_constant_result would set this too. It would also import torch._dynamo, which takes as long as
+# the rest of torch.
+_triton_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache  # Every call of the operator asks.
+def _find_triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "the kernels compute in float32, and these tensors are float64"
+    try:
+        import triton
+    except (ImportError, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "the package triton is not installed"
+        return f"the package triton cannot be imported ({error})"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
+        return f"the kernels need triton 3.6 or later, and this is {triton.__version__}"
+    if device.type == "cpu":
+        interpreted = triton.knobs.runtime.interpret
+        return None if interpreted else "its kernels are for a GPU (or for TRITON_INTERPRET=1, to check them)"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the kernels were made for NVIDIA GPUs, not for {device.type}"
+    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return "the kernels need a GPU of compute capability 8.0 or later"
+    return None

@@ -1,0 +1,44 @@
+"""Norm and rotation of queries and keys, which a model does around attention, by one kernel each way."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cda_cli.ops.backends import Backend, choose_backend
+from cda_cli.ops.transforms import transformed
+
+
+class Heads(NamedTuple):
+    """query, key, value [B, T, H, D], and what else was projected, [B, T, G − 3H, D]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rest: Tensor
+
+
+def can_norm_and_rotate(backend: Backend, device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether `norm_and_rotate` can run for a model whose backend is `backend`; no transform may be active.
+
+    Raises ValueError where the backend is "triton" and cannot run.
+    """
+    if backend not in ("auto", "triton") or transformed():
+        return False
+    return choose_backend(backend, "exact", device, dtype, head_width).name == "triton"
+
+
+def norm_and_rotate(
+    projected: Tensor, query_gain: Tensor, key_gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> Heads:
+    """The first 2·heads of `projected` [B, T, G, D] with RMSNorm and rotary positions, from position 0 on.
+
+    The norm adds `eps` to the mean square; its gains are [D]. The tables `cos` and `sin` are [at least T, D], float32,
+    in which channels i and i + D/2 make a pair and `sin` carries the sign; D is even. The arithmetic is float32, and
+    the result, rounded once, has the dtype of `projected`. See `can_norm_and_rotate`.
+    """
+    from cda_cli.ops.triton.heads_launches import norm_and_rotate as launch
+
+    return launch(projected, query_gain, key_gain, cos, sin, heads, eps)
