@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,18 @@ OUTSIDE: dict[str, set[str]] = {
     "model": {"torch", "einops", "entmax"},
     "ops": {"torch", "triton", "colt5_attention"},
 }
+# Who alone may import each of these: a file, or a folder and all below it.
+CONFINED: dict[str, set[str]] = {
+    "triton": {"cda_cli.ops.triton", "cda_cli.ops.backends.triton_kernels"},
+    "cda_cli.ops.triton": {
+        "cda_cli.ops.triton",
+        "cda_cli.ops.backends.triton_kernels",
+        "cda_cli.ops.heads",
+        "cda_cli.ops.solvers",
+    },
+    "colt5_attention": {"cda_cli.ops.backends.colt5"},
+    "entmax": {"cda_cli.model.rules.entmax"},
+}
 HEAVY = {"torch", "datasets", "triton", "numpy", "yaml", "pydantic", "einops", "safetensors", "tokenizers", "tqdm"}
 
 
@@ -77,22 +90,38 @@ class Import(NamedTuple):
     late: bool
 
 
-def imports(tree: ast.AST, typing: bool = False, late: bool = False) -> Iterator[Import]:
-    """Every import; `from cda_cli import x` is of cda_cli.x where that is a module."""
+def imports(tree: ast.AST, package: str = "", typing: bool = False, late: bool = False) -> Iterator[Import]:
+    """Every import, by its whole name; `from cda_cli import x` is of cda_cli.x where that is a module.
+
+    `package` is the one that holds the file, from which relative imports start.
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (Import(alias.name, node.lineno, typing, late) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"line {node.lineno}: a relative import; write the whole name"
-            assert node.module is not None
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (Import(name if _is_module(name) else node.module, node.lineno, typing, late) for name in inner)
+            module = whole_name(node, package)
+            inner = [f"{module}.{alias.name}" for alias in node.names]
+            yield from (Import(name if _is_module(name) else module, node.lineno, typing, late) for name in inner)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            yield from imports(ast.Module(node.body, []), True, late)
-            yield from imports(ast.Module(node.orelse, []), typing, late)
+            yield from imports(ast.Module(node.body, []), package, True, late)
+            yield from imports(ast.Module(node.orelse, []), package, typing, late)
         else:
             function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            yield from imports(node, typing, late or function)
+            yield from imports(node, package, typing, late or function)
+
+
+def whole_name(node: ast.ImportFrom, package: str) -> str:
+    """The module that a file of `package` imports from. In ops alone imports are relative: it can be lifted out."""
+    if not node.level:
+        assert node.module is not None
+        return node.module
+    assert within(package, "cda_cli.ops"), f"line {node.lineno}: a relative import; write the whole name"
+    start = package.split(".")[: len(package.split(".")) + 1 - node.level]
+    return ".".join([*start, *([node.module] if node.module else [])])
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
 def _is_module(name: str) -> bool:
@@ -110,13 +139,17 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def package_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).parts[:-1])
+
+
 def source(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
 def found_imports() -> Iterator[tuple[Path, str, Import]]:
     for path in FILES:
-        for found in imports(source(path)):
+        for found in imports(source(path), package_of(path)):
             yield path.relative_to(ROOT), unit_of(module_of(path)), found
 
 
@@ -164,6 +197,39 @@ def test_what_is_outside_comes_in_where_it_should() -> None:
         and not (unit == "console" and found.typing)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def misplaced(module: str, found: Import) -> bool:
+    """Whether `module` imports what only some other files may, or something of ops that ops itself does not offer."""
+    if within(found.module, "cda_cli.ops") and found.module != "cda_cli.ops" and not within(module, "cda_cli.ops"):
+        return True
+    places = [files for name, files in CONFINED.items() if within(found.module, name)]
+    return any(not any(within(module, place) for place in files) for files in places)
+
+
+def test_what_few_files_may_import_is_imported_by_these() -> None:
+    """colt5-attention and Triton each by its own backend, and of ops nothing but what it offers."""
+    wrong = [
+        f"{path}:{found.line} imports {found.module}"
+        for path, _, found in found_imports()
+        if misplaced(module_of(ROOT / path), found)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_ops_can_be_lifted_out(tmp_path: Path) -> None:
+    """A copy of the folder, under another name and without the rest of the package, computes the same."""
+    shutil.copytree(PACKAGE / "ops", tmp_path / "lifted", ignore=shutil.ignore_patterns("__pycache__"))
+    script = (
+        "import sys, torch; from lifted import soft_topk, soft_topk_attention; "
+        "scores = torch.ones(3, 8); heads = torch.zeros(1, 2, 4, 8); "
+        "assert torch.allclose(soft_topk(scores, 2.0), scores / 4); "
+        "assert soft_topk_attention(heads, heads, heads, 2.0, solver='iterative').shape == heads.shape; "
+        "print(*(name for name in sys.modules if name.startswith('cda_cli')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.split()
 
 
 def test_no_modules_import_each_other() -> None:
@@ -227,6 +293,51 @@ def test_a_runs_folder_is_opened_without_torch(module: str) -> None:
 )
 def test_the_search_for_arrows_finds_those_that_run_back(unit: str, code: str, backward: bool) -> None:
     assert [runs_back(unit, found) for found in imports(ast.parse(code))] == [backward]
+
+
+@pytest.mark.parametrize(
+    ("package", "code", "module"),
+    [
+        ("cda_cli.ops", "from .dual import Dual", "cda_cli.ops.dual"),
+        ("cda_cli.ops", "from . import dual", "cda_cli.ops.dual"),
+        ("cda_cli.ops.triton", "from ..dual import Dual", "cda_cli.ops.dual"),
+        ("cda_cli.ops.triton", "def f():\n    from .tiles import rounded", "cda_cli.ops.triton.tiles"),
+        ("cda_cli.ops", "from ..config import resolve", "cda_cli.config"),
+        ("cda_cli.ops.triton", "from ...model import Transformer", "cda_cli.model"),
+    ],
+)
+def test_the_search_for_imports_follows_relative_ones(package: str, code: str, module: str) -> None:
+    (found,) = imports(ast.parse(code), package)
+    assert found.module == module
+    assert runs_back("ops", found) == (unit_of(module) != "ops")
+
+
+@pytest.mark.parametrize("package", ["cda_cli", "cda_cli.model", "cda_cli.model.rules", "cda_cli.opsis"])
+def test_a_relative_import_elsewhere_is_found(package: str) -> None:
+    with pytest.raises(AssertionError, match="write the whole name"):
+        list(imports(ast.parse("from .base import AttentionRule"), package))
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "wrong"),
+    [
+        (
+            "cda_cli.model.attention",
+            "def f():\n    from cda_cli.ops.triton.heads_launches import norm_and_rotate",
+            True,
+        ),
+        ("cda_cli.model.attention", "from cda_cli.ops.transforms import transformed", True),
+        ("cda_cli.model.attention", "from cda_cli.ops import transforms", True),
+        ("cda_cli.model.attention", "from cda_cli.ops import norm_and_rotate", False),
+        ("cda_cli.ops.dense", "def f():\n    from colt5_attention.coor_descent import coor_descent", True),
+        ("cda_cli.ops.backends.colt5", "def f():\n    from colt5_attention.coor_descent import coor_descent", False),
+        ("cda_cli.ops.checks", "import triton", True),
+        ("cda_cli.ops.checks", "from cda_cli.ops.triton import tiles", True),
+        ("cda_cli.ops.triton.tiles", "import triton.language as tl", False),
+    ],
+)
+def test_the_search_for_what_is_misplaced_finds_it(module: str, code: str, wrong: bool) -> None:
+    assert [misplaced(module, found) for found in imports(ast.parse(code))] == [wrong]
 
 
 @pytest.mark.parametrize("folder", ["cda_cli", "tests", "benchmarks"])

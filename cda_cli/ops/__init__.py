@@ -12,14 +12,14 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from cda_cli.ops.attention_blocks import scores_at_once
-from cda_cli.ops.attention_inputs import AttentionInputs
-from cda_cli.ops.backends import BACKENDS, Backend, Choice, choose_backend
-from cda_cli.ops.checks import check_attention, check_finite, check_positive, check_rows, checked_spec, row_budgets
-from cda_cli.ops.heads import Heads, can_norm_and_rotate, norm_and_rotate
-from cda_cli.ops.precision import autocast_dtype, settle_vector_functions
-from cda_cli.ops.reference import reference_attention, reference_gradients, reference_soft_topk
-from cda_cli.ops.solve_spec import Solver, SolverSettings
+from .attention_blocks import scores_at_once
+from .attention_inputs import AttentionInputs
+from .backends import BACKENDS, Backend, Choice, choose_backend
+from .checks import check_attention, check_finite, check_positive, check_rows, checked_spec, row_budgets
+from .heads import Heads, can_norm_and_rotate, norm_and_rotate
+from .precision import autocast_dtype, settle_vector_functions
+from .reference import reference_attention, reference_gradients, reference_soft_topk
+from .solve_spec import Solver, SolverSettings
 
 __all__ = [
     "Backend",

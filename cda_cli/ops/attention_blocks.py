@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cda_cli.ops.attention_inputs import AttentionInputs
-from cda_cli.ops.dense import differentiable_attention
-from cda_cli.ops.documents import VisibleRanges, visible_ranges
-from cda_cli.ops.precision import in_own_precision
-from cda_cli.ops.solve_spec import SolveSpec
-from cda_cli.ops.solvers import SOLVERS, row_solver
-from cda_cli.ops.transforms import differentiated_again, gradients
+from .attention_inputs import AttentionInputs
+from .dense import differentiable_attention
+from .documents import VisibleRanges, visible_ranges
+from .precision import in_own_precision
+from .solve_spec import SolveSpec
+from .solvers import SOLVERS, row_solver
+from .transforms import differentiated_again, gradients
 
 # Scores of one block: on a CPU they should stay in the cache, on a GPU each pass should be worth its launch.
 BLOCK_SCORES_CPU = 2**19

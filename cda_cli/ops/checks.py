@@ -8,9 +8,9 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
-from cda_cli.ops.precision import arithmetic_dtype
-from cda_cli.ops.solve_spec import Solver, SolveSpec
-from cda_cli.ops.transforms import transformed
+from .precision import arithmetic_dtype
+from .solve_spec import Solver, SolveSpec
+from .transforms import transformed
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

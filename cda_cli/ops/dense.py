@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cda_cli.ops.attention_inputs import AttentionInputs
-from cda_cli.ops.documents import visible_ranges
-from cda_cli.ops.precision import arithmetic_dtype, in_own_precision
-from cda_cli.ops.row_operator import differentiable_rows
-from cda_cli.ops.solve_spec import SolveSpec
+from .attention_inputs import AttentionInputs
+from .documents import visible_ranges
+from .precision import arithmetic_dtype, in_own_precision
+from .row_operator import differentiable_rows
+from .solve_spec import SolveSpec
 
 
 @in_own_precision

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cda_cli.ops.backends import Backend, choose_backend
-from cda_cli.ops.transforms import transformed
+from .backends import Backend, choose_backend
+from .transforms import transformed
 
 
 class Heads(NamedTuple):
@@ -39,6 +39,6 @@ def norm_and_rotate(
     in which channels i and i + D/2 make a pair and `sin` carries the sign; D is even. The arithmetic is float32, and
     the result, rounded once, has the dtype of `projected`. See `can_norm_and_rotate`.
     """
-    from cda_cli.ops.triton.heads_launches import norm_and_rotate as launch
+    from .triton.heads_launches import norm_and_rotate as launch
 
     return launch(projected, query_gain, key_gain, cos, sin, heads, eps)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cda_cli.ops.solve_spec import SolveSpec
-from cda_cli.ops.solvers import SOLVERS, row_solver
-from cda_cli.ops.transforms import differentiated_again, gradients
+from .solve_spec import SolveSpec
+from .solvers import SOLVERS, row_solver
+from .transforms import differentiated_again, gradients
 
 
 @torch.library.custom_op("cda::soft_topk", mutates_args=())

@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from cda_cli.ops.backends.base import OperatorBackend
-from cda_cli.ops.backends.colt5 import Colt5Backend
-from cda_cli.ops.backends.pytorch import TorchBackend
-from cda_cli.ops.backends.triton_kernels import TritonBackend
-from cda_cli.ops.solve_spec import Solver
+from ..solve_spec import Solver
+from .base import OperatorBackend
+from .colt5 import Colt5Backend
+from .pytorch import TorchBackend
+from .triton_kernels import TritonBackend
 
 __all__ = ["BACKENDS", "Backend", "Choice", "OperatorBackend", "choose_backend"]
 

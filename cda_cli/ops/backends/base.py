@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from cda_cli.ops.attention_inputs import AttentionInputs
-from cda_cli.ops.solve_spec import Solver, SolveSpec
+from ..attention_inputs import AttentionInputs
+from ..solve_spec import Solver, SolveSpec
 
 
 class OperatorBackend(ABC):

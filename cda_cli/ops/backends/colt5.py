@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cda_cli.ops.attention_inputs import AttentionInputs
-from cda_cli.ops.backends.base import OperatorBackend
-from cda_cli.ops.dense import dense_scores, weighted_values
-from cda_cli.ops.precision import in_own_precision
-from cda_cli.ops.solve_spec import Solver, SolveSpec
-from cda_cli.ops.transforms import transformed
+from ..attention_inputs import AttentionInputs
+from ..dense import dense_scores, weighted_values
+from ..precision import in_own_precision
+from ..solve_spec import Solver, SolveSpec
+from ..transforms import transformed
+from .base import OperatorBackend
 
 
 class Colt5Backend(OperatorBackend):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cda_cli.ops.attention_blocks import blockwise_attention
-from cda_cli.ops.attention_inputs import AttentionInputs
-from cda_cli.ops.backends.base import OperatorBackend
-from cda_cli.ops.dense import differentiable_attention, for_each_query
-from cda_cli.ops.row_operator import differentiable_rows, soft_topk_rows
-from cda_cli.ops.solve_spec import SolveSpec
-from cda_cli.ops.transforms import transformed
+from ..attention_blocks import blockwise_attention
+from ..attention_inputs import AttentionInputs
+from ..dense import differentiable_attention, for_each_query
+from ..row_operator import differentiable_rows, soft_topk_rows
+from ..solve_spec import SolveSpec
+from ..transforms import transformed
+from .base import OperatorBackend
 
 
 class TorchBackend(OperatorBackend):

@@ -7,11 +7,11 @@ import functools
 import torch
 from torch import Tensor
 
-from cda_cli.ops.attention_inputs import AttentionInputs
-from cda_cli.ops.backends.pytorch import TorchBackend
-from cda_cli.ops.precision import autocast_dtype
-from cda_cli.ops.solve_spec import Solver, SolveSpec
-from cda_cli.ops.transforms import transformed
+from ..attention_inputs import AttentionInputs
+from ..precision import autocast_dtype
+from ..solve_spec import Solver, SolveSpec
+from ..transforms import transformed
+from .pytorch import TorchBackend
 
 # The kernels need bf16 in the matrix units and asynchronous copies (Ampere and later).
 LEAST_CAPABILITY = (8, 0)
@@ -43,7 +43,7 @@ class TritonBackend(TorchBackend):
 def _fused(
     inputs: AttentionInputs, eps: float, largest_k: float | None, return_threshold: bool
 ) -> tuple[Tensor, Tensor | None]:
-    from cda_cli.ops.triton.fused_attention import fused_attention, threshold
+    from ..triton.fused_attention import fused_attention, threshold
 
     query, key, value, budget, documents, scale, causal = inputs
     if not query.dtype == key.dtype == value.dtype:

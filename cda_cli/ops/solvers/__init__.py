@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cda_cli.ops.solvers.base import RowSolver
-from cda_cli.ops.solvers.exact import Exact
-from cda_cli.ops.solvers.iterative import Iterative
+from .base import RowSolver
+from .exact import Exact
+from .iterative import Iterative
 
 __all__ = ["CODE", "SOLVERS", "RowSolver", "row_solver"]
 
@@ -18,7 +18,7 @@ SOLVERS: dict[str, RowSolver] = {"exact": Exact(), "iterative": Iterative()}
 
 
 def _kernels() -> dict[str, RowSolver]:
-    from cda_cli.ops.triton.row_solvers import KERNELS  # imports triton, which a machine may lack
+    from ..triton.row_solvers import KERNELS  # imports triton, which a machine may lack
 
     return KERNELS
 

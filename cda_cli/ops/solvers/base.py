@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cda_cli.ops.solve_spec import SolveSpec
+from ..solve_spec import SolveSpec
 
 # Gives the number of visible entries of each row, [R]. Only the solvers that need it make the call.
 Visible = Callable[[], Tensor]

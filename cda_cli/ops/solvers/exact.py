@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cda_cli.ops.dual import FAR, Dual, Parts, exact_gradients, parts, usable
-from cda_cli.ops.solve_spec import SolveSpec
-from cda_cli.ops.solvers.base import RowSolver, Solve, Visible
+from ..dual import FAR, Dual, Parts, exact_gradients, parts, usable
+from ..solve_spec import SolveSpec
+from .base import RowSolver, Solve, Visible
 
 
 class Exact(RowSolver):

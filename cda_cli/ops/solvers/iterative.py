@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cda_cli.ops.dual import Dual, usable
-from cda_cli.ops.solve_spec import SolveSpec
-from cda_cli.ops.solvers.base import RowSolver, Solve, Visible
+from ..dual import Dual, usable
+from ..solve_spec import SolveSpec
+from .base import RowSolver, Solve, Visible
 
 
 class Annealing(NamedTuple):

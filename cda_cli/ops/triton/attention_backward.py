@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cda_cli.ops.triton.tiles import (
+from .tiles import (
     SIZES,
     head_of,
     load_block,

@@ -6,8 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cda_cli.ops.triton.attention_backward import load_duals
-from cda_cli.ops.triton.tiles import (
+from .attention_backward import load_duals
+from .tiles import (
     SIZES,
     capped_exp2,
     head_of,

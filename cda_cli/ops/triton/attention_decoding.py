@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cda_cli.ops.triton.tiles import SIZES, load_tile, product, sees, visible_range
+from .tiles import SIZES, load_tile, product, sees, visible_range
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cda_cli.ops.triton.tiles import (
+from .tiles import (
     BEYOND,
     HIDDEN,
     SIZES,

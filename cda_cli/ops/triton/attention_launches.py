@@ -15,11 +15,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cda_cli.ops.triton.attention_backward import query_kernel
-from cda_cli.ops.triton.attention_backward_keys import key_value_kernel
-from cda_cli.ops.triton.attention_forward import output_kernel, solve_kernel
-from cda_cli.ops.triton.attention_leader import follower_kernel, leader_kernel
-from cda_cli.ops.triton.tiles import INTERPRETED
+from .attention_backward import query_kernel
+from .attention_backward_keys import key_value_kernel
+from .attention_forward import output_kernel, solve_kernel
+from .attention_leader import follower_kernel, leader_kernel
+from .tiles import INTERPRETED
 
 LAYOUTS = 256  # that are remembered: as many lengths as a process is likely to alternate between
 

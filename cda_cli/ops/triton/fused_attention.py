@@ -13,14 +13,14 @@ import torch
 import triton
 from torch import Tensor
 
-from cda_cli.ops.attention_inputs import AttentionInputs
-from cda_cli.ops.dense import differentiable_attention
-from cda_cli.ops.documents import VisibleRanges, visible_ranges
-from cda_cli.ops.precision import in_own_precision
-from cda_cli.ops.solve_spec import SolveSpec
-from cda_cli.ops.transforms import differentiated_again, gradients
-from cda_cli.ops.triton.attention_decoding import few_scores_kernel
-from cda_cli.ops.triton.attention_launches import (
+from ..attention_inputs import AttentionInputs
+from ..dense import differentiable_attention
+from ..documents import VisibleRanges, visible_ranges
+from ..precision import in_own_precision
+from ..solve_spec import SolveSpec
+from ..transforms import differentiated_again, gradients
+from .attention_decoding import few_scores_kernel
+from .attention_launches import (
     Layout,
     backward,
     dual_length,
@@ -29,8 +29,8 @@ from cda_cli.ops.triton.attention_launches import (
     padded,
     solve_and_output,
 )
-from cda_cli.ops.triton.row_launches import exact_forward
-from cda_cli.ops.triton.tiles import BEYOND
+from .row_launches import exact_forward
+from .tiles import BEYOND
 
 # Up to so many queries are too few for a program per block of queries.
 FEW_QUERIES = 4

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cda_cli.ops.triton.tiles import rounded
+from .tiles import rounded
 
 SIZES = ("T", "rows_total")  # not compiled anew for each: texts of many lengths are usual
 

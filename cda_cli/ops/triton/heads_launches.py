@@ -14,9 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from cda_cli.ops.heads import Heads
-from cda_cli.ops.transforms import differentiated_again, gradients
-from cda_cli.ops.triton.heads_kernels import backward_kernel, forward_kernel
+from ..heads import Heads
+from ..transforms import differentiated_again, gradients
+from .heads_kernels import backward_kernel, forward_kernel
 
 ROWS = 32
 

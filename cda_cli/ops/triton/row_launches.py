@@ -17,13 +17,13 @@ import torch
 import triton
 from torch import Tensor
 
-from cda_cli.ops.triton.rows_exact import (
+from .rows_exact import (
     exact_backward_kernel,
     exact_backward_parts_kernel,
     exact_forward_kernel,
     exact_forward_parts_kernel,
 )
-from cda_cli.ops.triton.rows_iterative import (
+from .rows_iterative import (
     iterative_backward_kernel,
     iterative_backward_parts_kernel,
     iterative_forward_kernel,

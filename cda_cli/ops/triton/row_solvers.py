@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cda_cli.ops.solve_spec import SolveSpec
-from cda_cli.ops.solvers.base import RowSolver, Visible
-from cda_cli.ops.solvers.exact import Exact
-from cda_cli.ops.solvers.iterative import Annealing, Iterative
-from cda_cli.ops.triton.row_launches import exact_backward, exact_forward, iterative_backward, iterative_forward
+from ..solve_spec import SolveSpec
+from ..solvers.base import RowSolver, Visible
+from ..solvers.exact import Exact
+from ..solvers.iterative import Annealing, Iterative
+from .row_launches import exact_backward, exact_forward, iterative_backward, iterative_forward
 
 
 class ExactKernels(Exact):

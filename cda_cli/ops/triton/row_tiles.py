@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cda_cli.ops.triton.tiles import INTERPRETED, rounded
+from .tiles import INTERPRETED, rounded
 
 
 @triton.jit

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from cda_cli.ops.triton.row_tiles import any_of, exp2, load_entries, place_rows, saturated, store_entries, sums
-from cda_cli.ops.triton.tiles import usable
+from .row_tiles import any_of, exp2, load_entries, place_rows, saturated, store_entries, sums
+from .tiles import usable
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the shift of a row with nothing free, as in `dual.py`

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cda_cli.ops.triton.row_tiles import exp2, load_entries, place_rows, saturated, store_entries, sums
+from .row_tiles import exp2, load_entries, place_rows, saturated, store_entries, sums
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # exp(28), the reach of one shift: the exponent of an entry with weight 1 that is further below has lost digits.
