@@ -193,7 +193,7 @@ def selected(arch: int, quick: bool) -> list[Variant]:
     found: dict[tuple[str, str, str], Variant] = {}
     triton.runtime.driver.set_active(Driver(arch))
     # They remember whether another architecture has the bulk copy engine.
-    for launches in (attention_launches.leader_and_follower, attention_launches.solve_and_output):
+    for launches in (attention_launches.leader_and_output, attention_launches.solve_and_output):
         launches.cache_clear()
     attention_launches.backward.cache_clear()
     for calls in (attention_calls, decoding_calls, row_calls, heads_calls):

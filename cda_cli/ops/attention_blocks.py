@@ -1,12 +1,12 @@
 """Attention with the soft top-k in PyTorch, in blocks of queries: O(block × S) memory, forward and backward.
 
-For each block: scores → weights → output. Kept for the backward: one dual per row; the block's scores are recomputed.
-Backend "triton" changes one thing here: its row kernels run the iterative solver on the blocks.
-Registered as the custom operator `cda::soft_topk_attention`, so that torch.compile keeps it whole.
+Each block goes from scores to weights to output. The backward gets what the solver keeps of each row (m numbers), and
+computes the scores of the block again. The solver runs in PyTorch or, for backend "triton", by its row kernels. All of
+it is the custom operator `cda::soft_topk_attention`, which torch.compile keeps whole.
 
-Shapes: B batch, H heads, T queries, S keys, D head width; N = B·H; R = N·t rows of a block of t queries. Scores are
-held in units of ε (the query is scaled by scale/ε), which saves a pass over the block; the iterative solver, which
-changes ε as it goes, holds them in their own units.
+Shapes: B batch, H heads, T queries, S keys, D head width; N = B·H; R = N·t rows of a block of t queries. The exact
+solver has the scores in units of ε (the query is scaled by scale/ε), which saves a pass over the block. The iterative
+solver changes ε as it goes, so it has them in their own units.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .solve_spec import SolveSpec
 from .solvers import SOLVERS, row_solver
 from .transforms import differentiated_again, gradients
 
-# Scores of one block: on a CPU they should stay in the cache, on a GPU each pass should be worth its launch.
+# Scores of one block. On a CPU they should stay in the cache; on a GPU each pass should be worth its launch.
 BLOCK_SCORES_CPU = 2**19
 BLOCK_SCORES_GPU = 2**25
 
@@ -51,14 +51,14 @@ def blocks(query: Tensor, key: Tensor, causal: bool) -> Iterator[Block]:
     if not S:
         return
     step = max(16, scores_at_once(query.device) // max(1, N * S))
-    first = max(0, T - S) if causal else 0  # queries before it see nothing
+    first = max(0, T - S) if causal else 0  # Queries before it see nothing.
     for start in range(first, T, step):
         stop = min(start + step, T)
         yield Block(start, stop, S - T + stop if causal else S)
 
 
 def block_scores(query: Tensor, key: Tensor, block: Block, causal: bool, ranges: VisibleRanges | None) -> Tensor:
-    """Scores [N, t, keys] of a block, −inf where a later key, or one of another document, is masked."""
+    """Scores [N, t, keys] of a block, −inf where the key is a later one or of another document."""
     scores = query[:, block.start : block.stop] @ key[:, : block.keys].transpose(1, 2)
     if ranges is not None:
         places = torch.arange(block.keys, device=scores.device)
@@ -66,7 +66,7 @@ def block_scores(query: Tensor, key: Tensor, block: Block, causal: bool, ranges:
         hidden = (places < first) | (places >= last)
         scores.view(len(hidden), -1, *scores.shape[1:]).masked_fill_(hidden.unsqueeze(1), -torch.inf)
     elif causal:
-        # Only the last t keys can be out of sight: the rest of the block needs no mask.
+        # Only the last t keys can be masked. The rest of the block needs no mask.
         t = block.stop - block.start
         later = torch.full((t, t), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)[:, -block.keys :]
         scores[..., -t:] += later
@@ -74,7 +74,7 @@ def block_scores(query: Tensor, key: Tensor, block: Block, causal: bool, ranges:
 
 
 def visible_keys(block: Block, query: Tensor, causal: bool, ranges: VisibleRanges | None) -> Tensor:
-    """Number of keys that each row of the block sees, [N·t]."""
+    """The number of keys that each row of the block sees, [N·t]."""
     N, t, last = query.shape[0], block.stop - block.start, block.keys
     if ranges is not None:
         counts = (ranges.last - ranges.first)[:, block.start : block.stop]
@@ -184,7 +184,8 @@ def blockwise_attention_backward(
         grad_q[:, rows] = torch.bmm(grad_scores, k[:, keys])
         grad_k[:, keys] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
         grad_v[:, keys] += torch.bmm(weights.transpose(1, 2), grad_out[:, rows])
-    # q already carries the factor, so grad_k is whole. ∂L/∂k needs none: it is a gradient of the weights, not scores.
+    # q carries the factor already, so grad_k is complete. The gradient of the budget needs no factor: the budget does
+    # not enter by way of the scores.
     grad_q *= factor
     return (
         grad_q.view(query.shape).to(query.dtype),

@@ -1,4 +1,4 @@
-"""What the doors refuse before they compute anything, each in one sentence."""
+"""The doors refuse what has no meaning before they compute anything, each time in one sentence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Each is a tensor of a dtype that the operator computes with, all on the device of the first."""
+    """Refuses what is no tensor, has a dtype that the operator does not compute with, or lies on another device."""
     device = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -30,7 +30,7 @@ def check_tensors(**tensors: Tensor) -> None:
 
 
 def checked_spec(solver: Solver, eps: float, n_iters: int, eps_init: float, eps_decay: float) -> SolveSpec:
-    """The settings as one object. Each has a meaning, also where the solver does not read it."""
+    """The settings as one object. Refuses one without meaning, also where the solver does not read it."""
     check_positive("eps", eps)
     check_positive("eps_init", eps_init)
     check_positive("eps_decay", eps_decay)
@@ -44,9 +44,9 @@ def checked_spec(solver: Solver, eps: float, n_iters: int, eps_init: float, eps_
 
 
 def check_positive(name: str, value: float, *, infinite: bool = False) -> None:
-    """`value` is a number above 0; +inf only if `infinite`."""
+    """Refuses `value` unless it is a number above 0; +inf passes only if `infinite`."""
     if type(value) is float and 0 < value < math.inf:
-        return  # the usual case: every call of the operator asks
+        return  # This is the usual case, and every call of the operator asks.
     _check_type(name, value, Real, "a number")
     if not value > 0:
         raise ValueError(f"{name} must be greater than 0, not {value}")
@@ -55,7 +55,7 @@ def check_positive(name: str, value: float, *, infinite: bool = False) -> None:
 
 
 def check_finite(name: str, value: float) -> None:
-    """`value` is a finite number."""
+    """Refuses `value` unless it is a finite number."""
     if type(value) is not float:
         _check_type(name, value, Real, "a number")
     if not -math.inf < value < math.inf:
@@ -63,7 +63,7 @@ def check_finite(name: str, value: float) -> None:
 
 
 def check_rows(scores: Tensor, mask: Tensor | None) -> None:
-    """`scores` [..., n], and a mask that broadcasts to it."""
+    """Refuses anything but `scores` [..., n] and a mask that broadcasts to them."""
     check_tensors(scores=scores)
     if not scores.dim():
         raise ValueError("scores must have a dimension to select from, and these have none")
@@ -77,7 +77,7 @@ def check_rows(scores: Tensor, mask: Tensor | None) -> None:
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> None:
-    """query [B, H, T, D], key and value [B, G, S, D] with H a multiple of G, documents [B, S] with S ≥ T."""
+    """Refuses all but query [B, H, T, D], key, value [B, G, S, D] with H a multiple of G, documents [B, S], S ≥ T."""
     check_tensors(query=query, key=key, value=value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
@@ -103,8 +103,8 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor
 def row_budgets(sparsity_k: float | Tensor, like: Tensor, shape: torch.Size) -> Tensor:
     """The k of each row, of `shape`, on the device of `like` and in the dtype of its arithmetic.
 
-    Looking into a tensor is free on a CPU. On a GPU it would wait for all that was launched, and a tracer has no
-    numbers to show: there a k that is not above 0 makes its row NaN (`dual.usable`, and the kernels).
+    A look into a tensor is free on a CPU. On a GPU it would wait for all that was launched, and a tracer has no numbers
+    to show. There a k that is not above 0 makes its row NaN instead (`dual.usable`, and the kernels).
     """
     dtype = arithmetic_dtype(like.dtype)
     if not isinstance(sparsity_k, Tensor):
@@ -120,7 +120,7 @@ def row_budgets(sparsity_k: float | Tensor, like: Tensor, shape: torch.Size) -> 
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether a look at its numbers costs nothing; a tensor of a subclass may have none."""
+    """Whether a look at its numbers costs nothing. A tensor of a subclass may have no numbers."""
     plain = tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
     return plain and not torch.compiler.is_compiling() and not transformed()
 
@@ -140,7 +140,7 @@ def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     if shape == target:
         return True
     sizes = zip(reversed(shape), reversed(target), strict=False)
-    # Compared one by one: of sizes that are symbols torch.compile does not guard what `in` finds.
+    # The sizes are compared one by one: torch.compile sets no guard for what `in` finds among symbols.
     return len(shape) <= len(target) and all(size == 1 or size == wanted for size, wanted in sizes)
 
 

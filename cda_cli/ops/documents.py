@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class VisibleRanges(NamedTuple):
-    """int32. Query t sees the keys [first, last) [B, T]; key s is seen by the queries [low, high) [B, S]."""
+    """int32 tensors. Query t sees the keys [first, last) [B, T]; the queries [low, high) [B, S] see key s."""
 
     first: Tensor
     last: Tensor

@@ -1,4 +1,4 @@
-"""From a row's dual to its weights and back: the piece that both solvers and both doors share.
+"""From the dual of a row to its weights and their gradients, which both doors share.
 
     λ_i = min(1, exp((s_i + a)/ε))  =  capped_i + mass · p_i,   p = softmax(s/ε) over the free entries,  mass = k − m
 
@@ -7,8 +7,8 @@ and a row keeps its accuracy when |s|/ε is large; `peak` is the weight of that 
 a = ε log(peak) − shift, and an entry is capped exactly if (s_i − shift)/ε + log(peak) > 0. Rows where everything
 visible is capped have shift = the lowest finite number and peak = 1.
 
-The arithmetic is in products, clamps and softmax: on a CPU, comparisons, masked_fill and even exp cost several times
-as much as each of those.
+The arithmetic takes products, clamps and softmax. On a CPU, comparisons, masked_fill and even exp cost several times as
+much as each of them.
 
 Shapes: R rows, n entries.
 """
@@ -39,7 +39,7 @@ class Dual(NamedTuple):
 
 
 def usable(budget: Tensor) -> Tensor:
-    """The k of each row [R], NaN where it is not above 0, which makes the weights of its row NaN."""
+    """The k of each row [R]. It is NaN where k is not above 0, which makes the weights of the row NaN."""
     return budget.masked_fill(budget <= 0, torch.nan)
 
 
@@ -51,12 +51,12 @@ class Parts(NamedTuple):
     free: Tensor
 
     def weights(self) -> Tensor:
-        """λ [R, n]; overwrites `capped`."""
+        """λ [R, n]. The call overwrites `capped`."""
         return self.capped.addcmul_(self.free, self.mass.unsqueeze(-1))
 
 
 def parts(scores: Tensor, dual: Dual, eps: float) -> Parts:
-    """The parts of the weights of `scores` [R, n] (masked entries lowest finite or −inf) under a known dual."""
+    """The parts of the weights of `scores` [R, n] under a known dual. Masked entries are lowest finite or −inf."""
     if eps == 1.0:
         x = scores - (dual.shift - dual.peak.log()).unsqueeze(-1)
     else:

@@ -1,4 +1,4 @@
-"""The precision that the operator computes in, whatever the dtype of its inputs and whatever autocast would have."""
+"""The precision of the operator's arithmetic, which depends neither on the dtype of half inputs nor on autocast."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VECTOR_FUNCTIONS = tuple(
 
 
 def settle_vector_functions() -> None:
-    """Calls each vector function once, on one number, so that the first call of each is not made by many threads.
+    """Calls each vector function once, on one number, so that no first call is made by many threads.
 
     MKL chooses the code of a vector function in its first call. In the releases 2024.x, with which PyTorch is built,
     two threads that make this call together race, and one of them computes its share with half of the digits, without
@@ -37,12 +37,12 @@ def settle_vector_functions() -> None:
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is computed in float32."""
+    """The dtype of the arithmetic: float64 for float64, and float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast makes of `tensor` where F.scaled_dot_product_attention takes it; None where it leaves it alone."""
+    """The dtype to which autocast casts `tensor` for F.scaled_dot_product_attention, or None if it does not."""
     kind = tensor.device.type
     if kind != "meta" and tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

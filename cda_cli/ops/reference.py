@@ -1,4 +1,4 @@
-"""The specification: the float64 optimum by bisection, independent of both solvers. Slow, and only for checks.
+"""The specification: the float64 optimum by bisection, independent of both solvers. It is slow, and for checks only.
 
 λ = argmax ⟨s, λ⟩ − ε Σ λ log λ   subject to   0 ≤ λ ≤ 1, Σ λ = k
 λ_i = min(1, exp((s_i + a)/ε)),   Σ λ_i = k
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Solution(NamedTuple):
-    """float64: weights λ [..., n], the threshold a [...] and the capped entries [..., n] (bool)."""
+    """Weights λ [..., n] and the threshold a [...] in float64, and which entries are capped [..., n] (bool)."""
 
     weights: Tensor
     threshold: Tensor

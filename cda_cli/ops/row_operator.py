@@ -1,6 +1,6 @@
 """The row operator: the custom operator `cda::soft_topk`, which torch.compile keeps whole, in PyTorch or in Triton.
 
-Saved for the backward: the scores, k and what the solver keeps of each row; the weights are recomputed.
+The backward gets the scores, k and what the solver keeps of each row, and computes the weights again.
 
 Shapes: R rows, n entries, m numbers that the solver keeps of each row (`RowSolver.kept`).
 """

@@ -1,7 +1,7 @@
 """What PyTorch does to a function besides one backward: torch.func, forward mode, gradients of gradients.
 
-The custom operators have one formula, that of a backward. Where more is asked, the doors and the backwards compute with
-plain PyTorch operators instead, from the same solution of the rows, and PyTorch differentiates these.
+The custom operators have a formula for one backward only. Where more is asked, doors and backwards compute with
+PyTorch's own operators instead, from the same solution of the rows, and PyTorch differentiates these.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `function(*inputs)` for each input that is `needed`; they are differentiable themselves."""
     with torch.enable_grad():
-        inputs = [tensor.view_as(tensor) for tensor in inputs]  # apart, also where one tensor is given twice
+        inputs = [tensor.view_as(tensor) for tensor in inputs]  # separate tensors, also where one is given twice
         output = function(*inputs)
     wanted = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
     grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True, materialize_grads=True))

@@ -1,9 +1,9 @@
 """The exact solver in PyTorch: Newton's method on F(y) = Σ min(1, y·exp(s_i/ε)) = k, y = exp(a/ε).
 
-F is piecewise linear, concave and increasing, so "fix the capped set, solve for a, cap what exceeds 1, repeat" is
-Newton's method; from nothing capped it approaches from the left and ends after finitely many steps. With the capped
-set fixed the free weights are (k − m)·softmax, so a step is one softmax, and only the rows whose largest weight
-exceeds 1 take another.
+F is piecewise linear, concave and increasing. So it is Newton's method to fix the capped set, solve for a, cap what
+exceeds 1, and repeat. It starts with nothing capped, approaches the solution from the left, and ends after finitely
+many steps. With the capped set fixed, the free weights are (k − m)·softmax, so a step is one softmax. Only the rows
+whose largest weight exceeds 1 take another step.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def solve_exact(scores: Tensor, budget: Tensor, visible: Tensor, eps: float) -> 
     capped = torch.zeros_like(newest)
     while len(rows):
         newly = torch.threshold(newest, 1.0, 0.0).clamp_(max=1.0)
-        # Always fewer than `mass` in exact arithmetic. Rounding alone can break that, and only where the entries above
-        # 1 are all 1 to rounding: nothing more is capped there, and the largest weight is 1.
+        # In exact arithmetic they are always fewer than `mass`. Rounding alone can break that, and only if the entries
+        # above 1 are all 1 to rounding. Nothing more is capped then, and the largest weight is 1.
         newly.mul_((newly.sum(-1) < mass).unsqueeze(-1))
         count = newly.sum(-1)
         capped += newly

@@ -4,9 +4,9 @@ From b = −s, for t = 1 … n_iters, with ε_1 = max(eps_init, ε) and ε_{t+1}
 
     u_t = (s + b)/ε_t,   a_t = ε_t (log k − logsumexp u_t),   b = −relu(s + a_t)
 
-and λ = exp((s + a + b)/ε_last), where ε_last has been decayed once more after the last update. b follows from a, so
-the state, forward and backward, is one number per row and iteration. The operations stand in the published order: at a
-small ε their rounding is the largest part of the result's error, and parity with the published code needs the same.
+and λ = exp((s + a + b)/ε_last), where ε_last has decayed once more after the last update. b follows from a, so the
+state of forward and backward is one number per row and iteration. The operations have the published order: at a small ε
+their rounding is the largest part of the error, and parity with the published code needs the same rounding.
 
 Sources: arXiv 1502.04759, 2303.09752 (coordinate descent), 1610.06519, 2304.04947 (ε-scaling).
 """

@@ -31,8 +31,11 @@ def _delta(
     grad, summed, value, leaders, mass, rows, stride_ot, stride_vs, T, D: tl.constexpr, BLOCK_D: tl.constexpr,
     LEADERS: tl.constexpr,
 ):  # fmt: skip
-    """δ of the rows, 0 where everything visible is capped. `summed` is the free part of the output, or with LEADERS the
-    output, from which the value row of a capped leader is taken away."""
+    """δ of the rows, 0 where everything visible is capped.
+
+    `summed` is the free part of the output. With LEADERS it is the output itself, from which the value row of a capped
+    leader is subtracted here.
+    """
     out = load_tile(summed, rows, stride_ot, T, D, BLOCK_D, True).to(tl.float32)
     if LEADERS:
         leader = tl.load(leaders + rows, mask=rows < T, other=-1)
@@ -43,10 +46,10 @@ def _delta(
 
 @triton.jit
 def load_duals(duals, start, T, BLOCK: tl.constexpr):
-    """shift, margin, δ, peak of the queries [start, start + BLOCK), zeros past T.
+    """shift, margin, δ and peak of the queries [start, start + BLOCK), with zeros past T.
 
-    `duals` is a pointer and the distance of its four parts, or a descriptor, the row, and that distance in rows; then
-    the precision is half, and the peak is not needed.
+    `duals` is a pointer and the distance of its four parts. Or it is a descriptor, the row, and that distance in rows;
+    the precision is then half, and the peak is not needed.
     """
     if len(duals) == 3:
         shift = duals[0].load([duals[1], start]).reshape(BLOCK)
@@ -177,12 +180,15 @@ def query_kernel(
     FIND_DELTA: tl.constexpr,
     BULK: tl.constexpr,
 ):
-    """grad_query [B, H, T, D], grad_budget [B, H, T] float32, which is δ, and duals [4, B, H, duals_length] float32,
-    what `key_value_kernel` needs of a query: shift (as `powers` takes it), margin, δ, and peak. `unit` = scale/ε.
+    """Writes grad_query [B, H, T, D], grad_budget [B, H, T] float32, and duals [4, B, H, duals_length] float32.
 
-    With FIND_DELTA a first pass over the keys makes δ of the very numbers that it is subtracted from, which float32
-    needs: where one weight is nearly all, little is left of g − δ but the difference of their roundings. `value` may be
-    a descriptor (with BULK, as `key`) of the tensor at `value_rows`, from which single rows are read.
+    grad_budget is δ. The duals are what `key_value_kernel` needs of each query: shift (as `powers` takes it), margin, δ
+    and peak. `unit` = scale/ε.
+
+    With FIND_DELTA a first pass over the keys computes δ from the very numbers from which it is subtracted later.
+    float32 needs that: where one weight is nearly all, g − δ is hardly more than the difference of their roundings.
+    With BULK, `key` and `value` are descriptors; single rows are read from `value_rows`, the tensor of which `value` is
+    the descriptor.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1)

@@ -1,5 +1,7 @@
-"""Attention backward, the gradients of keys and values: a program for each block of keys, over the queries that see
-them (attention_backward.py has the mathematics)."""
+"""Attention backward: the gradients of keys and values (attention_backward.py has the mathematics).
+
+A program takes a block of keys and goes over the queries that see them.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,9 @@ def _key_tile(
     RANGES: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """One tile of queries, with the scores transposed: so the weights go from registers into the products.
+    """Adds a tile of queries, with transposed scores, so that the weights enter the products from registers.
 
-    Queries past T add nothing: they and their output gradients are zeros.
+    Queries past T add nothing, since they and the gradients of their outputs are zeros.
     """
     q = load_block(queries, start, stride_qt, T, D, BLOCK_D, BLOCK_M, CHECK)
     grad = load_block(grads, start, stride_gt, T, D, BLOCK_D, BLOCK_M, CHECK)
@@ -60,7 +62,7 @@ def _key_tile(
         visible = (columns[:, None] >= first[None, :]) & (columns[:, None] < last[None, :])
         weights = tl.where(visible, weights, 0.0)
     grad_v += product(rounded(weights, grad.dtype), grad)
-    # The selection stands before the product, not beside the rounding: there it would be made in halves.
+    # Select before the product. Beside the rounding the compiler would select in two halves.
     free = tl.where(power <= margin[None, :], weights, 0.0)
     grad_scores = free * (product(v, tl.trans(grad)) - delta[None, :])
     grad_k += product(rounded(grad_scores, q.dtype), q)
@@ -114,9 +116,9 @@ def key_value_kernel(
     RANGES: tl.constexpr,
     BULK: tl.constexpr,
 ):
-    """grad_key, grad_value [B, G, S, D], of BLOCK_N keys, summed over the query heads that share them.
+    """Writes grad_key and grad_value [B, G, S, D] of BLOCK_N keys, summed over the query heads that share them.
 
-    low_ptr, high_ptr [B, S], with RANGES: the queries [low, high) that see each key.
+    With RANGES, low_ptr and high_ptr [B, S] give the queries [low, high) that see each key.
     """
     row = tl.program_id(1)
     batch, head = row // key_heads, row % key_heads
@@ -129,7 +131,7 @@ def key_value_kernel(
     if RANGES:
         low = tl.min(tl.load(low_ptr + batch * S + columns, mask=columns < S, other=T))
         high = tl.max(tl.load(high_ptr + batch * S + columns, mask=columns < S, other=0))
-        full_low = high  # where documents end inside a tile is not looked for: every tile is checked
+        full_low = high  # Every tile is checked: the kernel does not look for the ends of documents inside tiles.
     elif CAUSAL:
         low = tl.maximum(start_n - (S - T), 0)
         high = T
@@ -154,7 +156,7 @@ def key_value_kernel(
             own = (duals, query_row, tl.num_programs(1) * group)
         else:
             own = (duals + query_row.to(tl.int64) * duals_length, duals_total)
-        # Without a lower border this loop would never run, and compiled all the same it crashes ptxas 12.8 and 12.9.
+        # Without a lower border this loop never runs. Compiled all the same, it crashes ptxas 12.8 and 12.9.
         if CAUSAL or RANGES:
             for start in range(low, full_low, BLOCK_M):
                 grad_k, grad_v = _key_tile(

@@ -1,4 +1,4 @@
-"""The scores of a few queries against a long cache: a program for each block of keys and of their queries."""
+"""The scores of a few queries against a long cache. A program takes a block of keys and a block of their queries."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def few_scores_kernel(
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
 ):
-    """scores [B, H, T, S] float32 = scale·q·k, −inf out of sight: one block of keys and one of their queries."""
+    """Writes scores [B, H, T, S] float32 = scale·q·k, −inf where the query does not see the key."""
     pair = tl.program_id(1)
     batch, head = pair // key_heads, pair % key_heads
-    member = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)  # of the group·T queries, heads first
+    member = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)  # among the group·T queries, heads first
     query_head, rows = head * group + member // T, member % T
     exists = member < group * T
     first, last = visible_range(rows, T, S, first_ptr + batch * T, last_ptr + batch * T, CAUSAL, RANGES)

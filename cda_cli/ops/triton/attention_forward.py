@@ -1,12 +1,12 @@
-"""Attention forward for any k, in two passes over the keys, no T × S tensor.
+"""Attention forward for any k, in two passes over the keys and without a T × S tensor.
 
 `solve_kernel` finds the dual of each row; `output_kernel` sums the values under the weights that the dual gives.
 
-The first pass keeps, for each row, the two largest scores of BLOCK_N classes of keys (column j of every tile) out of
-the running sum of the others: an insertion is four comparisons per score, with no branch and no exception for ties, and
-whatever falls out of a class joins the sum. Newton's method on these few candidates is exact as soon as no score of
-the sum is capped; where one is (three large scores of one class, or many capped entries), further passes over the keys
-finish it.
+The keys form BLOCK_N classes, of which column j of every tile is one. For each row the first pass keeps the two
+largest scores of each class as candidates, and sums the others. An insertion takes four comparisons per score, without
+a branch and without an exception for ties; a score that falls out of its class joins the sum. Newton's method on the
+candidates is exact if no score of the sum is capped. If one is (three large scores of one class, or many capped
+entries), further passes over the keys finish the row.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ from .tiles import (
 
 @triton.jit
 def _base(shift, factor):
-    """The shift in powers of two; 0 where nothing was seen: of two products of HIDDEN only one may be rounded."""
+    """The shift in powers of two, and 0 where nothing was seen.
+
+    There the compiler may round one of two equal products of HIDDEN and not the other.
+    """
     return tl.where(shift > 0.5 * HIDDEN, shift * factor, 0.0)
 
 
@@ -62,9 +65,10 @@ def _insert(
     CHECK: tl.constexpr,
     MOVE: tl.constexpr,
 ):
-    """One tile of keys into the classes, top ≥ second; what falls out joins the sum, and `largest` is the most of it.
+    """Inserts a tile of keys into the classes, whose two candidates are top ≥ second.
 
-    MOVE follows the row's maximum with `shift`; without it the shift stays, which saves a reduction for each tile.
+    Scores that fall out join the sum, and `largest` is the largest of them. With MOVE the shift follows the maximum of
+    the row. Without MOVE it stays, which saves a reduction for each tile.
     """
     scores = tile_scores(q, keys, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, CHECK)
     if MOVE:
@@ -99,7 +103,7 @@ def _refine(
     BLOCK_N: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """One tile of a Newton pass: how many scores exceed `cut`, the largest of the others and their sum."""
+    """Adds a tile to a Newton pass: how many scores exceed `cut`, the largest of the others, and their sum."""
     scores = tile_scores(q, keys, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, CHECK)
     capped = scores * factor > cut[:, None]
     count += tl.sum(capped.to(tl.float32), 1)
@@ -137,12 +141,13 @@ def solve_kernel(
     RANGES: tl.constexpr,
     BULK: tl.constexpr,
 ):
-    """stats [4, B, H, T] float32 of every row: shift, in units of q·k; peak and margin, in powers of two; mass = k − m.
+    """Writes stats [4, B, H, T] float32: shift, as q·k; peak and margin, in powers of two; mass = k − m.
 
-    λ = exp2(min(0, y)) with y = factor·(q·k − shift) + peak; an entry is capped if y > margin, the threshold that told
-    capped from free when the last of them was capped: further from both than the rounding of a backward's scores.
+    λ = exp2(min(0, y)) with y = factor·(q·k − shift) + peak, and an entry is capped if y > margin. The margin is the
+    threshold that separated capped from free entries when the last entry was capped. It lies further from both than
+    the rounding of the scores in the backward.
     """
-    # The last queries of a causal row see the most keys: they go first.
+    # The last queries of a causal sequence see the most keys, so they go first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1)
     batch, head = row // heads, row % heads
@@ -160,7 +165,7 @@ def solve_kernel(
     largest = tl.full([BLOCK_M], HIDDEN, tl.float32)
     rest = tl.zeros([BLOCK_M], tl.float32)
     reference = tl.full([BLOCK_M], HIDDEN, tl.float32)
-    # The tiles at the borders and one other move the shift; it then stays for the rest of the row.
+    # The tiles at the borders and one other move the shift. It stays for the rest of the row.
     if RANGES:
         for start in range(low, tl.minimum(full_low, high), BLOCK_N):
             top, second, largest, rest, reference = _insert(
@@ -183,7 +188,7 @@ def solve_kernel(
             BLOCK_N, False, False,
         )  # fmt: skip
 
-    # Newton on the candidates, from nothing capped, in powers of two.
+    # Newton's method on the candidates, in powers of two. It starts with nothing capped.
     reference *= factor
     hidden = largest * factor
     top *= factor
@@ -210,7 +215,7 @@ def solve_kernel(
         new_shift = tl.maximum(new_shift, tl.max(free_second, 1))
         free = tl.sum(tl.exp2(free_top - new_shift[:, None]), 1) + rest * tl.exp2(reference - new_shift)
         free += tl.sum(tl.exp2(free_second - new_shift[:, None]), 1)
-        # As many as k entries above 1 can only be all 1 to rounding: none of them is capped.
+        # If k entries or more are above 1, they are all 1 to rounding, and none of them is capped.
         going = going & (new_count < k_row)
         cut = tl.where(going, -offset, cut)
         count = tl.where(going, new_count, count)
@@ -219,13 +224,13 @@ def solve_kernel(
         offset = level - shift
         going = going & (shift + offset > 0) & (count + 1 < k_row)
 
-    # The sum has lost its accuracy where it overflowed, or where what is free lies far below the shift: start again.
+    # The sum is inaccurate where it overflowed, or where the free entries lie far below the shift. Start again there.
     lost = (rest > 1e37) | (reference - shift > 60)
     shift = tl.where(lost, highest, shift)
     level = tl.where(lost, tl.log2(k_row / (last - first + 1).to(tl.float32)), level)
     offset = level - shift
     going = (lost | ((hidden + offset > 0) & (count + 1 < k_row))) & ~covered
-    # Rows with a capped entry outside the candidates: the same step over all keys.
+    # Rows with a capped entry outside the candidates take the same step over all keys.
     while tl.max(going.to(tl.int32)) > 0:
         new_count = tl.zeros([BLOCK_M], tl.float32)
         largest_row = tl.full([BLOCK_M], HIDDEN, tl.float32)
@@ -285,7 +290,7 @@ def _accumulate(
     SPLIT: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """One tile of values under their weights; `capped` takes those of the capped entries where SPLIT is on."""
+    """Adds a tile of values under their weights. With SPLIT, those of the capped entries are added to `capped`."""
     columns = start + tl.arange(0, BLOCK_N)
     k = load_block(keys, start, stride_ks, S, D, BLOCK_D, BLOCK_N, CHECK)
     v = load_block(values, start, stride_vs, S, D, BLOCK_D, BLOCK_N, CHECK)
@@ -295,7 +300,7 @@ def _accumulate(
         power = tl.where(visible, power, -BEYOND)
     weights = capped_exp2(power)
     if SPLIT:
-        # The selection stands before the exponential, not beside the rounding: there it would be made in halves.
+        # Select before the exponential. Beside the rounding the compiler would select in two halves.
         unlimited = tl.exp2(tl.where(power > margin[:, None], -BEYOND, power))
         free += product(rounded(unlimited, v.dtype), v)
         capped += product(rounded(weights - unlimited, v.dtype), v)
@@ -341,7 +346,7 @@ def output_kernel(
     RANGES: tl.constexpr,
     BULK: tl.constexpr,
 ):
-    """output [B, H, T, D] = Σ λ v; with SPLIT also free_output, the part of the free entries, for the backward."""
+    """Writes output [B, H, T, D] = Σ λ v. With SPLIT it also writes free_output, the part of the free entries."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1)
     batch, head = row // heads, row % heads

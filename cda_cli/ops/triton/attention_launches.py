@@ -1,8 +1,8 @@
 """How the attention kernels are launched: tiles, grids, numbers, and compiled kernels that are found once per layout.
 
-Triton looks at every argument of every call to find the compiled kernel. With the tile and the numbers put together
-anew that takes the host longer, for a layer of a training step at T = 1024, than the kernels take the GPU
-(docs/kernels.md). Calls of one `Layout` differ in pointers, ε and scale alone: they share their launches.
+Triton looks at every argument of every call to find the compiled kernel. In a layer of a training step at T = 1024,
+this and the choice of tile and numbers would take the host longer than the kernels take the GPU (docs/kernels.md).
+Calls of one `Layout` differ only in pointers, ε and scale, so they share their launches.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .attention_backward import query_kernel
 from .attention_backward_keys import key_value_kernel
 from .attention_forward import output_kernel, solve_kernel
-from .attention_leader import follower_kernel, leader_kernel
+from .attention_leader import leader_kernel, leader_output_kernel
 from .tiles import INTERPRETED
 
-LAYOUTS = 256  # that are remembered: as many lengths as a process is likely to alternate between
+# So many layouts are remembered. A process is not likely to alternate between more lengths.
+LAYOUTS = 256
 
 Steps = tuple[int, ...]  # strides [B, H, length] of a tensor [B, H, length, D], which is contiguous in D
 
@@ -40,8 +41,8 @@ class Layout(NamedTuple):
     summed_steps: Steps
     causal: bool
     documents: bool
-    # Every input, to 16 bytes, for which Triton compiles; outputs are, being new. Dtypes that are not here follow from
-    # this one, or are always the same.
+    # Whether every input is aligned to 16 bytes, for which Triton compiles. Outputs are new, so they always are. Dtypes
+    # that are not listed follow from `dtype`, or are always the same.
     aligned: bool
 
     @staticmethod
@@ -79,26 +80,28 @@ class Layout(NamedTuple):
 
     @property
     def bulk(self) -> bool:
-        """Whether the bulk copy engine can read the tensors. It came with compute capability 9.0, and wants multiples
-        of 16 bytes."""
+        """Whether the bulk copy engine can read the tensors.
+
+        It came with compute capability 9.0, and needs strides that are multiples of 16 bytes.
+        """
         steps = (*self.query_steps, *self.key_steps, *self.value_steps, *self.grad_steps)
         fits = self.aligned and self.dtype != torch.float32 and all(step > 0 and step % 8 == 0 for step in steps)
         return fits and (INTERPRETED.value or triton.runtime.driver.active.get_current_target().arch >= 90)
 
 
 class Launch:
-    """A kernel with its grid, its numbers and its options; called with what changes from call to call, which comes
-    first among the kernel's arguments. A compiled kernel takes all arguments in the order of the signature, constants
-    too (Triton 3.6 and 3.7).
+    """A kernel with its grid, its numbers and its options.
 
-    `rows` is the length of the blocks that the bulk copy engine reads, where it does.
+    It is called with the arguments that change from call to call, which come first in the signature of the kernel. A
+    compiled kernel takes all arguments in the order of the signature, constants too (Triton 3.6 and 3.7). `rows` is the
+    length of the blocks that the bulk copy engine reads, where it can.
     """
 
     def __init__(
         self, kernel: Any, grid: tuple[int, int], numbers: Steps, options: dict[str, Any], layout: Layout, rows: int = 0
     ) -> None:
         self._kernel, self._grid, self._numbers, self._options = kernel, grid, numbers, options
-        self._kept = layout.aligned  # other pointers may need another compiled kernel
+        self._kept = layout.aligned  # Other pointers may need another compiled kernel.
         self._again: Any = None
         self._rest: tuple[Any, ...] = ()
         self._block = [1, 1, rows, padded(layout.query[-1])] if options.get("BULK") else None
@@ -108,7 +111,7 @@ class Launch:
             self._again(*varying, *self._rest)
             return
         compiled = self._kernel[self._grid](*varying, *self._numbers, **self._options)
-        if self._kept and compiled is not None:  # the interpreter compiles nothing
+        if self._kept and compiled is not None:  # The interpreter compiles nothing.
             constants = self._kernel.arg_names[len(varying) + len(self._numbers) :]
             self._rest = (*self._numbers, *(self._options[name] for name in constants))
             grid = (*self._grid, 1)
@@ -136,10 +139,10 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
-    step: int = 1  # tiles that a step of the loop takes, where the kernel has such steps
+    step: int = 1  # Tiles in one step of the loop, if the kernel has such steps.
 
     def options(self, layout: Layout) -> dict[str, Any]:
-        """What every kernel over tiles takes by name."""
+        """The named arguments that every kernel over tiles takes."""
         width = layout.query[-1]
         shape = {"D": width, "BLOCK_D": padded(width), "BLOCK_M": self.queries, "BLOCK_N": self.keys}
         sight = {"CAUSAL": layout.causal, "RANGES": layout.documents, "BULK": layout.bulk}
@@ -154,7 +157,7 @@ def _tile(kernel: str, width: int, dtype: torch.dtype) -> Tile:
     if width > 128:
         return {
             "leader": Tile(64, 64, 4, 2),
-            "follower": Tile(64, 64, 4, 2),
+            "leader_output": Tile(64, 64, 4, 2),
             "solve": Tile(64, 64, 4, 2),
             "output": Tile(64, 64, 4, 2),
             "split": Tile(64, 32, 8, 2),
@@ -164,7 +167,7 @@ def _tile(kernel: str, width: int, dtype: torch.dtype) -> Tile:
     if width > 64:
         return {
             "leader": Tile(64, 128, 4, 3, 168),
-            "follower": Tile(64, 64, 4, 3),
+            "leader_output": Tile(64, 64, 4, 3),
             "solve": Tile(64, 64, 4, 3, 168),
             "output": Tile(64, 64, 4, 3),
             "split": Tile(64, 64, 4, 3),
@@ -173,7 +176,7 @@ def _tile(kernel: str, width: int, dtype: torch.dtype) -> Tile:
         }[kernel]
     return {
         "leader": Tile(64, 128, 4, 2, 168, step=2),
-        "follower": Tile(64, 128, 4, 2, 168),
+        "leader_output": Tile(64, 128, 4, 2, 168),
         "solve": Tile(64, 64, 4, 3, 168),
         "output": Tile(64, 64, 4, 3),
         "split": Tile(64, 64, 4, 3, 168),
@@ -206,26 +209,28 @@ def _over_queries(kernel: Any, name: str, numbers: Steps, layout: Layout, **cons
 
 
 def _two_passes(layout: Layout) -> tuple[Steps, Steps]:
-    """The numbers of a forward's first kernel, which reads queries and keys, and of its second, which reads values and
-    writes the output."""
+    """The numbers of the two kernels of a forward.
+
+    The first kernel reads queries and keys. The second also reads values, and writes the output.
+    """
     B, H, T, D, G, S = layout.sizes
     scores, sizes = (*layout.query_steps, *layout.key_steps), (H, H // G, T, S, B * H * T)
     return (*scores, *sizes), (*scores, *layout.value_steps, *_inside(H, T, D), *sizes)
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
-def leader_and_follower(layout: Layout) -> tuple[Launch, Launch]:
+def leader_and_output(layout: Layout) -> tuple[Launch, Launch]:
     first, second = _two_passes(layout)
     this = _tile("leader", layout.query[-1], layout.dtype)
     return (
         _over_queries(leader_kernel, "leader", first, layout, CLASSES=min(64, this.keys), STEP=this.step),
-        _over_queries(follower_kernel, "follower", second, layout),
+        _over_queries(leader_output_kernel, "leader_output", second, layout),
     )
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
 def solve_and_output(layout: Layout, split: bool) -> tuple[Launch, Launch]:
-    """With `split` the part of the output from free entries is kept apart too."""
+    """With `split` the second kernel also writes the part of the output from free entries."""
     first, second = _two_passes(layout)
     return (
         _over_queries(solve_kernel, "solve", first, layout),
@@ -235,7 +240,7 @@ def solve_and_output(layout: Layout, split: bool) -> tuple[Launch, Launch]:
 
 @functools.lru_cache(maxsize=LAYOUTS)
 def backward(layout: Layout, leaders: bool) -> tuple[Launch, Launch]:
-    """The gradient of the queries, and those of keys and values."""
+    """The launches for the gradient of the queries, and for those of keys and values."""
     B, H, T, D, G, S = layout.sizes
     length, find_delta = dual_length(T), layout.dtype == torch.float32
     strides = (*layout.query_steps, *layout.key_steps, *layout.value_steps, *layout.grad_steps)
@@ -249,5 +254,5 @@ def backward(layout: Layout, leaders: bool) -> tuple[Launch, Launch]:
 
 
 def dual_length(T: int) -> int:
-    """Of a row of duals: the bulk copy engine wants rows of multiples of 16 bytes."""
+    """The length of a row of duals: the bulk copy engine needs rows whose bytes are a multiple of 16."""
     return triton.cdiv(T, 4) * 4

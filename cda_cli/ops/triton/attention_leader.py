@@ -1,13 +1,13 @@
-"""Attention forward for k ≤ 2, in two passes over the keys of which only one takes exponentials; no T × S tensor.
+"""Attention forward for k ≤ 2. It takes two passes over the keys, one of them with exponentials, and no T × S tensor.
 
-With k ≤ 2 at most one entry of a row can be capped, its largest: the *leader*. The first pass finds it, with its
-position, and the largest score of the others, by a product and two or three comparisons per score. The second is flash
-attention, except that the shift is known beforehand, so that nothing is rescaled: it is the largest of the others. The
-weights are held to 1, which only the leader would exceed; so it can be taken out of both sums again, and what is left
-is never small beside it. These sums give the dual in closed form (docs/operator.md), and the leader's value row is
+With k ≤ 2 at most one entry of a row can be capped: its largest, the *leader*. The first pass finds the leader, its
+position, and the largest of the other scores, by a product and two or three comparisons per score. The second pass is
+flash attention with a shift that is known beforehand, the largest of the other scores, so it rescales nothing. It holds
+the weights to 1. Only the leader would exceed 1, so the leader can be subtracted from both sums again, and the rest is
+never small beside it. These sums give the dual in closed form (docs/operator.md). The value row of the leader is then
 added under its own weight.
 
-A tie is no exception: the leader is one key, by its position.
+Ties need no exception: the leader is one key, by its position.
 """
 
 from __future__ import annotations
@@ -37,25 +37,27 @@ from .tiles import (
 
 @triton.jit
 def _fold(scores, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CLASSES: tl.constexpr):
-    """The largest score of each class of a tile: [BLOCK_M, CLASSES], key j being of class j modulo CLASSES."""
+    """The largest score of each class of a tile, [BLOCK_M, CLASSES]. Key j is of class j modulo CLASSES."""
     return tl.max(tl.reshape(scores, [BLOCK_M, BLOCK_N // CLASSES, CLASSES]), 1)
 
 
 @triton.jit
 def _lead(folded, start, top, place, second):
-    """Into the classes: their largest scores `top`, and the starts of the tiles these came from. What they displace, or
-    what they keep out, only leaves its maximum in `second`."""
+    """Updates the largest scores `top` of the classes, and the starts of the tiles from which they came.
+
+    Of the scores that are displaced or kept out, only the largest remains, in `second`.
+    """
     second = tl.maximum(second, tl.max(tl.minimum(folded, top), 1))
     higher = folded > top
     return tl.where(higher, folded, top), tl.where(higher, start, place), second
 
 
 @triton.jit
-def _follow(
+def _accumulate(
     q, keys, values, start, stride_ks, stride_vs, S, first, last, shift, factor, total, weighted,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """One tile: its exponentials, held to 1, into `total`, and the value rows under these into `weighted`."""
+    """Adds the exponentials of a tile, held to 1, to `total`, and the value rows under them to `weighted`."""
     scores = tile_scores(q, keys, start, stride_ks, S, first, last, D, BLOCK_D, BLOCK_N, CHECK)
     v = load_block(values, start, stride_vs, S, D, BLOCK_D, BLOCK_N, CHECK)
     weights = capped_exp2(powers(scores, shift[:, None], 0.0, factor, v.dtype))
@@ -92,14 +94,16 @@ def leader_kernel(
     RANGES: tl.constexpr,
     BULK: tl.constexpr,
 ):
-    """leaders [B, H, T] int32, the position of the largest score of each row; stats [2 of 4, B, H, T] float32, the
-    largest of the others and the leader's, as q·k. All are 0 where nothing is seen.
+    """Writes the leaders and the first two of the four stats of each row; all are 0 where nothing is seen.
 
-    Keys a multiple of CLASSES apart are of one class; STEP tiles make a step of the loop. Within a step each class
-    leaves only its largest score, so which key that was, and the second of the step, is looked up at the end.
-    `key_rows` is the tensor of which `key` may be the descriptor.
+    leaders [B, H, T] int32 are the positions of the largest scores. stats [4, B, H, T] float32 get the largest of the
+    other scores and the score of the leader, as q·k.
+
+    Keys that lie a multiple of CLASSES apart are of one class. A step of the loop takes STEP tiles and keeps only the
+    largest score of each class. At the end the kernel looks up which key that was, and the second largest score of its
+    step. `key_rows` is the tensor of which `key` may be the descriptor.
     """
-    # The last queries of a causal row see the most keys: they go first.
+    # The last queries of a causal sequence see the most keys, so they go first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1)
     batch, head = row // heads, row % heads
@@ -137,7 +141,7 @@ def leader_kernel(
     second = tl.maximum(second, tl.max(tl.where(is_leading, HIDDEN, top), 1))
     leader = tl.sum(tl.where(is_leading, place, 0), 1) + leading
     if STEP * BLOCK_N > CLASSES:
-        # Which of its step, and what is the largest of the others there?
+        # Looks up which key of its step the leader is, and the largest score of the others there.
         candidate = leader
         best = tl.full([BLOCK_M], HIDDEN, tl.float32)
         q = load_tile(base_q, rows, stride_qt, T, D, BLOCK_D, True).to(tl.float32)
@@ -159,7 +163,7 @@ def leader_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def follower_kernel(
+def leader_output_kernel(
     query,
     key,
     value,
@@ -196,11 +200,11 @@ def follower_kernel(
     RANGES: tl.constexpr,
     BULK: tl.constexpr,
 ):
-    """`value` may be a descriptor (with BULK, as `key`) of the tensor at `value_rows`, from which single rows are read.
+    """Writes output [B, H, T, D], stats [4, B, H, T] as `solve_kernel` does, and leaders [B, H, T] int32.
 
-    output [B, H, T, D]; stats [4, B, H, T] as of `solve_kernel`; leaders [B, H, T] int32, −1 where not capped.
-
-    Reads what `leader_kernel` left in stats and leaders. A row whose k exceeds 2, or is not above 0, is NaN.
+    It reads what `leader_kernel` left in stats and leaders. A leader that is not capped becomes −1. A row whose k
+    exceeds 2, or is not above 0, is NaN. With BULK, `key` and `value` are descriptors; single rows are read from
+    `value_rows`, the tensor of which `value` is the descriptor.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.program_id(1)
@@ -223,17 +227,17 @@ def follower_kernel(
     weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if RANGES:
         for start in range(low, tl.minimum(full_low, high), BLOCK_N):
-            total, weighted = _follow(
+            total, weighted = _accumulate(
                 q, keys, values, start, stride_ks, stride_vs, S, first, last, added, factor, total, weighted,
                 D, BLOCK_D, BLOCK_N, True,
             )  # fmt: skip
     for start in range(full_low, full_high, BLOCK_N):
-        total, weighted = _follow(
+        total, weighted = _accumulate(
             q, keys, values, start, stride_ks, stride_vs, S, first, last, added, factor, total, weighted,
             D, BLOCK_D, BLOCK_N, False,
         )  # fmt: skip
     for start in range(full_high, high, BLOCK_N):
-        total, weighted = _follow(
+        total, weighted = _accumulate(
             q, keys, values, start, stride_ks, stride_vs, S, first, last, added, factor, total, weighted,
             D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
@@ -244,7 +248,7 @@ def follower_kernel(
     total = tl.where(total < 1, 0.0, total - 1)
     weighted -= tl.where(seen > 0, 1.0, 0.0)[:, None] * lead_value
 
-    # The dual, in powers of two relative to the shift: all free, or the leader capped.
+    # The dual in powers of two relative to the shift: either all entries are free, or the leader is capped.
     k_row = usable(tl.load(budget + position, mask=inside, other=1.0))
     k_row = tl.where(k_row > 2, float("nan"), k_row)
     lead = (largest - shift) * factor

@@ -1,7 +1,8 @@
 """The fused attention: the custom operator `cda::fused_attention`, its fake tensors and its gradient.
 
-Two forward passes: `leader_kernel` where k ≤ 2 is known, `solve_kernel` and `output_kernel` for any k. Kept for the
-backward: query, key, value, five numbers per row, and the output (k ≤ 2) or its part from free entries (any k).
+The forward takes two kernels: `leader_kernel` and `leader_output_kernel` where k ≤ 2 is known, `solve_kernel` and
+`output_kernel` for any k. The backward gets query, key, value, five numbers per row, and the output (k ≤ 2) or its part
+from free entries (any k).
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from .attention_launches import (
     backward,
     dual_length,
     heads_inside,
-    leader_and_follower,
+    leader_and_output,
     padded,
     solve_and_output,
 )
 from .row_launches import exact_forward
 from .tiles import BEYOND
 
-# Up to so many queries are too few for a program per block of queries.
+# So few queries are not worth a program for each block of them.
 FEW_QUERIES = 4
 
 
-@in_own_precision  # of its product
+@in_own_precision  # Autocast would round its product.
 def _few_queries(
     query: Tensor,
     key: Tensor,
@@ -48,8 +49,10 @@ def _few_queries(
     causal: bool,
     documents: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output and statistics as of `fused_attention`. The scores [B, H, T, S] are few here: the row kernels solve them,
-    and one product with the values ends it."""
+    """Output and statistics as `fused_attention` gives them.
+
+    The scores [B, H, T, S] are few here. The row kernels solve them, and one product with the values gives the output.
+    """
     B, H, T, D = query.shape
     G, S = key.shape[1:3]
     scores = query.new_empty((B, H, T, S), dtype=torch.float32)
@@ -69,21 +72,21 @@ def _few_queries(
     stats = torch.stack((
         torch.where(covered, 0.0, shift / scale),
         torch.where(covered, BEYOND.value, peak.log2()),
-        torch.zeros_like(shift),  # margin and mass are for a backward, which this has not
+        torch.zeros_like(shift),  # margin and mass are for a backward, and there is none
         torch.zeros_like(shift),
     ))  # fmt: skip
     return output, stats.view(4, B, H, T)
 
 
 def _ranges(documents: Tensor | None, query: Tensor, causal: bool) -> VisibleRanges:
-    """Of packed documents; elsewhere the kernels compute the ranges and read none of these."""
+    """The ranges of packed documents. Without documents the kernels compute them, and read none of the tensors."""
     if documents is None:
         return VisibleRanges(query, query, query, query)
     return visible_ranges(documents, query.shape[2], causal)
 
 
 def _factor(eps: float, scale: float) -> float:
-    """From q·k to powers of two."""
+    """The factor from q·k to powers of two."""
     return scale / eps * math.log2(math.e)
 
 
@@ -100,10 +103,11 @@ def fused_attention(
     at_most_two: bool,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, H, T, D]; statistics [4, B, H, T] float32, see `solve_kernel`; and one of two for the backward:
+    """Output [B, H, T, D], statistics [4, B, H, T] float32 (see `solve_kernel`), leaders, and the free output.
 
-    capped leaders [B, H, T] int32 if `at_most_two`, which says that no k exceeds 2 (rows where one does are NaN); else
-    the free entries' part of the output [B, H, T, D], if `trained` and in half precision. The other is empty.
+    `at_most_two` says that no k exceeds 2; a row whose k does is NaN. The capped leaders are then [B, H, T] int32.
+    Otherwise, if `trained` and in half precision, the free output [B, H, T, D] is the part of the output that comes
+    from free entries. Each of the two is for the backward, and empty where it is not needed.
 
     query [B, H, T, D]; key, value [B, G, S, D] with H a multiple of G, all of one dtype (float32, bf16, fp16) and
     contiguous in the last dimension; budget [B, H, T] float32, contiguous; documents [B, S] or None; scale > 0.
@@ -120,10 +124,10 @@ def fused_attention(
         layout = Layout.of(query, key, value, budget, causal=causal, documents=documents)
         factor = _factor(eps, scale)
         if at_most_two:
-            lead, follow = leader_and_follower(layout)
+            lead, put_out = leader_and_output(layout)
             lead(query, lead.blocks(key), key, ranges.first, ranges.last, stats, leaders)
-            follow(
-                query, follow.blocks(key), follow.blocks(value), value, budget, ranges.first, ranges.last, output,
+            put_out(
+                query, put_out.blocks(key), put_out.blocks(value), value, budget, ranges.first, ranges.last, output,
                 stats, leaders, factor,
             )  # fmt: skip
         else:

@@ -1,5 +1,7 @@
-"""The kernels of `heads`. A program has some rows, one position each, of queries or of keys,
-and takes their heads one after the other: the angles are read once for all of them.
+"""The kernels of norm and rotation.
+
+A program has some rows, one position each, of queries or of keys. It takes their heads one after the other, so that it
+reads the angles once for all of them.
 
 With x a head, y = R(gain · x̂), x̂ = x·r and r = 1/√(mean x² + eps), where R turns channel i with i + D/2:
 
@@ -15,7 +17,7 @@ import triton.language as tl
 
 from .tiles import rounded
 
-SIZES = ("T", "rows_total")  # not compiled anew for each: texts of many lengths are usual
+SIZES = ("T", "rows_total")  # No kernel is compiled anew for these: texts of many lengths are usual.
 
 
 @triton.jit
@@ -37,7 +39,7 @@ def _store_halves(base, first, second, inside, channels, D: tl.constexpr):
 
 @triton.jit
 def _load_angles(cos, sin, positions, inside, channels, D: tl.constexpr):
-    """Of channels below D/2; the first half of the table `sin` is negative."""
+    """The cosines and sines of the channels below D/2. The first half of the table `sin` is negative."""
     mask = inside[:, None] & (channels < D // 2)[None, :]
     offsets = positions[:, None] * D + channels[None, :]
     return tl.load(cos + offsets, mask=mask, other=0.0), tl.load(sin + offsets + D // 2, mask=mask, other=0.0)
@@ -92,8 +94,11 @@ def backward_kernel(
     stride_rb, stride_rt, stride_rh, T, rows_total,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of the grid's second dimension parts 0 and 1: queries and keys, with gain_parts [2, blocks of rows, D], the sums
-    of the gain's gradient over the rows of each program. Parts 2 and 3: copies of the gradients of values and rest."""
+    """The second dimension of the grid has up to four parts.
+
+    Parts 0 and 1 compute the gradients of queries and keys, and gain_parts [2, blocks of rows, D], the sums of the
+    gain's gradient over the rows of each program. Parts 2 and 3 copy the gradients of values and rest.
+    """
     block, part = tl.program_id(0), tl.program_id(1)
     rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside, channels = rows < rows_total, tl.arange(0, HALF)

@@ -115,7 +115,8 @@ def heads_backward(
     sin: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `projected` [B, T, G, D], and parts of those of both gains, [2, blocks of rows, D] float32."""
+    """The gradient of `projected` [B, T, G, D], and parts of the gradients of both gains, [2, blocks of rows, D]
+    float32."""
     B, T, G, D = projected.shape
     heads = grad_query.shape[2]
     grad_projected, gain_parts = _gradients(projected)

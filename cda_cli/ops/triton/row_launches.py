@@ -1,9 +1,9 @@
-"""The row operator in Triton: both solvers, one read of the row and one write.
+"""The launches of the row kernels, for both solvers: a kernel reads a row once and writes it once.
 
-A row of up to `REGISTER_LIMIT` scores is held in registers, by one program (several short rows share one); a longer
-one is read again, in parts, for every step of its solver. Scores are float32, bf16 or fp16, −inf where masked; the
-arithmetic is float32. What is saved is as on the PyTorch path, but that the exact dual's shift may be any score near
-the solution, and its peak above 1.
+One program holds a row of up to `REGISTER_LIMIT` scores in registers; several short rows share a program. A longer row
+is read again, in parts, for every step of its solver. Scores are float32, bf16 or fp16, and −inf where they are masked;
+the arithmetic is float32. The kernels save what the solvers in PyTorch save, except that the shift of the exact dual
+may be any score near the solution, and its peak may be above 1.
 
 Shapes: R rows, n entries. In the kernels [ROWS, BLOCK] tensors, or [BLOCK] where the row comes in parts.
 """
@@ -30,8 +30,8 @@ from .rows_iterative import (
     iterative_forward_parts_kernel,
 )
 
-REGISTER_LIMIT = 16384  # of n
-PART = 4096  # entries of a longer row that are read at a time; of half precision twice as many
+REGISTER_LIMIT = 16384  # the largest n of a row that is held in registers
+PART = 4096  # float32 entries of a longer row that are read at a time; twice as many in half precision
 
 
 def exact_forward(rows: Tensor, budget: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def iterative_backward(
     grad_scores, grad_budget = torch.empty_like(rows), torch.empty_like(budget)
     tensors = (grad_weights, rows, budget, history, _on_device(eps_steps, rows.device), grad_scores, grad_budget)
     with torch.cuda.device_of(rows):
-        if n > REGISTER_LIMIT // 2:  # it holds twice as much of a row as the others
+        if n > REGISTER_LIMIT // 2:  # This kernel holds twice as much of a row as the others.
             factors = torch.empty_like(history)
             iterative_backward_parts_kernel[(R,)](
                 *tensors, factors, R, n, len(eps_steps), last_eps, BLOCK=_part(rows), num_warps=8
@@ -113,9 +113,9 @@ def iterative_backward(
 
 
 def _tile(R: int, n: int, entries_per_thread: int) -> tuple[tuple[int], dict[str, int | bool]]:
-    """The grid, and of a program: rows, entries of a row, whether all of these exist, warps.
+    """The grid, and for a program: rows, entries of a row, whether all of these exist, and warps.
 
-    A program has 512 entries at least, or 32 rows. Chosen so that the kernel spills no registers on sm_90.
+    A program has at least 512 entries, or 32 rows. With these numbers the kernel spills no registers on sm_90.
     """
     block: int = triton.next_power_of_2(n)
     rows = min(32, max(1, 512 // block))
@@ -130,5 +130,5 @@ def _part(rows: Tensor) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Kept, so that a forward does not wait for the copy of a few numbers."""
+    """The numbers as a tensor, which is kept, so that a forward does not wait for the copy."""
     return torch.tensor(values, dtype=torch.float32, device=device)

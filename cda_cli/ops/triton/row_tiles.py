@@ -10,7 +10,7 @@ from .tiles import INTERPRETED, rounded
 
 @triton.jit
 def place_rows(R, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of this program: its rows [ROWS], which of them exist, the offsets of their entries and which of these exist."""
+    """The rows [ROWS] of this program, which of them exist, the offsets of their entries, and which of these exist."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     return row, row < R, row[:, None] * n + column[None, :], (row < R)[:, None] & (column < n)[None, :]
@@ -18,7 +18,7 @@ def place_rows(R, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_entries(pointer, offset, inside, absent, WHOLE: tl.constexpr = False):
-    """float32; WHOLE: everything is inside."""
+    """The entries in float32. WHOLE says that all of them are inside."""
     if WHOLE:
         return tl.load(pointer + offset).to(tl.float32)
     return tl.load(pointer + offset, mask=inside, other=absent).to(tl.float32)
@@ -35,7 +35,7 @@ def store_entries(pointer, offset, values, inside, WHOLE: tl.constexpr = False):
 
 @triton.jit
 def exp2(x):
-    """2^x, and 0 where that is below 2^−126: the numbers below it would cost three instructions more."""
+    """2^x, and 0 where that is below 2^−126. Smaller numbers would cost three instructions more."""
     if INTERPRETED:
         return tl.exp2(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
@@ -43,7 +43,7 @@ def exp2(x):
 
 @triton.jit
 def saturated(a, b, c):
-    """a·b + c, held between 0 and 1, in one instruction of the pipe that is least busy; 0 for NaN."""
+    """a·b + c, held between 0 and 1, and 0 for NaN. It is one instruction of the least busy pipe."""
     if INTERPRETED:
         value = a * b + c
         return tl.where(value == value, tl.minimum(tl.maximum(value, 0.0), 1.0), 0.0)
@@ -59,8 +59,8 @@ def _add_pairs(a, b, c, d):
 
 @triton.jit
 def sums(a, b):
-    """The sums of both over a row, by one reduction."""
-    if INTERPRETED:  # it reduces pairs entry by entry
+    """The sums of both over each row, by one reduction."""
+    if INTERPRETED:  # The interpreter reduces pairs entry by entry.
         return tl.sum(a, 1), tl.sum(b, 1)
     return tl.reduce((a, b), 1, _add_pairs)
 

@@ -15,29 +15,29 @@ from .row_tiles import any_of, exp2, load_entries, place_rows, saturated, store_
 from .tiles import usable
 
 LOG2E = tl.constexpr(math.log2(math.e))
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the shift of a row with nothing free, as in `dual.py`
-# exp(28), the reach of one shift: the exponent of an entry with weight 1 that is further below has lost digits.
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the shift of a row that has nothing free, as in `dual.py`
+# About exp(28), the reach of one shift. An entry of weight 1 that lies further below has an exponent with lost digits.
 FAINT = tl.constexpr(2.0**40)
-REACH = tl.constexpr(30.0)  # log2, of a guess
-# A weight up to here is 1 to rounding, and its entry stays free: with an integer k and a small ε the k-th entry is.
+REACH = tl.constexpr(30.0)  # log2 of how far below the shift a guess may lie
+# A weight up to here is 1 to rounding, and its entry stays free. The k-th entry is one, if k is an integer and ε small.
 ONE = tl.constexpr(1 + 2.0**-20)
 SHARP = tl.constexpr(2.0**60)
-HIGHEST = tl.constexpr(100.0)  # of an exponent whose entry is capped for certain
+HIGHEST = tl.constexpr(100.0)  # An entry whose exponent is higher is certainly capped.
 HIGH = tl.constexpr(2.0**100)
-LEAST_Y = tl.constexpr(2.0**-80)  # below it, entries that are not capped may be as high
+LEAST_Y = tl.constexpr(2.0**-80)  # For a smaller y, entries that are not capped may be as high.
 TINY = tl.constexpr(1e-37)
 
 
-# e = exp((s − shift)/ε) for a shift near the solution, weights min(1, y·e): Newton's method on
-# F(y) = Σ min(1, y·e) = k. F is concave, so a step from any y lands left of the solution, and from there on the steps
-# only grow, until no further entry is capped.
+# With e = exp((s − shift)/ε), for a shift near the solution, the weights are min(1, y·e), and the kernels find y by
+# Newton's method on F(y) = Σ min(1, y·e) = k. F is concave, so a step from any y lands left of the solution. From there
+# on y only grows, until no further entry is capped.
 
 
 @triton.jit
 def _capped(e, y, BLOCK: tl.constexpr):
     """How many entries have y·e above 1 (to rounding), and the sum of the e of the others.
 
-    The comparison is a multiply-add that is 1 or 0: SHARP·(1 − y·e), whose product is not rounded.
+    The comparison is a multiply-add, SHARP·(1 − y·e), held to 1 or 0. Its product is not rounded.
     """
     free = saturated(e, -(y * (SHARP / ONE))[:, None], SHARP)
     count, rest = sums(free, free * e)
@@ -46,16 +46,16 @@ def _capped(e, y, BLOCK: tl.constexpr):
 
 @triton.jit
 def _newton(e, y, count, budget, searching, BLOCK: tl.constexpr):
-    """y, the number of capped entries that it belongs to, the y that capped these, and whether no more are.
+    """y, the number of capped entries to which it belongs, the y that capped them, and whether no more are capped.
 
-    Starts from a y that is not above the solution and that caps more than `count`, or is the one that `count` gives.
+    It starts from a y that is not above the solution and either caps more than `count` or is the y that `count` gives.
     """
     accepted, settled = tl.zeros_like(y), searching & False
     while any_of(searching):
         reached, rest = _capped(e, y, BLOCK)
         settled |= searching & (reached <= count)
-        # Always fewer than the budget in exact arithmetic. Rounding alone can break that, and only where the entries
-        # in question are all 1 to rounding: they stay free.
+        # In exact arithmetic they are always fewer than the budget. Rounding alone can break that, and only if the
+        # entries in question are all 1 to rounding. They stay free.
         more = searching & (reached > count) & (reached < budget)
         accepted, count = tl.where(more, y, accepted), tl.where(more, reached, count)
         y = tl.where(more, (budget - reached) / tl.maximum(rest, TINY), y)
@@ -67,8 +67,8 @@ def _newton(e, y, count, budget, searching, BLOCK: tl.constexpr):
 def _normal_cut(mean, variance, visible, budget):
     """The exponent of the smallest capped score, if the exponents were normal with these mean and variance.
 
-    Of n normal scores n·(Q(t) + φ(t)/σ) = k at the threshold t, σ in units of ε, and φ/Q is about t + 1/2, or 1/4 for
-    negative t. Exponents are powers of two.
+    For n normal scores n·(Q(t) + φ(t)/σ) = k holds at the threshold t, with σ in units of ε, and φ/Q is about t + 1/2,
+    or 1/4 for negative t. Exponents are powers of two.
     """
     deviation = tl.sqrt(tl.maximum(variance, 0.0)) + 1e-30
     share = budget / visible
@@ -88,7 +88,7 @@ def _normal_quantile(share):
 def exact_forward_kernel(
     rows, budgets, weights, saved, R, n, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Where a rare branch needs the scores again, it reads them again: they are in the cache, and not in registers."""
+    """A rare branch that needs the scores again reads them again: they are in the cache, and not in registers."""
     row, exists, offset, inside = place_rows(R, n, ROWS, BLOCK)
     s = load_entries(rows, offset, inside, float("-inf"), WHOLE)
     budget = usable(tl.load(budgets + row, mask=exists, other=1.0))
@@ -108,7 +108,7 @@ def exact_forward_kernel(
         mean = total / visible
         guess = _normal_cut(mean, squares / visible - mean * mean, visible, budget)
         if any_of(unsolved & (guess < -REACH)):
-            # The exponentials of the largest score and of the threshold do not go together.
+            # One shift does not reach both the largest score and the threshold.
             shift = tl.where(guess < -REACH, shift + guess / scale, shift)
             guess = tl.where(guess < -REACH, 0.0, guess)
             s = load_entries(rows, offset, inside, float("-inf"), WHOLE)
@@ -125,8 +125,8 @@ def exact_forward_kernel(
         y = budget / tl.sum(e, 1)
         searching, first = unsolved, tl.zeros_like(y)
     y, count, accepted, settled = _newton(e, y, first, budget, searching, BLOCK)
-    # Elsewhere once more, from the largest score that is not capped for certain: for all digits, and because what
-    # follows it may have underflowed.
+    # Other rows start once more, from the largest score that is not certainly capped. That gives all digits, and the
+    # scores below it may have underflowed.
     count = tl.maximum(count, 0.0)
     unsettled = unsolved & ~settled & (count > first)
     while any_of(unsettled):
@@ -157,7 +157,7 @@ def exact_forward_kernel(
 
 @triton.jit
 def _place_in_part(start, n, BLOCK: tl.constexpr):
-    """Offsets [4, BLOCK / 4] of a part of a row, and which exist. Sums over the first axis stay within a thread."""
+    """Offsets [4, BLOCK / 4] of a part of a row, and which of them exist. Sums over the first axis stay in a thread."""
     column = start + tl.arange(0, 4)[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
     return column, column < n
 
@@ -217,8 +217,8 @@ def exact_forward_parts_kernel(rows, budgets, weights, saved, R, n, scale, BLOCK
     unsolved = (visible > budget) & (mean == mean)
     shift = tl.where(visible > budget, top + guess / scale, LOWEST)
     y, count, settled = tl.where(unsolved, 0.8, tl.where(mean == mean, 1.0, mean)), -1.0, False
-    # Four values of y at each reading, far apart around the guess and close together after it: the best of their steps
-    # is next, and if two of them bracket it and cap the same entries, it is the last.
+    # Each reading tries four values of y, far apart around the guess and close together after it. The best of their
+    # steps is the next y. If two of the values bracket it and cap the same entries, it is the last.
     spread = 0.06
     searching = unsolved
     while searching:
@@ -251,7 +251,7 @@ def exact_forward_parts_kernel(rows, budgets, weights, saved, R, n, scale, BLOCK
 
 @triton.jit
 def _better(one, other, budget):
-    """Of two (y, capped, rest) the one with the larger step of Newton; steps never pass the solution."""
+    """The one of two (y, capped, rest) with the larger step of Newton. Steps never pass the solution."""
     valid = (other[1] < budget) & ((one[1] >= budget) | ((budget - other[1]) * one[2] > (budget - one[1]) * other[2]))
     return tl.where(valid, other[0], one[0]), tl.where(valid, other[1], one[1]), tl.where(valid, other[2], one[2])
 
@@ -264,9 +264,9 @@ def _brackets(one, best, y):
 
 @triton.jit
 def _search_parts(rows, n, top, scale, budget, BLOCK: tl.constexpr):
-    """The dual by steps from nothing capped, each relative to the largest score that is free: for any row."""
+    """The dual of any row. The steps start with nothing capped, and each is relative to the largest free score."""
     shift, peak = top, 1.0
-    # An entry is capped above `cut`, the score of weight 1, and from `edge` on, the largest score that was free.
+    # An entry is capped above `cut`, the score of weight 1, and also from `edge` on, the largest score that was free.
     cut, edge = float("inf"), float("inf")
     searching = True
     while searching:
@@ -281,7 +281,7 @@ def _search_parts(rows, n, top, scale, budget, BLOCK: tl.constexpr):
             higher = tl.maximum(highest, tl.max(s))
             total = total * tl.exp2((highest - higher) * scale) + tl.sum(exp2((s - higher) * scale))
             highest = higher
-        # As in the kernel above: if rounding alone would cap as many as the budget, they stay free.
+        # As in `_newton`: if rounding alone would cap as many entries as the budget, they stay free.
         allowed = count < budget
         shift = tl.where(allowed, highest, shift)
         peak = tl.where(allowed, (budget - count) / total, peak)
@@ -292,7 +292,7 @@ def _search_parts(rows, n, top, scale, budget, BLOCK: tl.constexpr):
 
 @triton.jit
 def _free_weights(s, shift, peak, scale):
-    """Weights of the entries that are not capped, 0 of the others; NaN of NaN."""
+    """The weights of the entries that are not capped, and 0 for the others. NaN stays NaN."""
     weights = exp2((s - shift) * scale) * peak
     return tl.where(weights > ONE, 0.0, weights)
 

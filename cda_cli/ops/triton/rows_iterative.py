@@ -14,18 +14,18 @@ import triton.language as tl
 from .row_tiles import exp2, load_entries, place_rows, saturated, store_entries, sums
 
 LOG2E = tl.constexpr(math.log2(math.e))
-# exp(28), the reach of one shift: the exponent of an entry with weight 1 that is further below has lost digits.
+# About exp(28), the reach of one shift. An entry of weight 1 that lies further below has an exponent with lost digits.
 FAINT = tl.constexpr(2.0**40)
 SHARP = tl.constexpr(2.0**60)
-HIGHEST = tl.constexpr(100.0)  # of an exponent whose entry is capped for certain
+HIGHEST = tl.constexpr(100.0)  # An entry whose exponent is higher is certainly capped.
 LEAST_BUDGET = tl.constexpr(1e-20)
 MOST_BUDGET = tl.constexpr(torch.finfo(torch.float32).max)
 FAR = tl.constexpr(-1e20)
 
 
-# The iterative solver (`solvers/iterative.py`) on d = s − max(s) and a + max(s): the iteration is the same, and fewer
-# digits are lost. Since s + b = min(s, −a), its exponentials are min(e, cut) for e = exp((d − origin)/ε) and one number
-# per row, cut = exp((−a − origin)/ε): as long as ε stays, no iteration needs new ones. A masked score is FAR below all.
+# The kernels iterate as `solvers/iterative.py` does, but on d = s − max(s) and a + max(s), which loses fewer digits.
+# Since s + b = min(s, −a), the exponentials are min(e, cut), for e = exp((d − origin)/ε) and one number per row,
+# cut = exp((−a − origin)/ε). While ε stays the same, no iteration needs new ones. A masked score lies FAR below all.
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _load_scores(pointer, offset, inside, WHOLE: tl.constexpr = False):
 
 @triton.jit
 def _visible(s):
-    """1 for each entry that is not masked; NaN of NaN."""
+    """1 for each entry that is not masked. NaN stays NaN."""
     return tl.where(s <= 0.5 * FAR, 0.0, tl.where(s == s, 1.0, s))
 
 
@@ -53,13 +53,13 @@ def _log_budget(budget):
 
 @triton.jit
 def _next_a(log_k, origin, total, eps):
-    """ε(log k − logsumexp), from exponentials relative to `origin`; logarithms of base 2; a blind row has sum 0."""
+    """ε(log k − logsumexp), from exponentials relative to `origin`. A row that sees nothing has sum 0."""
     return eps * (1 / LOG2E) * (log_k - tl.log2(tl.where(total == 0, 1.0, total))) - origin
 
 
 @triton.jit
 def _is_near(level, origin, scale):
-    """Whether all rows have exponentials that still reach: min(d, −a) is within FAINT of their origin."""
+    """Whether the exponentials of all rows still reach: min(d, −a) lies within FAINT of their origin."""
     return tl.max(tl.abs(level - origin), 0) * scale < 40
 
 
@@ -76,7 +76,7 @@ def iterative_forward_kernel(
     row, exists, offset, inside = place_rows(R, n, ROWS, BLOCK)
     s = _load_scores(rows, offset, inside, WHOLE)
     top = _finite_or_0(tl.max(s, 1))
-    # b starts as −s: every exponent is 0.
+    # b starts as −s, so every exponent is 0.
     visible = tl.sum(_visible(s), 1)
     log_k = _log_budget(tl.load(budgets + row, mask=exists, other=1.0)) + 0 * visible
     eps = tl.load(steps)
@@ -139,10 +139,10 @@ def _weights(d, a, last_eps):
     return exp2(tl.minimum(d + a, 0.0, propagate_nan=tl.PropagateNan.ALL) * (LOG2E / last_eps))
 
 
-# Backwards, ∂L/∂a of a step is the share of the next one's that goes through the entries with s + a > 0; the others
-# pass theirs on to ∂L/∂s. So a step leaves one number per row and changes no other entry of ∂L/∂s:
+# Backwards, ∂L/∂a of a step is the share of that of the next step which goes through the entries with s + a > 0. The
+# other entries pass their share on to ∂L/∂s. So a step leaves one number per row, and changes ∂L/∂s at these alone:
 #     ∂s −= ∂a·p over the entries with s + a ≤ 0,   ∂a ← ∂a·Σ p over those with s + a > 0,   p = softmax((s + b)/ε).
-# With exponentials e that last for several steps, ∂s −= e·sent, where each step adds its factor to `sent`.
+# Exponentials e last for several steps. Then ∂s −= e·sent, and each step adds its factor to `sent`.
 
 
 @triton.jit(do_not_specialize=["n_iters"])
@@ -220,7 +220,7 @@ def iterative_backward_parts_kernel(
         tl.store(factors + place, factor)
         grad_a = factor * count
         grad_log_k += tl.load(steps + t) * grad_a
-    tl.debug_barrier()  # every thread reads below what one has stored above
+    tl.debug_barrier()  # Below, every thread reads what one thread has stored above.
     for start in range(0, n, BLOCK):
         d = _load_scores(rows + row * n + start, column, column < n - start) - top
         g = load_entries(grad_weights + row * n + start, column, column < n - start, 0.0)

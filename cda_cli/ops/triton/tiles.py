@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A score that nothing reaches; finite, so that differences of two of them are 0 and not NaN.
+# No score is so low. It is finite, so that the difference of two of them is 0 and not NaN.
 HIDDEN = tl.constexpr(-1e20)
-# Beyond every offset and margin: "every key is capped", "no key is".
+# It lies beyond every offset and margin, and stands for "every key is capped" or "no key is".
 BEYOND = tl.constexpr(1e30)
-# Arguments that a kernel is not compiled anew for: texts of many lengths are usual.
+# No kernel is compiled anew for a value of these arguments: texts of many lengths are usual.
 SIZES = ("heads", "key_heads", "T", "S", "rows_total", "duals_total", "duals_length")
 # Triton's interpreter multiplies the bit patterns of bf16, and cuts off where a GPU rounds.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -21,7 +21,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def visible_range(rows, T, S, first_ptr, last_ptr, CAUSAL: tl.constexpr, RANGES: tl.constexpr):
-    """[first, last): the keys that each query of `rows` sees."""
+    """The keys [first, last) that each query of `rows` sees."""
     if RANGES:
         first = tl.load(first_ptr + rows, mask=rows < T, other=0)
         last = tl.load(last_ptr + rows, mask=rows < T, other=0)
@@ -33,14 +33,17 @@ def visible_range(rows, T, S, first_ptr, last_ptr, CAUSAL: tl.constexpr, RANGES:
 
 @triton.jit
 def sees(first, last, columns):
-    """[queries, keys]: which of the keys `columns` each query sees."""
+    """Which of the keys `columns` each query sees, [queries, keys]."""
     return (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
 
 
 @triton.jit
 def tile_bounds(first, last, BLOCK_N: tl.constexpr):
-    """low, high, full_low, full_high: some query sees a key of [low, high); every query sees all of the whole tiles
-    [full_low, full_high), which need no check (none where they are equal)."""
+    """low, high, full_low, full_high of a block of queries.
+
+    Some query sees a key of [low, high). Every query sees all of the whole tiles [full_low, full_high), which need no
+    check; where both are equal, there is no such tile.
+    """
     low, high = tl.min(first) // BLOCK_N * BLOCK_N, tl.max(last)
     full_low = (tl.max(first) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     full_high = tl.maximum(tl.min(last) // BLOCK_N * BLOCK_N, full_low)
@@ -49,7 +52,7 @@ def tile_bounds(first, last, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def load_tile(base, rows, stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
-    """[rows, BLOCK_D] of a matrix whose row `limit` and channel D are the first outside it; zeros there."""
+    """Rows [rows, BLOCK_D] of a matrix whose row `limit` and channel D are the first outside it, with zeros outside."""
     channels = tl.arange(0, BLOCK_D)
     pointers = base + rows[:, None] * stride + channels[None, :]
     if CHECK and BLOCK_D != D:
@@ -74,9 +77,9 @@ def head_of(tensor, stride_b, stride_h, batch, head, BULK: tl.constexpr):
 def load_block(
     source, start, stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr
 ):
-    """Rows [start, start + BLOCK) of one head; those past `limit` (which CHECK looks for) are zeros.
+    """Rows [start, start + BLOCK) of one head. With CHECK, rows past `limit` are zeros.
 
-    By the bulk copy engine where `source` is a descriptor: no address and no register for each thread.
+    If `source` is a descriptor, the bulk copy engine reads them; it needs no addresses and no registers of the threads.
     """
     if len(source) == 3:
         return source[0].load([source[1], source[2], start, 0]).reshape(BLOCK, BLOCK_D)
@@ -104,7 +107,7 @@ def tile_scores(
     q, keys, start, stride, S, first, last,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """q·k of one tile of keys, HIDDEN where CHECK finds a key out of sight."""
+    """q·k of one tile of keys. With CHECK it is HIDDEN where a query does not see the key."""
     k = load_block(keys, start, stride, S, D, BLOCK_D, BLOCK_N, CHECK)
     scores = product(q, tl.trans(k))
     if CHECK:
@@ -115,7 +118,7 @@ def tile_scores(
 
 @triton.jit
 def load_dual(stats, inside, rows_total, factor, dtype: tl.constexpr):
-    """shift and peak, as `powers` takes them, and margin of rows; a row outside weighs nothing."""
+    """shift and peak of rows, as `powers` takes them, and margin. A row outside weighs nothing."""
     shift = tl.load(stats, mask=inside, other=0.0)
     peak = tl.load(stats + rows_total, mask=inside, other=-BEYOND)
     margin = tl.load(stats + 2 * rows_total, mask=inside, other=BEYOND)
@@ -124,7 +127,7 @@ def load_dual(stats, inside, rows_total, factor, dtype: tl.constexpr):
 
 @triton.jit
 def combined(shift, peak, factor, dtype: tl.constexpr):
-    """The shift as `powers` takes it: in half precision all that is added to the scaled scores, else as it is."""
+    """The shift as `powers` takes it. In half precision it is all that is added to the scaled scores."""
     return shift if dtype == tl.float32 else peak - shift * factor
 
 
@@ -132,8 +135,8 @@ def combined(shift, peak, factor, dtype: tl.constexpr):
 def powers(scores, shift, peak, factor, dtype: tl.constexpr):
     """log2 of the weights of `scores` before the cap, factor·(q·k − shift) + peak.
 
-    float32 keeps the digits that |q·k| ≫ |q·k − shift| would cost; for half precision one multiply-add does, to a
-    shift that is `combined` with the peak.
+    In float32 the difference comes first, which keeps the digits that |q·k| ≫ |q·k − shift| would cost. In half
+    precision one multiply-add is enough, with a shift that is `combined` with the peak.
     """
     return (scores - shift) * factor + peak if dtype == tl.float32 else scores * factor + shift
 
@@ -146,7 +149,7 @@ def usable(budget):
 
 @triton.jit
 def capped_exp2(power):
-    """min(1, exp2(power)); NaN stays NaN, so that a broken query or key shows in the output."""
+    """min(1, exp2(power)). NaN stays NaN, so that a broken query or key shows in the output."""
     return tl.exp2(tl.minimum(power, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
