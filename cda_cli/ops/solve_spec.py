@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypedDict, cast
+from typing import Literal, NamedTuple, TypedDict
 
 Solver = Literal["exact", "iterative"]
 
@@ -37,4 +37,4 @@ class SolveSpec(NamedTuple):
     def of_flat(cls, solver: str, n_iters: int, schedule: Sequence[float]) -> SolveSpec:
         """The object of which `flat` gave these."""
         eps, eps_init, eps_decay = schedule
-        return cls(cast(Solver, solver), eps, n_iters, eps_init, eps_decay)
+        return cls(solver, eps, n_iters, eps_init, eps_decay)  # type: ignore[arg-type]  # one of `Solver`

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from ..solve_spec import Solver
+from ..solvers import SOLVERS
 from .base import OperatorBackend
 from .colt5 import Colt5Backend
 from .pytorch import TorchBackend
@@ -39,9 +40,9 @@ def choose_backend(
     "auto" is "triton" on a GPU that can run it and "torch" elsewhere. Forcing a backend that cannot run is a ValueError
     that names the remedy.
     """
-    if backend not in get_args(Backend):
+    if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, not {backend!r}")
-    if solver not in get_args(Solver):
+    if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, not {solver!r}")
     if backend == "auto":
         return _choose_automatically(solver, device, dtype, head_width)

@@ -55,9 +55,9 @@ class Iterative(RowSolver):
         return (scores + saved[-1].unsqueeze(-1)).clamp_(max=0).div_(Annealing.of(spec).last).exp_()
 
     def threshold(self, saved: Tensor, spec: SolveSpec) -> Tensor:
-        """The last a is the threshold, and its temperature is the final ε."""
+        """The last a: the threshold of a dual whose peak is 1, whatever its ε."""
         last = saved[-1]
-        return Dual(-last, torch.ones_like(last)).threshold(Annealing.of(spec).last)
+        return Dual(-last, torch.ones_like(last)).threshold(spec.eps)
 
     def differentiable(self, scores: Tensor, budget: Tensor, solve: Solve, spec: SolveSpec) -> tuple[Tensor, Tensor]:
         """PyTorch differentiates the iteration itself."""
