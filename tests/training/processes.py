@@ -7,6 +7,7 @@ agent, and as there each run finds in it what the attempts before have left.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
+
+PRELOADED = (
+    "cda_cli.console", "cda_cli.main", "cda_cli.training.run", "einops._torch_specific", "torch._inductor.compile_fx",
+    "torch._numpy",
+)  # fmt: skip
 
 
 class Ended(NamedTuple):
@@ -56,9 +62,9 @@ class Nursery:
 
 
 def main() -> None:
-    import cda_cli.console
-    import cda_cli.main
-    import cda_cli.training.run  # noqa: F401
+    # What a rank needs to train or to compile. Imported here, it costs its time once and not in each rank.
+    for name in PRELOADED:
+        importlib.import_module(name)
 
     port = start_store()
     for attempt, line in enumerate(sys.stdin):
