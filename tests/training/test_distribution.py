@@ -27,7 +27,7 @@ from tests.commands.helpers import OVERFLOWING, contents, metrics
 from tests.training.helpers import changed, losses, trained
 from tests.training.processes import Nursery
 
-STEPS = 8
+STEPS, HALF = 8, 4
 TOLERANCE = 1e-6
 
 
@@ -46,6 +46,7 @@ def small(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     values["model"] |= {"dropout": 0.0, "tied_embeddings": True, "null_kv": 0}
     values["data"] |= {"source": str(text)}
     values["optim"] |= {"steps": STEPS, "schedule_steps": STEPS, "ema_decay": 0.9}
+    values["run"] |= {"eval_every": HALF, "save_every": HALF}
     return parse(values)
 
 
@@ -66,49 +67,64 @@ def settings(config: Config, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("count", "parallel", "batches"),
-    [(2, "ddp", 1), (2, "ddp", 2), (2, "fsdp", 1), (2, "fsdp", 2), (4, "ddp", 1), (4, "fsdp", 1)],
+    ("count", "parallel", "batches", "steps"),
+    [(2, "ddp", 1, STEPS), (2, "ddp", 2, STEPS), (2, "fsdp", 1, STEPS), (2, "fsdp", 2, STEPS), (4, "fsdp", 1, HALF)],
 )
 def test_the_number_of_processes_changes_no_loss(
-    nursery: Nursery, small: Config, alone: Path, tmp_path: Path, count: int, parallel: str, batches: int
+    nursery: Nursery, small: Config, alone: Path, tmp_path: Path, count: int, parallel: str, batches: int, steps: int
 ) -> None:
     """Neither does the number of batches in each process. Gradient norm, data position and checkpoints are the same
     too, and only the first process prints."""
     run, optim = tmp_path / "run", small.optim
     finer = ("--batch-size", optim.batch_size // batches, "--grad-accum", optim.grad_accum * batches)
     evaluation = ("--set", f"run.eval_batches={small.run.eval_batches * batches}")
-    command = ("train", "--config", settings(small, tmp_path), "--out", run, "--parallel", parallel)
+    command = ("train", "--config", settings(small, tmp_path), "--out", run, "--parallel", parallel, "--steps", steps)
     ended = nursery.run(count, *command, *finer, *evaluation)
     assert ended.codes == [0] * count, ended.err
     assert f"processes  {count}, {parallel}" in ended.out[0]
     assert not any(ended.out[1:] + ended.err), "a process that is not the first one spoke"
-    assert len(losses(run)) == STEPS
-    assert losses(run) == pytest.approx(losses(alone), rel=0, abs=TOLERANCE)
+    expected = {step: loss for step, loss in losses(alone).items() if step <= steps}
+    assert len(expected) == steps
+    assert losses(run) == pytest.approx(expected, rel=0, abs=TOLERANCE)
     for kind, figure in (("train", "grad_norm"), ("validation", "loss")):
-        expected = [record[figure] for record in metrics(alone, kind)]
-        assert [record[figure] for record in metrics(run, kind)] == pytest.approx(expected, rel=1e-5)
-    assert contents(run).keys() == contents(alone).keys()
-    saved, expected_save = load(locate(run)), load(locate(alone))
+        wanted = {record["step"]: record[figure] for record in metrics(alone, kind) if record["step"] <= steps}
+        assert {record["step"]: record[figure] for record in metrics(run, kind)} == pytest.approx(wanted, rel=1e-5)
+    last = f"step-{steps:08}"
+    assert contents(locate(run)).keys() == contents(alone / "checkpoints" / last).keys()
+    assert {path.name for path in run.iterdir()} == {path.name for path in alone.iterdir()}
+    saved, expected_save = load(run / "checkpoints" / last), load(alone / "checkpoints" / last)
     for name in ("step", "tokens", "position"):
         assert saved.state[name] == expected_save.state[name]
     for part in ("model", "optimizer", "ema"):
         torch.testing.assert_close(getattr(saved, part), getattr(expected_save, part), rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def plain(small: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """Two steps in one process of a model with less in it: what compiling costs grows with every operator."""
+    values, run = small.model_dump(), tmp_path_factory.mktemp("plain") / "run"
+    values["model"] |= {"ff": "gelu", "learned_k": False, "output_gate": False}
+    values["optim"] |= {"steps": 2}
+    values["run"] |= {"eval_every": 0, "sample_every": 0, "eval_batches": 1}
+    config = parse(values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CDA_CACHE", str(run.parent / "cache"))
+        trained(config, run)
+    return config, run
+
+
 @pytest.mark.parametrize(("parallel", "batches"), [("ddp", 2), ("fsdp", 2), ("fsdp", 1)])
 def test_compiled_it_is_the_same_run(
-    nursery: Nursery, small: Config, alone: Path, tmp_path: Path, parallel: str, batches: int
+    nursery: Nursery, plain: tuple[Config, Path], tmp_path: Path, parallel: str, batches: int
 ) -> None:
     """The model is compiled whole or by blocks. Without compiling, the losses are the same but for rounding."""
-    run, optim = tmp_path / "run", small.optim
-    finer = ("--batch-size", optim.batch_size // batches, "--grad-accum", optim.grad_accum * batches)
-    quiet = ("--steps", 2, "--eval-every", 0, "--sample-every", 0, "--set", "run.eval_batches=1")
-    command = ("train", "--config", settings(small, tmp_path), "--out", run, "--parallel", parallel, "--compile")
-    ended = nursery.run(2, *command, *finer, *quiet)
+    (config, alone), run = plain, tmp_path / "run"
+    finer = ("--batch-size", config.optim.batch_size // batches, "--grad-accum", config.optim.grad_accum * batches)
+    command = ("train", "--config", settings(config, tmp_path), "--out", run, "--parallel", parallel, "--compile")
+    ended = nursery.run(2, *command, *finer)
     assert ended.codes == [0, 0], ended.err
     assert "compiled" in ended.out[0]
-    expected = {step: loss for step, loss in losses(alone).items() if step <= 2}
-    assert losses(run) == pytest.approx(expected, rel=0, abs=1e-5)
+    assert losses(run) == pytest.approx(losses(alone), rel=0, abs=1e-5)
 
 
 def test_muon_in_several_processes(nursery: Nursery, small: Config, tmp_path: Path) -> None:
