@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=SHARED, default=[80, 90], help="of compute capability × 10"
     )
-    parser.add_argument("--only", default="", metavar="REGEX", help="of the kernel and its call, as they are printed")
+    parser.add_argument("--only", default="", metavar="REGEX", help="of KERNEL ARCHITECTURE CALL, as they are printed")
     parser.add_argument("--quick", action="store_true", help="few calls, which select each kernel")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilers at work")
     arguments = parser.parse_args()
@@ -269,7 +269,7 @@ def main() -> None:
         variant
         for arch in arguments.arch
         for variant in selected(arch, arguments.quick)
-        if re.search(arguments.only, f"{variant.kernel} {variant.call}")
+        if re.search(arguments.only, f"{variant.kernel} {variant.arch} {variant.call}")
     ]
     tools = ", ".join(f"sm_{arch}: ptxas {get_ptxas(arch).version}" for arch in arguments.arch)
     print(f"triton {triton.__version__}; {tools}; {len(variants)} kernels")
