@@ -1,13 +1,9 @@
-"""A disk that is full while training, as a limit on the size of files makes it: what was saved stays whole.
-
-The limit is that of the whole process, so the commands run in interpreters of their own.
-"""
+"""A disk that is full while training, as a limit on the size of files makes it: what was saved stays whole."""
 
 from __future__ import annotations
 
+import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,15 +12,7 @@ from cda_cli.restore import saved_config
 from cda_cli.storage import load, locate, newest
 from cda_cli.training.accounting.disk_space import OTHER_BYTES, checkpoint_bytes
 from cda_cli.training.setup import build, open_data
-from tests.commands.helpers import Cda, assert_refused, metrics
-
-LIMITED = """
-import resource, sys
-limit = int(sys.argv.pop(1))
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-from cda_cli.main import run
-run()
-"""
+from tests.commands.helpers import Cda, Result, assert_refused, metrics, run_cda
 
 
 @pytest.fixture
@@ -32,17 +20,22 @@ def run(tmp_path: Path, finished: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def limited(limit: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", LIMITED, str(limit), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def limited(limit: int, *arguments: object) -> Result:
+    """`cda ARGS` while no file of this process may grow beyond `limit` bytes."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        return run_cda(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
 
 
-def assert_one_sentence(done: subprocess.CompletedProcess[str], word: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert "unexpected" not in done.stderr
-    assert word in done.stderr
+def assert_one_sentence(done: Result, word: str) -> None:
+    assert done.code == 2, done.err
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    assert "unexpected" not in done.err
+    assert word in done.err
 
 
 def test_a_checkpoint_that_does_not_fit(cda: Cda, run: Path) -> None:

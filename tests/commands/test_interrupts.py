@@ -29,7 +29,7 @@ run()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_is_stopped_saves_and_goes_on(cda: Cda, tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
     """No step that was said to be done is lost, and none is done twice; the exit code tells what happened."""
     run = tmp_path / "run"
@@ -58,7 +58,6 @@ def test_a_run_that_is_stopped_saves_and_goes_on(cda: Cda, tiny: Path, tmp_path:
     ("number", "event", "name", "left"),
     [
         (signal.SIGINT, "open", "train.bin", {"tokens": None}),
-        (signal.SIGTERM, "open", "train.bin", {"tokens": None}),
         (signal.SIGTERM, "import", "torch", {}),
     ],
 )
