@@ -70,7 +70,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "to the last bit",
         resuming.cuts,
         full=59,
-        reduced=2,
+        reduced=1,
         variants=(
             "random states not restored",
             "moments not restored",

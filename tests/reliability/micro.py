@@ -18,6 +18,7 @@ from cda_cli.storage import locate
 from tests.commands.helpers import real_text
 
 STEPS = 60
+THREADS = 2  # much goes wrong only between threads
 MODEL = {
     "seq_len": 16, "dim": 16, "depth": 1, "heads": 2, "dropout": 0.1, "attn_k": 3.0, "learned_k": True, "null_kv": 1,
 }  # fmt: skip
@@ -101,5 +102,5 @@ def _other(name: str, step: int) -> bool:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Of a process that trains: two threads, since much goes wrong between them only; a cache of its own; this code."""
-    return {**os.environ, "OMP_NUM_THREADS": "2", "CDA_CACHE": str(cache)}
+    """Of a process that trains: its threads, a cache of its own, this code."""
+    return {**os.environ, "OMP_NUM_THREADS": str(THREADS), "CDA_CACHE": str(cache)}

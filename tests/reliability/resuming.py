@@ -48,7 +48,7 @@ def chains(
     count: int, seed: int, variant: str = "", device: Mapping[str, object] = ON_CPU, at_once: int = 1
 ) -> Iterator[str | None]:
     """Chains of 3 to 5 resumes, each in a process of its own, of a streamed text and of a mapped one by turns; the cuts
-    are stops by a signal and ends in good order."""
+    are stops by a signal and ends in good order. On a CPU the processes are forked: `cuts` has new interpreters."""
     chance, steps = random.Random(seed), VARIANT_STEPS if variant else micro.STEPS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -59,7 +59,7 @@ def chains(
         ]
         wholes = [folder / f"whole-{text.stem}" for text in texts]
         for config, whole in zip(configs, wholes, strict=True):
-            if fault := train_afresh(config, whole, folder / "cache", steps=steps):
+            if fault := train_afresh(config, whole, folder / "cache", steps=steps, forked=True):
                 yield fault
                 return
         plans = []
@@ -81,6 +81,6 @@ def chain(config: Config, run: Path, steps: int, places: list[int], signals: lis
     cache = run.parent / "cache"
     for step, by_signal in zip(places, signals, strict=True):
         end, stop_after = (steps, step) if by_signal else (step, None)
-        if fault := train_afresh(config, run, cache, steps=end, stop_after=stop_after, variant=variant):
+        if fault := train_afresh(config, run, cache, steps=end, stop_after=stop_after, variant=variant, forked=True):
             return fault
-    return train_afresh(config, run, cache, steps=steps, variant=variant)
+    return train_afresh(config, run, cache, steps=steps, variant=variant, forked=True)
