@@ -29,10 +29,10 @@ demo: setup ## Train, evaluate, sample from and inspect a small model, in about 
 	@echo "The run is in runs/demo. Call the command as $(BIN)/cda, or as cda after: source $(BIN)/activate"
 
 check: lint ## Check style and types, and run the tests that are quick, in about a minute
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test: setup ## Run all tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-gpu: setup ## Run the tests of the operator, its kernels, the model, training and inspection on a GPU
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu needs a CUDA device")'
