@@ -99,15 +99,23 @@ def test_what_is_due(step: int, interval: int, expected: bool) -> None:
     assert due(step, interval) is expected
 
 
+@pytest.fixture(scope="module")
+def whole(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Memory, Path]:
+    """What the display was shown of the twelve steps, and the run. Only to be read."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CDA_CACHE", str(folder / "cache"))
+        return trained(config, folder / "run"), folder / "run"
+
+
 def intervals(config: Config, **run: object) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update=run)})
 
 
-def test_a_line_is_the_mean_of_its_steps(config: Config, tmp_path: Path) -> None:
+def test_a_line_is_the_mean_of_its_steps(config: Config, whole: tuple[Memory, Path], tmp_path: Path) -> None:
     """log_every only thins out the log lines; the last step always has one."""
-    trained(config, tmp_path / "each")
     trained(intervals(config, log_every=5), tmp_path / "some")
-    each, some = losses(tmp_path / "each"), losses(tmp_path / "some")
+    each, some = losses(whole[1]), losses(tmp_path / "some")
     assert list(some) == [5, 10, 12]
     for step, first in ((5, 1), (10, 6), (12, 11)):
         steps = [each[s] for s in range(first, step + 1)]
@@ -122,10 +130,10 @@ def test_nothing_in_between_but_always_at_the_end(config: Config, tmp_path: Path
     assert list_steps(tmp_path / "run") == [12]
 
 
-def test_the_display_shows_what_the_metrics_hold(config: Config, tmp_path: Path) -> None:
+def test_the_display_shows_what_the_metrics_hold(whole: tuple[Memory, Path]) -> None:
     """It gets each record as it is written, one start and one finish."""
-    display = trained(config, tmp_path / "run")
-    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()]
+    display, run = whole
+    written = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     assert written[0] == {"step": 0, "kind": "schema", "version": VERSION}
     assert [json.loads(strict_json.dumps(to_json(record))) for record in display.records] == written[1:]
     assert [record["step"] for record in written if record["kind"] == "sample"] == [7]
@@ -134,10 +142,9 @@ def test_the_display_shows_what_the_metrics_hold(config: Config, tmp_path: Path)
     assert display.plan.epochs == pytest.approx(12 * 4 / math.ceil(10_799 / 16), rel=1e-2)
 
 
-def test_epsilon_anneals_and_is_recorded(config: Config, tmp_path: Path) -> None:
+def test_epsilon_anneals_and_is_recorded(whole: tuple[Memory, Path]) -> None:
     """It goes from 2 at the first step to 0.1 halfway, and no further."""
-    display = trained(config, tmp_path / "run")
-    eps = [record.eps for record in display.records if isinstance(record, TrainRecord)]
+    eps = [record.eps for record in whole[0].records if isinstance(record, TrainRecord)]
     assert eps[0] == 2.0
     assert eps[3] == pytest.approx(2.0**0.5 * 0.1**0.5), "step 3 of the 6 over which it anneals"
     assert eps[6:] == pytest.approx([0.1] * 6)
