@@ -1,9 +1,8 @@
 import errno
 import math
 import os
+import resource
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -309,38 +308,23 @@ def test_every_failing_operation_leaves_whole_checkpoints(tmp_path: Path, conten
     assert failures > 20, "too few operations were made to fail for this test to mean anything"
 
 
-_LIMITED = """
-import resource, sys
-from pathlib import Path
-import torch
-from cda_cli.errors import StorageError
-from cda_cli.storage.checkpoint import newest, publish
-
-run = Path(sys.argv[1])
-def save(step, size):
-    part = {"w": torch.full((size,), float(step))}
-    publish(run, step=step, model=part, optimizer=part, rng={}, state={})
-save(1, 10)
-hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-for limit in range(0, 40_000, 1500):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        save(2, 10_000)
-    except StorageError as error:
-        message = str(error)
-    else:
-        sys.exit(f"a limit of {limit} bytes was not noticed")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    names = [entry.name for entry in (run / "checkpoints").iterdir()]
-    assert names == ["step-00000001"], names
-    assert newest(run) == (run / "checkpoints" / "step-00000001", []), newest(run)
-    assert "step-00000002" in message and "what was saved earlier is whole" in message, message
-    assert "ulimit -f" in message, message
-save(2, 10_000)
-"""
-
-
 def test_a_size_limit_anywhere_in_a_file_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", _LIMITED, tmp_path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    def save(step: int, size: int) -> None:
+        part = {"w": torch.full((size,), float(step))}
+        publish(tmp_path, step=step, model=part, optimizer=part, rng={}, state={})
+
+    save(1, 10)
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in range(0, 40_000, 1500):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(StorageError, match="step-00000002") as caught:
+                save(2, 10_000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+        assert "what was saved earlier is whole" in str(caught.value)
+        assert "ulimit -f" in str(caught.value)
+        assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+        assert newest(tmp_path) == (step_folder(tmp_path, 1), [])
+    save(2, 10_000)
     assert list_steps(tmp_path) == [1, 2]
