@@ -1,4 +1,4 @@
-"""Tokens after a prompt: which, how many, and that neither the cache nor anything around changes them."""
+"""The tokens that follow a prompt: which they are, how many, and that nothing around them changes them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_seed_decides() -> None:
 
 
 def test_nothing_else_decides_and_nothing_else_is_changed() -> None:
-    """Not the generator that dropout draws from, which a run's exact resumption rests on."""
+    """Dropout's generator stays as it is, since the exact resumption of a run rests on it."""
     model = build()
     torch.manual_seed(1)
     first = tokens(model, [1], 20, WARM)
@@ -65,7 +65,7 @@ def test_the_cache_does_not_show_far_past_the_context(options: dict[str, Any], h
 @settings(max_examples=25)
 @given(context=st.integers(2, 9), length=st.integers(1, 9), count=st.integers(0, 30), seed=st.integers(0, 99))
 def test_any_context_any_prompt_any_length(context: int, length: int, count: int, seed: int) -> None:
-    """Down to a context of two tokens, where half of it is one."""
+    """The smallest context has two tokens, where half of it is one."""
     model = build(seq_len=context)
     prompt = [(7 * place) % 31 for place in range(min(length, context))]
     found = tokens(model, prompt, count, WARM, seed=seed)
@@ -74,7 +74,10 @@ def test_any_context_any_prompt_any_length(context: int, length: int, count: int
 
 
 def windows(prompt: list[int], drawn: list[int], context: int) -> list[list[int]]:
-    """What the model reads before each draw: all, or since the context was last full, its newer half and what came."""
+    """Returns what the model reads before each draw.
+
+    That is everything, or from the moment when the context was last full its newer half and what followed.
+    """
     seen, start, read = list(prompt), 0, []
     for token in drawn:
         if len(seen) - start > context:
@@ -96,7 +99,7 @@ def test_temperature_0_is_the_likeliest_token(options: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def test_tokens_are_drawn_from_the_filtered_distribution() -> None:
-    """Never one that is filtered out, and about as often as their shares say."""
+    """A filtered token never comes, and the others come about as often as their shares say."""
     model, how = build(), SamplingSettings(1.3, top_k=6, top_p=0.9)
     shares = filtered_distribution(model(torch.tensor([[8, 9]]))[0, -1], how)
     count = 600
@@ -121,7 +124,7 @@ def test_a_separator_ends_the_text_and_is_not_part_of_it() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 25])
 def test_there_are_at_most_as_many_as_asked_for(count: int) -> None:
-    """Up to the context, at it and past it; and each is one pass of the model, no more."""
+    """The numbers lie below the context, at it and above it. Each token is one pass of the model, and no more."""
     model, passes = build(), []
     model.register_forward_hook(lambda module, args, out: passes.append(args[0].shape))
     assert len(tokens(model, [1, 2], count, WARM)) == count
@@ -129,7 +132,7 @@ def test_there_are_at_most_as_many_as_asked_for(count: int) -> None:
 
 
 def test_tokens_come_one_by_one_and_the_prompt_is_left_alone() -> None:
-    """So that a text can be shown as it comes, and stopped."""
+    """A text can thus be shown as it comes, and stopped."""
     model, passes, prompt = build(), [], [1, 2]
     model.register_forward_hook(lambda module, args, out: passes.append(args[0].shape[1]))
     stream = generate(model, prompt, 10**9, WARM, seed=0)
@@ -159,13 +162,13 @@ def test_a_prompt_that_fills_the_context_is_read_whole() -> None:
 def test_what_cannot_be_gone_on_from_is_refused_at_once(
     prompt: list[int], how: SamplingSettings, sentence: str
 ) -> None:
-    """Before the first token is asked for, and with the remedy."""
+    """The error comes before the first token is asked for, and names the remedy."""
     with pytest.raises(ConfigError, match=sentence):
         generate(build(), prompt, 5, how, seed=0)
 
 
 def test_no_graph_is_kept() -> None:
-    """Memory would grow with each token."""
+    """Otherwise memory would grow with each token."""
     model, grads = build(), []
     model.register_forward_hook(lambda module, args, out: grads.append(out.requires_grad))
     tokens(model, [1, 2], 5, WARM)

@@ -1,4 +1,4 @@
-"""The distribution that a token is drawn from, against its definition token by token."""
+"""The distribution that a token is drawn from equals its definition, token by token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = st.builds(
 
 
 def brute_force(logits: list[float], settings: SamplingSettings) -> tuple[list[float], float]:
-    """The probabilities, and how near a share came to the border of a filter."""
+    """Returns the probabilities, and how near a share came to the border of a filter."""
     weights = [math.exp((value - max(logits)) / settings.temperature) for value in logits]
     order = sorted(range(len(logits)), key=lambda token: -logits[token])
     nearest = math.inf
@@ -54,7 +54,7 @@ def brute_force(logits: list[float], settings: SamplingSettings) -> tuple[list[f
 
 @given(LOGITS, SETTINGS)
 def test_filters_are_those_of_their_definitions(logits: list[float], settings: SamplingSettings) -> None:
-    """In the order top_k, top_p, min_p, each over what the one before it left."""
+    """They apply in the order top_k, top_p, min_p, each to what the one before it left."""
     expected, nearest = brute_force(logits, settings)
     assume(nearest > 1e-5)  # at a border float32 may go either way
     found = filtered_distribution(torch.tensor(logits), settings)
@@ -71,7 +71,7 @@ def test_filters_are_those_of_their_definitions(logits: list[float], settings: S
 def test_a_token_always_stays_and_shares_sum_to_1(
     logits: list[float], settings: SamplingSettings, temperature: float
 ) -> None:
-    """Among them the likeliest, and ties of it: a draw from nothing is an error far from its cause."""
+    """The likeliest tokens stay, ties included: a draw from nothing fails far from its cause."""
     found = filtered_distribution(torch.tensor(logits), settings._replace(temperature=temperature))
     assert found.sum().item() == pytest.approx(1, abs=1e-5)
     assert (found >= 0).all()
@@ -85,7 +85,7 @@ def test_without_filters_it_is_the_softmax() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 6, 7])
 def test_top_k_keeps_that_many_and_no_more(top_k: int) -> None:
-    """Up to all but one of them, and to more than there are."""
+    """k goes up to all tokens but one, and beyond the number of tokens."""
     found = filtered_distribution(torch.tensor([0.5, 3.0, -1.0, 0.0, 1.0, 2.0]), SamplingSettings(1.0, top_k=top_k))
     assert (found > 0).sum() == min(top_k, 6)
 
@@ -98,7 +98,7 @@ def test_top_k_keeps_tokens_that_are_equally_likely() -> None:
 
 @given(st.lists(st.integers(-2, 2), min_size=2, max_size=20), SHARE)
 def test_top_p_keeps_no_more_than_it_needs(logits: list[int], top_p: float) -> None:
-    """The kept tokens make up the share, without the least likely of them they do not; ties or none."""
+    """The kept tokens make up the share, and without the least likely of them they do not, with ties and without."""
     whole = torch.tensor(logits).double().softmax(-1)
     kept = filtered_distribution(torch.tensor(logits).float(), SamplingSettings(1.0, top_p=top_p)) > 0
     assert whole[kept].sum() >= top_p - 1e-5
@@ -108,7 +108,7 @@ def test_top_p_keeps_no_more_than_it_needs(logits: list[int], top_p: float) -> N
 
 @pytest.mark.parametrize("off", [{"top_p": 1.0}, {"top_k": 10**9}])
 def test_a_filter_that_asks_for_all_takes_nothing_away(off: dict[str, float]) -> None:
-    """However unlikely a token is: the share of the others rounds to 1 long before it is 1."""
+    """An unlikely token stays too: the share of the others rounds to 1 long before it is 1."""
     logits = torch.tensor([0.0, -20.0, -21.0, -22.0])
     found = filtered_distribution(logits, SamplingSettings(1.0, **off))
     assert (found > 0).all(), "a token was filtered out"
@@ -117,7 +117,7 @@ def test_a_filter_that_asks_for_all_takes_nothing_away(off: dict[str, float]) ->
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-44, 1e-300])
 def test_a_low_temperature_comes_down_to_the_likeliest(temperature: float) -> None:
-    """And not to an overflow of the logits."""
+    """The logits must not overflow."""
     found = filtered_distribution(torch.tensor([1.0, 4.0, -50.0]), SamplingSettings(temperature))
     assert found.tolist() == [0, 1, 0]
 
