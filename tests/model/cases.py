@@ -1,4 +1,4 @@
-"""Models that between them have every setting, and every combination of any three of them."""
+"""Models that together have every setting, and every combination of any three settings."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def tiny(**settings: Any) -> ModelConfig:
 
 
 def table() -> list[list[int]]:
-    """24 rows of twelve 0s and 1s; any three columns hold each of the eight patterns three times.
+    """Returns 24 rows of twelve 0s and 1s, in which any three columns hold each of the eight patterns three times.
 
-    A Hadamard matrix of order 12 above its negative (Plackett and Burman, 1946, folded over).
+    They are a Hadamard matrix of order 12 above its negative (Plackett and Burman, 1946, folded over).
     """
     first = [1, 1, 0, 1, 1, 1, 0, 0, 0, 1, 0]
     half = [[1, *first[shift:], *first[:shift]] for shift in range(11)] + [[1] + [0] * 11]
@@ -65,14 +65,14 @@ def cases() -> list[ModelConfig]:
 
 
 def name(config: ModelConfig) -> str:
-    """What differs from the plainest model, for the name of a test."""
+    """Names a test after what differs from the plainest model."""
     plain = tiny(**{key: value for first, _ in OPTIONS for key, value in first.items()})
     changed = {key: value for key, value in config.model_dump().items() if value != getattr(plain, key)}
     return ",".join(key if value is True else f"{key}={value}" for key, value in changed.items()) or "plain"
 
 
 def build(config: ModelConfig, seed: int = 0) -> Transformer:
-    """In evaluation mode, with weights large enough that each part of the model shows in the logits."""
+    """Builds a model in evaluation mode, with weights so large that each of its parts shows in the logits."""
     torch.manual_seed(seed)
     model = Transformer(config).eval()
     if config.tied_embeddings:

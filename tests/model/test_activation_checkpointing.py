@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same numbers to the last bit, with less kept for the backward."""
+"""Activation checkpointing computes the same numbers to the last bit, and keeps less for the backward."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODELS: list[dict[str, Any]] = [
 
 
 def backward(model: Transformer, batch: Tensor) -> tuple[list[Tensor], int]:
-    """The loss and every gradient, and the bytes that autograd kept for it, each storage once."""
+    """Returns the loss and every gradient, and the bytes that autograd kept for them, each storage once."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def backward(model: Transformer, batch: Tensor) -> tuple[list[Tensor], int]:
 
 @pytest.mark.parametrize("settings", MODELS, ids=str)
 def test_the_gradients_are_the_same_to_the_last_bit(settings: dict[str, Any]) -> None:
-    """Dropout too: what is computed again must draw the same numbers again."""
+    """That includes dropout: what is computed again must draw the same numbers again."""
     config = tiny(**settings, depth=4)
     model, batch = build(config).train(), tokens(config)
     plain, kept = backward(model, batch)

@@ -1,4 +1,4 @@
-"""The feed-forward activations: each against its definition in float64."""
+"""Each activation of the feed-forward equals its definition in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def layer_of(name: str) -> FeedForward:
 
 
 def defined(name: str, layer: FeedForward, x: Tensor) -> Tensor:
-    """The layer's activations in float64."""
+    """Returns the activations of the layer in float64."""
 
     def through(linear: torch.nn.Linear) -> Tensor:
         return x.double() @ linear.weight.double().T + linear.bias.double()
@@ -58,7 +58,7 @@ def test_an_activation_is_its_definition_and_is_what_an_observer_sees(name: str)
 
 @each_activation
 def test_its_gradient_is_that_of_its_definition(name: str) -> None:
-    """Against differences of the definition in float64, along a direction."""
+    """It is compared with differences of the definition in float64, along a direction."""
     layer, x = layer_of(name), torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1))
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     leaf = x.clone().requires_grad_()
@@ -72,7 +72,7 @@ def test_its_gradient_is_that_of_its_definition(name: str) -> None:
 
 @each_activation
 def test_a_model_trains_and_is_observed_with_it(name: str) -> None:
-    """A gradient reaches each parameter, watched or not."""
+    """A gradient reaches each parameter, with an observer and without."""
     model, batch = build(config := tiny(ff=name)), tokens(tiny())
     seen: list[ObservedFeedForward] = []
     with observing(model, lambda one: seen.append(one) if isinstance(one, ObservedFeedForward) else None):

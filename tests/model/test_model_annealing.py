@@ -1,4 +1,4 @@
-"""ε that anneals as a factor on the query, beside an ε that is a number from the start."""
+"""An ε that anneals as a factor on the query gives what an ε that is a number from the start gives."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ EPS = (4.0, 0.7, 0.3, 0.05)
 
 
 def annealing(**settings: Any) -> ModelConfig:
-    """From ε = 4 to that of `tiny`, 0.3."""
+    """Returns settings whose ε anneals from 4 to that of `tiny`, 0.3."""
     return tiny(**settings, eps_anneal_start=4.0)
 
 
 def with_number(model: Transformer, eps: float) -> Transformer:
-    """The weights of an annealing model under a constant ε."""
+    """Returns a model with the weights of an annealing one and a constant ε."""
     fixed = model.config.model_copy(update={"eps_anneal_start": None, "attn_eps": eps})
     other = Transformer(fixed, model.each_block()[0].attention.backend)
     load_state_tensors(other, state_tensors(model))
@@ -70,7 +70,7 @@ def test_at_its_end_nothing_is_rounded_anew(settings: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_the_kernels_get_the_factor_too() -> None:
-    """Where norm and rotation are one kernel, the factor is in the gain of the norm."""
+    """If norm and rotation are one kernel, the factor is in the gain of the norm."""
     torch.manual_seed(0)
     config = annealing(position="rotary", qk_norm=True)
     model = Transformer(config, "triton").to(DEVICES[-1])
@@ -101,7 +101,7 @@ def test_an_observer_sees_the_weights_of_the_number(settings: dict[str, Any]) ->
     ("settings", "graphs"), [({}, 1), ({"position": "rotary", "qk_norm": True}, 1), ({"solver": "iterative"}, 4)]
 )
 def test_one_compiled_graph_serves_every_eps(settings: dict[str, Any], graphs: int) -> None:
-    """The iterative solver compiles for each: it starts from an ε that is a number of its own."""
+    """The iterative solver compiles for each ε, since it starts from eps_init, a number of its own."""
     torch._dynamo.reset()
     model, batch, counter = build(annealing(depth=1, **settings)), tokens(tiny()), CompileCounter()
     called = torch.compile(model, backend=counter)
@@ -115,7 +115,7 @@ def test_one_compiled_graph_serves_every_eps(settings: dict[str, Any], graphs: i
 
 
 def test_no_checkpoint_holds_the_factor() -> None:
-    """It follows from the step; a tensor more would be one that an older checkpoint lacks."""
+    """The factor follows from the step. An older checkpoint would lack such a tensor."""
     assert expected_tensors(annealing()) == expected_tensors(tiny())
 
 

@@ -1,4 +1,4 @@
-"""Norm and rotation of queries and keys in one kernel each way, against the layers that do the same."""
+"""One kernel each way normalises and rotates queries and keys as the layers do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GRADIENTS = ("projected", "gain of queries", "gain of keys")
 
 
 class Problem:
-    """A projection [B, T, 3H + rest, D], its layers in float64, and gradients that come to the heads."""
+    """A projection [B, T, 3H + rest, D], its layers in float64, and the gradients that reach the heads."""
 
     def __init__(self, B: int, T: int, H: int, rest: int, D: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(T)
@@ -39,7 +39,7 @@ class Problem:
         ]
 
     def by_layers(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Heads and gradients in float64."""
+        """Returns heads and gradients in float64."""
         H = self.heads
         norms = [HeadNorm(gain.shape[0]).double() for gain in self.gains]
         for norm, gain in zip(norms, self.gains, strict=True):
@@ -63,7 +63,7 @@ class Problem:
         return out, list(torch.autograd.grad(out, leaves, [grad.to(DEVICE) for grad in self.grads]))
 
     def compare(self, found: tuple[list[Tensor], list[Tensor]]) -> None:
-        """Each number within one rounding to its dtype, of numbers of its size."""
+        """Asserts that each number is within one rounding to its dtype, for numbers of its size."""
         step = 2**-8 if self.dtype == torch.bfloat16 else 2e-6
         expected = self.by_layers()
         for name, one, right in zip(NAMES + GRADIENTS, found[0] + found[1], expected[0] + expected[1], strict=True):
@@ -100,7 +100,7 @@ def test_compiled_it_is_one_graph(rest: int) -> None:
 
 
 def test_gradients_in_any_order_of_memory() -> None:
-    """Of a sum they are one number for all; of a transposed product their channels lie apart."""
+    """The gradient of a sum is one number for all. That of a transposed product has its channels apart."""
     this = Problem(2, 20, 2, 1, 16, torch.float32)
     apart = torch.randn(2, 16, 2, 20).permute(0, 3, 2, 1)
     this.grads = [torch.ones(()).expand(2, 20, 2, 16), apart, apart, torch.ones(()).expand(2, 20, 1, 16)]
@@ -147,7 +147,7 @@ def test_the_operators_keep_the_rules_of_torch() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
 def test_a_model_is_the_same_with_and_without(attention: str, compiled: bool) -> None:
-    """Its loss, and the gradient of each weight; with a learned k and a gate the projection has further heads."""
+    """Its loss and the gradient of each weight are compared. A learned k and a gate add heads to the projection."""
     config = ModelConfig(
         vocab_size=13, seq_len=24, dim=24, depth=1, heads=2, dim_head=12, position="rotary", qk_norm=True,
         attention=attention, attn_k=2.0, learned_k=attention != "softmax", output_gate=True, attn_eps=0.5,

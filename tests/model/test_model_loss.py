@@ -1,4 +1,4 @@
-"""The cross-entropy in parts, as a compiled model takes it, against PyTorch's."""
+"""The cross-entropy in parts, which a compiled model computes, equals PyTorch's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.devices import DEVICES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("V", [257, 2048, 50304])
 def test_compiled_it_is_the_cross_entropy(V: int, dtype: torch.dtype, device: str) -> None:
-    """Losses and gradients, with ignored targets, and logits of which one is far above the others."""
+    """Losses and gradients are compared, with ignored targets, and with one logit far above the others."""
     generator = torch.Generator().manual_seed(V)
     logits = 4 * torch.randn(12, V, generator=generator)
     logits[3, 7] = 90.0

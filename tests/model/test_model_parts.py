@@ -19,7 +19,7 @@ EPS = st.floats(1e-3, 10)
 
 @given(start=EPS, end=EPS, share=st.floats(0.01, 1), steps=st.integers(2, 10**6))
 def test_annealing_runs_from_the_start_to_the_end_and_stays(start: float, end: float, share: float, steps: int) -> None:
-    """Evenly in log ε, over its share of the schedule."""
+    """It is even in log ε, over its share of the schedule."""
     model = tiny(eps_anneal_start=start, attn_eps=end, eps_anneal_share=share)
     length = max(1.0, share * steps)
     assert annealed_eps(model, 0, steps) == start
@@ -39,7 +39,7 @@ def test_without_a_start_there_is_no_annealing() -> None:
 
 @pytest.mark.parametrize("solver", ["exact", "iterative"])
 def test_a_set_temperature_is_that_of_a_model_made_with_it(solver: str) -> None:
-    """Of each layer, and watched or not: annealing that reaches a part of the model is none."""
+    """The temperature is that of each layer, with an observer and without."""
     warm, cold = tiny(solver=solver, attn_eps=1.5), tiny(solver=solver, attn_eps=0.2)
     model, other, batch = build(warm), build(cold), tokens(warm)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_rotary_products_depend_on_the_distance_alone(shift: int, query: int, ke
 @settings(max_examples=30)
 @given(start=st.integers(0, 200), length=st.integers(1, 20), half=st.integers(1, 8), base=st.floats(2, 1e6))
 def test_rotary_is_the_rotation_of_its_paper(start: int, length: int, half: int, base: float) -> None:
-    """Channels i and i + D/2, as a complex number, times exp(i·position·base^(−2i/D))."""
+    """Channels i and i + D/2 are a complex number, which is multiplied by exp(i·position·base^(−2i/D))."""
     x = torch.randn(2, length, 3, 2 * half, generator=torch.Generator().manual_seed(start))
     position = torch.arange(start, start + length).double()
     angle = position[:, None, None] * base ** (-torch.arange(half).double() / half)
@@ -80,7 +80,7 @@ def test_rotary_is_the_rotation_of_its_paper(start: int, length: int, half: int,
 
 
 def test_the_position_shows_in_the_logits() -> None:
-    """A position embedding that is not added: repeated tokens would all look the same."""
+    """If the position embedding were not added, repeated tokens would all look the same."""
     for position in ("learned", "rotary"):
         model = build(config := tiny(position=position))
         same = torch.tensor([[3, 4] * 5])

@@ -1,4 +1,4 @@
-"""Other arithmetic, the same model: bf16 autocast and torch.compile."""
+"""bf16 autocast and torch.compile leave the model the same."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMPILED: list[dict[str, Any]] = [
 
 
 def passes(config: ModelConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """Logits and the gradient of the loss, in float32 and with bf16 products."""
+    """Returns the logits and the gradient of the loss, in float32 and with bf16 products."""
     model, batch = build(config), tokens(config)
     logits, gradients = [], []
     for dtype in (torch.float32, torch.bfloat16):
@@ -63,14 +63,14 @@ def test_bf16_logits_are_near_float32(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("config", cases(), ids=name)
 def test_bf16_gradients_are_near_float32(config: ModelConfig) -> None:
-    """At k = 1, where nothing is ever capped: elsewhere the gradient itself jumps where an entry becomes capped."""
+    """k is 1, so that nothing is ever capped. Otherwise the gradient jumps when an entry becomes capped."""
     smooth = config.model_copy(update={"attn_k": 1.0, "ff_k": 1.0})
     assert error(*passes(smooth)["gradient"]) <= 12 * ROUNDING
 
 
 @pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
 def test_scores_are_float32_under_autocast(attention: str) -> None:
-    """bf16 scores, over a small ε, would be weights of other keys: their rows must still sum to k exactly."""
+    """Over a small ε, bf16 scores would give weight to other keys. Their rows must still sum to k exactly."""
     model, seen = build(config := tiny(attention=attention, attn_eps=0.02, attn_k=2.0)), []
     with torch.no_grad(), observing(model, seen.append), autocast(CPU, torch.bfloat16):
         model(tokens(config))
@@ -85,7 +85,7 @@ def test_scores_are_float32_under_autocast(attention: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", COMPILED, ids=str)
 def test_compiled_logits_and_gradients_are_the_same(settings: dict[str, Any]) -> None:
-    """In one graph: a break in it would cost the speed that compiling is for."""
+    """The model is one graph: a break in it would cost the speed that compiling is for."""
     model, batch = build(config := tiny(**settings)), tokens(tiny())
     torch._dynamo.reset()
     results = []

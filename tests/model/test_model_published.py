@@ -1,4 +1,4 @@
-"""From the published model: the same weights and settings, and the same logits."""
+"""A model converted from the published one has the same weights, settings and logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZES: dict[str, Any] = {"num_tokens": 29, "dim": 20, "seq_len": 17, "depth": 2,
 
 
 def build(**settings: Any) -> Any:
-    """A published model whose parts all show in the logits: those that start at 0, 1 or −10 are drawn too."""
+    """Builds a published model whose parts all show in the logits: those that start at 0, 1 or −10 are drawn too."""
     torch.manual_seed(0)
     model = published.Transformer(**{**SIZES, **settings}).eval()
     for name, parameter in model.named_parameters():
@@ -27,10 +27,10 @@ def build(**settings: Any) -> Any:
 
 
 def dense_logits(model: Any, batch: Tensor) -> Tensor:
-    """The published forward written out, with its operator for CPUs in place of the one for GPUs.
+    """Computes the published forward, with its operator for CPUs in place of the one for GPUs.
 
-    That one takes a flat k on a GPU and nothing of the kind on a CPU, and the sparse feed-forward never runs at all (a
-    misspelt name), so this is what the source says and not what it does.
+    The operator for GPUs takes a flat k, and the one for CPUs does not. The sparse feed-forward never runs at all,
+    because of a misspelt name. This is therefore what the source says, and not what it does.
     """
     x = model.token_emb(batch) + model.pos_emb.weight[: batch.shape[1]]
     for attention, feed_forward in model.layers:
@@ -119,7 +119,7 @@ def test_the_logits_are_those_of_the_published_model(settings: dict[str, Any]) -
 
 @pytest.mark.parametrize("settings", RUNNABLE, ids=name)
 def test_the_dense_computation_is_that_of_the_published_model(settings: dict[str, Any]) -> None:
-    """Else the comparisons with it, for the settings that only a GPU runs, would mean nothing."""
+    """Otherwise the comparisons with it, for settings that only a GPU runs, would mean nothing."""
     model = build(**settings)
     with torch.no_grad():
         torch.testing.assert_close(dense_logits(model, tokens()), model(tokens()), atol=1e-5, rtol=0)
@@ -127,7 +127,7 @@ def test_the_dense_computation_is_that_of_the_published_model(settings: dict[str
 
 @pytest.mark.parametrize("settings", OTHERS, ids=name)
 def test_the_logits_are_those_of_the_dense_computation(settings: dict[str, Any]) -> None:
-    """Of what the published source says, where it cannot run on a CPU: a learned k, a sparse feed-forward."""
+    """The published source cannot run these settings on a CPU: a learned k, and a sparse feed-forward."""
     model = build(**settings)
     with torch.no_grad():
         torch.testing.assert_close(from_published(model)(tokens()), dense_logits(model, tokens()), atol=1e-4, rtol=0)
@@ -135,7 +135,7 @@ def test_the_logits_are_those_of_the_dense_computation(settings: dict[str, Any])
 
 @pytest.mark.parametrize("settings", RUNNABLE + OTHERS, ids=name)
 def test_every_weight_is_carried_and_copied(settings: dict[str, Any]) -> None:
-    """A weight left behind, or shared with the published model so that training ours changes it."""
+    """No weight is left behind, or shared with the published model, which training ours would then change."""
     model = build(**settings)
     ours = from_published(model)
     theirs = {key: value.clone() for key, value in model.state_dict().items()}

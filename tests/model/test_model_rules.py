@@ -1,4 +1,4 @@
-"""The attention rules: each against its definition in float64, and the same in every way that it can be computed."""
+"""Each attention rule equals its definition in float64, in every way that it can be computed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def _entmax(scores: Tensor) -> Tensor:
-    """By bisection on τ."""
+    """Finds τ by bisection."""
     low, high = scores.amax(-1, keepdim=True) / 2 - 1, scores.amax(-1, keepdim=True) / 2
     for _ in range(100):
         middle = (low + high) / 2
@@ -34,7 +34,7 @@ def _entmax(scores: Tensor) -> Tensor:
 
 
 def _hard_topk(scores: Tensor) -> Tensor:
-    """The 2 largest, by order."""
+    """Keeps the 2 largest, by their order."""
     exponentials = (scores / EPS).exp()
     kept = torch.where(scores.argsort(-1).argsort(-1) >= scores.shape[-1] - 2, exponentials, 0.0)
     return kept / kept.sum(-1, keepdim=True)
@@ -56,13 +56,13 @@ def rule_of(name: str) -> AttentionRule:
 
 
 def problem(T: int, S: int) -> list[Tensor]:
-    """query, key and value with 2 sequences, 3 heads and 8 channels."""
+    """Returns query, key and value with 2 sequences, 3 heads and 8 channels."""
     generator = torch.Generator().manual_seed(T)
     return [torch.randn(2, 3, length, 8, generator=generator) for length in (T, S, S)]
 
 
 def defined(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and weights in float64, by the definition."""
+    """Returns output and weights in float64, by the definition."""
     query, key, value = query.double(), key.double(), value.double()
     T, S = query.shape[2], key.shape[2]
     scores = query @ key.transpose(-1, -2) * 8**-0.5
@@ -79,7 +79,7 @@ def test_every_rule_of_the_configuration_is_there_and_is_tested() -> None:
 @each_rule
 @pytest.mark.parametrize(("T", "S"), [(7, 7), (5, 9), (1, 6), (1, 1)])
 def test_a_rule_is_its_definition(name: str, T: int, S: int) -> None:
-    """With keys in front, as null and cached keys are; attended to by its own code, and by its dense weights."""
+    """Null and cached keys are in front. The rule attends by its own code, and by its dense weights."""
     query, key, value = problem(T, S)
     output, weights = defined(name, query, key, value)
     rule = rule_of(name)
@@ -93,7 +93,7 @@ def test_a_rule_is_its_definition(name: str, T: int, S: int) -> None:
 
 @each_rule
 def test_its_gradient_is_that_of_its_definition(name: str) -> None:
-    """Against differences of the definition in float64, along a direction for each of query, key and value."""
+    """It equals differences of the definition in float64, along a direction for each of query, key and value."""
     inputs = problem(6, 8)
     rule = rule_of(name)
     weights = torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(9))
@@ -147,7 +147,7 @@ def test_an_observer_sees_rows_that_sum_to_their_k(name: str) -> None:
 @each_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_trains_compiled_and_in_bf16(name: str, dtype: torch.dtype) -> None:
-    """The same loss, and a gradient for each parameter. One block: each further one is the same to compile."""
+    """The loss is the same, and each parameter has a gradient. One block is enough: each further one compiles alike."""
     torch._dynamo.reset()
     model, batch = build(tiny(attention=name, learned_k=True, output_gate=True, depth=1)), tokens(tiny())
     losses = []
@@ -168,7 +168,7 @@ def test_a_learned_k_is_only_where_there_is_a_budget() -> None:
 
 
 def test_the_tempered_softmax_is_the_soft_topk_with_a_budget_of_one() -> None:
-    """Softmax itself ignores ε, as runs of before ε was one of its settings must stay what they are."""
+    """Softmax itself ignores ε, so that runs from before it had that setting stay what they are."""
     query, key, value = problem(7, 7)
     tempered = attention_rule(tiny(attention="tempered-softmax", dim_head=8)).attend(query, key, value, 1.0)
     soft = attention_rule(tiny(attention="coordinate-descent", dim_head=8)).attend(query, key, value, 1.0)
@@ -178,7 +178,7 @@ def test_the_tempered_softmax_is_the_soft_topk_with_a_budget_of_one() -> None:
 
 
 def test_a_missing_package_is_one_sentence_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before any work, not at the first step."""
+    """The error comes before any work, not at the first step."""
     monkeypatch.setitem(sys.modules, "entmax", None)
     with pytest.raises(DeviceError, match=r"needs the package entmax; install it \(pip install entmax\), or choose"):
         resolve_backend(parse({"model": {"attention": "entmax"}}), CPU)

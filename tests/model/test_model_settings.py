@@ -1,4 +1,4 @@
-"""Every setting of the model: it computes, its gradients are right, it is causal, and its cache does not show."""
+"""With every setting the model computes, its gradients are right, it is causal, and its cache does not show."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_training_mode_computes_and_gradients_reach_every_parameter(config: Mode
 
 @every_case
 def test_the_gradient_of_each_parameter_is_the_derivative(config: ModelConfig) -> None:
-    """Against differences of the loss in float64, along a random direction for each parameter."""
+    """It is compared with differences of the loss in float64, along a random direction for each parameter."""
     model, batch = build(config).double(), tokens(config)
     loss(model, batch).backward()
     generator = torch.Generator().manual_seed(3)
@@ -99,7 +99,7 @@ def test_the_length_and_the_batch_do_not_show(config: ModelConfig) -> None:
 def test_logits_with_a_cache_are_those_without(
     config: ModelConfig, cuts: set[int], length: int, batch_size: int
 ) -> None:
-    """In chunks of any sizes, up to the whole context."""
+    """The chunks have any sizes, up to the full context."""
     model, batch = build(config), tokens(config, batch_size, length)
     cache = KeyValueCache(config, batch_size, torch.device("cpu"), torch.float32)
     ends = sorted({cut for cut in cuts if cut < length} | {length})
@@ -111,7 +111,7 @@ def test_logits_with_a_cache_are_those_without(
 
 @pytest.mark.parametrize("position", ["learned", "rotary"])
 def test_more_positions_than_the_context_are_refused(position: str) -> None:
-    """A learned position that does not exist, or a cache that would overflow without a word."""
+    """A learned position would not exist, or a cache would silently overflow."""
     model = build(config := tiny(position=position))
     batch = tokens(config, 1)
     with pytest.raises(ValueError, match="12 positions exceed the context of 11"):
@@ -131,7 +131,7 @@ def test_dropout_is_on_in_training_alone() -> None:
 
 
 def test_dropout_is_on_the_embeddings_and_on_each_branch() -> None:
-    """A branch left out is regularised less than the setting says, and the loss does not tell."""
+    """A branch left out is regularised less than the setting says, and the loss does not show it."""
     model = build(config := tiny(dropout=0.5)).train()
     zeros: list[float] = []
     for module in model.modules():
@@ -159,7 +159,7 @@ def test_the_control_and_the_learned_k_cost_the_same_and_start_at_k(setting: dic
 
 @pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
 def test_a_unit_gate_is_a_sigmoid_whatever_k_is(attention: str) -> None:
-    """With bias 0 and no weight it halves the output; wide open it is 1, shut it is 0."""
+    """With bias 0 and no weight it halves the output. A large bias makes it 1, and a very negative one makes it 0."""
     settings: dict[str, Any] = {"attention": attention, "attn_k": 2.5, "depth": 1}
     gated = build(tiny(**settings, output_gate=True, output_gate_range="unit"))
     attention_layer, x = gated.each_block()[0].attention, torch.randn(1, 5, 12)
@@ -173,7 +173,7 @@ def test_a_unit_gate_is_a_sigmoid_whatever_k_is(attention: str) -> None:
 
 
 def _with(model: Transformer, config: ModelConfig, strict: bool = True) -> Transformer:
-    """The weights of `model` under other settings."""
+    """Returns a model with the weights of `model` and other settings."""
     other = build(config)
     other.load_state_dict(model.state_dict(), strict=strict)
     return other

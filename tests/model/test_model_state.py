@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: what is expected, what is saved, and what comes back."""
+"""The tensors that a checkpoint should hold, those that are saved, and those that are loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_what_is_expected_is_what_is_saved(config: ModelConfig) -> None:
 
 @every_case
 def test_a_checkpoint_brings_the_model_back(config: ModelConfig) -> None:
-    """Through the bytes of a file, which refuses a tensor that is in it twice."""
+    """The tensors go through the bytes of a file, which refuses a tensor that is in it twice."""
     model, other = build(config), build(config, seed=9)
     load_state_tensors(other, load(save(state_tensors(model))))
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_tied_embeddings_are_saved_once_and_stay_tied() -> None:
 
 @pytest.mark.parametrize("null_kv", [0, 3])
 def test_null_keys_are_kept_even_where_there_are_none(null_kv: int) -> None:
-    """As in the published model, whose state dict has them in any case."""
+    """The state dict of the published model has them in any case."""
     config = tiny(null_kv=null_kv)
     shape = (2, config.heads, null_kv, config.head_width)
     assert expected_tensors(config)["blocks.1.attention.null_kv"] == (shape, torch.float32)

@@ -1,4 +1,4 @@
-"""The model under torch.func: the gradients of each sample, by vmap over grad over functional_call."""
+"""The model works under torch.func: vmap over grad over functional_call gives the gradients of each sample."""
 
 from __future__ import annotations
 
