@@ -1,4 +1,4 @@
-"""A cache of its own for each test, a text, and settings of a tiny run that has everything in it."""
+"""Gives each test a cache of its own, a text, and the settings of a tiny run that uses everything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Twelve steps with dropout, accumulation, an ε that anneals, and both layers selecting."""
+    """Settings of twelve steps with dropout, accumulation and an annealed ε, where both layers select."""
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text(real_text(), encoding="utf-8")
     return parse(

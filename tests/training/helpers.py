@@ -1,4 +1,4 @@
-"""A display that remembers, and a run of training without a command line."""
+"""A display that remembers what it is shown, and training without a command line."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def changed(config: Config, **optim: object) -> Config:
 
 
 def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
-    """With other values of settings that are named as `--set` names them."""
+    """Returns `config` with other values of settings, named as `--set` names them."""
     values = config.model_dump()
     for key, value in settings.items():
         section, name = key.split(".")
@@ -59,7 +59,7 @@ def with_settings(config: Config, settings: Mapping[str, object]) -> Config:
 
 
 def trained(config: Config, run: Path, resume: str = "auto", stop_after: int | None = None) -> Memory:
-    """Trains, or goes on, and returns what the display was shown."""
+    """Trains into `run`, or resumes it, and returns what the display was shown."""
     display = Memory(stop_after)
     with StopRequest() as stop:
         run_training(config, Run(run), resume, display, stop)
@@ -67,7 +67,7 @@ def trained(config: Config, run: Path, resume: str = "auto", stop_after: int | N
 
 
 def losses(run: Path) -> dict[int, float]:
-    """The loss of each step, to the last bit: JSON holds the shortest decimal that reads back the same."""
+    """Returns the loss of each step, to the last bit: JSON holds the shortest decimal that reads back the same."""
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
     records = [json.loads(line) for line in lines]
     return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}

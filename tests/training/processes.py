@@ -1,8 +1,8 @@
-"""Runs of several processes on this machine that meet as torchrun's do, without as many imports of torch.
+"""Runs in several processes on this machine that meet as those of torchrun do, but import torch only once.
 
-One process imports everything and then forks the ranks of each run: `python -m tests.training.processes`. A line of
-its stdin is a job, a line of its stdout the exit codes of the ranks. They meet in one store, as in that of torchrun's
-agent, and as there each run finds in it what the attempts before have left.
+One process imports everything and then forks the ranks of each run: `python -m tests.training.processes`. A line of its
+stdin is a job, and a line of its stdout has the exit codes of the ranks. They meet in one store, as in that of
+torchrun's agent. As there, each run finds in the store what earlier attempts have left.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Ended(NamedTuple):
 
 
 class Nursery:
-    """`run` forks a run; left at the end of a `with`."""
+    """Forks runs with `run`, and ends with its `with` block."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._runs = folder, 0
@@ -47,7 +47,7 @@ class Nursery:
         self._process.communicate()
 
     def run(self, count: int, *args: object, only: Mapping[int, Mapping[str, str]] | None = None) -> Ended:
-        """`cda ARGS` in `count` processes, with `only[rank]` in the environment of one."""
+        """Runs `cda ARGS` in `count` processes, with `only[rank]` in the environment of one."""
         self._runs += 1
         said = [[self._folder / f"{self._runs}.{rank}.{stream}" for stream in ("out", "err")] for rank in range(count)]
         here = {**os.environ, "PWD": str(Path.cwd())}

@@ -26,7 +26,7 @@ def move(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("decay", [0.15, 0.9])
 def test_it_is_the_recurrence_in_float64(decay: float) -> None:
-    """With the smaller decay of the first steps, so that the random start is soon forgotten."""
+    """The first steps have a smaller decay, so that the random start is soon forgotten."""
     model = a_model()
     average = WeightAverage(model, decay)
     expected = {name: weight.detach().double() for name, weight in model.named_parameters()}
@@ -50,7 +50,7 @@ def test_its_tensors_are_those_of_a_checkpoint(tied: bool) -> None:
 
 
 def test_it_takes_the_model_s_place_and_gives_it_back() -> None:
-    """To the last bit, in the same memory, also where what runs in between fails."""
+    """The weights are exchanged to the last bit, in the same memory, also if what runs in between fails."""
     model = a_model()
     average = WeightAverage(model, 0.5)
     move(model)

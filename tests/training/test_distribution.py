@@ -1,4 +1,4 @@
-"""A run in several processes is the run in one: the same losses and files, and one process prints. Over gloo."""
+"""A run in several processes, over gloo, has the losses and files of the run in one, and one process prints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 @pytest.fixture(scope="module")
 def small(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Without dropout; four sequences a step, of a text so short that its last window, with few targets, comes up."""
+    """Settings without dropout, with four sequences a step.
+
+    The text is so short that its last window, which has few targets, is drawn.
+    """
     text = tmp_path_factory.mktemp("text") / "short.txt"
     text.write_text(Path(config.data.source).read_text(encoding="utf-8")[:500], encoding="utf-8")
     values = config.model_dump()
@@ -117,7 +120,7 @@ def plain(small: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Conf
 def test_compiled_it_is_the_same_run(
     nursery: Nursery, plain: tuple[Config, Path], tmp_path: Path, parallel: str, batches: int
 ) -> None:
-    """The model is compiled whole or by blocks. Without compiling, the losses are the same but for rounding."""
+    """The model is compiled as one or block by block. Without compiling, the losses are the same but for rounding."""
     (config, alone), run = plain, tmp_path / "run"
     finer = ("--batch-size", config.optim.batch_size // batches, "--grad-accum", config.optim.grad_accum * batches)
     command = ("train", "--config", settings(config, tmp_path), "--out", run, "--parallel", parallel, "--compile")
@@ -224,7 +227,7 @@ def test_settings_of_python_and_pytorch_are_restored(small: Config, parallel: st
 
 
 def test_the_launcher_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of torchrun's agent, and no thread that could send a signal to whatever has a worker's number."""
+    """Neither the variables of torchrun's agent stay, nor a thread that could signal whoever has a worker's number."""
     monkeypatch.setattr(sys, "argv", ["cda", "--version"])
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     before, threads = dict(os.environ), threading.enumerate()

@@ -1,4 +1,4 @@
-"""The count of floating-point operations, beside PyTorch's own counter and sums that are written out."""
+"""The count of floating-point operations equals PyTorch's own counter, and sums that are written out."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def a_config(checkpointing: bool = False, **model: object) -> Config:
 
 
 def attention_alone(config: Config, backend: str = "torch") -> float:
-    """What the count says of attention, in products of one query with one key's width, of one layer."""
+    """Returns what the count says of the attention of one layer, in products of one query with one key's width."""
     model = config.model
     narrow = flops_per_token(config, backend).computed - linear(config)
     return narrow / (2 * model.heads * model.head_width * model.depth)
 
 
 def linear(config: Config) -> float:
-    """PyTorch's count of a token's linear layers: the custom operator of attention is one that it passes over."""
+    """Returns PyTorch's count of a token's linear layers. Its counter passes over the custom operator of attention."""
     torch.manual_seed(0)
     model = Transformer(config.model)
     model.activation_checkpointing = config.run.activation_checkpointing
@@ -54,7 +54,7 @@ def linear(config: Config) -> float:
     ids=str,
 )
 def test_linear_layers_are_counted_as_pytorch_counts_them(model: dict[str, Any], checkpointing: bool) -> None:
-    """What is left of the count is attention: whole products of a query with the half of the keys that it sees."""
+    """The rest of the count is attention: products of each query with the half of the keys that it sees."""
     seen = (12 + 1) / 2
     products = attention_alone(a_config(checkpointing, **model)) / seen
     assert products == pytest.approx(9 if checkpointing else 7)
@@ -76,19 +76,22 @@ def test_linear_layers_are_counted_as_pytorch_counts_them(model: dict[str, Any],
 def test_attention_is_counted_as_it_is_computed(
     model: dict[str, Any], backend: str, products: int, keys: float
 ) -> None:
-    """Half of the square where it is causal; the kernels of the exact solver go over their scores a second time."""
+    """Causal attention computes half of the square. The kernels of the exact solver compute the scores twice."""
     assert attention_alone(a_config(**model), backend) == pytest.approx(products * keys)
 
 
 @pytest.mark.parametrize("attention", ["hard-topk", "entmax"])
 def test_dense_weights_are_counted_as_pytorch_counts_them(attention: str) -> None:
-    """Its counter sees all of their products."""
+    """PyTorch's counter sees all of their products."""
     config = a_config(attention=attention, null_kv=2, output_gate=True)
     assert flops_per_token(config, "torch").computed == linear(config)
 
 
-def test_the_dense_figure_is_the_convention() -> None:
-    """6N + 12·L·d·T, whatever is computed: N of GPT-2 small without what is only looked up, and its sequences."""
+def test_the_dense_count_is_the_convention() -> None:
+    """It is 6N + 12·L·d·T, whatever is computed.
+
+    N is that of GPT-2 small without weights that are only looked up.
+    """
     gpt2 = {
         "vocab_size": 50304, "seq_len": 1024, "dim": 768, "depth": 12, "heads": 12, "position": "rotary",
         "norm": "rmsnorm", "tied_embeddings": True,
@@ -115,7 +118,7 @@ def test_a_cpu_has_no_peak() -> None:
     ],
 )  # fmt: skip
 def test_peaks_are_those_of_the_name(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
-    """A GPU that is not known has none, rather than that of one with a like name."""
+    """An unknown GPU has no peak, rather than that of a GPU with a similar name."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
     assert peak_flops(torch.device("cuda"), torch.float32) is None

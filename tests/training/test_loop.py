@@ -37,7 +37,7 @@ def small_model() -> Transformer:
 
 
 def a_batch(rows: int, ignored: list[tuple[int, int]] = []) -> Batch:  # noqa: B006 - never changed
-    """Random tokens; of each (row, count) in `ignored`, the first `count` targets are IGNORE."""
+    """Returns a batch of random tokens. For each (row, count) in `ignored`, the first `count` targets are IGNORE."""
     generator = torch.Generator().manual_seed(rows)
     tokens = torch.randint(0, 11, (rows, 7), generator=generator)
     targets = tokens[:, 1:].clone()
@@ -74,7 +74,7 @@ def test_accumulation_equals_the_large_batch(ignored: list[tuple[int, int]], spl
 @given(limit=st.floats(0.01, 10))
 @settings(max_examples=20)
 def test_clipping_scales_to_the_limit(limit: float) -> None:
-    """It returns the norm before, which the log line shows."""
+    """It returns the norm before clipping, which the log line shows."""
     model = small_model()
     accumulate_gradients(model, [a_batch(4)], CPU, torch.float32)
     before = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]

@@ -1,4 +1,4 @@
-"""The forecast of memory, beside the real peak of a step on a CPU, as PyTorch's profiler sees every allocation."""
+"""The forecast of memory is near the real peak of a step on a CPU, as PyTorch's profiler sees it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def of(
 
 
 def measured(config: Config, dtype: torch.dtype) -> int:
-    """Bytes at the worst moment of a step's forward and backward, the weights included; without the optimizer's."""
+    """Returns the peak of bytes in the forward and backward of a step, with the weights and without the optimizer."""
     torch.manual_seed(0)
     model = Transformer(config.model)
     model.activation_checkpointing = config.run.activation_checkpointing
@@ -81,7 +81,7 @@ PAIRS = [[(False, torch.float32), (True, torch.bfloat16)], [(True, torch.float32
     ids=str,
 )
 def test_the_peak_is_the_measured_one(model: dict[str, Any], checkpointing: bool, dtype: torch.dtype) -> None:
-    """Within 15 %: with a large vocabulary it is at the loss, else in the last block."""
+    """It is within 15 %. With a large vocabulary the peak is at the loss, and otherwise in the last block."""
     config = a_config(model, checkpointing)
     found = of(config, dtype)
     assert found.peak - found.optimizer == pytest.approx(measured(config, dtype), rel=0.15)
@@ -133,14 +133,14 @@ def test_a_compiled_model_keeps_less_and_as_much_for_each_block(attention: str) 
 
 
 def test_a_forecast_allocates_nothing() -> None:
-    """It is asked for where the run may not fit: this one would take terabytes."""
+    """A forecast is made where the run may not fit: this one would take terabytes."""
     found = of(parse({"model": MODEL | {"dim": 2**16, "depth": 2, "heads": 512}, "optim": {"batch_size": 2**10}}))
     assert found.peak > 2**40
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_checkpointing_is_seen_compiled_too(backend: str) -> None:
-    """Whatever an operator's own gradient is: what it makes is computed again, as all else within a block."""
+    """Whatever the gradient of an operator is, its results are computed again like all others within a block."""
     device = DEVICES[-1]  # the interpreter, in which kernels run on a CPU, is off where there is a GPU
     plain, less = (compiled("coordinate-descent", backend, device, on) for on in (False, True))
     assert less.activations < plain.activations / 3

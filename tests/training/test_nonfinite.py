@@ -1,4 +1,4 @@
-"""Refused steps: which are refused, how many in a row, what the run then says, and that they leave no trace."""
+"""Which steps are refused, how many in a row, what the run then says, and that they leave no trace."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def is_refused(refusals: Refusals, loss: Tensor, norm: Tensor) -> bool:
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_what_is_not_finite_is_refused(tmp_path: Path, bad: Tensor) -> None:
-    """A bad value in the loss alone, in the gradient alone, or in both. The record names it."""
+    """The loss alone, the gradient alone, or both are bad. The record names the value."""
     refusals = Refusals(Run(tmp_path), limit=9)
     assert not is_refused(refusals, ONE, ONE)
     assert is_refused(refusals, bad, ONE)

@@ -1,4 +1,4 @@
-"""The schedule of the learning rate, what is decayed, and the protocol of a step."""
+"""The schedule of the learning rate, which parameters decay, and the protocol of a step."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_no_warm_up() -> None:
     ratio=st.just(0.0) | st.floats(1e-6, 1), kind=st.sampled_from(["cosine", "constant"]),
 )  # fmt: skip
 def test_the_rate_is_always_within_its_bounds(warmup: int, schedule: int, step: int, ratio: float, kind: str) -> None:
-    """Also where the warm-up is longer than the schedule."""
+    """That holds also if the warm-up is longer than the schedule."""
     config = OptimConfig(lr=0.5, warmup_steps=warmup, min_lr_ratio=ratio, schedule=kind)  # type: ignore[arg-type]
     rate = learning_rate(config, schedule, step)
     assert 0 < rate <= 0.5 or (ratio == 0 and rate == pytest.approx(0))
@@ -94,7 +94,7 @@ def decayed(model: Transformer) -> dict[str, bool]:
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_matrices_are_decayed_gains_and_biases_not(norm: str) -> None:
-    """Decay pulls a gain to 0, but a gain that does nothing is 1."""
+    """Decay pulls a gain to 0, but a gain without effect is 1."""
     found = decayed(a_model(norm=norm, qk_norm=True))
     assert found["token_embedding.weight"]
     assert found["blocks.1.attention.to_qkv.weight"]
@@ -189,7 +189,7 @@ def test_a_restored_optimizer_keeps_its_settings_and_gets_the_state() -> None:
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    """A process group of one process."""
+    """Makes a process group of one process."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     yield

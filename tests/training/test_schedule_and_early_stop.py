@@ -34,7 +34,7 @@ def test_minutes_pass_and_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_patience_counts_validations_in_vain() -> None:
-    """An equal loss is no lower one, and neither is one that is not finite."""
+    """A loss that is equal, or not finite, is not lower."""
     patience = Patience(3)
     seen = []
     for loss in (2.0, 3.0, 1.0, 1.0, None, 0.5, float("nan"), 0.75, 0.5):
@@ -46,14 +46,14 @@ def test_patience_counts_validations_in_vain() -> None:
 
 
 def test_a_checkpoint_for_every_moment_of_the_clock(config: Config, tmp_path: Path) -> None:
-    """Besides the steps: an interval that no step outlasts saves after each."""
+    """The clock saves besides the steps. An interval shorter than a step saves after each."""
     run = tmp_path / "run"
     trained(with_run(config, save_every=0, save_minutes=1e-9, keep=99, keep_best=False), run)
     assert list_steps(run) == list(range(1, 13))
 
 
 def stopped_early(config: Config, run: Path) -> Memory:
-    """A rate of learning that only makes things worse, validated at each step."""
+    """Trains with a learning rate that only makes things worse, and validates at each step."""
     optim = config.optim.model_copy(update={"lr": 50.0, "schedule": "constant", "warmup_steps": 0})
     worse = with_run(config.model_copy(update={"optim": optim}), eval_every=1, save_every=5, patience=2)
     return trained(worse, run)

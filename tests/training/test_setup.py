@@ -112,7 +112,7 @@ def test_a_side_that_is_too_short_is_named(config: Config) -> None:
 
 
 class Clock:
-    """Time that a test sets."""
+    """A clock that a test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -142,7 +142,7 @@ def test_speed_is_of_the_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_speed_is_right_in_the_first_log_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a resume too: the step that compiles says nothing about the steps to come."""
+    """That holds after a resume too: the step that compiles says nothing about the steps to come."""
     clock = Clock(monkeypatch)
     speed = Speed()
     for seconds in [60.0] + [0.5] * 9:

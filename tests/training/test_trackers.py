@@ -1,4 +1,4 @@
-"""Trackers through their own libraries: what they are told, and that a resumed run goes on in the same place."""
+"""Trackers get the numbers of a run through their own libraries, and a resumed run goes on in the same place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.training.helpers import Memory, changed, losses, trained
 
 
 def tracked(config: Config, run: Path, *trackers: str, cuts: tuple[int, ...] = (5, 12)) -> list[Memory]:
-    """A run with these trackers, in parts."""
+    """Trains a run with these trackers, in parts."""
     asked = config.model_copy(update={"run": config.run.model_copy(update={"track": list(trackers)})})
     return [trained(changed(asked, steps=steps), run) for steps in cuts]
 
@@ -39,7 +39,7 @@ def test_tensorboard_has_every_number_across_a_resume(config: Config, tmp_path: 
 
 
 def test_tensorboard_hides_what_is_done_again(config: Config, tmp_path: Path) -> None:
-    """Steps beyond the checkpoint that is gone on from would else stand there twice."""
+    """Otherwise the steps after the checkpoint would be there twice."""
     run = tmp_path / "run"
     tracked(config, run, "tensorboard", cuts=(4, 6))
     for file in (run / "checkpoints" / "step-00000006").iterdir():
@@ -53,7 +53,7 @@ def test_tensorboard_hides_what_is_done_again(config: Config, tmp_path: Path) ->
 def test_weights_and_biases_goes_on_with_the_same_run(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Offline: two parts with one identity, which `wandb sync` puts together."""
+    """Offline there are two parts with one identity, which `wandb sync` joins."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     tracked(config, tmp_path / "run", "wandb", cuts=(1, 2))
     identity = (tmp_path / "run" / "tracker-id").read_text()
@@ -75,7 +75,7 @@ def test_trackio_goes_on_with_the_same_run(config: Config, tmp_path: Path, monke
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch, config: Config, tmp_path: Path) -> None:
-    """Before any data is prepared, and with the command that installs it."""
+    """The error comes before any data is prepared, with the command that installs the library."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_trackers([])
     with pytest.raises(ConfigError, match=r"wandb is not installed; install it \(pip install wandb\)"):
