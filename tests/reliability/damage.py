@@ -1,4 +1,4 @@
-"""A damaged file of a checkpoint is never taken for a whole one, and is said in one sentence."""
+"""A damaged file of a checkpoint is never taken for an intact one, and the error is one sentence."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def longer(data: bytes, other: bytes, chance: random.Random) -> bytes:
 
 
 def zeroed(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    """A block that was never written, as after a crash."""
+    """Zeroes a block, as if it was never written before a crash."""
     start = chance.randrange(len(data))
     size = min(chance.choice([1, 64, 512, 4096]), len(data) - start)
     return data[:start] + bytes(size) + data[start + size :]
 
 
 def moved(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    """Two parts in the wrong order."""
+    """Swaps two parts."""
     place = chance.randrange(1, len(data))
     return data[place:] + data[:place]
 
@@ -53,12 +53,12 @@ def random_bytes(data: bytes, other: bytes, chance: random.Random) -> bytes:
 
 
 def of_another_checkpoint(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    """Whole in itself, and of another step."""
+    """Takes the intact file of another step."""
     return other
 
 
 def spelt_otherwise(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    """The same JSON, or a space more where it is none."""
+    """Writes the same JSON in another way, or adds a space to a file that is not JSON."""
     try:
         return json.dumps(json.loads(data), indent=chance.choice([None, 1])).encode()
     except ValueError:
@@ -71,7 +71,7 @@ KINDS: tuple[Callable[[bytes, bytes, random.Random], bytes], ...] = (
 
 
 def damaged_files(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """Every file of a checkpoint of a real run, the manifest too, damaged in all kinds of ways."""
+    """Damages every file of a real run's checkpoint, the manifest too, in all kinds of ways."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         run = finished_run(Path(folder))
@@ -92,7 +92,7 @@ def damaged_files(count: int, seed: int, variant: str = "") -> Iterator[str | No
 
 
 def finished_run(folder: Path) -> Path:
-    """A micro run with two checkpoints and a tokenizer.json."""
+    """Makes a micro run with two checkpoints and a tokenizer.json."""
     tokenizer = micro.write_tokenizer(folder / "tokenizer.json")
     config = micro.settings(micro.mapped_text(folder))
     config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(tokenizer)})})
@@ -103,7 +103,7 @@ def finished_run(folder: Path) -> Path:
 
 
 def accepted(run: Path, path: Path) -> str | None:
-    """What is wrong with the doors that a damaged checkpoint `path`, the newest of `run`, goes through."""
+    """Says what is wrong with the commands that read a damaged checkpoint `path`, the newest of `run`."""
     found, passed_over = newest(run)
     if found == path:
         return "it was taken for whole"

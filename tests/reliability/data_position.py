@@ -1,4 +1,4 @@
-"""The position in the data: whatever is cut, and however often, each token comes once and in its turn."""
+"""Whatever is cut, and however often, each token comes once and in its turn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Stream = Iterator[tuple[Batch, dict[str, Any]]]
 
 
 class Plan(NamedTuple):
-    """How much is read before each cut, in batches, and after the last."""
+    """The batches that are read before each cut, and after the last."""
 
     reads: list[int]
     rest: int
@@ -43,8 +43,10 @@ def told(batch: Batch) -> bytes:
 
 
 def fault_of(open_stream: Any, plan: Plan) -> str | None:
-    """Reads through without a cut, and with those of the plan; what differs. Between two parts the hidden random state
-    is stirred, as a fresh process would have another."""
+    """Reads without a cut, and with those of the plan, and says what differs.
+
+    Between two parts the hidden random state is changed, as a fresh process would have another.
+    """
     torch.manual_seed(1)
     through = [told(batch) for batch, _ in itertools.islice(open_stream(None), plan.total)]
     state: Mapping[str, Any] | None = None
@@ -67,7 +69,7 @@ def fault_of(open_stream: Any, plan: Plan) -> str | None:
 
 
 def mapped(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """Random cut plans over several passes of a memory-mapped text; and over two passes, each token counted."""
+    """Cuts passes over a memory-mapped text at random places, and counts each token over two passes."""
     chance = random.Random(seed)
     with broken(variant):
         for _ in range(count):
@@ -85,7 +87,7 @@ def mapped(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
 
 
 def count_of_passes(open_stream: Any, windows: int, tokens: int) -> str | None:
-    """Whether, over as many passes as make whole batches, each token but the first was a target once a pass."""
+    """Says whether each token but the first was a target once a pass, over as many passes as make full batches."""
     batches = itertools.islice(open_stream(None), windows)
     targets = torch.cat([batch.targets.flatten() for batch, _ in batches])
     counts = torch.bincount(targets[targets >= 0], minlength=tokens)
@@ -95,8 +97,10 @@ def count_of_passes(open_stream: Any, windows: int, tokens: int) -> str | None:
 
 
 def streamed(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """Random cut plans over several passes of a streamed text, in 1, 3 or 7 files, with empty documents and documents
-    that are longer than a window."""
+    """Cuts passes over a streamed text at random places.
+
+    The text is in 1, 3 or 7 files, with empty documents and documents that are longer than a window.
+    """
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as name, broken(variant):
         folder = Path(name)
@@ -114,7 +118,7 @@ def streamed(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
 
 
 def fault_of_tokens(open_stream: Any, text: bytes, batches: int) -> str | None:
-    """Whether the tokens, end to end, are the documents in their order, over and over."""
+    """Says whether the tokens, joined, are the documents in their order, again and again."""
     inputs = [batch.inputs.flatten() for batch, _ in itertools.islice(open_stream(None), batches)]
     found = bytes(torch.cat(inputs).tolist())
     wanted = (text * (len(found) // len(text) + 1))[: len(found)]
@@ -122,7 +126,7 @@ def fault_of_tokens(open_stream: Any, text: bytes, batches: int) -> str | None:
 
 
 def write_documents(chance: random.Random, folder: Path, files: int) -> tuple[DataConfig, bytes]:
-    """A data set in so many files, and the bytes of the documents that are trained on, each with its separator."""
+    """Writes a data set in so many files, and returns the bytes of each training document with its separator."""
     from cda_cli.data.split import HashRule
 
     rule = HashRule.of_fraction(0.1)

@@ -190,7 +190,7 @@ if "cuda" in DEVICES:
 
 
 def run_in_full(name: str, seed: int) -> tuple[str, Sum, float]:
-    """One experiment with its full count; says now and then how far it is."""
+    """Runs one experiment with its full count, and says now and then how far it is."""
     experiment, total, began = EXPERIMENTS[name], Sum(), time.monotonic()
     said = began
     for failure in results(experiment.trials, experiment.full, seed):

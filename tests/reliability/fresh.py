@@ -1,4 +1,4 @@
-"""A process of its own that trains, from what a line of JSON says: `python -m tests.reliability.fresh LINE`."""
+"""Trains in a process of its own, as a line of JSON says: `python -m tests.reliability.fresh LINE`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train_afresh(
     variant: str = "",
     forked: bool = False,
 ) -> str | None:
-    """Trains up to `steps`, or until SIGINT comes after step `stop_after`, in a new interpreter; what went wrong.
+    """Trains in a new interpreter, and says what went wrong.
 
     With `forked`, the process is a fork of one that has only imported. It starts in a tenth of the time, but cannot use
     a GPU. A broken variant is tried in such a fork where it can be.

@@ -38,7 +38,7 @@ class Experiment:
 
 @dataclass
 class Sum:
-    """Trials and failures; `first` is what the first failure said."""
+    """The numbers of trials and failures; `first` is the sentence of the first failure."""
 
     tried: int = 0
     failed: int = 0
@@ -52,8 +52,10 @@ class Sum:
 
 
 def upper_bound(tried: int, failed: int, confidence: float = 0.95) -> float:
-    """The largest rate of failure that is still compatible with `failed` of `tried` (Clopper and Pearson, one-sided):
-    at this rate, so few failures or fewer have a probability of 1 − confidence."""
+    """Returns the largest rate of failure that is still compatible with `failed` of `tried`.
+
+    At this rate, so few failures or fewer have a probability of 1 − confidence (Clopper and Pearson, one-sided).
+    """
     if failed >= tried:
         return 1.0
     low, high = failed / tried, 1.0
@@ -65,7 +67,7 @@ def upper_bound(tried: int, failed: int, confidence: float = 0.95) -> float:
 
 
 def results(trials: Trials, count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """The trials; an exception ends them as a failure, for a traceback is what no promise allows."""
+    """Yields the results of the trials. An exception ends them as a failure, since no promise allows a traceback."""
     try:
         yield from trials(count, seed, variant)
     except Exception:  # noqa: BLE001 - whatever it is
@@ -73,14 +75,17 @@ def results(trials: Trials, count: int, seed: int, variant: str = "") -> Iterato
 
 
 def start(target: Callable[..., object], *arguments: Any) -> BaseProcess:
-    """A child that calls `target(*arguments)`."""
+    """Starts a child that calls `target(*arguments)`."""
     process = FORKS.Process(target=target, args=arguments)
     process.start()
     return process
 
 
 def exit_code(process: BaseProcess, seconds: float = 60.0) -> int | None:
-    """How a child ended, −N for signal N, or None, and it is killed, where it had not after that time."""
+    """Returns how a child ended, −N for signal N.
+
+    It kills a child that has not ended after that time, and returns None.
+    """
     process.join(seconds)
     code = process.exitcode
     if code is None:
@@ -91,7 +96,7 @@ def exit_code(process: BaseProcess, seconds: float = 60.0) -> int | None:
 
 
 def become_cda(arguments: list[object], cache: Path, said: Path) -> None:
-    """For a child: runs `cda ARGUMENTS`, with all that it says in the file `said`, and ends the process."""
+    """Runs `cda ARGUMENTS` in a child, with its output in the file `said`, and ends the process."""
     from cda_cli.main import run
 
     os.environ["CDA_CACHE"] = str(cache)
@@ -101,7 +106,7 @@ def become_cda(arguments: list[object], cache: Path, said: Path) -> None:
 
 
 def speak_into(said: Path) -> None:
-    """What this process prints goes into a file."""
+    """Redirects what this process prints into a file."""
     descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)

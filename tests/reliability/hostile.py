@@ -1,6 +1,6 @@
 """A run or checkpoint from a stranger is data: no code in it runs, and nothing outside of it is touched.
 
-Whoever can write a file can write a manifest that fits, so here each does.
+Whoever can write a file can write a manifest that fits, so each manifest here does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SECONDS = 60.0
 
 
 class Payload:
-    """Unpickled, it writes into the file that must not be touched."""
+    """An object that, if it is unpickled, writes into the file that must not be touched."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -42,7 +42,7 @@ class Payload:
 
 
 def written(name: str, make: Callable[[Path], bytes]) -> Change:
-    """One file in place of another, with its entry in the manifest."""
+    """Writes one file in place of another, with its entry in the manifest."""
 
     def change(checkpoint: Path, canary: Path) -> None:
         (checkpoint / name).write_bytes(make(canary))
@@ -71,7 +71,7 @@ def torch_pickle(canary: Path) -> bytes:
 
 
 def state(**changes: object) -> Change:
-    """A state.json with something hostile in it."""
+    """Writes a state.json with something hostile in it."""
 
     def change(checkpoint: Path, canary: Path) -> None:
         content = json.loads((checkpoint / "state.json").read_bytes())
@@ -154,7 +154,7 @@ COMMANDS: dict[str, Callable[[Path, Path], list[object]]] = {
 
 
 def files(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """Hostile files in a checkpoint whose manifest fits, read by the commands: one sentence, and no code runs."""
+    """Commands read hostile files in a checkpoint whose manifest fits: they print one sentence, and no code runs."""
     chance = random.Random(seed)
     cases: list[tuple[str, Change]] = [(f"{name}: {what}", written(name, make)) for name, what, make in BYTES]
     cases += [(f"state.json: {what}", change) for what, change in STATES]
@@ -181,7 +181,7 @@ def named_in_manifest(name: str) -> Change:
 
 
 def linked(name: str, link: Callable[[Path, Path], None]) -> Change:
-    """A file of the checkpoint, or beside it, that is a link to the canary; the manifest fits what it links to."""
+    """Makes a file of the checkpoint, or beside it, a link to the canary. The manifest fits what it links to."""
 
     def change(checkpoint: Path, canary: Path) -> None:
         place = Path(os.path.normpath(checkpoint / name))
@@ -203,7 +203,7 @@ def hard_link(target: Path, place: Path) -> None:
 
 
 def folder_link(name: str) -> Change:
-    """A name in the folder of checkpoints that is a link to a folder outside."""
+    """Makes a name in the folder of checkpoints a link to a folder outside."""
 
     def change(checkpoint: Path, canary: Path) -> None:
         (checkpoint.parent / name).symlink_to(canary.parent)
@@ -212,7 +212,7 @@ def folder_link(name: str) -> Change:
 
 
 def folder_named(name: str) -> Change:
-    """A folder of that name beside the checkpoint, which is somebody's own and must stay."""
+    """Makes a folder of that name beside the checkpoint, which belongs to somebody and must stay."""
 
     def change(checkpoint: Path, canary: Path) -> None:
         shutil.copytree(canary.parent, checkpoint.parent / name)
@@ -244,8 +244,10 @@ NAMES: list[tuple[str, Change]] = [
 
 
 def names(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """Hostile names in a manifest, links in place of files and folders, and folders of somebody's own beside the
-    checkpoints: nothing outside the run is read, written or removed, and nobody's folder is."""
+    """Hostile names in a manifest, links, and folders of others beside the checkpoints lead nowhere.
+
+    Nothing outside the run is read, written or removed, and no folder of others is.
+    """
     chance = random.Random(seed)
     yield from tried(some(NAMES, count, chance, variant), variant)
 
@@ -258,13 +260,13 @@ SHOWN = {
 
 
 def some(cases: list[tuple[str, Change]], count: int, chance: random.Random, variant: str) -> list[tuple[str, Change]]:
-    """`count` of the cases, or of those that a broken variant must be caught with."""
+    """Returns `count` of the cases, or those that a broken variant must be caught with."""
     shown = [case for case in cases if SHOWN.get(variant, "") in case[0]]
     return chance.sample(shown, min(count, len(shown)))
 
 
 def tried(cases: list[tuple[str, Change]], variant: str) -> Iterator[str | None]:
-    """Each case with each command, in a child that notes what it touches."""
+    """Tries each case with each command, in a child that notes what it touches."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         whole = finished_run(folder)
@@ -295,7 +297,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def contents_of_others(checkpoint: Path) -> dict[str, bytes]:
-    """What is beside the checkpoints, and none."""
+    """Returns the contents of what lies beside the checkpoints."""
     others = [path for path in checkpoint.parent.iterdir() if not path.is_symlink() and path.is_dir()]
     mine = [path for path in others if len(path.name) != len(checkpoint.name) or not path.name.startswith("step-")]
     return {name: data for path in mine for name, data in contents(path).items()}
@@ -322,7 +324,7 @@ FOLLOWS = ("open", "os.listdir", "os.scandir", "os.chmod", "os.truncate", "os.ut
 
 
 def watched(arguments: list[object], cache: Path, outside: Path, variant: str, said: Connection) -> None:
-    """A child that runs a command and says how it ended, and what it touched of what it must not."""
+    """Runs a command in a child, and says how it ended and which forbidden things it touched."""
     os.environ["CDA_CACHE"] = str(cache)
     touched: list[str] = []
 

@@ -1,5 +1,7 @@
-"""A run so small that hundreds fit into a test, with everything in it that a resume must restore: dropout,
-accumulation, an order of the data, a schedule, and passes that end."""
+"""A run so small that hundreds fit into a test, with everything that a resume must restore.
+
+It has dropout, accumulation, an order of the data, a schedule, and passes that end.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +34,26 @@ RUN = {
 
 
 def settings(text: Path, streaming: bool = False, model: Mapping[str, object] = MODEL, **run: object) -> Config:
-    """The settings of a micro run on `text`."""
+    """Returns the settings of a micro run on `text`."""
     data = {"source": str(text), "streaming": streaming}
     return parse({"model": model, "data": data, "optim": OPTIM, "run": RUN | run})
 
 
 def write_settings(path: Path, config: Config) -> Path:
-    """A file for `--config`."""
+    """Writes a file for `--config`."""
     path.write_text(yaml.safe_dump(config.model_dump()), encoding="utf-8")
     return path
 
 
 def mapped_text(folder: Path, size: int = 6_000, repeats: int = 1) -> Path:
-    """One document; 60 steps of the micro run are more than one pass over it."""
+    """Writes one document. 60 steps of the micro run are more than one pass over it."""
     path = folder / "text.txt"
     path.write_text(real_text(size) * repeats, encoding="utf-8")
     return path
 
 
 def streamed_text(folder: Path, size: int = 6_000) -> Path:
-    """The same text in documents of very different lengths."""
+    """Writes the same text in documents of very different lengths."""
     text, documents, start = real_text(size), [], 0
     for length in [1, 700, 13, 60, 5, 240, 90, 3] * 20:
         documents.append(text[start : start + length])
@@ -62,7 +64,7 @@ def streamed_text(folder: Path, size: int = 6_000) -> Path:
 
 
 def write_tokenizer(path: Path) -> Path:
-    """A byte-level tokenizer.json, so that a checkpoint has one."""
+    """Writes a byte-level tokenizer.json, so that a checkpoint has one."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,14 +74,14 @@ def write_tokenizer(path: Path) -> Path:
 
 
 def losses(run: Path) -> dict[int, str]:
-    """The loss of each step, exactly."""
+    """Returns the exact loss of each step."""
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
     records = [json.loads(line) for line in lines]
     return {record["step"]: record["loss"].hex() for record in records if record["kind"] == "train"}
 
 
 def difference(run: Path, whole: Path) -> str | None:
-    """Where a run is not, to the last bit, what the uninterrupted one is."""
+    """Says in what a run differs, to the last bit, from the uninterrupted one."""
     found, wanted = losses(run), losses(whole)
     for step in sorted(found.keys() | wanted.keys()):
         if found.get(step) != wanted.get(step):
@@ -92,7 +94,7 @@ def difference(run: Path, whole: Path) -> str | None:
 
 
 def copy_of_run(run: Path, copy: Path, step: int | None = None) -> Path:
-    """A copy of a run, with the checkpoint of `step` alone where it is given: what a kill right after it leaves."""
+    """Copies a run. With `step` it keeps that checkpoint alone, as a kill right after it would."""
     shutil.copytree(run, copy, ignore=lambda folder, names: [n for n in names if step is not None and _other(n, step)])
     return copy
 

@@ -1,6 +1,6 @@
-"""Acting at an exact moment of a process: before or after any call that its main thread makes.
+"""Acts at an exact moment of a process: before or after any call that its main thread makes.
 
-A moment has a number, so that a seed chooses it and a failure can be repeated; a clock could do neither.
+A moment has a number, so that a seed chooses it and a failure can be repeated. A clock could do neither.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ CHANGING = {
 
 
 class Moments:
-    """Counts the moments for which `counts` holds, and calls `act` at number `at`; an exception that `act` raises comes
-    out of the call that was about to be made, or had just been made."""
+    """Counts the moments for which `counts` holds, and calls `act` at number `at`.
+
+    An exception that `act` raises comes out of the call that was about to be made, or had just been made.
+    """
 
     def __init__(self, counts: Counts, at: int | None = None, act: Callable[[], None] | None = None) -> None:
         self.seen = 0
@@ -58,7 +60,7 @@ class Moments:
             sys.setprofile(self._hook)
 
     def act_again(self, after: int, act: Callable[[], None]) -> None:
-        """Acts once more, after so many moments; those that `counts` leaves out count as well."""
+        """Acts once more, after so many moments, whether `counts` holds for them or not."""
         self._counts, self._at, self._act = every_call, self.seen + after, act
 
     def _hook(self, frame: FrameType, event: str, arg: Any) -> None:
@@ -70,12 +72,12 @@ class Moments:
 
 
 def every_call(frame: FrameType, event: str, arg: Any) -> bool:
-    """Before and after every call, of Python or of C."""
+    """Counts the moments before and after every call, of Python or of C."""
     return True
 
 
 def changing_calls(frame: FrameType, event: str, arg: Any) -> bool:
-    """Before and after every call that changes what is on the disk."""
+    """Counts the moments before and after every call that changes what is on the disk."""
     if event not in ("c_call", "c_return"):
         return False
     # A buffered file is written when it is closed, at the end of a `with`.
@@ -85,7 +87,7 @@ def changing_calls(frame: FrameType, event: str, arg: Any) -> bool:
 
 
 class Within:
-    """Every call from the moment when a function of that name is entered, for the `nth` time, until it returns."""
+    """Counts every call from the `nth` time that a function of that name is entered until it returns."""
 
     def __init__(self, module: str, function: str, nth: int = 1) -> None:
         self._module, self._function, self._nth = module, function, nth
@@ -93,7 +95,7 @@ class Within:
         self.over = False
 
     def begins(self, frame: FrameType) -> bool:
-        """Whether that moment has come; asked of each call of a Python function until it has."""
+        """Says whether that moment has come. Each call of a Python function asks until it has."""
         if frame.f_code.co_name != self._function or frame.f_globals.get("__name__") != self._module:
             return False
         self._nth -= 1

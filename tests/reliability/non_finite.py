@@ -31,8 +31,10 @@ OPTIM: tuple[dict[str, object], ...] = ({}, {"optimizer": "muon"}, {"ema_decay":
 
 
 class Poison:
-    """Spoils one value of one training step, and of its repetitions up to `times` in all; remembers the weights and
-    moments before, and what they were at each step that was refused."""
+    """Spoils one value of one training step, and of its repetitions, up to `times` in all.
+
+    It remembers the weights and moments before, and those at each step that was refused.
+    """
 
     def __init__(self, state: TrainState, step: int, place: str, value: float, times: int) -> None:
         self.state, self.step, self.value, self.left = state, step, value, times
@@ -53,7 +55,7 @@ class Poison:
 
 
 class Watching(Memory):
-    """Compares weights, moments and averages, as each step ends, with what they are when the next is refused."""
+    """Compares weights, moments and averages at the end of each step with those when the next step is refused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +81,7 @@ class Watching(Memory):
                 self.fault = self.fault or changed
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Moments that are not there yet are as good as 0."""
+        """Returns the tensors, with 0 for moments that do not exist yet."""
         assert self._state is not None
         moments, _ = pack_optimizer(self._state.optimizer.state_dict())
         averages = self._state.average.tensors() if self._state.average else {}
@@ -88,9 +90,11 @@ class Watching(Memory):
 
 
 def poisoned_steps(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """NaN, +∞ and −∞ in the loss, in a gradient and in an activation, at each of 20 steps: once, and then the run goes
-    on with the next batch; and time and again, and then it ends, naming the step and the last good checkpoint. With
-    AdamW, with Muon, and with an average of the weights, by turns."""
+    """Puts NaN, +∞ or −∞ into the loss, a gradient or an activation, at each of 20 steps.
+
+    Once, and the run goes on with the next batch; again and again, and it ends, naming the step and the last good
+    checkpoint. AdamW, Muon and an average of the weights take turns.
+    """
     cases = list(itertools.product(range(1, STEPS + 1), ("loss", "gradient", "activation"), VALUES, (1, 99)))
     # Spread over the cases, so that few of them are of all kinds.
     chosen = [cases[(number * 37 + seed) % len(cases)] for number in range(min(count, len(cases)))]

@@ -22,7 +22,7 @@ MANY = 10**6  # steps: more than any test waits for
 
 
 class Writer(NamedTuple):
-    """A child that trains; `line` gets a word when its loop begins, and ends with it."""
+    """A child that trains. `line` gets a word when its loop begins, and ends with the child."""
 
     process: BaseProcess
     line: Connection
@@ -30,7 +30,7 @@ class Writer(NamedTuple):
 
 
 def train_at_once(arguments: list[object], cache: Path, said: Path, gate: Any, variant: str, line: Connection) -> None:
-    """A child that trains once the gate is open, and says when its loop begins."""
+    """Trains in a child once the gate is open, and says when its loop begins."""
     train = cda_cli.training.run.train
 
     def telling(*given: Any) -> None:
@@ -61,8 +61,10 @@ def trains(writer: Writer) -> bool:
 
 
 def pairs(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """Two processes started together: exactly one trains, and the other says whose the folder is. The one that trains
-    is then stopped, or killed, and the next one goes on from there."""
+    """Starts two processes at once: exactly one trains, and the other names the owner of the folder.
+
+    The one that trains is then stopped or killed, and the next one goes on from there.
+    """
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -22,8 +22,10 @@ STEPS = 4
 
 
 def texts(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """Of a mapped and a streamed text by turns: a letter changed anywhere, the file replaced with its size and time
-    kept, or the text moved and touched. The first two are refused, and change nothing; the last goes on."""
+    """Changes a mapped or a streamed text: a letter, the file with its size and time kept, or only its place and time.
+
+    The first two changes are refused, and change nothing; after the last the run goes on.
+    """
     chance = random.Random(seed)
     for number in range(count):
         with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch, broken(variant):
@@ -63,7 +65,7 @@ def _moved(text: Path, config: Config, run: Path, chance: random.Random) -> str 
 
 
 def _change_a_letter(text: Path, chance: random.Random) -> None:
-    """Of a value, so that JSON stays JSON."""
+    """Changes a letter of a value, so that JSON stays JSON."""
     letters = text.read_bytes()
     places = [place for place, byte in enumerate(letters) if byte in b"aeiou" and letters[place - 1] not in b'"\\{']
     place = chance.choice([place for place in places if not letters[:place].endswith((b'{"t', b"\\u00"))])

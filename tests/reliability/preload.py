@@ -1,4 +1,4 @@
-"""What the children of the experiments have imported already."""
+"""Imports what the children of the experiments need."""
 
 import tests.conftest  # noqa: I001 - one thread each, before torch is imported
 

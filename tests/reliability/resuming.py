@@ -1,4 +1,4 @@
-"""A run that was cut anywhere, and goes on in a fresh process, is to the last bit the run that was not."""
+"""A run that was cut anywhere, and resumed in a fresh process, equals the uninterrupted run to the last bit."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ ON_GPU: dict[str, object] = {"device": "cuda", "dtype": "bfloat16", "compile": F
 def cuts(
     count: int, seed: int, variant: str = "", device: Mapping[str, object] = ON_CPU, at_once: int = 1
 ) -> Iterator[str | None]:
-    """60 steps killed right after each of the 59 (count: at a choice of them), each gone on from in a process of its
-    own: the loss of every step, the weights, the moments, the random states and the position are equal."""
+    """Kills 60 steps right after each of the 59 (or `count` of them), and resumes each in a process of its own.
+
+    The loss of every step, the weights, the moments, the random states and the position must be equal.
+    """
     chance, steps = random.Random(seed), VARIANT_STEPS if variant else micro.STEPS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -77,7 +79,7 @@ def chains(
 
 
 def chain(config: Config, run: Path, steps: int, places: list[int], signals: list[bool], variant: str) -> str | None:
-    """Trains up to each of the places, and then to the end; what went wrong."""
+    """Trains up to each of the places, and then to the end, and says what went wrong."""
     cache = run.parent / "cache"
     for step, by_signal in zip(places, signals, strict=True):
         end, stop_after = (steps, step) if by_signal else (step, None)

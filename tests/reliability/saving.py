@@ -27,12 +27,15 @@ SIZE = 20_000  # values a tensor: a file of 80 kB, a checkpoint of 240 kB
 
 
 def validation_loss(step: int) -> float:
-    """The lowest so far at steps 2, 7, 12 …: the best of a run is soon older than the two newest, which always stay."""
+    """Returns a loss that is lowest so far at steps 2, 7, 12 …
+
+    The best checkpoint is then soon older than the two newest, which always stay.
+    """
     return (step - 2) % 5 - step / 1000
 
 
 def save(run: Path, step: int) -> Path:
-    """A checkpoint whose every value is its step; of the others the newest stay, and the best."""
+    """Saves a checkpoint whose every value is its step. Of the others the newest and the best stay."""
     part = {"w": torch.full((SIZE,), float(step))}
     state = {"step": step, "validation_loss": validation_loss(step)}
     return publish(
@@ -41,8 +44,11 @@ def save(run: Path, step: int) -> Path:
 
 
 def fault_of(run: Path, promised: int, spoilt: int | None = None) -> str | None:
-    """What is wrong with a run in which all steps up to `promised` had been published: that one or the best was lost,
-    or something is in sight that is not whole (but for step `spoilt`, which was damaged before)."""
+    """Says what is wrong with a run in which all steps up to `promised` had been published.
+
+    One of those or the best may be lost, or something visible may be incomplete (except step `spoilt`, which was
+    damaged before).
+    """
     for step in list_steps(run):
         try:
             verify(step_folder(run, step))
@@ -71,9 +77,9 @@ def kill_self() -> None:
 
 
 def save_for_ever(run: Path, kill_at: int | None, variant: str, said: Connection) -> None:
-    """A child that does nothing but save; it says each step once it is published, and each change of the disk.
+    """Saves again and again in a child, and says each step once it is published, and each change of the disk.
 
-    At moment `kill_at` of all its calls it kills itself; without, whoever listens does that.
+    At moment `kill_at` of all its calls it kills itself. Without it, the parent does that.
     """
     step = max(list_steps(run), default=0)
     listening = kill_at is None
@@ -91,8 +97,10 @@ def save_for_ever(run: Path, kill_at: int | None, variant: str, said: Connection
 
 
 def kills(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """SIGKILL while saving, renaming and pruning: by the process itself at any of its calls, and from outside at any
-    time, the middle of a write included."""
+    """Sends SIGKILL while a process saves, renames and prunes.
+
+    The process kills itself at any of its calls, or is killed from outside at any time, even in the middle of a write.
+    """
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         run, step = Path(folder), 0
@@ -145,7 +153,7 @@ KILL, ERROR = "killed", "an error"
 
 
 def save_with_fault(run: Path, step: int, at: int | None, how: str, variant: str, said: Connection) -> None:
-    """A child that saves once, with a fault at moment `at`; it says how many moments there were, or what was raised."""
+    """Saves once in a child, with a fault at moment `at`, and says how many moments there were, or what was raised."""
 
     def fail() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "injected")
@@ -162,7 +170,7 @@ def save_with_fault(run: Path, step: int, at: int | None, how: str, variant: str
 
 
 def saved_with_fault(run: Path, step: int, at: int | None, how: str, variant: str) -> tuple[Any, int | None]:
-    """What such a child said, None where it said nothing, and its exit code."""
+    """Returns what such a child said, or None if it said nothing, and its exit code."""
     listener, said = FORKS.Pipe(duplex=False)
     child = start(save_with_fault, run, step, at, how, variant, said)
     said.close()
@@ -174,8 +182,10 @@ def saved_with_fault(run: Path, step: int, at: int | None, how: str, variant: st
 
 
 def faults(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """A kill, and an error of the disk, before and after every call that changes the disk: all of them at most, a
-    choice where there are more than `count`."""
+    """Kills the process, or raises an error of the disk, before and after every call that changes the disk.
+
+    There are at most `count` trials, which are then a choice of those calls.
+    """
     chance = random.Random(seed)
     places: list[tuple[Before, int, str]] = []
     for before in SITUATIONS:
@@ -209,10 +219,10 @@ def fault_at(run: Path, before: Before, moment: int, how: str, variant: str) -> 
 
 
 def power_losses(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """The power goes after any change of the disk. A file system may then have kept any later change of a name without
-    the content, unless that was synced before: both extremes are looked at, at every change (count: at most so many).
+    """Simulates a loss of power after each change of the disk (or `count` of them).
 
-    No real power is cut: the changes are recorded, and what could be left is computed.
+    A file system may then have kept any later change of a name without the content, unless that was synced before. Both
+    extremes are computed from the recorded changes.
     """
     chance = random.Random(seed)
     changes: list[tuple[str, str, str]] = []
@@ -252,8 +262,10 @@ FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state
 
 
 def loss_after(changes: list[tuple[str, str, str]], present: set[str], lowest: str) -> str | None:
-    """What a loss of power after `changes` could have cost. `present`: the checkpoints that were durable before;
-    `lowest`: the one of them that stays the best."""
+    """Says what a loss of power after `changes` could have cost.
+
+    `present` are the checkpoints that were durable before, and `lowest` is the one of them that stays the best.
+    """
     synced: set[str] = set()  # files and folders whose content is durable, under the name of the moment
     certain, possible = set(present), set(present)  # checkpoints that are there, and that may be
     removed: set[str] = set()  # names whose removal may have happened
@@ -289,7 +301,7 @@ def loss_after(changes: list[tuple[str, str, str]], present: set[str], lowest: s
 
 
 def full_disks(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """The disk takes no more from a byte on, in any file of a checkpoint and at any place in it."""
+    """Fills the disk at some byte of any file of a checkpoint."""
     chance = random.Random(seed)
     for _ in range(count):
         with tempfile.TemporaryDirectory() as folder:
@@ -318,7 +330,7 @@ def full_disks(count: int, seed: int, variant: str = "") -> Iterator[str | None]
 
 
 def save_on_full_disk(run: Path, step: int, name: str, offset: int, variant: str, said: Connection) -> None:
-    """A child that saves; once the file `name` is opened, none may grow beyond `offset` bytes."""
+    """Saves in a child. Once the file `name` is opened, no file may grow beyond `offset` bytes."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
     def limit(frame: Any, event: str, arg: Any) -> bool:

@@ -43,8 +43,10 @@ BEFORE_THE_RUN = ("preparing", "building")
 
 
 class Shot(NamedTuple):
-    """A signal at a moment of a phase, and after so many more calls a second one, or none. Or, with SIGPIPE, a stdout
-    that is `lost` from that moment on."""
+    """A signal at a moment of a phase, and possibly a second one after so many more calls.
+
+    With SIGPIPE it is a stdout that is `lost` from that moment on.
+    """
 
     phase: str
     moment: int
@@ -55,7 +57,7 @@ class Shot(NamedTuple):
 
 
 def lose_stdout(lost: str) -> None:
-    """Each write gives EPIPE, ENOSPC or EIO."""
+    """Makes each write fail with EPIPE, ENOSPC or EIO."""
     if lost == "full disk":
         into = os.open("/dev/full", os.O_WRONLY)
     else:
@@ -65,7 +67,7 @@ def lose_stdout(lost: str) -> None:
 
 
 def train_and_shoot(arguments: list[object], cache: Path, shot: Shot, variant: str, said: Connection) -> None:
-    """A child that trains, and sends itself the signals; it says when it did."""
+    """Trains in a child that sends itself the signals, and says when it did."""
 
     def shoot() -> None:
         said.send(time.monotonic())
@@ -84,7 +86,7 @@ def train_and_shoot(arguments: list[object], cache: Path, shot: Shot, variant: s
 
 
 def train_and_count(arguments: list[object], cache: Path, said: Connection) -> None:
-    """A child that trains, and says how many moments each phase had."""
+    """Trains in a child, and says how many moments each phase had."""
     phases = {phase: Within(*where) for phase, where in PHASES.items()}
     seen = dict.fromkeys(PHASES, 0)
 
@@ -108,7 +110,7 @@ def train_and_count(arguments: list[object], cache: Path, said: Connection) -> N
 
 
 def fault_of(shot: Shot, arguments: list[object], cache: Path, run: Path, variant: str) -> str | None:
-    """What went wrong with a run that was shot at."""
+    """Says what went wrong with a run that was shot at."""
     listener, said = FORKS.Pipe(duplex=False)
     child = start(train_and_shoot, arguments, cache, shot, variant, said)
     said.close()
@@ -132,8 +134,10 @@ def fault_of(shot: Shot, arguments: list[object], cache: Path, run: Path, varian
 
 
 def signals(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """At random moments of each phase, from the preparation of the data to the middle of a save, half of them followed
-    by a second signal; then the same command goes on, and ends as a run that nobody stopped."""
+    """Sends a signal at random moments of each phase, from the preparation of the data to the middle of a save.
+
+    A second signal follows half of them. Then the same command goes on, and ends as a run that nobody stopped.
+    """
 
     def shot(phase: str, moments: int, chance: random.Random) -> Shot:
         again_after = chance.randrange(2_000) if chance.random() < 0.5 else None
@@ -143,7 +147,7 @@ def signals(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
 
 
 def lost_output(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """The same for a stdout whose reader, disk or terminal goes away once the run has begun."""
+    """Does the same with a stdout whose reader, disk or terminal goes away once the run has begun."""
 
     def shot(phase: str, moments: int, chance: random.Random) -> Shot:
         return Shot(phase, chance.randrange(moments), signal.SIGPIPE, lost=chance.choice(LOST))
@@ -154,7 +158,7 @@ def lost_output(count: int, seed: int, variant: str = "") -> Iterator[str | None
 def shots(
     count: int, seed: int, variant: str, phases: list[str], choose: Callable[[str, int, random.Random], Shot]
 ) -> Iterator[str | None]:
-    """Trials, a phase after the other; `choose` is given a phase and how many moments it has."""
+    """Yields trials, one phase after another. `choose` gets a phase and the number of its moments."""
     chance = random.Random(seed)
     phases = phases if not variant else list(VARIANT_PHASES)
     with tempfile.TemporaryDirectory() as name:
@@ -188,7 +192,7 @@ def command(settings: Path, run: Path) -> list[object]:
 
 
 def count_moments(arguments: list[object], cache: Path) -> dict[str, int]:
-    """How many moments each phase has, in a run that is not shot at."""
+    """Counts the moments of each phase, in a run that is not shot at."""
     listener, said = FORKS.Pipe(duplex=False)
     child = start(train_and_count, arguments, cache, said)
     said.close()
@@ -202,7 +206,7 @@ def count_moments(arguments: list[object], cache: Path) -> dict[str, int]:
 
 
 def fault_after(arguments: list[object], cache: Path, folder: Path, whole: Path) -> str | None:
-    """Whether the same command then ends as the run that nobody stopped."""
+    """Says whether the same command then ends as the run that nobody stopped."""
     code = exit_code(start(become_cda, arguments, cache, folder / "said"))
     if code != 0:
         return f"going on ended with {code}: {(folder / 'said').read_text()[-500:]}"

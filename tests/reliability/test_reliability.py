@@ -1,4 +1,4 @@
-"""Each promise, with few trials; `make reliability` makes many. And each experiment fails with what is broken."""
+"""Each promise is tried a few times; `make reliability` tries it many times. Each experiment fails on broken code."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ batches, streaming = cda_cli.data.batches, cda_cli.data.streaming
 
 @contextlib.contextmanager
 def broken(name: str) -> Iterator[None]:
-    """Inside, the product is the variant of that name; "" is the product as it is."""
+    """Within it, the product is the variant of that name; "" is the product as it is."""
     with pytest.MonkeyPatch.context() as patch:
         if name:
             VARIANTS[name](patch)
@@ -120,7 +120,7 @@ def best_pruned_as_the_others(patch: Patch) -> None:
 
 @variant
 def best_moved_aside_while_pruning(patch: Patch) -> None:
-    """Whole again once the pruning is over."""
+    """Hides the best checkpoint until the pruning is over."""
     prune = checkpoint._prune
 
     def with_best_aside(run: Path, **rest: Any) -> None:
@@ -188,7 +188,7 @@ def position_not_restored(patch: Patch) -> None:
 
 @variant
 def vector_functions_not_settled(patch: Patch) -> None:
-    """The first calls of this process race: the product has made its own before."""
+    """Lets the first calls of this process race, which the product has made before."""
     race_in_first_calls(patch)
 
 
@@ -199,7 +199,7 @@ def order_from_hidden_random_state(patch: Patch) -> None:
 
 @variant
 def order_of_the_first_epoch_only(patch: Patch) -> None:
-    """A resumed pass takes the order of pass 0: right until the first pass is over."""
+    """Gives a resumed pass the order of pass 0, which is right until the first pass is over."""
     order = batches.TrainBatches._epoch_order
 
     def resumed_order(self: Any) -> Any:
@@ -230,7 +230,7 @@ def offset_in_the_document_lost(patch: Patch) -> None:
 
 @variant
 def epoch_of_the_stream_lost(patch: Patch) -> None:
-    """The second pass begins again at the place where the first was resumed."""
+    """Starts the second pass where the first was resumed."""
     documents = streaming.StreamedBatches._documents
 
     def stuck(self: Any, epoch: int, position: Any) -> Iterator[Any]:
@@ -288,7 +288,7 @@ def step_taken_before_it_is_judged(patch: Patch) -> None:
 
 @variant
 def average_taken_of_a_refused_step_too(patch: Patch) -> None:
-    """With every batch that comes to its end, as its gradients are dropped."""
+    """Updates the average with every step, when its gradients are dropped."""
     build = cda_cli.training.run.build
 
     def built(*given: Any) -> Any:
