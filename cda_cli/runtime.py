@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -97,6 +98,23 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def start_compile_workers() -> None:
+    """Starts the processes in which Inductor compiles kernels for a GPU, with the signals of a stop blocked.
+
+    `timeout`, systemd, batch systems and terminals signal all processes of a job. A run answers once its step is done,
+    but Inductor waits for ever for a worker that was killed. The workers end with the run in any case.
+    """
+    stops = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # A new process inherits the mask.
+    try:
+        from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
+        if get_compile_threads() > 1:
+            AsyncCompile.process_pool()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,9 +1,11 @@
-"""Deterministic settings: what they change while they last, and nothing else."""
+"""Deterministic settings change what they should while they last; memory; the workers that compile kernels."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,23 @@ def test_memory_is_that_of_the_machine_or_of_the_control_group(tmp_path: Path) -
         (tmp_path / f"sys/fs/cgroup/memory/c/memory.{text}").write_text("700\n" if name == "limit" else "200\n")
     (tmp_path / "sys/fs/cgroup/memory/c/memory.stat").write_text("total_inactive_file 100\n")
     assert available_memory(tmp_path) == 600
+
+
+def test_a_signal_to_all_processes_of_a_job_leaves_the_compile_workers_alive() -> None:
+    """Inductor waits for ever for a worker that was killed, so that a run would never answer the signal."""
+    code = """
+import os
+from pathlib import Path
+from cda_cli.runtime import start_compile_workers
+start_compile_workers()
+from torch._inductor.async_compile import AsyncCompile
+pool = AsyncCompile.process_pool()
+for process in ("self", pool.process.pid, pool.submit(os.getpid).result()):
+    print(Path(f"/proc/{process}/status").read_text().partition("SigBlk:")[2].split()[0])
+"""
+    variables = environment(TORCHINDUCTOR_COMPILE_THREADS="2")
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    here, *workers = (int(mask, 16) for mask in done.stdout.split())
+    stops = sum(1 << number - 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    assert here & stops == 0, "the run itself must hear the signals"
+    assert [mask & stops for mask in workers] == [stops, stops]

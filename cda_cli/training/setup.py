@@ -26,7 +26,7 @@ from cda_cli.errors import CheckpointError, DeviceError
 from cda_cli.model import Transformer, attention_rule, feed_forward_activation, model_backend
 from cda_cli.ops import Choice
 from cda_cli.restore import check_weights, load_weights
-from cda_cli.runtime import pick_dtype
+from cda_cli.runtime import pick_dtype, start_compile_workers
 from cda_cli.storage import Checkpoint, unpack_optimizer
 from cda_cli.training.accounting.flops import peak_flops
 from cda_cli.training.average import WeightAverage
@@ -103,6 +103,8 @@ def build(
     if checkpoint:
         load_weights(model, checkpoint.model, checkpoint, config)
     is_compiled = uses_compile(config, device, note)
+    if is_compiled and device.type == "cuda":
+        start_compile_workers()
     wrapped = processes.wrap(model, config, dtype, is_compiled)
     captured = uses_cuda_graphs(config, backend, device, is_compiled, processes, note)
     optimizer = build_optimizer(model, config.optim)
