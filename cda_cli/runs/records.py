@@ -67,7 +67,8 @@ class TrainRecord(Record):
         About("tokens per second", "Speed of all processes over 20 train records, without pauses to validate or save."),
     ]
     seconds_left: Annotated[
-        float | None, About("seconds", "Time for the remaining steps at this speed; null before a step was measured.")
+        float | None,
+        About("seconds", "Time for the remaining steps at the pace of the last ones; null before a step was measured."),
     ]
     data_wait: Annotated[float, About("share", "Part of the training time in which the next batch was not there yet.")]
     mfu_computed: Annotated[

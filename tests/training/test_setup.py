@@ -162,7 +162,30 @@ def test_speed_follows_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
         speed.add(8)
         speed.mark()
     assert speed.tokens_per_second == 2
-    assert speed.seconds_left(3) == 12
+
+
+def test_the_time_that_is_left_follows_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute after a change, or some long steps after it, it has the new pace, however far apart the log lines are."""
+    clock = Clock(monkeypatch)
+    speed = Speed()
+    for seconds in [60.0] + [0.25] * 4000 + [1.0] * 60:
+        clock.now += seconds
+        speed.add(8)
+    assert speed.seconds_left(100) == pytest.approx(100, rel=0.05)
+    for _ in range(8):
+        clock.now += 60
+        speed.add(8)
+    assert speed.seconds_left(1) == pytest.approx(60, rel=0.05)
+
+
+def test_one_long_step_does_not_make_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that was asleep for an hour goes on as before."""
+    clock = Clock(monkeypatch)
+    speed = Speed()
+    for seconds in [1.0] * 50 + [3600.0] + [1.0] * 100:
+        clock.now += seconds
+        speed.add(8)
+    assert speed.seconds_left(10) == pytest.approx(10, rel=0.5)
 
 
 def test_the_wait_for_data_is_a_share_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Tokens per second over a window, the time that is left, and the share of the time spent waiting for data.
+"""Tokens per second over a window, the share of it spent waiting for data, and the time that is left.
 
 Validation and saving do not count.
 """
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 WINDOW = 20  # intervals, each from one log line to the next
+HALF_LIFE = 10.0  # seconds after which a step counts half as much for the time that is left
 
 
 class Interval(NamedTuple):
@@ -28,17 +29,27 @@ class Speed:
 
     The first step of a process compiles and warms up. It is an interval of its own, which is forgotten once there is
     another. The first log line, also after a resume, thus has the speed of the steps to come.
+
+    The time that is left follows the last steps, by an exponential mean: the intervals may be minutes long.
     """
 
     def __init__(self) -> None:
         self._intervals: deque[Interval] = deque(maxlen=WINDOW)
-        self._last = time.perf_counter()
+        self._last = self._last_step = time.perf_counter()
         self._steps = self._tokens = 0
         self._waited = 0.0
         self._marks = 0
+        self._recent_steps = self._recent_seconds = 0.0  # both weighted
 
     def add(self, tokens: int) -> None:
         """Counts a step of so many tokens."""
+        now = time.perf_counter()
+        seconds, self._last_step = now - self._last_step, now
+        if self._marks == 1 and not self._steps:  # this is the second step
+            self._recent_steps = self._recent_seconds = 0.0
+        keep = max(0.5, 0.5 ** (seconds / HALF_LIFE))  # a long step has at most half of the weight
+        self._recent_steps = keep * self._recent_steps + 1
+        self._recent_seconds = keep * self._recent_seconds + seconds
         self._steps += 1
         self._tokens += tokens
         if not self._marks:
@@ -59,7 +70,9 @@ class Speed:
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self._last += time.perf_counter() - began
+        pause = time.perf_counter() - began
+        self._last += pause
+        self._last_step += pause
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -80,9 +93,8 @@ class Speed:
         return self._sum("waited") / seconds if seconds else 0.0
 
     def seconds_left(self, steps: int) -> float | None:
-        """Estimates the seconds that `steps` more steps take; None before anything was measured."""
-        done = self._sum("steps")
-        return steps * self._sum("seconds") / done if done else None
+        """Estimates the seconds that `steps` more steps take at the pace of the last ones; None before the first."""
+        return steps * self._recent_seconds / self._recent_steps if self._recent_steps else None
 
     def _sum(self, name: str) -> float:
         return sum(getattr(interval, name) for interval in self._intervals)
