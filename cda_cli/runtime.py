@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cda_cli.errors import CheckpointError, DeviceError
+from cda_cli.plurals import counted
 from cda_cli.settings import Dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,8 +34,8 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"device {name!r} is not supported; use auto, cpu, cuda, or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise DeviceError(f"this machine has no device {name!r} (PyTorch sees {found} GPUs); use --device cpu or auto")
+        found = counted(torch.cuda.device_count(), "GPU")
+        raise DeviceError(f"this machine has no device {name!r} (PyTorch sees {found}); use --device cpu or auto")
     return device
 
 

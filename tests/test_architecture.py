@@ -28,21 +28,21 @@ LAYERS: tuple[set[str], ...] = (
     {"restore", "diagnosis", "token_losses"},
     {"data", "model", "runs"},
     {"config", "storage", "runtime", "signals", "streams"},
-    {"ops", "errors", "settings", "targets", "strict_json", "strict_yaml", "cda_cli"},
+    {"ops", "errors", "plurals", "settings", "targets", "strict_json", "strict_yaml", "cda_cli"},
 )
 # What these may import of the package besides themselves, and no more.
 ONLY: dict[str, set[str]] = {
     "__main__": {"main"},
     "main": {"cda_cli", "commands", "errors", "streams"},
-    "console": {"runs", "settings", "strict_json"},
+    "console": {"plurals", "runs", "settings", "strict_json"},
     "diagnosis": {"data", "ops", "runtime"},
     "token_losses": {"data", "runtime"},  # below training and evaluation, which both take their loss from it
-    "data": {"config", "errors", "settings", "storage", "targets"},
+    "data": {"config", "errors", "plurals", "settings", "storage", "targets"},
     "model": {"config", "ops", "targets"},
-    "runs": {"config", "errors", "storage", "strict_json"},
+    "runs": {"config", "errors", "plurals", "storage", "strict_json"},
     "config": {"errors", "settings", "strict_yaml"},
-    "storage": {"errors"},
-    "runtime": {"errors", "settings"},
+    "storage": {"errors", "plurals"},
+    "runtime": {"errors", "plurals", "settings"},
     "signals": {"errors"},
     "streams": {"errors"},
 }
@@ -50,6 +50,7 @@ ONLY: dict[str, set[str]] = {
 OUTSIDE: dict[str, set[str]] = {
     "cda_cli": set(),
     "errors": set(),
+    "plurals": set(),
     "targets": set(),
     "strict_json": set(),
     "strict_yaml": {"yaml"},

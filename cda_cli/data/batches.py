@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cda_cli.data.prepare import Corpus, Tokens
 from cda_cli.errors import DataError
+from cda_cli.plurals import counted
 from cda_cli.targets import IGNORE
 
 State = dict[str, Any]
@@ -47,8 +48,8 @@ def count_windows(tokens: Tokens, seq_len: int, side: str = "text") -> int:
         if side == "validation":
             remedy += ", or raise it with a larger --set data.validation_fraction"
         raise DataError(
-            f"the {side} is shorter than one sequence: it has {len(tokens)} tokens, and seq_len {seq_len} takes "
-            f"{seq_len + 1}; {remedy}"
+            f"the {side} is shorter than one sequence: it has {counted(len(tokens), 'token')}, and seq_len "
+            f"{seq_len} takes {seq_len + 1}; {remedy}"
         )
     return -(-(len(tokens) - 1) // seq_len)
 
@@ -121,8 +122,8 @@ def count_evaluation_windows(tokens: Tokens, seq_len: int) -> int:
     """
     if len(tokens) < 2:
         raise DataError(
-            f"the text has {len(tokens)} tokens, and takes 2 at least, one to predict from the other; give --data more "
-            "text"
+            f"the text has {counted(len(tokens), 'token')}, and takes 2 at least, one to predict from the other; give "
+            "--data more text"
         )
     return -(-(len(tokens) - 1) // seq_len)
 

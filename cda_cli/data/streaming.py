@@ -22,6 +22,7 @@ from cda_cli.data.sources import Source, open_source
 from cda_cli.data.split import HashRule
 from cda_cli.data.tokenizers import Encoded, Tokenizer, utf8
 from cda_cli.errors import DataError
+from cda_cli.plurals import counted
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ class StreamedBatches:
                 position = after
             if whole_pass and tokens <= self._seq_len:
                 raise DataError(
-                    f"{self._source.description} has {tokens} tokens to train on, and seq_len {self._seq_len} takes "
-                    f"{self._seq_len + 1}; give --data more text, or leave out --streaming"
+                    f"{self._source.description} has {counted(tokens, 'token')} to train on, and seq_len "
+                    f"{self._seq_len} takes {self._seq_len + 1}; give --data more text, or leave out --streaming"
                 )
             epoch, position = epoch + 1, None
 

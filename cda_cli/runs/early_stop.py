@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from cda_cli.plurals import counted
+
 
 class Patience:
     """Counts validations in a row without a new lowest loss. It is `over` after `limit` of them, or never if that is 0.
@@ -31,4 +33,4 @@ class Patience:
         return 0 < self._limit <= self._in_vain
 
     def words(self) -> str:
-        return f"{self._in_vain} validations in a row brought no loss below {self._lowest:.4f}"
+        return f"{counted(self._in_vain, 'validation')} in a row brought no loss below {self._lowest:.4f}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cda_cli.errors import CheckpointError
+from cda_cli.plurals import counted
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -117,7 +118,7 @@ def _check_names(path: Path, entries: Collection[str]) -> None:
 def _check_size(file: Path, size: int) -> None:
     actual = _regular_size(file)
     if actual != size:
-        raise damaged(file, f"has {actual} bytes instead of {size}")
+        raise damaged(file, f"has {counted(actual, 'byte')} instead of {size:,}")
     if file.suffix == ".json" and size > MAX_JSON_BYTES:
         raise damaged(file, f"is larger than {MAX_JSON_BYTES} bytes")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cda_cli.errors import CheckpointError, TrainingError
+from cda_cli.plurals import counted
 from cda_cli.runs.folder import Run
 from cda_cli.runs.records import RefusedRecord
 from cda_cli.storage import step_folder, verify
@@ -75,8 +76,9 @@ class Refusals:
     def check(self, step: int) -> None:
         """Raises TrainingError once step number `step` was refused for the last time."""
         if self._in_a_row >= self._limit:
+            refused = counted(self._in_a_row, "batch", "batches")
             raise TrainingError(
-                f"the loss or its gradient was not finite at step {step}, with {self._in_a_row} batches in a row "
+                f"the loss or its gradient was not finite at step {step}, with {refused} in a row "
                 f"({self._saw}), and none of it reached the weights; {_remedy(self._run, step - 1)}"
             )
 

@@ -14,6 +14,7 @@ import torch
 from cda_cli.config import Config
 from cda_cli.data import PreparationStoppedError, digest
 from cda_cli.errors import ConfigError
+from cda_cli.plurals import counted
 from cda_cli.restore import saved_config
 from cda_cli.runs.early_stop import Patience
 from cda_cli.runs.folder import Run
@@ -92,14 +93,14 @@ def _run(
         _check_same_start(context, state)
     config = context.config
     if checkpoint and state.step >= config.optim.steps:
-        display.note(f"{run.path} has all its {state.step} steps; raise --steps to go on")
+        display.note(f"{run.path} has all its {counted(state.step, 'step')}; raise --steps to go on")
         return
     if checkpoint:
         display.note(f"resuming from {checkpoint.path}, step {state.step}")
         before = saved_config(checkpoint).schedule_steps
         if before != config.schedule_steps:
             display.note(
-                f"the learning-rate schedule is now {config.schedule_steps} steps long and was {before}; "
+                f"the learning-rate schedule is now {counted(config.schedule_steps, 'step')} long and was {before:,}; "
                 f"--set optim.schedule_steps={before} keeps it"
             )
     unknown = describe_peak(context.device, context.dtype)
@@ -229,8 +230,8 @@ def _threads(config: Config, checkpoint: Checkpoint | None, display: Display, pr
     here = torch.get_num_threads()
     if begun != here:
         display.note(
-            f"the run goes on with {begun} CPU threads, as it began, for the same bits; --set run.threads={here} takes "
-            f"the {here} of this process"
+            f"the run goes on with {counted(begun, 'CPU thread')}, as it began, for the same bits; --set "
+            f"run.threads={here} takes the {here} of this process"
         )
     return begun
 

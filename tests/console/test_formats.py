@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cda_cli.console import print_json
 from cda_cli.console.base import count, duration, memory, out, pairs, plus_minus, share
+from cda_cli.plurals import counted
 from tests.console.conftest import MakeScreen
 
 
@@ -83,3 +84,9 @@ def test_json_is_one_document(screen: MakeScreen) -> None:
     assert json.loads(shown.getvalue()) == {"λ": [1.5, None, {"deep": [None, "\N{ESCAPE}[2J"]}]}
     assert "λ" in shown.getvalue()
     assert "\N{ESCAPE}" not in shown.getvalue()
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps"), (1234, "1,234 steps")])
+def test_a_number_agrees_with_its_noun(number: int, words: str) -> None:
+    assert counted(number, "step") == words
+    assert counted(number, "batch", "batches") == words.replace("steps", "batches").replace("step", "batch")

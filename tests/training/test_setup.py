@@ -165,7 +165,7 @@ def test_speed_follows_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_time_that_is_left_follows_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A minute after a change, or some long steps after it, it has the new pace, however far apart the log lines are."""
+    """A minute or some long steps after a change it has the new pace, however far apart the log lines are."""
     clock = Clock(monkeypatch)
     speed = Speed()
     for seconds in [60.0] + [0.25] * 4000 + [1.0] * 60:
