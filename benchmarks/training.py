@@ -91,7 +91,7 @@ class Clock(NullDisplay):
         self.times: dict[int, float] = {}
         self.record: TrainRecord | None = None
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, seconds_left: float | None) -> None:
         self.times[step] = time.perf_counter()
         if step == WARM and self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

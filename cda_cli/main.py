@@ -109,5 +109,6 @@ def _say(sentence: str, label: str = "error: ") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    # With soft wrap a sentence stays one line, which can be searched for.
-    Console(stderr=True).print(Text.assemble((label, "bold red"), sentence), soft_wrap=True)
+    from cda_cli.console.text import print_sentence
+
+    print_sentence(Console(stderr=True), Text.assemble((label, "bold red"), sentence))

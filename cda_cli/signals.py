@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import TypeVar
@@ -18,12 +18,14 @@ class StopRequest:
 
     A SIGHUP that is ignored at the start (nohup) stays ignored.
 
-    Inside `at_once` they end the block; leaving the request then raises InterruptedRunError.
+    Inside `at_once` they end the block; leaving the request then raises InterruptedRunError. Elsewhere the first one
+    calls `answer`, which runs within the signal handler: it must neither wait nor use a buffered stream.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self.reason = ""
+        self.answer: Callable[[], object] = lambda: None
         self._at_once, self._ended = False, "interrupted"
         self._before: dict[int, signal.Handlers] = {}
 
@@ -81,6 +83,9 @@ class StopRequest:
                 return
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        is_first = self.signal_number is None
         self.signal_number = self.signal_number or number
         if self._at_once:
             raise KeyboardInterrupt
+        if is_first:
+            self.answer()

@@ -33,7 +33,7 @@ LAYERS: tuple[set[str], ...] = (
 # What these may import of the package besides themselves, and no more.
 ONLY: dict[str, set[str]] = {
     "__main__": {"main"},
-    "main": {"cda_cli", "commands", "errors", "streams"},
+    "main": {"cda_cli", "commands", "console", "errors", "streams"},
     "console": {"plurals", "runs", "settings", "strict_json"},
     "diagnosis": {"data", "ops", "runtime"},
     "token_losses": {"data", "runtime"},  # below training and evaluation, which both take their loss from it

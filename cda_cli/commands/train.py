@@ -49,21 +49,29 @@ def train(
     from cda_cli.config import resolve
     from cda_cli.runs.folder import Run, config_to_resume
     from cda_cli.signals import StopRequest
-    from cda_cli.training.distributed.launch import ErrorCoordinator, count_processes, launch
+    from cda_cli.training.distributed.launch import STOPPED_BEFORE_START, ErrorCoordinator, count_processes, launch
 
     run = Run(out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET)))
     # A wrong setting is refused before torch is imported.
     with ErrorCoordinator() as coordinator, StopRequest() as stop:
-        settings = resolve(preset, config, set_ or (), flags, base=config_to_resume(run.path, resume))
+        base = config_to_resume(run.path, resume)
+        settings = resolve(preset, config, set_ or (), flags, base=base)
         if (processes := count_processes(settings, coordinator.place, devices, dry_run)) > coordinator.place.processes:
             sys.exit(launch(processes, stop))
         from cda_cli.console import TrainingDisplay, show_dry_run, show_forecast
-        from cda_cli.training import run as training
         from cda_cli.training.display import NullDisplay
-        from cda_cli.training.distributed.processes import join
+
+        display: TrainingDisplay | NullDisplay = NullDisplay()
+        if coordinator.place.rank == 0:
+            display = TrainingDisplay()
+            stop.answer = display.stopping
+            start = f"preset {preset or DEFAULT_PRESET}" if preset or not (config or base) else config or "its settings"
+            display.announce(f"training {run.path} with {start}")
+        with stop.at_once(STOPPED_BEFORE_START), display.busy("starting"):
+            from cda_cli.training import run as training
+            from cda_cli.training.distributed.processes import join
 
         with join(coordinator, settings) as joined:
-            display = TrainingDisplay() if joined.first else NullDisplay()
             if dry_run:
                 show_dry_run(training.dry_run(settings, run, resume, display, stop, show_forecast))
             else:

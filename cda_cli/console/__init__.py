@@ -1,4 +1,4 @@
-"""All that a person sees: tables, heat maps, live progress; plain lines off a terminal. Numbers for machines: JSON."""
+"""All that a person sees: tables, heat maps, and live progress, or plain lines off a terminal. Machines get JSON."""
 
 from cda_cli.console.base import print_json, progress, shows_progress
 from cda_cli.console.reports import show_doctor, show_dry_run, show_evaluation, show_forecast, show_report

@@ -1,4 +1,4 @@
-"""The pieces that every view is made of: the console, number formats, progress, JSON."""
+"""The pieces that every view is made of: the console, tables, number formats, progress, JSON."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 
 from cda_cli import strict_json
 
+PLAIN_WIDTH = 100  # columns off a terminal
+
 
 def out() -> Console:
-    """Stdout. Off a terminal a table must not be cut at 80 columns. No markup: a path may hold [brackets]."""
-    return Console(highlight=False, markup=False, emoji=False, width=None if is_terminal() else 120)
+    """Stdout. Off a terminal lines have a width that reads well everywhere. No markup: a path may hold [brackets]."""
+    return Console(highlight=False, markup=False, emoji=False, width=None if is_terminal() else PLAIN_WIDTH)
 
 
 def is_terminal() -> bool:
@@ -26,8 +29,11 @@ def is_terminal() -> bool:
 
 
 def is_live(console: Console) -> bool:
-    """Whether it can be drawn on again: a terminal, and not a dumb one. What rich reads from the environment (NO_COLOR,
-    FORCE_COLOR, TTY_COMPATIBLE) makes a terminal of no file; there it decides colour alone."""
+    """Whether it can be drawn on again: a terminal, and not a dumb one.
+
+    What rich reads from the environment (NO_COLOR, FORCE_COLOR, TTY_COMPATIBLE) makes no file a terminal. There it
+    decides colour alone.
+    """
     return console.file.isatty() and console.is_terminal and console.is_interactive
 
 
@@ -44,7 +50,7 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, where that is a terminal; the value to call with what was done."""
+    """Draws a progress bar on stderr, if that is a terminal. Call what it gives with the number that was done."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not is_live(console)) as bar:
@@ -52,8 +58,33 @@ def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[i
         yield lambda done: bar.advance(task, done)
 
 
+class Trimmed:
+    """A renderable without the spaces at the ends of its lines, with which rich pads every cell of a table."""
+
+    def __init__(self, content: RenderableType) -> None:
+        self.content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in console.render_lines(self.content, options, pad=False):
+            yield from _without_end_spaces(line)
+            yield Segment.line()
+
+
+def _without_end_spaces(line: list[Segment]) -> list[Segment]:
+    kept = list(line)
+    while kept:
+        text, style, control = kept.pop()
+        if text.rstrip(" "):
+            return [*kept, Segment(text.rstrip(" "), style, control)]
+    return kept
+
+
+def print_trimmed(console: Console, content: RenderableType) -> None:
+    console.print(Trimmed(content))
+
+
 def table(*columns: str, title: str | None = None) -> Table:
-    """A plain table: the first column text, the others numbers."""
+    """A plain table: the first column holds text, and the others numbers."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index else "left")

@@ -1,4 +1,4 @@
-"""A head's weights over real tokens, as shades that also read without colour."""
+"""Draws a head's weights over real tokens, in shades that also read without colour."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NULL = "∅"
 
 
 def heat_map(weights: Sequence[Sequence[float]], tokens: Sequence[str], width: int) -> Text:
-    """Rows are queries, columns keys (null keys first), as many of the first as fit into `width` columns.
+    """Draws the first queries as rows and their keys as columns, null keys first: as many as fit into `width` columns.
 
     weights [T][S]; tokens [T], the text of each position. Each key is headed by the first character of its token.
     """
@@ -40,12 +40,12 @@ def heat_map(weights: Sequence[Sequence[float]], tokens: Sequence[str], width: i
 
 
 def _right(label: str) -> str:
-    """The beginning of the label in LABEL_WIDTH cells, which is not as many characters where some are wide."""
+    """Returns the beginning of the label in LABEL_WIDTH cells, which are fewer characters if some are wide."""
     fits = set_cell_size(label, min(cell_len(label), LABEL_WIDTH))
     return " " * (LABEL_WIDTH - cell_len(fits)) + fits
 
 
 def _label(token: str) -> str:
-    """The token in one cell a character: spaces and what is not printable become marks."""
+    """Returns the token with marks for spaces and for what cannot be printed."""
     marks = {" ": "␣", "\n": "⏎", "\t": "⇥", "": "¤"}
     return "".join(marks.get(c, c if c.isprintable() else "¤") for c in token) or "¤"

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
-from cda_cli.console.base import memory, out, pairs, plus_minus, share, table
+from cda_cli.console.base import memory, out, pairs, plus_minus, print_trimmed, share, table
 from cda_cli.console.heat_map import heat_map
-from cda_cli.console.training import plan_rows
+from cda_cli.console.run_status import plan_rows
+from cda_cli.console.text import print_sentence
+from cda_cli.plurals import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,40 +19,32 @@ if TYPE_CHECKING:
     from cda_cli.diagnosis import Cache, Diagnosis
     from cda_cli.evaluation import Evaluation
     from cda_cli.inspection import Report
+    from cda_cli.inspection.inspect import HeadReport
     from cda_cli.restore import Restored, TextSide
     from cda_cli.training.run import DryRun
 
 
 def show_evaluation(result: Evaluation, restored: Restored, text: TextSide) -> None:
+    windows = counted(result.windows, "window")
     rows = {
         "checkpoint": f"{restored.path}{', averaged weights' if restored.averaged else ''}",
         "data": f"{text.description}, {text.split}",
-        "tokens": f"{result.tokens:,} in {result.windows:,} windows, for {result.text_bytes:,} bytes of text",
+        "tokens": f"{result.tokens:,} in {windows}, for {counted(result.text_bytes, 'byte')} of text",
         "loss": f"{plus_minus(result.loss, result.standard_error)} nats per token",
         "perplexity": f"{result.perplexity:.4g}",
         "bits per byte": plus_minus(result.bits_per_byte, result.bits_per_byte_error),
     }
-    out().print(pairs(rows))
+    print_trimmed(out(), pairs(rows))
 
 
 def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple[int, int], weights: Tensor) -> None:
     console, model = out(), restored.config.model
     data = f"{text.description}, {text.split}"
-    console.print(pairs({"checkpoint": str(restored.path), "data": data, "tokens": f"{report.tokens:,}"}))
-    heads = table(
-        "layer.head", "k", "row sum", "|Σλ − k|", "effective support", "λ > 1e-3", "capped / k", "distance back"
-    )
-    for head in report.heads:
-        heads.add_row(
-            f"{head.layer}.{head.head}",
-            f"{head.sparsity_k:.3f}",
-            f"{head.row_sum:.3f}",
-            f"{head.row_sum_error:.1e}",
-            f"{head.effective_support:.2f}",
-            f"{head.attended_entries:.2f}",
-            share(head.capped_share),
-            f"{head.distance_back:.1f}",
-        )
+    print_trimmed(console, pairs({"checkpoint": str(restored.path), "data": data, "tokens": f"{report.tokens:,}"}))
+    described = [_head_columns(head, restored.model.attention_rule.has_budget) for head in report.heads]
+    heads = table("layer.head", *described[0])
+    for head, columns in zip(report.heads, described, strict=True):
+        heads.add_row(f"{head.layer}.{head.head}", *columns.values())
     _section(f"Attention: {restored.model.attention_description}", heads)
     units = table("layer", "units", "active (|x| > 1e-3)", "share", "dead")
     for unit in report.feed_forward:
@@ -68,17 +62,33 @@ def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple
     _section(f"Layer {drawn[0]}, head {drawn[1]}: queries down, keys across", picture)
 
 
+def _head_columns(head: HeadReport, has_budget: bool) -> dict[str, str]:
+    """The columns of a head. Without a budget every row sums to 1, and what is measured against k means nothing."""
+    of_budget = {
+        "k": f"{head.sparsity_k:.3f}",
+        "row sum": f"{head.row_sum:.3f}",
+        "|Σλ − k|": f"{head.row_sum_error:.1e}",
+    }
+    return {
+        **(of_budget if has_budget else {}),
+        "effective support": f"{head.effective_support:.2f}",
+        "λ > 1e-3": f"{head.attended_entries:.2f}",
+        **({"capped / k": share(head.capped_share)} if has_budget else {}),
+        "distance back": f"{head.distance_back:.1f}",
+    }
+
+
 def _section(title: str, content: RenderableType) -> None:
     console = out()
     console.print()
-    console.print(Text(title, style="bold"))
-    console.print(content)
+    print_sentence(console, title, style="bold")
+    print_trimmed(console, content)
 
 
 def show_doctor(diagnosis: Diagnosis) -> None:
     console = out()
     console.print(Text("Versions", style="bold"))
-    console.print(pairs(diagnosis.versions))
+    print_trimmed(console, pairs(diagnosis.versions))
     _section("Devices", pairs({str(number): device for number, device in enumerate(diagnosis.devices)}))
     _section("Backend of each solver", pairs(diagnosis.backends))
     _section("Cache of prepared text", pairs(cache_rows(diagnosis.cache)))
@@ -97,14 +107,14 @@ def cache_rows(cache: Cache) -> dict[str, str]:
 
 
 def show_forecast(result: DryRun) -> None:
-    """What is known before anything is tried. It is out before a batch could use up the memory."""
+    """Shows what is known before anything is tried, so that it is out before a batch uses up the memory."""
     console = out()
-    console.print(pairs({**plan_rows(result.plan), "memory, forecast": forecast_words(result)}))
+    print_trimmed(console, pairs({**plan_rows(result.plan), "memory, forecast": forecast_words(result)}))
     console.file.flush()
 
 
 def show_dry_run(result: DryRun) -> None:
-    """What came of it, after `show_forecast`."""
+    """Shows what a trial came to. Call `show_forecast` before it."""
     rows = {} if result.loss is None else {"loss of a batch": f"{result.loss:.4f}"}
     if result.peak is None:
         rows["memory, measured"] = "not tried, as the forecast is more than the memory that is free"
@@ -115,12 +125,12 @@ def show_dry_run(result: DryRun) -> None:
     else:
         rows["memory, measured"] = f"peak {memory(result.peak)} of this process with one batch, PyTorch itself included"
     console = out()
-    console.print(pairs(rows))
+    print_trimmed(console, pairs(rows))
     console.print("dry run: nothing was written")
 
 
 def forecast_words(result: DryRun) -> str:
-    """The parts are each at its largest; they do not all meet."""
+    """Says what the memory goes into. Each part is given at its largest, and not all are there at one time."""
     parts = result.forecast
     if parts is None:
         return "none for backend colt5, whose memory cannot be followed"

@@ -1,4 +1,4 @@
-"""Text as it comes: the prompt dim, what the model adds plain."""
+"""Shows text as it is generated: the prompt dim, and what the model adds plain."""
 
 from __future__ import annotations
 

@@ -15,13 +15,15 @@ def sparkline(values: Sequence[float], width: int) -> str:
     """One character for each value, from the lowest to the highest, in at most `width` characters.
 
     More values than characters are averaged in `width` groups of neighbours. A group without a finite value is a gap.
+    The highest tenth of the characters share the top level: the losses of the first steps would otherwise leave the
+    others no height.
     """
     groups = min(width, len(values))
     means = [_mean(values[i * len(values) // groups : (i + 1) * len(values) // groups]) for i in range(groups)]
-    finite = [mean for mean in means if mean is not None]
+    finite = sorted(mean for mean in means if mean is not None)
     if not finite:
         return GAP * groups
-    low, high = min(finite), max(finite)
+    low, high = finite[0], finite[math.ceil(0.9 * (len(finite) - 1))]
     levels = BLOCKS if _can_show(BLOCKS) else ASCII
     return "".join(GAP if mean is None else levels[_level(mean, low, high)] for mean in means)
 
@@ -34,6 +36,8 @@ def _mean(group: Sequence[float]) -> float | None:
 
 def _level(value: float, low: float, high: float) -> int:
     """A curve without a slope is drawn at the bottom."""
+    if value >= high > low:
+        return len(BLOCKS) - 1
     if low == high:
         return 0
     # Halved, so that the range of the largest floats stays finite.

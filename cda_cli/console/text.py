@@ -1,34 +1,60 @@
-"""Text of a model or of a person, which is never wrapped or changed, but for what could steer a terminal."""
+"""Sentences, and text of a model or of a person. Such text is never wrapped, and only changed where it could steer a
+terminal."""
 
 from __future__ import annotations
 
 import re
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.text import Text
 
 from cda_cli.console.base import is_terminal
 
-# All control characters but newline and tab, and the marks that turn the direction of writing.
+# All control characters but newline and tab, and the marks that change the direction of writing.
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def write_text(console: Console, text: str, style: str = "") -> None:
-    """`text` on `console`, which writes to stdout: masked on a terminal (see `printable`), else exact.
+    """Writes `text` to `console`, which is stdout: masked on a terminal (see `printable`), and exact elsewhere.
 
     A character that the encoding of stdout lacks becomes an escape such as \\u3042.
     """
     encoding = getattr(console.file, "encoding", None) or "utf-8"
     shown = printable(text) if is_terminal() else text
     shown = shown.encode(encoding, errors="backslashreplace").decode(encoding)
-    # As a segment: a Text would turn tabs into spaces.
+    # A Text would turn tabs into spaces.
     console.print(Segments([Segment(shown, console.get_style(style))]), end="", soft_wrap=True)
 
 
 def note(sentence: str) -> None:
-    """A sentence on stderr."""
-    Console(stderr=True).print(Text(sentence, style="yellow"), soft_wrap=True)
+    """Prints a sentence on stderr."""
+    print_sentence(Console(stderr=True), sentence, style="yellow")
+
+
+def print_sentence(console: Console, words: str | Text, style: str = "") -> None:
+    """Prints `words` as one line, which can be searched for; on a terminal it is wrapped between words.
+
+    A word that is longer than a line, such as a path, stays whole, so that it can be copied.
+    """
+    text = words if isinstance(words, Text) else Text(words, style=style)
+    if console.file.isatty():
+        text = wrapped(text, console.width)
+    console.print(text, soft_wrap=True)
+
+
+def wrapped(text: Text, width: int) -> Text:
+    """`text` with newlines between its words, so that only a word that is longer than `width` makes a longer line."""
+    breaks: list[int] = []
+    for word in re.finditer(r"\S+", text.plain):
+        start = cell_len(text.plain[breaks[-1] if breaks else 0 : word.start()])
+        if start and start + cell_len(word.group()) > width:
+            breaks.append(word.start())
+    lines = text.divide(breaks)
+    for line in lines[:-1]:
+        line.rstrip()
+    return Text("\n").join(lines)
 
 
 def printable(text: str) -> str:

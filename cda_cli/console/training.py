@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
-from rich.console import Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
-from cda_cli.console.base import count, duration, is_live, memory, out, pairs, plus_minus, share, shows_progress, table
-from cda_cli.console.text import printable, write_text
+from cda_cli.console.base import duration, is_live, out, pairs, print_trimmed, shows_progress
+from cda_cli.console.layer_table import layer_table, measures
+from cda_cli.console.live_view import NOTICE, LiveView, ResizableLive
+from cda_cli.console.run_status import (
+    RunStatus,
+    figures,
+    next_commands,
+    plan_rows,
+    refused_words,
+    train_words,
+    validated_on,
+    validation_words,
+)
+from cda_cli.console.text import print_sentence, printable, write_text
 from cda_cli.runs.records import (
     CheckpointRecord,
-    LayerRecord,
     Record,
     RefusedRecord,
     SampleRecord,
@@ -34,141 +44,109 @@ class TrainingDisplay:
         self._console = out()
         self.interactive = shows_progress()
         self._is_live = is_live(self._console)
-        self._steps = 0
-        self._train: TrainRecord | None = None  # the latest one
-        self._validation: ValidationRecord | None = None
-        self._bar = Progress(TextColumn("step"), BarColumn(bar_width=None), MofNCompleteColumn(), expand=True)
-        self._task = self._bar.add_task("step", total=None)
-        self._live = Live(console=self._console, get_renderable=self._view, refresh_per_second=4, transient=True)
+        self._status: RunStatus | None = None
+        self._live: ResizableLive | None = None
+        self._saved: int | None = None  # the step of the latest checkpoint
 
-    def start(self, plan: Plan) -> None:
-        self._steps = plan.steps
-        self._console.print(pairs(plan_rows(plan)))
+    def announce(self, words: str) -> None:
+        """Shows at once that the command has begun, before anything that takes time."""
+        print_sentence(self._console, words, style="bold")
+
+    def busy(self, words: str) -> AbstractContextManager[object]:
+        if not self._is_live:
+            return nullcontext()
+        return self._console.status(f"{words} …", spinner="line" if self._console.options.ascii_only else "dots")
+
+    def start(self, plan: Plan, history: Iterable[Record]) -> None:
+        self._status = RunStatus(plan, plan.first_step)
+        for record in history:
+            self._status.add(record)
+        print_trimmed(self._console, pairs(plan_rows(plan)))
         self._console.print()
-        self._bar.update(self._task, total=plan.steps, completed=plan.first_step)
         if self._is_live:
+            self._live = ResizableLive(LiveView(self._status), self._console)
             self._live.start()
 
-    def advance(self, step: int) -> None:
-        self._bar.update(self._task, completed=step)
+    def advance(self, step: int, seconds_left: float | None) -> None:
+        if self._status:
+            self._status.advance(step, seconds_left)
 
     def show(self, record: Record) -> None:
+        assert self._status
+        self._status.add(record)
         match record:
             case TrainRecord():
-                self._train = record
                 if not self._is_live:
-                    self._line(record, train_words(record))
+                    dash = "-" if self._console.options.ascii_only else "–"
+                    self._lines(record, *train_words(record, self._status.plan.has_budget, dash))
             case RefusedRecord():
                 self._line(record, Text(refused_words(record), style="yellow"))
             case ValidationRecord():
-                self._validation = record
                 self._line(record, Text(f"validation {validation_words(record)}", style="bold"))
             case SampleRecord():
                 self._line(record, Text("sample", style="bold"))
                 # Masked off a terminal too: a log is read on one later, and metrics.jsonl has the text itself.
                 write_text(self._console, printable(record.text) + "\n", style="cyan")
             case CheckpointRecord():
-                self._line(record, f"saved {record.path}")
+                self._saved = record.step
+                self._line(record, Text(f"saved {record.path}"))
 
     def note(self, text: str) -> None:
-        self._console.print(Text(text, style="yellow"), soft_wrap=True)
+        print_sentence(self._console, text, style="yellow")
+
+    def stopping(self) -> None:
+        """Answers a request to stop at once, also where the step takes minutes. A signal handler may call it."""
+        if self._status and self._live:
+            self._status.is_stopping = True  # which the next drawing shows
+            return
+        if self._status:
+            self._status.is_stopping = True
+        if sys.stderr.isatty():
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), f"{NOTICE}\n".encode())
 
     def finish(self) -> None:
-        """Leaves the latest records as a table."""
-        self._live.stop()
-        if self._train:
-            self._console.print()
-            self._console.print(self._table(self._train))
-            self._console.print()
-            self._console.print(layer_table(self._train.layers))
+        """Leaves the latest figures as a table, and says what to run next."""
+        if self._live:
+            self._live.stop()
+        status = self._status
+        if not status or not status.train:
+            return
+        console = self._console
+        rows = {"step": f"{status.step} of {status.plan.steps}, in {duration(status.elapsed)}", **figures(status)}
+        if status.validation:
+            rows["validated on"] = validated_on(status.plan, status.validation)
+        console.print()
+        print_trimmed(console, pairs(rows))
+        console.print()
+        # Off a terminal nothing is left out.
+        most = max(4, console.height - len(rows) - 8) if self._is_live else None
+        print_trimmed(console, layer_table(status.train.layers, measures(status.plan.has_budget), most))
+        if self._saved == status.step and (commands := next_commands(status)):
+            console.print()
+            print_sentence(console, "To go on:" if status.is_stopping else "Next:", style="bold")
+            for command in commands:
+                print_sentence(console, f"  {command}")
 
-    def _line(self, record: Record, words: str | Text) -> None:
-        width = len(str(self._steps))
-        self._console.print(Text.assemble((f"{record.step:>{width}}/{self._steps}  ", "dim"), words), soft_wrap=True)
+    def _line(self, record: Record, words: Text) -> None:
+        print_sentence(self._console, Text.assemble((self._step(record), "dim"), words))
 
-    def _view(self) -> Group | Progress:
-        if not self._train:
-            return self._bar
-        return Group("", self._table(self._train), "", layer_table(self._train.layers), "", self._bar)
+    def _lines(self, record: Record, *groups: list[str]) -> None:
+        """Prints each group of parts as a line, or as several where it does not fit. All but the first are indented."""
+        step = self._step(record)
+        lines = [step]
+        for group in groups:
+            for index, part in enumerate(group):
+                joined = f"{lines[-1]}{part}"
+                if index and len(joined) > self._console.width:
+                    lines.append(" " * len(step) + f"{part}  ")
+                else:
+                    lines[-1] = f"{joined}  "
+            lines.append(" " * len(step))
+        for line in lines[:-1]:
+            self._console.print(Text(line.rstrip()), soft_wrap=True)
 
-    def _table(self, train: TrainRecord) -> Table:
-        validation = self._validation
-        rows = {
-            "step": f"{train.step} of {self._steps}",
-            "loss": f"{train.loss:.4f}  ({train.bits_per_byte:.4f} bits per byte)",
-            "validation": f"{validation_words(validation)} at step {validation.step}" if validation else "–",
-            "learning rate": f"{train.lr:.2e}, gradient norm {train.grad_norm:.2f}",
-            "speed": f"{count(train.tokens_per_second)} tokens/s, {duration(train.seconds_left)} left",
-            **utilisation_rows(train),
-            "waiting for data": f"{share(train.data_wait)} of a step",
-            "tokens": count(train.tokens),
-            "memory": memory(train.memory_bytes),
-        }
-        return pairs(rows)
-
-
-def plan_rows(plan: Plan) -> dict[str, str]:
-    passes = "streamed" if plan.epochs is None else f"{plan.epochs:.2f} passes over the text"
-    first = f"from step {plan.first_step} to {plan.steps}" if plan.first_step else f"{plan.steps}"
-    processes = {"processes": plan.processes} if plan.processes != "1" else {}
-    return {
-        "run": str(plan.run),
-        **processes,
-        "data": plan.data,
-        "model": f"{count(plan.parameters)} parameters",
-        "steps": f"{first}, of {count(plan.tokens_per_step)} tokens ({passes})",
-        "device": ", ".join(
-            [plan.device, plan.dtype, *["compiled"] * plan.compiled, *["CUDA graphs"] * plan.cuda_graphs]
-        ),
-        "operator": plan.backend,
-    }
-
-
-def utilisation_rows(record: TrainRecord) -> dict[str, str]:
-    """Empty where the device's peak is not known."""
-    if record.mfu_computed is None or record.mfu_dense is None:
-        return {}
-    computed, dense = share(record.mfu_computed), share(record.mfu_dense)
-    return {"FLOPs utilisation": f"{computed} of what is computed, {dense} of a dense model's (6N + 12LdT)"}
-
-
-def train_words(record: TrainRecord) -> str:
-    """A record as one plain line; it gives each sparsity measure for the layers from first to last."""
-    utilisation = ""
-    if record.mfu_computed is not None and record.mfu_dense is not None:
-        utilisation = f"MFU {share(record.mfu_computed)} computed, {share(record.mfu_dense)} dense  "
-    support = "/".join(f"{layer.effective_support:.1f}" for layer in record.layers)
-    capped = "/".join(f"{layer.capped_share:.0%}" for layer in record.layers)
-    budget = "/".join(f"{layer.sparsity_k:.2f}" for layer in record.layers)
-    return (
-        f"loss {record.loss:.4f}  {record.bits_per_byte:.3f} bits/byte  lr {record.lr:.2e}  "
-        f"{count(record.tokens_per_second)} tokens/s  {duration(record.seconds_left)} left  "
-        f"{utilisation}data wait {share(record.data_wait)}  "
-        f"{memory(record.memory_bytes)}  support {support}  capped {capped}  k {budget}"
-    )
-
-
-def refused_words(record: RefusedRecord) -> str:
-    return (
-        f"refused: {record.saw}; the weights stay as they were, and the step is tried with the next batch "
-        f"({record.in_a_row} in a row)"
-    )
-
-
-def validation_words(record: ValidationRecord) -> str:
-    averaged = "" if record.ema_loss is None else f"; of the averaged weights {record.ema_loss:.4f}"
-    return f"loss {plus_minus(record.loss, record.standard_error)}, {record.bits_per_byte:.4f} bits per byte{averaged}"
-
-
-def layer_table(layers: Sequence[LayerRecord]) -> Table:
-    made = table("layer", "mean k", "effective support", "capped / k", "distance back", "active units")
-    for layer in layers:
-        made.add_row(
-            str(layer.layer),
-            f"{layer.sparsity_k:.3f}",
-            f"{layer.effective_support:.2f}",
-            share(layer.capped_share),
-            f"{layer.distance_back:.1f}",
-            share(layer.active_units),
-        )
-    return made
+    def _step(self, record: Record) -> str:
+        assert self._status
+        steps = self._status.plan.steps
+        return f"{record.step:>{len(str(steps))}}/{steps}  "

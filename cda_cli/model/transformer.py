@@ -18,6 +18,7 @@ from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.feed_forward import FeedForward
 from cda_cli.model.layers import make_norm
 from cda_cli.model.loss import cross_entropy
+from cda_cli.model.rules import AttentionRule
 from cda_cli.ops import Backend
 
 
@@ -111,15 +112,19 @@ class Transformer(nn.Module):
         return [cast(Block, block) for block in self.blocks]
 
     @property
+    def attention_rule(self) -> AttentionRule:
+        """The attention rule, which all layers have in common."""
+        return self.each_block()[0].attention.rule
+
+    @property
     def attention_eps(self) -> float | None:
         """The current ε of the attention weights, or None if the rule has no ε."""
-        attention = self.each_block()[0].attention
-        return attention.eps if attention.rule.has_eps else None
+        return self.each_block()[0].attention.eps if self.attention_rule.has_eps else None
 
     @property
     def attention_description(self) -> str:
-        """The attention rule in a few words, with its solver and its ε."""
-        return self.each_block()[0].attention.rule.description(self.attention_eps)
+        """The attention rule in a few words, with its k, its solver and its ε."""
+        return self.attention_rule.description(self.attention_eps)
 
     def set_attention_eps(self, eps: float) -> None:
         """Sets the ε of every attention layer, for annealing."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from cda_cli.config import Config
 from cda_cli.runs.records import Record
 
 
 class Plan(NamedTuple):
-    """What a run is about to do. `epochs`, the passes over the text, is None for streamed data."""
+    """What a run is about to do.
+
+    `attention` describes the rule in words; `has_budget` says whether its rows have a k. `epochs`, the passes over the
+    text, and `validation_windows`, those of the whole validation text, are None for streamed data.
+    """
 
     run: Path
+    config: Config
     data: str
     parameters: int
+    attention: str
+    has_budget: bool
     device: str
     dtype: str
     compiled: bool
@@ -23,6 +33,7 @@ class Plan(NamedTuple):
     steps: int
     tokens_per_step: int
     epochs: float | None
+    validation_windows: int | None
     processes: str = "1"
 
 
@@ -31,10 +42,13 @@ class Display(Protocol):
 
     interactive: bool
 
-    def start(self, plan: Plan) -> None:
-        """Called before the first step."""
+    def busy(self, words: str) -> AbstractContextManager[object]:
+        """Shows what the time is spent on, while the context lasts."""
 
-    def advance(self, step: int) -> None:
+    def start(self, plan: Plan, history: Iterable[Record]) -> None:
+        """Called before the first step. `history` are the records of a run that goes on, oldest first."""
+
+    def advance(self, step: int, seconds_left: float | None) -> None:
         """Called after each step."""
 
     def show(self, record: Record) -> None:
@@ -52,9 +66,12 @@ class NullDisplay:
 
     interactive = False
 
-    def start(self, plan: Plan) -> None: ...
+    def busy(self, words: str) -> AbstractContextManager[object]:
+        return nullcontext()
 
-    def advance(self, step: int) -> None: ...
+    def start(self, plan: Plan, history: Iterable[Record]) -> None: ...
+
+    def advance(self, step: int, seconds_left: float | None) -> None: ...
 
     def show(self, record: Record) -> None: ...
 

@@ -88,7 +88,7 @@ def train(
         state.tokens += tokens
         since.add(values.loss, batches)
         speed.add(tokens)
-        display.advance(state.step)
+        display.advance(state.step, speed.seconds_left(optim.steps - state.step))
 
         last = state.step == optim.steps
         if is_logged(state.step) or stop:

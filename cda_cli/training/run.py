@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from cda_cli.config import Config
-from cda_cli.data import PreparationStoppedError, digest
+from cda_cli.data import PreparationStoppedError, count_windows, digest
 from cda_cli.errors import ConfigError
 from cda_cli.plurals import counted
 from cda_cli.restore import saved_config
@@ -119,7 +119,7 @@ def _run(
         check_space(run, config.run, state)
     metrics = _open_metrics(run, config, state.step) if processes.first else NullMetrics()
     try:
-        display.start(make_plan(context, state, run))
+        display.start(make_plan(context, state, run), run.metrics())
         train(context, state, run, metrics, display, processes.agreed(stop), patience)
     finally:
         metrics.close()
@@ -202,10 +202,14 @@ def try_steps(context: RunContext, state: TrainState) -> tuple[float, int]:
 def make_plan(context: RunContext, state: TrainState, run: Run) -> Plan:
     config, windows, processes = context.config, context.data.windows, context.processes.count
     per_step = config.optim.batch_size * config.optim.grad_accum
+    validation = context.data.validation
     return Plan(
         run=run.path,
+        config=config,
         data=context.data.description,
         parameters=state.model.parameter_count(),
+        attention=state.model.attention_description,
+        has_budget=state.model.attention_rule.has_budget,
         device=describe_device(context.device),
         dtype=str(context.dtype).removeprefix("torch."),
         compiled=context.is_compiled,
@@ -215,6 +219,7 @@ def make_plan(context: RunContext, state: TrainState, run: Run) -> Plan:
         steps=config.optim.steps,
         tokens_per_step=per_step * config.model.seq_len,
         epochs=config.optim.steps * per_step / windows if windows else None,
+        validation_windows=count_windows(validation, config.model.seq_len) if windows else None,
         processes=f"{processes}, {config.run.parallel}" if processes > 1 else "1",
     )
 
@@ -291,4 +296,5 @@ def _set_up(
         check_same_text(known, data.identity, data.description, run.path)
     for sentence in [*config_warnings(config), *filter(None, [data.remark])]:
         display.note(sentence)
-    return build(config, data, checkpoint, display.note, processes)
+    with display.busy("building the model"):
+        return build(config, data, checkpoint, display.note, processes)

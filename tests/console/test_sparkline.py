@@ -42,6 +42,11 @@ def test_ascii_where_stdout_cannot_show_blocks(monkeypatch: pytest.MonkeyPatch) 
     assert sparkline([8, 7, 6, 5, 4, 3, 2, 1], 8) == ASCII[::-1]
 
 
+def test_the_first_losses_do_not_flatten_the_rest() -> None:
+    line = sparkline([100.0] * 5 + [6.0 - step / 20 for step in range(95)], 20)
+    assert len(set(line[1:])) == len(BLOCKS), f"the losses after the first have no height: {line}"
+
+
 @given(values=st.lists(st.floats()), width=st.integers(0, 40))
 def test_any_values_give_at_most_width_characters(values: list[float], width: int) -> None:
     drawn = sparkline(values, width)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from cda_cli.console import TrainingDisplay
+from cda_cli.console.live_view import NOTICE
 from cda_cli.console.reports import show_doctor, show_dry_run, show_forecast
 from cda_cli.diagnosis import Cache, Check, Diagnosis
 from cda_cli.runs.records import CheckpointRecord, Record, RefusedRecord, SampleRecord
@@ -16,9 +17,9 @@ from cda_cli.training.accounting.memory_forecast import Forecast
 from cda_cli.training.display import Plan
 from cda_cli.training.run import DryRun
 from tests.console.conftest import MakeScreen, Screen
+from tests.console.plans import PLAN, records
 from tests.runs.records import TRAIN, VALIDATION
 
-PLAN = Plan(Path("runs/[x]"), "a text", 1_234_567, "cpu", "float32", False, False, "torch", 0, 20, 512, 1.25)
 SAMPLE = "a\tb \N{ESCAPE}[2J[bold]\xa0\u3000\r\n" + "long " * 50 + "end"
 RECORDS: list[Record] = [
     TRAIN,
@@ -32,10 +33,10 @@ RECORDS: list[Record] = [
 def shown(screen: Screen, plan: Plan = PLAN) -> str:
     display = TrainingDisplay()
     display.note("a [note]")
-    display.start(plan)
+    display.start(plan, [])
     for record in RECORDS:
         display.show(record)
-        display.advance(record.step)
+        display.advance(record.step, 61.0)
     display.finish()
     return screen.getvalue()
 
@@ -43,14 +44,17 @@ def shown(screen: Screen, plan: Plan = PLAN) -> str:
 def test_plain_lines(screen: MakeScreen) -> None:
     """Each figure is in its line; nothing steers a terminal, is wrapped, or is taken for markup."""
     text = shown(screen())
-    lines = [line.rstrip() for line in text.split("\n")]
+    lines = text.split("\n")
     assert "a [note]" in lines
-    assert "run       runs/[x]" in lines
-    assert "steps     20, of 512 tokens (1.25 passes over the text)" in lines
+    assert "run        runs/[x]" in lines
+    assert "model      4 layers × 128, 4 heads, context 256, 1.23 M parameters" in lines
+    assert "attention  coordinate-descent, k = 2, exact solver, ε = 0.1" in lines
+    assert "training   batch 16, adamw, learning rate 0.001" in lines
+    assert "steps      20, of 512 tokens (1.25 passes over the text)" in lines
     assert (
-        "10/20  loss 2.5000  3.607 bits/byte  lr 1.00e-03  1 k tokens/s  1:01 left  data wait 1.2%  512 MiB  "
-        "support 4.2/9.0  capped 12%/12%  k 1.50/1.50"
-    ) in lines
+        "10/20  loss 2.5000  3.607 bits/byte  lr 1.00e-03  gradient 0.75  1 k tokens/s  1:01 left\n"
+        "       data wait 1.2%  512 MiB  k 1.50  support 4.2–9.0  capped 12%\n"
+    ) in text
     assert "10/20  validation loss 2.6250 ± 0.5000, 3.7500 bits per byte" in lines
     assert (
         "11/20  refused: loss nan, gradient norm inf; the weights stay as they were, and the step is tried with the "
@@ -94,7 +98,7 @@ def test_a_terminal_that_cannot_be_drawn_on_gets_lines(
     made = screen(terminal=True)
     monkeypatch.setenv(name, value)
     text = shown(made)
-    assert "tokens/s  1:01 left" in text
+    assert "tokens/s\n       1:01 left\n" in text
     assert not re.findall(r"\x1b[^m]*?[A-LN-Za-ln-z]", text)
 
 
@@ -103,11 +107,11 @@ def test_utilisation_names_both_figures(screen: MakeScreen) -> None:
     made = screen()
     known = replace(TRAIN, mfu_computed=0.4567, mfu_dense=0.5)
     display = TrainingDisplay()
-    display.start(PLAN)
+    display.start(PLAN, [])
     display.show(known)
     display.finish()
     assert "MFU 45.7% computed, 50.0% dense" in made.getvalue()
-    assert "45.7% of what is computed, 50.0% of a dense model's (6N + 12LdT)" in made.getvalue()
+    assert "45.7% of the FLOPs computed, 50.0% of a dense model's (6N + 12LdT)" in made.getvalue()
     assert "utilisation" not in shown(screen())
 
 
@@ -115,7 +119,7 @@ def test_a_run_without_figures_ends_quietly(screen: MakeScreen) -> None:
     """An error before the first line of figures: no empty table, no hidden cursor."""
     made = screen(terminal=True)
     display = TrainingDisplay()
-    display.start(PLAN)
+    display.start(PLAN, [])
     display.finish()
     assert made.getvalue().count("\N{ESCAPE}[?25l") == made.getvalue().count("\N{ESCAPE}[?25h")
     assert "loss" not in made.getvalue()
@@ -154,3 +158,133 @@ def test_a_check_that_failed_is_seen(screen: MakeScreen) -> None:
     rows = [line.split() for line in made.getvalue().splitlines()]
     assert ["good", "1.0e-07", "1.0e-05", "ok"] in rows
     assert ["bad", "1.0e-03", "1.0e-05", "FAILED"] in rows
+
+
+def test_off_a_terminal_lines_are_narrow_and_end_in_no_space(screen: MakeScreen) -> None:
+    """A log is read in any window, and compared by tools that take a space at the end for a change."""
+    made = screen()
+    display = TrainingDisplay()
+    display.start(PLAN._replace(steps=1_000_000), [])
+    for record in records(100, averaged=True, known_peak=True):
+        display.show(record)
+        display.advance(record.step, 3600.0 * 200)
+    display.finish()
+    lines = made.getvalue().splitlines()
+    assert max(map(len, lines)) <= 100
+    assert not [line for line in lines if line.endswith(" ")]
+    assert len([line for line in lines if re.match(r"\d+ +1.500", line)]) == 100, "a layer is missing at the end"
+
+
+def test_a_rule_without_a_budget_has_no_k(screen: MakeScreen) -> None:
+    text = shown(screen(), PLAN._replace(has_budget=False, attention="softmax"))
+    assert "support 4.2–9.0\n" in text
+    assert "effective support  distance back  active units\n" in text
+    assert "capped" not in text
+
+
+def test_a_run_that_goes_on_knows_what_came_before(screen: MakeScreen) -> None:
+    """The best validation may be one of an earlier process."""
+    made = screen()
+    display = TrainingDisplay()
+    display.start(PLAN._replace(first_step=10), records(2))
+    display.show(replace(TRAIN, step=12))
+    display.advance(12, None)
+    display.finish()
+    assert "best           3.0000 at step 8; the last validation was at step 10\n" in made.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("windows", "words"),
+    [
+        (436, "the first 20 of 436 windows; cda eval takes them all, so its loss differs"),
+        (20, "all 20 windows, as in cda eval"),
+        (None, "the first 20 windows of the stream; cda eval takes another number of them"),
+    ],
+)
+def test_the_end_says_why_an_evaluation_may_differ(screen: MakeScreen, windows: int | None, words: str) -> None:
+    assert f"validated on   {words}\n" in shown(screen(), PLAN._replace(validation_windows=windows))
+
+
+def test_the_end_names_the_next_commands(screen: MakeScreen) -> None:
+    """With the path of the run, quoted for a shell; of a run that was stopped, how it goes on."""
+    made = screen()
+    display = TrainingDisplay()
+    display.start(PLAN, [])
+    for record in (TRAIN, CheckpointRecord(step=10, path="x")):
+        display.show(record)
+        display.advance(record.step, None)
+    display.finish()
+    commands = made.getvalue().partition("Next:\n")[2].splitlines()
+    assert commands == [
+        "  cda eval 'runs/[x]'",
+        "  cda sample 'runs/[x]' --prompt \"The \"",
+        "  cda inspect-sparsity 'runs/[x]'",
+    ]
+    display.stopping()
+    display.finish()
+    assert made.getvalue().endswith("To go on:\n  cda train --out 'runs/[x]'\n")
+
+
+def test_a_step_that_was_not_saved_has_no_next_commands(screen: MakeScreen) -> None:
+    """They would read an earlier checkpoint."""
+    made = screen()
+    display = TrainingDisplay()
+    display.start(PLAN, [])
+    display.show(TRAIN)
+    display.show(CheckpointRecord(step=10, path="x"))
+    display.advance(11, None)
+    display.finish()
+    assert "Next:" not in made.getvalue()
+
+
+def test_a_request_to_stop_is_answered_at_once(
+    screen: MakeScreen, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The view says so where there is one; else a terminal gets a line, and a file none."""
+    made = screen(terminal=True)
+    display = TrainingDisplay()
+    display.start(PLAN, [])
+    display.stopping()
+    display.finish()
+    assert NOTICE in made.getvalue()
+    assert not capfd.readouterr().err
+    display = TrainingDisplay()
+    display.stopping()
+    assert not capfd.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    display.stopping()
+    assert capfd.readouterr().err == f"{NOTICE}\n"
+
+
+def test_sentences_are_wrapped_between_words(screen: MakeScreen) -> None:
+    """On a terminal, that is: off one a sentence stays a line. A path stays whole, so that it can be copied."""
+    path = "/a" * 30
+    sentence = f"resuming from {path}, step 250, with a schedule of another length"
+    made = screen(terminal=True, width=40)
+    TrainingDisplay().note(sentence)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", made.getvalue()).splitlines()
+    assert lines == [
+        "resuming from",
+        f"{path},",
+        "step 250, with a schedule of another",
+        "length",
+    ]
+    plain = screen()
+    TrainingDisplay().note(sentence)
+    assert plain.getvalue() == f"{sentence}\n"
+
+
+def test_a_terminal_sees_at_once_that_something_begins(screen: MakeScreen) -> None:
+    made = screen(terminal=True)
+    display = TrainingDisplay()
+    display.announce("training [x]")
+    with display.busy("starting"):
+        pass
+    assert made.getvalue().index("training [x]") < made.getvalue().index("starting …")
+    assert made.getvalue().count("\N{ESCAPE}[?25l") == made.getvalue().count("\N{ESCAPE}[?25h") == 1
+    plain = screen()
+    display = TrainingDisplay()
+    display.announce("training [x]")
+    with display.busy("starting"):
+        pass
+    assert plain.getvalue() == "training [x]\n"

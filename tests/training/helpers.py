@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from cda_cli.config import Config, parse
@@ -24,14 +25,19 @@ class Memory:
     def __init__(self, stop_after: int | None = None) -> None:
         self.stop_after = stop_after
         self.plan: Plan | None = None
+        self.history: list[Record] = []
         self.records: list[Record] = []
         self.notes: list[str] = []
         self.finished = 0
 
-    def start(self, plan: Plan) -> None:
-        self.plan = plan
+    def busy(self, words: str) -> AbstractContextManager[object]:
+        return nullcontext()
 
-    def advance(self, step: int) -> None:
+    def start(self, plan: Plan, history: Iterable[Record]) -> None:
+        self.plan = plan
+        self.history = list(history)
+
+    def advance(self, step: int, seconds_left: float | None) -> None:
         if step == self.stop_after:
             os.kill(os.getpid(), signal.SIGINT)
 

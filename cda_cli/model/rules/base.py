@@ -127,7 +127,12 @@ class AttentionRule(ABC):
             return [f"learned_k has no effect with {config.attention} attention; its control there is output_gate"]
         return []
 
+    def selection(self) -> str:
+        """How much a row selects, in a few words, such as "k = 2"; empty where `attn_k` has no effect."""
+        return ""
+
     def description(self, eps: float | None) -> str:
-        """The rule in a few words, with its ε, such as "softmax" or "coordinate-descent, exact solver, ε = 0.1"."""
-        solver = f", {self.config.solver} solver" if self.uses_operator else ""
-        return f"{self.config.attention}{solver}" + (f", ε = {eps:g}" if eps is not None else "")
+        """The rule in a few words, with its ε: "softmax", or "coordinate-descent, k = 2, exact solver, ε = 0.1"."""
+        solver = f"{self.config.solver} solver" if self.uses_operator else ""
+        temperature = f"ε = {eps:g}" if eps is not None else ""
+        return ", ".join(filter(None, [self.config.attention, self.selection(), solver, temperature]))

@@ -28,6 +28,9 @@ class HardTopK(AttentionRule):
         largest = scores.topk(min(self.kept, scores.shape[-1]), dim=-1)
         return torch.zeros_like(scores).scatter(-1, largest.indices, (largest.values / self.eps).softmax(-1))
 
+    def selection(self) -> str:
+        return f"k = {self.kept}"
+
     def warnings(self) -> list[str]:
         warnings, k = super().warnings(), self.config.attn_k
         if k >= self.max_keys:

@@ -66,6 +66,9 @@ class SoftTopK(AttentionRule):
         block = min(rows * config.heads * self.max_keys, scores_at_once(device))
         return {"cda.soft_topk_attention": 4 * (7 * rows * config.heads * config.head_width + 6 * block)}
 
+    def selection(self) -> str:
+        return f"k learned up to {self.config.attn_k:g}" if self.learns_budget else f"k = {self.config.attn_k:g}"
+
     def warnings(self) -> list[str]:
         k, keys = self.config.attn_k, self.max_keys
         return [f"attn_k {k:g} covers all {keys} keys of a row: every weight is 1"] if k >= keys else []

@@ -1,0 +1,168 @@
+"""What is known of a run so far, and its words: the rows that the live view and the end of a run have in common."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cda_cli.console.base import count, duration, memory, plus_minus, share
+from cda_cli.console.layer_table import range_words
+from cda_cli.plurals import counted
+from cda_cli.runs.records import Record, RefusedRecord, TrainRecord, ValidationRecord
+
+if TYPE_CHECKING:
+    from cda_cli.training.display import Plan
+
+
+@dataclass
+class RunStatus:
+    """`train` and `validation` are the latest records; `best` has the lowest validation loss.
+
+    The losses are those of all records, oldest first. `elapsed` counts from the start of this process.
+    """
+
+    plan: Plan
+    step: int
+    train: TrainRecord | None = None
+    validation: ValidationRecord | None = None
+    best: ValidationRecord | None = None
+    losses: list[float] = field(default_factory=list)
+    validation_losses: list[float] = field(default_factory=list)
+    is_stopping: bool = False
+    _began: float = field(default_factory=time.monotonic)
+    _end: float | None = None  # when the last step is expected to end
+
+    def add(self, record: Record) -> None:
+        match record:
+            case TrainRecord():
+                self.train = record
+                self.losses.append(record.loss)
+            case ValidationRecord():
+                self.validation = record
+                self.validation_losses.append(record.loss)
+                if self.best is None or record.loss < self.best.loss:
+                    self.best = record
+
+    def advance(self, step: int, seconds_left: float | None) -> None:
+        self.step = step
+        self._end = None if seconds_left is None else time.monotonic() + seconds_left
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Counts down between two steps, which may be a minute apart."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+
+def shape_words(plan: Plan) -> str:
+    model = plan.config.model
+    return f"{counted(model.depth, 'layer')} × {model.dim}, {counted(model.heads, 'head')}, context {model.seq_len}"
+
+
+def batch_words(plan: Plan) -> str:
+    optim = plan.config.optim
+    accumulated = f" × {optim.grad_accum}" if optim.grad_accum > 1 else ""
+    return f"batch {optim.batch_size}{accumulated}, {optim.optimizer}, learning rate {optim.lr:g}"
+
+
+def plan_rows(plan: Plan) -> dict[str, str]:
+    passes = "streamed" if plan.epochs is None else f"{plan.epochs:.2f} passes over the text"
+    first = f"from step {plan.first_step} to {plan.steps}" if plan.first_step else f"{plan.steps}"
+    processes = {"processes": plan.processes} if plan.processes != "1" else {}
+    return {
+        "run": str(plan.run),
+        **processes,
+        "data": plan.data,
+        "model": f"{shape_words(plan)}, {count(plan.parameters)} parameters",
+        "attention": plan.attention,
+        "training": batch_words(plan),
+        "steps": f"{first}, of {count(plan.tokens_per_step)} tokens ({passes})",
+        "device": ", ".join(
+            [plan.device, plan.dtype, *["compiled"] * plan.compiled, *["CUDA graphs"] * plan.cuda_graphs]
+        ),
+        "operator": plan.backend,
+    }
+
+
+def figures(status: RunStatus) -> dict[str, str]:
+    """The latest figures, the most important first. Empty before the first record of training."""
+    train, validation, best = status.train, status.validation, status.best
+    if train is None:
+        return {}
+    annealed = f", ε {train.eps:.3g}" if status.plan.config.model.eps_anneal_start is not None else ""
+    rows = {
+        "loss": f"{train.loss:.4f}, {train.bits_per_byte:.4f} bits per byte",
+        "validation": _loss_words(validation) if validation else "–",
+        "best": f"{best.loss:.4f} at step {best.step}" if best else "–",
+        "learning rate": f"{train.lr:.2e}, gradient norm {train.grad_norm:.2f}{annealed}",
+        "speed": f"{count(train.tokens_per_second)} tokens/s, waiting for data {share(train.data_wait)} of a step",
+        "tokens": f"{count(train.tokens)}, memory {memory(train.memory_bytes)}",
+    }
+    if best and validation and best is not validation:
+        rows["best"] += f"; the last validation was at step {validation.step}"
+    if validation and validation.ema_loss is not None:
+        rows["averaged"] = f"validation {validation.ema_loss:.4f} with the averaged weights"
+    if train.mfu_computed is not None and train.mfu_dense is not None:
+        # One number without its rule could be either.
+        computed, dense = share(train.mfu_computed), share(train.mfu_dense)
+        rows["utilisation"] = f"{computed} of the FLOPs computed, {dense} of a dense model's (6N + 12LdT)"
+    return rows
+
+
+def validated_on(plan: Plan, validation: ValidationRecord) -> str:
+    """Says which part of the validation text was used, and so why `cda eval` comes to another loss."""
+    seen, all_windows = validation.windows, plan.validation_windows
+    if all_windows is None:
+        return f"the first {counted(seen, 'window')} of the stream; cda eval takes another number of them"
+    if seen < all_windows:
+        return f"the first {seen:,} of {counted(all_windows, 'window')}; cda eval takes them all, so its loss differs"
+    return f"all {counted(all_windows, 'window')}, as in cda eval"
+
+
+def train_words(record: TrainRecord, has_budget: bool, dash: str = "–") -> tuple[list[str], list[str]]:
+    """The parts of two plain lines: training, then resources and layers.
+
+    Each measure of the layers is given as its lowest and its highest value.
+    """
+    training = [
+        f"loss {record.loss:.4f}",
+        f"{record.bits_per_byte:.3f} bits/byte",
+        f"lr {record.lr:.2e}",
+        f"gradient {record.grad_norm:.2f}",
+        f"{count(record.tokens_per_second)} tokens/s",
+        f"{duration(record.seconds_left)} left",
+    ]
+    rest = [f"data wait {share(record.data_wait)}", memory(record.memory_bytes)]
+    if record.mfu_computed is not None and record.mfu_dense is not None:
+        rest.append(f"MFU {share(record.mfu_computed)} computed, {share(record.mfu_dense)} dense")
+    return training, [*rest, *range_words(record.layers, has_budget, dash)]
+
+
+def validation_words(record: ValidationRecord) -> str:
+    averaged = "" if record.ema_loss is None else f"; averaged weights {record.ema_loss:.4f}"
+    return f"loss {_loss_words(record)}{averaged}"
+
+
+def refused_words(record: RefusedRecord) -> str:
+    return (
+        f"refused: {record.saw}; the weights stay as they were, and the step is tried with the next batch "
+        f"({record.in_a_row} in a row)"
+    )
+
+
+def next_commands(status: RunStatus) -> list[str]:
+    """What one would run next, once a run has ended and saved its last step."""
+    run = shlex.quote(str(status.plan.run))
+    if status.is_stopping:
+        # Without a preset the command takes the settings of the run, which do not say how many processes there were.
+        return [f"cda train --out {run}"] if status.plan.processes == "1" else []
+    return [f"cda eval {run}", f'cda sample {run} --prompt "The "', f"cda inspect-sparsity {run}"]
+
+
+def _loss_words(record: ValidationRecord) -> str:
+    return f"{plus_minus(record.loss, record.standard_error)}, {record.bits_per_byte:.4f} bits per byte"
