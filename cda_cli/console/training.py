@@ -44,6 +44,7 @@ class TrainingDisplay:
         self._console = out()
         self.interactive = shows_progress()
         self._is_live = is_live(self._console)
+        self._dash = "-" if self._console.options.ascii_only else "–"
         self._status: RunStatus | None = None
         self._live: ResizableLive | None = None
         self._saved: int | None = None  # the step of the latest checkpoint
@@ -77,8 +78,7 @@ class TrainingDisplay:
         match record:
             case TrainRecord():
                 if not self._is_live:
-                    dash = "-" if self._console.options.ascii_only else "–"
-                    self._lines(record, *train_words(record, self._status.plan.has_budget, dash))
+                    self._lines(record, *train_words(record, self._status.plan.has_budget, self._dash))
             case RefusedRecord():
                 self._line(record, Text(refused_words(record), style="yellow"))
             case ValidationRecord():
@@ -121,7 +121,7 @@ class TrainingDisplay:
         console.print()
         # Off a terminal nothing is left out.
         most = max(4, console.height - len(rows) - 8) if self._is_live else None
-        print_trimmed(console, layer_table(status.train.layers, measures(status.plan.has_budget), most))
+        print_trimmed(console, layer_table(status.train.layers, measures(status.plan.has_budget), most, self._dash))
         if self._saved == status.step and (commands := next_commands(status)):
             console.print()
             print_sentence(console, "To go on:" if status.is_stopping else "Next:", style="bold")

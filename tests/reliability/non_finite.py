@@ -65,9 +65,9 @@ class Watching(Memory):
 
     def watch(self, state: TrainState) -> None:
         self._state = state
-        self.advance(state.step)
+        self.advance(state.step, None)
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, seconds_left: float | None) -> None:
         self._before = self._tensors()
         if not all(tensor.isfinite().all() for tensor in self._before.values()):
             self.fault = self.fault or f"weights, moments or averages are not finite after step {step}"

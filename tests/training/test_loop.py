@@ -155,9 +155,9 @@ def test_the_garbage_collector_is_spared_what_compiling_leaves_until_the_end(con
     frozen = []
 
     class Counting(Memory):
-        def advance(self, step: int) -> None:
+        def advance(self, step: int, seconds_left: float | None) -> None:
             frozen.append(gc.get_freeze_count())
-            super().advance(step)
+            super().advance(step, seconds_left)
 
     before = gc.get_freeze_count()
     with StopRequest() as stop, pytest.raises(InterruptedRunError):
@@ -170,8 +170,8 @@ def test_a_stop_before_the_first_step_is_saved_too(config: Config, tmp_path: Pat
     """Step 0 is a state like any other: the same command goes on from it."""
 
     class Impatient(Memory):
-        def start(self, plan: object) -> None:
-            self.advance(0)
+        def start(self, plan: object, history: object) -> None:
+            self.advance(0, None)
 
     with StopRequest() as stop, pytest.raises(InterruptedRunError, match="step 0 of 12"):
         run_training(config, Run(tmp_path / "run"), "auto", Impatient(stop_after=0), stop)
