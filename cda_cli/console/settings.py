@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from cda_cli.console.base import out, pairs, table
+from cda_cli.console.base import out, pairs, print_trimmed, table
 from cda_cli.console.text import printable
+from cda_cli.plurals import counted
 from cda_cli.settings import SECTIONS, as_written
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def show_settings(settings: Sequence[Explained], preset: str, run: Path | None =
     console = out()
     changed = sum(each.value != each.presets[preset] for each in settings)
     if run:
-        words = f"differs from preset {preset} in {changed} setting{'s' * (changed != 1)}"
+        words = f"differs from preset {preset} in {counted(changed, 'setting')}"
         console.print(Text(f"{printable(str(run))} {words}", style="bold"))
     for section, own in itertools.groupby(settings, lambda each: each.row.section):
         if run or section != settings[0].row.section:
@@ -54,7 +55,7 @@ def show_changed(settings: Sequence[Explained], preset: str, run: Path | None = 
     for each in settings:
         values = (printable(as_written(value)) for value in (each.value, each.presets[preset]))
         made.add_row(each.row.key, *values, each.origin)
-    console.print(made)
+    print_trimmed(console, made)
 
 
 def _setting_line(each: Explained, preset: str) -> Text:
@@ -99,6 +100,6 @@ def show_presets(presets: Mapping[str, tuple[Config, str, str]]) -> None:
             f"{'≤ ' * model.learned_k}{as_written(model.attn_k)}",
             as_written(model.attn_eps),
         )
-    console.print(made)
+    print_trimmed(console, made)
     console.print()
-    console.print(pairs({name: f"{purpose[0].upper()}{purpose[1:]}" for name, (_, _, purpose) in by_size}))
+    print_trimmed(console, pairs({name: f"{purpose[0].upper()}{purpose[1:]}" for name, (_, _, purpose) in by_size}))

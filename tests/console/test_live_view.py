@@ -107,7 +107,9 @@ def test_an_encoding_without_blocks_gets_ascii(monkeypatch: pytest.MonkeyPatch) 
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", stdout)
     console = Console(file=stdout, width=80, height=24, highlight=False)
-    text = "".join(segment.text for line in console.render_lines(LiveView(status_of(PLAN, records(100)))) for segment in line)
+    text = "".join(
+        segment.text for line in console.render_lines(LiveView(status_of(PLAN, records(100)))) for segment in line
+    )
     assert len(set(text.partition("bits per byte")[2][:20]) & set(ASCII)) > 4
     assert not set(text) & {*BLOCKS, "–", "…"}
 
