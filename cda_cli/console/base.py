@@ -43,7 +43,7 @@ def shows_progress() -> bool:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """One JSON document on stdout, in ASCII where stdout may lack a character."""
+    """Prints one JSON document on stdout, in ASCII if the encoding of stdout may lack a character."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(strict_json.dumps(document, indent=2, ensure_ascii=codecs.lookup(encoding).name != "utf-8"))
 
@@ -92,7 +92,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def pairs(rows: Mapping[str, str], title: str | None = None) -> Table:
-    """Two columns: a name and its value."""
+    """A table of two columns: names, and their values."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")

@@ -96,12 +96,9 @@ class TrainingDisplay:
 
     def stopping(self) -> None:
         """Answers a request to stop at once, also where the step takes minutes. A signal handler may call it."""
-        if self._status and self._live:
-            self._status.is_stopping = True  # which the next drawing shows
-            return
         if self._status:
-            self._status.is_stopping = True
-        if sys.stderr.isatty():
+            self._status.is_stopping = True  # The view shows it, a quarter of a second later at most.
+        if not self._live and sys.stderr.isatty():
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), f"{NOTICE}\n".encode())
 

@@ -90,6 +90,23 @@ def test_requests_are_noted_and_handlers_given_back() -> None:
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+def test_the_first_request_is_answered_and_no_other() -> None:
+    """Work that ends at once has its own last word."""
+    answers = []
+    with pytest.raises(InterruptedRunError, match="nothing to save"), StopRequest() as stop:  # noqa: PT012
+        stop.answer = lambda: answers.append("stopping")
+        signal.raise_signal(signal.SIGINT)
+        assert answers == ["stopping"]
+        signal.raise_signal(signal.SIGTERM)
+        with stop.at_once("nothing to save"):
+            pytest.fail("the work was begun")
+    assert answers == ["stopping"]
+    with pytest.raises(InterruptedRunError), StopRequest() as stop, stop.at_once("nothing to save"):  # noqa: PT012
+        stop.answer = lambda: answers.append("again")
+        signal.raise_signal(signal.SIGINT)
+    assert answers == ["stopping"]
+
+
 def test_a_hang_up_that_is_ignored_stays_so() -> None:
     """`nohup cda train` is to outlive its terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -33,7 +33,7 @@ plans = st.builds(
 
 @settings(deadline=None, max_examples=40)
 @given(
-    plans, st.integers(10, 60), st.integers(40, 240), st.integers(1, 100), st.booleans(), st.booleans(), st.booleans()
+    plans, st.integers(6, 60), st.integers(40, 240), st.integers(1, 100), st.booleans(), st.booleans(), st.booleans()
 )
 def test_it_fits_every_terminal(
     plan: Plan, height: int, width: int, layers: int, averaged: bool, known_peak: bool, stopping: bool
