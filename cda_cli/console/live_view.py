@@ -84,7 +84,8 @@ class LiveView:
         shown = figures(self.status)
         if not shown:
             compiling = ", and the first step compiles the model" if plan.compiled else ""
-            words = f"figures come every {plan.config.run.log_every} steps{compiling}"
+            every = plan.config.run.log_every
+            words = f"figures come every {f'{every} steps' if every > 1 else 'step'}{compiling}"
             return [Text(words, style="dim", no_wrap=True, overflow="ellipsis")]
         curves = {"loss": self.status.losses, "validation": self.status.validation_losses}
         widest = max(len(shown[name]) for name in curves)
@@ -135,9 +136,10 @@ def _rows(lines: list[int], width: int) -> int:
 class ResizableLive(Live):
     """A `Live` that draws a `LiveView`, also in the right place after the terminal has become narrower.
 
-    A terminal wraps the lines that have become too long, and `Live` would go back by fewer rows than they take. (A
-    terminal that cuts them instead, as xterm does, loses as many rows of what stood above.) A terminal that has become
-    lower scrolls the first lines away, and gives them back when it is higher again, unless something was printed since.
+    A terminal wraps the lines that have become too long, and `Live` would go back by fewer rows than they take. A
+    terminal that cuts them instead, as xterm does, loses as many rows of what stood above. A terminal that has become
+    lower scrolls the first lines away, and gives them back when it is higher again. They are erased then, unless
+    something was printed in between.
     """
 
     def __init__(self, view: LiveView, console: Console) -> None:
