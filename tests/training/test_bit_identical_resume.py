@@ -12,7 +12,7 @@ import torch
 
 from cda_cli.config import Config
 from cda_cli.errors import InterruptedRunError
-from cda_cli.runtime import cpu_threads
+from cda_cli.runtime import cpu_threads, describe_device
 from cda_cli.storage import locate
 from cda_cli.storage.manifest import MANIFEST, write_manifest
 from tests.devices import DEVICES
@@ -219,4 +219,4 @@ def test_a_number_of_threads_that_no_machine_has_is_passed_over(
     state.write_text(json.dumps(json.loads(state.read_text()) | {"threads": threads}))
     (state.parent / MANIFEST).unlink()
     write_manifest(state.parent)
-    assert trained(changed(config, steps=5), run).plan.device == f"cpu ({torch.get_num_threads()} threads)"
+    assert trained(changed(config, steps=5), run).plan.device == describe_device(torch.device("cpu"))
