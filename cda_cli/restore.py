@@ -13,6 +13,7 @@ from torch import Tensor
 from cda_cli.config import Config, annealed_eps, parse
 from cda_cli.data import (
     Batch,
+    Preparation,
     PreparationStoppedError,
     Tokenizer,
     Tokens,
@@ -145,7 +146,8 @@ def open_side(
     if config.streaming:
         if split != "validation":
             raise ConfigError("the run's text is streamed; evaluate its validation split, or name a text with --data")
-        held_out = streamed_validation(config, restored.tokenizer, max_tokens=STREAMED_TOKENS)
+        preparation = Preparation(show_progress, lambda: bool(stop))
+        held_out = streamed_validation(config, restored.tokenizer, STREAMED_TOKENS, preparation)
         return TextSide([held_out], seq_len, f"{config.source}, streamed", split)
     how: Any = {"tokenizer": restored.tokenizer, "show_progress": show_progress, "should_stop": lambda: bool(stop)}
     try:

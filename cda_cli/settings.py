@@ -154,12 +154,12 @@ class DataSettings(Table):
     source: Annotated[
         str,
         Setting(
-            "stdlib, a path or glob (.txt .jsonl .json .csv .parquet, also packed: .gz .bz2 .xz .zst .lz4), or "
-            "hf:OWNER/NAME[:CONFIG].",
+            "stdlib, a file, glob or folder (any text, .jsonl .json .csv .parquet, also packed: .gz .bz2 .xz .zst "
+            ".lz4; a folder of save_to_disk), http(s)://ADDRESS[#sha256=HEX], or hf:OWNER/NAME[:CONFIG].",
             flag="--data",
         ),
     ] = "stdlib"
-    split: Annotated[str, Setting("Split of a Hugging Face dataset that is trained on.", flag="--data-split")] = "train"
+    split: Annotated[str, Setting("Split of a dataset that is trained on.", flag="--data-split")] = "train"
     text_column: Annotated[str, Setting("Column that holds the text.", flag="--text-column")] = "text"
     encoding: Annotated[
         str,

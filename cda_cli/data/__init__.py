@@ -1,15 +1,17 @@
-"""The way of the data, a module an arrow:
+"""The way of the data. Each arrow is a module:
 
---data → files       sources     stdlib, local files, Hugging Face datasets (hub: its errors and its silence)
-files → text         files       unpacked and decoded; fingerprint tells one text from another
-text → documents     rows        what a text, JSON, CSV or Parquet file holds; documents: of several, from any place on
+--data → files       sources     standard library, local files, downloads, Hugging Face datasets (hub: its errors)
+folder → files       folders     which files hold text; the files of a saved dataset
+address → file       download    into the cache, once
+files → text         files       unpacks and decodes; fingerprint tells one text from another
+text → documents     row_readers reads text, JSON, CSV, Parquet and Arrow; documents joins files and keeps positions
 documents → sides    split       training and validation, by document
 text → tokens        tokenizers  bytes, or a tokenizer.json
-tokens → bytes       sizes       of the text that each stands for
-tokens → disk        prepare     memory-mapped, cached, written whole
-tokens → batches     batches     windows; iterators that can say and restore their position
+tokens → bytes       sizes       of the text that each token stands for
+tokens → disk        prepare     memory-mapped; cache writes each entry whole
+tokens → batches     batches     windows; iterators that save and restore their position
 documents → batches  streaming   the same without preparing
-batches → ahead      prefetch    made in a thread, before they are asked for
+batches → ahead      prefetch    a thread makes them before they are asked for
 """
 
 from cda_cli.data.batches import (
@@ -20,17 +22,10 @@ from cda_cli.data.batches import (
     count_windows,
     evaluation_batches,
 )
+from cda_cli.data.cache import Preparation, PreparationStoppedError, cache_folder
 from cda_cli.data.fingerprint import digest
 from cda_cli.data.prefetch import Prefetched
-from cda_cli.data.prepare import (
-    Corpus,
-    PreparationStoppedError,
-    Tokens,
-    cache_folder,
-    loss_of_text,
-    prepare,
-    prepare_whole,
-)
+from cda_cli.data.prepare import Corpus, Tokens, loss_of_text, prepare, prepare_whole
 from cda_cli.data.sources import Source, absolute_source, is_there, open_source
 from cda_cli.data.streaming import StreamedBatches, streamed_identity, streamed_validation
 from cda_cli.data.tokenizers import (
@@ -51,6 +46,7 @@ __all__ = [
     "Corpus",
     "JsonTokenizer",
     "Prefetched",
+    "Preparation",
     "PreparationStoppedError",
     "Source",
     "StreamDecoder",

@@ -1,11 +1,11 @@
-"""The documents of a source: an iterable of texts in a fixed order, which can go on after any of them."""
+"""The documents of a source: an iterable of texts in a fixed order, which can resume after any of them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cda_cli.data.files import brief
 from cda_cli.data.hub import quiet_libraries, read_errors
@@ -16,7 +16,7 @@ Position = dict[str, Any]
 
 
 class Documents(ABC):
-    """The texts of a source, one str a document, empty ones left out, in a fixed order."""
+    """The texts of a source in a fixed order, each a str. Empty documents are left out."""
 
     @abstractmethod
     def read(self, position: Position | None = None) -> Iterator[tuple[str, Position]]:
@@ -30,36 +30,42 @@ class Documents(ABC):
         return (text for text, _ in self.read())
 
 
+class DataFile(NamedTuple):
+    """A local file; `kind` names its reader in READERS."""
+
+    path: Path
+    kind: str
+
+
 class FileDocuments(Documents):
-    """The rows of local files, one file after another; each is of the `kind` that names its reader in READERS.
+    """The rows of local files, one file after another.
 
     A position is the number of a file and the number of its rows that were read.
     """
 
-    def __init__(self, paths: list[Path], kind: str, column: str, encoding: str, where: str) -> None:
-        self._paths = paths
-        self._reader = READERS[kind]
+    def __init__(self, files: list[DataFile], column: str, encoding: str, where: str) -> None:
+        self._files = files
         self._column = column
         self._encoding = encoding
         self._where = where
 
     def read(self, position: Position | None = None) -> Iterator[tuple[str, Position]]:
         first, start = self._check(position) if position is not None else (0, 0)
-        for number, path in enumerate(self._paths[first:], first):
-            for row, text in self._reader(path, self._column, self._encoding, start):
+        for number, (path, kind) in enumerate(self._files[first:], first):
+            for row, text in READERS[kind](path, self._column, self._encoding, start):
                 if text:
                     yield text, {"file": number, "row": row}
             start = 0
 
     def _check(self, position: Position) -> tuple[int, int]:
         first, start = (position.get(name) for name in ("file", "row"))
-        if type(first) is not int or type(start) is not int or not 0 <= first < len(self._paths) or start < 0:
+        if type(first) is not int or type(start) is not int or not 0 <= first < len(self._files) or start < 0:
             raise _no_position(self._where)
         return first, start
 
 
 class DatasetDocuments(Documents):
-    """The rows of a `datasets` data set, which `open_rows` gives, mapped or iterable; `column` holds the text."""
+    """The rows of a hub dataset, mapped or iterable, which `open_rows` opens. `column` holds the text."""
 
     def __init__(self, open_rows: Callable[[], Any], column: str, where: str) -> None:
         self._open_rows = open_rows
@@ -70,7 +76,7 @@ class DatasetDocuments(Documents):
         return filter(None, map(self._text, self._rows(self._open())))
 
     def read(self, position: Position | None = None) -> Iterator[tuple[str, Position]]:
-        """As of `Documents`, for an iterable data set."""
+        """As `Documents.read`, for an iterable dataset."""
         rows = self._open()
         if position is not None:
             try:
@@ -87,7 +93,7 @@ class DatasetDocuments(Documents):
         if names is not None:
             self._check_column(names)
             return rows.select_columns(self._column)
-        # A position that is loaded stays in the object, and a later pass would start there; this makes a new one.
+        # A loaded position stays in the object, and a later pass would start there, so each pass takes a new object.
         return rows.with_format(None)
 
     def _rows(self, rows: Any) -> Iterator[dict[str, Any]]:

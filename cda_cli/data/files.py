@@ -1,4 +1,4 @@
-"""A local file → its text: unpacked as its first bytes say, and decoded; what is not the text it should be is refused.
+"""A local file → its text. The first bytes say how to unpack it; what is not text in its encoding is refused.
 
 The name of a file plays no part here: a gzip file is one under any name, and a plain file under the name of one is
 plain.
@@ -22,13 +22,13 @@ from cda_cli.errors import DataError
 UTF8 = "utf-8"
 HEAD_BYTES = 4096
 READ_BYTES = 1 << 20
-BOMS = {  # the longer first, as one begins with the other
+BOMS = {  # the longer ones first, as one begins with the other
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-WIDE = ("utf-16", "utf-32")  # encodings whose text is half or more NUL bytes where it is English
+WIDE = ("utf-16", "utf-32")  # English text in these encodings is half or more NUL bytes
 ARCHIVES = {
     b"PK\x03\x04": "zip",
     b"7z\xbc\xaf\x27\x1c": "7z",
@@ -41,8 +41,12 @@ ARCHIVES = {
 TAR = (257, b"ustar")
 
 
+class NotTextError(DataError):
+    """The content of a file is not text, or not in the encoding that was named."""
+
+
 def compression(head: bytes) -> str | None:
-    """What a file that begins with `head` is compressed with, of those that can be read; None where it is not."""
+    """The compression of a file that begins with `head`, if it is one that can be read, else None."""
     if head.startswith(b"\x1f\x8b\x08"):
         return "gzip"
     # "BZh9" alone may begin a text; after it comes the number of a block, or of the end.
@@ -58,25 +62,26 @@ def compression(head: bytes) -> str | None:
 
 
 def head_of(path: Path) -> bytes:
-    """The first HEAD_BYTES of a file, as they lie there. Raises OSError."""
+    """The first HEAD_BYTES of a file, as they lie on the disk. Raises OSError."""
     with path.open("rb") as file:
         return file.read(HEAD_BYTES)
 
 
 @contextmanager
-def open_text(path: Path, encoding: str, newline: str) -> Iterator[TextIO]:
-    """The text of a file, unpacked and decoded strictly; a UTF-8 byte-order mark at its beginning is left out.
+def open_text(path: Path, encoding: str, newline: str, *, may_hold_nul: bool = True) -> Iterator[TextIO]:
+    """The text of a file, unpacked and decoded strictly, without a UTF-8 byte-order mark at its beginning.
 
-    `newline` is that of `open`; "" and "\\n" leave every line ending as it is. Raises DataError, inside too, where the
-    file cannot be read or unpacked, is an archive, or does not hold text in `encoding`.
+    `newline` is that of `open`; "" and "\\n" leave every line ending as it is. Unless it `may_hold_nul`, a file whose
+    beginning has a NUL byte counts as binary, but in the encodings WIDE. Raises DataError, also inside the block,
+    if the file cannot be read or unpacked, and NotTextError if it is an archive or holds no text in `encoding`.
     """
     strict = f"{UTF8}-sig" if encoding == UTF8 else encoding
     try:
         with _unpacked(path) as file:
-            _check_head(path, file.peek(HEAD_BYTES)[:HEAD_BYTES], encoding)
+            _check_head(path, file.peek(HEAD_BYTES)[:HEAD_BYTES], encoding, may_hold_nul)
             yield io.TextIOWrapper(file, encoding=strict, newline=newline)
     except UnicodeError as error:
-        raise DataError(
+        raise NotTextError(
             f"{path} is not {encoding}{_place(path, encoding)}; name its encoding with --encoding, mend it, or leave "
             "it out"
         ) from error
@@ -84,8 +89,14 @@ def open_text(path: Path, encoding: str, newline: str) -> Iterator[TextIO]:
         raise DataError(f"{path} cannot be read ({brief(error)}); mend the file, or leave it out") from error
 
 
+def check_is_text(path: Path, encoding: str) -> None:
+    """Raises DataError as `open_text` does if the beginning of a file, whose name promises no text, is not text."""
+    with open_text(path, encoding, newline="", may_hold_nul=False) as file:
+        file.read(HEAD_BYTES)
+
+
 def file_errors() -> tuple[type[BaseException], ...]:
-    """What reading a file, unpacking it and taking it apart raise where it is damaged."""
+    """The errors that reading, unpacking or parsing a damaged file raises."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     return (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, pa.ArrowException)
@@ -123,29 +134,39 @@ _UNPACKERS: dict[str, Callable[[IO[bytes]], Any]] = {
 }
 
 
-def _check_head(path: Path, head: bytes, encoding: str) -> None:
-    """Raises DataError for what decodes without an error and is still not text in `encoding`, or is no text at all."""
+def _check_head(path: Path, head: bytes, encoding: str, may_hold_nul: bool) -> None:
+    """Raises NotTextError for bytes that decode without an error but are no text in `encoding`, or no text at all."""
     archive = next((name for magic, name in ARCHIVES.items() if head.startswith(magic)), None)
     if head[TAR[0] :].startswith(TAR[1]):
         archive = "tar"
     if archive:
-        raise DataError(f"{path} is a {archive} archive, which is not read; unpack it, and give --data what was in it")
+        raise NotTextError(
+            f"{path} is a {archive} archive, which is not read; unpack it, and give --data what was in it"
+        )
     if encoding.startswith(WIDE):
         return
     wide = next((name for mark, name in BOMS.items() if head.startswith(mark)), None)
     if wide:
-        raise DataError(f"{path} begins with the byte-order mark of {wide}, at byte 0; read it with --encoding {wide}")
+        raise NotTextError(
+            f"{path} begins with the byte-order mark of {wide}, at byte 0; read it with --encoding {wide}"
+        )
+    if not may_hold_nul and 0 in head:
+        raise NotTextError(
+            f"{path} is binary, not text (byte {head.index(0)} is NUL); give --data text, or leave it out"
+        )
     if len(head) >= 4 and head.count(0) * 4 >= len(head):
         order = "le" if head[1::2].count(0) >= head[::2].count(0) else "be"
-        raise DataError(
+        raise NotTextError(
             f"{path} is full of NUL bytes, from byte {head.index(0)} on, as UTF-16 without a byte-order mark is; read "
             f"it with --encoding utf-16-{order}, or leave it out"
         )
 
 
 def _place(path: Path, encoding: str) -> str:
-    """Where the first bytes stand that are not `encoding`, found by reading again: a text file only tells within its
-    buffer. The bytes are those of the unpacked file."""
+    """The place, in the unpacked file, of the first bytes that are not `encoding`.
+
+    It reads the file again, as the decoder knows the place within its buffer only.
+    """
     decoder = codecs.getincrementaldecoder(encoding)()
     done, lines = 0, 1
     with _unpacked(path) as file:

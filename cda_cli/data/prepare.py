@@ -1,15 +1,13 @@
 """documents → tokens on disk, memory-mapped, cached under a key made of the source and the tokenizer.
 
 The folder of a key holds, for each side, the ids (`train.bin`) and the bytes of text that each stands for
-(`train-sizes.bin`), one after another, in the machine's byte order; and `meta.json`. It is written whole under another
-name and then renamed, so that what is there is complete.
+(`train-sizes.bin`), one after another, in the machine's byte order. `meta.json` describes them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,34 +17,27 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from cda_cli.config import DataConfig
+from cda_cli.data.cache import Preparation
 from cda_cli.data.documents import Documents
 from cda_cli.data.fingerprint import digest
 from cda_cli.data.sources import Source, open_source
-from cda_cli.data.split import CutRule, HashRule, Rule, WholeRule
+from cda_cli.data.split import Pass, Rule, WholeRule, in_sides
 from cda_cli.data.tokenizers import Encoded, Tokenizer, load_tokenizer, split_pieces, utf8
-from cda_cli.errors import CdaError, DataError, StorageError
+from cda_cli.errors import DataError
 from cda_cli.settings import Side
-from cda_cli.storage import published_folder, remove_published, remove_stale
 
 FORMAT = 3
 BATCH_CHARACTERS = 1 << 21
-
-
-class PreparationStoppedError(CdaError):
-    """`should_stop` said so. Nothing was left behind."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True)
 class Tokens:
     """`ids` [N] of an unsigned type, and `sizes` [N], the bytes of text that each stands for; both memory-mapped.
 
-    A separator and an unknown token stand for none. `text_bytes` are those of the text that the tokens were made from,
-    as UTF-8, and `lost_bytes` those of them that no token stands for. `digest` is that of the ids, where they were
+    A separator and an unknown token stand for no byte. `text_bytes` counts the text that the tokens were made from, as
+    UTF-8. `lost_bytes` counts those of its bytes that no token stands for. `digest` is that of the ids, if they were
     prepared.
     """
 
@@ -61,7 +52,7 @@ class Tokens:
 
 
 def loss_of_text(sides: Iterable[Tokens]) -> str | None:
-    """A sentence where no token stands for some of the text of `sides`."""
+    """A sentence if no token stands for some of the text of `sides`, else None."""
     lost, whole = (sum(counts) for counts in zip(*((side.lost_bytes, side.text_bytes) for side in sides), strict=True))
     if not lost:
         return None
@@ -73,20 +64,13 @@ def loss_of_text(sides: Iterable[Tokens]) -> str | None:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Both sides of the data; no document is on both."""
+    """Both sides of the data. No document is on both."""
 
     tokenizer: Tokenizer
     train: Tokens
     validation: Tokens
     description: str
     from_cache: bool
-
-
-def cache_folder() -> Path:
-    """$CDA_CACHE, else $XDG_CACHE_HOME/cda, else ~/.cache/cda."""
-    if folder := os.environ.get("CDA_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "cda"
 
 
 def prepare(
@@ -99,15 +83,16 @@ def prepare(
 ) -> Corpus:
     """The tokens of both sides, from the cache or else made now, a few megabytes of text at a time.
 
-    `tokenizer` stands in for the one that `config` names; `spare_cache` is where tokens are put that are not in the
-    cache yet, for a caller that must leave nothing behind.
+    `tokenizer` stands in for the one that `config` names. `spare_cache` takes what is not in the cache yet, for a
+    caller that must leave nothing behind.
 
-    Only a single document is ever held in memory. Raises DataError for bad data, StorageError where the cache cannot
-    be written, PreparationStoppedError once `should_stop()`; none of them leaves anything half-written.
+    Only a single document is ever held in memory. Raises DataError for bad data, StorageError if the cache cannot be
+    written, and PreparationStoppedError once `should_stop()`. None of them leaves anything half-written.
     """
-    tokenizer, meter = tokenizer or load_tokenizer(config.tokenizer), _Meter(show_progress, should_stop)
-    source = open_source(config)
-    sides, from_cache = _prepared(source, config, tokenizer, ("train", "validation"), meter, spare_cache)
+    preparation = Preparation(show_progress, should_stop, spare_cache)
+    tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+    source = open_source(config, preparation)
+    sides, from_cache = _prepared(source, config, tokenizer, ("train", "validation"), preparation)
     return Corpus(tokenizer, sides["train"], sides["validation"], source.description, from_cache)
 
 
@@ -119,52 +104,30 @@ def prepare_whole(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tokens, str]:
     """The tokens of all documents, nothing held out, and the description of the data; otherwise as `prepare`."""
-    source = open_source(config)
-    sides, _ = _prepared(source, config, tokenizer, ("all",), _Meter(show_progress, should_stop))
+    preparation = Preparation(show_progress, should_stop)
+    source = open_source(config, preparation)
+    sides, _ = _prepared(source, config, tokenizer, ("all",), preparation)
     return sides["all"], source.description
 
 
 def _prepared(
-    source: Source,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    names: tuple[Side, ...],
-    meter: _Meter,
-    spare_cache: Path | None = None,
+    source: Source, config: DataConfig, tokenizer: Tokenizer, names: tuple[Side, ...], preparation: Preparation
 ) -> tuple[dict[Side, Tokens], bool]:
     """The sides called `names`, and whether they were in the cache."""
     fraction = config.validation_fraction
     key = digest(FORMAT, sys.byteorder, source.fingerprint, tokenizer.fingerprint, fraction, names)
-    folder = cache_folder() / "tokens" / key
-    cached = _load(folder, tokenizer, names)
-    if cached is None and spare_cache is not None:
-        folder = spare_cache / key
-    if cached is None:
-        _make(folder, source, tokenizer, fraction, names, meter)
-    sides = cached or _load(folder, tokenizer, names)
-    if sides is None:
-        raise StorageError(f"the prepared tokens in {folder} vanished; run again, or set CDA_CACHE to another folder")
-    return sides, cached is not None
-
-
-def _make(
-    folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, names: tuple[Side, ...], meter: _Meter
-) -> None:
-    """Writes `folder` whole, in place of a damaged one. Where another process was first, its folder stays."""
-    remove_stale(folder.parent)
-    try:
-        if os.path.lexists(folder):
-            remove_published(folder)
-        with published_folder(folder) as staging:
-            _write(staging, source, tokenizer, fraction, names, meter)
-    except StorageError as error:
-        if _load(folder, tokenizer, names) is None:
-            raise StorageError(f"no prepared tokens: {error}; CDA_CACHE can name another folder for them") from error
+    return preparation.cached(
+        "tokens",
+        key,
+        "prepared tokens",
+        load=lambda folder: _load(folder, tokenizer, names),
+        make=lambda folder: _write(folder, source, tokenizer, fraction, names, preparation),
+    )
 
 
 @dataclass
 class _Writer:
-    """One side's files."""
+    """Writes the files of one side."""
 
     ids: IO[bytes]
     sizes: IO[bytes]
@@ -186,15 +149,6 @@ class _Writer:
         return {**counts, "digest": self.found.hexdigest()}
 
 
-@dataclass(frozen=True)
-class _Meter:
-    show: bool
-    should_stop: Callable[[], bool]
-
-    def bar(self, total: int | None) -> tqdm[Any]:
-        return tqdm(total=total, desc="tokens", unit="B", unit_scale=True, disable=not self.show, leave=False)
-
-
 @dataclass
 class _Batch:
     """Pieces of documents on their way through the tokenizer."""
@@ -210,26 +164,23 @@ class _Batch:
 
 
 def _write(
-    folder: Path, source: Source, tokenizer: Tokenizer, fraction: float, names: tuple[Side, ...], meter: _Meter
+    folder: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    fraction: float,
+    names: tuple[Side, ...],
+    preparation: Preparation,
 ) -> None:
-    """The sides and meta.json into `folder`."""
+    """Writes the sides and meta.json into `folder`."""
 
-    def written(rule: Rule, validation: Rule | None = None) -> dict[Side, dict[str, int]]:
-        passes = [(source.training, rule)]
-        if source.validation is not None:
-            passes.append((source.validation, validation or rule))
-        return _write_passes(folder, passes, source, tokenizer, names, meter)
+    def written(passes: list[Pass]) -> dict[Side, dict[str, Any]]:
+        return _write_passes(folder, passes, source, tokenizer, names, preparation)
 
     if names == ("all",):
-        counts = written(WholeRule("all"))
-    elif source.validation is not None:
-        counts = written(WholeRule("train"), WholeRule("validation"))
+        rule: Rule = WholeRule("all")
+        counts = written([(documents, rule) for documents in (source.training, source.validation) if documents])
     else:
-        rule: Rule = CutRule(fraction) if source.single else HashRule.of_fraction(fraction)
-        counts = written(rule)
-        other = rule.after_one_sided(fraction) if isinstance(rule, HashRule) else None
-        if other is not None:
-            counts = written(other)
+        counts = in_sides(source, fraction, written)
     _check_sides(source, counts)
     meta = {
         "format": FORMAT,
@@ -242,14 +193,14 @@ def _write(
 
 def _write_passes(
     folder: Path,
-    passes: list[tuple[Documents, Rule]],
+    passes: list[Pass],
     source: Source,
     tokenizer: Tokenizer,
     names: tuple[Side, ...],
-    meter: _Meter,
+    preparation: Preparation,
 ) -> dict[Side, dict[str, Any]]:
-    """The files of each side; what is in them."""
-    with contextlib.ExitStack() as files, meter.bar(source.total_bytes) as bar:
+    """Writes the files of each side, and returns what is in them."""
+    with contextlib.ExitStack() as files, preparation.bar("tokens", source.total_bytes) as bar:
         writers: dict[Side, _Writer] = {}
         for name in names:
             ids, sizes = (files.enter_context(path.open("wb")) for path in _paths(folder, name))
@@ -257,8 +208,7 @@ def _write_passes(
         for documents, rule in passes:
             for batch in _batches(documents, rule):
                 bar.update(_encode(batch, tokenizer, writers))
-                if meter.should_stop():
-                    raise PreparationStoppedError("stopped while preparing the data; run again to start it anew")
+                preparation.check()
     return {side: writer.counts() for side, writer in writers.items()}
 
 
@@ -281,7 +231,7 @@ def _batches(documents: Documents, rule: Rule) -> Iterator[_Batch]:
 
 
 def _encode(batch: _Batch, tokenizer: Tokenizer, writers: dict[Side, _Writer]) -> int:
-    """Writes the batch; the bytes of its text."""
+    """Writes the batch, and returns the bytes of its text."""
     total = 0
     encoded = zip(tokenizer.encode_batch(batch.pieces), batch.pieces, batch.places, strict=True)
     for tokens, piece, (side, ends) in encoded:
@@ -302,7 +252,7 @@ def _check_sides(source: Source, counts: dict[Side, dict[str, Any]]) -> None:
 
 
 def _load(folder: Path, tokenizer: Tokenizer, names: tuple[Side, ...]) -> dict[Side, Tokens] | None:
-    """The sides as they are in the cache; None where they are absent or damaged."""
+    """The sides as they are in the cache; None if they are absent or damaged."""
     sides: dict[Side, Tokens] = {}
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))

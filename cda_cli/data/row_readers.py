@@ -1,14 +1,15 @@
-"""A local file → its rows. Of a row only the text is looked at; what else is in it may be of any type, or missing.
+"""A local file → its rows. A reader looks at the text of a row only; other columns may be of any type, or missing.
 
-A reader takes (path, column, encoding, start) and yields (row, text) for each row after the first `start`: the number
-of rows up to and with this one, and what is in the column, None where there is nothing. Rows are counted so that
-reading can go on at any of them. Readers raise DataError with the file and the line.
+A reader takes (path, column, encoding, start) and yields (row, text) for each row after the first `start`. `row` is the
+number of rows up to and with this one; `text` is that in the column, or None. Rows are counted so that reading can
+resume at any of them. Readers raise DataError with the file and the line.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ Rows = Iterator[tuple[int, "str | None"]]
 
 BATCH_ROWS = 256
 COLUMNS_NAMED = 20
+PROBED_ROWS = 256
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 FIELD_CHARACTERS = 2**31 - 1
 JSON_CHARACTERS = 1 << 20
 _SPACES = re.compile(r"[ \t\n\r]*")
@@ -30,15 +33,19 @@ _SPACES = re.compile(r"[ \t\n\r]*")
 _json = json.JSONDecoder(parse_int=float)
 
 
+class NoColumnError(DataError):
+    """A table has no column of the name that was asked for."""
+
+
 def read_text(path: Path, column: str, encoding: str, start: int) -> Rows:
-    """A single row: the whole file, every line ending as it is."""
+    """The whole file is a single row. Every line ending stays as it is."""
     if start == 0:
         with open_text(path, encoding, newline="") as file:
             yield 1, file.read()
 
 
 def read_json_lines(path: Path, column: str, encoding: str, start: int) -> Rows:
-    """A row a line; lines that are blank count, and hold nothing."""
+    """Each line is a row. A blank line counts as a row without text."""
     with open_text(path, encoding, newline="\n") as file:
         text_of = _Column(path, column, from_start=start == 0)
         for number, line in enumerate(islice(file, start, None), start + 1):
@@ -53,7 +60,7 @@ def read_json_lines(path: Path, column: str, encoding: str, start: int) -> Rows:
 
 
 def read_json(path: Path, column: str, encoding: str, start: int) -> Rows:
-    """A row for each value of a JSON array, or of JSON values one after another. A value may span lines."""
+    """Each value of a JSON array is a row, or each of several JSON values. A value may span lines."""
     with open_text(path, encoding, newline="\n") as file:
         text_of = _Column(path, column, from_start=start == 0)
         for number, row in enumerate(islice(_json_values(path, file), start, None), start + 1):
@@ -62,7 +69,7 @@ def read_json(path: Path, column: str, encoding: str, start: int) -> Rows:
 
 
 def read_csv(path: Path, column: str, encoding: str, start: int) -> Rows:
-    """A row a record, every cell as it is written; the first record names the columns. Blank lines are no records."""
+    """Each record is a row, its cells as they are written. The first record names the columns; blank lines are none."""
     csv.field_size_limit(FIELD_CHARACTERS)
     with open_text(path, encoding, newline="") as file:
         reader = csv.reader(_with_nul(file), strict=True)
@@ -89,8 +96,7 @@ def read_csv(path: Path, column: str, encoding: str, start: int) -> Rows:
 
 
 def read_parquet(path: Path, column: str, encoding: str, start: int) -> Rows:
-    """The rows of every row group; no other column is read."""
-    import pyarrow as pa  # type: ignore[import-untyped]
+    """Reads the rows of every row group, and no other column."""
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
@@ -99,10 +105,7 @@ def read_parquet(path: Path, column: str, encoding: str, start: int) -> Rows:
         with pq.ParquetFile(path) as file:
             if not file.metadata.num_rows:
                 return
-            if column not in file.schema_arrow.names:
-                raise _no_column(path, column, file.schema_arrow.names)
-            if not _holds_text(held := file.schema_arrow.field(column).type):
-                raise _not_text(path, column, str(held))
+            _check_arrow_column(path, column, file.schema_arrow)
             done = 0
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
@@ -110,10 +113,32 @@ def read_parquet(path: Path, column: str, encoding: str, start: int) -> Rows:
                     done += rows
                     continue
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False):
-                    for text in batch.column(0).cast(pa.large_string()).to_pylist():
+                    for text in _texts(batch.column(0)):
                         done += 1
                         if done > start:
                             yield done, text
+    except file_errors() as error:
+        raise DataError(f"{path} cannot be read ({brief(error)}); mend the file, or leave it out") from error
+
+
+def read_arrow(path: Path, column: str, encoding: str, start: int) -> Rows:
+    """Reads the record batches of an Arrow stream, as `datasets.save_to_disk` writes it."""
+    import pyarrow as pa
+
+    try:
+        with path.open("rb") as end:
+            end.seek(max(path.stat().st_size - len(ARROW_END), 0))
+            if end.read() != ARROW_END:
+                raise EOFError("it is cut off")  # the library would take the rows so far for all of them
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+            _check_arrow_column(path, column, stream.schema)
+            done = 0
+            for batch in stream:
+                skipped = min(max(start - done, 0), batch.num_rows)
+                done += skipped
+                for text in _texts(batch.column(column)[skipped:]):
+                    done += 1
+                    yield done, text
     except file_errors() as error:
         raise DataError(f"{path} cannot be read ({brief(error)}); mend the file, or leave it out") from error
 
@@ -124,11 +149,39 @@ READERS: dict[str, Callable[[Path, str, str, int], Rows]] = {
     "json": read_json,
     "csv": read_csv,
     "parquet": read_parquet,
+    "arrow": read_arrow,
 }
+TEXT_ENDINGS = (".txt", ".py", ".md", ".rst", ".html", ".tex", ".log")
+KINDS = dict.fromkeys(TEXT_ENDINGS, "text") | {
+    ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet",
+}  # fmt: skip
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+
+
+def kind_by_name(name: str) -> str | None:
+    """The reader that the ending of a file's name asks for; None if the content must tell whether it is text."""
+    stem, ending = os.path.splitext(name.lower())  # noqa: PTH122 - a name, not a path
+    if ending in PACKED:
+        ending = os.path.splitext(stem)[1] or ".txt"  # noqa: PTH122
+    return KINDS.get(ending)
+
+
+def has_column(path: Path, kind: str, column: str, encoding: str) -> bool:
+    """Whether a file is text, or a table whose first PROBED_ROWS rows do not show that it lacks `column`.
+
+    Raises DataError if they cannot be read.
+    """
+    try:
+        for _, text in islice(READERS[kind](path, column, encoding, 0), PROBED_ROWS if kind != "text" else 0):
+            if text is not None:
+                return True
+    except NoColumnError:
+        return False
+    return True
 
 
 class _Column:
-    """The text of JSON rows. A row need not have the column, but some row of a file must."""
+    """Finds the text of JSON rows. A row need not have the column, but some row of a file must."""
 
     def __init__(self, path: Path, column: str, *, from_start: bool) -> None:
         self._path, self._column = path, column
@@ -158,7 +211,7 @@ class _Column:
         return text
 
     def finish(self) -> None:
-        """Raises DataError where there were rows, and none had the column."""
+        """Raises NoColumnError if there were rows, and none had the column."""
         if not self._seen and self._names:
             raise _no_column(self._path, self._column, list(self._names))
 
@@ -178,7 +231,7 @@ def _json_values(path: Path, file: TextIO) -> Iterator[Any]:
 
 
 class _JsonText:
-    """The text of a JSON file, of which no more than the value that is read next is held, and a part of fixed size."""
+    """The text of a JSON file. It holds no more than the next value, and a part of fixed size."""
 
     def __init__(self, path: Path, file: TextIO) -> None:
         self._path, self._file = path, file
@@ -186,14 +239,14 @@ class _JsonText:
         self._line = 1  # that the text begins in
 
     def peek(self) -> str:
-        """The next character that is no space, and "" at the end."""
+        """The next character that is no space, or "" at the end."""
         while True:
             self._at = _SPACES.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text) or not self._read_on():
                 return self._text[self._at : self._at + 1]
 
     def take(self, character: str) -> bool:
-        """Whether that is the next character, which is then passed over."""
+        """Whether the next character is this one; if so, reading passes over it."""
         taken = self.peek() == character
         self._at += taken
         return taken
@@ -225,13 +278,28 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
+def _check_arrow_column(path: Path, column: str, schema: Any) -> None:
+    if column not in schema.names:
+        raise _no_column(path, column, schema.names)
+    if not _holds_text(held := schema.field(column).type):
+        raise _not_text(path, column, str(held))
+
+
+def _texts(values: Any) -> list[str | None]:
+    """The strings of an Arrow array."""
+    import pyarrow as pa
+
+    texts: list[str | None] = values.cast(pa.large_string()).to_pylist()
+    return texts
+
+
 def _holds_text(held: Any) -> bool:
-    """Whether that is an Arrow type of strings, or of nothing but nulls. A dictionary has a value_type."""
+    """Whether an Arrow type is one of strings, or of nothing but nulls. A dictionary has a value_type."""
     return str(getattr(held, "value_type", held)) in ("string", "large_string", "string_view", "null")
 
 
 def _fault_of(error: ValueError | RecursionError) -> str:
-    """What is wrong, without the place, which is that in the text that the library was given."""
+    """What is wrong, without the library's place, which counts in the part that it was given."""
     return error.msg if isinstance(error, json.JSONDecodeError) else brief(error)
 
 
@@ -243,9 +311,9 @@ def _not_text(path: Path, column: str, held: str, place: str = "") -> DataError:
     return DataError(f"the column {column!r} of {path} holds {held}{place}, not text; choose another --text-column")
 
 
-def _no_column(path: Path, column: str, names: list[str]) -> DataError:
+def _no_column(path: Path, column: str, names: list[str]) -> NoColumnError:
     more = ", …" if len(names) > COLUMNS_NAMED else ""
-    return DataError(
+    return NoColumnError(
         f"{path} has no column {column!r}; choose --text-column from {', '.join(names[:COLUMNS_NAMED])}{more}"
     )
 

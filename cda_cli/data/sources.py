@@ -1,6 +1,6 @@
-"""`--data` → documents: the standard library's source, local files, or a Hugging Face dataset.
+"""`--data` → documents: the standard library's source, local files, a download, or a Hugging Face dataset.
 
-Local files are read as they are, so that only the text counts; a hub dataset is read through `datasets`, from its cache
+Local files are read as they are, so that only the text counts. A hub dataset is read through `datasets`, from its cache
 or, with `--streaming`, as it comes.
 """
 
@@ -11,39 +11,41 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cda_cli.config import DataConfig
-from cda_cli.data.documents import DatasetDocuments, Documents, FileDocuments
-from cda_cli.data.files import UTF8, compression, head_of
+from cda_cli.data.cache import Preparation
+from cda_cli.data.documents import DataFile, DatasetDocuments, Documents, FileDocuments
+from cda_cli.data.download import downloaded, is_address
+from cda_cli.data.files import UTF8, check_is_text, compression, head_of
 from cda_cli.data.fingerprint import WHOLE_BYTES, content_digest, digest, stats
+from cda_cli.data.folders import FolderFiles, saved_splits
 from cda_cli.data.hub import load_hub_dataset
+from cda_cli.data.row_readers import kind_by_name
 from cda_cli.errors import DataError
 
 STDLIB = "stdlib"
 HUB_PREFIX = "hf:"
 # Installed packages are not the library; its tests and its vendored copies are not prose about anything.
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-KINDS = {".txt": "text", ".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
-NOT_TEXT_INSIDE = {".parquet", ".tar", ".zip"}
+QUIETLY = Preparation()
 VALIDATION_SPLITS = ("validation", "valid", "test")
 
 
 class MissingTextError(DataError):
-    """There is no file where the text should be."""
+    """No file is in the place of the text."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents to train on, with those to validate on where the data comes split.
+    """Documents to train on, and those to validate on if the data comes split.
 
-    `fingerprint` changes whenever the documents may have changed; `identity`, plain JSON, tells them from others, and
+    `fingerprint` changes whenever the documents may have changed. `identity`, plain JSON, tells them from others, and
     is the same for the same files wherever they are. `single` says that there is one document only. `total_bytes` is
-    the size of the text where it is known beforehand.
+    the size of the text if it is known beforehand.
     """
 
     description: str
@@ -55,18 +57,21 @@ class Source:
     total_bytes: int | None = None
 
 
-def open_source(config: DataConfig) -> Source:
-    """The source that `config.source` names. Raises DataError where it is missing, empty or of no known kind."""
+def open_source(config: DataConfig, preparation: Preparation = QUIETLY) -> Source:
+    """The source that `config.source` names, downloaded if it is an address.
+
+    Raises DataError if it is missing, empty or binary, and StorageError if a download cannot be stored.
+    """
     if config.source == STDLIB:
         return _stdlib(config)
     if config.source.startswith(HUB_PREFIX):
         return _hub(config)
-    return _files(config)
+    return _local(config, preparation)
 
 
 def absolute_source(source: str) -> str:
-    """What names the same text as `source` from any folder."""
-    if source == STDLIB or source.startswith(HUB_PREFIX):
+    """A name of the same text as `source` that holds from any folder."""
+    if not _is_path(source):
         return source
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - which raises for a user that is unknown
     if path.is_absolute():
@@ -77,13 +82,18 @@ def absolute_source(source: str) -> str:
 
 
 def is_there(source: str) -> bool:
-    """Whether local files have that name; of what is not local this is not asked. Raises DataError for a folder."""
+    """Whether a local text has that name. A text that is not local counts as there, as only opening it can tell."""
     try:
-        return source == STDLIB or source.startswith(HUB_PREFIX) or bool(_matches(source))
+        folder = os.path.isdir(os.path.expanduser(source))  # noqa: PTH111, PTH112 - see absolute_source
+        return not _is_path(source) or folder or bool(_matches(source))
     except MissingTextError:
         return False
-    except OSError:  # such as a name that is too long, which is said where it is opened
+    except OSError:  # such as a name that is too long; opening it says so
         return True
+
+
+def _is_path(source: str) -> bool:
+    return source != STDLIB and not source.startswith(HUB_PREFIX) and not is_address(source)
 
 
 def _stdlib(config: DataConfig) -> Source:
@@ -92,7 +102,8 @@ def _stdlib(config: DataConfig) -> Source:
     if not paths:
         raise DataError("this Python comes without the source of its standard library; give --data a text file")
     version = ".".join(map(str, sys.version_info[:3]))
-    return _of_files("text", paths, config, f"the standard library of Python {version}, {len(paths)} files", UTF8)
+    files = [DataFile(path, "text") for path in paths]
+    return _of_files(files, config, f"the standard library of Python {version}, {len(paths)} files", UTF8)
 
 
 def _python_files(root: Path) -> Iterator[Path]:
@@ -101,34 +112,72 @@ def _python_files(root: Path) -> Iterator[Path]:
         yield from (path for name in names if name.endswith(".py") and (path := Path(folder, name)).is_file())
 
 
-def _files(config: DataConfig) -> Source:
+def _local(config: DataConfig, preparation: Preparation) -> Source:
+    """A file, a glob, a folder, or what an address leads to."""
+    source, encoding = config.source, config.encoding
     try:
-        paths = [path for path in _matches(config.source) if path.stat().st_size]
-        if not paths:
-            raise DataError(f"{config.source} is empty; give --data a file that holds text")
-        kinds = {_kind(path) for path in paths}
-        if len(kinds) > 1:
-            raise DataError(
-                f"{config.source} matches files of several kinds ({', '.join(sorted(kinds))}); give one kind"
-            )
-        description = str(paths[0]) if len(paths) == 1 else f"{config.source}, {len(paths)} files"
-        return _of_files(kinds.pop(), paths, config, description, config.encoding)
+        if is_address(source):
+            path = downloaded(source, preparation)
+            return _of_files([DataFile(path, _kind(path, encoding))], config, source.partition("#")[0], encoding)
+        folder = Path(os.path.expanduser(source))  # noqa: PTH111 - see absolute_source
+        if folder.is_dir():
+            return _folder(folder, config)
+        paths = [path for path in _matches(source) if path.stat().st_size]
+        files = [DataFile(path, _kind(path, encoding)) for path in paths]
+        if not files:
+            raise DataError(f"{source} is empty; give --data a file that holds text")
+        description = str(paths[0]) if len(paths) == 1 else f"{source}, {len(paths)} files"
+        return _of_files(files, config, description, encoding)
     except OSError as error:
-        raise DataError(f"{config.source} cannot be read ({error.strerror}); give --data a file that can") from error
+        name = error.filename or source
+        raise DataError(f"{name} cannot be read ({error.strerror}); give --data a file that can") from error
 
 
-def _of_files(kind: str, paths: list[Path], config: DataConfig, description: str, encoding: str) -> Source:
+def _folder(folder: Path, config: DataConfig) -> Source:
+    splits = saved_splits(folder)
+    if splits is not None:
+        return _saved_dataset(splits, config)
+    found = FolderFiles(folder, config.text_column, config.encoding)
+    left_out = f"; left out: {found.left_out}" if found.left_out else ""
+    if not found.files:
+        raise DataError(f"{config.source} has no file that holds text{left_out}; give --data another folder, or a file")
+    count = "1 file" if len(found.files) == 1 else f"{len(found.files)} files"
+    return _of_files(found.files, config, f"{config.source}, {count}{left_out}", config.encoding)
+
+
+def _saved_dataset(splits: dict[str, list[DataFile]], config: DataConfig) -> Source:
+    split = next(iter(splits)) if list(splits) == [""] else config.split
+    held_out = _held_out(splits, split, config.source)
+    description = f"{config.source} ({split})" if split else config.source
+    return _of_files(
+        splits[split], config, description, UTF8, validation=splits[held_out] if held_out is not None else None
+    )
+
+
+def _of_files(
+    files: list[DataFile],
+    config: DataConfig,
+    description: str,
+    encoding: str,
+    validation: list[DataFile] | None = None,
+) -> Source:
+    every = [*files, *(validation or [])]
+    paths, kinds = [file.path for file in every], [file.kind for file in every]
     sizes = [path.stat().st_size for path in paths]
     total = sum(sizes)
-    identity = {"kind": kind, "files": len(paths), "bytes": total, "content": content_digest(paths, sizes)}
-    whole = kind == "text"  # a file is a document
+    content = content_digest(paths, sizes)
+    if len(set(kinds)) > 1 or validation is not None:  # the same bytes may be other documents
+        content = digest(content, kinds, len(files))
+    identity = {"kind": ", ".join(sorted(set(kinds))), "files": len(paths), "bytes": total, "content": content}
+    whole = set(kinds) == {"text"}  # each file is a document
     return Source(
         description=description,
         fingerprint=digest(
             identity, encoding, None if whole else config.text_column, stats(paths) if total > WHOLE_BYTES else None
         ),
         identity=identity,
-        training=FileDocuments(paths, kind, config.text_column, encoding, description),
+        training=FileDocuments(files, config.text_column, encoding, description),
+        validation=FileDocuments(validation, config.text_column, encoding, description) if validation else None,
         single=whole and len(paths) == 1,
         total_bytes=total if whole and not any(compression(head_of(path)) for path in paths) else None,
     )
@@ -137,28 +186,24 @@ def _of_files(kind: str, paths: list[Path], config: DataConfig, description: str
 def _matches(pattern: str) -> list[Path]:
     """The files that `pattern` names, as they are called there: what a link leads to may have any name."""
     exact = Path(os.path.expanduser(pattern))  # noqa: PTH111 - see absolute_source
-    if exact.is_dir():
-        raise DataError(f"{pattern} is a folder; give --data a file in it, or a glob such as '{pattern}/*.txt'")
     names = [exact] if exact.exists() else glob.glob(str(exact), recursive=True)  # noqa: PTH207 - absolute patterns
     paths = sorted(Path(name).absolute() for name in names if Path(name).is_file())
     if not paths and glob.has_magic(pattern):
         raise MissingTextError(f"no file matches {pattern}; check the glob given to --data")
     if not paths:
         raise MissingTextError(
-            f"there is no file {pattern}; give --data a file, a glob, {HUB_PREFIX}OWNER/NAME, or {STDLIB}"
+            f"there is no file {pattern}; give --data a file, a glob, a folder, https://…, {HUB_PREFIX}OWNER/NAME, or "
+            f"{STDLIB}"
         )
     return paths
 
 
-def _kind(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix in PACKED:
-        inner = Path(path.stem).suffix.lower()
-        if inner not in NOT_TEXT_INSIDE:
-            return KINDS.get(inner, "text")
-    elif suffix in KINDS:
-        return KINDS[suffix]
-    raise DataError(f"{path.name} is of no known kind; give --data files that end in {', '.join([*PACKED, *KINDS])}")
+def _kind(path: Path, encoding: str) -> str:
+    """The reader of a file. Raises DataError if its ending says nothing and it is binary."""
+    kind = kind_by_name(path.name)
+    if kind is None:
+        check_is_text(path, encoding)
+    return kind or "text"
 
 
 def _hub(config: DataConfig) -> Source:
@@ -167,9 +212,7 @@ def _hub(config: DataConfig) -> Source:
         raise DataError(f"{config.source} names no dataset; write --data {HUB_PREFIX}OWNER/NAME or OWNER/NAME:CONFIG")
     name, configuration = matched.groups()
     splits = load_hub_dataset(name, configuration, streaming=config.streaming)
-    if config.split not in splits:
-        raise DataError(f"{name} has no split {config.split!r}; choose --data-split from {', '.join(splits)}")
-    held_out = next((key for key in VALIDATION_SPLITS if key in splits and key != config.split), None)
+    held_out = _held_out(splits, config.split, name)
 
     def side(split: str) -> Documents:
         return DatasetDocuments(lambda: splits[split], config.text_column, f"{config.source} ({split})")
@@ -182,6 +225,13 @@ def _hub(config: DataConfig) -> Source:
         training=side(config.split),
         validation=side(held_out) if held_out else None,
     )
+
+
+def _held_out(splits: Collection[str], split: str, name: str) -> str | None:
+    """The split to validate on, if the data comes with one. Raises DataError if `split` is not one of `splits`."""
+    if split not in splits:
+        raise DataError(f"{name} has no split {split!r}; choose --data-split from {', '.join(splits)}")
+    return next((key for key in VALIDATION_SPLITS if key in splits and key != split), None)
 
 
 def _cached_files(splits: Any) -> list[str]:

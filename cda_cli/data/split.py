@@ -1,19 +1,23 @@
-"""Which text is held out. Several documents: each goes to a side whole, by a hash of its own content. One: it is cut.
+"""Decides which text is held out. A single document is cut. Of several, each goes to one side, by a hash of its text.
 
 The hash makes the side independent of the order and of the other documents, and puts identical copies on one side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from cda_cli.data.documents import Documents
+from cda_cli.data.sources import Source
 from cda_cli.data.tokenizers import utf8
 from cda_cli.settings import Side
 
 HASH_BITS = 64
+
+T = TypeVar("T")
 
 
 class Rule(Protocol):
@@ -23,9 +27,12 @@ class Rule(Protocol):
         """Parts of `text`, in order: the side, the part, and whether the document ends with it."""
 
 
+Pass = tuple[Documents, Rule]
+
+
 @dataclass
 class HashRule:
-    """A document is held out where its hash, of HASH_BITS, is below `threshold`. Remembers the hashes that it saw."""
+    """Holds out a document if its hash, of HASH_BITS, is below `threshold`. It remembers the hashes that it saw."""
 
     threshold: int
     lowest: int | None = None
@@ -45,9 +52,9 @@ class HashRule:
         yield ("validation" if self.held_out(text) else "train"), text, True
 
     def after_one_sided(self, fraction: float) -> Rule | None:
-        """The rule for documents that this one, having seen them all, put on one side; None where there were both.
+        """Another rule, if this one has seen all documents and put them on one side; None if there are both sides.
 
-        Few documents can all fall on one side; the one with the lowest hash is then held out, or the one with the
+        Few documents can all fall on one side. Then the one with the lowest hash is held out, or the one with the
         highest is kept to train on. A single document, however often it is repeated, is cut.
         """
         if self.lowest is None or self.highest is None:
@@ -63,7 +70,7 @@ class HashRule:
 
 @dataclass(frozen=True)
 class CutRule:
-    """The last `fraction` of a document's characters is held out; each side has one at least, where there are two."""
+    """Holds out the last `fraction` of a document's characters. Each side gets one at least, if there are two."""
 
     fraction: float
 
@@ -75,9 +82,24 @@ class CutRule:
 
 @dataclass(frozen=True)
 class WholeRule:
-    """Everything to one side: the data came split."""
+    """Puts everything on one side, for data that comes split."""
 
     side: Side
 
     def place(self, text: str) -> Iterator[tuple[Side, str, bool]]:
         yield self.side, text, True
+
+
+def in_sides(source: Source, fraction: float, work: Callable[[list[Pass]], T]) -> T:
+    """What `work` returns of the documents of `source`, each with the rule that splits them.
+
+    `work` must place every document. It runs a second time if the first rule put all documents on one side.
+    """
+    if source.validation is not None:
+        return work([(source.training, WholeRule("train")), (source.validation, WholeRule("validation"))])
+    if source.single:
+        return work([(source.training, CutRule(fraction))])
+    rule = HashRule.of_fraction(fraction)
+    result = work([(source.training, rule)])
+    other = rule.after_one_sided(fraction)
+    return result if other is None else work([(source.training, other)])

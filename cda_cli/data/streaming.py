@@ -1,7 +1,7 @@
 """documents → batches, without preparing: what `--streaming` trains on.
 
-The documents come in the order of the data, each followed by a separator, packed end to end into windows; nothing is
-shuffled, so that a position is small and exact: the document's place in the data, and the token within it.
+The documents come in the order of the data, each followed by a separator, packed end to end into windows. Nothing is
+shuffled, so a position is small and exact: the document's place in the data, and the token within it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 
 from cda_cli.config import DataConfig
 from cda_cli.data.batches import Batch, State, check_counts, check_state, to_batch
+from cda_cli.data.cache import Preparation
 from cda_cli.data.documents import Position
 from cda_cli.data.fingerprint import digest
 from cda_cli.data.prepare import Tokens
-from cda_cli.data.sources import Source, open_source
+from cda_cli.data.sources import QUIETLY, Source, open_source
 from cda_cli.data.split import HashRule
 from cda_cli.data.tokenizers import Encoded, Tokenizer, utf8
 from cda_cli.errors import DataError
@@ -37,9 +38,9 @@ class _Part:
 class StreamedBatches:
     """An endless iterator of (batch, state): the state, small plain JSON, resumes *after* that batch.
 
-    At the end of the data it starts again, with epoch + 1. Documents whose hash holds them out are passed over, unless
-    the data comes with a validation split. Raises DataError for bad data, for data of a single document (there would
-    be nothing to validate on), and for a `state` of other data or another tokenizer.
+    At the end of the data it starts again, with epoch + 1. It passes over the documents that their hash holds out,
+    unless the data comes with a validation split. Raises DataError for bad data, for data of a single document (nothing
+    would be left to validate on), and for a `state` of other data or another tokenizer.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class StreamedBatches:
         seq_len: int,
         batch_size: int,
         state: Mapping[str, Any] | None = None,
+        preparation: Preparation = QUIETLY,
     ) -> None:
-        self._source = _open(config)
+        self._source = _open(config, preparation)
         self._tokenizer = tokenizer
         self._seq_len = seq_len
         self._batch_size = batch_size
@@ -124,12 +126,14 @@ class StreamedBatches:
             epoch, position = epoch + 1, None
 
 
-def streamed_validation(config: DataConfig, tokenizer: Tokenizer, max_tokens: int) -> Tokens:
-    """The first held-out documents, in memory: whole ones, until there are `max_tokens`, so there may be some more.
+def streamed_validation(
+    config: DataConfig, tokenizer: Tokenizer, max_tokens: int, preparation: Preparation = QUIETLY
+) -> Tokens:
+    """The first held-out documents, in memory: whole ones, until there are at least `max_tokens`.
 
-    Raises DataError as StreamedBatches does, and where no document is held out.
+    Raises DataError as StreamedBatches does, and if no document is held out.
     """
-    source = _open(config)
+    source = _open(config, preparation)
     rule = HashRule.of_fraction(config.validation_fraction)
     parts: list[Encoded] = []
     tokens = text_bytes = 0
@@ -149,9 +153,9 @@ def streamed_validation(config: DataConfig, tokenizer: Tokenizer, max_tokens: in
     return Tokens(*whole, text_bytes, lost_bytes=text_bytes - int(whole.sizes.sum(dtype=np.int64)))
 
 
-def streamed_identity(config: DataConfig) -> dict[str, Any]:
-    """What tells the data from other data, plain JSON (see `Source`). Raises DataError as StreamedBatches does."""
-    return _open(config).identity
+def streamed_identity(config: DataConfig, preparation: Preparation = QUIETLY) -> dict[str, Any]:
+    """The identity of the data, plain JSON (see `Source`). Raises DataError as StreamedBatches does."""
+    return _open(config, preparation).identity
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> Encoded:
@@ -159,8 +163,8 @@ def encode_document(tokenizer: Tokenizer, text: str) -> Encoded:
     return Encoded.join([tokenizer.encode_sized(text), tokenizer.ending])
 
 
-def _open(config: DataConfig) -> Source:
-    source = open_source(config.model_copy(update={"streaming": True}))
+def _open(config: DataConfig, preparation: Preparation) -> Source:
+    source = open_source(config.model_copy(update={"streaming": True}), preparation)
     if source.single:
         raise DataError(
             f"{source.description} is a single document, which cannot be streamed and held out at once; leave out "

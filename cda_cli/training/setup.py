@@ -11,6 +11,7 @@ import torch
 from cda_cli.config import Config, ModelConfig
 from cda_cli.data import (
     Prefetched,
+    Preparation,
     StreamedBatches,
     TrainBatches,
     absolute_source,
@@ -45,13 +46,14 @@ def open_data(
 ) -> RunData:
     """Prepares the text, or opens it as a stream. Raises DataError if a side is shorter than one sequence.
 
-    Tokens that are not in the cache yet go to `spare_cache`, if given, for a run that must leave nothing behind.
+    `spare_cache` takes what is not in the cache yet, for a run that must leave nothing behind.
     """
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
     if data.streaming:
+        preparation = Preparation(show_progress, should_stop, spare_cache)
         tokenizer = load_tokenizer(data.tokenizer)
         wanted = config.run.eval_batches * optim.batch_size * seq_len + 1
-        validation = streamed_validation(data, tokenizer, wanted)
+        validation = streamed_validation(data, tokenizer, wanted, preparation)
         count_windows(validation, seq_len, "validation")
         return RunData(
             tokenizer,
@@ -59,8 +61,8 @@ def open_data(
             f"{data.source}, streamed",
             None,
             loss_of_text([validation]),
-            lambda position: StreamedBatches(data, tokenizer, seq_len, optim.batch_size, position),
-            {"tokenizer": tokenizer.fingerprint, **streamed_identity(data)},
+            lambda position: StreamedBatches(data, tokenizer, seq_len, optim.batch_size, position, preparation),
+            {"tokenizer": tokenizer.fingerprint, **streamed_identity(data, preparation)},
         )
     corpus = prepare(data, show_progress=show_progress, should_stop=should_stop, spare_cache=spare_cache)
     check_lengths(corpus, seq_len)

@@ -79,3 +79,23 @@ def test_a_tokenizer_travels_with_the_checkpoint(cda: Cda, tiny: Path, text: Pat
     assert json.loads(after.out) == before
     evaluated = json.loads(cda("eval", run, "--json").out)
     assert evaluated["bits_per_byte"] < evaluated["loss"] / 0.6931, "a token here stands for more than a byte"
+
+
+def test_a_folder_resumes_by_its_text(cda: Cda, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    for number, part in enumerate(real_text().split("\n\n")[:40]):
+        (folder / "deep" / f"{number:02}.py").write_text(part)
+    run = ("train", "--config", tiny, "--data", folder, "--out", tmp_path / "run")
+    first = cda(*run, "--steps", 1)
+    assert first.code == 0, first.err
+    assert "40 files" in first.out
+    assert cda(*run, "--steps", 2).code == 0
+    folder.rename(tmp_path / "elsewhere")
+    gone = cda("eval", tmp_path / "run")
+    assert (gone.code, "has gone; put it back" in gone.err) == (2, True)
+    moved = cda(*run, "--steps", 3, "--data", tmp_path / "elsewhere")
+    assert moved.code == 0, moved.err
+    (tmp_path / "elsewhere" / "deep" / "00.py").write_text("another text")
+    other = cda(*run, "--steps", 4, "--data", tmp_path / "elsewhere")
+    assert (other.code, "is not what" in other.err) == (2, True)

@@ -25,7 +25,7 @@ from cda_cli.data import (
     prepare,
     prepare_whole,
 )
-from cda_cli.data.prepare import cache_folder
+from cda_cli.data.cache import cache_folder
 from cda_cli.data.split import CutRule, HashRule
 from cda_cli.errors import DataError, StorageError
 from tests.data.samples import LETTERS, UNICODE, Prepare
