@@ -168,7 +168,9 @@ class DataSettings(Table):
     streaming: Annotated[
         bool, Setting("Tokenise while training; prepare and cache nothing.", flag="--streaming/--no-streaming")
     ] = False
-    tokenizer: Annotated[str, Setting("bytes, a tokenizer.json, or a hub id.", flag="--tokenizer")] = "bytes"
+    tokenizer: Annotated[
+        str, Setting("bytes, bpe:N (trained on the training text), a tokenizer.json, or a hub id.", flag="--tokenizer")
+    ] = "bytes"
     validation_fraction: Annotated[float, Setting("Share of the text that is held out for validation.", gt=0, lt=1)] = (
         0.1
     )

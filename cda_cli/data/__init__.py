@@ -6,7 +6,7 @@ address → file       download    into the cache, once
 files → text         files       unpacks and decodes; fingerprint tells one text from another
 text → documents     row_readers reads text, JSON, CSV, Parquet and Arrow; documents joins files and keeps positions
 documents → sides    split       training and validation, by document
-text → tokens        tokenizers  bytes, or a tokenizer.json
+text → tokens        tokenizers  bytes, or a tokenizer.json; bpe trains one on the training side
 tokens → bytes       sizes       of the text that each token stands for
 tokens → disk        prepare     memory-mapped; cache writes each entry whole
 tokens → batches     batches     windows; iterators that save and restore their position
@@ -22,6 +22,7 @@ from cda_cli.data.batches import (
     count_windows,
     evaluation_batches,
 )
+from cda_cli.data.bpe import bpe_size
 from cda_cli.data.cache import Preparation, PreparationStoppedError, cache_folder
 from cda_cli.data.fingerprint import digest
 from cda_cli.data.prefetch import Prefetched
@@ -55,6 +56,7 @@ __all__ = [
     "Tokens",
     "TrainBatches",
     "absolute_source",
+    "bpe_size",
     "cache_folder",
     "check_lengths",
     "count_evaluation_windows",

@@ -1,4 +1,4 @@
-"""The cache of what is made from the data: tokens and downloads.
+"""The cache of what is made from the data: tokens, downloads and trained tokenizers.
 
 An entry is a folder. It is written whole under another name and then renamed, so what is there is complete.
 """

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cda_cli.config import DataConfig
+from cda_cli.data.bpe import bpe_size, trained_bpe
 from cda_cli.data.cache import Preparation
 from cda_cli.data.documents import Documents
 from cda_cli.data.fingerprint import digest
@@ -90,8 +91,13 @@ def prepare(
     written, and PreparationStoppedError once `should_stop()`. None of them leaves anything half-written.
     """
     preparation = Preparation(show_progress, should_stop, spare_cache)
-    tokenizer = tokenizer or load_tokenizer(config.tokenizer)
-    source = open_source(config, preparation)
+    size = None if tokenizer else bpe_size(config.tokenizer)
+    if size is None:
+        tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+        source = open_source(config, preparation)
+    else:
+        source = open_source(config, preparation)
+        tokenizer = trained_bpe(size, source, config.validation_fraction, preparation)
     sides, from_cache = _prepared(source, config, tokenizer, ("train", "validation"), preparation)
     return Corpus(tokenizer, sides["train"], sides["validation"], source.description, from_cache)
 

@@ -1,6 +1,6 @@
 """text → tokens, and back. Bytes by default; any `tokenizer.json` through the `tokenizers` library.
 
-Every tokenizer names a separator, the token that is written after each document.
+Every tokenizer has a separator, a token that is written after each document.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 BYTES = "bytes"
+BPE_PREFIX = "bpe:"
 SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 # A tokenizer keeps offsets and strings for all that it is given at once; pieces bound that, and run in parallel.
 PIECE_CHARACTERS = 1 << 16
@@ -286,9 +287,17 @@ def split_pieces(text: str) -> Iterator[str]:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer named by `spec`: "bytes", a path to a tokenizer.json, or a hub id. Raises DataError."""
+    """The tokenizer named by `spec`: "bytes", a path to a tokenizer.json, or a hub id.
+
+    Raises DataError, also for `bpe:N`, which `bpe.trained_bpe` trains on the prepared text.
+    """
     if spec == BYTES:
         return ByteTokenizer()
+    if spec.startswith(BPE_PREFIX):
+        raise DataError(
+            f"{spec} is trained on the whole training text, which --streaming does not read first; leave out "
+            "--streaming, or give the tokenizer.json of a checkpoint that was trained with it"
+        )
     path = Path(spec).expanduser()
     try:
         if path.is_file():
@@ -297,7 +306,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
     except OSError:  # such as a name that is too long
         hub_id = None
     if not hub_id:
-        raise DataError(f"there is no tokenizer file {spec}; give --tokenizer bytes, a tokenizer.json or a hub id")
+        raise DataError(
+            f"there is no tokenizer file {spec}; give --tokenizer bytes, bpe:N, a tokenizer.json or a hub id"
+        )
     return _from_file(hub_file(spec, "tokenizer.json"), spec)
 
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 
 from cda_cli.config import Config
-from cda_cli.data import PreparationStoppedError, count_windows, digest
+from cda_cli.data import PreparationStoppedError, Tokenizer, bpe_size, count_windows, digest
 from cda_cli.errors import ConfigError
 from cda_cli.plurals import counted
-from cda_cli.restore import saved_config
+from cda_cli.restore import saved_config, tokenizer_of
 from cda_cli.runs.early_stop import Patience
 from cda_cli.runs.folder import Run
 from cda_cli.runs.metrics import Metrics, NullMetrics
@@ -271,6 +271,14 @@ def _check_same_start(context: RunContext, state: TrainState) -> None:
         )
 
 
+def _trained_tokenizer(config: Config, checkpoint: Checkpoint | None) -> Tokenizer | None:
+    """The tokenizer that the resumed run trained on its text, which another version of the library might not repeat."""
+    spec = config.data.tokenizer
+    if checkpoint is None or bpe_size(spec) is None or saved_config(checkpoint).data.tokenizer != spec:
+        return None
+    return tokenizer_of(checkpoint)
+
+
 def _set_up(
     config: Config,
     run: Run,
@@ -283,7 +291,11 @@ def _set_up(
     try:
         with processes.first_process_first():
             data = open_data(
-                config, show_progress=display.interactive, should_stop=lambda: bool(stop), spare_cache=spare_cache
+                config,
+                show_progress=display.interactive,
+                should_stop=lambda: bool(stop),
+                spare_cache=spare_cache,
+                tokenizer=_trained_tokenizer(config, checkpoint),
             )
     except PreparationStoppedError as error:
         stop.check(str(error))

@@ -13,6 +13,7 @@ from cda_cli.data import (
     Prefetched,
     Preparation,
     StreamedBatches,
+    Tokenizer,
     TrainBatches,
     absolute_source,
     check_lengths,
@@ -43,15 +44,17 @@ def open_data(
     show_progress: bool,
     should_stop: Callable[[], bool] = lambda: False,
     spare_cache: Path | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> RunData:
     """Prepares the text, or opens it as a stream. Raises DataError if a side is shorter than one sequence.
 
-    `spare_cache` takes what is not in the cache yet, for a run that must leave nothing behind.
+    `spare_cache` takes what is not in the cache yet, for a run that must leave nothing behind. `tokenizer` replaces the
+    one that the settings name.
     """
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
     if data.streaming:
         preparation = Preparation(show_progress, should_stop, spare_cache)
-        tokenizer = load_tokenizer(data.tokenizer)
+        tokenizer = tokenizer or load_tokenizer(data.tokenizer)
         wanted = config.run.eval_batches * optim.batch_size * seq_len + 1
         validation = streamed_validation(data, tokenizer, wanted, preparation)
         count_windows(validation, seq_len, "validation")
@@ -64,7 +67,9 @@ def open_data(
             lambda position: StreamedBatches(data, tokenizer, seq_len, optim.batch_size, position, preparation),
             {"tokenizer": tokenizer.fingerprint, **streamed_identity(data, preparation)},
         )
-    corpus = prepare(data, show_progress=show_progress, should_stop=should_stop, spare_cache=spare_cache)
+    corpus = prepare(
+        data, show_progress=show_progress, should_stop=should_stop, spare_cache=spare_cache, tokenizer=tokenizer
+    )
     check_lengths(corpus, seq_len)
     return RunData(
         corpus.tokenizer,

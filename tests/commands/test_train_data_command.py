@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,24 @@ def test_a_tokenizer_travels_with_the_checkpoint(cda: Cda, tiny: Path, text: Pat
     assert json.loads(after.out) == before
     evaluated = json.loads(cda("eval", run, "--json").out)
     assert evaluated["bits_per_byte"] < evaluated["loss"] / 0.6931, "a token here stands for more than a byte"
+
+
+def test_a_trained_tokenizer_stays_that_of_its_run(cda: Cda, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """A resumed run takes it from its checkpoint: bits and text stay, also where the cache is gone."""
+    settings = ("train", "--config", tiny, "--data", text, "--tokenizer", "bpe:290", "--set", "optim.schedule_steps=4")
+    for name, cuts in (("whole", [4]), ("cut", [2, 4])):
+        for steps in cuts:
+            result = cda(*settings, "--out", tmp_path / name, "--steps", steps)
+            assert result.code == 0, result.err
+            shutil.rmtree(tmp_path / "cache")
+    whole, cut = (load(locate(tmp_path / name)) for name in ("whole", "cut"))
+    assert whole.state["config"]["model"]["vocab_size"] == 290
+    assert whole.tokenizer_json == cut.tokenizer_json
+    assert all(tensor.equal(cut.model[key]) for key, tensor in whole.model.items())
+    assert cda("eval", tmp_path / "cut").code == 0
+    refused = cda(*settings, "--out", tmp_path / "cut", "--steps", 5, "--tokenizer", "bpe:291")
+    assert refused.code == 2
+    assert "holds another run (model.vocab_size is 290 there and 291 here)" in refused.err
 
 
 def test_a_folder_resumes_by_its_text(cda: Cda, tiny: Path, tmp_path: Path) -> None:
