@@ -2,6 +2,7 @@
 
 from cda_cli.model.activations import feed_forward_activation
 from cda_cli.model.cache import KeyValueCache
+from cda_cli.model.loss import padded_vocabulary
 from cda_cli.model.published import from_published
 from cda_cli.model.rules import AttentionRule, attention_rule, model_backend
 from cda_cli.model.transformer import Transformer, expected_tensors, load_state_tensors, state_tensors
@@ -16,5 +17,6 @@ __all__ = [
     "from_published",
     "load_state_tensors",
     "model_backend",
+    "padded_vocabulary",
     "state_tensors",
 ]

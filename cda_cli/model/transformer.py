@@ -17,7 +17,7 @@ from cda_cli.model.attention import Attention
 from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.feed_forward import FeedForward
 from cda_cli.model.layers import make_norm
-from cda_cli.model.loss import cross_entropy
+from cda_cli.model.loss import vocabulary_loss
 from cda_cli.model.rules import AttentionRule
 from cda_cli.ops import Backend
 
@@ -97,10 +97,10 @@ class Transformer(nn.Module):
 
     def head(self, x_BTC: Tensor, targets_BT: Tensor | None) -> Tensor:
         """Turns the residual stream of the last block into what `forward` returns."""
-        logits_BTV = self.to_logits(self.norm(x_BTC))
+        x_BTC = self.norm(x_BTC)
         if targets_BT is None:
-            return logits_BTV
-        return cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten()).view_as(targets_BT)
+            return cast(Tensor, self.to_logits(x_BTC))
+        return vocabulary_loss(x_BTC, self.to_logits, targets_BT)
 
     def compile_parts(self) -> None:
         """Compiles each block, and the head, by itself, so that uncompiled code can run between them."""

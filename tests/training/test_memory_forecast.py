@@ -132,6 +132,14 @@ def test_a_compiled_model_keeps_less_and_as_much_for_each_block(attention: str) 
     assert found.logits == rows * 257 * 2, "the logits in bf16, and none of them in float32"
 
 
+def test_a_compiled_model_keeps_the_logits_of_its_padded_vocabulary() -> None:
+    rows, model = 4 * 128, {"attention": "softmax", "depth": 1}
+    padded, whole = (of(a_config({**model, "vocab_size": V}), torch.bfloat16, compiled=True) for V in (4999, 5056))
+    assert padded.logits == whole.logits == rows * 5056 * 2
+    assert padded.activations == pytest.approx(whole.activations, rel=0.05)
+    assert padded.weights < whole.weights
+
+
 def test_a_forecast_allocates_nothing() -> None:
     """A forecast is made where the run may not fit: this one would take terabytes."""
     found = of(parse({"model": MODEL | {"dim": 2**16, "depth": 2, "heads": 512}, "optim": {"batch_size": 2**10}}))

@@ -10,7 +10,7 @@ shows one names it:
   up.
 
 A sparse feed-forward counts in full, because it computes every hidden unit before it selects. The zeros that pad a
-packed projection (`model.head_projection`) do not count.
+packed projection (`model.head_projection`) or a vocabulary (`model.loss`) do not count.
 """
 
 from __future__ import annotations

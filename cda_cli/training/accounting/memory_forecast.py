@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cda_cli.config import Config, ModelConfig
-from cda_cli.model import Transformer, attention_rule, feed_forward_activation
+from cda_cli.model import Transformer, attention_rule, feed_forward_activation, padded_vocabulary
 from cda_cli.ops import Choice
 from cda_cli.runtime import autocast
 
@@ -141,7 +141,8 @@ def _saved(config: Config, device: torch.device, dtype: torch.dtype, compiled_de
         loss = _loss(called, config, device, dtype)
     for tensor in [*model.parameters(), *model.buffers()]:
         kept.pop(tensor.untyped_storage()._cdata, None)
-    rows, vocabulary = config.optim.batch_size * config.model.seq_len, config.model.vocab_size
+    rows = config.optim.batch_size * config.model.seq_len
+    vocabulary = config.model.vocab_size if compiled_depth is None else padded_vocabulary(config.model.vocab_size)
     sizes = {key: tensor.untyped_storage().nbytes() for key, tensor in kept.items()}
     of_logits = [key for key, t in kept.items() if t.shape[-1:] == (vocabulary,) and t.numel() == rows * vocabulary]
     del loss
@@ -167,16 +168,16 @@ def _temporaries(config: Config, device: torch.device, dtype: torch.dtype, scrat
     block keeps, those within an operator, and the gradient of the last weights.
     """
     model, width = config.model, dtype.itemsize
-    rows = config.optim.batch_size * model.seq_len
-    at_start = width * (model.vocab_size * model.dim + rows * model.dim)
+    rows, vocabulary = config.optim.batch_size * model.seq_len, padded_vocabulary(model.vocab_size)
+    at_start = width * (vocabulary * model.dim + rows * model.dim)
     units = feed_forward_activation(model).matrices * model.ff_width
     within_operator = max(scratch.values(), default=0)
-    in_block = rows * (width * units + 4 * model.dim) + 4 * model.vocab_size * model.dim + within_operator
+    in_block = rows * (width * units + 4 * model.dim) + 4 * vocabulary * model.dim + within_operator
     if config.run.activation_checkpointing:
         plain = config.model_copy(update={"run": config.run.model_copy(update={"activation_checkpointing": False})})
         one, two = (_saved(plain, device, dtype, depth) for depth in (1, 2))
         in_block += two.activations - one.activations
-    return max(at_start, in_block - width * rows * model.vocab_size)
+    return max(at_start, in_block - width * rows * vocabulary)
 
 
 class _MemoryTrace(TorchDispatchMode):
