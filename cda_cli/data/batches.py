@@ -1,8 +1,8 @@
 """tokens → batches. T = seq_len, B = batch_size, N = tokens of a split.
 
-Window i covers the targets [i·T + 1, (i + 1)·T]. The last one, where it would be short, is shifted back so that it is
-full, and the targets that the one before it had already are IGNORE: in a pass each token but the very first is a
-target exactly once.
+Window i covers the targets [i·T + 1, (i + 1)·T]. If the last window would be short, it is shifted back until it is
+full, and the targets that it shares with the window before are IGNORE. So each token but the very first is a target
+exactly once in a pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ State = dict[str, Any]
 class Batch:
     """`inputs` and `targets`, int64 [B, T]; `targets[:, t]` is the token after `inputs[:, t]`, or IGNORE.
 
-    `target_bytes`, int64 [B]: the bytes of text that the targets of a row stand for, IGNORE left out.
+    `target_bytes`, int64 [B], counts the bytes of text that the targets of a row stand for, IGNORE left out.
     """
 
     inputs: Tensor
@@ -37,12 +37,12 @@ class Batch:
     target_bytes: Tensor
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch of its changed tensors."""
+        """A batch of the changed tensors."""
         return Batch(change(self.inputs), change(self.targets), change(self.target_bytes))
 
 
 def count_windows(tokens: Tokens, seq_len: int, side: str = "text") -> int:
-    """Windows of a pass, ceil((N − 1) / T). Raises DataError where the text is shorter than one sequence."""
+    """The number of windows in a pass, ceil((N − 1) / T). Raises DataError if the text is shorter than one sequence."""
     if len(tokens) <= seq_len:
         remedy = f"--seq-len {len(tokens) - 1} would fit" if len(tokens) > 2 else "give --data more text"
         if side == "validation":
@@ -55,17 +55,17 @@ def count_windows(tokens: Tokens, seq_len: int, side: str = "text") -> int:
 
 
 def check_lengths(corpus: Corpus, seq_len: int) -> None:
-    """Raises DataError where a side of `corpus` is shorter than one sequence."""
+    """Raises DataError if a side of `corpus` is shorter than one sequence."""
     count_windows(corpus.train, seq_len, "training text")
     count_windows(corpus.validation, seq_len, "validation")
 
 
 class TrainBatches:
-    """An endless iterator of (batch, state): the state, plain JSON, resumes *after* that batch.
+    """An endless iterator of (batch, state). The state, plain JSON, resumes *after* that batch.
 
-    Each pass (epoch) takes every window once, in an order that is a function of the seed and the epoch alone; a batch
-    may span two passes. Raises DataError where the text is shorter than one sequence, or where `state` is of other
-    data or another seq_len. A given `state` brings its seed; the batch size may differ from the one it was made with.
+    Each pass (epoch) takes every window once, in an order that depends on the seed and the epoch alone. A batch may
+    span two passes. Raises DataError if the text is shorter than one sequence, or if `state` belongs to other data or
+    another seq_len. A given `state` brings its seed; its batch size may have been another.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TrainBatches:
         return _gather(self._tokens, self._seq_len, np.concatenate(chosen)), self.state()
 
     def state(self) -> State:
-        """Where the iterator stands: `position` windows into pass `epoch`."""
+        """The place of the iterator: `position` windows into pass `epoch`."""
         return {
             "seed": self._seed,
             "epoch": self._epoch,
@@ -109,16 +109,16 @@ class TrainBatches:
         }
 
     def _epoch_order(self) -> NDArray[np.int64]:
-        # Hashed together, so that no (seed, epoch) shares its order with a neighbour such as (seed + 1, epoch − 1).
+        # One hash of both, so that no (seed, epoch) shares its order with a neighbour such as (seed + 1, epoch − 1).
         mixed = blake2b(f"{self._seed}/{self._epoch}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(mixed, "big") >> 1)
         return torch.randperm(self._windows, generator=generator).numpy()
 
 
 def count_evaluation_windows(tokens: Tokens, seq_len: int) -> int:
-    """Windows of `evaluation_batches`: as of training, and a single shorter one where the text is shorter than that.
+    """The number of windows of `evaluation_batches`. A text that is shorter than a sequence is one shorter window.
 
-    Raises DataError where there is no token to predict from another.
+    Raises DataError if there is no token to predict from another.
     """
     if len(tokens) < 2:
         raise DataError(
@@ -131,9 +131,9 @@ def count_evaluation_windows(tokens: Tokens, seq_len: int) -> int:
 def evaluation_batches(
     tokens: Tokens, seq_len: int, batch_size: int, max_batches: int | None = None
 ) -> Iterator[Batch]:
-    """The whole split in order, or its first `max_batches`; the last batch may have fewer than B rows.
+    """The whole split in order, or its first `max_batches`. The last batch may have fewer than B rows.
 
-    Raises DataError, at once, as `count_evaluation_windows` does.
+    Raises DataError at once, as `count_evaluation_windows` does.
     """
     windows = count_evaluation_windows(tokens, seq_len)
     length = min(seq_len, len(tokens) - 1)
@@ -145,7 +145,7 @@ def evaluation_batches(
 def to_batch(rows: NDArray[Any], sizes: NDArray[Any], first: NDArray[np.int64] | None = None) -> Batch:
     """The batch of `rows` [B, T + 1], consecutive tokens of any integer type, of `sizes` [B, T + 1] bytes of text.
 
-    `first` [B] is the first target that counts in each row; all where not given.
+    `first` [B] is the first target that counts in each row; without it all count.
     """
     whole, inputs = torch.from_numpy(rows.astype(np.int64)), rows.shape[1] - 1
     counts = np.arange(inputs) >= (np.zeros(len(rows), np.int64) if first is None else first)[:, None]
@@ -164,7 +164,7 @@ def _gather(tokens: Tokens, seq_len: int, windows: NDArray[np.int64]) -> Batch:
 
 
 def check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises DataError where `state` does not hold what is `expected`."""
+    """Raises DataError if `state` does not hold what is `expected`."""
     for name, value in expected.items():
         if state.get(name) != value:
             raise DataError(
@@ -174,7 +174,7 @@ def check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 
 def check_counts(state: Mapping[str, Any], most: Mapping[str, int]) -> None:
-    """Raises DataError where something in `state` is no whole number from 0 to the `most` of its name."""
+    """Raises DataError if a name of `most` is not, in `state`, a whole number from 0 to its value there."""
     for name, limit in most.items():
         if type(state.get(name)) is not int or not 0 <= state[name] <= limit:
             raise DataError(f"the saved data position has {name} {state.get(name)!r}; use an earlier checkpoint")

@@ -44,7 +44,7 @@ class Preparation:
     spare_cache: Path | None = None
 
     def bar(self, description: str, total: int | None) -> tqdm[Any]:
-        """A progress bar that counts bytes up to `total`, where that is known."""
+        """A progress bar that counts bytes up to `total`, if that is known."""
         return tqdm(
             total=total, desc=description, unit="B", unit_scale=True, disable=not self.show_progress, leave=False
         )

@@ -1,8 +1,8 @@
-"""What tells one text from another: a digest of the files as they lie, cheap on large ones.
+"""Tells one text from another by a digest of the files as they lie on the disk, cheap on large ones.
 
-Files that have WHOLE_BYTES or less between them are read whole. Of more than that a file is known by its size and by
-chunks that are spread evenly over it, the first and the last among them. An edit of such a file that keeps its size and
-falls between the chunks is not in its digest.
+Files of WHOLE_BYTES or less in all are read whole. Of larger ones the digest takes the size, and chunks that are spread
+evenly over the file, the first and the last bytes among them. It does not notice an edit that keeps the size and falls
+between the chunks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def digest(*parts: Any) -> str:
 
 
 def content_digest(paths: Sequence[Path], sizes: Sequence[int]) -> str:
-    """Of the content of files in their order, whatever they are called and wherever they are. Raises OSError."""
+    """A digest of the content of files in their order, whatever their names and places. Raises OSError."""
     if sum(sizes) <= WHOLE_BYTES:
         return digest([_digest_of(path, [(0, size)]) for path, size in zip(paths, sizes, strict=True)])
     share = max(FEWEST_CHUNKS, WHOLE_BYTES // CHUNK_BYTES // len(paths))
@@ -33,13 +33,13 @@ def content_digest(paths: Sequence[Path], sizes: Sequence[int]) -> str:
 
 
 def stats(paths: Sequence[Path]) -> list[Any]:
-    """What a file system changes when a file is edited or replaced, even where its size and time are set back."""
+    """What a file system changes when a file is edited or replaced, even if its size and time are set back."""
     found = [(str(path), path.stat()) for path in paths]
     return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in found]
 
 
 def _chunks(size: int, count: int) -> list[tuple[int, int]]:
-    """The place and length of `count` chunks of a file, or of all of it."""
+    """The place and length of `count` chunks of a file, or of the whole file."""
     if size <= count * CHUNK_BYTES:
         return [(0, size)]
     return [(index * (size - CHUNK_BYTES) // (count - 1), CHUNK_BYTES) for index in range(count)]

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: one clear sentence where it is out of reach, and no chatter from its libraries."""
+"""The Hugging Face hub: an error is one clear sentence, and its libraries print nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOGGERS = ("datasets", "huggingface_hub", "fsspec", "urllib3")
 
 
 class _Silence:
-    """Of the libraries' progress bars and log lines. Those who ask for it may overlap; the last to leave ends it."""
+    """Silences the libraries' progress bars and log lines. Uses may overlap; the last one to end restores them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -70,9 +70,9 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def offline_where_unreachable() -> Iterator[None]:
-    """Inside, the hub's libraries take what they have cached, at once, where the hub does not answer.
+    """Inside, the hub's libraries take what they have cached, at once, if the hub does not answer.
 
-    They would try again with growing pauses, five times for each file: half a minute to minutes before the error.
+    They would otherwise try five times for each file, with growing pauses, and fail only after up to minutes.
     """
     import datasets.config
     import huggingface_hub.constants as hub
@@ -86,7 +86,7 @@ def offline_where_unreachable() -> Iterator[None]:
 
 @contextmanager
 def _settings(module: ModuleType, **values: Any) -> Iterator[None]:
-    """Module constants that a library reads as it runs, and that no argument sets."""
+    """Sets constants of a module that a library reads as it runs, and that no argument sets."""
     before = {name: getattr(module, name) for name in values}
     vars(module).update(values)
     try:
@@ -96,7 +96,7 @@ def _settings(module: ModuleType, **values: Any) -> Iterator[None]:
 
 
 def hub_file(repository: str, name: str) -> Path:
-    """The local copy of a file of a hub repository, downloaded where it is not cached. Raises DataError."""
+    """The local copy of a file of a hub repository, downloaded unless it is cached. Raises DataError."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -137,18 +137,18 @@ def load_hub_dataset(name: str, configuration: str | None, *, streaming: bool) -
 
 
 def read_errors() -> tuple[type[BaseException], ...]:
-    """What reading rows through `datasets` raises for files, formats and connections that are not as they should be."""
+    """The errors that reading rows through `datasets` raises for bad files, formats and connections."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The base of the hub's error is that of its HTTP library, which changes between versions of the hub's. A TypeError
-    # is how `datasets` says that a column changes its type.
+    # The hub's error derives from that of its HTTP library, which differs between versions. `datasets` raises a
+    # TypeError if a column changes its type.
     return (*file_errors(), TypeError, DatasetsError, *HfHubHTTPError.__bases__)
 
 
 def _hub_answers(endpoint: str) -> bool:
     if urllib.request.getproxies():
-        return True  # the proxy is asked for the name, so that looking it up here would say nothing
+        return True  # the proxy looks up the name, so a look-up here would say nothing
     address = urlsplit(endpoint)
     port = address.port or (80 if address.scheme == "http" else 443)
     try:

@@ -1,4 +1,4 @@
-"""Batches that are made ahead, in a thread, while the ones before them are trained on."""
+"""Makes batches ahead, in a thread, while the model trains on the ones before."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ T = TypeVar("T")
 
 
 class Prefetched(Generic[T]):
-    """The items of an endless iterator, up to `ahead` of them made before they are asked for.
+    """The items of an endless iterator in their order, up to `ahead` of them made before they are asked for.
 
-    In their order, and an error comes where its item would have. An item that brings its own position (see `batches`)
-    keeps it: what was made ahead and never taken counts for nothing. The iterator must draw no global random numbers.
+    An error is raised in place of its item. An item that brings its own position (see `batches`) keeps it, so an item
+    that was made ahead and never taken does not move the position. The iterator must draw no global random numbers.
     """
 
     def __init__(self, items: Iterator[T], ahead: int) -> None:
         self._items, self._ahead = items, ahead
-        # One thread, so that items are made one after another; it ends with this object.
+        # A single thread makes one item after another. It ends with this object.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._coming: deque[Future[T]] = deque()
 

@@ -1,8 +1,8 @@
 """Offsets → the bytes of text that each token stands for.
 
-A token stands for the characters between its offsets in the text that it was made from, as UTF-8. A character that
-several tokens share (one that is spelled in bytes, or ﬁ read as f and i) is split between them in proportion to their
-lengths, so that a token of two bytes counts two. Text outside all offsets belongs to no token.
+A token stands for the characters between its offsets in its text, as UTF-8. If several tokens share a character (one
+that is spelled in bytes, or ﬁ read as f and i), they share its bytes in proportion to their lengths, so a token of two
+bytes counts two. Text outside all offsets belongs to no token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LARGEST = 2**16 - 1
 
 
 def sizes_of_tokens(text: str, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> Sizes:
-    """Bytes [N] of the tokens of `text` at `offsets` [N, 2], in characters; `lengths` [N] of the tokens, 1 or more.
+    """The bytes [N] of the tokens of `text` at `offsets` [N, 2], in characters. Their `lengths` [N] are 1 or more.
 
     A token of more than LARGEST bytes, which only a normaliser can make, counts LARGEST.
     """
@@ -31,7 +31,7 @@ def sizes_of_tokens(text: str, offsets: NDArray[np.int64], lengths: NDArray[np.i
 
 
 def _places(text: str) -> NDArray[np.int64]:
-    """Where each character of `text` begins in its UTF-8, and where the last one ends."""
+    """The places in UTF-8 at which each character of `text` begins, and at which the last one ends."""
     if text.isascii():
         return np.arange(len(text) + 1)
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)

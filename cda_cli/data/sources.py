@@ -184,7 +184,7 @@ def _of_files(
 
 
 def _matches(pattern: str) -> list[Path]:
-    """The files that `pattern` names, as they are called there: what a link leads to may have any name."""
+    """The files that `pattern` names, under the names that it gives: a link may lead to a file of any name."""
     exact = Path(os.path.expanduser(pattern))  # noqa: PTH111 - see absolute_source
     names = [exact] if exact.exists() else glob.glob(str(exact), recursive=True)  # noqa: PTH207 - absolute patterns
     paths = sorted(Path(name).absolute() for name in names if Path(name).is_file())
@@ -235,5 +235,5 @@ def _held_out(splits: Collection[str], split: str, name: str) -> str | None:
 
 
 def _cached_files(splits: Any) -> list[str]:
-    """Where `datasets` keeps the splits: its paths hold the revision. Nothing where they stream."""
+    """The files in which `datasets` keeps the splits; their paths hold the revision. There are none for a stream."""
     return [file["filename"] for split in splits.values() for file in getattr(split, "cache_files", [])]

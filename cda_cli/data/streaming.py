@@ -90,7 +90,7 @@ class StreamedBatches:
         return to_batch(rows, sizes), self.state()
 
     def state(self) -> State:
-        """Where the next window starts."""
+        """The place at which the next window starts."""
         first = self._parts[0]
         return {"epoch": first.epoch, "position": first.position, "offset": self._offset, **self._identity}
 
@@ -129,7 +129,7 @@ class StreamedBatches:
 def streamed_validation(
     config: DataConfig, tokenizer: Tokenizer, max_tokens: int, preparation: Preparation = QUIETLY
 ) -> Tokens:
-    """The first held-out documents, in memory: whole ones, until there are at least `max_tokens`.
+    """The first held-out documents, whole and in memory, until they have at least `max_tokens`.
 
     Raises DataError as StreamedBatches does, and if no document is held out.
     """

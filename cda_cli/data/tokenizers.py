@@ -28,42 +28,43 @@ if TYPE_CHECKING:
 BYTES = "bytes"
 BPE_PREFIX = "bpe:"
 SEPARATORS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
-# A tokenizer keeps offsets and strings for all that it is given at once; pieces bound that, and run in parallel.
+# A tokenizer keeps offsets and strings of all the text that it gets at once. Pieces bound that, and run in parallel.
 PIECE_CHARACTERS = 1 << 16
-# So many tokens before a new one decide what its text is.
+# The text of a token depends on at most so many tokens before it.
 STREAM_CONTEXT = 32
 
 Ids = Sequence[int] | NDArray[Any]
 
 
 class StreamDecoder(ABC):
-    """Text as the tokens come. The parts, joined, are `decode` of all of them; no character is ever split."""
+    """Decodes tokens as they come. The parts join to `decode` of all tokens, and no part splits a character."""
 
     @abstractmethod
     def push(self, token: int) -> str:
-        """The characters that `token` completes; "" where it completes none."""
+        """The characters that `token` completes; "" if it completes none."""
 
     @abstractmethod
     def flush(self) -> str:
-        """What is left at the end: a character that never became whole is U+FFFD."""
+        """The rest at the end. A character that never became whole is U+FFFD."""
 
 
 class Encoded(NamedTuple):
-    """`ids` [N], and `sizes` [N], the bytes of text that each stands for: an unknown token stands for none."""
+    """`ids` [N], and `sizes` [N], the bytes of text that each stands for. An unknown token stands for none."""
 
     ids: NDArray[Any]
     sizes: NDArray[Any]
 
     @classmethod
     def join(cls, parts: Iterable[Encoded]) -> Encoded:
-        """One or more parts, end to end."""
+        """Joins one or more parts end to end."""
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 class Tokenizer(ABC):
-    """`vocab_size` ids, of which `separator` is written after each document, and never made from text.
+    """Turns text into ids below `vocab_size`, and back.
 
-    `size_dtype` is the type of `Encoded.sizes`.
+    `separator` is the id that is written after each document; no text becomes it. `size_dtype` is the type of
+    `Encoded.sizes`.
     """
 
     name: str
@@ -84,13 +85,13 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, pieces: Sequence[str]) -> list[Encoded]:
-        """Each piece in tokens, no special token added; pieces are as `split_pieces` yields them.
+        """The tokens of each piece, without added special tokens. The pieces are as `split_pieces` yields them.
 
-        Raises DataError where the tokenizer cannot encode one.
+        Raises DataError if the tokenizer cannot encode one.
         """
 
     def encode(self, text: str) -> NDArray[Any]:
-        """The ids [N] of `text`, of `dtype`; no special token is added, nor is one read out of the text.
+        """The ids [N] of `text`, of `dtype`. No special token is added, and none is read out of the text.
 
         Raises DataError as `encode_batch` does.
         """
@@ -103,12 +104,12 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Ids) -> str:
-        """The text of `ids` [N]: separators are dropped, invalid UTF-8 becomes U+FFFD."""
+        """The text of `ids` [N]. Separators are dropped, and invalid UTF-8 becomes U+FFFD."""
 
     @abstractmethod
     def stream(self, prompt: Ids = ()) -> StreamDecoder:
-        """A decoder that is given one token at a time, the first of which follows the ids `prompt` [N]: the text of
-        a token may depend on the tokens before it."""
+        """A decoder that takes one token at a time. The first follows the ids `prompt` [N], because the text of a token
+        may depend on the tokens before it."""
 
     @abstractmethod
     def to_json(self) -> str | None:
@@ -141,11 +142,11 @@ class ByteTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizers.Tokenizer`. The separator is the first of SEPARATORS that it knows and that no text can spell, else
-    one id of its own.
+    """Wraps a `tokenizers.Tokenizer`. Its separator is the first of SEPARATORS that it knows and no text can spell,
+    or an id of its own.
 
-    Truncation and padding that the file asks for are switched off, and the name of a special token inside a document
-    is encoded as plain text, so that a document cannot hold a separator.
+    It switches off the truncation and padding that the file asks for. It encodes the name of a special token inside a
+    document as plain text, so a document cannot hold a separator.
     """
 
     size_dtype = np.dtype(np.uint16)
@@ -222,8 +223,8 @@ class _ByteStream(StreamDecoder):
 
 
 class _JsonStream(StreamDecoder):
-    """Decodes the latest tokens again with each new one: the new text is what they have gained. The text of a token
-    may depend on those before it (a leading space, a character that is spread over several tokens)."""
+    """Decodes the latest tokens again with each new one, and takes what the text has gained. The text of a token may
+    depend on those before it (a leading space, a character that is spread over several tokens)."""
 
     def __init__(self, tokenizer: JsonTokenizer, prompt: Ids) -> None:
         self._tokenizer = tokenizer
@@ -234,7 +235,7 @@ class _JsonStream(StreamDecoder):
         if token == self._tokenizer.separator:
             return ""
         self._ids.append(token)
-        # Byte tokens in a row become text together, or U+FFFD together, so none is text before the row has ended.
+        # Byte tokens in a row become text together, or U+FFFD together, so nothing is known before the row has ended.
         if self._tokenizer.is_byte(token):
             return ""
         text = self._tokenizer.decode(self._ids)
@@ -252,8 +253,8 @@ class _JsonStream(StreamDecoder):
 
 
 def _can_spell(model: dict[str, Any], inner: tokenizers.Tokenizer, token: str) -> bool:
-    """Whether `model`, as tokenizer.json has it, may give `token` for plain text: it is in its vocabulary and, of a
-    model that only joins pairs, a pair becomes it."""
+    """Whether `model`, as tokenizer.json has it, may give `token` for plain text. Its vocabulary must have the token,
+    and if the model only joins pairs, a pair must become it."""
     if token not in inner.get_vocab(with_added_tokens=False):
         return False
     joins_pairs = model.get("type") == "BPE" and not (
@@ -264,12 +265,12 @@ def _can_spell(model: dict[str, Any], inner: tokenizers.Tokenizer, token: str) -
 
 
 def utf8(text: str) -> bytes:
-    """UTF-8 of any str: a lone surrogate, which has no UTF-8, becomes '?'."""
+    """The UTF-8 of any str. A lone surrogate, which has no UTF-8, becomes '?'."""
     return text.encode("utf-8", errors="replace")
 
 
 def without_surrogates(text: str) -> str:
-    """`text` as UTF-8 can hold it: a lone surrogate becomes '?'."""
+    """`text` as UTF-8 can hold it. A lone surrogate becomes '?'."""
     return text if text.isascii() else utf8(text).decode("utf-8")
 
 
@@ -313,7 +314,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def tokenizer_from_json(text: str | None, name: str = "tokenizer.json") -> Tokenizer:
-    """The tokenizer whose `to_json()` was `text`. Raises DataError where it is not one."""
+    """The tokenizer whose `to_json()` was `text`. Raises DataError if it is not one."""
     if text is None:
         return ByteTokenizer()
     import tokenizers

@@ -1,7 +1,7 @@
 """Files that are whole or absent: atomic writes and checkpoints.
 
-Takes tensors and plain dicts, never a module. `atomic` is for any file, `checkpoint` is the door to the rest. Importing
-it does not import torch, so that a command line can look into a run's folder before that.
+The package takes tensors and plain dicts, never a module. `atomic` writes any file, and `checkpoint` is the door to the
+rest. Importing the package does not import torch, so a command can look into a run's folder first.
 """
 
 from cda_cli.storage.atomic import is_hidden, published_folder, remove_published, remove_stale, write_file

@@ -1,4 +1,4 @@
-"""Writes that are seen whole or not at all, whatever kills the writer and whenever.
+"""Writes that a reader sees whole or not at all, whatever kills the writer and whenever.
 
     write into a hidden sibling → fsync the files → fsync their folder → rename → fsync the parent
 
@@ -30,7 +30,7 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 def write_file(path: Path, data: bytes) -> None:
     """Puts `data` at `path`, replacing the file that is there.
 
-    Raises StorageError where the write fails; the earlier file is then as it was.
+    Raises StorageError if the write fails. The earlier file is then as it was.
     """
     path = Path(path)
     with _explained("write", path):
@@ -50,10 +50,10 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def published_folder(path: Path) -> Iterator[Path]:
-    """Yields a hidden folder to fill; when the block ends well it becomes `path`, which must not exist before.
+    """Yields a hidden folder to fill. If the block ends well, the folder becomes `path`, which must not exist before.
 
     On any exception, an interrupt included, the hidden folder is removed and `path` stays absent. The block should
-    do nothing but write: an OSError in it is taken for a failed write and becomes a StorageError.
+    only write: an OSError in it counts as a failed write and becomes a StorageError.
     """
     path = Path(path)
     with _explained("write", path):
@@ -76,13 +76,13 @@ def published_folder(path: Path) -> Iterator[Path]:
 def remove_published(path: Path) -> None:
     """Removes a published folder (or a file or link in its place) so that no moment shows a part of it.
 
-    Raises StorageError where it cannot be taken away; it is then still whole.
+    Raises StorageError if it cannot be removed. It is then still whole.
     """
     path = Path(path)
     hidden = _hidden_sibling(path)
     with _explained("remove", path):
         path.rename(hidden)
-        # Else a power loss could bring back the name over a half-emptied folder.
+        # Otherwise a power loss could bring back the name over a half-emptied folder.
         _fsync(path.parent)
     _discard(hidden)
 
@@ -91,8 +91,8 @@ def remove_stale(parent: Path) -> None:
     """Removes what killed writers left in `parent`: every hidden sibling whose process is gone.
 
     A sibling of this very process counts as left over, because a restarted container often hands out the same
-    number again; so one process writes one thing into a folder at a time. What cannot be removed is left: it costs
-    space and nothing else.
+    number again. One process therefore writes one thing into a folder at a time. What cannot be removed stays; it
+    only costs space.
     """
     with contextlib.suppress(OSError):
         for entry in list(Path(parent).iterdir()):
@@ -102,7 +102,7 @@ def remove_stale(parent: Path) -> None:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is that of a hidden sibling: of a write that is going on, or that was cut short."""
+    """Whether a name belongs to a hidden sibling, of a write that is running or was cut short."""
     return _HIDDEN.fullmatch(name) is not None
 
 
@@ -137,7 +137,7 @@ def _make_folder(path: Path) -> None:
 
 def _settle(folder: Path) -> None:
     """Makes a tree durable from the leaves up, with the modes that the umask asks for."""
-    # `mkdir` obeyed the umask; reading the umask itself would mean setting it for every thread.
+    # `mkdir` obeyed the umask. Reading the umask itself would set it for every thread.
     mode = folder.stat().st_mode & 0o666
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
@@ -156,7 +156,7 @@ def _fsync(path: Path) -> None:
 
 
 def _discard(hidden: Path) -> None:
-    """Removes a hidden sibling as far as that is possible; `remove_stale` takes the rest another time."""
+    """Removes a hidden sibling as far as possible. `remove_stale` takes the rest another time."""
     with contextlib.suppress(OSError):
         if hidden.is_dir() and not hidden.is_symlink():
             shutil.rmtree(hidden, ignore_errors=True)
@@ -187,7 +187,7 @@ def _reason_and_remedy(error: OSError, path: Path) -> str:
 
 
 def _free_space(path: Path) -> str:
-    """What is free once the unfinished write is gone again."""
+    """The space that is free once the unfinished write is gone."""
     try:
         folder = next(parent for parent in path.absolute().parents if parent.is_dir())
         return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB free without this write"

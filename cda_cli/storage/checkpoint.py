@@ -4,8 +4,8 @@
         model.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
         [ema.safetensors  tokenizer.json]
 
-A checkpoint is published whole (see `atomic`) and verified before it is used (see `manifest`). There is no pointer
-to the latest one that could go stale: the newest is found by verifying from the highest step down.
+A checkpoint is published whole (see `atomic`) and verified before it is used (see `manifest`). No pointer to the latest
+one could go stale: `newest` verifies from the highest step down.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ _STEP = re.compile(r"step-([0-9]{8})")
 _ALWAYS_KEPT = 2
 _log = logging.getLogger(__name__)
 
-VALIDATION_LOSS = "validation_loss"  # in the state of a checkpoint: of its step, or None where it was not measured
+VALIDATION_LOSS = "validation_loss"  # key in a checkpoint's state: the loss at its step, or None if not measured
 
 
 @dataclass
 class Checkpoint:
-    """What one checkpoint holds. Tensors are on the CPU; a part that was not asked for is an empty dict.
+    """The contents of a checkpoint. Tensors are on the CPU. A part that was not asked for is an empty dict.
 
-    So is `ema`, the moving average of the weights, where there is none.
+    `ema`, the moving average of the weights, is empty too if there is none.
     """
 
     path: Path
@@ -73,7 +73,7 @@ class Checkpoint:
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lives, whether it exists or not."""
+    """The folder of the checkpoint of `step`, whether it exists or not."""
     if not 0 <= step < 10**8:
         raise ValueError(f"step {step} does not fit the eight digits of a checkpoint's name")
     return Path(run) / _FOLDER / f"step-{step:08d}"
@@ -106,15 +106,15 @@ def publish(
 ) -> Path:
     """Saves a checkpoint, only then removes old ones, and returns its folder.
 
-    A checkpoint of this step that verifies already stays as it is: a resumed run comes by the same state again, and
-    to replace it would mean a moment without it. One that is damaged is removed first.
+    A checkpoint of this step that already verifies stays as it is: a resumed run reaches the same state again, and
+    replacing it would mean a moment without it. A damaged one is removed first.
 
-    Of the others the newest `keep` verified stay (never fewer than two) and whatever is newer than those; with
-    `keep_best` also the one that `best` finds and, this time, any that the disk does not give. The rest goes, damaged
-    or not. Names other than `step-` and eight digits are never touched.
+    Of the others, the newest `keep` that verify stay (never fewer than two), and so does whatever is newer than those.
+    With `keep_best`, the one that `best` finds stays too, and any that the disk fails to read this time. The rest goes,
+    damaged or not. Names other than `step-` and eight digits are never touched.
 
-    Raises StorageError where a write fails; the earlier checkpoints are then whole. Raises ValueError or TypeError
-    for a `state` that JSON does not return as it was (NaN, a tuple, a key that is no string).
+    Raises StorageError if a write fails; the earlier checkpoints are then whole. Raises ValueError or TypeError for a
+    `state` that JSON does not return as it was (NaN, a tuple, a key that is no string).
     """
     path = step_folder(run, step)
     state_json = _encode_state(state)
@@ -137,10 +137,10 @@ def publish(
 def load(path: Path, parts: Collection[str] = PARTS) -> Checkpoint:
     """Loads the checkpoint folder `path`, with only those tensors that `parts` names.
 
-    The SHA-256 of every file that is loaded is checked first, state.json and tokenizer.json always among them; a
-    file that is not loaded must exist with its size, and is not read.
+    It first checks the SHA-256 of every file that it loads, state.json and tokenizer.json always among them. A file
+    that it does not load must exist with its size, and is not read.
 
-    Raises CheckpointError where the checkpoint is missing or damaged.
+    Raises CheckpointError if the checkpoint is missing or damaged.
     """
     path = Path(path)
     unknown = set(parts) - set(PARTS)
@@ -161,7 +161,7 @@ def load(path: Path, parts: Collection[str] = PARTS) -> Checkpoint:
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of `run` that verifies, or None, and a sentence for each newer one that does not."""
+    """The newest checkpoint of `run` that verifies, or None; and a sentence for each newer one that does not."""
     passed_over: list[str] = []
     for step in reversed(list_steps(run)):
         path = step_folder(run, step)
@@ -180,9 +180,9 @@ def best(run: Path) -> Path | None:
 
 
 def _best_and_unread(run: Path, known: Collection[Path] = ()) -> tuple[Path | None, set[Path]]:
-    """See `best`; and those of which the disk did not give all that was asked for, each of which may be better.
+    """What `best` returns, and the checkpoints that the disk failed to read, each of which may be better.
 
-    Those of `known` have been verified already.
+    The checkpoints in `known` have been verified already.
     """
     found: list[tuple[float, int]] = []
     unread: set[Path] = set()
@@ -196,7 +196,7 @@ def _best_and_unread(run: Path, known: Collection[Path] = ()) -> tuple[Path | No
             continue
         if isinstance(loss, float):
             found.append((loss, -step))
-    # The few kilobytes of a state tell who is best; only the best is read whole.
+    # The few kilobytes of a state tell which is best. Only the best is read whole.
     for path in (step_folder(run, -step) for _, step in sorted(found)):
         try:
             if path not in known:
@@ -210,7 +210,7 @@ def _best_and_unread(run: Path, known: Collection[Path] = ()) -> tuple[Path | No
 
 
 def _is_unread(error: CheckpointError) -> bool:
-    """Whether the disk failed, which it may not do another time, rather than gave what is damaged."""
+    """Whether the disk failed to read, which another try may not meet, rather than returned damaged data."""
     return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
 
 
@@ -218,9 +218,9 @@ def locate(path: Path, warn: Callable[[str], object] = _log.warning) -> Path:
     """The checkpoint folder that a user means by `path`: a checkpoint itself, a run, or a run's `checkpoints`.
 
     For a run it is the newest that verifies, and `warn` gets a sentence for each damaged one passed over. A
-    checkpoint named outright is not verified here, but by `load`.
+    checkpoint that `path` names itself is verified by `load`, not here.
 
-    Raises CheckpointError with the remedy where there is none.
+    Raises CheckpointError with the remedy if there is none.
     """
     path = Path(path)
     try:
@@ -267,7 +267,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _prune(run: Path, *, keep: int, keep_best: bool, published: Path) -> None:
-    """`published` is whole: its files were read, for the manifest or against it, a moment ago."""
+    """Removes old checkpoints. `published` is known to be whole: its files were read a moment ago."""
     whole: set[Path] = set()
     spared, doomed = {published}, []
     for step in reversed(list_steps(run)):
@@ -286,7 +286,7 @@ def _prune(run: Path, *, keep: int, keep_best: bool, published: Path) -> None:
 
 def _encode_state(state: Mapping[str, Any]) -> bytes:
     text = json.dumps(dict(state), allow_nan=False)
-    # JSON turns tuples into lists and numbers as keys into strings; a resumed run must not meet that by surprise.
+    # JSON turns tuples into lists, and numbers as keys into strings. That must not surprise a resumed run.
     if json.loads(text) != dict(state):
         raise TypeError("the state of a checkpoint holds a tuple, or a key that is no string: JSON would change it")
     return text.encode("ascii") + b"\n"

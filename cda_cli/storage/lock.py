@@ -1,4 +1,4 @@
-"""One writer for a folder, by a lock of the operating system: it ends with its process, however that ends."""
+"""One writer for a folder, by a lock of the operating system, which ends with its process, however that ends."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextlib.contextmanager
 def only_writer(folder: Path, warn: Callable[[str], object]) -> Iterator[None]:
-    """Holds `folder`, which is made where it is missing, for this process alone.
+    """Holds `folder` for this process alone, and makes it if it is missing.
 
-    On leaving, the lock's file goes, and so does a folder that was made for it and is still empty. Raises
-    StorageError at once where another process holds the folder, or where it cannot be made. `warn` gets a sentence
-    where the file system has no locks; nothing then keeps a second writer out.
+    On leaving, it removes the lock's file, and a folder that it made if that is still empty. Raises StorageError at
+    once if another process holds the folder, or if the folder cannot be made. `warn` gets a sentence if the file system
+    has no locks; nothing then keeps a second writer out.
     """
     folder = Path(folder)
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
@@ -31,7 +31,7 @@ def only_writer(folder: Path, warn: Callable[[str], object]) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: whoever opened it before finds out that it is no longer the one in the folder.
+        # The file goes while the lock is held. Whoever opened it before finds that it is no longer in the folder.
         with contextlib.suppress(OSError):
             (folder / LOCK).unlink()
         os.close(descriptor)
@@ -58,7 +58,7 @@ def is_held(folder: Path) -> bool:
 
 
 def _lock(file: Path, warn: Callable[[str], object]) -> int:
-    """The descriptor of `file`, locked; the file says who holds it."""
+    """Locks `file` and returns its descriptor. The file says who holds it."""
     while True:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def _take(file: Path, descriptor: int, warn: Callable[[str], object]) -> None:
 
 
 def _is_at(file: Path, descriptor: int) -> bool:
-    """Whether the open file is still the one of that name: its last holder may have removed it meanwhile."""
+    """Whether the open file still has that name: its last holder may have removed it meanwhile."""
     opened = os.fstat(descriptor)
     if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
         raise StorageError(f"{file} is a link, or no file, and cda makes no such lock; remove it, if it is yours")

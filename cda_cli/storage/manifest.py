@@ -1,8 +1,8 @@
 """The manifest of a checkpoint: the size and SHA-256 of each of its files, and the check against it.
 
-No tensor format notices a flipped bit, so the manifest does. It proves accident, not intent: whoever can write the
-folder can write a manifest that fits. Against hostile files stand the fixed set of names, the refusal of links, the
-bounds on what is parsed, and formats that run no code.
+No tensor format notices a flipped bit, so the manifest does. It shows accidents, not intent: whoever can write the
+folder can write a manifest that fits. A fixed set of names, the refusal of links, bounds on what is parsed, and formats
+that run no code protect against hostile files.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def write_manifest(folder: Path) -> None:
 def verify(path: Path, hashed: Collection[str] = REQUIRED | OPTIONAL) -> frozenset[str]:
     """Checks the checkpoint folder `path` and returns the names of its files.
 
-    Names, kinds and sizes are checked for all files, the SHA-256 for those in `hashed`. Nothing but regular files
-    of the known names is ever opened.
+    It checks names, kinds and sizes of all files, and the SHA-256 of those in `hashed`. It only ever opens regular
+    files of the known names.
 
-    Raises CheckpointError that names the file, its fault and the remedy.
+    Raises a CheckpointError that names the file, its fault and the remedy.
     """
     path = Path(path)
     try:
@@ -76,7 +76,7 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     data = file.read_bytes()
     try:
         content = json.loads(data)
-        # Only one spelling is accepted, so that a flipped bit in the manifest itself never goes unseen.
+        # Only one spelling is accepted, so a flipped bit in the manifest itself is always seen.
         if _canonical(content) != data:
             raise damaged(file, "is not as it was written")
     except (ValueError, RecursionError) as error:
@@ -144,7 +144,7 @@ def _regular_size(file: Path) -> int:
 
 
 def _sha256_of(files: Sequence[Path]) -> dict[Path, str]:
-    """In threads, as hashing does not hold the interpreter, and most of a checkpoint is in two or three files."""
+    """Hashes in threads: hashing does not hold the interpreter, and most of a checkpoint is in two or three files."""
     with ThreadPoolExecutor(max_workers=4) as threads:
         return dict(zip(files, threads.map(_sha256, files), strict=True))
 

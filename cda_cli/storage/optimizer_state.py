@@ -19,7 +19,7 @@ def pack_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
     """Splits `optimizer.state_dict()` into the tensors (for `publish(optimizer=…)`) and the plain rest.
 
     The rest belongs into `state["optimizer"]`. Raises TypeError for a value that is no tensor, number, string,
-    None, list, tuple or dict of such, and ValueError where two tensors would get one name.
+    None, list, tuple or dict of such, and ValueError if two tensors would get one name.
     """
     tensors: dict[str, Tensor] = {}
     packed = {key: _pack(value, key, tensors) for key, value in state_dict.items()}
@@ -27,7 +27,7 @@ def pack_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], di
 
 
 def unpack_optimizer(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict that `pack_optimizer` took apart. Raises CheckpointError where the two halves do not fit."""
+    """The state dict that `pack_optimizer` took apart. Raises CheckpointError if the two halves do not fit."""
     unused = dict(tensors)
     try:
         state_dict = {key: _unpack(value, unused) for key, value in plain.items()}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# What safetensors, beside its own error, and torch raise for files that are malformed in one way or another.
+# Besides safetensors' own error, the library and torch raise these for malformed files.
 _MALFORMED = (
     OSError,
     ValueError,
@@ -29,7 +29,7 @@ _MALFORMED = (
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes `tensors` of any device, shape (zero-size and 0-d too) and layout; those that share memory are copied.
+    """Writes `tensors` of any device, shape (zero-size and 0-d too) and layout. Tensors that share memory are copied.
 
     Raises OSError as every other write does, and ValueError for a name that the format keeps for itself.
     """
@@ -62,7 +62,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def check_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
     """Compares names, shapes and dtypes with what the configuration asks for.
 
-    Raises CheckpointError that names the first difference.
+    Raises a CheckpointError that names the first difference.
     """
     for name, (shape, dtype) in expected.items():
         tensor = tensors.get(name)
@@ -83,7 +83,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()
         address = plain.untyped_storage().data_ptr()
-        # An address of 0 is the empty storage, which is nobody's. The dict keeps every other one from reuse.
+        # Address 0 is the empty storage, which no tensor owns. The dict keeps the memory at every other address alive.
         separate[name] = plain.clone() if address and address in addresses else plain
         addresses.add(address)
     return separate
