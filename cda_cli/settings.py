@@ -166,7 +166,7 @@ class DataSettings(Table):
         Setting("Encoding of local text, JSON and CSV files, such as utf-8, utf-16 or cp1252.", flag="--encoding"),
     ] = "utf-8"
     streaming: Annotated[
-        bool, Setting("Tokenise while training; prepare and cache nothing.", flag="--streaming/--no-streaming")
+        bool, Setting("Tokenise while training; prepare and cache no tokens.", flag="--streaming/--no-streaming")
     ] = False
     tokenizer: Annotated[
         str, Setting("bytes, bpe:N (trained on the training text), a tokenizer.json, or a hub id.", flag="--tokenizer")

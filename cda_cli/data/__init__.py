@@ -28,7 +28,7 @@ from cda_cli.data.fingerprint import digest
 from cda_cli.data.prefetch import Prefetched
 from cda_cli.data.prepare import Corpus, Tokens, loss_of_text, prepare, prepare_whole
 from cda_cli.data.sources import Source, absolute_source, is_there, open_source
-from cda_cli.data.streaming import StreamedBatches, streamed_identity, streamed_validation
+from cda_cli.data.streaming import StreamedBatches, streamed_source, streamed_validation
 from cda_cli.data.tokenizers import (
     ByteTokenizer,
     JsonTokenizer,
@@ -69,7 +69,7 @@ __all__ = [
     "open_source",
     "prepare",
     "prepare_whole",
-    "streamed_identity",
+    "streamed_source",
     "streamed_validation",
     "tokenizer_from_json",
     "without_surrogates",

@@ -47,7 +47,7 @@ class FolderFiles:
             here = waiting.pop() if waiting else links.popleft()
             status = here.stat()
             if (status.st_dev, status.st_ino) in seen:
-                self._left_out["links to a folder that is read already"] += 1
+                self._left_out["linked again"] += 1
                 continue
             seen.add((status.st_dev, status.st_ino))
             for path in sorted(here.iterdir(), reverse=True):
@@ -56,7 +56,7 @@ class FolderFiles:
                 elif path.is_dir():
                     (links if path.is_symlink() else waiting).append(path)
                 elif not path.is_file():
-                    self._left_out["broken links or devices"] += 1
+                    self._left_out["broken or special"] += 1
                 elif path.stat().st_size:
                     yield path
 

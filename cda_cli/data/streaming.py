@@ -52,7 +52,7 @@ class StreamedBatches:
         state: Mapping[str, Any] | None = None,
         preparation: Preparation = QUIETLY,
     ) -> None:
-        self._source = _open(config, preparation)
+        self._source = streamed_source(config, preparation)
         self._tokenizer = tokenizer
         self._seq_len = seq_len
         self._batch_size = batch_size
@@ -133,7 +133,7 @@ def streamed_validation(
 
     Raises DataError as StreamedBatches does, and if no document is held out.
     """
-    source = _open(config, preparation)
+    source = streamed_source(config, preparation)
     rule = HashRule.of_fraction(config.validation_fraction)
     parts: list[Encoded] = []
     tokens = text_bytes = 0
@@ -153,17 +153,13 @@ def streamed_validation(
     return Tokens(*whole, text_bytes, lost_bytes=text_bytes - int(whole.sizes.sum(dtype=np.int64)))
 
 
-def streamed_identity(config: DataConfig, preparation: Preparation = QUIETLY) -> dict[str, Any]:
-    """The identity of the data, plain JSON (see `Source`). Raises DataError as StreamedBatches does."""
-    return _open(config, preparation).identity
-
-
 def encode_document(tokenizer: Tokenizer, text: str) -> Encoded:
     """A document and the separator after it, which stands for no text."""
     return Encoded.join([tokenizer.encode_sized(text), tokenizer.ending])
 
 
-def _open(config: DataConfig, preparation: Preparation) -> Source:
+def streamed_source(config: DataConfig, preparation: Preparation = QUIETLY) -> Source:
+    """The source that `config` names, to be streamed. Raises DataError as StreamedBatches does."""
     source = open_source(config.model_copy(update={"streaming": True}), preparation)
     if source.single:
         raise DataError(

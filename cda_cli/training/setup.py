@@ -21,7 +21,7 @@ from cda_cli.data import (
     load_tokenizer,
     loss_of_text,
     prepare,
-    streamed_identity,
+    streamed_source,
     streamed_validation,
 )
 from cda_cli.errors import CheckpointError, DeviceError
@@ -55,17 +55,18 @@ def open_data(
     if data.streaming:
         preparation = Preparation(show_progress, should_stop, spare_cache)
         tokenizer = tokenizer or load_tokenizer(data.tokenizer)
+        source = streamed_source(data, preparation)
         wanted = config.run.eval_batches * optim.batch_size * seq_len + 1
         validation = streamed_validation(data, tokenizer, wanted, preparation)
         count_windows(validation, seq_len, "validation")
         return RunData(
             tokenizer,
             validation,
-            f"{data.source}, streamed",
+            f"{source.description}, streamed",
             None,
             loss_of_text([validation]),
             lambda position: StreamedBatches(data, tokenizer, seq_len, optim.batch_size, position, preparation),
-            {"tokenizer": tokenizer.fingerprint, **streamed_identity(data, preparation)},
+            {"tokenizer": tokenizer.fingerprint, **source.identity},
         )
     corpus = prepare(
         data, show_progress=show_progress, should_stop=should_stop, spare_cache=spare_cache, tokenizer=tokenizer

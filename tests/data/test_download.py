@@ -7,7 +7,7 @@ import http.server
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -176,14 +176,14 @@ def test_no_server_and_no_answer_are_one_sentence(site: str, monkeypatch: pytest
             documents(address)
 
 
-@pytest.mark.parametrize("end", [lambda: True, KeyboardInterrupt])
-def test_a_stopped_download_leaves_nothing(site: str, cache: Path, end: Callable[[], bool]) -> None:
+@pytest.mark.parametrize("error", [PreparationStoppedError, KeyboardInterrupt])
+def test_a_stopped_download_leaves_nothing(site: str, cache: Path, error: type[BaseException]) -> None:
     def stop() -> bool:
-        if end is KeyboardInterrupt:
-            raise KeyboardInterrupt
+        if error is KeyboardInterrupt:
+            raise error
         return True
 
-    with pytest.raises((PreparationStoppedError, KeyboardInterrupt)):
+    with pytest.raises(error):
         prepare(DataConfig(source=f"{site}/a.txt"), show_progress=False, should_stop=stop)
     assert not list(cache.glob("downloads/*"))
     assert not list(cache.glob("downloads/.tmp*"))

@@ -58,7 +58,7 @@ def test_what_a_folder_leaves_out_is_said(folder: Path) -> None:
     (folder / "numbers.csv").write_text("n,m\n1,2\n")
     assert documents(folder) == ["text"]
     assert description(folder) == (
-        f"{folder}, 1 file; left out: 3 binary, 1 broken links or devices, 2 hidden, 2 without a column 'text'"
+        f"{folder}, 1 file; left out: 3 binary, 1 broken or special, 2 hidden, 2 without a column 'text'"
     )
 
 
@@ -74,7 +74,7 @@ def test_a_loop_of_links_ends(folder: Path) -> None:
     (outside / "back").symlink_to(folder)
     (folder / "other").symlink_to(outside)
     assert documents(folder) == ["one", "two"]
-    assert "4 links to a folder that is read already" in description(folder)
+    assert "4 linked again" in description(folder)
     link = folder.parent / "link"
     link.symlink_to(folder)
     assert documents(link) == ["one", "two"], "a link to the folder itself is the folder"
