@@ -71,6 +71,7 @@ CASES = {
     # It has the vocabulary of bytes, as published. Ten of its steps take as long as a hundred of `small`.
     "seed": Case("seed", (BYTES, "model.solver=exact", SEED, "optim.grad_accum=1", "run.log_every=10")),
     "small": Case("small", beside=True),
+    "small-50257": Case("small", ("model.vocab_size=50257",)),  # GPT-2's own number of tokens
     "small-8192": Case("small", LONG),
     "bytes-1024": Case("small", (BYTES,)),
     "bytes-8192": Case("small", (BYTES, *LONG)),
