@@ -17,6 +17,7 @@ from rich.table import Table
 from cda_cli import strict_json
 
 PLAIN_WIDTH = 100  # columns off a terminal
+LONGEST_VALUE = 10_000  # columns of a table of pairs there
 
 
 def out() -> Console:
@@ -59,13 +60,17 @@ def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[i
 
 
 class Trimmed:
-    """A renderable without the spaces at the ends of its lines, with which rich pads every cell of a table."""
+    """A renderable without the spaces at the ends of its lines, with which rich pads every cell of a table.
 
-    def __init__(self, content: RenderableType) -> None:
-        self.content = content
+    It is laid out for `width` columns, or for those of the console.
+    """
+
+    def __init__(self, content: RenderableType, width: int | None = None) -> None:
+        self.content, self.width = content, width
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in console.render_lines(self.content, options, pad=False):
+        wanted = options.update_width(self.width) if self.width else options
+        for line in console.render_lines(self.content, wanted, pad=False):
             yield from _without_end_spaces(line)
             yield Segment.line()
 
@@ -91,14 +96,15 @@ def table(*columns: str, title: str | None = None) -> Table:
     return made
 
 
-def pairs(rows: Mapping[str, str], title: str | None = None) -> Table:
-    """A table of two columns: names, and their values."""
+def print_pairs(console: Console, rows: Mapping[str, str], title: str | None = None) -> None:
+    """Prints names and their values. Off a terminal a value stays on its line, so that a path can be cut out of it."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in rows.items():
         made.add_row(name, value)
-    return made
+    width = None if console.file.isatty() else LONGEST_VALUE
+    console.print(Trimmed(made, width), soft_wrap=width is not None)
 
 
 def count(number: float) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
-from cda_cli.console.base import memory, out, pairs, plus_minus, print_trimmed, share, table
+from cda_cli.console.base import memory, out, plus_minus, print_pairs, print_trimmed, share, table
 from cda_cli.console.heat_map import heat_map
 from cda_cli.console.run_status import plan_rows
 from cda_cli.console.text import print_sentence
@@ -34,13 +34,13 @@ def show_evaluation(result: Evaluation, restored: Restored, text: TextSide) -> N
         "perplexity": f"{result.perplexity:.4g}",
         "bits per byte": plus_minus(result.bits_per_byte, result.bits_per_byte_error),
     }
-    print_trimmed(out(), pairs(rows))
+    print_pairs(out(), rows)
 
 
 def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple[int, int], weights: Tensor) -> None:
     console, model = out(), restored.config.model
     data = f"{text.description}, {text.split}"
-    print_trimmed(console, pairs({"checkpoint": str(restored.path), "data": data, "tokens": f"{report.tokens:,}"}))
+    print_pairs(console, {"checkpoint": str(restored.path), "data": data, "tokens": f"{report.tokens:,}"})
     described = [_head_columns(head, restored.model.attention_rule.has_budget) for head in report.heads]
     heads = table("layer.head", *described[0])
     for head, columns in zip(report.heads, described, strict=True):
@@ -88,10 +88,13 @@ def _section(title: str, content: RenderableType) -> None:
 def show_doctor(diagnosis: Diagnosis) -> None:
     console = out()
     console.print(Text("Versions", style="bold"))
-    print_trimmed(console, pairs(diagnosis.versions))
-    _section("Devices", pairs({str(number): device for number, device in enumerate(diagnosis.devices)}))
-    _section("Backend of each solver", pairs(diagnosis.backends))
-    _section("Cache of prepared text", pairs(cache_rows(diagnosis.cache)))
+    print_pairs(console, diagnosis.versions)
+    devices = {str(number): device for number, device in enumerate(diagnosis.devices)}
+    backends, cache = diagnosis.backends, cache_rows(diagnosis.cache)
+    for name, rows in (("Devices", devices), ("Backend of each solver", backends), ("Cache of prepared text", cache)):
+        console.print()
+        print_sentence(console, name, style="bold")
+        print_pairs(console, rows)
     checks = table("case", "error", "at most", "")
     for check in diagnosis.checks:
         verdict = Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
@@ -109,7 +112,7 @@ def cache_rows(cache: Cache) -> dict[str, str]:
 def show_forecast(result: DryRun) -> None:
     """Shows what is known before anything is tried, so that it is out before a batch uses up the memory."""
     console = out()
-    print_trimmed(console, pairs({**plan_rows(result.plan), "memory, forecast": forecast_words(result)}))
+    print_pairs(console, {**plan_rows(result.plan), "memory, forecast": forecast_words(result)})
     console.file.flush()
 
 
@@ -125,7 +128,7 @@ def show_dry_run(result: DryRun) -> None:
     else:
         rows["memory, measured"] = f"peak {memory(result.peak)} of this process with one batch, PyTorch itself included"
     console = out()
-    print_trimmed(console, pairs(rows))
+    print_pairs(console, rows)
     console.print("dry run: nothing was written")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from cda_cli.console.base import out, pairs, print_trimmed, table
+from cda_cli.console.base import out, print_pairs, print_trimmed, table
 from cda_cli.console.text import printable
 from cda_cli.plurals import counted
 from cda_cli.settings import SECTIONS, as_written
@@ -102,4 +102,4 @@ def show_presets(presets: Mapping[str, tuple[Config, str, str]]) -> None:
         )
     print_trimmed(console, made)
     console.print()
-    print_trimmed(console, pairs({name: f"{purpose[0].upper()}{purpose[1:]}" for name, (_, _, purpose) in by_size}))
+    print_pairs(console, {name: f"{purpose[0].upper()}{purpose[1:]}" for name, (_, _, purpose) in by_size})

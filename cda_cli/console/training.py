@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from cda_cli.console.base import duration, is_live, out, pairs, print_trimmed, shows_progress
+from cda_cli.console.base import duration, is_live, out, print_pairs, print_trimmed, shows_progress
 from cda_cli.console.layer_table import layer_table, measures
 from cda_cli.console.live_view import NOTICE, LiveView, ResizableLive
 from cda_cli.console.run_status import (
@@ -62,7 +62,7 @@ class TrainingDisplay:
         self._status = RunStatus(plan, plan.first_step)
         for record in history:
             self._status.add(record)
-        print_trimmed(self._console, pairs(plan_rows(plan)))
+        print_pairs(self._console, plan_rows(plan))
         self._console.print()
         if self._is_live:
             self._live = ResizableLive(LiveView(self._status), self._console)
@@ -114,7 +114,7 @@ class TrainingDisplay:
         if status.validation:
             rows["validated on"] = validated_on(status.plan, status.validation)
         console.print()
-        print_trimmed(console, pairs(rows))
+        print_pairs(console, rows)
         console.print()
         # Off a terminal nothing is left out.
         most = max(4, console.height - len(rows) - 8) if self._is_live else None

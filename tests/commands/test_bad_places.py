@@ -24,10 +24,10 @@ def trained(cda: Cda, tiny: Path, tmp_path: Path, *arguments: object) -> Result:
         ("letter.txt", b"x", [], ["too little text", "--data"]),
         ("rows.jsonl", b'{"body": "x"}\n' * 9, [], ["no column 'text'", "--text-column", "body"]),
         ("rows.csv", b"body\nx\n" * 9, ["--text-column", "tex"], ["no column 'tex'", "body"]),
-        ("page.html", b"<p>" * 99, [], ["page.html is of no known kind", ".txt"]),
+        ("page.bin", b"\0<p>" * 99, [], ["page.bin", "text"]),
         ("rows.jsonl", b"{not json}\n", [], ["line 1", "is not JSON", "mend it"]),
         ("packed.txt.gz", b"\x1f\x8b\x08 and no more", [], ["cannot be read", "mend the file"]),
-        (".", None, [], ["is a folder", "glob"]),
+        (".", None, [], ["has no file that holds text", "give --data another folder, or a file"]),
         ("one.txt", b"words " * 99, ["--streaming"], ["single document", "leave out --streaming"]),
     ],
 )

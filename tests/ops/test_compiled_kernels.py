@@ -16,7 +16,14 @@ PROGRAM = Path(__file__).parents[2] / "benchmarks" / "compile_kernels.py"
 # any k. So each kernel is compiled for both architectures, and with a causal mask and without, in half of the time.
 HALF = r"^\w+ (80 (?!.*(not causal, k ≤ 2|, causal, any k))|90 (?!.*(, causal, k ≤ 2|not causal, any k)))"
 ROW = re.compile(r"^\[\d+/\d+\] +(\w+) +(\d+) +(\d+) +(\d+) +(\d+) ", re.MULTILINE)
-WITH_MASK = ("leader_kernel", "follower_kernel", "solve_kernel", "output_kernel", "query_kernel", "key_value_kernel")
+WITH_MASK = (
+    "leader_kernel",
+    "leader_output_kernel",
+    "solve_kernel",
+    "output_kernel",
+    "query_kernel",
+    "key_value_kernel",
+)
 
 
 def compile_kernels(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
