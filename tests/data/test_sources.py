@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import logging
@@ -37,8 +36,9 @@ def write_json(path: Path, column: str = "text") -> None:
 
 
 def write_csv(path: Path, column: str = "text") -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["n", column], *([1, row] for row in ROWS)])
+    """By hand, as the writer of Python 3.10 refuses a NUL."""
+    quoted = (row.replace('"', '""') for row in ROWS)
+    path.write_bytes("".join([f"n,{column}\r\n", *(f'1,"{row}"\r\n' for row in quoted)]).encode())
 
 
 def write_parquet(path: Path, column: str = "text") -> None:
