@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -76,9 +78,10 @@ def diagnose() -> Diagnosis:
 def _cache() -> Cache:
     """Counts the files that are there: another process may write or remove some meanwhile."""
     folder, size = cache_folder(), 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            size += path.lstat().st_size if path.is_file() else 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(OSError):
+                size += Path(place, name).lstat().st_size
     return Cache(str(folder), size)
 
 

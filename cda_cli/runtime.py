@@ -105,7 +105,8 @@ def start_compile_workers() -> None:
     """Starts the processes in which Inductor compiles kernels for a GPU, with the signals of a stop blocked.
 
     `timeout`, systemd, batch systems and terminals signal all processes of a job. A run answers once its step is done,
-    but Inductor waits for ever for a worker that was killed. The workers end with the run in any case.
+    but Inductor waits for ever for a worker that was killed. The workers end with the run. A run that fails while they
+    compile waits for what they have in hand.
     """
     stops = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # A new process inherits the mask.

@@ -102,8 +102,6 @@ bits per byte are counted.
 from pathlib import Path
 
 from cda_cli.runs.folder import Run
-from cda_cli.config import preset_purpose, preset_values
-from cda_cli.console.settings import default_words
 from cda_cli.runs.records import ValidationRecord
 
 for record in Run(Path("runs/tiny")).metrics():

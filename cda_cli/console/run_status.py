@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class RunStatus:
             case ValidationRecord():
                 self.validation = record
                 self.validation_losses.append(record.loss)
-                if self.best is None or record.loss < self.best.loss:
+                if math.isfinite(record.loss) and (self.best is None or record.loss < self.best.loss):
                     self.best = record
 
     def advance(self, step: int, seconds_left: float | None) -> None:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from cda_cli.errors import StorageError
 
 LOCK = ".lock"
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
+# `is_held` takes the lock for an instant, which must refuse no writer.
+TRIES, SECONDS_BETWEEN = 10, 0.02
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -47,7 +50,7 @@ def is_held(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        # The file of a writer that has not locked it yet is empty. Trying its lock would refuse that writer.
+        # An empty file is that of a writer that has not locked it yet.
         if os.read(descriptor, 1):
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
@@ -85,9 +88,22 @@ def _lock(file: Path, warn: Callable[[str], object]) -> int:
         os.close(descriptor)
 
 
+def _lock_within(descriptor: int, tries: int) -> None:
+    """Raises OSError if another process still holds the lock at the last of so many tries."""
+    for left in reversed(range(tries)):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if not left or error.errno not in _TAKEN:
+                raise
+            time.sleep(SECONDS_BETWEEN)
+        else:
+            return
+
+
 def _take(file: Path, descriptor: int, warn: Callable[[str], object]) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_within(descriptor, TRIES)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             warn(f"{file.parent} is on a file system without locks; start no second run in it")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cda_cli.storage import LOCK, is_held, only_writer
 
 HOLDER = """
 import sys
+import threading
 from pathlib import Path
 from cda_cli.storage import only_writer
 with only_writer(Path(sys.argv[1]), print):
@@ -57,6 +59,16 @@ def test_a_look_at_a_folder_tells_whether_it_is_held_and_changes_nothing(tmp_pat
     (tmp_path / LOCK).unlink()
     (tmp_path / LOCK).symlink_to(tmp_path / "elsewhere")
     assert not is_held(tmp_path)
+
+
+def test_a_look_at_what_a_kill_has_left_refuses_no_writer(tmp_path: Path) -> None:
+    """A look takes the lock for an instant, if the file names a process."""
+    (tmp_path / LOCK).write_text("123\n")
+    look = os.open(tmp_path / LOCK, os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH)
+    threading.Timer(0.05, os.close, [look]).start()
+    with only_writer(tmp_path, pytest.fail):
+        assert is_held(tmp_path)
 
 
 def test_a_second_writer_is_told_who_holds_it_and_a_kill_frees_it(tmp_path: Path) -> None:
