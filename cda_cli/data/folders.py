@@ -12,21 +12,27 @@ from cda_cli.data.documents import DataFile
 from cda_cli.data.files import NotTextError, brief, check_is_text
 from cda_cli.data.row_readers import has_column, kind_by_name
 from cda_cli.errors import DataError
+from cda_cli.plurals import counted
+from cda_cli.storage import LOCK
 
 SPLITS_FILE = "dataset_dict.json"
 DATASET_FILES = ("dataset_info.json", "state.json")
+# A run has the first file, and at least one of the others.
+RUN_FILES = ("config.yaml", ("checkpoints", "metrics.jsonl", LOCK))
 
 
 class FolderFiles:
     """The files of text in `folder` and below it, sorted by their path, and what was left out.
 
     A file of unknown ending is left out unless its beginning is text in `encoding`, a table if it lacks `column`. A
-    link to a folder is followed, but each folder is read once, so a loop of links ends. Raises OSError, and DataError
-    for a file that its ending calls text and that cannot be read.
+    link to a folder is followed, but each folder is read once, so a loop of links ends. The folder of a run below `folder`
+    is left out, so that the text stays the same while a run writes there. Raises OSError, and DataError for a file that
+    its ending calls text and that cannot be read.
     """
 
     def __init__(self, folder: Path, column: str, encoding: str) -> None:
         self._left_out: Counter[str] = Counter()
+        self._runs = 0
         self.files: list[DataFile] = []
         for path in sorted(self._paths(folder), key=lambda path: path.relative_to(folder).as_posix()):
             kind = kind_by_name(path.name) or self._kind_by_content(path, encoding)
@@ -38,7 +44,8 @@ class FolderFiles:
     @property
     def left_out(self) -> str:
         """What was left out, in words; "" if nothing was."""
-        return ", ".join(f"{count} {what}" for what, count in sorted(self._left_out.items()))
+        words = [f"{count} {what}" for what, count in sorted(self._left_out.items())]
+        return ", ".join([*words, counted(self._runs, "run")] if self._runs else words)
 
     def _paths(self, folder: Path) -> Iterator[Path]:
         seen: set[tuple[int, int]] = set()
@@ -50,6 +57,9 @@ class FolderFiles:
                 self._left_out["linked again"] += 1
                 continue
             seen.add((status.st_dev, status.st_ino))
+            if here != folder and _is_run(here):
+                self._runs += 1
+                continue
             for path in sorted(here.iterdir(), reverse=True):
                 if path.name.startswith("."):
                     self._left_out["hidden"] += 1
@@ -66,6 +76,11 @@ class FolderFiles:
         except NotTextError:
             return None
         return "text"
+
+
+def _is_run(folder: Path) -> bool:
+    configuration, others = RUN_FILES
+    return (folder / configuration).exists() and any((folder / name).exists() for name in others)
 
 
 def saved_splits(folder: Path) -> dict[str, list[DataFile]] | None:

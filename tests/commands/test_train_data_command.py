@@ -118,3 +118,18 @@ def test_a_folder_resumes_by_its_text(cda: Cda, tiny: Path, tmp_path: Path) -> N
     (tmp_path / "elsewhere" / "deep" / "00.py").write_text("another text")
     other = cda(*run, "--steps", 4, "--data", tmp_path / "elsewhere")
     assert (other.code, "is not what" in other.err) == (2, True)
+
+
+def test_a_run_below_its_data_is_no_part_of_the_text(cda: Cda, tiny: Path, tmp_path: Path) -> None:
+    """What the run writes would be read as text, and the run could not go on."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number, part in enumerate(real_text().split("\n\n")[:40]):
+        (folder / f"{number:02}.py").write_text(part)
+    run = ("train", "--config", tiny, "--data", folder, "--out", folder / "runs" / "tiny")
+    for steps in (1, 2):
+        result = cda(*run, "--steps", steps)
+        assert result.code == 0, result.err
+        assert "40 files" in result.out
+    assert "left out: 1 run" in result.out
+    assert cda("eval", folder / "runs" / "tiny").code == 0

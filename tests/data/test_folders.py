@@ -80,6 +80,18 @@ def test_a_loop_of_links_ends(folder: Path) -> None:
     assert documents(link) == ["one", "two"], "a link to the folder itself is the folder"
 
 
+@pytest.mark.parametrize("other", ["checkpoints", "metrics.jsonl", ".lock"])
+def test_only_the_folder_of_a_run_is_left_out(folder: Path, other: str) -> None:
+    for name in ("run", "project"):
+        (folder / name).mkdir()
+        (folder / name / "config.yaml").write_text(name)
+        (folder / name / "notes.md").write_text("notes of the " + name)
+    (folder / "run" / other).write_text("{}")
+    assert documents(folder) == ["project", "notes of the project"]
+    assert description(folder) == f"{folder}, 2 files; left out: 1 run"
+    assert "notes of the run" in documents(folder / "run"), "a run that --data names itself is read"
+
+
 def test_a_file_that_is_text_by_its_ending_is_never_left_out(folder: Path) -> None:
     """Dropping it would train on less than was given."""
     (folder / "a.txt").write_text("text")
