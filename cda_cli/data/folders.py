@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cda_cli.data.documents import DataFile
 from cda_cli.data.files import NotTextError, brief, check_is_text
-from cda_cli.data.row_readers import has_column, kind_by_name
+from cda_cli.data.row_readers import NoColumnError, NoTableError, kind_by_name, probe
 from cda_cli.errors import DataError
 from cda_cli.plurals import counted
 from cda_cli.storage import LOCK
@@ -24,10 +24,10 @@ RUN_FILES = ("config.yaml", ("checkpoints", "metrics.jsonl", LOCK))
 class FolderFiles:
     """The files of text in `folder` and below it, sorted by their path, and what was left out.
 
-    A file of unknown ending is left out unless its beginning is text in `encoding`, a table if it lacks `column`. A
-    link to a folder is followed, but each folder is read once, so a loop of links ends. The folder of a run below `folder`
-    is left out, so that the text stays the same while a run writes there. Raises OSError, and DataError for a file that
-    its ending calls text and that cannot be read.
+    A file of unknown ending is left out unless its beginning is text in `encoding`, a table if it lacks `column`
+    or its beginning is not a table of text. A link to a folder is followed, but each folder is read once, so a loop of
+    links ends. The folder of a run below `folder` is left out, so that the text stays the same while a run writes
+    there. Raises OSError, and DataError for a file that its ending calls text or a table and that cannot be read.
     """
 
     def __init__(self, folder: Path, column: str, encoding: str) -> None:
@@ -36,10 +36,16 @@ class FolderFiles:
         self.files: list[DataFile] = []
         for path in sorted(self._paths(folder), key=lambda path: path.relative_to(folder).as_posix()):
             kind = kind_by_name(path.name) or self._kind_by_content(path, encoding)
-            if kind and has_column(path, kind, column, encoding):
+            if kind is None:
+                self._left_out["binary"] += 1
+                continue
+            try:
+                probe(path, kind, column, encoding)
                 self.files.append(DataFile(path, kind))
-            else:
-                self._left_out[f"without a column {column!r}" if kind else "binary"] += 1
+            except NoColumnError:
+                self._left_out[f"without a column {column!r}"] += 1
+            except NoTableError:
+                self._left_out["not a table of text"] += 1
 
     @property
     def left_out(self) -> str:

@@ -33,6 +33,10 @@ _SPACES = re.compile(r"[ \t\n\r]*")
 _json = json.JSONDecoder(parse_int=float)
 
 
+class NoTableError(DataError):
+    """The content of a file is not a table of text, whatever its name says."""
+
+
 class NoColumnError(DataError):
     """A table has no column of the name that was asked for."""
 
@@ -90,7 +94,7 @@ def read_csv(path: Path, column: str, encoding: str, start: int) -> Rows:
                 if number > start:
                     yield number, _restore_nul(record[place]) if place < len(record) else None
         except csv.Error as error:
-            raise DataError(
+            raise NoTableError(
                 f"line {reader.line_num} of {path} is not CSV ({brief(error)}); mend it, or leave the file out"
             ) from error
 
@@ -166,18 +170,15 @@ def kind_by_name(name: str) -> str | None:
     return KINDS.get(ending)
 
 
-def has_column(path: Path, kind: str, column: str, encoding: str) -> bool:
-    """Whether a file is text, or a table whose first PROBED_ROWS rows do not show that it lacks `column`.
+def probe(path: Path, kind: str, column: str, encoding: str) -> None:
+    """Reads a table up to its first text, or PROBED_ROWS rows of it; a file of text is not read.
 
-    Raises DataError if they cannot be read.
+    Raises NoTableError, NoColumnError if the table lacks `column`, which a table of JSON shows at its end only, and
+    DataError if it cannot be read.
     """
-    try:
-        for _, text in islice(READERS[kind](path, column, encoding, 0), PROBED_ROWS if kind != "text" else 0):
-            if text is not None:
-                return True
-    except NoColumnError:
-        return False
-    return True
+    for _, text in islice(READERS[kind](path, column, encoding, 0), PROBED_ROWS if kind != "text" else 0):
+        if text is not None:
+            return
 
 
 class _Column:
@@ -192,7 +193,7 @@ class _Column:
         if isinstance(row, str):
             row = {"text": row}
         if not isinstance(row, dict):
-            raise DataError(f"{place} of {self._path} is {_json_type(row)}, not an object; mend it, or leave it out")
+            raise NoTableError(f"{place} of {self._path} is {_json_type(row)}, not an object; mend it, or leave it out")
         if not self._seen:
             self._seen = self._column in row
             self._names.update(dict.fromkeys(row))
@@ -261,7 +262,7 @@ class _JsonText:
                 if not self._read_on():
                     raise fault from error
 
-    def fault(self, message: str, at: int | None = None) -> DataError:
+    def fault(self, message: str, at: int | None = None) -> NoTableError:
         line = self._line + self._text.count("\n", 0, self._at if at is None else at)
         return _not_json(self._path, line, message)
 
@@ -303,12 +304,12 @@ def _fault_of(error: ValueError | RecursionError) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else brief(error)
 
 
-def _not_json(path: Path, line: int, message: str) -> DataError:
-    return DataError(f"line {line} of {path} is not JSON ({message}); mend it, or leave the file out")
+def _not_json(path: Path, line: int, message: str) -> NoTableError:
+    return NoTableError(f"line {line} of {path} is not JSON ({message}); mend it, or leave the file out")
 
 
-def _not_text(path: Path, column: str, held: str, place: str = "") -> DataError:
-    return DataError(f"the column {column!r} of {path} holds {held}{place}, not text; choose another --text-column")
+def _not_text(path: Path, column: str, held: str, place: str = "") -> NoTableError:
+    return NoTableError(f"the column {column!r} of {path} holds {held}{place}, not text; choose another --text-column")
 
 
 def _no_column(path: Path, column: str, names: list[str]) -> NoColumnError:

@@ -101,10 +101,30 @@ def test_a_file_that_is_text_by_its_ending_is_never_left_out(folder: Path) -> No
     assert documents(folder, encoding="latin-1") == ["text", "café"]
 
 
-def test_a_damaged_table_of_a_folder_is_one_sentence(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.json", "[1, 2, 3]"),
+        ("tsconfig.json", '{\n  // the target\n  "target": "es2022"\n}\n'),
+        ("number.json", '{"text": 3}'),
+        ("lines.jsonl", "no JSON\n"),
+        ("quotes.csv", '"text" a\nrow\n'),
+    ],
+)
+def test_a_file_that_is_no_table_does_not_spoil_its_folder(folder: Path, name: str, content: str) -> None:
     (folder / "a.txt").write_text("text")
-    (folder / "b.jsonl").write_text('{"text": \n')
-    with pytest.raises(DataError, match=r"^line 1 of .*b\.jsonl is not JSON"):
+    (folder / name).write_text(content)
+    assert documents(folder) == ["text"]
+    assert description(folder) == f"{folder}, 1 file; left out: 1 not a table of text"
+    with pytest.raises(DataError, match=rf"{name} "):
+        documents(folder / name)
+
+
+def test_a_damaged_table_of_a_folder_is_one_sentence(folder: Path) -> None:
+    """Its text before the damage shows that it is meant as one."""
+    (folder / "a.txt").write_text("text")
+    (folder / "b.jsonl").write_text('{"text": "row"}\n{"text": \n')
+    with pytest.raises(DataError, match=r"^line 2 of .*b\.jsonl is not JSON"):
         documents(folder)
 
 
