@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from cda_cli.data.cache import Preparation
@@ -58,6 +58,10 @@ class Address(NamedTuple):
 
 def is_address(source: str) -> bool:
     return source.lower().startswith(SCHEMES)
+
+
+def _is_encrypted(url: str) -> bool:
+    return url.lower().startswith("https://")
 
 
 def downloaded(source: str, preparation: Preparation) -> Path:
@@ -111,11 +115,32 @@ def _download(folder: Path, address: Address, preparation: Preparation) -> None:
     (folder / META_FILE).write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect to one of SCHEMES, but not from https to http."""
+
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # which Python 3.10 lacks
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        if not is_address(newurl) or (_is_encrypted(req.full_url) and not _is_encrypted(newurl)):
+            fp.close()
+            raise ValueError(f"the server redirects to {newurl}, which is not allowed")
+        # Python 3.10 refuses 308, which means the same as 307 here.
+        return super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
+
+
 @contextmanager
 def _response(address: Address) -> Iterator[http.client.HTTPResponse]:
     request = urllib.request.Request(address.url, headers={"User-Agent": "cda-cli"})
     with _explained(address):
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+        response = urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT_SECONDS)
     with response:
         ending = PurePosixPath(address.name).suffix.lower()
         promises_no_page = ending in PACKED or (kind_by_name(address.name) and ending != ".html")

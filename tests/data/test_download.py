@@ -6,6 +6,8 @@ import gzip
 import http.server
 import json
 import socket
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from hashlib import sha256
@@ -38,6 +40,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if name == "moved.txt":
             self.send_response(302)
             self.send_header("Location", "/a.txt")
+            self.end_headers()
+        elif name in ("301.txt", "307.txt", "308.txt"):  # leads to what stands behind the question mark
+            self.send_response(int(name[:3]))
+            self.send_header("Location", self.path.partition("?")[2])
             self.end_headers()
         elif name == "silent.txt":
             self.server.released.wait(30)  # type: ignore[attr-defined]
@@ -92,6 +98,26 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.fixture
+def encrypted_site(site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server with TLS that has the `files` of Handler too."""
+    pem = tmp_path / "server.pem"
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", pem)
+    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-out", tmp_path / "certificate.pem")
+    subprocess.run(["openssl", "req", "-x509", "-days", "2", *key, *names], check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate.pem", pem)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"https://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
 def documents(source: str, **settings: object) -> list[str]:
     return list(open_source(DataConfig(source=source, **settings)).training)
 
@@ -104,6 +130,25 @@ def test_a_text_is_downloaded_once(prepared: Prepare, site: str, name: str) -> N
     asked = len(Handler.asked)
     assert prepared(f"{site}/{name}").from_cache
     assert len(Handler.asked) == asked, "it was downloaded again"
+
+
+@pytest.mark.parametrize("code", [301, 307, 308])
+def test_a_redirect_is_followed(site: str, code: int) -> None:
+    assert documents(f"{site}/{code}.txt?{site}/a.txt") == [TEXT.decode()]
+
+
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1/a.txt", "file:///etc/hostname", "mailto:a"])
+def test_a_redirect_to_another_protocol_is_one_sentence(site: str, cache: Path, target: str) -> None:
+    with pytest.raises(DataError, match=rf"cannot be downloaded \([^\n]*{target}[^\n]*\); check the address[^\n]*$"):
+        documents(f"{site}/301.txt?{target}")
+    assert not list(cache.glob("downloads/*"))
+
+
+def test_a_redirect_does_not_give_up_encryption(site: str, encrypted_site: str) -> None:
+    assert documents(f"{encrypted_site}/301.txt?/a.txt") == [TEXT.decode()]
+    assert documents(f"{site}/301.txt?{encrypted_site}/a.txt") == [TEXT.decode()]
+    with pytest.raises(DataError, match=rf"cannot be downloaded \(the server redirects to {site}/a\.txt, which is not"):
+        documents(f"{encrypted_site}/301.txt?{site}/a.txt")
 
 
 @pytest.mark.parametrize("codec", PACK)
