@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http
 import http.client
 import json
 import re
@@ -51,9 +52,9 @@ class Address(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A name for the local file, which ends as the address does."""
+        """A name for the local file, in ASCII, as a file system counts bytes; it ends as the address does."""
         last = unquote(PurePosixPath(urlsplit(self.url).path).name)
-        return re.sub(r"[^\w.-]", "_", last)[-NAME_CHARACTERS:].lstrip(".") or "download"
+        return re.sub(r"[^\w.-]", "_", last, flags=re.ASCII)[-NAME_CHARACTERS:].lstrip(".") or "download"
 
 
 def is_address(source: str) -> bool:
@@ -86,7 +87,7 @@ def _find(folder: Path, address: Address) -> Path | None:
     path = folder / address.name
     try:
         meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-        whole = path.stat().st_size == meta["bytes"] and address.checksum in (None, meta["sha256"])
+        whole = 0 < path.stat().st_size == meta["bytes"] and address.checksum in (None, meta["sha256"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return path if whole else None
@@ -106,6 +107,8 @@ def _download(folder: Path, address: Address, preparation: Preparation) -> None:
                 preparation.check()
     if expected is not None and size != expected:
         raise DataError(f"{address.url} broke off after {size:,} of {expected:,} bytes; run again to download it anew")
+    if not size:
+        raise DataError(f"{address.url} is empty; give the address of a file that holds text")
     if address.checksum not in (None, found.hexdigest()):
         raise DataError(
             f"{address.url} has the SHA-256 {found.hexdigest()}, not {address.checksum}; mend the checksum after #, or "
@@ -142,6 +145,11 @@ def _response(address: Address) -> Iterator[http.client.HTTPResponse]:
     with _explained(address):
         response = urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT_SECONDS)
     with response:
+        if response.status != http.HTTPStatus.OK:  # such as a part of the file, 206
+            raise DataError(
+                f"{address.url} cannot be downloaded (the server answers {response.status} {response.reason}); check "
+                "the address"
+            )
         ending = PurePosixPath(address.name).suffix.lower()
         promises_no_page = ending in PACKED or (kind_by_name(address.name) and ending != ".html")
         if promises_no_page and response.headers.get_content_type() == "text/html":

@@ -14,6 +14,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import quote
 
 import pytest
 
@@ -49,6 +50,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.released.wait(30)  # type: ignore[attr-defined]
         elif name == "nonsense.txt":
             self.wfile.write(b"no HTTP\r\n")
+        elif name == "part.txt":
+            self.send_response(206)
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            self.wfile.write(TEXT[:4])
         elif name == "page.jsonl":
             self._answer(b"<html>log in</html>", "text/html; charset=utf-8")
         elif name in ("cut.txt", "chunked-cut.txt"):
@@ -189,7 +195,8 @@ def test_a_damaged_copy_is_downloaded_again(site: str, cache: Path) -> None:
         ("naïve.txt", r"is no address of a file; "),
         ("picture.png", r"picture\.png is binary, not text \(byte 8 is NUL\); give --data text, or leave it out$"),
         ("cut.zst", r"cut\.zst cannot be read \(.*\); mend the file, or leave it out$"),
-        ("empty.txt", r"empty\.txt holds no text; give --data something to train on$"),
+        ("part.txt", r"cannot be downloaded \(the server answers 206 Partial Content\); check the address$"),
+        ("empty.txt", r"empty\.txt is empty; give the address of a file that holds text$"),
     ],
 )
 def test_faults_are_one_sentence_and_leave_no_part(
@@ -204,7 +211,7 @@ def test_faults_are_one_sentence_and_leave_no_part(
         prepared(f"{site}/{name}")
     assert "\n" not in str(caught.value)
     whole = [path.name for path in cache.glob("downloads/*/[!.]*")]
-    assert whole == ([name] if name in Handler.files else [])
+    assert whole == ([name] if Handler.files.get(name) else [])
     assert not list(cache.rglob(".tmp-*"))
 
 
@@ -258,6 +265,13 @@ def test_a_download_is_the_same_text_as_the_file_and_streams_from_any_position(s
             assert batch.inputs.equal(through[at + 1][0].inputs)
             assert state == through[at + 1][1]
     assert Handler.asked == ["/rows.jsonl"]
+
+
+def test_a_long_name_that_is_not_ascii_is_kept_short(site: str) -> None:
+    """A file system counts 255 bytes, and not characters."""
+    name = quote("本" * 95 + ".txt")
+    Handler.files[name] = TEXT
+    assert documents(f"{site}/{name}") == [TEXT.decode()]
 
 
 def test_an_address_is_no_path(site: str) -> None:
