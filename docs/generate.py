@@ -58,11 +58,16 @@ thousand, for whole numbers too; switches are `true` and `false`. `null` takes a
 CACHE = """\
 ## The cache
 
-A cache keeps what is prepared from a text, its tokens above all, so that the next run on the same text begins at once.
-It is the folder `cda` in `$XDG_CACHE_HOME`, or in `~/.cache` where that is not set; `CDA_CACHE` names another folder.
-`cda doctor` shows which folder it is and how much it holds. To empty it, remove the folder while no run is preparing
-its text: the next run prepares what is missing. `--streaming` puts no tokens there. Hugging Face keeps its datasets
-and tokenizers in a cache of its own, which `HF_HOME` moves."""
+A cache keeps what is prepared from a text, so that the next run on the same text begins at once: tokens, trained
+tokenizers and downloads. It is the folder that `CDA_CACHE` names, else `cda` in `$XDG_CACHE_HOME`, else `~/.cache/cda`.
+`cda doctor` shows which folder it is and how much it holds. Each entry is written whole and found by its content
+([training.md](training.md#the-text-of-a-run)), a download by its address. If a run has several processes, the first
+one fills the cache and the others wait.
+
+To empty the cache, remove the folder: `cda` makes again what it needs. Two kinds of run need it meanwhile and may end
+with an error: one that is preparing its text, and one with `--streaming` from an address, which opens its download anew
+in each epoch. `--streaming` puts no tokens into the cache. Hugging Face keeps its datasets and tokenizers in a cache of
+its own, which `HF_HOME` moves."""
 
 
 def configuration() -> str:
