@@ -26,6 +26,7 @@ from cda_cli.data.folders import FolderFiles, saved_splits
 from cda_cli.data.hub import load_hub_dataset
 from cda_cli.data.row_readers import kind_by_name
 from cda_cli.errors import DataError
+from cda_cli.plurals import counted
 
 STDLIB = "stdlib"
 HUB_PREFIX = "hf:"
@@ -103,7 +104,7 @@ def _stdlib(config: DataConfig) -> Source:
         raise DataError("this Python comes without the source of its standard library; give --data a text file")
     version = ".".join(map(str, sys.version_info[:3]))
     files = [DataFile(path, "text") for path in paths]
-    return _of_files(files, config, f"the standard library of Python {version}, {len(paths)} files", UTF8)
+    return _of_files(files, config, f"the standard library of Python {version}, {counted(len(paths), 'file')}", UTF8)
 
 
 def _python_files(root: Path) -> Iterator[Path]:
@@ -126,7 +127,7 @@ def _local(config: DataConfig, preparation: Preparation) -> Source:
         files = [DataFile(path, _kind(path, encoding)) for path in paths]
         if not files:
             raise DataError(f"{source} is empty; give --data a file that holds text")
-        description = str(paths[0]) if len(paths) == 1 else f"{source}, {len(paths)} files"
+        description = str(paths[0]) if len(paths) == 1 else f"{source}, {counted(len(paths), 'file')}"
         return _of_files(files, config, description, encoding)
     except OSError as error:
         name = error.filename or source
@@ -141,8 +142,8 @@ def _folder(folder: Path, config: DataConfig) -> Source:
     left_out = f"; left out: {found.left_out}" if found.left_out else ""
     if not found.files:
         raise DataError(f"{config.source} has no file that holds text{left_out}; give --data another folder, or a file")
-    count = "1 file" if len(found.files) == 1 else f"{len(found.files)} files"
-    return _of_files(found.files, config, f"{config.source}, {count}{left_out}", config.encoding)
+    description = f"{config.source}, {counted(len(found.files), 'file')}{left_out}"
+    return _of_files(found.files, config, description, config.encoding)
 
 
 def _saved_dataset(splits: dict[str, list[DataFile]], config: DataConfig) -> Source:
