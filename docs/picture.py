@@ -33,8 +33,8 @@ TOKENS = 19
 WEB_FONTS = re.compile(r"@font-face \{\{.*?\}\}\s*", re.DOTALL)  # a page would fetch them from a third party
 
 
-def sharpest_head(run: str) -> Group:
-    """The map of the head with the smallest effective support, under its name."""
+def sharpest_head(run: str) -> tuple[Group, Text]:
+    """The map of the head with the smallest effective support, under its name; and the meaning of its shades."""
     restored = restore(Path(run), torch.device("cpu"))
     with StopRequest() as stop:
         side = open_side(restored, None, None, stop, show_progress=False)
@@ -49,7 +49,7 @@ def sharpest_head(run: str) -> Group:
     attention = restored.config.model.attention
     name = f"{attention}, k = {head.sparsity_k:.2f}" if attention != "softmax" else attention
     title = Text(f"{name}: layer {head.layer}, head {head.head}", style="bold")
-    return Group(title, Text("\n").join(list(drawn)[:-1]))
+    return Group(title, Text("\n").join(list(drawn)[:-1])), drawn[-1]
 
 
 def main(capture: str, *runs: str) -> None:
@@ -58,10 +58,15 @@ def main(capture: str, *runs: str) -> None:
     view = Text("\n").join(screen[header:])  # What stands above the live view has scrolled by.
     view.rstrip()
     maps = Table.grid(padding=(0, 2))
-    maps.add_row(*(sharpest_head(run) for run in runs))
+    drawn, shades = zip(*map(sharpest_head, runs), strict=True)
+    maps.add_row(*drawn)
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
-    console.print(Group(view, "", maps))
-    console.save_svg(str(PICTURE), title="cda train", code_format=WEB_FONTS.sub("", CONSOLE_SVG_FORMAT))
+    console.print(Group(view, "", maps, "", shades[0]))
+    console.save_svg(
+        str(PICTURE),
+        title="cda train, and below it a head of each model",
+        code_format=WEB_FONTS.sub("", CONSOLE_SVG_FORMAT),
+    )
 
 
 if __name__ == "__main__":

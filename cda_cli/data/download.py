@@ -23,6 +23,7 @@ from cda_cli.errors import DataError
 
 SCHEMES = ("http://", "https://")
 TIMEOUT_SECONDS = 60.0  # for a connection, and for each part that is read
+PAGES = (".html", ".htm")  # Whoever names one of these wants the page.
 READ_BYTES = 1 << 18
 NAME_CHARACTERS = 100
 META_FILE = ".download.json"  # no name of a download begins with a dot
@@ -151,9 +152,9 @@ def _response(address: Address) -> Iterator[http.client.HTTPResponse]:
                 "the address"
             )
         ending = PurePosixPath(address.name).suffix.lower()
-        promises_no_page = ending in PACKED or (kind_by_name(address.name) and ending != ".html")
-        if promises_no_page and response.headers.get_content_type() == "text/html":
-            raise DataError(f"{address.url} gives a web page and no {ending}; give the address of the file itself")
+        if ending not in PAGES and response.headers.get_content_type() == "text/html":
+            wanted = ending if ending in PACKED or kind_by_name(address.name) else "text"
+            raise DataError(f"{address.url} gives a web page and no {wanted}; give the address of the file itself")
         yield response
 
 

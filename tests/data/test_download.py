@@ -55,7 +55,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "4")
             self.end_headers()
             self.wfile.write(TEXT[:4])
-        elif name == "page.jsonl":
+        elif name in ("page.jsonl", "login"):
             self._answer(b"<html>log in</html>", "text/html; charset=utf-8")
         elif name in ("cut.txt", "chunked-cut.txt"):
             self.protocol_version = "HTTP/1.1"
@@ -190,6 +190,7 @@ def test_a_damaged_copy_is_downloaded_again(site: str, cache: Path) -> None:
         ("chunked-cut.txt", r"cannot be downloaded \(IncompleteRead.*\); check the address and the network, or give"),
         ("nonsense.txt", r"cannot be downloaded \(.*\); check the address and the network, or give --data a local"),
         ("page.jsonl", r"gives a web page and no \.jsonl; give the address of the file itself$"),
+        ("login", r"gives a web page and no text; give the address of the file itself$"),
         ("a.txt#section", r"ends in #section; write #sha256= and 64 hexadecimal digits, or leave it out$"),
         ("a b.txt", r"is no address of a file; write --data https://HOST/PATH, percent-encoded$"),
         ("naïve.txt", r"is no address of a file; "),
