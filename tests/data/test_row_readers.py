@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from cda_cli.config import DataConfig
 from cda_cli.data import open_source
 from cda_cli.data import row_readers as rows_module
 from cda_cli.errors import DataError
+from tests.data.samples import as_csv
 
 LOOKS_LIKE_ANOTHER_TYPE = [
     "2024-05-02T10:30:00Z", "2024-01-01", "10:30", "NA", "null", "None", "nan", "true", "007", "1e3", "1,5", "0x10",
@@ -195,9 +195,7 @@ def test_any_rows_come_back_from_any_place(
     folder = tmp_path_factory.mktemp("rows")
     (folder / "a.json").write_bytes(json.dumps([{"text": r} for r in rows], indent=indent, ensure_ascii=False).encode())
     (folder / "a.jsonl").write_bytes(b"".join(json.dumps({"text": row}).encode() + b"\n" for row in rows))
-    file = io.StringIO(newline="")
-    csv.writer(file).writerows([["text", "n"], *([row, 1] for row in rows)])
-    (folder / "a.csv").write_bytes(file.getvalue().encode())
+    (folder / "a.csv").write_bytes(as_csv([["text", "n"], *([row, 1] for row in rows)]))
     kept = [row for row in rows if row]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows_module, "JSON_CHARACTERS", part)

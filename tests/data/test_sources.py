@@ -15,7 +15,7 @@ import pytest
 from cda_cli.config import DataConfig
 from cda_cli.data import Corpus, open_source
 from cda_cli.errors import DataError
-from tests.data.samples import LETTERS, UNICODE, Prepare
+from tests.data.samples import LETTERS, UNICODE, Prepare, as_csv
 
 ROWS = [*LETTERS, UNICODE, "NA", "007", "2024-01-01", "null"]
 
@@ -36,9 +36,7 @@ def write_json(path: Path, column: str = "text") -> None:
 
 
 def write_csv(path: Path, column: str = "text") -> None:
-    """By hand, as the writer of Python 3.10 refuses a NUL."""
-    quoted = (row.replace('"', '""') for row in ROWS)
-    path.write_bytes("".join([f"n,{column}\r\n", *(f'1,"{row}"\r\n' for row in quoted)]).encode())
+    path.write_bytes(as_csv([["n", column], *([1, row] for row in ROWS)]))
 
 
 def write_parquet(path: Path, column: str = "text") -> None:
