@@ -37,7 +37,8 @@ def complete_checkpoint(incomplete: str) -> list[str]:
     """The runs that the path leads to, and the checkpoints of the run that it is in."""
     from cda_cli.errors import CdaError
     from cda_cli.runs.folder import Run
-    from cda_cli.runs.summary import CHECKPOINTS, find_runs
+    from cda_cli.runs.summary import find_runs
+    from cda_cli.storage import CHECKPOINTS
 
     typed = Path(incomplete)
     folder = typed if incomplete.endswith("/") else typed.parent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from cda_cli.console.base import memory, out, plus_minus, print_pairs, print_trimmed, share, table
@@ -80,9 +80,13 @@ def _head_columns(head: HeadReport, has_budget: bool) -> dict[str, str]:
 
 def _section(title: str, content: RenderableType) -> None:
     console = out()
+    _heading(console, title)
+    print_trimmed(console, content)
+
+
+def _heading(console: Console, title: str) -> None:
     console.print()
     print_sentence(console, title, style="bold")
-    print_trimmed(console, content)
 
 
 def show_doctor(diagnosis: Diagnosis) -> None:
@@ -91,9 +95,8 @@ def show_doctor(diagnosis: Diagnosis) -> None:
     print_pairs(console, diagnosis.versions)
     devices = {str(number): device for number, device in enumerate(diagnosis.devices)}
     backends, cache = diagnosis.backends, cache_rows(diagnosis.cache)
-    for name, rows in (("Devices", devices), ("Backend of each solver", backends), ("Cache of prepared text", cache)):
-        console.print()
-        print_sentence(console, name, style="bold")
+    for title, rows in (("Devices", devices), ("Backend of each solver", backends), ("Cache of prepared text", cache)):
+        _heading(console, title)
         print_pairs(console, rows)
     checks = table("case", "error", "at most", "")
     for check in diagnosis.checks:

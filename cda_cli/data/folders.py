@@ -13,12 +13,10 @@ from cda_cli.data.files import NotTextError, brief, check_is_text
 from cda_cli.data.row_readers import NoColumnError, NoTableError, kind_by_name, probe
 from cda_cli.errors import DataError
 from cda_cli.plurals import counted
-from cda_cli.storage import LOCK
+from cda_cli.storage import holds_run
 
 SPLITS_FILE = "dataset_dict.json"
 DATASET_FILES = ("dataset_info.json", "state.json")
-# A run has the first file, and at least one of the others.
-RUN_FILES = ("config.yaml", ("checkpoints", "metrics.jsonl", LOCK))
 
 
 class FolderFiles:
@@ -63,10 +61,11 @@ class FolderFiles:
                 self._left_out["linked again"] += 1
                 continue
             seen.add((status.st_dev, status.st_ino))
-            if here != folder and _is_run(here):
+            entries = sorted(here.iterdir(), reverse=True)
+            if here != folder and holds_run({path.name for path in entries}):
                 self._runs += 1
                 continue
-            for path in sorted(here.iterdir(), reverse=True):
+            for path in entries:
                 if path.name.startswith("."):
                     self._left_out["hidden"] += 1
                 elif path.is_dir():
@@ -82,11 +81,6 @@ class FolderFiles:
         except NotTextError:
             return None
         return "text"
-
-
-def _is_run(folder: Path) -> bool:
-    configuration, others = RUN_FILES
-    return (folder / configuration).exists() and any((folder / name).exists() for name in others)
 
 
 def saved_splits(folder: Path) -> dict[str, list[DataFile]] | None:

@@ -13,7 +13,9 @@ from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.runs.metrics import Metrics, R, Tracker, read_kind, read_metrics
 from cda_cli.runs.records import Record, ValidationRecord
 from cda_cli.storage import (
+    CONFIG_FILE,
     LOCK,
+    METRICS_FILE,
     STATE_FILE,
     best,
     is_held,
@@ -27,8 +29,6 @@ from cda_cli.storage import (
     write_file,
 )
 
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
 TRACKER_ID_FILE = "tracker-id"
 
 

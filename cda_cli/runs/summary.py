@@ -11,12 +11,11 @@ from typing import Any, Literal, NamedTuple
 from cda_cli.config import flat
 from cda_cli.errors import CdaError, ConfigError
 from cda_cli.runs.early_stop import Patience
-from cda_cli.runs.folder import CONFIG_FILE, METRICS_FILE, Run
+from cda_cli.runs.folder import Run
 from cda_cli.runs.records import CheckpointRecord, TrainRecord, ValidationRecord
-from cda_cli.storage import LOCK
+from cda_cli.storage import CONFIG_FILE, LOCK, METRICS_FILE, holds_run
 
 DEPTH = 4  # folders below the one that is named
-CHECKPOINTS = "checkpoints"
 FEWEST_VALIDATIONS = 3  # that make a curve
 MOST_LOSSES = 100  # of train records in a curve
 
@@ -102,10 +101,9 @@ def find_runs(folder: Path, problems: dict[Path, str], depth: int = DEPTH) -> It
         problems[folder] = f"it cannot be read ({error.strerror})"
         return
     names = {entry.name for entry in entries}
-    has_config, has_more = CONFIG_FILE in names, bool(names & {METRICS_FILE, CHECKPOINTS, LOCK})
-    if has_config or METRICS_FILE in names or (LOCK in names and Run(folder).is_running()):
+    if CONFIG_FILE in names or METRICS_FILE in names or (LOCK in names and Run(folder).is_running()):
         yield folder
-    if depth and not (has_config and has_more):
+    if depth and not holds_run(names):
         for entry in below:
             yield from find_runs(folder / entry.name, problems, 0 if entry.is_symlink() else depth - 1)
 

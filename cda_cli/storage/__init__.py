@@ -21,13 +21,18 @@ from cda_cli.storage.checkpoint import (
     verify,
 )
 from cda_cli.storage.lock import LOCK, is_held, only_writer
+from cda_cli.storage.run_files import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, holds_run
 
 __all__ = [
+    "CHECKPOINTS",
+    "CONFIG_FILE",
     "LOCK",
+    "METRICS_FILE",
     "STATE_FILE",
     "Checkpoint",
     "best",
     "check_fits",
+    "holds_run",
     "is_held",
     "is_hidden",
     "list_steps",

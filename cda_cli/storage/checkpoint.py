@@ -23,6 +23,7 @@ from cda_cli.errors import CheckpointError
 from cda_cli.storage.atomic import published_folder, remove_published, remove_stale
 from cda_cli.storage.manifest import MANIFEST, damaged, verify, write_manifest
 from cda_cli.storage.optimizer_state import pack_optimizer, unpack_optimizer
+from cda_cli.storage.run_files import CHECKPOINTS
 from cda_cli.storage.tensors import check_fits, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ __all__ = [
 PARTS = ("model", "optimizer", "rng", "ema")
 STATE_FILE = "state.json"
 
-_FOLDER = "checkpoints"
 _STEP = re.compile(r"step-([0-9]{8})")
 _ALWAYS_KEPT = 2
 _log = logging.getLogger(__name__)
@@ -76,12 +76,12 @@ def step_folder(run: Path, step: int) -> Path:
     """The folder of the checkpoint of `step`, whether it exists or not."""
     if not 0 <= step < 10**8:
         raise ValueError(f"step {step} does not fit the eight digits of a checkpoint's name")
-    return Path(run) / _FOLDER / f"step-{step:08d}"
+    return Path(run) / CHECKPOINTS / f"step-{step:08d}"
 
 
 def list_steps(run: Path) -> list[int]:
     """The steps that have a checkpoint folder, damaged ones included, lowest first."""
-    folder = Path(run) / _FOLDER
+    folder = Path(run) / CHECKPOINTS
     try:
         if not folder.is_dir():
             return []
@@ -236,9 +236,11 @@ def _locate(path: Path, warn: Callable[[str], object]) -> Path:
         raise CheckpointError(f"{path} is a file; give the folder of the checkpoint or of the run")
     if _STEP.fullmatch(path.name) or os.path.lexists(path / MANIFEST):
         return path
-    run = path.resolve().parent if path.resolve().name == _FOLDER else path
-    if not (run / _FOLDER).is_dir():
-        raise CheckpointError(f"{path} is not a run (it has no folder {_FOLDER}); give the folder that `train` wrote")
+    run = path.resolve().parent if path.resolve().name == CHECKPOINTS else path
+    if not (run / CHECKPOINTS).is_dir():
+        raise CheckpointError(
+            f"{path} is not a run (it has no folder {CHECKPOINTS}); give the folder that `train` wrote"
+        )
     found, passed_over = newest(run)
     if found is not None:
         for sentence in passed_over:

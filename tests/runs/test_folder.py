@@ -11,8 +11,8 @@ import torch
 
 from cda_cli.config import Config, dump_yaml, resolve
 from cda_cli.errors import CheckpointError, ConfigError, StorageError
-from cda_cli.runs.folder import CONFIG_FILE, Run, config_to_resume, locate_checkpoint
-from cda_cli.storage import LOCK, publish
+from cda_cli.runs.folder import Run, config_to_resume, locate_checkpoint
+from cda_cli.storage import CONFIG_FILE, LOCK, publish
 from tests.runs.records import TRAIN, VALIDATION
 
 
