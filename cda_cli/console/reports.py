@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
@@ -17,14 +19,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cda_cli.diagnosis import Cache, Diagnosis
-    from cda_cli.evaluation import Evaluation
+    from cda_cli.evaluation import CutEvaluation, Evaluation
     from cda_cli.inspection import Report
     from cda_cli.inspection.inspect import HeadReport
     from cda_cli.restore import Restored, TextSide
     from cda_cli.training.run import DryRun
 
+NORMAL_95 = 1.96  # standard errors on either side of a normal variable's mean that hold 95 % of it
 
-def show_evaluation(result: Evaluation, restored: Restored, text: TextSide) -> None:
+
+def show_evaluation(result: Evaluation, compared: Sequence[CutEvaluation], restored: Restored, text: TextSide) -> None:
     windows = counted(result.windows, "window")
     rows = {
         "checkpoint": f"{restored.path}{', averaged weights' if restored.averaged else ''}",
@@ -35,6 +39,14 @@ def show_evaluation(result: Evaluation, restored: Restored, text: TextSide) -> N
         "bits per byte": plus_minus(result.bits_per_byte, result.bits_per_byte_error),
     }
     print_pairs(out(), rows)
+    if not compared:
+        return
+    cuts = table("keys read", "bits per byte", "difference", "95 % interval")
+    for one in compared:
+        margin = NORMAL_95 * one.difference_error
+        interval = "–" if math.isnan(margin) else f"{one.difference - margin:+.4f} to {one.difference + margin:+.4f}"
+        cuts.add_row(one.cut.description, f"{one.evaluation.bits_per_byte:.4f}", f"{one.difference:+.4f}", interval)
+    _section("Cuts, on the same windows", cuts)
 
 
 def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple[int, int], weights: Tensor) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cda_cli.data import IGNORE, Batch
+from cda_cli.evaluation.cuts import Cut
+from cda_cli.model import Transformer, editing
 from cda_cli.token_losses import token_losses
+
+Way = Callable[[], AbstractContextManager[None]]  # what surrounds the forward passes of a measurement
 
 
 class Evaluation(NamedTuple):
@@ -36,7 +43,23 @@ def bits_per_byte(nats: float, text_bytes: int) -> float:
     return nats / math.log(2) / text_bytes if text_bytes else math.inf
 
 
-@torch.no_grad()
+class CutEvaluation(NamedTuple):
+    """What `evaluate` measures under a cut, and how far its bits per byte are above those without it.
+
+    `difference_error` is the standard error of the difference. Both were measured on the same windows, so what a window
+    adds to both leaves no error.
+    """
+
+    cut: Cut
+    evaluation: Evaluation
+    difference: float
+    difference_error: float
+
+    def as_dict(self) -> dict[str, Any]:
+        differences = {"difference": self.difference, "difference_error": self.difference_error}
+        return {**asdict(self.cut), **differences, **self.evaluation._asdict()}
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -48,18 +71,58 @@ def evaluate(
 
     `dtype` is that of the matrix products. `advance` gets the number of windows of each batch once it is done.
     """
-    sums, counts, sizes = [], [], []
+    (sums,), counts, sizes = _window_losses(model, (nullcontext,), batches, device, dtype, advance)
+    return _summarise(sums, counts, sizes)
+
+
+def evaluate_cuts(
+    model: Transformer,
+    batches: Iterable[Batch],
+    cuts: Sequence[Cut],
+    device: torch.device,
+    dtype: torch.dtype,
+    advance: Callable[[int], None] = lambda windows: None,
+) -> tuple[Evaluation, list[CutEvaluation]]:
+    """Does what `evaluate` does, and measures the model under each of `cuts` on the same windows.
+
+    `advance` gets the number of windows of a batch once without a cut, and once for each cut.
+    """
+    ways: list[Way] = [nullcontext, *(partial(editing, model, cut) for cut in cuts)]
+    (whole, *under_cuts), counts, sizes = _window_losses(model, ways, batches, device, dtype, advance)
+    evaluation = _summarise(whole, counts, sizes)
+    compared = []
+    for cut, sums in zip(cuts, under_cuts, strict=True):
+        found = _summarise(sums, counts, sizes)
+        error = _ratio_error(sums - whole, sizes) / math.log(2)
+        compared.append(CutEvaluation(cut, found, found.bits_per_byte - evaluation.bits_per_byte, error))
+    return evaluation, compared
+
+
+@torch.no_grad()
+def _window_losses(
+    model: nn.Module,
+    ways: Sequence[Way],
+    batches: Iterable[Batch],
+    device: torch.device,
+    dtype: torch.dtype,
+    advance: Callable[[int], None],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Returns for each of `ways` the losses [W] of the W windows, in nats, and their targets and bytes of text [W]."""
+    sums: list[list[Tensor]] = [[] for _ in ways]
+    counts, sizes = [], []
     training = model.training
     model.eval()
     try:
         for batch in batches:
-            sums.append(token_losses(model, batch, device, dtype).double().sum(-1).cpu())
+            for way, into in zip(ways, sums, strict=True):
+                with way():
+                    into.append(token_losses(model, batch, device, dtype).double().sum(-1).cpu())
+                advance(len(batch.inputs))
             counts.append((batch.targets != IGNORE).sum(-1))
             sizes.append(batch.target_bytes)
-            advance(len(batch.inputs))
     finally:
         model.train(training)
-    return _summarise(torch.cat(sums), torch.cat(counts), torch.cat(sizes))
+    return [torch.cat(each) for each in sums], torch.cat(counts), torch.cat(sizes)
 
 
 def _summarise(sums: Tensor, counts: Tensor, sizes: Tensor) -> Evaluation:

@@ -3,15 +3,18 @@
 from cda_cli.model.activations import feed_forward_activation
 from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.loss import padded_vocabulary
+from cda_cli.model.observe import editing
 from cda_cli.model.published import from_published
-from cda_cli.model.rules import AttentionRule, attention_rule, model_backend
+from cda_cli.model.rules import AttentionRule, Rows, attention_rule, model_backend
 from cda_cli.model.transformer import Transformer, expected_tensors, load_state_tensors, state_tensors
 
 __all__ = [
     "AttentionRule",
     "KeyValueCache",
+    "Rows",
     "Transformer",
     "attention_rule",
+    "editing",
     "expected_tensors",
     "feed_forward_activation",
     "from_published",

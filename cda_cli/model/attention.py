@@ -15,7 +15,7 @@ from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.head_projection import head_logits, project_heads
 from cda_cli.model.layers import EPS, HeadNorm, RotaryPositions
 from cda_cli.model.observe import ObservedAttention, Observer
-from cda_cli.model.rules import attention_rule
+from cda_cli.model.rules import EditRows, attention_rule
 from cda_cli.ops import Backend, can_norm_and_rotate, norm_and_rotate
 
 # When a compiled block is recomputed in the backward, PyTorch 2.11 keeps what an autograd.Function has saved.
@@ -36,6 +36,7 @@ class Attention(nn.Module):
         as_scale = config.eps_anneal_start is not None and self.rule.divides_by_eps
         self.register_buffer("query_scale", torch.ones(()) if as_scale else None, persistent=False)
         self.observer: Observer | None = None
+        self.edit_rows: EditRows | None = None
         self.is_recomputed = False  # Activation checkpointing computes this layer again in the backward.
 
         inner = config.heads * config.head_width
@@ -64,10 +65,11 @@ class Attention(nn.Module):
         query, key, value, packed = self._prepare_heads(projected, cache)
         logits = head_logits(x_BTC, packed, self._head_linears)
         budget = self._budget(logits.get("k"))
-        if self.observer is None:
+        if self.observer is None and self.edit_rows is None:
             out_BHTD = self.rule.attend(query, key, value, budget)
         else:
-            out_BHTD = self.rule.attend_densely(query, key, value, budget, self._observe)
+            observe = self._observe if self.observer is not None else None
+            out_BHTD = self.rule.attend_densely(query, key, value, budget, observe, self.edit_rows)
         if self.to_gate is not None:
             gate_BHT = logits["gate"].sigmoid() if self.gate_is_unit else self._one_to_k(logits["gate"])
             out_BHTD = out_BHTD * gate_BHT.unsqueeze(-1)

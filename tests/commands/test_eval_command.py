@@ -211,3 +211,21 @@ def test_nothing_is_written_to_the_run(cda: Cda, finished: Path) -> None:
     assert_refused(cda("eval", finished, "--split", "test"), "unknown split 'test'", "train", "validation")
     cda("eval", finished)
     assert sorted(finished.rglob("*")) == names
+
+
+def test_cuts_are_compared_on_the_same_windows(cda: Cda, finished: Path) -> None:
+    """All keys are no cut, and the table and the document show each cut."""
+    found = evaluated(cda, finished, "--cut", "top:33,1", "--cut", "recent:1:drop")
+    assert [(one["choice"], one["keys"], one["drops"]) for one in found["cuts"]] == [
+        ("top", 33, False), ("top", 1, False), ("recent", 1, True),
+    ]  # fmt: skip
+    whole, cut, _ = found["cuts"]
+    assert abs(whole["difference"]) < 1e-5 < abs(cut["difference"])
+    assert cut["bits_per_byte"] - found["bits_per_byte"] == pytest.approx(cut["difference"])
+    shown = cda("eval", finished, "--cut", "top:1").out
+    assert f"{cut['difference']:+.4f}" in shown
+    assert "top 1" in shown
+
+
+def test_what_is_no_cut_is_refused(cda: Cda, finished: Path) -> None:
+    assert_refused(cda("eval", finished, "--cut", "tip:3"), "did you mean 'top'")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from cda_cli.config import ModelConfig
-from cda_cli.model.rules.base import AttentionRule, Products
+from cda_cli.model.rules.base import AttentionRule, EditRows, Products, Rows
 from cda_cli.model.rules.entmax import Entmax
 from cda_cli.model.rules.hard_topk import HardTopK
 from cda_cli.model.rules.soft_topk import SoftTopK
@@ -25,7 +25,7 @@ RULES: dict[str, type[AttentionRule]] = {
     "entmax": Entmax,
 }
 
-__all__ = ["RULES", "AttentionRule", "Products", "attention_rule", "model_backend"]
+__all__ = ["RULES", "AttentionRule", "EditRows", "Products", "Rows", "attention_rule", "model_backend"]
 
 
 def attention_rule(config: ModelConfig, backend: Backend = "auto") -> AttentionRule:

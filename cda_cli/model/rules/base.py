@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,22 @@ from cda_cli.ops import Backend, Choice, choose_backend
 BLOCK_SCORES = 2**24
 
 ObserveBlock = Callable[[Tensor, Tensor, int], None]
+
+
+class Rows(NamedTuple):
+    """A block of t rows of one layer, with their scores [B, H, t, S].
+
+    `mask` is bool [t, S], True where a query sees a key; the first `null_keys` keys are null keys. `weights` computes
+    the weights [B, H, t, S] by the layer's rule from a mask, which may also be [B, H, t, S].
+    """
+
+    scores: Tensor
+    mask: Tensor
+    null_keys: int
+    weights: Callable[[Tensor], Tensor]
+
+
+EditRows = Callable[[Rows], Tensor]
 
 
 class Products(NamedTuple):
@@ -47,8 +64,8 @@ class AttentionRule(ABC):
     def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
         """Returns the dense weights [B, H, t, S] of scores [B, H, t, S], in their dtype; a masked entry gets 0.
 
-        `budget` is the k of each row, [B, H, t]. `mask` is bool [t, S], True where a query sees a key; every query sees
-        at least one.
+        `budget` is the k of each row, [B, H, t]. `mask` is bool [t, S] or [B, H, t, S], True where a query sees a key;
+        every query sees at least one.
         """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor) -> Tensor:
@@ -59,12 +76,18 @@ class AttentionRule(ABC):
         return self.attend_densely(query, key, value, budget)
 
     def attend_densely(
-        self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, observe: ObserveBlock | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        budget: float | Tensor,
+        observe: ObserveBlock | None = None,
+        edit: EditRows | None = None,
     ) -> Tensor:
         """Computes what `attend` does, by dense weights, one block of queries after another.
 
-        `observe`, if given, gets the weights [B, H, t, S] of each block, its k [B, H, t], and the index, among the S
-        keys, of the last one that its first query sees.
+        `edit`, if given, returns other weights for each block. `observe`, if given, gets the weights [B, H, t, S] of
+        each block, its k [B, H, t], and the index, among the S keys, of the last one that its first query sees.
         """
         B, H, T, _ = query.shape
         S, dtype = key.shape[2], torch.promote_types(query.dtype, torch.float32)
@@ -79,7 +102,11 @@ class AttentionRule(ABC):
             with torch.autocast(query.device.type, enabled=False):
                 scores = self.scale * query_BHtD.to(dtype) @ key_BHDS
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(last)
-            weights = self.weights(scores, budget_BHt, mask)
+            weights_under = partial(self.weights, scores, budget_BHt)
+            if edit is None:
+                weights = weights_under(mask)
+            else:
+                weights = edit(Rows(scores, mask, self.config.null_kv, weights_under))
             if observe is not None:
                 observe(weights, budget_BHt, last)
             outputs.append(weights.to(value.dtype) @ value)
