@@ -23,7 +23,9 @@ def sample(
     checkpoint: CheckpointArgument,
     best: BestOption = False,
     ema: EmaOption = False,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to go on from.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to go on from; one for each --prompt.")
+    ] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="UTF-8 text, a prompt a line.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens that are added to a prompt.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
@@ -64,7 +66,7 @@ def sample(
         raise ConfigError("--null and --json exclude each other; give one of them")
     settings = SamplingSettings(temperature, top_k, top_p, min_p)
     settings.check()
-    prompts = read_prompts(prompt, prompts_file, sys.stdin)
+    prompts = read_prompts(prompt or (), prompts_file, sys.stdin)
     each = [(text, place, number) for place, text in enumerate(prompts, 1) for number in range(1, num_samples + 1)]
     samples = []
     with StopRequest() as stop:

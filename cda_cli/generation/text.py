@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -15,12 +15,12 @@ from cda_cli.restore import Restored
 from cda_cli.signals import StopRequest
 
 
-def read_prompts(prompt: str | None, prompts_file: Path | None, stdin: TextIO) -> list[str]:
-    """Returns the prompts: `prompt`, each line of `prompts_file`, or all of `stdin` as one. Raises ConfigError."""
-    if prompt is not None and prompts_file is not None:
+def read_prompts(prompts: Sequence[str], prompts_file: Path | None, stdin: TextIO) -> list[str]:
+    """Returns the prompts: `prompts`, each line of `prompts_file`, or all of `stdin` as one. Raises ConfigError."""
+    if prompts and prompts_file is not None:
         raise ConfigError("--prompt and --prompts-file exclude each other; give one of them")
-    if prompt is not None:
-        return [without_surrogates(prompt)]
+    if prompts:
+        return [without_surrogates(prompt) for prompt in prompts]
     if prompts_file is not None:
         return _prompts_of_lines(prompts_file)
     if stdin.isatty():

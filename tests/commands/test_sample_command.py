@@ -95,6 +95,16 @@ def test_samples_can_be_told_apart_in_a_pipe(cda: Cda, finished: Path) -> None:
     assert_refused(cda("sample", finished, *ask, "--null", "--json"), "--null and --json")
 
 
+def test_every_prompt_that_is_given_is_sampled(cda: Cda, finished: Path, tmp_path: Path) -> None:
+    """As the lines of --prompts-file are."""
+    (tmp_path / "prompts.txt").write_text("ab\ncd\n")
+    few = ("--max-new-tokens", 2, "--json")
+    given = cda("sample", finished, "-p", "ab", "--prompt", "cd", *few)
+    assert given.code == 0, given.err
+    assert given.out.count('"prompt"') == 2
+    assert given.out == cda("sample", finished, "--prompts-file", tmp_path / "prompts.txt", *few).out
+
+
 def test_a_line_of_prompts_ends_at_its_newline_alone(cda: Cda, finished: Path, tmp_path: Path) -> None:
     """Other marks that Python splits lines at are characters of the prompt, and a byte order mark is none."""
     prompts = ["one\u2028a", "two\x0cb\x1c", "three\x85c", "four\rd"]
