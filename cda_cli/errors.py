@@ -22,6 +22,10 @@ class ConfigError(CdaError):
     """A setting that is unknown, or that has no meaning."""
 
 
+class UsageError(CdaError):
+    """A command line that no command takes."""
+
+
 class DataError(CdaError):
     """Data that is missing, empty, too short or out of reach."""
 

@@ -13,11 +13,13 @@ import typer
 
 from cda_cli import __version__
 from cda_cli.commands import config, doctor, eval, inspect_sparsity, presets, runs, sample, train
+from cda_cli.commands.usage import Command, Group
 from cda_cli.errors import CdaError, InterruptedRunError, exit_code
 from cda_cli.streams import open_streams
 
 app = typer.Typer(
     name="cda",
+    cls=Group,
     help="Train, evaluate, sample from and inspect Transformers that select with coordinate-descent sparsity.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -36,7 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 for name, command in COMMANDS.items():
     # Each paragraph as one line, which the help wraps at the width of the terminal.
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    app.command(name, help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(command)
+    app.command(name, cls=Command, help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(command)
 
 
 class GlobalOptions:
@@ -72,7 +74,7 @@ def run() -> None:
     options = GlobalOptions()
     try:
         try:
-            app(obj=options)
+            app(obj=options, prog_name="cda")
         finally:
             sys.stdout.flush()  # a failure to write is reported here, not by the interpreter as it ends
     except Exception as error:
