@@ -23,14 +23,13 @@ from cda_cli.settings import (
     DEFAULT_PRESET,
     PRESET_FOLDER,
     SECTIONS,
-    TABLE,
     DataSettings,
     ModelSettings,
     OptimSettings,
-    Row,
     RunSettings,
     preset_names,
 )
+from cda_cli.settings_table import TABLE, Row
 
 
 class Section(BaseModel):

@@ -19,7 +19,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from cda_cli.config import preset_purpose, preset_values
 from cda_cli.console.settings import default_words
 from cda_cli.runs.records import KINDS, VERSION, LayerRecord
-from cda_cli.settings import SECTIONS, TABLE, preset_names
+from cda_cli.settings import SECTIONS, preset_names
+from cda_cli.settings_table import TABLE
 
 FOLDER = Path(__file__).parent
 

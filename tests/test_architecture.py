@@ -28,19 +28,21 @@ LAYERS: tuple[set[str], ...] = (
     {"restore", "diagnosis", "token_losses"},
     {"data", "model", "runs"},
     {"config", "storage", "runtime", "signals", "streams"},
+    {"settings_table"},
     {"ops", "errors", "plurals", "settings", "targets", "strict_json", "strict_yaml", "cda_cli"},
 )
 # What these may import of the package besides themselves, and no more.
 ONLY: dict[str, set[str]] = {
     "__main__": {"main"},
     "main": {"cda_cli", "commands", "console", "errors", "streams"},
-    "console": {"plurals", "runs", "settings", "strict_json"},
+    "console": {"plurals", "runs", "settings", "settings_table", "strict_json"},
     "diagnosis": {"data", "ops", "runtime"},
     "token_losses": {"data", "runtime"},  # below training and evaluation, which both take their loss from it
     "data": {"config", "errors", "plurals", "settings", "storage", "targets"},
     "model": {"config", "ops", "targets"},
     "runs": {"config", "errors", "plurals", "storage", "strict_json"},
-    "config": {"errors", "settings", "strict_yaml"},
+    "config": {"errors", "settings", "settings_table", "strict_yaml"},
+    "settings_table": {"settings"},
     "storage": {"errors", "plurals"},
     "runtime": {"errors", "plurals", "settings"},
     "signals": {"errors"},
@@ -58,6 +60,7 @@ OUTSIDE: dict[str, set[str]] = {
     "streams": set(),
     "config": {"pydantic", "yaml"},
     "settings": {"pydantic"},  # for types and limits; not when it is loaded
+    "settings_table": set(),
     "commands": {"typer"},
     "main": {"typer", "rich"},
     "console": {"rich"},

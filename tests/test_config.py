@@ -26,7 +26,8 @@ from cda_cli.data.row_readers import KINDS, PACKED, TEXT_ENDINGS
 from cda_cli.errors import ConfigError, did_you_mean
 from cda_cli.model import Transformer, expected_tensors
 from cda_cli.ops import Backend, Solver
-from cda_cli.settings import PRESET_FOLDER, TABLE, Row, preset_names
+from cda_cli.settings import PRESET_FOLDER, preset_names
+from cda_cli.settings_table import TABLE, Row
 
 ROOT = Path(__file__).parent.parent
 PRESETS = ["base", "seed", "small", "tiny"]

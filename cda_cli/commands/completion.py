@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cda_cli.settings import SECTIONS, TABLE, Row
+from cda_cli.settings import SECTIONS
+from cda_cli.settings_table import TABLE, Row
 
 Completer = Callable[[str], list[str]]
 

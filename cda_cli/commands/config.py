@@ -11,7 +11,8 @@ import typer
 from cda_cli.commands.completion import complete_setting
 from cda_cli.commands.options import ConfigOption, JsonOption, PresetOption, SetOption
 from cda_cli.commands.setting_flags import with_setting_flags
-from cda_cli.settings import SECTIONS, TABLE, find_settings
+from cda_cli.settings import SECTIONS
+from cda_cli.settings_table import TABLE, find_settings
 
 if TYPE_CHECKING:
     from cda_cli.config import Config

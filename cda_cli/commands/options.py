@@ -9,7 +9,8 @@ import typer
 
 from cda_cli.commands.completion import complete_checkpoint, completion
 from cda_cli.commands.setting_flags import PANELS, setting_option
-from cda_cli.settings import DEFAULT_PRESET, TABLE, Side, preset_names, with_values
+from cda_cli.settings import DEFAULT_PRESET, Side, preset_names
+from cda_cli.settings_table import TABLE, with_values
 
 SIDES = get_args(Side)
 

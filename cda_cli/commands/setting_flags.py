@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cda_cli.commands.completion import setting_completion
-from cda_cli.settings import TABLE, Row, as_written, with_values
+from cda_cli.settings_table import TABLE, Row, as_written, with_values
 
 PANELS = {"run": "Run", "data": "Data", "optim": "Optimisation", "model": "Model"}  # in the order of the help
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from cda_cli.console.base import out
 from cda_cli.console.sparkline import sparkline
 from cda_cli.console.text import printable
-from cda_cli.settings import as_written
+from cda_cli.settings_table import as_written
 
 if TYPE_CHECKING:
     from cda_cli.runs.summary import Summary

@@ -12,7 +12,8 @@ from rich.text import Text
 from cda_cli.console.base import out, print_pairs, print_trimmed, table
 from cda_cli.console.text import printable
 from cda_cli.plurals import counted
-from cda_cli.settings import SECTIONS, as_written
+from cda_cli.settings import SECTIONS
+from cda_cli.settings_table import as_written
 
 if TYPE_CHECKING:
     from cda_cli.config import Config, Explained

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from cda_cli.config import Config, resolve
-from cda_cli.settings import TABLE, preset_names
+from cda_cli.settings import preset_names
+from cda_cli.settings_table import TABLE
 from tests.commands.helpers import Cda, assert_refused
 
 

@@ -14,7 +14,8 @@ from cda_cli.commands.setting_flags import with_setting_flags
 from cda_cli.config import Config
 from cda_cli.main import app
 from cda_cli.runs.folder import Run
-from cda_cli.settings import TABLE, Row, Side, preset_names
+from cda_cli.settings import Side, preset_names
+from cda_cli.settings_table import TABLE, Row
 from cda_cli.storage import step_folder
 from tests.commands.helpers import COMMANDS
 

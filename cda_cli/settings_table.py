@@ -1,0 +1,93 @@
+"""The table of settings: a row for each setting of `settings`, with what a person is told of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from cda_cli.settings import SECTIONS, Setting
+
+
+class Row(NamedTuple):
+    """A row of the table.
+
+    `kinds` are the types that the setting may have: int and NoneType are among those of `int | None`. `values` are the
+    words that it may be, or that a list of them may hold.
+    """
+
+    section: str
+    name: str
+    kinds: frozenset[Any]
+    values: tuple[str, ...]
+    default: Any
+    setting: Setting
+
+    @property
+    def key(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    @property
+    def meaning(self) -> str:
+        return with_values(self.setting.help, self.values)
+
+    @property
+    def allowed(self) -> str:
+        """What the setting may be, in words."""
+        limits = {">": self.setting.gt, "≥": self.setting.ge, "<": self.setting.lt, "≤": self.setting.le}
+        bounds = [f"{sign} {as_written(limit)}" for sign, limit in limits.items() if limit is not None]
+        if bool in self.kinds:
+            words = ["true", "false"]
+        elif self.values:
+            words = [*self.values, *["several with commas between"] * isinstance(self.default, list)]
+        elif int in self.kinds or float in self.kinds:
+            words = [" ".join(["integer" if int in self.kinds else "number", *bounds[:1]]), *bounds[1:]]
+        else:
+            words = ["text"]
+        return ", ".join([*words, *["or null"] * (NoneType in self.kinds)])
+
+
+def _values(kind: Any) -> tuple[str, ...]:
+    if get_origin(kind) is list:
+        return _values(get_args(kind)[0])
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def with_values(help: str, values: Sequence[str]) -> str:
+    """`help`, a sentence, with the words that are possible added unless it names each of them already."""
+    if set(values) <= set(re.findall(r"[\w-]+", help)):
+        return help
+    return f"{help.removesuffix('.')}: {', '.join(values[:-1])} or {values[-1]}."
+
+
+def as_written(value: Any) -> str:
+    """A value as `--set` takes it, with commas between the words of a list."""
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    if isinstance(value, list):
+        return ",".join(value) or "[]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _rows(section: str) -> Iterator[Row]:
+    settings = SECTIONS[section]
+    for name, hint in get_type_hints(settings, include_extras=True).items():
+        kind, setting = get_args(hint)
+        yield Row(section, name, frozenset({kind, *get_args(kind)}), _values(kind), getattr(settings, name), setting)
+
+
+TABLE = {row.key: row for section in SECTIONS for row in _rows(section)}  # by key, such as "model.attn_k"
+
+
+def find_settings(word: str) -> list[Row]:
+    """The settings of a section, or those with a word in their name that begins so; else those whose help holds it."""
+    word, name = word.lower(), word.lower().lstrip("-").replace("-", "_")
+    if name in SECTIONS:
+        return [row for row in TABLE.values() if row.section == name]
+    named = [
+        row
+        for row in TABLE.values()
+        if f"_{name}" in f"_{row.name}" or row.key.startswith(name) or name == row.setting.parameter
+    ]
+    return named or [row for row in TABLE.values() if word in f"{row.meaning} {row.setting.flag_help}".lower()]
