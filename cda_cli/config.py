@@ -119,12 +119,19 @@ class RunConfig(Section, RunSettings):
 
 
 class Config(Section):
-    """A whole run."""
+    """A whole run. `preset` is the one that its settings began from, or None where that is not known."""
 
+    preset: str | None = None
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     data: DataConfig = Field(default_factory=lambda: DataConfig())
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
     run: RunConfig = Field(default_factory=lambda: RunConfig())
+
+    @field_validator("preset", mode="before")
+    @classmethod
+    def _or_none(cls, value: object) -> object:
+        """A run may name a preset that this version lacks; its settings stand by themselves."""
+        return value if value in preset_names() else None
 
     @property
     def schedule_steps(self) -> int:
@@ -135,14 +142,10 @@ Layer = Mapping[str, Mapping[str, Any]]
 
 
 class Resolved(NamedTuple):
-    """A configuration, and where each of its values comes from, by key: "default", "preset tiny", "--lr" …
-
-    `preset` is the one that it starts from, or None where it starts from the settings of a run.
-    """
+    """A configuration, and where each of its values comes from, by key: "default", "preset tiny", "--lr" …"""
 
     config: Config
     origins: dict[str, str]
-    preset: str | None
 
 
 class Explained(NamedTuple):
@@ -186,9 +189,9 @@ def resolve_with_origins(
     from_file = read_yaml(file) if file else {}
     in_file = from_file.pop("preset", None)
     named = preset or in_file
-    start: str | None = None
     if base and not named and not file:
-        first: tuple[str, Layer] = ("run", base.model_dump())
+        start = base.preset
+        first: tuple[str, Layer] = ("run", base.model_dump(include=set(SECTIONS)))
     else:
         start = named or DEFAULT_PRESET
         first = (f"preset {start}", read_yaml(preset_file(start)))
@@ -202,7 +205,7 @@ def resolve_with_origins(
         for section, values in layer.items():
             merged.setdefault(section, {}).update(values)
             origins |= dict.fromkeys((f"{section}.{name}" for name in values), origin)
-    return Resolved(parse(merged), origins, start)
+    return Resolved(parse({"preset": start, **merged}), origins)
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -224,15 +227,17 @@ def explain(resolved: Resolved) -> list[Explained]:
     ]
 
 
-def nearest_preset(config: Config) -> str:
-    """The preset from which the fewest settings differ: a run does not record the one that it began from."""
+def preset_of(config: Config) -> str:
+    """The preset that the settings began from, or that from which the fewest differ, as older runs record none."""
+    if config.preset:
+        return config.preset
     values, presets = flat(config), preset_values()
     return min(presets, key=lambda name: sum(values[key] != value for key, value in presets[name].items()))
 
 
 def parse(values: Mapping[str, Any]) -> Config:
     """A Config from nested plain values, such as a checkpoint's. Raises ConfigError."""
-    _check_keys(values)
+    _check_keys({section: own for section, own in values.items() if section != "preset"})
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -249,7 +254,7 @@ def dump_yaml(config: Config) -> str:
 def annotated_yaml(resolved: Resolved, keys: Collection[str]) -> str:
     """The settings `keys` as YAML that `--config` reads back, with the origin of each value as a comment."""
     lines = []
-    for section, values in resolved.config.model_dump().items():
+    for section, values in resolved.config.model_dump(include=set(SECTIONS)).items():
         wanted = {name: value for name, value in values.items() if f"{section}.{name}" in keys}
         lines += [f"{section}:"] if wanted else []
         for name, value in wanted.items():
@@ -265,7 +270,7 @@ def annotated_yaml(resolved: Resolved, keys: Collection[str]) -> str:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a file for `--config`, with what the table of settings says of each setting."""
     schema = Config.model_json_schema()
-    sections = {name: schema["$defs"][type(section).__name__] for name, section in Config()}
+    sections = {name: schema["$defs"][type(getattr(Config(), name)).__name__] for name in SECTIONS}
     for row in TABLE.values():
         sections[row.section]["properties"][row.name]["description"] = row.meaning
     schema["properties"]["preset"] = {"description": "The preset to start from.", "enum": preset_names()}

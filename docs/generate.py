@@ -49,7 +49,7 @@ file nor `--set` nor flag gives a value; where the presets differ, the tables be
 
 `cda config` shows this page for the settings at hand: it takes the options of `cda train` and says of each value where
 it comes from. `cda config optim dropout` shows what these words name, `cda config RUN` what a run had and how that
-differs from its nearest preset. `cda config --yaml > mine.yaml` writes a file to start from, and
+differs from the preset that it began from. `cda config --yaml > mine.yaml` writes a file to start from, and
 `cda config --schema` the JSON Schema of such a file, by which an editor completes and checks it.
 
 The setting decides what its text means. Numbers are decimal: `010` is ten, and `1e3` and `1_000` are a

@@ -19,6 +19,7 @@ from cda_cli.config import (
     ModelConfig,
     annealed_eps,
     dump_yaml,
+    flat,
     parse,
     resolve,
 )
@@ -26,7 +27,7 @@ from cda_cli.data.row_readers import KINDS, PACKED, TEXT_ENDINGS
 from cda_cli.errors import ConfigError, did_you_mean
 from cda_cli.model import Transformer, expected_tensors
 from cda_cli.ops import Backend, Solver
-from cda_cli.settings import PRESET_FOLDER, preset_names
+from cda_cli.settings import PRESET_FOLDER, SECTIONS, preset_names
 from cda_cli.settings_table import TABLE, Row
 
 ROOT = Path(__file__).parent.parent
@@ -237,12 +238,24 @@ def test_the_presets_are_as_large_as_they_say() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_written_reads_back(name: str, tmp_path: Path) -> None:
-    assert resolve("seed", write(tmp_path, dump_yaml(resolve(name)))) == resolve(name)
+    assert flat(resolve("seed", write(tmp_path, dump_yaml(resolve(name))))) == flat(resolve(name))
+
+
+def test_a_configuration_records_the_preset_that_it_began_from(tmp_path: Path) -> None:
+    """A run goes on with the one that it has; an older run has none, and another version's may be unknown here."""
+    assert (resolve().preset, resolve("base").preset) == ("tiny", "base")
+    named = write(tmp_path, "preset: small\noptim: {lr: 0.5}")
+    assert resolve(file=named).preset == "small"
+    assert resolve("base", named).preset == "base"
+    for begun in (resolve("small"), parse({"optim": {"lr": 0.5}})):
+        assert resolve(sets=["optim.steps=7"], base=begun).preset == begun.preset
+        assert parse(yaml.safe_load(dump_yaml(begun))) == begun
+    assert [parse({"preset": name}).preset for name in ("huge", 3, ["tiny"], None)] == [None] * 4
 
 
 def test_every_setting_stands_in_the_table() -> None:
     """A field that a section of the configuration adds would have no flag, no help and no line in the docs."""
-    fields = [f"{section}.{name}" for section, values in Config() for name in type(values).model_fields]
+    fields = [f"{section}.{name}" for section in SECTIONS for name in type(getattr(Config(), section)).model_fields]
     assert fields == list(TABLE)
 
 

@@ -41,9 +41,9 @@ def config(
     """Every setting: value, where that comes from, what is allowed, default in each preset, meaning.
 
     It takes the options of `cda train`, and shows what these would train with. With a run or a checkpoint it shows the
-    settings of that, and how they differ from --preset, or from the preset that is nearest.
+    settings of that, and how they differ from --preset, or from the preset that it began from.
     """
-    from cda_cli.config import annotated_yaml, explain, json_schema, nearest_preset, preset_file, resolve_with_origins
+    from cda_cli.config import annotated_yaml, explain, json_schema, preset_file, preset_of, resolve_with_origins
     from cda_cli.console import print_json, show_changed, show_settings
     from cda_cli.errors import ConfigError
 
@@ -57,7 +57,7 @@ def config(
         raise ConfigError(f"the settings of {run} and of {file} exclude each other; give one of them")
     keys = _keys(words)
     resolved = resolve_with_origins(None if run else preset, file, set_ or (), flags, base)
-    start = resolved.preset or preset or nearest_preset(resolved.config)
+    start = preset or preset_of(resolved.config)
     preset_file(start)  # refuses a name that is no preset
     settings = [each for each in explain(resolved) if each.row.key in keys]
     if changed:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from cda_cli.console.base import out, print_pairs, print_trimmed, table
-from cda_cli.console.text import printable
+from cda_cli.console.text import print_sentence, printable
 from cda_cli.plurals import counted
 from cda_cli.settings import SECTIONS
 from cda_cli.settings_table import as_written
@@ -30,7 +30,7 @@ def show_settings(settings: Sequence[Explained], preset: str, run: Path | None =
     changed = sum(each.value != each.presets[preset] for each in settings)
     if run:
         words = f"differs from preset {preset} in {counted(changed, 'setting')}"
-        console.print(Text(f"{printable(str(run))} {words}", style="bold"))
+        print_sentence(console, f"{printable(str(run))} {words}", style="bold")
     for section, own in itertools.groupby(settings, lambda each: each.row.section):
         if run or section != settings[0].row.section:
             console.print()

@@ -26,7 +26,7 @@ class Summary(NamedTuple):
     """A run. Losses are in nats per token, and None where there is none.
 
     `losses` are those of its validations, oldest first, or of its train records where it has hardly any validations;
-    NaN stands for one that was not finite.
+    NaN stands for one that was not finite. `settings` are those by key, and the preset.
     """
 
     path: Path
@@ -64,7 +64,7 @@ def summarize(path: Path) -> Summary:
         best_step=best.step if best else None,
         train_loss=train.loss if train else None,
         losses=losses,
-        settings=flat(config),
+        settings={"preset": config.preset, **flat(config)},
     )
 
 

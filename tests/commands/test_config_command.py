@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cda_cli.config import Config, resolve
-from cda_cli.settings import preset_names
+from cda_cli.config import Config, flat, resolve
+from cda_cli.runs.folder import Run
+from cda_cli.settings import SECTIONS, preset_names
 from cda_cli.settings_table import TABLE
 from tests.commands.helpers import Cda, assert_refused
 
@@ -113,7 +114,8 @@ def test_its_yaml_is_read_back(cda: Cda, tmp_path: Path) -> None:
     result = cda("config", "--preset", "seed", "--eps", 0.5, *given, "--yaml")
     file = tmp_path / "back.yaml"
     file.write_bytes(result.out.encode())
-    assert resolve("tiny", file) == resolve("seed", sets=sets, flags={"model.attn_eps": 0.5, "model.ff_eps": 0.5})
+    expected = resolve("seed", sets=sets, flags={"model.attn_eps": 0.5, "model.ff_eps": 0.5})
+    assert flat(resolve("tiny", file)) == flat(expected)
     assert "  attn_eps: 0.5  # --eps\n" in result.out
     assert "  n_iters: 25  # preset seed\n" in result.out
 
@@ -142,7 +144,7 @@ def test_the_schema_knows_every_setting_its_limits_and_its_words(cda: Cda) -> No
 
 
 def test_a_run_shows_what_it_had_and_how_that_differs(cda: Cda, finished: Path) -> None:
-    """From the nearest preset, as the folder of a run does not name its own, or from another that is given."""
+    """From the preset that it began from, or from another that is given."""
     result = cda("config", finished, "depth", "clip")
     assert result.code == 0, result.err
     assert result.out.startswith(f"{finished} differs from preset tiny in 1 setting\n")
@@ -151,12 +153,22 @@ def test_a_run_shows_what_it_had_and_how_that_differs(cda: Cda, finished: Path) 
     assert "model.depth = 2  (run; preset base has 12)\n" in cda("config", finished, "depth", "--preset", "base").out
 
 
+def test_a_run_is_compared_with_the_preset_that_it_began_from(cda: Cda, tmp_path: Path) -> None:
+    """Though another is nearer; a run of an older version does not name its own, and is compared with the nearest."""
+    near = {key: value for key, value in flat(resolve("base")).items() if value != flat(resolve("tiny"))[key]}
+    config = resolve("tiny", flags=near)
+    Run(tmp_path / "begun").write_config(config)
+    Run(tmp_path / "old").write_config(config.model_copy(update={"preset": None}))
+    assert "differs from preset tiny in" in cda("config", tmp_path / "begun", "depth").out
+    assert "differs from preset base in 0 settings" in cda("config", tmp_path / "old", "depth").out
+
+
 def test_a_checkpoint_has_settings_of_its_own(cda: Cda, finished: Path) -> None:
     of_run, of_checkpoint = (shown(cda, path) for path in (finished, finished / "checkpoints" / "step-00000006"))
     written = yaml.safe_load((finished / "config.yaml").read_text(encoding="utf-8"))
     assert of_run == of_checkpoint
     assert {key: each["value"] for key, each in of_run.items()} == {
-        f"{section}.{name}": value for section, values in written.items() for name, value in values.items()
+        f"{section}.{name}": value for section in SECTIONS for name, value in written[section].items()
     }
 
 

@@ -64,6 +64,13 @@ def test_one_run_differs_from_none(cda: Cda, runs: Path) -> None:
     assert "attn_k" not in cda("runs", runs / "cut").out
 
 
+def test_runs_of_two_presets_name_them(cda: Cda, runs: Path) -> None:
+    Run(runs / "cut").write_config(resolve("tiny", flags={"optim.steps": 40}).model_copy(update={"preset": "base"}))
+    out = cda("runs").out
+    assert "  preset=tiny" in out
+    assert "  preset=base" in out
+
+
 def test_json(cda: Cda, runs: Path) -> None:
     result = cda("runs", "--json")
     assert (result.code, result.err) == (0, "")
