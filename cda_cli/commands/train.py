@@ -65,9 +65,7 @@ def train(
         if coordinator.place.rank == 0:
             display = TrainingDisplay()
             stop.answer = display.stopping
-            start = f"preset {preset or DEFAULT_PRESET}" if preset or not (config or base) else config or "its settings"
-            display.announce(f"training {run.path} with {start}")
-        with stop.at_once(STOPPED_BEFORE_START), display.busy("starting"):
+        with stop.at_once(STOPPED_BEFORE_START), display.busy(f"starting {run.path}"):
             from cda_cli.training import run as training
             from cda_cli.training.distributed.processes import join
 

@@ -77,6 +77,7 @@ def plan_rows(plan: Plan) -> dict[str, str]:
     processes = {"processes": plan.processes} if plan.processes != "1" else {}
     return {
         "run": str(plan.run),
+        **({"preset": plan.config.preset} if plan.config.preset else {}),
         **processes,
         "data": plan.data,
         "model": f"{shape_words(plan)}, {count(plan.parameters)} parameters",

@@ -49,14 +49,12 @@ class TrainingDisplay:
         self._live: ResizableLive | None = None
         self._saved: int | None = None  # the step of the latest checkpoint
 
-    def announce(self, words: str) -> None:
-        """Shows at once that the command has begun, before anything that takes time."""
-        print_sentence(self._console, words, style="bold")
-
     def busy(self, words: str) -> AbstractContextManager[object]:
         if not self._is_live:
             return nullcontext()
-        return self._console.status(f"{words} …", spinner="line" if self._console.options.ascii_only else "dots")
+        return self._console.status(
+            Text(f"{printable(words)} …"), spinner="line" if self._console.options.ascii_only else "dots"
+        )
 
     def start(self, plan: Plan, history: Iterable[Record]) -> None:
         self._status = RunStatus(plan, plan.first_step)

@@ -38,7 +38,9 @@ def test_data_that_cannot_be_trained_on(
     data.mkdir()
     if content is not None:
         (data / name).write_bytes(content)
-    assert_refused(trained(cda, tiny, tmp_path, "--data", data / name, *flags), *words)
+    refused = trained(cda, tiny, tmp_path, "--data", data / name, *flags)
+    assert_refused(refused, *words)
+    assert refused.out == "", "a run that did not start was announced"
     assert not (tmp_path / "run").exists()
     assert not list((tmp_path / "cache").rglob(".*")), "a half-written folder was left in the cache"
 
