@@ -20,6 +20,7 @@ def runs(
     """A table of runs, the best first: how far each came, its losses, and the settings in which they differ.
 
     The curve is the validation loss over the steps, or the training loss of a run that has hardly any validations.
+    What is missing or damaged is told below its run, as far as the names and sizes of the files show it.
     """
     from cda_cli.console import print_json, show_runs
     from cda_cli.runs.summary import differing_settings, summarize_all

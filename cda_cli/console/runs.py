@@ -24,7 +24,7 @@ GAP = "  "
 
 
 def show_runs(runs: Sequence[Summary], differing: Sequence[str], problems: Mapping[Path, str]) -> None:
-    """One line for each run, one for the settings `differing`, and at the end one for each folder with a problem.
+    """One line for each run, one for the settings `differing` and for each fault, and at the end one for each problem.
 
     A name is never cut, as it is there to be copied: one that is too long has a line of its own.
     """
@@ -42,6 +42,8 @@ def show_runs(runs: Sequence[Summary], differing: Sequence[str], problems: Mappi
         words = " ".join(f"{key}={printable(as_written(run.settings[key]))}" for key in differing)
         for part in Text(words).wrap(console, console.width - len(GAP)) if words else ():
             console.print(Text(GAP + part.plain.rstrip(), style="dim"), soft_wrap=True)
+        for fault in run.faults:
+            console.print(Text(GAP + printable(fault), style="yellow"), soft_wrap=True)
     if not runs:
         console.print("no runs")
     for path, problem in problems.items():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from cda_cli.config import Config, dump_yaml, parse, read_yaml
 from cda_cli.errors import CheckpointError, ConfigError
-from cda_cli.runs.metrics import Metrics, R, Tracker, read_kind, read_metrics
+from cda_cli.plurals import counted
+from cda_cli.runs.metrics import Metrics, R, Tracker, count_damaged, read_kind, read_metrics
 from cda_cli.runs.records import Record, ValidationRecord
 from cda_cli.storage import (
     CONFIG_FILE,
@@ -26,6 +28,7 @@ from cda_cli.storage import (
     only_writer,
     remove_stale,
     step_folder,
+    verify,
     write_file,
 )
 
@@ -107,6 +110,26 @@ class Run:
     def best(self) -> Path | None:
         """The checkpoint that verifies and has the lowest validation loss."""
         return best(self.path)
+
+    def faults(self) -> list[str]:
+        """A sentence for each thing that is damaged or missing here, as far as names and sizes show it.
+
+        The content of a checkpoint is checked by what loads it: it may be many gigabytes. A run that is running may not
+        have saved yet.
+        """
+        found = []
+        for checkpoint in self.checkpoints():
+            try:
+                verify(checkpoint, hashed=())
+            except CheckpointError as error:
+                found.append(str(error))
+        if not self.steps() and not self.is_running():
+            found.append(f"it has no checkpoint; `cda train --out {shlex.quote(str(self.path))}` starts it again")
+        if not (self.path / METRICS_FILE).is_file() and not self.is_running():
+            found.append(f"it has no {METRICS_FILE}, so its losses are not known")
+        if damaged := count_damaged(self.path / METRICS_FILE):
+            found.append(f"{counted(damaged, 'line')} of {METRICS_FILE} cannot be read; the others are used")
+        return found
 
     def tracker_id(self) -> str:
         """The name of this run where trackers keep it, which stays with the folder wherever it is moved to."""

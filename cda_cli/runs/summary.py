@@ -1,4 +1,4 @@
-"""Finds runs below folders, and says of each how far it came and what its losses were. It reads no checkpoint."""
+"""Finds runs below folders, and says of each how far it came and what its losses were. It loads no checkpoint."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Summary(NamedTuple):
 
     `losses` are those of its validations, oldest first, or of its train records where it has hardly any validations;
     NaN stands for one that was not finite. `settings` are those by key, and the preset.
+    `faults` say what is damaged or missing in the folder.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Summary(NamedTuple):
     train_loss: float | None
     losses: list[float]
     settings: dict[str, Any]
+    faults: list[str]
 
 
 def summarize(path: Path) -> Summary:
@@ -65,6 +67,7 @@ def summarize(path: Path) -> Summary:
         train_loss=train.loss if train else None,
         losses=losses,
         settings={"preset": config.preset, **flat(config)},
+        faults=run.faults(),
     )
 
 

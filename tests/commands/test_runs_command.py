@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from cda_cli.config import resolve
 from cda_cli.runs.folder import Run
 from cda_cli.runs.records import CheckpointRecord
+from cda_cli.storage import publish
 from tests.commands.helpers import Cda, assert_refused
 from tests.runs.records import TRAIN, VALIDATION
 
@@ -18,6 +21,7 @@ from tests.runs.records import TRAIN, VALIDATION
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished run with a falling loss, one that was cut short, and a folder that holds something else."""
+    tensors = {"weight": torch.zeros(4)}
     for name, steps, k in (("finished", 40, 2.0), ("cut", 20, 8.0)):
         run = Run(tmp_path / "runs" / name)
         run.path.mkdir(parents=True)
@@ -28,6 +32,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             metrics.write(replace(VALIDATION, step=step, loss=60.0 / step))
         metrics.write(CheckpointRecord(step=steps, path="x"))
         metrics.close()
+        publish(run.path, step=steps, model=tensors, optimizer={}, rng={}, state={"step": steps})
     (tmp_path / "runs" / "other").mkdir()
     (tmp_path / "runs" / "other" / "config.yaml").write_text("title: a site\n")
     monkeypatch.chdir(tmp_path)
@@ -71,6 +76,24 @@ def test_runs_of_two_presets_name_them(cda: Cda, runs: Path) -> None:
     assert "  preset=base" in out
 
 
+def test_what_is_damaged_or_gone_is_said_below_its_run(cda: Cda, runs: Path) -> None:
+    """A table that lists it as finished would promise a model that is not there."""
+    shutil.rmtree(runs / "finished" / "checkpoints")
+    weights = runs / "cut" / "checkpoints" / "step-00000020" / "model.safetensors"
+    size = weights.stat().st_size
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with (runs / "cut" / "metrics.jsonl").open("r+b") as file:
+        file.write(bytes(10))
+    lines = cda("runs").out.splitlines()
+    below = lines[lines.index(next(line for line in lines if line.startswith("runs/cut"))) :]
+    assert "  it has no checkpoint; `cda train --out runs/finished` starts it again" in lines[: -len(below)]
+    assert any(f"model.safetensors has {size - 1} bytes instead of {size}" in line for line in below)
+    assert "  1 line of metrics.jsonl cannot be read; the others are used" in below
+    (runs / "cut" / "metrics.jsonl").unlink()
+    [_, cut] = json.loads(cda("runs", "--json").out)["runs"]
+    assert cut["faults"][-1] == "it has no metrics.jsonl, so its losses are not known"
+
+
 def test_json(cda: Cda, runs: Path) -> None:
     result = cda("runs", "--json")
     assert (result.code, result.err) == (0, "")
@@ -81,7 +104,7 @@ def test_json(cda: Cda, runs: Path) -> None:
     assert (best["path"], cut["path"]) == ("runs/finished", "runs/cut")
     assert cut | {"settings": None} == {
         "path": "runs/cut", "state": "interrupted", "step": 20, "steps": 40, "best_loss": 3.0, "best_step": 20,
-        "train_loss": 2.5, "losses": [5.0, 2.5], "settings": None,
+        "train_loss": 2.5, "losses": [5.0, 2.5], "settings": None, "faults": [],
     }  # fmt: skip
     assert cut["settings"]["model.attn_k"] == 8.0
 
