@@ -12,7 +12,7 @@ import io
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -29,7 +29,7 @@ from cda_cli.settings import (
     RunSettings,
     preset_names,
 )
-from cda_cli.settings_table import TABLE, Row
+from cda_cli.settings_table import TABLE, Row, as_written
 
 
 class Section(BaseModel):
@@ -38,9 +38,11 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _of_its_kind(cls, value: object, info: ValidationInfo) -> object:
-        """Reads a number as people write it. Refuses 1 for true and true for 1, which pydantic would take."""
+        """Reads a number as people write it, and a list with commas. Refuses 1 for true and true for 1."""
         assert info.field_name is not None
         annotation = cls.model_fields[info.field_name].annotation
+        if get_origin(annotation) is list:
+            return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         kinds = {annotation, *get_args(annotation)}
         read = _number(value) if isinstance(value, str) else value
         if bool in kinds and isinstance(read, (int, float)) and not isinstance(read, bool):
@@ -70,11 +72,24 @@ class ModelConfig(Section, ModelSettings):
                 f"model.dim {self.dim} is not divisible by model.heads {self.heads}; choose a multiple of "
                 f"{self.heads}, or set model.dim_head"
             )
+        if self.heads % self.key_heads:
+            raise ValueError(
+                f"model.heads {self.heads} is not divisible by model.kv_heads {self.kv_heads}; choose a divisor of "
+                f"{self.heads}, or null"
+            )
         if self.position == "rotary" and self.head_width % 2:
             raise ValueError(
                 f"rotary positions turn pairs, and a head is {self.head_width} wide; choose an even model.dim_head"
             )
-        if self.ff_width < 1:
+        if any(not 0 <= layer < self.depth for layer in self.nope_layers):
+            raise ValueError(
+                f"model.nope_layers {as_written(self.nope_layers)} names a layer that there is not; choose from 0 to "
+                f"{self.depth - 1}"
+            )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, f"rotary_{low}") >= getattr(self, f"rotary_{high}"):
+                raise ValueError(f"model.rotary_{high} must be larger than model.rotary_{low}; change one of them")
+        if self.ff_units < 1:
             raise ValueError(f"model.ff_mult {self.ff_mult} leaves the feed-forward no units; make it larger")
         if self.learned_k and self.attn_k < 1:
             raise ValueError(f"a learned k runs from 1 to attn_k, which is {self.attn_k}; set attn_k to 1 or more")
@@ -85,8 +100,17 @@ class ModelConfig(Section, ModelSettings):
         return self.dim_head or self.dim // self.heads
 
     @property
-    def ff_width(self) -> int:
-        return int(self.dim * self.ff_mult)
+    def key_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def rotary_trained_len(self) -> int:
+        """The context length before a scaling of the rotary positions."""
+        return self.rotary_original_len or self.seq_len
+
+    @property
+    def ff_units(self) -> int:
+        return self.ff_width or int(self.dim * self.ff_mult)
 
 
 class DataConfig(Section, DataSettings):
@@ -111,11 +135,6 @@ class OptimConfig(Section, OptimSettings):
 
 class RunConfig(Section, RunSettings):
     """The settings of the run itself."""
-
-    @field_validator("track", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 class Config(Section):

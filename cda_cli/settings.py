@@ -66,22 +66,74 @@ class ModelSettings(Table):
     dim: Annotated[int, Setting("Width of the residual stream.", ge=1)] = 128
     depth: Annotated[int, Setting("Number of blocks.", ge=1)] = 4
     heads: Annotated[int, Setting("Number of attention heads.", ge=1)] = 4
+    kv_heads: Annotated[
+        int | None,
+        Setting(
+            "Key and value heads, each for heads / kv_heads neighbouring query heads; null: as many as heads.",
+            ge=1,
+        ),
+    ] = None
     dim_head: Annotated[int | None, Setting("Width of a head; null: dim / heads.", ge=1)] = None
+    attn_bias: Annotated[
+        Literal["none", "qkv", "all"],
+        Setting("Biases of attention: none, those of queries, keys and values (qkv), or of the output too (all)."),
+    ] = "none"
     ff_mult: Annotated[
         float,
         Setting(
             "Width of the feed-forward, as a multiple of dim; 8/3 gives swiglu the weights of the others with 4.", gt=0
         ),
     ] = 4.0
+    ff_width: Annotated[
+        int | None, Setting("Number of units of the feed-forward; null: dim × ff_mult, rounded down.", ge=1)
+    ] = None
+    ff_bias: Annotated[bool, Setting("Biases of the feed-forward.")] = True
     dropout: Annotated[float, Setting("Dropout on the embeddings and on each residual branch.", ge=0, lt=1)] = 0.0
-    position: Annotated[Literal["learned", "rotary"], Setting("Position embedding.")] = "learned"
+    position: Annotated[Literal["learned", "rotary", "none"], Setting("Position embedding.")] = "learned"
+    nope_layers: Annotated[list[int], Setting("Layers, counted from 0, whose attention has no rotary positions.")] = []  # noqa: RUF012 - pydantic gives each configuration a list of its own
     rotary_base: Annotated[float, Setting("Wavelength base of the rotary positions.", gt=1)] = 10000.0
+    rotary_scaling: Annotated[
+        Literal["none", "llama3", "yarn"],
+        Setting("How the rotary positions of a short context serve a longer one: none, llama3 or yarn."),
+    ] = "none"
+    rotary_factor: Annotated[float, Setting("Factor of the scaling on the longest wavelengths.", ge=1)] = 1.0
+    rotary_original_len: Annotated[
+        int | None, Setting("Context length in tokens before the scaling; null: seq_len.", ge=1)
+    ] = None
+    rotary_low_freq_factor: Annotated[
+        float,
+        Setting(
+            "llama3: a pair of channels that turns fewer times in the original context gets the whole factor.", gt=0
+        ),
+    ] = 1.0
+    rotary_high_freq_factor: Annotated[
+        float, Setting("llama3: a pair of channels that turns more times in the original context stays as it is.", gt=0)
+    ] = 4.0
+    rotary_beta_fast: Annotated[
+        float, Setting("yarn: a pair of channels that turns more times in the original context stays as it is.", gt=0)
+    ] = 32.0
+    rotary_beta_slow: Annotated[
+        float,
+        Setting("yarn: a pair of channels that turns fewer times in the original context gets the whole factor.", gt=0),
+    ] = 1.0
+    rotary_attention_factor: Annotated[
+        float | None, Setting("yarn: factor on queries and keys; null: 0.1·ln(rotary_factor) + 1.", gt=0)
+    ] = None
     norm: Annotated[Literal["layernorm", "rmsnorm"], Setting("Normalisation before each branch.")] = "layernorm"
+    norm_eps: Annotated[
+        float | None,
+        Setting(
+            "Number that every norm adds to the variance or mean square; null: 1e-5 in layernorm, 1e-6 in rmsnorm and "
+            "in the norms of queries and keys.",
+            gt=0,
+        ),
+    ] = None
     qk_norm: Annotated[
         bool, Setting("RMS-normalise queries and keys, with a learned gain for each dimension of a head.")
     ] = False
     tied_embeddings: Annotated[bool, Setting("Compute the logits with the transposed token embedding.")] = False
-    null_kv: Annotated[int, Setting("Learned key/value pairs of each head that every query sees.", ge=0)] = 0
+    logits_bias: Annotated[bool, Setting("A bias of the logits; tied embeddings have none.")] = True
+    null_kv: Annotated[int, Setting("Learned key/value pairs of each key head that every query sees.", ge=0)] = 0
 
     attention: Annotated[
         Literal["softmax", "coordinate-descent", "tempered-softmax", "hard-topk", "entmax"],
@@ -105,6 +157,13 @@ class ModelSettings(Table):
             gt=0,
         ),
     ] = 0.1
+    normalise: Annotated[
+        Literal["none", "k"],
+        Setting(
+            "k: divide each head's output by the k of its row, which makes a row without a capped weight a plain "
+            "average, by softmax(s/ε); none: leave it as the sum."
+        ),
+    ] = "none"
     learned_k: Annotated[
         bool,
         Setting(
@@ -128,10 +187,10 @@ class ModelSettings(Table):
     eps_anneal_share: Annotated[float, Setting("Share of the schedule after which ε is attn_eps.", gt=0, le=1)] = 0.5
 
     ff: Annotated[
-        Literal["gelu", "coordinate-descent", "relu2", "swiglu"],
+        Literal["gelu", "gelu-tanh", "coordinate-descent", "relu2", "swiglu"],
         Setting(
-            "Feed-forward activation: gelu; coordinate-descent, the soft top-k; relu2, max(0, x)²; or swiglu, whose "
-            "gate is a third matrix.",
+            "Feed-forward activation: gelu; gelu-tanh, its approximation in GPT-2; coordinate-descent, the soft top-k; "
+            "relu2, max(0, x)²; or swiglu, whose gate is a third matrix.",
             flag="--ff",
             by_preset=True,
         ),

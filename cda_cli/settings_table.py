@@ -41,6 +41,8 @@ class Row(NamedTuple):
             words = ["true", "false"]
         elif self.values:
             words = [*self.values, *["several with commas between"] * isinstance(self.default, list)]
+        elif isinstance(self.default, list):
+            words = ["integers with commas between"]
         elif int in self.kinds or float in self.kinds:
             words = [" ".join(["integer" if int in self.kinds else "number", *bounds[:1]]), *bounds[1:]]
         else:
@@ -66,7 +68,7 @@ def as_written(value: Any) -> str:
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     if isinstance(value, list):
-        return ",".join(value) or "[]"
+        return ",".join(map(str, value)) or "[]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

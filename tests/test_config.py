@@ -70,6 +70,15 @@ def test_set_can_take_a_value_away() -> None:
     assert resolve("seed", sets=["model.dim_head=null"]).model.dim_head is None
 
 
+def test_a_list_is_read_as_people_write_it(tmp_path: Path) -> None:
+    """With commas, as YAML, or alone."""
+    for text, layers in (("0, 2", [0, 2]), ("[0, 2]", [0, 2]), ("2", [2]), ("[]", []), ("", [])):
+        assert resolve(sets=[f"model.nope_layers={text}"] if text else []).model.nope_layers == layers
+        assert (
+            resolve(file=write(tmp_path, f"model: {{nope_layers: '{text.strip('[]')}'}}")).model.nope_layers == layers
+        )
+
+
 def test_which_preset_it_starts_from(tmp_path: Path) -> None:
     """Of the argument, else of the file, else tiny."""
     bare, named = write(tmp_path, "optim: {steps: 7}"), write(tmp_path, "preset: base\noptim: {steps: 7}", "named.yaml")
@@ -100,6 +109,20 @@ def test_numbers_are_read_as_people_write_them() -> None:
 BAD_SETS = [
     ("model.dim=130", "model.dim 130 is not divisible by model.heads 4; choose a multiple of 4, or set model.dim_head"),
     ("model.dim_head=3", "rotary positions turn pairs, and a head is 3 wide; choose an even model.dim_head"),
+    ("model.kv_heads=3", "model.heads 4 is not divisible by model.kv_heads 3; choose a divisor of 4, or null"),
+    ("model.nope_layers=1,4", "model.nope_layers 1,4 names a layer that there is not; choose from 0 to 3"),
+    ("model.nope_layers=-1", "model.nope_layers -1 names a layer that there is not; choose from 0 to 3"),
+    ("model.nope_layers=1;2", "model.nope_layers.0 = '1;2' is not possible: input should be a valid integer"),
+    (
+        "model.rotary_high_freq_factor=1",
+        "model.rotary_high_freq_factor must be larger than model.rotary_low_freq_factor; change one of them",
+    ),
+    ("model.rotary_beta_slow=32", "model.rotary_beta_fast must be larger than model.rotary_beta_slow; change one of"),
+    (
+        "model.rotary_factor=0.5",
+        "model.rotary_factor = 0.5 is not possible: input should be greater than or equal to 1",
+    ),
+    ("model.norm_eps=0", "model.norm_eps = 0 is not possible: input should be greater than 0"),
     ("model.ff_mult=0.001", "model.ff_mult 0.001 leaves the feed-forward no units; make it larger"),
     ("model.attn_k=0.5", "a learned k runs from 1 to attn_k, which is 0.5; set attn_k to 1 or more"),
     ("model.attn_eps=0", "model.attn_eps = 0 is not possible: input should be greater than 0"),

@@ -2,7 +2,7 @@
 
 To add one, write its class, add a line to `ACTIVATIONS` and its name to `ModelConfig.ff`, and test it.
 
-Shapes: B batch, T positions, F units of the feed-forward layer (`ModelConfig.ff_width`).
+Shapes: B batch, T positions, F units of the feed-forward layer (`ModelConfig.ff_units`).
 """
 
 from __future__ import annotations
@@ -49,6 +49,13 @@ class Gelu(Activation):
         return F.gelu(hidden)
 
 
+class TanhGelu(Activation):
+    """GELU by a tanh (arXiv 1606.08415, section 2), as GPT-2 has it."""
+
+    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        return F.gelu(hidden, approximate="tanh")
+
+
 class ReluSquared(Activation):
     """max(0, x)², from Primer (arXiv 2109.08668): most units are exactly 0."""
 
@@ -78,16 +85,17 @@ class SoftTopKActivation(Activation):
     def scratch(self, batch_size: int, choice: Choice) -> dict[str, int]:
         """The operator takes nine float32 tensors as large as the scores forward, and six backward."""
         config = self.config
-        units = 0 if choice.name == "triton" else batch_size * config.seq_len * config.ff_width
+        units = 0 if choice.name == "triton" else batch_size * config.seq_len * config.ff_units
         return {"cda.soft_topk_backward": 4 * 6 * units, "cda.soft_topk.": 4 * 9 * units}
 
     def warnings(self) -> list[str]:
-        k, units = self.config.ff_k, self.config.ff_width
+        k, units = self.config.ff_k, self.config.ff_units
         return [f"ff_k {k:g} covers all {units} units of a row: every activation is 1"] if k >= units else []
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {
     "gelu": Gelu,
+    "gelu-tanh": TanhGelu,
     "coordinate-descent": SoftTopKActivation,
     "relu2": ReluSquared,
     "swiglu": SwiGlu,

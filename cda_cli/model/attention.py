@@ -1,7 +1,7 @@
 """Causal self-attention: projections, positions, cache and output. A rule (`rules`) turns scores into weights.
 
-Shapes: B batch, T queries, C width of the residual stream, H heads, D head width, S keys (null and cached ones first),
-G heads of the projection.
+Shapes: B batch, T queries, C width of the residual stream, H heads, K key heads (each for H/K neighbouring heads),
+D head width, S keys (null and cached ones first), G heads of the projection.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from cda_cli.config import ModelConfig
 from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.head_projection import head_logits, project_heads
-from cda_cli.model.layers import EPS, HeadNorm, RotaryPositions
+from cda_cli.model.layers import make_head_norm
 from cda_cli.model.observe import ObservedAttention, Observer
+from cda_cli.model.rotary import RotaryPositions
 from cda_cli.model.rules import EditRows, attention_rule
 from cda_cli.ops import Backend, can_norm_and_rotate, norm_and_rotate
 
@@ -28,7 +29,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, backend: Backend) -> None:
         super().__init__()
         self.config, self.layer, self.backend = config, layer, backend
-        self.heads = config.heads
+        self.heads, self.key_heads = config.heads, config.key_heads
         self.rule = attention_rule(config, backend)
         self.eps = config.attn_eps  # the current temperature of the weights
         # ε anneals as a factor on the query. The factor is a tensor, since compiled code and CUDA graphs would keep a
@@ -39,14 +40,14 @@ class Attention(nn.Module):
         self.edit_rows: EditRows | None = None
         self.is_recomputed = False  # Activation checkpointing computes this layer again in the backward.
 
-        inner = config.heads * config.head_width
-        self.to_qkv = nn.Linear(config.dim, inner * 3, bias=False)
-        self.to_out = nn.Linear(inner, config.dim, bias=False)
-        self.null_kv = nn.Parameter(torch.randn(2, config.heads, config.null_kv, config.head_width))
-        self.query_norm = HeadNorm(config.head_width) if config.qk_norm else None
-        self.key_norm = HeadNorm(config.head_width) if config.qk_norm else None
-        rotary = config.position == "rotary"
-        self.rotary = RotaryPositions(config.head_width, config.seq_len, config.rotary_base) if rotary else None
+        inner, of_keys = config.heads * config.head_width, config.key_heads * config.head_width
+        self.to_qkv = nn.Linear(config.dim, inner + 2 * of_keys, bias=config.attn_bias != "none")
+        self.to_out = nn.Linear(inner, config.dim, bias=config.attn_bias == "all")
+        self.null_kv = nn.Parameter(torch.randn(2, config.key_heads, config.null_kv, config.head_width))
+        self.query_norm, self.key_norm = make_head_norm(config), make_head_norm(config)
+        rotary = config.position == "rotary" and layer not in config.nope_layers
+        self.rotary = RotaryPositions(config) if rotary else None
+        self.divides_by_k = config.normalise == "k" and self.rule.has_budget
         self.to_learned_k = _head_linear(config, config.learned_k_bias) if self.rule.learns_budget else None
         self.gate_is_unit = config.output_gate_range == "unit"
         gate_bias = 0.0 if self.gate_is_unit else config.learned_k_bias
@@ -70,6 +71,8 @@ class Attention(nn.Module):
         else:
             observe = self._observe if self.observer is not None else None
             out_BHTD = self.rule.attend_densely(query, key, value, budget, observe, self.edit_rows)
+        if self.divides_by_k:
+            out_BHTD = out_BHTD / (budget.unsqueeze(-1) if isinstance(budget, Tensor) else budget)
         if self.to_gate is not None:
             gate_BHT = logits["gate"].sigmoid() if self.gate_is_unit else self._one_to_k(logits["gate"])
             out_BHTD = out_BHTD * gate_BHT.unsqueeze(-1)
@@ -93,17 +96,17 @@ class Attention(nn.Module):
     def _prepare_heads(
         self, projected_BTGD: Tensor, cache: KeyValueCache | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns query [B, H, T, D], key and value [B, H, S, D], null and cached ones first, and the packed heads."""
-        H, norms, rotary = self.heads, (self.query_norm, self.key_norm), self.rotary
+        """Returns query [B, H, T, D], key and value [B, K, S, D], null and cached ones first, and the packed heads."""
+        H, K, norms, rotary = self.heads, self.key_heads, (self.query_norm, self.key_norm), self.rotary
         # Heads move in front of positions only at the end. Norm, rotation and their gradients thus keep the order of
         # the memory: they compile to few kernels, and the three gradients lie where the matrix product reads them.
         if norms[0] and norms[1] and rotary and cache is None and self._has_kernels(projected_BTGD):
             # Rotation is linear, so a factor on the gain is a factor on the query, without a pass over the query.
             gain = norms[0].weight if self.query_scale is None else norms[0].weight * self.query_scale
             gains = gain, norms[1].weight
-            query, key, value, packed = norm_and_rotate(projected_BTGD, *gains, rotary.cos, rotary.sin, H, EPS)
+            query, key, value, packed = norm_and_rotate(projected_BTGD, *gains, rotary.cos, rotary.sin, H, norms[0].eps)
         else:
-            query, key, value, packed = projected_BTGD.split((H, H, H, projected_BTGD.shape[2] - 3 * H), dim=2)
+            query, key, value, packed = projected_BTGD.split((H, K, K, projected_BTGD.shape[2] - H - 2 * K), dim=2)
             if norms[0] and norms[1]:
                 query, key = norms[0](query), norms[1](key)
             if rotary:
@@ -123,6 +126,8 @@ class Attention(nn.Module):
         """Whether Triton kernels can compute norm and rotation."""
         recomputed = self.is_recomputed and torch.is_grad_enabled() and torch.compiler.is_compiling()
         if COMPILED_RECOMPUTE_KEEPS_SAVED and recomputed:
+            return False
+        if self.key_heads != self.heads:
             return False
         return can_norm_and_rotate(self.backend, projected.device, projected.dtype, self.config.head_width)
 

@@ -9,13 +9,14 @@ from cda_cli.config import ModelConfig
 
 
 class KeyValueCache:
-    """The keys and values of the positions so far, for every layer: [depth, B, H, seq_len, D] each, allocated once.
+    """The keys and values of the positions so far, for every layer: [depth, B, H, seq_len, D] each, allocated once;
+    H key heads.
 
     It holds no null keys; each attention layer puts its own in front.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.depth, batch_size, config.heads, config.seq_len, config.head_width)
+        shape = (config.depth, batch_size, config.key_heads, config.seq_len, config.head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0

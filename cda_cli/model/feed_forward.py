@@ -16,9 +16,10 @@ class FeedForward(nn.Module):
         self.layer = layer
         self.activation = feed_forward_activation(config, backend)
         self.observer: Observer | None = None
-        self.proj_in = nn.Linear(config.dim, config.ff_width)
-        self.proj_out = nn.Linear(config.ff_width, config.dim)
-        self.proj_gate = nn.Linear(config.dim, config.ff_width) if self.activation.is_gated else None
+        self.proj_in = nn.Linear(config.dim, config.ff_units, bias=config.ff_bias)
+        self.proj_out = nn.Linear(config.ff_units, config.dim, bias=config.ff_bias)
+        gated = self.activation.is_gated
+        self.proj_gate = nn.Linear(config.dim, config.ff_units, bias=config.ff_bias) if gated else None
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         gate = self.proj_gate(x_BTC) if self.proj_gate is not None else None

@@ -4,8 +4,8 @@ The further numbers (the logits of a learned k and of an output gate) have linea
 A GPU takes as long for a product with so few columns as for one with many. In compiled code these columns are
 therefore packed behind those of queries, keys and values, and padded with zeros to a multiple of the head width.
 
-Shapes: B batch, T queries, C width of the residual stream, H heads, G = 3·H and the heads that hold packed columns, D
-head width.
+Shapes: B batch, T queries, C width of the residual stream, H query heads, K key heads, G = H + 2·K and the heads that
+hold packed columns, D head width.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 
 def project_heads(x_BTC: Tensor, to_qkv: nn.Linear, head_linears: Mapping[str, nn.Linear], head_width: int) -> Tensor:
-    """Returns the heads [B, T, G, D]: of queries, keys and values, H each, and in compiled code of packed columns."""
-    weight = to_qkv.weight
+    """Returns the heads [B, T, G, D]: H of queries, K each of keys and values, and in compiled code packed columns."""
+    weight: Tensor = to_qkv.weight
+    bias: Tensor | None = to_qkv.bias
     if head_linears and torch.compiler.is_compiling():
         weight = torch.cat((weight, *(linear.weight for linear in head_linears.values())))
         weight = F.pad(weight, (0, 0, 0, -len(weight) % head_width))
-    return rearrange(F.linear(x_BTC, weight), "b t (g d) -> b t g d", d=head_width)
+        bias = F.pad(bias, (0, len(weight) - len(bias))) if bias is not None else None
+    return rearrange(F.linear(x_BTC, weight, bias), "b t (g d) -> b t g d", d=head_width)
 
 
 def head_logits(x_BTC: Tensor, packed_BTGD: Tensor, head_linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:

@@ -1,22 +1,28 @@
-"""Small layers (normalisation, rotary positions), and the settings of the solver.
+"""The norms, and the settings of the solver.
 
 Shapes: B batch, H heads, T positions, D head width.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.ops import SolverSettings
 
-EPS = 1e-6  # added to the mean square in the norms
+LAYERNORM_EPS, RMSNORM_EPS = 1e-5, 1e-6  # added to the variance, and to the mean square
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    return nn.LayerNorm(config.dim) if config.norm == "layernorm" else RMSNorm(config.dim)
+    if config.norm == "layernorm":
+        return nn.LayerNorm(config.dim, config.norm_eps or LAYERNORM_EPS)
+    return RMSNorm(config.dim, config.norm_eps or RMSNORM_EPS)
+
+
+def make_head_norm(config: ModelConfig) -> HeadNorm | None:
+    """Makes the norm of queries or of keys, where the model has one."""
+    return HeadNorm(config.head_width, config.norm_eps or RMSNORM_EPS) if config.qk_norm else None
 
 
 def solver_settings(config: ModelConfig) -> SolverSettings:
@@ -31,11 +37,13 @@ class RMSNorm(nn.RMSNorm):
     Under autocast the gain is cast to the dtype of the input: PyTorch's fused kernel takes one dtype only.
     """
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=EPS)
+    eps: float
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), EPS)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class HeadNorm(RMSNorm):
@@ -45,27 +53,4 @@ class HeadNorm(RMSNorm):
         # Each head gets a copy of the gain: the compiler then sums the gradient over B·T rows of H·D numbers, which is
         # faster than over B·T·H rows of D.
         gain_HD = self.weight.expand(x_BTHD.shape[-2], -1).contiguous()
-        return (F.rms_norm(x_BTHD, self.normalized_shape, None, EPS) * gain_HD).to(x_BTHD.dtype)
-
-
-class RotaryPositions(nn.Module):
-    """Rotates pairs of a head's channels by position · base^(−2i/D) (RoFormer, arXiv 2104.09864, equation 34)."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, head_width: int, seq_len: int, base: float) -> None:
-        super().__init__()
-        frequency = base ** (-torch.arange(0, head_width, 2).double() / head_width)
-        angle = torch.outer(torch.arange(seq_len).double(), frequency)
-        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), 1).float(), persistent=False)
-        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), 1).float(), persistent=False)
-
-    def forward(self, x_BTHD: Tensor, start: int) -> Tensor:
-        """Rotates x [B, T, H, D], whose first position is `start`. Channels i and i + D/2 make a pair."""
-        positions = slice(start, start + x_BTHD.shape[1])
-        cos, sin = (table[positions, None].to(x_BTHD.dtype) for table in (self.cos, self.sin))
-        # The table has the sign, so this only reads x once more. A concatenation would compile to masked reads or to
-        # another tensor.
-        partner = x_BTHD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-        return x_BTHD * cos + partner * sin
+        return (F.rms_norm(x_BTHD, self.normalized_shape, None, self.eps) * gain_HD).to(x_BTHD.dtype)

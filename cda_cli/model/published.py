@@ -55,7 +55,7 @@ def _config(published: Any) -> ModelConfig:
         depth=len(published.layers),
         heads=attention.heads,
         dim_head=inner // attention.heads,
-        ff_mult=(feed_forward.proj_out.in_features + 0.5) / dim,  # the width is rounded down
+        ff_width=feed_forward.proj_out.in_features,
         null_kv=attention.null_kv.shape[2],
         attention="coordinate-descent" if attention.use_coor_descent else "softmax",
         attn_k=attention.coor_descent_sparsity_k,

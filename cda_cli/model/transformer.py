@@ -49,7 +49,8 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in range(config.depth))
         self.norm = make_norm(config)
-        self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=not config.tied_embeddings)
+        bias = config.logits_bias and not config.tied_embeddings
+        self.to_logits = nn.Linear(config.dim, config.vocab_size, bias=bias)
         if config.tied_embeddings:
             self.to_logits.weight = self.token_embedding.weight
         self.activation_checkpointing = False

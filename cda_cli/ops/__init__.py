@@ -16,6 +16,7 @@ from .attention_blocks import scores_at_once
 from .attention_inputs import AttentionInputs
 from .backends import BACKENDS, Backend, Choice, choose_backend
 from .checks import check_attention, check_finite, check_positive, check_rows, checked_spec, row_budgets
+from .dense import for_each_query
 from .heads import Heads, can_norm_and_rotate, norm_and_rotate
 from .precision import autocast_dtype, settle_vector_functions
 from .reference import reference_attention, reference_gradients, reference_soft_topk
@@ -29,6 +30,7 @@ __all__ = [
     "SolverSettings",
     "can_norm_and_rotate",
     "choose_backend",
+    "for_each_query",
     "norm_and_rotate",
     "reference_attention",
     "reference_gradients",

@@ -10,20 +10,21 @@ from torch import Tensor
 from cda_cli.config import ModelConfig
 from cda_cli.model import Transformer
 
-# Each option has two sides. The sizes are such that nothing hides: T is no multiple of anything, heads ≠ head width.
+# Each option has two sides, and settings with little to do with each other share one. The sizes
+# are such that nothing hides: T is no multiple of anything, heads ≠ head width.
 OPTIONS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     ({"attention": "softmax"}, {"attention": "coordinate-descent"}),
     ({"learned_k": False}, {"learned_k": True}),
     ({"output_gate": False}, {"output_gate": True}),
-    ({"null_kv": 0}, {"null_kv": 2}),
-    ({"position": "learned"}, {"position": "rotary"}),
-    ({"norm": "layernorm"}, {"norm": "rmsnorm"}),
+    ({"null_kv": 0}, {"null_kv": 2, "kv_heads": 1}),
+    ({"position": "learned"}, {"position": "rotary", "nope_layers": [1]}),
+    ({"norm": "layernorm"}, {"norm": "rmsnorm", "norm_eps": 1e-3}),
     ({"qk_norm": False}, {"qk_norm": True}),
-    ({"tied_embeddings": False}, {"tied_embeddings": True}),
-    ({"ff": "gelu"}, {"ff": "coordinate-descent"}),
-    ({"solver": "exact"}, {"solver": "iterative"}),
+    ({"tied_embeddings": False, "logits_bias": False}, {"tied_embeddings": True}),
+    ({"ff": "gelu", "ff_bias": False}, {"ff": "coordinate-descent", "ff_width": 25}),
+    ({"solver": "exact", "attn_bias": "all"}, {"solver": "iterative"}),
     ({"dropout": 0.0}, {"dropout": 0.2}),
-    ({}, {"dim_head": 6}),
+    ({}, {"dim_head": 6, "normalise": "k"}),
 )
 TINY: dict[str, Any] = {
     "vocab_size": 23,

@@ -19,6 +19,7 @@ from tests.model.cases import build, tiny, tokens
 # Of hidden units and of those of the gate, in float64.
 DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda x, gate: x / 2 * (1 + torch.erf(x / 2**0.5)),
+    "gelu-tanh": lambda x, gate: x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
     "coordinate-descent": lambda x, gate: reference_soft_topk(x, 5.0, 0.3).weights,
     "relu2": lambda x, gate: torch.where(x > 0, x * x, 0.0),
     "swiglu": lambda x, gate: x * gate / (1 + (-gate).exp()),
@@ -77,7 +78,7 @@ def test_a_model_trains_and_is_observed_with_it(name: str) -> None:
     seen: list[ObservedFeedForward] = []
     with observing(model, lambda one: seen.append(one) if isinstance(one, ObservedFeedForward) else None):
         loss = model(batch[:, :-1], targets_BT=batch[:, 1:]).mean()
-    assert [one.activations.shape[-1] for one in seen] == [config.ff_width] * config.depth
+    assert [one.activations.shape[-1] for one in seen] == [config.ff_units] * config.depth
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.numel())
 

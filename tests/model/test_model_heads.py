@@ -11,7 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from cda_cli.config import ModelConfig
 from cda_cli.model import Transformer
-from cda_cli.model.layers import EPS, HeadNorm, RotaryPositions
+from cda_cli.model.layers import RMSNORM_EPS as EPS
+from cda_cli.model.layers import HeadNorm
+from cda_cli.model.rotary import RotaryPositions
 from cda_cli.ops.triton.heads_launches import heads_backward, heads_forward, norm_and_rotate
 from tests.devices import DEVICES
 
@@ -32,7 +34,7 @@ class Problem:
         self.heads, self.dtype = H, dtype
         self.projected = (3 * normal(B, T, 3 * H + rest, D)).to(dtype)
         self.gains = [normal(D).float() for _ in range(2)]
-        self.rotary = RotaryPositions(D, T + 3, 10000.0)
+        self.rotary = RotaryPositions(ModelConfig(dim_head=D, seq_len=T + 3))
         # As attention gives them back: [B, H, T, D] in memory, but for the rest.
         self.grads = [normal(B, H, T, D).to(dtype).transpose(1, 2) for _ in range(3)] + [
             normal(B, T, rest, D).to(dtype)
@@ -41,7 +43,7 @@ class Problem:
     def by_layers(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns heads and gradients in float64."""
         H = self.heads
-        norms = [HeadNorm(gain.shape[0]).double() for gain in self.gains]
+        norms = [HeadNorm(gain.shape[0], EPS).double() for gain in self.gains]
         for norm, gain in zip(norms, self.gains, strict=True):
             norm.weight.data.copy_(gain)
         projected = self.projected.double().requires_grad_()

@@ -39,12 +39,14 @@ def passed(model: Transformer, batch: Tensor) -> dict[Any, tuple[Tensor, Tensor]
     return through
 
 
-def output_by(weights: Tensor, attention: Attention, x: Tensor) -> Tensor:
-    """Returns the output of a layer for the input `x` [B, T, C] under these weights [B, H, T, S]."""
-    B, T, _ = x.shape
-    values = attention.to_qkv(x).chunk(3, -1)[2].view(B, T, attention.heads, -1).transpose(1, 2)
+def output_by(seen: ObservedAttention, attention: Attention, x: Tensor) -> Tensor:
+    """Returns the output of a layer for the input `x` [B, T, C] under the weights that were seen."""
+    (B, T, _), config = x.shape, attention.config
+    values = attention.to_qkv(x).unflatten(-1, (-1, config.head_width))[:, :, -config.key_heads :].transpose(1, 2)
     values = torch.cat((attention.null_kv[1].expand(B, -1, -1, -1), values), 2)
-    out = weights @ values
+    out = seen.weights @ values.repeat_interleave(config.heads // config.key_heads, 1)
+    if config.normalise == "k":
+        out = out / seen.sparsity_k.unsqueeze(-1)
     if attention.to_gate is not None:
         gate = 1 + (attention.config.attn_k - 1) * attention.to_gate(x).sigmoid()
         out = out * gate.transpose(1, 2).unsqueeze(-1)
@@ -75,9 +77,9 @@ def test_the_weights_and_activations_make_the_output_of_their_layer(config: Mode
             if isinstance(one, ObservedAttention):
                 assert one.weights.shape == (B, config.heads, T, T + config.null_kv)
                 given, expected = through[block.attention]
-                made = output_by(one.weights, block.attention, given)
+                made = output_by(one, block.attention, given)
             else:
-                assert one.activations.shape == (B, T, config.ff_width)
+                assert one.activations.shape == (B, T, config.ff_units)
                 expected = through[block.feed_forward][1]
                 made = block.feed_forward.proj_out(one.activations)
         torch.testing.assert_close(made, expected, atol=1e-5, rtol=0)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cda_cli.config import annealed_eps
-from cda_cli.model.layers import RotaryPositions
 from cda_cli.model.observe import observing
+from cda_cli.model.rotary import RotaryPositions
 from tests.model.cases import build, tiny, tokens
 
 EPS = st.floats(1e-3, 10)
@@ -60,7 +60,7 @@ def test_a_set_temperature_is_that_of_a_model_made_with_it(solver: str) -> None:
     seed=st.integers(0, 99),
 )
 def test_rotary_products_depend_on_the_distance_alone(shift: int, query: int, key: int, half: int, seed: int) -> None:
-    rotary = RotaryPositions(2 * half, 256, 10000.0)
+    rotary = RotaryPositions(tiny(dim_head=2 * half, seq_len=256))
     q, k = torch.randn(2, 1, 1, 1, 2 * half, generator=torch.Generator().manual_seed(seed))
     products = [(rotary(q, query + by) * rotary(k, key + by)).sum() for by in (0, shift)]
     scale = max(1.0, float(q.norm() * k.norm()))
@@ -71,12 +71,13 @@ def test_rotary_products_depend_on_the_distance_alone(shift: int, query: int, ke
 @given(start=st.integers(0, 200), length=st.integers(1, 20), half=st.integers(1, 8), base=st.floats(2, 1e6))
 def test_rotary_is_the_rotation_of_its_paper(start: int, length: int, half: int, base: float) -> None:
     """Channels i and i + D/2 are a complex number, which is multiplied by exp(i·position·base^(−2i/D))."""
+    rotary = RotaryPositions(tiny(dim_head=2 * half, seq_len=256, rotary_base=base))
     x = torch.randn(2, length, 3, 2 * half, generator=torch.Generator().manual_seed(start))
     position = torch.arange(start, start + length).double()
     angle = position[:, None, None] * base ** (-torch.arange(half).double() / half)
     turned = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
     expected = torch.cat((turned.real, turned.imag), -1).float()
-    torch.testing.assert_close(RotaryPositions(2 * half, 256, base)(x, start), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rotary(x, start), expected, atol=1e-5, rtol=0)
 
 
 def test_the_position_shows_in_the_logits() -> None:

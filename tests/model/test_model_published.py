@@ -168,7 +168,7 @@ def test_every_setting_is_carried() -> None:
     config = from_published(model).config
     sizes = {"vocab_size": 29, "dim": 20, "seq_len": 17, "depth": 2, "dim_head": 8, "heads": 3, "null_kv": 3}
     operator = {"attn_k": 5, "ff_k": 7, "attn_eps": 0.25, "ff_eps": 0.25, "n_iters": 13, "solver": "iterative"}
-    parts = {"attention": "coordinate-descent", "ff": "coordinate-descent", "learned_k": True, "ff_width": 50}
+    parts = {"attention": "coordinate-descent", "ff": "coordinate-descent", "learned_k": True, "ff_units": 50}
     annealing = {"eps_init": 4.0, "eps_decay": 0.7}
     for key, value in (sizes | operator | parts | annealing).items():
         assert getattr(config, key) == value, f"{key} was not carried over"
@@ -176,10 +176,10 @@ def test_every_setting_is_carried() -> None:
 
 @pytest.mark.parametrize("ff_mult", [0.3, 1.1, 2.7, 3, 4, 2 / 3])
 def test_a_feed_forward_of_any_width_is_carried(ff_mult: float) -> None:
-    """The width comes back from a ratio: rounding must not take a unit away."""
+    """The ratio rounds: it must not take a unit away."""
     for dim in range(10, 60, 7):
         model = published.Transformer(**{**SIZES, "dim": dim, "depth": 1, "ff_mult": ff_mult})
-        assert from_published(model).config.ff_width == model.layers[0][1].proj_out.in_features
+        assert from_published(model).config.ff_units == model.layers[0][1].proj_out.in_features
 
 
 @pytest.mark.parametrize("training", [True, False])

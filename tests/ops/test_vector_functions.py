@@ -15,7 +15,8 @@ patch = pytest.MonkeyPatch()
 race_in_first_calls(patch)
 assert not torch.equal(torch.linspace(0, 1, 8).sinh().tanh(), torch.linspace(0, 1, 8).sinh().tanh()), "nothing races"
 
-from cda_cli.model.layers import RotaryPositions
+from cda_cli.config import ModelConfig
+from cda_cli.model.rotary import RotaryPositions
 from cda_cli.ops import soft_topk, soft_topk_attention
 
 scores = torch.linspace(-2, 2, 4096).view(4, 1024)
@@ -23,7 +24,7 @@ heads = scores.view(1, 2, 64, 32)
 
 
 def results():
-    yield "rotary positions", RotaryPositions(32, 64, 10_000.0).cos
+    yield "rotary positions", RotaryPositions(ModelConfig(dim_head=32, seq_len=64)).cos
     for dtype in (torch.float32, torch.float64):
         for solver in ("exact", "iterative"):
             yield f"soft_topk, {solver}, {dtype}", soft_topk(scores.to(dtype), 2.0, solver=solver)

@@ -1,6 +1,7 @@
 """The interface of an attention rule, and attention by dense weights, which every rule can do.
 
-Shapes: B batch, H heads, T queries, S keys (null and cached ones first), D head width.
+Shapes: B batch, H heads, K key heads (each for H/K neighbouring heads), T queries, S keys (null and cached ones first),
+D head width.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cda_cli.config import ModelConfig
-from cda_cli.ops import Backend, Choice, choose_backend
+from cda_cli.ops import Backend, Choice, choose_backend, for_each_query
 
 # Dense weights are computed for at most so many scores at a time, but at least for one row. With 8192 keys and 8 heads
 # that is 256 rows. An observer measures them in float64, where one copy takes 128 MiB.
@@ -69,7 +70,7 @@ class AttentionRule(ABC):
         """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor) -> Tensor:
-        """Computes causal attention [B, H, T, D] of query [B, H, T, D] to key and value [B, H, S, D], S ≥ T.
+        """Computes causal attention [B, H, T, D] of query [B, H, T, D] to key and value [B, K, S, D], S ≥ T.
 
         Query t sees the keys up to t + S − T. `budget` is the k of each row: a number, or [B, H, T].
         """
@@ -90,6 +91,7 @@ class AttentionRule(ABC):
         each block, its k [B, H, t], and the index, among the S keys, of the last one that its first query sees.
         """
         B, H, T, _ = query.shape
+        key, value = for_each_query(key, H), for_each_query(value, H)
         S, dtype = key.shape[2], torch.promote_types(query.dtype, torch.float32)
         key_BHDS = key.to(dtype).transpose(-1, -2)
         if not isinstance(budget, Tensor):
@@ -152,6 +154,8 @@ class AttentionRule(ABC):
         config = self.config
         if config.learned_k and not self.has_budget:
             return [f"learned_k has no effect with {config.attention} attention; its control there is output_gate"]
+        if config.normalise == "k" and not self.has_budget:
+            return [f"normalise has no effect with {config.attention} attention, whose rows sum to 1"]
         return []
 
     def selection(self) -> str:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cda_cli.model.rules.base import AttentionRule, Products
+from cda_cli.ops import for_each_query
 
 
 class Softmax(AttentionRule):
@@ -41,7 +42,9 @@ class TemperedSoftmax(Softmax):
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Computes causal softmax attention. The T queries are the last of the S positions."""
-    T, S = query.shape[2], key.shape[2]
+    H, T, S = query.shape[1], query.shape[2], key.shape[2]
+    # PyTorch has a fused kernel for fewer key heads only in some dtypes, on some devices and without a mask.
+    key, value = for_each_query(key, H), for_each_query(value, H)
     if S == T:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)

@@ -58,7 +58,7 @@ def flops_per_token(config: Config, backend: str) -> Flops:
     per_block = 6 * block + product * (attention.forward + attention.backward)
     if config.run.activation_checkpointing:
         # The backward does not need the last product of a block, so it is computed again only if dropout follows it.
-        unneeded = 0 if model.dropout else model.dim * model.ff_width
+        unneeded = 0 if model.dropout else model.dim * model.ff_units
         per_block += 2 * (block - unneeded) + product * attention.forward
     N = model.depth * block + logits
     return Flops(
@@ -77,7 +77,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def _block_weights(model: ModelConfig) -> int:
     """Counts the weights of a block that take part in a matrix product."""
-    inner = model.heads * model.head_width
+    inner, of_keys = model.heads * model.head_width, model.key_heads * model.head_width
     per_head = attention_rule(model).learns_budget + model.output_gate
-    units = feed_forward_activation(model).matrices * model.ff_width
-    return model.dim * (4 * inner + units + per_head * model.heads)
+    units = feed_forward_activation(model).matrices * model.ff_units
+    return model.dim * (2 * inner + 2 * of_keys + units + per_head * model.heads)

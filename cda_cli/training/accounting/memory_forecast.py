@@ -98,7 +98,7 @@ def is_small(config: Config) -> bool:
     """Whether a step needs less than about 2 GiB. It then fits without a forecast, which takes seconds."""
     model = config.model
     rows = config.optim.batch_size * model.seq_len
-    return rows * (model.depth * (model.dim + model.ff_width) + model.vocab_size) < 2**23
+    return rows * (model.depth * (model.dim + model.ff_units) + model.vocab_size) < 2**23
 
 
 def _traced_peak(config: Config, device: torch.device, dtype: torch.dtype, scratch: dict[str, int]) -> int:
@@ -170,7 +170,7 @@ def _temporaries(config: Config, device: torch.device, dtype: torch.dtype, scrat
     model, width = config.model, dtype.itemsize
     rows, vocabulary = config.optim.batch_size * model.seq_len, padded_vocabulary(model.vocab_size)
     at_start = width * (vocabulary * model.dim + rows * model.dim)
-    units = feed_forward_activation(model).matrices * model.ff_width
+    units = feed_forward_activation(model).matrices * model.ff_units
     within_operator = max(scratch.values(), default=0)
     in_block = rows * (width * units + 4 * model.dim) + 4 * vocabulary * model.dim + within_operator
     if config.run.activation_checkpointing:

@@ -1,0 +1,86 @@
+"""Rotary positions, and the scalings by which those of a short context serve a longer one (`model.rotary_scaling`).
+
+Shapes: B batch, H heads, T positions, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cda_cli.config import ModelConfig
+
+
+class RotaryPositions(nn.Module):
+    """Rotates pairs of a head's channels by position · base^(−2i/D) (RoFormer, arXiv 2104.09864, equation 34).
+
+    A scaling changes these frequencies, and may lengthen the rotated heads by a factor.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D = config.head_width
+        frequency = config.rotary_base ** (-torch.arange(0, D, 2).double() / D)
+        frequency, factor = SCALINGS[config.rotary_scaling](frequency, config)
+        angle = torch.outer(torch.arange(config.seq_len).double(), frequency)
+        cos, sin = factor * angle.cos(), factor * angle.sin()
+        self.register_buffer("cos", torch.cat((cos, cos), 1).float(), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), 1).float(), persistent=False)
+
+    def forward(self, x_BTHD: Tensor, start: int) -> Tensor:
+        """Rotates x [B, T, H, D], whose first position is `start`. Channels i and i + D/2 make a pair."""
+        positions = slice(start, start + x_BTHD.shape[1])
+        cos, sin = (table[positions, None].to(x_BTHD.dtype) for table in (self.cos, self.sin))
+        # The table has the sign, so this only reads x once more. A concatenation would compile to masked reads or to
+        # another tensor.
+        partner = x_BTHD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+        return x_BTHD * cos + partner * sin
+
+
+def _unscaled(frequency: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
+    return frequency, 1.0
+
+
+def _llama3(frequency: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
+    """Divides by the factor what turns less than `rotary_low_freq_factor` times in the original context.
+
+    What turns more than `rotary_high_freq_factor` times stays, and between them the share that stays grows evenly.
+    Source: `apply_scaling` of Llama 3.1 (meta-llama/llama-models), and `_compute_llama3_parameters` of transformers.
+    """
+    low, high = config.rotary_low_freq_factor, config.rotary_high_freq_factor
+    turns = config.rotary_trained_len * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / config.rotary_factor), 1.0
+
+
+def _yarn(frequency: Tensor, config: ModelConfig) -> tuple[Tensor, float]:
+    """Divides by the factor the pairs that turn less than `rotary_beta_slow` times in the original context.
+
+    Those that turn more than `rotary_beta_fast` times stay, and between them the share that stays falls evenly with the
+    index of the pair. Source: YaRN (arXiv 2309.00071, sections 3.2 and 3.4, whose √(1/t) is the factor), with the
+    bounds rounded outwards, as in its code and in `_compute_yarn_parameters` of transformers.
+    """
+    D, length = config.head_width, config.rotary_trained_len
+
+    def pair(turns: float) -> float:
+        """The index of the pair that turns so often, as a fraction."""
+        return D * math.log(length / (2 * math.pi * turns)) / (2 * math.log(config.rotary_base))
+
+    first = max(math.floor(pair(config.rotary_beta_fast)), 0)
+    last = min(math.ceil(pair(config.rotary_beta_slow)), D - 1)
+    scaled = ((torch.arange(D // 2).double() - first) / (last - first or 0.001)).clamp(0, 1)
+    factor = config.rotary_attention_factor or 0.1 * math.log(config.rotary_factor) + 1
+    return frequency * (1 - scaled + scaled / config.rotary_factor), factor
+
+
+SCALINGS: dict[str, Callable[[Tensor, ModelConfig], tuple[Tensor, float]]] = {
+    "none": _unscaled,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
