@@ -134,10 +134,12 @@ def row_calls(quick: bool) -> Iterator[Call]:
 
 
 def heads_calls(quick: bool) -> Iterator[Call]:
-    axes: Axes = (DTYPES[:1], (64,), (0,)) if quick else (DTYPES, WIDTHS, (0, 2))
-    for dtype, width, rest in itertools.product(*axes):
-        words = f"{_name(dtype)} D={width}", "more is projected" if rest else ""
-        yield _words(words), functools.partial(norm_and_rotate, torch.zeros(1, LENGTH, 12 + rest, width, dtype=dtype))
+    axes: Axes = (DTYPES[:1], (64,), (0,), (1,)) if quick else (DTYPES, WIDTHS, (0, 2), (1, 2))
+    for dtype, width, rest, sharing in itertools.product(*axes):
+        words = f"{_name(dtype)} D={width}", "more is projected" if rest else "", "grouped" if sharing > 1 else ""
+        K = 4 // sharing
+        projected = torch.zeros(1, LENGTH, 4 + 2 * K + rest, width, dtype=dtype)
+        yield _words(words), functools.partial(norm_and_rotate, projected, K)
 
 
 def attend(
@@ -162,9 +164,9 @@ def iterative_rows(scores: Tensor) -> None:
     row_launches.iterative_backward(scores, scores, budget, history, (1.0, 0.1), 0.1)
 
 
-def norm_and_rotate(projected: Tensor) -> None:
+def norm_and_rotate(projected: Tensor, key_heads: int) -> None:
     gain, angles = torch.ones(projected.shape[-1]), torch.zeros(projected.shape[1], projected.shape[-1])
-    outputs = heads_launches.norm_and_rotate(projected.requires_grad_(), gain, gain, angles, angles, 4, 1e-6)
+    outputs = heads_launches.norm_and_rotate(projected.requires_grad_(), gain, gain, angles, angles, 4, key_heads, 1e-6)
     torch.autograd.grad(outputs, projected, [torch.zeros_like(output) for output in outputs])
 
 

@@ -103,8 +103,8 @@ class Attention(nn.Module):
         if norms[0] and norms[1] and rotary and cache is None and self._has_kernels(projected_BTGD):
             # Rotation is linear, so a factor on the gain is a factor on the query, without a pass over the query.
             gain = norms[0].weight if self.query_scale is None else norms[0].weight * self.query_scale
-            gains = gain, norms[1].weight
-            query, key, value, packed = norm_and_rotate(projected_BTGD, *gains, rotary.cos, rotary.sin, H, norms[0].eps)
+            gains, tables = (gain, norms[1].weight), (rotary.cos, rotary.sin)
+            query, key, value, packed = norm_and_rotate(projected_BTGD, *gains, *tables, H, K, norms[0].eps)
         else:
             query, key, value, packed = projected_BTGD.split((H, K, K, projected_BTGD.shape[2] - H - 2 * K), dim=2)
             if norms[0] and norms[1]:
@@ -126,8 +126,6 @@ class Attention(nn.Module):
         """Whether Triton kernels can compute norm and rotation."""
         recomputed = self.is_recomputed and torch.is_grad_enabled() and torch.compiler.is_compiling()
         if COMPILED_RECOMPUTE_KEEPS_SAVED and recomputed:
-            return False
-        if self.key_heads != self.heads:
             return False
         return can_norm_and_rotate(self.backend, projected.device, projected.dtype, self.config.head_width)
 

@@ -12,7 +12,7 @@ from .transforms import transformed
 
 
 class Heads(NamedTuple):
-    """query, key, value [B, T, H, D], and what else was projected, [B, T, G − 3H, D]."""
+    """query [B, T, H, D], key and value [B, T, K, D], and what else was projected, [B, T, G − H − 2K, D]."""
 
     query: Tensor
     key: Tensor
@@ -31,14 +31,22 @@ def can_norm_and_rotate(backend: Backend, device: torch.device, dtype: torch.dty
 
 
 def norm_and_rotate(
-    projected: Tensor, query_gain: Tensor, key_gain: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+    projected: Tensor,
+    query_gain: Tensor,
+    key_gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    key_heads: int,
+    eps: float,
 ) -> Heads:
-    """The first 2·heads of `projected` [B, T, G, D] with RMSNorm and rotary positions, from position 0 on.
+    """Queries and keys of `projected` [B, T, G, D] with RMSNorm and rotary positions, from position 0 on.
 
-    The norm adds `eps` to the mean square; its gains are [D]. The tables `cos` and `sin` are [at least T, D], float32,
-    in which channels i and i + D/2 make a pair and `sin` carries the sign; D is even. The arithmetic is float32, and
-    the result, rounded once, has the dtype of `projected`. See `can_norm_and_rotate`.
+    `projected` has the H = `heads` queries first, then the K = `key_heads` keys, and as many values. The norm adds
+    `eps` to the mean square; its gains are [D]. The tables `cos` and `sin` are [at least T, D], float32, in which
+    channels i and i + D/2 make a pair, `sin` carries the sign, and both may hold a factor; D is even. The arithmetic is
+    float32, and the result, rounded once, has the dtype of `projected`. See `can_norm_and_rotate`.
     """
     from .triton.heads_launches import norm_and_rotate as launch
 
-    return launch(projected, query_gain, key_gain, cos, sin, heads, eps)
+    return launch(projected, query_gain, key_gain, cos, sin, heads, key_heads, eps)

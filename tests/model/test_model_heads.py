@@ -23,31 +23,31 @@ GRADIENTS = ("projected", "gain of queries", "gain of keys")
 
 
 class Problem:
-    """A projection [B, T, 3H + rest, D], its layers in float64, and the gradients that reach the heads."""
+    """A projection [B, T, H + 2K + rest, D], its layers in float64, and the gradients that reach the heads."""
 
-    def __init__(self, B: int, T: int, H: int, rest: int, D: int, dtype: torch.dtype) -> None:
+    def __init__(self, B: int, T: int, H: int, K: int, rest: int, D: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(T)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        self.heads, self.dtype = H, dtype
-        self.projected = (3 * normal(B, T, 3 * H + rest, D)).to(dtype)
+        self.heads, self.key_heads, self.dtype = H, K, dtype
+        self.projected = (3 * normal(B, T, H + 2 * K + rest, D)).to(dtype)
         self.gains = [normal(D).float() for _ in range(2)]
-        self.rotary = RotaryPositions(ModelConfig(dim_head=D, seq_len=T + 3))
+        self.rotary = RotaryPositions(ModelConfig(dim_head=D, seq_len=T + 3, rotary_scaling="yarn", rotary_factor=4.0))
         # As attention gives them back: [B, H, T, D] in memory, but for the rest.
-        self.grads = [normal(B, H, T, D).to(dtype).transpose(1, 2) for _ in range(3)] + [
+        self.grads = [normal(B, n, T, D).to(dtype).transpose(1, 2) for n in (H, K, K)] + [
             normal(B, T, rest, D).to(dtype)
         ]
 
     def by_layers(self) -> tuple[list[Tensor], list[Tensor]]:
         """Returns heads and gradients in float64."""
-        H = self.heads
+        H, K = self.heads, self.key_heads
         norms = [HeadNorm(gain.shape[0], EPS).double() for gain in self.gains]
         for norm, gain in zip(norms, self.gains, strict=True):
             norm.weight.data.copy_(gain)
         projected = self.projected.double().requires_grad_()
-        query, key, value, rest = projected.split((H, H, H, projected.shape[2] - 3 * H), 2)
+        query, key, value, rest = projected.split((H, K, K, projected.shape[2] - H - 2 * K), 2)
         out = [self.rotary(norms[0](query), 0), self.rotary(norms[1](key), 0), value, rest]
         leaves = (projected, norms[0].weight, norms[1].weight)
         return out, list(torch.autograd.grad(out, leaves, [grad.double() for grad in self.grads]))
@@ -61,7 +61,7 @@ class Problem:
     def by_kernels(self, compiled: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         leaves = self.leaves()
         called = torch.compile(norm_and_rotate, fullgraph=True) if compiled else norm_and_rotate
-        out = list(called(*leaves, *self.tables(), self.heads, EPS))
+        out = list(called(*leaves, *self.tables(), self.heads, self.key_heads, EPS))
         return out, list(torch.autograd.grad(out, leaves, [grad.to(DEVICE) for grad in self.grads]))
 
     def compare(self, found: tuple[list[Tensor], list[Tensor]]) -> None:
@@ -79,31 +79,33 @@ class Problem:
 
 
 @given(
-    B=st.integers(1, 3), T=st.integers(1, 70), H=st.integers(1, 3), rest=st.integers(0, 2),
+    B=st.integers(1, 3), T=st.integers(1, 70), H=st.integers(1, 3), K=st.integers(1, 3), rest=st.integers(0, 2),
     D=st.integers(1, 40).map(lambda half: 2 * half), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
 @settings(max_examples=15)
-def test_the_kernels_do_what_the_layers_do(B: int, T: int, H: int, rest: int, D: int, dtype: torch.dtype) -> None:
-    this = Problem(B, T, H, rest, D, dtype)
+def test_the_kernels_do_what_the_layers_do(
+    B: int, T: int, H: int, K: int, rest: int, D: int, dtype: torch.dtype
+) -> None:
+    this = Problem(B, T, H, K, rest, D, dtype)
     this.compare(this.by_kernels())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("D", [16, 32, 64, 80, 96, 128, 256])
 def test_each_width_that_is_usual(D: int, dtype: torch.dtype) -> None:
-    this = Problem(2, 45, 2, 1, D, dtype)
+    this = Problem(2, 45, 2, 1, 1, D, dtype)
     this.compare(this.by_kernels())
 
 
 @pytest.mark.parametrize("rest", [0, 1])
 def test_compiled_it_is_one_graph(rest: int) -> None:
-    this = Problem(2, 33, 2, rest, 16, torch.float32)
+    this = Problem(2, 33, 4, 2, rest, 16, torch.float32)
     this.compare(this.by_kernels(compiled=True))
 
 
 def test_gradients_in_any_order_of_memory() -> None:
     """The gradient of a sum is one number for all. That of a transposed product has its channels apart."""
-    this = Problem(2, 20, 2, 1, 16, torch.float32)
+    this = Problem(2, 20, 2, 2, 1, 16, torch.float32)
     apart = torch.randn(2, 16, 2, 20).permute(0, 3, 2, 1)
     this.grads = [torch.ones(()).expand(2, 20, 2, 16), apart, apart, torch.ones(()).expand(2, 20, 1, 16)]
     this.compare(this.by_kernels())
@@ -111,9 +113,9 @@ def test_gradients_in_any_order_of_memory() -> None:
 
 def test_gradients_of_gradients_are_those_of_the_layers() -> None:
     """The kernel of the backward has no gradient of its own."""
-    this = Problem(1, 5, 2, 1, 8, torch.float32)
+    this = Problem(1, 5, 2, 1, 1, 8, torch.float32)
     leaves = this.leaves()
-    out = torch.cat(norm_and_rotate(*leaves, *this.tables(), this.heads, EPS), 2)
+    out = torch.cat(norm_and_rotate(*leaves, *this.tables(), this.heads, this.key_heads, EPS), 2)
     weights = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)
     first = torch.autograd.grad((out * weights).sum(), leaves, create_graph=True)
     second = torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
@@ -121,10 +123,11 @@ def test_gradients_of_gradients_are_those_of_the_layers() -> None:
     def by_layers(*leaves: Tensor) -> Tensor:
         projected, *gains = leaves
         turned = []
-        for heads, gain in zip(projected.split(this.heads, 2), gains, strict=False):
+        H, K = this.heads, this.key_heads
+        for heads, gain in zip(projected.split((H, K, projected.shape[2] - H - K), 2), gains, strict=False):
             normed = torch.nn.functional.rms_norm(heads, heads.shape[-1:], None, EPS) * gain
             turned.append(this.rotary.double()(normed, 0))
-        return torch.cat((*turned, projected[:, :, 2 * this.heads :]), 2)
+        return torch.cat((*turned, projected[:, :, H + K :]), 2)
 
     doubles = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
     exact = torch.autograd.grad((by_layers(*doubles) * weights.double().cpu()).sum(), doubles, create_graph=True)
@@ -134,25 +137,29 @@ def test_gradients_of_gradients_are_those_of_the_layers() -> None:
 
 
 def test_every_element_is_written_and_nothing_else(fenced: list[Tensor]) -> None:
-    this = Problem(2, 37, 3, 1, 20, torch.float32)
+    this = Problem(2, 37, 3, 1, 1, 20, torch.float32)
     this.compare(this.by_kernels())
     assert len(fenced) >= 4, "the operators make their tensors in another way: this test sees nothing"
 
 
 def test_the_operators_keep_the_rules_of_torch() -> None:
-    this = Problem(2, 20, 2, 1, 16, torch.bfloat16)
+    this = Problem(2, 20, 2, 1, 1, 16, torch.bfloat16)
     tensors = [*(leaf.detach() for leaf in this.leaves()), *this.tables()]
-    torch.library.opcheck(heads_forward, (*tensors, 2, EPS))
+    torch.library.opcheck(heads_forward, (*tensors, 2, 1, EPS))
     torch.library.opcheck(heads_backward, (*(grad.to(DEVICE) for grad in this.grads), *tensors, EPS))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
 def test_a_model_is_the_same_with_and_without(attention: str, compiled: bool) -> None:
-    """Its loss and the gradient of each weight are compared. A learned k and a gate add heads to the projection."""
+    """Its loss and the gradient of each weight are compared. A learned k and a gate add heads to the projection.
+
+    Key heads are fewer than heads, the projection has biases and the norms an ε of their own.
+    """
     config = ModelConfig(
         vocab_size=13, seq_len=24, dim=24, depth=1, heads=2, dim_head=12, position="rotary", qk_norm=True,
         attention=attention, attn_k=2.0, learned_k=attention != "softmax", output_gate=True, attn_eps=0.5,
+        kv_heads=1, attn_bias="qkv", norm_eps=1e-2,
     )  # fmt: skip
     found: list[tuple[Tensor, list[Tensor]]] = []
     inputs, targets = torch.randint(13, (2, 2, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
