@@ -1,5 +1,11 @@
 """Imports what the children of the experiments need."""
 
+import os
+
+# The imports ask CUDA whether it is there, and a child that is forked after that cannot use it. The children work on
+# the CPU, so neither this process nor a child sees a GPU. What trains on a GPU starts in a new interpreter.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import tests.conftest  # noqa: I001 - one thread each, before torch is imported
 
 import datasets  # noqa: F401

@@ -21,6 +21,10 @@ PRELOADED = (
     "cda_cli.console", "cda_cli.main", "cda_cli.training.run", "einops._torch_specific", "torch._inductor.compile_fx",
     "torch._numpy",
 )  # fmt: skip
+# The imports ask CUDA whether it is there, and a process that is forked after that cannot use it: PyTorch fails with an
+# initialization error as soon as it looks for a device. The ranks train on the CPU, so neither the process that forks
+# them nor a rank sees a GPU.
+NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 class Ended(NamedTuple):
@@ -38,9 +42,8 @@ class Nursery:
         self._folder, self._runs = folder, 0
 
     def __enter__(self) -> Nursery:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command, here = [sys.executable, "-m", __name__], {**os.environ, **NO_GPUS}
+        self._process = subprocess.Popen(command, env=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -50,7 +53,7 @@ class Nursery:
         """Runs `cda ARGS` in `count` processes, with `only[rank]` in the environment of one."""
         self._runs += 1
         said = [[self._folder / f"{self._runs}.{rank}.{stream}" for stream in ("out", "err")] for rank in range(count)]
-        here = {**os.environ, "PWD": str(Path.cwd())}
+        here = {**os.environ, **NO_GPUS, "PWD": str(Path.cwd())}
         environments = [{**here, **(only or {}).get(rank, {})} for rank in range(count)]
         job = {"args": [str(arg) for arg in args], "said": said, "environments": environments}
         assert self._process.stdin is not None
