@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -73,6 +74,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if item.path.relative_to(here).as_posix() in SLOW or any(value == "triton" for value in parameters):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Makes Triton's interpreter quicker, if it is to run the kernels."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from tests.interpreter import patch_language_once_a_launch
+
+        patch_language_once_a_launch()
 
 
 @pytest.fixture
