@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_origin
@@ -187,14 +187,16 @@ def resolve(
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
     base: Config | None = None,
+    initial: Callable[[str], Config] | None = None,
 ) -> Config:
     """The configuration of a run: `preset`, then the YAML `file`, then `--set` lines, then flags, the later winning.
 
     `flags` maps dotted keys ("model.attn_k") to values; None means that the flag was not given. A file may name its
     preset under the key `preset`; the argument wins over it. `base`, the settings of a run that goes on, stands in
-    for a preset that is named nowhere. Raises ConfigError.
+    for a preset that is named nowhere. Where `run.init_from` names weights, `initial` returns the settings that these
+    were trained with: their model and tokenizer win over the preset. Raises ConfigError.
     """
-    return resolve_with_origins(preset, file, sets, flags, base).config
+    return resolve_with_origins(preset, file, sets, flags, base, initial).config
 
 
 def resolve_with_origins(
@@ -203,6 +205,7 @@ def resolve_with_origins(
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
     base: Config | None = None,
+    initial: Callable[[str], Config] | None = None,
 ) -> Resolved:
     """`resolve`, which also says where each value comes from. Raises ConfigError."""
     from_file = read_yaml(file) if file else {}
@@ -217,14 +220,23 @@ def resolve_with_origins(
     layers = [first, (f"file {file}", from_file)]
     layers += [("--set", _read_set(line)) for line in sets]
     layers += [(_flag(key, value), _dotted(key, value)) for key, value in (flags or {}).items() if value is not None]
+    for _, layer in layers:
+        _check_keys(layer)
+    named_weights = [layer["run"]["init_from"] for _, layer in layers[1:] if "init_from" in layer.get("run", {})]
+    if initial and named_weights and isinstance(weights := named_weights[-1], str):
+        layers.insert(1, (f"weights {weights}", _of_weights(initial(weights))))
     merged: dict[str, dict[str, Any]] = {}
     origins = dict.fromkeys(TABLE, "default")
     for origin, layer in layers:
-        _check_keys(layer)
         for section, values in layer.items():
             merged.setdefault(section, {}).update(values)
             origins |= dict.fromkeys((f"{section}.{name}" for name in values), origin)
     return Resolved(parse({"preset": start, **merged}), origins)
+
+
+def _of_weights(config: Config) -> Layer:
+    """The settings that weights bring along: those of their model, and their tokenizer."""
+    return {"model": config.model.model_dump(), "data": {"tokenizer": config.data.tokenizer}}
 
 
 def flat(config: Config) -> dict[str, Any]:

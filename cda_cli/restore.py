@@ -29,7 +29,7 @@ from cda_cli.data import (
 from cda_cli.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from cda_cli.model import Transformer, expected_tensors, load_state_tensors, model_backend
 from cda_cli.ops import Backend
-from cda_cli.runs.folder import locate_checkpoint
+from cda_cli.runs.folder import locate_checkpoint, saved_config
 from cda_cli.runtime import pick_device, pick_dtype
 from cda_cli.settings import Dtype, Side
 from cda_cli.signals import StopRequest
@@ -160,27 +160,6 @@ def open_side(
         raise
     sides = {"train": [corpus.train], "validation": [corpus.validation], "all": [corpus.train, corpus.validation]}
     return TextSide(sides[split], seq_len, corpus.description, split)
-
-
-_STATE: dict[str, type | tuple[type, ...]] = {
-    "step": int, "tokens": int, "position": (dict, type(None)), "optimizer": dict,
-}  # fmt: skip
-
-
-def saved_config(checkpoint: Checkpoint) -> Config:
-    """Returns the configuration of a checkpoint. Raises CheckpointError if its state.json is not one of a run."""
-    for name, kind in _STATE.items():
-        if name not in checkpoint.state or not isinstance(checkpoint.state[name], kind):
-            raise CheckpointError(
-                f"the state.json of {checkpoint.path} says nothing usable of its {name}; use an earlier one"
-            )
-    try:
-        return parse(dict(checkpoint.state["config"]))
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the configuration in {checkpoint.path} is not one of this version of cda ({error}); "
-            "use the version that wrote it"
-        ) from error
 
 
 def check_weights(tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:

@@ -275,6 +275,18 @@ class RunSettings(Table):
         int,
         Setting("Seed of the weights, the order of the data, dropout and samples.", flag="--seed", ge=0, lt=2**63),
     ] = 0
+    init_from: Annotated[
+        str | None,
+        Setting(
+            "A run or checkpoint whose weights a new run starts from, with its model settings and its tokenizer; null: "
+            "random weights.",
+            flag="--init-from",
+            flag_help="A run or checkpoint whose weights, model settings and tokenizer a new run starts from.",
+        ),
+    ] = None
+    init_ema: Annotated[
+        bool, Setting("Start from the moving average of those weights, where their checkpoint has one.")
+    ] = True
     device: Annotated[str, Setting("Device: auto, cpu, cuda, cuda:1 …", flag="--device")] = "auto"
     dtype: Annotated[Dtype, Setting("Precision of the matrix products.", flag="--dtype")] = "auto"
     threads: Annotated[

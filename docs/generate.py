@@ -41,11 +41,11 @@ def commands() -> str:
 CONFIGURATION = """\
 # Configuration
 
-A run is described by four sections. The layers, the later winning: preset, `--config FILE.yaml`,
-`--set section.key=value`, flags. Of two `--set` with the same key the later wins. An unknown key is an error
-that names the nearest one, and a key that a file gives twice is an error too. The resolved configuration is
-written to `config.yaml` in the run folder, and `--config` reads it back. A default stands where neither
-file nor `--set` nor flag gives a value; where the presets differ, the tables below name each.
+A run is described by four sections. The layers, the later winning: preset, model and tokenizer of `--init-from`,
+`--config FILE.yaml`, `--set section.key=value`, flags. Of two `--set` with the same key the later wins. An
+unknown key is an error that names the nearest one, and a key that a file gives twice is an error too. The
+resolved configuration is written to `config.yaml` in the run folder, and `--config` reads it back. A default
+stands where neither file nor `--set` nor flag gives a value; where the presets differ, the tables below name each.
 
 `cda config` shows this page for the settings at hand: it takes the options of `cda train` and says of each value where
 it comes from. `cda config optim dropout` shows what these words name, `cda config RUN` what a run had and how that

@@ -38,6 +38,7 @@ SLOW = (
     "commands/test_devices.py",
     "commands/test_disk_full.py",
     "commands/test_doctor_command.py",
+    "commands/test_init_from.py",
     "commands/test_interrupts.py",
     "commands/test_sample_command.py",
     "commands/test_streams.py",

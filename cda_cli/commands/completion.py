@@ -25,7 +25,8 @@ def completion(values: Sequence[str]) -> Completer | None:
 
 def setting_completion(row: Row) -> Completer | None:
     """Completes the value of a setting."""
-    return complete_device if row.key == "run.device" else completion(row.values)
+    found = {"run.device": complete_device, "run.init_from": complete_checkpoint}
+    return found.get(row.key) or completion(row.values)
 
 
 def complete_device(incomplete: str) -> list[str]:

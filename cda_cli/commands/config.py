@@ -46,6 +46,7 @@ def config(
     from cda_cli.config import annotated_yaml, explain, json_schema, preset_file, preset_of, resolve_with_origins
     from cda_cli.console import print_json, show_changed, show_settings
     from cda_cli.errors import ConfigError
+    from cda_cli.runs.folder import config_of_weights
 
     if as_yaml + as_json + schema > 1:
         raise ConfigError("--yaml, --json and --schema exclude each other; give one of them")
@@ -56,7 +57,7 @@ def config(
     if run and file:
         raise ConfigError(f"the settings of {run} and of {file} exclude each other; give one of them")
     keys = _keys(words)
-    resolved = resolve_with_origins(None if run else preset, file, set_ or (), flags, base)
+    resolved = resolve_with_origins(None if run else preset, file, set_ or (), flags, base, config_of_weights)
     start = preset or preset_of(resolved.config)
     preset_file(start)  # refuses a name that is no preset
     settings = [each for each in explain(resolved) if each.row.key in keys]

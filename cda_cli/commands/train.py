@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,11 +44,12 @@ def train(
 ) -> None:
     """Train a model; the same command again goes on from its newest checkpoint.
 
-    Settings: preset, then --config, then --set, then flags, the later winning; so does the later of two --set.
+    Settings: preset, then those of --init-from, then --config, then --set, then flags, the later winning; so does the
+    later of two --set.
     `cda config` describes each setting, and says where its value would come from.
     """
     from cda_cli.config import resolve
-    from cda_cli.runs.folder import Run, config_to_resume
+    from cda_cli.runs.folder import Run, config_of_weights, config_to_resume
     from cda_cli.signals import StopRequest
     from cda_cli.training.distributed.launch import STOPPED_BEFORE_START, ErrorCoordinator, count_processes, launch
 
@@ -55,7 +57,8 @@ def train(
     # A wrong setting is refused before torch is imported.
     with ErrorCoordinator() as coordinator, StopRequest() as stop:
         base = config_to_resume(run.path, resume)
-        settings = resolve(preset, config, set_ or (), flags, base=base)
+        initial = functools.partial(config_of_weights, base=base)
+        settings = resolve(preset, config, set_ or (), flags, base, initial)
         if (processes := count_processes(settings, coordinator.place, devices, dry_run)) > coordinator.place.processes:
             sys.exit(launch(processes, stop))
         from cda_cli.console import TrainingDisplay, show_dry_run, show_forecast

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from cda_cli.config import Config, dump_yaml, parse, read_yaml
+from cda_cli.config import Config, annealed_eps, dump_yaml, parse, read_yaml
 from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.plurals import counted
 from cda_cli.runs.metrics import Metrics, R, Tracker, count_damaged, read_kind, read_metrics
@@ -19,10 +19,12 @@ from cda_cli.storage import (
     LOCK,
     METRICS_FILE,
     STATE_FILE,
+    Checkpoint,
     best,
     is_held,
     is_hidden,
     list_steps,
+    load,
     locate,
     newest,
     only_writer,
@@ -163,6 +165,50 @@ def config_to_resume(run: Path, resume: str) -> Config | None:
         if (config := config_of(folder)) is not None:
             return config
     return None
+
+
+def config_of_weights(named: str, base: Config | None = None) -> Config:
+    """The settings of the model whose weights `named`, a run or a checkpoint, has.
+
+    Its ε is that of the checkpoint's step, and anneals no more. `base` are the settings of the run that is trained: if
+    it began from these very weights, they are returned, and the weights may have gone. Raises CheckpointError.
+    """
+    if base and began_from(base, named):
+        return base
+    checkpoint = load(locate(Path(named).expanduser()), parts=())
+    config = saved_config(checkpoint)
+    eps = annealed_eps(config.model, checkpoint.state["step"], config.schedule_steps)
+    model = config.model.model_copy(update={"attn_eps": eps, "eps_anneal_start": None})
+    return config.model_copy(update={"model": model})
+
+
+def began_from(config: Config, named: str) -> bool:
+    """Whether a run with these settings began from `named`: that checkpoint, or one of that run."""
+    if config.run.init_from is None:
+        return False
+    checkpoint = Path(config.run.init_from).expanduser().resolve()
+    return Path(named).expanduser().resolve() in (checkpoint, checkpoint.parent, checkpoint.parent.parent)
+
+
+_STATE: dict[str, type | tuple[type, ...]] = {
+    "step": int, "tokens": int, "position": (dict, type(None)), "optimizer": dict,
+}  # fmt: skip
+
+
+def saved_config(checkpoint: Checkpoint) -> Config:
+    """Returns the configuration of a checkpoint. Raises CheckpointError if its state.json is not one of a run."""
+    for name, kind in _STATE.items():
+        if name not in checkpoint.state or not isinstance(checkpoint.state[name], kind):
+            raise CheckpointError(
+                f"the state.json of {checkpoint.path} says nothing usable of its {name}; use an earlier one"
+            )
+    try:
+        return parse(dict(checkpoint.state["config"]))
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the configuration in {checkpoint.path} is not one of this version of cda ({error}); "
+            "use the version that wrote it"
+        ) from error
 
 
 def locate_checkpoint(path: Path, *, best: bool = False) -> Path:

@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from types import NoneType
 from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
-VERSION = 1  # of the schema; files that name none have the first
+VERSION = 2  # of the schema; files that name none have the first
 
 
 class About(NamedTuple):
@@ -139,6 +139,18 @@ class CheckpointRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitRecord(Record):
+    """The weights that the run started from, if it did not start from random ones (`run.init_from`)."""
+
+    kind: ClassVar[str] = "init"
+
+    path: Annotated[str, About("", "Folder of their checkpoint.")]
+    from_step: Annotated[int, About("steps", "Step of that checkpoint.")]
+    file: Annotated[str, About("", "Name of their file there; that of a moving average is ema.safetensors.")]
+    sha256: Annotated[str, About("", "SHA-256 of that file, as the manifest of that checkpoint has it.")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SchemaRecord(Record):
     """The schema of the lines after it: the first line of a run, and where a run goes on with another version."""
 
@@ -149,7 +161,7 @@ class SchemaRecord(Record):
 
 KINDS: dict[str, type[Record]] = {
     each.kind: each
-    for each in (TrainRecord, RefusedRecord, ValidationRecord, SampleRecord, CheckpointRecord, SchemaRecord)
+    for each in (TrainRecord, RefusedRecord, ValidationRecord, SampleRecord, CheckpointRecord, InitRecord, SchemaRecord)
 }
 _TYPES: dict[type[Any], dict[str, Any]] = {kind: get_type_hints(kind) for kind in (*KINDS.values(), LayerRecord)}
 

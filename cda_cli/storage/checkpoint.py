@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cda_cli.errors import CheckpointError
 from cda_cli.storage.atomic import published_folder, remove_published, remove_stale
-from cda_cli.storage.manifest import MANIFEST, damaged, verify, write_manifest
+from cda_cli.storage.manifest import MANIFEST, damaged, recorded_sha256, verify, write_manifest
 from cda_cli.storage.optimizer_state import pack_optimizer, unpack_optimizer
 from cda_cli.storage.run_files import CHECKPOINTS
 from cda_cli.storage.tensors import check_fits, read_tensors, write_tensors
@@ -41,6 +41,7 @@ __all__ = [
     "newest",
     "pack_optimizer",
     "publish",
+    "recorded_sha256",
     "step_folder",
     "unpack_optimizer",
     "verify",

@@ -67,6 +67,17 @@ def verify(path: Path, hashed: Collection[str] = REQUIRED | OPTIONAL) -> frozens
     return frozenset(entries)
 
 
+def recorded_sha256(path: Path) -> dict[str, str]:
+    """The SHA-256 of each file of the checkpoint folder `path`, by its name, as the manifest has them.
+
+    It does not look at the files. Raises CheckpointError as `verify` does.
+    """
+    try:
+        return {name: sha256 for name, (_, sha256) in _read_manifest(Path(path)).items()}
+    except OSError as error:
+        raise damaged(Path(path), f"cannot be read ({error.strerror})") from error
+
+
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     file = path / MANIFEST
     if not path.is_dir():

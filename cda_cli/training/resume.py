@@ -8,7 +8,7 @@ from typing import Any
 
 from cda_cli.config import Config
 from cda_cli.errors import CheckpointError, ConfigError
-from cda_cli.runs.folder import Run
+from cda_cli.runs.folder import Run, began_from
 from cda_cli.storage import Checkpoint, load, locate
 
 
@@ -37,6 +37,19 @@ def find_checkpoint(run: Run, resume: str) -> tuple[Checkpoint | None, list[str]
     if run.steps() and path.resolve() != (run.newest()[0] or run.path).resolve():
         raise ConfigError(f"{run.path} already holds a run that {path} is not the newest of; choose another --out")
     return load(path), []
+
+
+def check_same_beginning(before: Config, now: Config, where: Path) -> None:
+    """Raises ConfigError if the settings `now` name other weights to start from than the run in `where` began from.
+
+    Its settings are `before`. It goes on from its own weights, also where no others are named.
+    """
+    asked = now.run.init_from
+    if asked is not None and not began_from(before, asked):
+        raise ConfigError(
+            f"{where} holds a run that did not begin from {asked}, and it goes on from its own checkpoints; choose "
+            "another --out, or leave --init-from out"
+        )
 
 
 def check_same_run(before: Config, now: Config, where: Path, *, same_text: bool = False) -> None:

@@ -15,14 +15,14 @@ from cda_cli.config import Config
 from cda_cli.data import PreparationStoppedError, Tokenizer, bpe_size, count_windows, digest
 from cda_cli.errors import ConfigError
 from cda_cli.plurals import counted
-from cda_cli.restore import saved_config, tokenizer_of
+from cda_cli.restore import tokenizer_of
 from cda_cli.runs.early_stop import Patience
-from cda_cli.runs.folder import Run
+from cda_cli.runs.folder import Run, saved_config
 from cda_cli.runs.metrics import Metrics, NullMetrics
 from cda_cli.runtime import available_memory, cpu_threads, describe_device, deterministic, peak_memory
 from cda_cli.settings import MOST_THREADS
 from cda_cli.signals import StopRequest
-from cda_cli.storage import Checkpoint, load
+from cda_cli.storage import Checkpoint, load, locate
 from cda_cli.streams import when_stdout_is_lost
 from cda_cli.training.accounting.disk_space import check_space
 from cda_cli.training.accounting.memory_forecast import Forecast, forecast, is_small, memory_remark
@@ -30,11 +30,12 @@ from cda_cli.training.display import Display, Plan
 from cda_cli.training.distributed.launch import STOPPED_BEFORE_START
 from cda_cli.training.distributed.processes import ALONE, Processes
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
+from cda_cli.training.initial_weights import InitialWeights, read_initial_weights
 from cda_cli.training.loop import train
 from cda_cli.training.nonfinite import StepResult
 from cda_cli.training.optimizer import GuardedOptimizer
 from cda_cli.training.pipeline import draw
-from cda_cli.training.resume import check_same_run, check_same_text, find_checkpoint
+from cda_cli.training.resume import check_same_beginning, check_same_run, check_same_text, find_checkpoint
 from cda_cli.training.setup import (
     build,
     config_warnings,
@@ -81,15 +82,22 @@ def run_training(
         held.enter_context(deterministic(config.run.deterministic))
         with stop.at_once(STOPPED_BEFORE_START):
             checkpoint = _find(run, resume, display, processes)
+            config, initial = _begin(config, run, checkpoint, processes)
         held.enter_context(cpu_threads(_threads(config, checkpoint, display, processes)))
-        _run(config, run, checkpoint, display, stop, processes)
+        _run(config, run, checkpoint, initial, display, stop, processes)
 
 
 def _run(
-    config: Config, run: Run, checkpoint: Checkpoint | None, display: Display, stop: StopRequest, processes: Processes
+    config: Config,
+    run: Run,
+    checkpoint: Checkpoint | None,
+    initial: InitialWeights | None,
+    display: Display,
+    stop: StopRequest,
+    processes: Processes,
 ) -> None:
     with stop.at_once(STOPPED_BEFORE_START):
-        context, state = _set_up(config, run, checkpoint, display, stop, processes)
+        context, state = _set_up(config, run, checkpoint, initial, display, stop, processes)
         _check_same_start(context, state)
     config = context.config
     if checkpoint and state.step >= config.optim.steps:
@@ -119,6 +127,8 @@ def _run(
         check_space(run, config.run, state)
     metrics = _open_metrics(run, config, state.step) if processes.first else NullMetrics()
     try:
+        if initial:
+            metrics.write(initial.record)
         display.start(make_plan(context, state, run), run.metrics())
         train(context, state, run, metrics, display, processes.agreed(stop), patience)
     finally:
@@ -145,7 +155,8 @@ def dry_run(
         tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache,
     ):
         checkpoint = _find(run, resume, display, ALONE)
-        context, state = _set_up(config, run, checkpoint, display, stop, ALONE, spare_cache=Path(cache))
+        config, initial = _begin(config, run, checkpoint, ALONE)
+        context, state = _set_up(config, run, checkpoint, initial, display, stop, ALONE, spare_cache=Path(cache))
         plan, expected = make_plan(context, state, run), _forecast(context)
         fits = expected is None or _memory_remark(context, expected) is None
         name = "Muon and AdamW" if config.optim.optimizer == "muon" else "AdamW"
@@ -253,6 +264,29 @@ def _find(run: Run, resume: str, display: Display, processes: Processes) -> Chec
     return checkpoint
 
 
+def _begin(
+    config: Config, run: Run, checkpoint: Checkpoint | None, processes: Processes
+) -> tuple[Config, InitialWeights | None]:
+    """Reads the weights that a new run starts from, if it starts from any. A run that goes on needs them no more.
+
+    Returns them with the settings, which then name their very checkpoint. The first process finds it for all.
+    """
+    if checkpoint:
+        before = saved_config(checkpoint)
+        check_same_beginning(before, config, run.path)
+        return _with_beginning(config, before.run.init_from), None
+    if config.run.init_from is None:
+        return config, None
+    named = Path(config.run.init_from).expanduser()
+    path = Path(processes.broadcast_text("initial weights", lambda: str(locate(named).resolve())))
+    config = _with_beginning(config, str(path))
+    return config, read_initial_weights(path, config)
+
+
+def _with_beginning(config: Config, init_from: str | None) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update={"init_from": init_from})})
+
+
 def _check_same_start(context: RunContext, state: TrainState) -> None:
     """Raises ConfigError if this machine sees another run folder, or another text, than the first process does.
 
@@ -271,10 +305,17 @@ def _check_same_start(context: RunContext, state: TrainState) -> None:
         )
 
 
-def _trained_tokenizer(config: Config, checkpoint: Checkpoint | None) -> Tokenizer | None:
-    """The tokenizer that the resumed run trained on its text, which another version of the library might not repeat."""
-    spec = config.data.tokenizer
-    if checkpoint is None or bpe_size(spec) is None or saved_config(checkpoint).data.tokenizer != spec:
+def _trained_tokenizer(
+    config: Config, checkpoint: Checkpoint | None, initial: InitialWeights | None
+) -> Tokenizer | None:
+    """Returns the tokenizer that came with the weights, if the settings alone might not give it again.
+
+    Another version of the library might train another on the same text, and a file of another run may have gone.
+    """
+    if initial:
+        return initial.tokenizer
+    spec, begun = config.data.tokenizer, config.run.init_from is not None
+    if checkpoint is None or saved_config(checkpoint).data.tokenizer != spec or not (begun or bpe_size(spec)):
         return None
     return tokenizer_of(checkpoint)
 
@@ -283,6 +324,7 @@ def _set_up(
     config: Config,
     run: Run,
     checkpoint: Checkpoint | None,
+    initial: InitialWeights | None,
     display: Display,
     stop: StopRequest,
     processes: Processes,
@@ -295,18 +337,20 @@ def _set_up(
                 show_progress=display.interactive,
                 should_stop=lambda: bool(stop),
                 spare_cache=spare_cache,
-                tokenizer=_trained_tokenizer(config, checkpoint),
+                tokenizer=_trained_tokenizer(config, checkpoint, initial),
             )
     except PreparationStoppedError as error:
         stop.check(str(error))
         raise
-    config = with_vocabulary(with_absolute_paths(config), data)  # errors so far named the paths as they were given
+    trained = saved_config(checkpoint) if checkpoint else initial.config if initial else None
+    config = with_vocabulary(with_absolute_paths(config), data, trained)  # errors named the paths as they were given
     if checkpoint:
         known = checkpoint.state.get("data")  # None in a checkpoint of a version that did not save it
         before = with_absolute_paths(saved_config(checkpoint))
         check_same_run(before, config, run.path, same_text=known == data.identity)
         check_same_text(known, data.identity, data.description, run.path)
-    for sentence in [*config_warnings(config), *filter(None, [data.remark])]:
+    beginning = initial.remarks(config.model) if initial else []
+    for sentence in [*beginning, *config_warnings(config), *filter(None, [data.remark])]:
         display.note(sentence)
     with display.busy("building the model"):
-        return build(config, data, checkpoint, display.note, processes)
+        return build(config, data, checkpoint, display.note, processes, initial)

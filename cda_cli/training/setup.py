@@ -25,7 +25,14 @@ from cda_cli.data import (
     streamed_validation,
 )
 from cda_cli.errors import CheckpointError, DeviceError
-from cda_cli.model import Transformer, attention_rule, feed_forward_activation, model_backend
+from cda_cli.model import (
+    Transformer,
+    attention_rule,
+    feed_forward_activation,
+    load_state_tensors,
+    model_backend,
+    state_tensors,
+)
 from cda_cli.ops import Choice
 from cda_cli.restore import check_weights, load_weights
 from cda_cli.runtime import pick_dtype, start_compile_workers
@@ -34,6 +41,7 @@ from cda_cli.training.accounting.flops import peak_flops
 from cda_cli.training.average import WeightAverage
 from cda_cli.training.distributed.processes import ALONE, Processes
 from cda_cli.training.gradients import GradientGraphs
+from cda_cli.training.initial_weights import InitialWeights
 from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optimizer
 from cda_cli.training.state import Batches, RunContext, RunData, TrainState
 
@@ -94,8 +102,11 @@ def build(
     checkpoint: Checkpoint | None = None,
     note: Callable[[str], None] = print,
     processes: Processes = ALONE,
+    initial: InitialWeights | None = None,
 ) -> tuple[RunContext, TrainState]:
     """Builds model, optimizer and batches of `config`, as `checkpoint` left them if there is one.
+
+    A new run starts from the `initial` weights, or else from random ones.
 
     Raises DeviceError if the device or the backend cannot run here, and CheckpointError for a checkpoint that is not of
     this model.
@@ -110,6 +121,8 @@ def build(
     model.activation_checkpointing = config.run.activation_checkpointing
     if checkpoint:
         load_weights(model, checkpoint.model, checkpoint, config)
+    elif initial:
+        load_state_tensors(model, state_tensors(model) | initial.carried.tensors)
     is_compiled = uses_compile(config, device, note)
     if is_compiled and device.type == "cuda":
         start_compile_workers()
@@ -183,9 +196,10 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update=paths)})
 
 
-def with_vocabulary(config: Config, data: RunData) -> Config:
-    """Returns `config` with the vocabulary size of the tokenizer."""
-    model = config.model.model_copy(update={"vocab_size": data.tokenizer.vocab_size})
+def with_vocabulary(config: Config, data: RunData, trained: Config | None = None) -> Config:
+    """Returns `config` with the vocabulary size of the tokenizer, or that of weights `trained` with another config."""
+    size = trained.model.vocab_size if trained else data.tokenizer.vocab_size
+    model = config.model.model_copy(update={"vocab_size": size})
     return config.model_copy(update={"model": model})
 
 

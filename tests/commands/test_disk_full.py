@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cda_cli.restore import saved_config
+from cda_cli.runs.folder import saved_config
 from cda_cli.storage import load, locate, newest
 from cda_cli.training.accounting.disk_space import OTHER_BYTES, checkpoint_bytes
 from cda_cli.training.setup import build, open_data

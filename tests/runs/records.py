@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cda_cli.runs.records import (
     KINDS,
     CheckpointRecord,
+    InitRecord,
     LayerRecord,
     Record,
     RefusedRecord,
@@ -40,7 +41,10 @@ ONE_OF_EACH: list[Record] = [
     VALIDATION,
     SampleRecord(step=10, text="a\u2028b▸c"),
     CheckpointRecord(step=10, path="runs/x/checkpoints/step-00000010"),
-]
+    InitRecord(
+        step=0, path="runs/y/checkpoints/step-00000020", from_step=20, file="ema.safetensors", sha256="00ff" * 16
+    ),
+]  # fmt: skip
 
 VALUES: dict[type, st.SearchStrategy[Any]] = {int: st.integers(0, 2**63), str: st.text(), NoneType: st.none()}
 

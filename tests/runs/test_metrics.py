@@ -37,7 +37,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_records_come_back_as_they_were(file: Path) -> None:
     write(file, *ONE_OF_EACH[1:])
-    assert list(read_metrics(file)) == ONE_OF_EACH
+    assert list(read_metrics(file)) == [SchemaRecord(step=0, version=VERSION), *ONE_OF_EACH[1:]]
 
 
 def test_the_records_of_one_kind_come_alone(file: Path) -> None:

@@ -32,6 +32,10 @@ WRITTEN = {
     ),
     "sample": '{"step": 10, "kind": "sample", "text": "a\u2028b▸c"}',
     "checkpoint": '{"step": 10, "kind": "checkpoint", "path": "runs/x/checkpoints/step-00000010"}',
+    "init": (
+        '{"step": 0, "kind": "init", "path": "runs/y/checkpoints/step-00000020", "from_step": 20, '
+        '"file": "ema.safetensors", "sha256": "00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff"}'
+    ),
 }
 
 

@@ -153,6 +153,21 @@ def test_a_run_goes_on_under_any_number(nursery: Nursery, small: Config, alone: 
     assert losses(run) == pytest.approx(losses(alone), rel=0, abs=TOLERANCE)
 
 
+def test_processes_start_from_the_same_weights(nursery: Nursery, small: Config, alone: Path, tmp_path: Path) -> None:
+    """They start from the average of another run as one process does, and then have its losses. One speaks for all."""
+    optim = ("--steps", 2, "--set", "optim.schedule_steps=2")
+    command = ("train", "--config", settings(small, tmp_path), "--init-from", alone, "--parallel", "fsdp", *optim)
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for count, run in enumerate(runs, 1):
+        ended = nursery.run(count, *command, "--out", run)
+        assert ended.codes == [0] * count, ended.err
+        assert "starting from the moving average of the weights" in ended.out[0]
+        assert not any(ended.out[1:] + ended.err)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=0, abs=TOLERANCE)
+    assert losses(runs[0])[1] < losses(alone)[1] - 0.1, "the weights are not those that were trained"
+    assert metrics(runs[1], "init") == metrics(runs[0], "init")
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_dropout_goes_on_where_it_was(nursery: Nursery, config: Config, tmp_path: Path, parallel: str) -> None:
     """Each process has its own random numbers, and the same number of processes resumes them to the last bit."""

@@ -1,0 +1,136 @@
+"""The weights of another run, from which a new run starts (`run.init_from`): what carries over, and what does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cda_cli.config import Config, ModelConfig
+from cda_cli.data import Tokenizer, bpe_size, load_tokenizer
+from cda_cli.errors import ConfigError
+from cda_cli.model import expected_tensors, state_tensors
+from cda_cli.restore import restore
+from cda_cli.runs.records import InitRecord
+from cda_cli.settings_table import as_written
+from cda_cli.storage import recorded_sha256
+
+WEIGHTS, AVERAGE = "model.safetensors", "ema.safetensors"  # the files of a checkpoint
+POSITIONS = "position_embedding.weight"
+
+
+class Carried(NamedTuple):
+    """`tensors` fit the new model, which has `new` ones besides. It has no place for those that are `dropped`."""
+
+    tensors: dict[str, Tensor]
+    new: list[str]
+    dropped: list[str]
+
+
+class InitialWeights(NamedTuple):
+    """The weights that a run starts from, with the tokenizer and the vocabulary that they know.
+
+    `config` has the settings that they were trained with. `record` says which weights they are.
+    """
+
+    carried: Carried
+    config: Config
+    tokenizer: Tokenizer
+    record: InitRecord
+
+    def remarks(self, model: ModelConfig) -> list[str]:
+        """Returns sentences on what the run with this model starts from, and on what did not carry over."""
+        record, before = self.record, self.config.model.model_dump()
+        which = "the moving average of the weights" if record.file == AVERAGE else "the weights"
+        changes = [
+            f"{name} {as_written(before[name])} → {as_written(value)}"
+            for name, value in model.model_dump().items()
+            if value != before[name]
+        ]
+        remarks = [f"starting from {which} of {record.path}, step {record.from_step}"]
+        if changes:
+            remarks.append(f"settings of the model that differ from theirs: {', '.join(changes)}")
+        if self.carried.new:
+            remarks.append(f"new parameters, as the model initialises them: {by_layers(self.carried.new)}")
+        if self.carried.dropped:
+            remarks.append(f"parameters that this model has no place for: {by_layers(self.carried.dropped)}")
+        return remarks
+
+
+def read_initial_weights(path: Path, config: Config) -> InitialWeights:
+    """Reads those weights of the checkpoint `path` that the model of `config` takes over.
+
+    Raises CheckpointError if it is damaged, and ConfigError if the model has another shape or another tokenizer.
+    """
+    digests = recorded_sha256(path)
+    file = AVERAGE if config.run.init_ema and AVERAGE in digests else WEIGHTS
+    restored = restore(path, torch.device("cpu"), ema=file == AVERAGE)
+    # A head that was tied to the embedding may go on by itself.
+    tensors = state_tensors(restored.model) if config.model.tied_embeddings else restored.model.state_dict()
+    carried = carry_over(tensors, restored.config.model, config.model)
+    _check_tokenizer(config.data.tokenizer, restored.config.data.tokenizer, restored.tokenizer)
+    record = InitRecord(step=0, path=str(path), from_step=restored.state["step"], file=file, sha256=digests[file])
+    return InitialWeights(carried, restored.config, restored.tokenizer, record)
+
+
+def carry_over(tensors: Mapping[str, Tensor], before: ModelConfig, now: ModelConfig) -> Carried:
+    """Sorts the tensors of the model `before` by what the model `now` does with them.
+
+    A tensor carries over if its shape stays. Of learned positions, a shorter context takes the first. Raises
+    ConfigError for any other shape, and for heads that cut the same shapes differently.
+    """
+    if before.heads != now.heads and before.heads * before.head_width == now.heads * now.head_width:
+        raise ConfigError(
+            f"the weights have heads × widths {before.heads} × {before.head_width}, and the settings {now.heads} × "
+            f"{now.head_width}; leave model.heads and model.dim_head as they are in the run that they come from"
+        )
+    expected = {name: shape for name, (shape, _) in expected_tensors(now).items()}
+    carried, new = {}, []
+    for name, shape in expected.items():
+        tensor = tensors.get(name)
+        if tensor is not None and name == POSITIONS and tensor.shape[0] > shape[0]:
+            tensor = tensor[: shape[0]]
+        if tensor is not None and tensor.shape == shape:
+            carried[name] = tensor
+        elif tensor is None or not tensor.numel():
+            new.append(name)
+        elif all(shape):
+            raise _misfit(name, tensor.shape, shape)
+    # A model without null keys and values has an empty tensor for them.
+    dropped = [name for name, tensor in tensors.items() if name not in carried and tensor.numel()]
+    return Carried(carried, new, dropped)
+
+
+def by_layers(names: Collection[str]) -> str:
+    """Lists parameters, and names those of several blocks once: blocks.0–3.attention.to_gate.weight."""
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        blocks.setdefault(f"blocks.{{}}.{found[2]}" if found else name, []).extend([found[1]] if found else [])
+    spans = {place: "–".join(dict.fromkeys([*numbers[:1], *numbers[-1:]])) for place, numbers in blocks.items()}
+    return ", ".join(place.format(span) for place, span in spans.items())
+
+
+def _misfit(name: str, there: tuple[int, ...], here: tuple[int, ...]) -> ConfigError:
+    remedy = "leave the sizes of the model as they are in the run that they come from"
+    if name == POSITIONS:
+        remedy = f"give --seq-len {there[0]} or less, as only rotary positions serve a longer context"
+    return ConfigError(
+        f"the weights do not fit the settings: {name} has shape {tuple(there)} in them and {tuple(here)} in the model; "
+        f"{remedy}"
+    )
+
+
+def _check_tokenizer(asked: str, known: str, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError if `asked` names another tokenizer than `tokenizer`, which was called `known`."""
+    if asked == known:
+        return
+    if bpe_size(asked) is not None or load_tokenizer(asked).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"the weights know the tokens of their own tokenizer, {known}, and of no other; leave --tokenizer "
+            f"{asked} out"
+        )

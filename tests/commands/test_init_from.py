@@ -1,0 +1,230 @@
+"""`cda train --init-from`: a new run with the weights of another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from cda_cli.config import ModelConfig, parse
+from cda_cli.runs.folder import Run
+from cda_cli.storage import Checkpoint, load, locate
+from tests.commands.helpers import Cda, assert_refused, contents, metrics, run_cda
+
+STILL = ("--lr", "1e-30", "--set", "optim.weight_decay=0")  # steps that change no weight
+SHORT = (*STILL, "--set", "run.eval_batches=1", "--eval-every", "0", "--device", "cpu")
+ONE = (*SHORT, "--steps", "1")
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """A run with an average of its weights, an annealed ε, and a tokenizer of its own. Only to be read."""
+    folder = tmp_path_factory.mktemp("averaged")
+    settings = ("optim.ema_decay=0.5", "model.eps_anneal_start=2.0", "model.eps_anneal_share=1", "run.keep=3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CDA_CACHE", str(folder / "cache"))
+        given = [part for setting in settings for part in ("--set", setting)]
+        result = run_cda("train", "--config", tiny, "--tokenizer", "bpe:260", *given, "--out", folder / "run")
+    assert result.code == 0, result.err
+    return folder / "run"
+
+
+@pytest.fixture
+def other_text(tmp_path: Path) -> Path:
+    path = tmp_path / "other.txt"
+    path.write_text("Another text, of other words altogether. " * 60, encoding="utf-8")
+    return path
+
+
+def newest(run: Path) -> Checkpoint:
+    return load(locate(run))
+
+
+def model_of(run: Path) -> ModelConfig:
+    config = Run(run).config()
+    assert config is not None
+    return config.model
+
+
+def assert_equal(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert not [name for name, tensor in tensors.items() if not tensor.equal(expected[name])]
+
+
+def test_a_run_starts_from_the_weights_alone(cda: Cda, finished: Path, other_text: Path, tmp_path: Path) -> None:
+    """The model's settings come along, although the preset has others. Nothing else of the source is left."""
+    source, run = newest(finished), tmp_path / "run"
+    done = cda("train", "--init-from", finished, "--data", other_text, "--out", run, "--seed", "7", *ONE)
+    assert done.code == 0, done.err
+    saved = newest(run)
+    assert_equal(saved.model, source.model)
+    assert model_of(run) == model_of(finished)
+    assert saved.state["step"] == 1
+    assert saved.state["tokens"] == 8 * 32, "the batch is that of the preset"
+    assert saved.state["position"]["seed"] == 7
+    assert f"starting from the weights of {source.path}, step 6" in " ".join(done.out.split())
+    assert "parameters" not in done.out.partition("run ")[0], "all carried over, so none is named"
+
+
+def test_the_run_records_what_it_started_from(cda: Cda, finished: Path, other_text: Path, tmp_path: Path) -> None:
+    run, source = tmp_path / "run", locate(finished)
+    assert cda("train", "--init-from", finished, "--data", other_text, "--out", run, *ONE).code == 0
+    sha256 = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
+    recorded = {"path": str(source), "from_step": 6, "file": "model.safetensors", "sha256": sha256}
+    assert metrics(run, "init") == [{"step": 0, "kind": "init", **recorded}]
+    config = Run(run).config()
+    assert config is not None
+    assert config.run.init_from == str(source)
+    listed = json.loads(cda("runs", tmp_path, finished, "--json").out)
+    assert "run.init_from" in listed["differing"]
+
+
+def test_it_goes_on_without_the_source(
+    cda: Cda, finished: Path, other_text: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command again does, with and without a file of settings, and so does one that only names the run."""
+    source, run = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(finished, source)
+    monkeypatch.chdir(tmp_path)
+    command = ("train", "--init-from", "source", "--data", other_text, "--out", run, "--seq-len", "16", *SHORT)
+    assert cda(*command, "--steps", "1").code == 0
+    shutil.rmtree(source)
+    for step, again in enumerate([command, ("train", "--out", run), (*command, "--config", tiny)], 2):
+        done = cda(*again, "--steps", step)
+        assert done.code == 0, done.err
+        assert newest(run).state["step"] == step
+    assert len(metrics(run, "init")) == 1
+    assert model_of(run).seq_len == 16
+
+
+def test_a_run_that_began_otherwise_is_refused(
+    cda: Cda, finished: Path, averaged: Path, text: Path, tmp_path: Path
+) -> None:
+    """It would go on from its own weights, not from those that the command names."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = contents(run)
+    words = ("did not begin from", "another --out", "leave --init-from out")
+    for other in (averaged, run):
+        assert_refused(cda("train", "--init-from", other, "--data", text, "--out", run), *words)
+    assert contents(run) == before
+
+
+def test_the_average_is_taken_where_there_is_one(cda: Cda, averaged: Path, other_text: Path, tmp_path: Path) -> None:
+    source = newest(averaged)
+    assert not all(tensor.equal(source.ema[name]) for name, tensor in source.model.items())
+    for wanted, part in ((True, source.ema), (False, source.model)):
+        run = tmp_path / f"run {wanted}"
+        chosen = ("--set", f"run.init_ema={str(wanted).lower()}")
+        done = cda("train", "--init-from", averaged, "--data", other_text, "--out", run, *ONE, *chosen)
+        assert done.code == 0, done.err
+        assert_equal(newest(run).model, part)
+        assert ("moving average" in done.out) == wanted
+        assert metrics(run, "init")[0]["file"] == ("ema.safetensors" if wanted else "model.safetensors")
+
+
+def test_the_tokenizer_comes_from_the_source(cda: Cda, averaged: Path, other_text: Path, tmp_path: Path) -> None:
+    """The merges are those of the source, although the run trains on another text. The same tokenizer may be named."""
+    run, source = tmp_path / "run", locate(averaged)
+    command = ("train", "--init-from", averaged, "--data", other_text, *SHORT)
+    for steps in (1, 2):
+        done = cda(*command, "--out", run, "--steps", steps)
+        assert done.code == 0, done.err
+        assert newest(run).tokenizer_json == newest(averaged).tokenizer_json
+    command = (*command, "--steps", "1")
+    for other in ("bytes", "bpe:300"):
+        assert_refused(cda(*command, "--tokenizer", other, "--out", tmp_path / "no"), "bpe:260", f"--tokenizer {other}")
+    assert not (tmp_path / "no").exists() or not any((tmp_path / "no").glob("[!.]*"))
+    named = cda(*command, "--tokenizer", source / "tokenizer.json", "--out", tmp_path / "named")
+    assert named.code == 0, named.err
+
+
+def test_the_temperature_is_that_of_the_step(cda: Cda, averaged: Path) -> None:
+    """A model that was trained down to some ε would start anew from the first one."""
+    middle = averaged / "checkpoints" / "step-00000002"
+    shown = cda("config", "--init-from", middle, "--json", "model.attn_eps", "model.eps_anneal_start")
+    values = {one["key"]: one for one in json.loads(shown.out)["settings"]}
+    final = model_of(averaged).attn_eps
+    assert values["model.attn_eps"]["value"] == pytest.approx(2.0 ** (1 - 2 / 6) * final ** (2 / 6))
+    assert values["model.eps_anneal_start"]["value"] is None
+    assert values["model.attn_eps"]["from"] == f"weights {middle}"
+
+
+def test_a_preset_gives_all_but_the_model(cda: Cda, finished: Path, tmp_path: Path) -> None:
+    """A file, --set and flags win over the source, which wins over the preset."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: {attn_k: 5}\n", encoding="utf-8")
+    given = ("--preset", "small", "--config", file, "--set", "model.seq_len=24", "--attention", "hard-topk")
+    shown = json.loads(cda("config", "--init-from", finished, *given, "--json").out)
+    config = {one["key"]: one["value"] for one in shown["settings"]}
+    changes = {"attn_k": 5.0, "seq_len": 24, "attention": "hard-topk"}
+    model = {key: config[f"model.{key}"] for key in ModelConfig.model_fields}
+    assert model == model_of(finished).model_dump() | changes
+    small = json.loads(cda("config", "--preset", "small", "--json", "optim").out)["settings"]
+    assert all(config[one["key"]] == one["value"] for one in small)
+
+
+def test_another_attention_rule_names_what_is_new_and_what_is_dropped(
+    cda: Cda, finished: Path, other_text: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    plain = ("--attention", "softmax", "--fixed-k", "--set", "model.null_kv=0")
+    done = cda("train", "--init-from", finished, "--data", other_text, "--out", first, *plain, *ONE)
+    assert done.code == 0, done.err
+    words = " ".join(done.out.split())
+    assert "attention coordinate-descent → softmax" in words
+    assert "no place for: blocks.0–1.attention.null_kv, blocks.0–1.attention.to_learned_k.weight, " in words
+    rich = ("--attention", "coordinate-descent", "--learned-k", "--set", "model.output_gate=true")
+    done = cda(
+        "train", "--init-from", first, "--data", other_text, "--out", second, *rich, *ONE, "--set", "model.null_kv=2"
+    )
+    assert done.code == 0, done.err
+    new = " ".join(done.out.split()).partition("new parameters, as the model initialises them: ")[2]
+    for name in ("null_kv", "to_learned_k.weight", "to_learned_k.bias", "to_gate.weight", "to_gate.bias"):
+        assert f"blocks.0–1.attention.{name}" in new
+    before, after = newest(first).model, newest(second).model
+    assert all(tensor.equal(after[name]) for name, tensor in before.items() if tensor.numel())
+    bias = after["blocks.0.attention.to_learned_k.bias"]
+    assert bias.eq(model_of(second).learned_k_bias).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["model.dim=64"], ["token_embedding.weight has shape (256, 32)", "leave the sizes"]),
+        (["model.ff_mult=2"], ["feed_forward", "leave the sizes"]),
+        (["model.heads=4"], ["2 × 16", "4 × 8", "model.heads"]),
+        (["model.null_kv=2"], ["null_kv", "leave the sizes"]),
+    ],
+)
+def test_another_shape_is_refused_before_any_work(
+    cda: Cda, finished: Path, other_text: Path, tmp_path: Path, cache: Path, settings: list[str], words: list[str]
+) -> None:
+    given = [part for setting in settings for part in ("--set", setting)]
+    out = tmp_path / "run"
+    assert_refused(cda("train", "--init-from", finished, "--data", other_text, "--out", out, *given, *ONE), *words)
+    assert not contents(cache)
+    assert not (out / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("named", ["nothing", "text"])
+def test_what_is_no_run_is_refused(cda: Cda, text: Path, tmp_path: Path, named: str) -> None:
+    path = text if named == "text" else tmp_path / named
+    assert_refused(cda("train", "--init-from", path, "--data", text, "--out", tmp_path / "run"), str(path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_carries_over(cda: Cda, finished: Path, other_text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = cda("train", "--init-from", finished, "--data", other_text, "--out", out, "--dry-run", "--seq-len", "16")
+    assert done.code == 0, done.err
+    assert "seq_len 32 → 16" in done.out
+    assert not out.exists()
+
+
+def test_settings_of_an_earlier_version_name_no_weights() -> None:
+    assert parse({"run": {"seed": 3}}).run.init_from is None
