@@ -1,3 +1,48 @@
-"""cda: Transformers whose layers select with coordinate-descent sparsity (the entropic soft top-k)."""
+"""cda: Transformers whose layers select with coordinate-descent sparsity (the entropic soft top-k).
 
-__version__ = "0.1.0"
+    import cda_cli
+
+    lm = cda_cli.load("runs/first")
+    print(lm.generate("ROMEO:", seed=1))
+
+Importing the package imports no torch: `load` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cda_cli.version import __version__
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cda_cli.language_model import LanguageModel
+    from cda_cli.ops import Backend
+    from cda_cli.settings import Dtype
+
+__all__ = ["__version__", "load"]
+
+
+def load(
+    path: str | Path,
+    *,
+    best: bool = False,
+    ema: bool = False,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+) -> LanguageModel:
+    """Loads a trained model with its tokenizer, ready to score and to generate text.
+
+    `path` is a checkpoint or a run, of which it takes the newest whole checkpoint, or with `best` that of the lowest
+    validation loss. `ema` takes the moving average of the weights. `device` is "auto", "cpu", "cuda", "cuda:1" …;
+    `dtype` is the precision of the matrix products, by default bfloat16 on a GPU that has it and float32 elsewhere;
+    `backend` chooses the code of the operator. All of them mean what the options of `cda eval` mean.
+
+    Raises `cda_cli.errors.CdaError`, in one sentence: CheckpointError if there is no such checkpoint or it is damaged,
+    DeviceError if this machine lacks the device, ConfigError for another argument that cannot be.
+    """
+    from cda_cli.language_model import load_language_model
+
+    return load_language_model(path, best=best, ema=ema, device=device, dtype=dtype, backend=backend)

@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from cda_cli import __version__
 from cda_cli.commands import config, doctor, eval, inspect_sparsity, presets, runs, sample, train
 from cda_cli.commands.usage import Command, Group
 from cda_cli.errors import CdaError, InterruptedRunError, exit_code
 from cda_cli.streams import open_streams
+from cda_cli.version import __version__
 
 app = typer.Typer(
     name="cda",

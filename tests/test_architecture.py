@@ -18,23 +18,25 @@ PACKAGE = ROOT / "cda_cli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Units of the package, from the top: each imports only from layers below its own. A unit is a folder, or a file that
-# lies beside them; "cda_cli" is the package itself, which holds the version.
+# lies beside them; "cda_cli" is the package itself, the door for Python.
 LAYERS: tuple[set[str], ...] = (
+    {"cda_cli"},
     {"__main__"},
     {"main"},
     {"commands"},
-    {"console", "training"},
+    {"console", "language_model", "training"},
     {"evaluation", "generation", "inspection"},
     {"restore", "diagnosis", "token_losses"},
     {"data", "model", "runs"},
     {"config", "storage", "runtime", "signals", "streams"},
     {"settings_table"},
-    {"ops", "errors", "plurals", "settings", "targets", "strict_json", "strict_yaml", "cda_cli"},
+    {"ops", "errors", "plurals", "settings", "targets", "strict_json", "strict_yaml", "version"},
 )
 # What these may import of the package besides themselves, and no more.
 ONLY: dict[str, set[str]] = {
+    "cda_cli": {"language_model", "ops", "settings", "version"},
     "__main__": {"main"},
-    "main": {"cda_cli", "commands", "console", "errors", "streams"},
+    "main": {"version", "commands", "console", "errors", "streams"},
     "console": {"plurals", "runs", "settings", "settings_table", "strict_json"},
     "diagnosis": {"data", "ops", "runtime"},
     "token_losses": {"data", "runtime"},  # below training and evaluation, which both take their loss from it
@@ -51,6 +53,7 @@ ONLY: dict[str, set[str]] = {
 # What these may import from outside, besides the standard library.
 OUTSIDE: dict[str, set[str]] = {
     "cda_cli": set(),
+    "version": set(),
     "errors": set(),
     "plurals": set(),
     "targets": set(),
@@ -292,7 +295,9 @@ def test_a_runs_folder_is_opened_without_torch(module: str) -> None:
         ("console", "if TYPE_CHECKING:\n    from cda_cli.training.run import Plan", False),
         ("console", "from cda_cli.training.run import Plan", True),
         ("console", "from cda_cli import strict_json", False),
-        ("training", "from cda_cli import __version__", False),
+        ("training", "from cda_cli.version import __version__", False),
+        ("training", "from cda_cli import load", True),
+        ("cda_cli", "def load():\n    from cda_cli.language_model import LanguageModel", False),
     ],
 )
 def test_the_search_for_arrows_finds_those_that_run_back(unit: str, code: str, backward: bool) -> None:

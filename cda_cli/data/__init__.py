@@ -21,6 +21,7 @@ from cda_cli.data.batches import (
     count_evaluation_windows,
     count_windows,
     evaluation_batches,
+    to_batch,
 )
 from cda_cli.data.bpe import bpe_size
 from cda_cli.data.cache import Preparation, PreparationStoppedError, cache_folder
@@ -31,6 +32,7 @@ from cda_cli.data.sources import Source, absolute_source, is_there, open_source
 from cda_cli.data.streaming import StreamedBatches, streamed_source, streamed_validation
 from cda_cli.data.tokenizers import (
     ByteTokenizer,
+    Encoded,
     JsonTokenizer,
     StreamDecoder,
     Tokenizer,
@@ -45,6 +47,7 @@ __all__ = [
     "Batch",
     "ByteTokenizer",
     "Corpus",
+    "Encoded",
     "JsonTokenizer",
     "Prefetched",
     "Preparation",
@@ -71,6 +74,7 @@ __all__ = [
     "prepare_whole",
     "streamed_source",
     "streamed_validation",
+    "to_batch",
     "tokenizer_from_json",
     "without_surrogates",
 ]

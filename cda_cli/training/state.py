@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cda_cli import __version__
 from cda_cli.config import Config
 from cda_cli.data import Batch, Tokenizer, Tokens
 from cda_cli.model import Transformer, state_tensors
@@ -23,6 +22,7 @@ from cda_cli.training.distributed.processes import Processes
 from cda_cli.training.gradients import GradientGraphs
 from cda_cli.training.nonfinite import require_finite_weights
 from cda_cli.training.optimizer import Optimizer
+from cda_cli.version import __version__
 
 # In the state of a checkpoint: the number of CPU threads if the CPU alone computed, or else None.
 THREADS = "threads"

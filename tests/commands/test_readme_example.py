@@ -1,4 +1,4 @@
-"""The Python lines of the README run as they stand."""
+"""The Python lines of the README and of docs/python.md run as they stand."""
 
 from __future__ import annotations
 
@@ -8,15 +8,32 @@ from typing import Any
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+
+
+def run_lines(page: str, run: Path) -> dict[str, Any]:
+    """Runs the Python lines of a page, with `run` in place of runs/first, and returns the names that they set."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    assert "runs/first" in blocks[0]
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block.replace("runs/first", str(run)), names)
+    return names
 
 
 def test_the_python_lines_of_the_readme_run(finished: Path) -> None:
-    found = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert found
-    assert "runs/first" in found[1]
-    names: dict[str, Any] = {}
-    exec(found[1].replace("runs/first", str(finished)), names)
+    names = run_lines("README.md", finished)
+    assert names["logits"].shape == (6, 256)
+    assert names["nats"] < 0
+    assert names["text"]
+
+
+def test_the_lines_of_the_page_on_python_run(finished: Path) -> None:
+    names = run_lines("docs/python.md", finished)
+    assert names["logits"].shape == (6, 256)
+    assert names["nats"] < names["choices"][" be"] < 0
+    assert names["tokens"].tolist() == list(b"ROMEO:")
+    assert names["parameters"] > 1000
     assert names["weights"].sum().item() == pytest.approx(2)
     assert names["weights"].max().item() <= 1
-    assert names["logits"].shape[:2] == (1, 6)

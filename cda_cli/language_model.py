@@ -1,0 +1,156 @@
+"""A trained model as Python uses it: `cda_cli.load` returns a `LanguageModel`.
+
+Shapes: N tokens of a text, V size of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cda_cli.config import Config
+from cda_cli.data import Encoded, Tokenizer, Tokens, evaluation_batches, to_batch
+from cda_cli.errors import ConfigError
+from cda_cli.evaluation.evaluate import evaluate
+from cda_cli.generation import SamplingSettings
+from cda_cli.generation.text import generate_text
+from cda_cli.model import Transformer
+from cda_cli.plurals import counted
+from cda_cli.restore import Restored, restore_on
+from cda_cli.runtime import autocast
+from cda_cli.signals import StopRequest
+
+BATCH_SIZE = 16  # windows in a forward pass, as in `cda eval`
+
+
+class LanguageModel:
+    """A model with its tokenizer, in evaluation mode on its device.
+
+    It takes plain text. No special token of the tokenizer is read out of it.
+    """
+
+    def __init__(self, restored: Restored, dtype: torch.dtype) -> None:
+        self._restored, self._dtype = restored, dtype
+
+    @property
+    def model(self) -> Transformer:
+        """The module. Called with tokens [B, T], int64, it returns logits [B, T, V]."""
+        return self._restored.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Turns text into tokens (`encode`), and back (`decode`)."""
+        return self._restored.tokenizer
+
+    @property
+    def config(self) -> Config:
+        """The settings that the model was trained with."""
+        return self._restored.config
+
+    @property
+    def path(self) -> Path:
+        """The folder of the checkpoint."""
+        return self._restored.path
+
+    def __repr__(self) -> str:
+        precision = str(self._dtype).removeprefix("torch.")
+        size = counted(self.model.parameter_count(), "parameter")
+        return f"<LanguageModel of {self.path}: {size}, {self._restored.device}, {precision}>"
+
+    @torch.no_grad()
+    def logits(self, text: str) -> Tensor:
+        """Returns the logits [N, V] of `text`, float32, on the device of the model.
+
+        Row i is about the token that follows token i. Raises ConfigError if the text has no token, or more than the
+        context of the model.
+        """
+        ids, context = self._encoded(text).ids, self.config.model.seq_len
+        if not 0 < len(ids) <= context:
+            raise ConfigError(
+                f"the text has {counted(len(ids), 'token')}; give from one to the {context} of the model's context"
+            )
+        tokens = torch.from_numpy(ids.astype(np.int64)).to(self._restored.device)
+        with autocast(self._restored.device, self._dtype):
+            logits: Tensor = self.model(tokens[None])
+        return logits[0].float()
+
+    def loglikelihood(self, text: str | tuple[str, str], *, with_separator: bool = False) -> float:
+        """Returns the natural logarithm of the probability of `text`, in nats, summed over its tokens.
+
+        Of a string, each token but the first is predicted once, as `cda eval` does: a text that is longer than the
+        context is cut into windows that do not overlap. Of a pair (context, continuation), the tokens of the
+        continuation are predicted after as much of the context as the model can see. They begin where the tokens of
+        the whole text depart from those of the context, since a token may span both.
+
+        `with_separator` also predicts the separator, which ends each document in training. Losses are float32, and
+        their sum is float64. Raises ConfigError if nothing stands before what is to be predicted, or if a continuation
+        is longer than the model's context.
+        """
+        context, continuation = ("", text) if isinstance(text, str) else text
+        encoded = self._encoded(context + continuation)
+        first = _common_prefix(encoded, self._encoded(context)) if isinstance(text, tuple) else 1
+        if with_separator:
+            encoded = Encoded.join([encoded, self.tokenizer.ending])
+        count, seq_len = len(encoded.ids), self.config.model.seq_len
+        if not 0 < first <= count:
+            raise ConfigError("nothing stands before the text to predict it from; put at least one token there")
+        if first == count:
+            return 0.0
+        if isinstance(text, str):
+            batches = evaluation_batches(Tokens(*encoded, text_bytes=0), seq_len, BATCH_SIZE)
+        elif count - first <= seq_len:
+            start = max(0, count - seq_len - 1)
+            rows, sizes = (part[None, start:] for part in encoded)
+            batches = iter([to_batch(rows, sizes, np.array([first - start - 1]))])
+        else:
+            raise ConfigError(
+                f"the continuation has {counted(count - first, 'token')} and the model's context {seq_len}; shorten it"
+            )
+        result = evaluate(self.model, batches, self._restored.device, self._dtype)
+        return -result.loss * result.tokens
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Returns the text that follows `prompt`: what `cda sample` writes with the same options and seed.
+
+        Temperature 0 takes the likeliest token. `top_k` keeps that many tokens, `top_p` the likeliest that make up this
+        share, `min_p` those above this share of the likeliest's probability. The text ends after `max_new_tokens`, or
+        before a separator. Raises ConfigError for a prompt that is empty or longer than the context of the model, and
+        for a setting without meaning.
+        """
+        if max_new_tokens < 0:
+            raise ConfigError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+        settings = SamplingSettings(temperature, top_k, top_p, min_p)
+        pieces = generate_text(
+            self._restored, prompt, max_new_tokens, settings, seed=seed, dtype=self._dtype, stop=StopRequest()
+        )
+        return "".join(pieces)
+
+    def _encoded(self, text: str) -> Encoded:
+        return self.tokenizer.encode_sized(text)
+
+
+def load_language_model(
+    path: str | Path, *, best: bool, ema: bool, device: str, dtype: str, backend: str
+) -> LanguageModel:
+    """Does what `cda_cli.load` says."""
+    return LanguageModel(*restore_on(Path(path).expanduser(), device, dtype, backend, best=best, ema=ema))
+
+
+def _common_prefix(first: Encoded, second: Encoded) -> int:
+    """Counts the tokens with which both begin."""
+    length = min(len(first.ids), len(second.ids))
+    differ = np.flatnonzero(first.ids[:length] != second.ids[:length])
+    return int(differ[0]) if len(differ) else length
