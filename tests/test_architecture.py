@@ -28,7 +28,7 @@ LAYERS: tuple[set[str], ...] = (
     {"evaluation", "generation", "inspection"},
     {"restore", "diagnosis", "token_losses"},
     {"data", "model", "runs"},
-    {"config", "storage", "runtime", "signals", "streams"},
+    {"config", "storage", "runtime", "signals", "streams", "transformers"},
     {"settings_table"},
     {"ops", "errors", "plurals", "settings", "targets", "strict_json", "strict_yaml", "version"},
 )
@@ -49,6 +49,7 @@ ONLY: dict[str, set[str]] = {
     "runtime": {"errors", "plurals", "settings"},
     "signals": {"errors"},
     "streams": {"errors"},
+    "transformers": {"errors", "ops"},
 }
 # What these may import from outside, besides the standard library.
 OUTSIDE: dict[str, set[str]] = {
@@ -72,6 +73,7 @@ OUTSIDE: dict[str, set[str]] = {
     "storage": {"torch", "safetensors"},
     "model": {"torch", "einops", "entmax"},
     "ops": {"torch", "triton", "colt5_attention"},
+    "transformers": {"torch", "transformers"},
 }
 # Who alone may import each of these: a file, or a folder and all below it.
 CONFINED: dict[str, set[str]] = {
