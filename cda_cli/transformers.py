@@ -16,7 +16,7 @@ Shapes: B batch, H query heads, G key heads, T queries, S keys, D head width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -53,9 +53,12 @@ if tuple(map(int, __version__.split(".")[:2])) < LEAST_TRANSFORMERS:
     )
 
 NAME = "soft_topk"  # of the attention implementation, and of the field of a configuration that has its settings
+# The dtype of a mask says whether a query sees earlier keys only, and tells the mask from one that a user made.
+CAUSAL, BOTH_WAYS = torch.int32, torch.int16
 # Arguments by which models ask for what the operator does not compute.
 NOT_COMPUTED = {
     "s_aux": "attention sinks",
+    "sinks": "attention sinks",
     "softcap": "a soft cap on the scores",
     "position_bias": "a bias on the scores",
     "indices": "a selection of keys by an indexer",
@@ -64,11 +67,14 @@ NOT_COMPUTED = {
 }
 
 
+PerLayer = float | list[float] | tuple[float, ...]  # for all layers, or one for each
+
+
 class Settings(NamedTuple):
     """The field `soft_topk` of a configuration; `use` says what each means."""
 
-    k: float | Sequence[float] = 1.0
-    eps: float | Sequence[float] = 1.0
+    k: PerLayer = 1.0
+    eps: PerLayer = 1.0
     normalise: bool = True
     solver: Solver = "exact"
     n_iters: int = 20
@@ -80,8 +86,8 @@ class Settings(NamedTuple):
 def use(
     model: nn.Module,
     *,
-    k: float | Sequence[float] = 1.0,
-    eps: float | Sequence[float] = 1.0,
+    k: PerLayer = 1.0,
+    eps: PerLayer = 1.0,
     normalise: bool = True,
     solver: Solver = "exact",
     n_iters: int = 20,
@@ -96,7 +102,7 @@ def use(
 
     Args:
         model: a model of transformers, or a module that holds one, such as a PEFT model.
-        k: the budget of each row, above 0; or a sequence with one number for each layer.
+        k: the budget of each row, above 0; or a list with one number for each layer.
         eps: the temperature ε > 0, in the units of the scaled scores; or one for each layer. With k = 1 and ε = 1 the
             weights are those of softmax.
         normalise: divide the output by k. The weights of a row sum to k, and a model that was trained with softmax
@@ -147,10 +153,15 @@ def attention(
             remedy="",
         )
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
+        is_causal = getattr(module, "is_causal", True)
     documents = None
     if attention_mask is not None:
-        documents = _documents_of(attention_mask)
+        if attention_mask.dtype not in (CAUSAL, BOTH_WAYS) or attention_mask.shape[1:3] != (1, 1):
+            raise _refusal(
+                f"takes no ready mask ({tuple(attention_mask.shape)}, {attention_mask.dtype})",
+                "give attention_mask as [batch, keys], 1 where there is a token and 0 where there is padding",
+            )
+        is_causal, documents = attention_mask.dtype == CAUSAL, attention_mask[:, 0, 0]
         key, value = key[:, :, : documents.shape[1]], value[:, :, : documents.shape[1]]
     elif is_causal and query.shape[2] not in (1, key.shape[2]):
         raise _refusal(f"got {query.shape[2]} queries, {key.shape[2]} keys and no mask, which leaves their order open")
@@ -158,7 +169,7 @@ def attention(
         raise _refusal("finds packed texts by their position_ids alone, and not by cu_seq_lens_q", "give both")
 
     settings = Settings(**getattr(module.config, NAME, {}))
-    k, eps = (x if isinstance(x, (int, float)) else x[module.layer_idx] for x in (settings.k, settings.eps))
+    k, eps = (x[module.layer_idx] if isinstance(x, (list, tuple)) else x for x in (settings.k, settings.eps))
     output = soft_topk_attention(
         query,
         key,
@@ -191,12 +202,12 @@ def mask(
     config: Any,
     **others: Any,
 ) -> Tensor | None:
-    """The mask function: which document each key belongs to, as int32 [B, 1, 1, n], for `attention`.
+    """The mask function: which document each key belongs to, as whole numbers [B, 1, 1, n], for `attention`.
 
     Equal numbers in a row are a document (`cda_cli.ops.soft_topk_attention`); padding is a document of its own. The
     keys after n, which a static cache has not filled yet, are to be cut. None stands for a single document whose keys
-    are the queries' own or, for a single query, all that there are. The four dimensions tell transformers that a mask
-    is ready, and the dtype tells it from a mask that a user made.
+    are the queries' own or, for a single query, all that there are. The four dimensions tell transformers that the
+    mask is ready.
 
     Raises ConfigError for a mask that documents cannot express, and for a model that would not call `attention`.
     """
@@ -227,17 +238,7 @@ def mask(
         raise _refusal("of queries to another text takes no padding", "give texts of one length")
     if documents is None:
         documents = torch.zeros(1, 1, device=others.get("device"))
-    return documents.to(torch.int32).expand(batch_size, n)[:, None, None]
-
-
-def _documents_of(attention_mask: Tensor) -> Tensor:
-    """The documents [B, n] in what `mask` returned. Any other mask is refused."""
-    if attention_mask.dtype != torch.int32 or attention_mask.shape[1:3] != (1, 1):
-        raise _refusal(
-            f"takes no ready mask ({tuple(attention_mask.shape)}, {attention_mask.dtype})",
-            "give attention_mask as [batch, keys], 1 where there is a token and 0 where there is padding",
-        )
-    return attention_mask[:, 0, 0]
+    return documents.to(CAUSAL if causal else BOTH_WAYS).expand(batch_size, n)[:, None, None]
 
 
 def _documents_of_padding(tokens: Tensor) -> Tensor | None:
@@ -259,8 +260,7 @@ def _documents_of_mask(visible: Tensor, n: int, tokens: Tensor | None) -> Tensor
     seen = visible[..., :n]
     first = seen.int().argmax(-1)
     real = torch.ones_like(first, dtype=torch.bool) if tokens is None else tokens[:, n - T :]
-    first = torch.where(real, first, -1)
-    earlier = torch.where(place[: n - T] >= first[:, :1], first[:, :1], -1)
+    earlier = torch.where(place[: n - T] < first[:, :1], -1, first[:, :1])
     first = torch.cat((earlier, first), 1)
     documents = nn.functional.pad((first[:, 1:] != first[:, :-1]).cumsum(1), (1, 0))
     shown = (documents[:, None] == documents[:, n - T :, None]) & (place <= place[n - T :, None])

@@ -15,6 +15,7 @@ from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    or_masks,
     packed_sequence_mask_function,
     sdpa_mask,
     sliding_window_overlay,
@@ -128,6 +129,16 @@ def test_an_encoder_sees_both_ways(left: bool) -> None:
     close(ours[mask.bool()], theirs[mask.bool()])
 
 
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 5)], ids=str)
+def test_a_decoder_may_be_told_to_see_both_ways(lengths: tuple[int, int]) -> None:
+    tokens, mask = padded(*lengths)
+    names = (soft_topk.NAME, "sdpa")
+    ours, theirs = (
+        build("llama", name, is_causal=False)(tokens, attention_mask=mask, use_cache=False).logits for name in names
+    )
+    close(ours[mask.bool()], theirs[mask.bool()])
+
+
 def test_queries_to_another_text_see_all_of_it() -> None:
     tokens, shorter = padded(9, 9)[0], padded(4, 4)[0]
     names = (soft_topk.NAME, "sdpa")
@@ -142,13 +153,23 @@ def test_queries_to_another_text_see_all_of_it() -> None:
     cached=st.integers(0, 4),
     ahead=st.integers(0, 3),
     window=st.integers(1, 15),
+    prefix=st.integers(0, 9),
     packed=st.booleans(),
     both_ways=st.booleans(),
 )
 def test_the_operator_sees_what_the_mask_shows_or_it_is_refused(
-    lengths: list[int], padding: int, left: bool, cached: int, ahead: int, window: int, packed: bool, both_ways: bool
+    lengths: list[int],
+    padding: int,
+    left: bool,
+    cached: int,
+    ahead: int,
+    window: int,
+    prefix: int,
+    packed: bool,
+    both_ways: bool,
 ) -> None:
-    """The yardstick is the mask of SDPA, with packed texts, padding, a window, and a cache that is not full."""
+    """The yardstick is the mask of SDPA, with packed texts, padding, a cache that is not full, and what is beyond the
+    operator: a window, and a prefix that is seen from everywhere."""
     keys = sum(lengths) + padding
     cached = min(cached, keys - 1) * (not both_ways)
     ahead *= not both_ways
@@ -161,20 +182,22 @@ def test_the_operator_sees_what_the_mask_shows_or_it_is_refused(
         function = and_masks(function, packed_sequence_mask_function(documents))
     if window < 10 and not both_ways:
         function = and_masks(function, sliding_window_overlay(window))
+    if prefix > 5 and not both_ways:
+        function = or_masks(function, lambda batch, head, query, key: key < prefix)
     asked = {
         "batch_size": 1,
         "q_length": keys - cached,
         "kv_length": keys + ahead,
         "q_offset": cached,
         "mask_function": function,
-        "attention_mask": tokens,
+        "attention_mask": nn.functional.pad(tokens, (0, ahead * (prefix > 7)), value=True),
         "allow_is_causal_skip": False,
     }
     shown = sdpa_mask(**asked)
     try:
         mask = soft_topk.mask(**asked, config=None, device="cpu")
     except ConfigError:
-        assert window < 10, "nothing but a window is beyond documents here"
+        assert window < 10 or prefix > 5, "documents can express the rest"
         return
     query, key = torch.zeros(1, 1, keys - cached, 1), torch.zeros(1, 1, keys + ahead, 1)
     n = keys if mask is None else mask.shape[-1]

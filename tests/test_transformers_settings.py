@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import cda_cli.transformers as soft_topk
 from cda_cli.errors import ConfigError
-from tests.transformers_models import BART, build, close, padded
+from tests.transformers_models import BART, SIZES, build, close, padded
 
 
 def test_settings_are_saved_and_come_back(tmp_path: Path) -> None:
@@ -30,6 +30,21 @@ def test_settings_are_saved_and_come_back(tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(place).eval()
     assert model.config.soft_topk["k"] == [2, 3]
     assert torch.equal(model(tokens).logits, expected)
+
+
+def test_settings_of_a_part_are_saved_with_the_whole(tmp_path: Path) -> None:
+    """The configuration of the whole, which has none, must not reset that of its part."""
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text = {**SIZES, "model_type": "llama"}
+    layers = {"num_hidden_layers": 3, "image_size": 4, "patch_size": 2}
+    model = build("llava", "sdpa", AutoModelForImageTextToText, vision_config=vision | layers, text_config=text)
+    tokens, _ = padded(9)
+    soft_topk.use(model.model.language_model, k=2)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert again.config.text_config._attn_implementation == "soft_topk"
+    assert again.config.vision_config._attn_implementation == "sdpa"
+    close(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
 def test_without_this_module_a_saved_model_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +151,13 @@ def test_what_the_operator_cannot_do_is_refused(
     model = build(kind, factory=factory, **settings)
     with pytest.raises(ConfigError, match=reason):
         call(model, padded(9, 9)[0])
+
+
+def test_more_keys_than_queries_need_a_mask() -> None:
+    """Without one the queries may be the first or the last; a model that makes no masks would get either, silently."""
+    query, key = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 5, 8)
+    with pytest.raises(ConfigError, match="3 queries, 5 keys and no mask"):
+        soft_topk.attention(nn.Identity(), query, key, key, None)
 
 
 def test_dropout_is_no_matter_without_training() -> None:
