@@ -169,7 +169,7 @@ def attention(
         raise _refusal("finds packed texts by their position_ids alone, and not by cu_seq_lens_q", "give both")
 
     settings = Settings(**getattr(module.config, NAME, {}))
-    k, eps = (x[module.layer_idx] if isinstance(x, (list, tuple)) else x for x in (settings.k, settings.eps))
+    k, eps = _of_layer(settings.k, module), _of_layer(settings.eps, module)
     output = soft_topk_attention(
         query,
         key,
@@ -239,6 +239,18 @@ def mask(
     if documents is None:
         documents = torch.zeros(1, 1, device=others.get("device"))
     return documents.to(CAUSAL if causal else BOTH_WAYS).expand(batch_size, n)[:, None, None]
+
+
+def _of_layer(numbers: PerLayer, module: Any) -> float:
+    if not isinstance(numbers, (list, tuple)):
+        return numbers
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise _refusal(
+            f"takes no list for the layers of {type(module).__name__}, which do not know their places",
+            "give one number for all",
+        )
+    return numbers[layer]
 
 
 def _documents_of_padding(tokens: Tensor) -> Tensor | None:

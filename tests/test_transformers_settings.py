@@ -183,6 +183,13 @@ def test_settings_without_meaning_are_refused(settings: dict[str, Any], reason: 
     assert model.config._attn_implementation == "sdpa", "a refusal changes nothing"
 
 
+def test_layers_that_do_not_know_their_place_take_no_list() -> None:
+    model = build("clip_text_model", factory=AutoModel)
+    soft_topk.use(model, k=[2, 3])
+    with pytest.raises(ConfigError, match="no list for the layers of CLIPAttention"):
+        model(padded(9)[0])
+
+
 def test_unknown_saved_settings_are_refused(tmp_path: Path) -> None:
     model = build("llama")
     soft_topk.use(model, k=2)
