@@ -187,4 +187,7 @@ def load_weights(model: Transformer, tensors: dict[str, Tensor], checkpoint: Che
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     """Returns the tokenizer that the model was trained with, which the checkpoint holds."""
-    return tokenizer_from_json(checkpoint.tokenizer_json) if checkpoint.tokenizer_json else load_tokenizer("bytes")
+    if not checkpoint.tokenizer_json:
+        return load_tokenizer("bytes")
+    data = saved_config(checkpoint).data
+    return tokenizer_from_json(checkpoint.tokenizer_json, bos=data.bos, eos=data.eos)

@@ -229,6 +229,17 @@ class DataSettings(Table):
     tokenizer: Annotated[
         str, Setting("bytes, bpe:N (trained on the training text), a tokenizer.json, or a hub id.", flag="--tokenizer")
     ] = "bytes"
+    bos: Annotated[
+        str | None,
+        Setting("Special token of the tokenizer.json that begins each document and each prompt; null: none."),
+    ] = None
+    eos: Annotated[
+        str | None,
+        Setting(
+            "Special token of the tokenizer.json that ends each document and each sample; null: the first that it has "
+            "of <|endoftext|>, </s> and their like, or else one of its own."
+        ),
+    ] = None
     validation_fraction: Annotated[float, Setting("Share of the text that is held out for validation.", gt=0, lt=1)] = (
         0.1
     )

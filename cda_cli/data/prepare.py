@@ -93,7 +93,7 @@ def prepare(
     preparation = Preparation(show_progress, should_stop, spare_cache)
     size = None if tokenizer else bpe_size(config.tokenizer)
     if size is None:
-        tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+        tokenizer = tokenizer or load_tokenizer(config.tokenizer, config.bos, config.eos)
         source = open_source(config, preparation)
     else:
         source = open_source(config, preparation)
@@ -160,12 +160,12 @@ class _Batch:
     """Pieces of documents on their way through the tokenizer."""
 
     pieces: list[str] = field(default_factory=list)
-    places: list[tuple[Side, bool]] = field(default_factory=list)  # the side, and whether a document ends here
+    places: list[tuple[Side, bool, bool]] = field(default_factory=list)  # the side; whether a document begins, or ends
     characters: int = 0
 
-    def add(self, piece: str, side: Side, ends: bool) -> None:
+    def add(self, piece: str, side: Side, begins: bool, ends: bool) -> None:
         self.pieces.append(piece)
-        self.places.append((side, ends))
+        self.places.append((side, begins, ends))
         self.characters += len(piece)
 
 
@@ -229,7 +229,7 @@ def _batches(documents: Documents, rule: Rule) -> Iterator[_Batch]:
         for side, part, ends in rule.place(text):
             pieces = list(split_pieces(part)) or [""]
             for index, piece in enumerate(pieces):
-                batch.add(piece, side, ends and index == len(pieces) - 1)
+                batch.add(piece, side, index == 0, ends and index == len(pieces) - 1)
                 if batch.characters >= BATCH_CHARACTERS:
                     yield batch
                     batch = _Batch()
@@ -240,8 +240,10 @@ def _encode(batch: _Batch, tokenizer: Tokenizer, writers: dict[Side, _Writer]) -
     """Writes the batch, and returns the bytes of its text."""
     total = 0
     encoded = zip(tokenizer.encode_batch(batch.pieces), batch.pieces, batch.places, strict=True)
-    for tokens, piece, (side, ends) in encoded:
+    for tokens, piece, (side, begins, ends) in encoded:
         size = len(piece) if piece.isascii() else len(utf8(piece))
+        if begins:
+            writers[side].add(tokenizer.beginning, 0)
         writers[side].add(tokens, size)
         if ends:
             writers[side].add(tokenizer.ending, 0)

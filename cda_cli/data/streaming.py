@@ -154,8 +154,8 @@ def streamed_validation(
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> Encoded:
-    """A document and the separator after it, which stands for no text."""
-    return Encoded.join([tokenizer.encode_sized(text), tokenizer.ending])
+    """A document with what stands before it and the separator after it, which stand for no text."""
+    return Encoded.join([tokenizer.beginning, tokenizer.encode_sized(text), tokenizer.ending])
 
 
 def streamed_source(config: DataConfig, preparation: Preparation = QUIETLY) -> Source:

@@ -63,20 +63,29 @@ class Encoded(NamedTuple):
 class Tokenizer(ABC):
     """Turns text into ids below `vocab_size`, and back.
 
-    `separator` is the id that is written after each document; no text becomes it. `size_dtype` is the type of
-    `Encoded.sizes`.
+    `separator` is the id that is written after each document; no text becomes it. `bos` is the id that is written
+    before each document and each prompt, or None. `size_dtype` is the type of `Encoded.sizes`.
     """
 
     name: str
     vocab_size: int
     separator: int
+    bos: int | None = None
     fingerprint: str
     size_dtype: np.dtype[Any]
 
     @property
+    def beginning(self) -> Encoded:
+        """What stands in front of a document: `bos`, which stands for no text, or nothing."""
+        return self._without_text([] if self.bos is None else [self.bos])
+
+    @property
     def ending(self) -> Encoded:
         """The separator, which stands for no text, as it follows a document."""
-        return Encoded(np.array([self.separator], self.dtype), np.array([0], self.size_dtype))
+        return self._without_text([self.separator])
+
+    def _without_text(self, ids: list[int]) -> Encoded:
+        return Encoded(np.array(ids, self.dtype), np.zeros(len(ids), self.size_dtype))
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -104,7 +113,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Ids) -> str:
-        """The text of `ids` [N]. Separators are dropped, and invalid UTF-8 becomes U+FFFD."""
+        """The text of `ids` [N]. Separators and `bos` are dropped, and invalid UTF-8 becomes U+FFFD."""
 
     @abstractmethod
     def stream(self, prompt: Ids = ()) -> StreamDecoder:
@@ -142,8 +151,8 @@ class ByteTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """Wraps a `tokenizers.Tokenizer`. Its separator is the first of SEPARATORS that it knows and no text can spell,
-    or an id of its own.
+    """Wraps a `tokenizers.Tokenizer`. Its separator is its special token `eos`, or where that is None the first of
+    SEPARATORS that it knows and no text can spell, or an id of its own. Its special token `bos` begins a document.
 
     It switches off the truncation and padding that the file asks for. It encodes the name of a special token inside a
     document as plain text, so a document cannot hold a separator.
@@ -151,7 +160,7 @@ class JsonTokenizer(Tokenizer):
 
     size_dtype = np.dtype(np.uint16)
 
-    def __init__(self, inner: tokenizers.Tokenizer, name: str) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, name: str, bos: str | None = None, eos: str | None = None) -> None:
         inner.no_truncation()
         inner.no_padding()
         self._json = inner.to_str()
@@ -159,7 +168,14 @@ class JsonTokenizer(Tokenizer):
         inner.post_processor = None  # it may cut the spaces off the offsets of a token
         model = json.loads(self._json)["model"]
         special = {token.content: id for id, token in inner.get_added_tokens_decoder().items() if token.special}
+        for setting, token in (("bos", bos), ("eos", eos)):
+            if token is not None and token not in special:
+                raise DataError(
+                    f"the tokenizer {name} has no special token {token!r}; set data.{setting} to one that it has, or "
+                    "to null"
+                )
         known = [special[token] for token in SEPARATORS if token in special and not _can_spell(model, inner, token)]
+        known = known if eos is None else [special[eos]]
         size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._inner = inner
         self._unknown = model.get("unk_id")
@@ -168,7 +184,10 @@ class JsonTokenizer(Tokenizer):
         self.name = name
         self.separator = known[0] if known else size
         self.vocab_size = size if known else size + 1
-        self.fingerprint = blake2b(utf8(self._json), digest_size=16).hexdigest()
+        self.bos = None if bos is None else special[bos]
+        self._not_text = {self.separator, self.bos}
+        chosen = "" if bos is None and eos is None else json.dumps([bos, eos])
+        self.fingerprint = blake2b(utf8(self._json + chosen), digest_size=16).hexdigest()
 
     def encode_batch(self, pieces: Sequence[str]) -> list[Encoded]:
         texts = [without_surrogates(piece) for piece in pieces]
@@ -196,11 +215,15 @@ class JsonTokenizer(Tokenizer):
         return np.array([len(self._inner.id_to_token(id) or " ") for id in range(self.vocab_size)])
 
     def decode(self, ids: Ids) -> str:
-        kept = [int(token) for token in ids if int(token) != self.separator]
+        kept = [int(token) for token in ids if self.is_text(int(token))]
         return str(self._inner.decode(kept, skip_special_tokens=False))
 
     def stream(self, prompt: Ids = ()) -> StreamDecoder:
         return _JsonStream(self, prompt)
+
+    def is_text(self, token: int) -> bool:
+        """Whether `token` is neither the separator nor `bos`."""
+        return token not in self._not_text
 
     def is_byte(self, token: int) -> bool:
         """Whether `token` stands for one byte of a character that the vocabulary lacks, such as <0xE2>."""
@@ -232,7 +255,7 @@ class _JsonStream(StreamDecoder):
         self._said_text = tokenizer.decode(self._ids)
 
     def push(self, token: int) -> str:
-        if token == self._tokenizer.separator:
+        if not self._tokenizer.is_text(token):
             return ""
         self._ids.append(token)
         # Byte tokens in a row become text together, or U+FFFD together, so nothing is known before the row has ended.
@@ -287,10 +310,11 @@ def split_pieces(text: str) -> Iterator[str]:
         yield text[start:]
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def load_tokenizer(spec: str, bos: str | None = None, eos: str | None = None) -> Tokenizer:
     """The tokenizer named by `spec`: "bytes", a path to a tokenizer.json, or a hub id.
 
-    Raises DataError, also for `bpe:N`, which `bpe.trained_bpe` trains on the prepared text.
+    `bos` and `eos` are its tokens that begin and end a document (see `JsonTokenizer`). Raises DataError, also for
+    `bpe:N`, which `bpe.trained_bpe` trains on the prepared text.
     """
     if spec == BYTES:
         return ByteTokenizer()
@@ -302,7 +326,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     path = Path(spec).expanduser()
     try:
         if path.is_file():
-            return _from_file(path, path.name)
+            return _from_file(path, path.name, bos, eos)
         hub_id = not path.exists() and path.suffix != ".json" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec)
     except OSError:  # such as a name that is too long
         hub_id = None
@@ -310,10 +334,12 @@ def load_tokenizer(spec: str) -> Tokenizer:
         raise DataError(
             f"there is no tokenizer file {spec}; give --tokenizer bytes, bpe:N, a tokenizer.json or a hub id"
         )
-    return _from_file(hub_file(spec, "tokenizer.json"), spec)
+    return _from_file(hub_file(spec, "tokenizer.json"), spec, bos, eos)
 
 
-def tokenizer_from_json(text: str | None, name: str = "tokenizer.json") -> Tokenizer:
+def tokenizer_from_json(
+    text: str | None, name: str = "tokenizer.json", bos: str | None = None, eos: str | None = None
+) -> Tokenizer:
     """The tokenizer whose `to_json()` was `text`. Raises DataError if it is not one."""
     if text is None:
         return ByteTokenizer()
@@ -325,12 +351,12 @@ def tokenizer_from_json(text: str | None, name: str = "tokenizer.json") -> Token
         raise DataError(
             f"{name} is not a tokenizer that the tokenizers library reads ({error}); give --tokenizer a tokenizer.json"
         ) from error
-    return JsonTokenizer(inner, name)
+    return JsonTokenizer(inner, name, bos, eos)
 
 
-def _from_file(path: Path, name: str) -> Tokenizer:
+def _from_file(path: Path, name: str, bos: str | None, eos: str | None) -> Tokenizer:
     try:
         text = path.read_bytes().decode("utf-8-sig")  # a byte order mark is no JSON
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the tokenizer {path} cannot be read ({error}); give --tokenizer a tokenizer.json") from error
-    return tokenizer_from_json(text, name)
+    return tokenizer_from_json(text, name, bos, eos)

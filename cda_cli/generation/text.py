@@ -57,7 +57,8 @@ def generate_text(
 
     Raises ConfigError, at once, if the prompt is empty or does not fit the context.
     """
-    prompt_tokens = [int(token) for token in restored.tokenizer.encode(prompt)]
+    tokenizer = restored.tokenizer
+    prompt_tokens = [*map(int, tokenizer.beginning.ids), *map(int, tokenizer.encode(prompt))]
     separator = restored.tokenizer.separator
     tokens = generate(
         restored.model, prompt_tokens, max_new_tokens, settings, seed=seed, separator=separator, dtype=dtype

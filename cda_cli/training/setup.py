@@ -62,7 +62,7 @@ def open_data(
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
     if data.streaming:
         preparation = Preparation(show_progress, should_stop, spare_cache)
-        tokenizer = tokenizer or load_tokenizer(data.tokenizer)
+        tokenizer = tokenizer or load_tokenizer(data.tokenizer, data.bos, data.eos)
         source = streamed_source(data, preparation)
         wanted = config.run.eval_batches * optim.batch_size * seq_len + 1
         validation = streamed_validation(data, tokenizer, wanted, preparation)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cda_cli.config import DataConfig
 from cda_cli.data import Corpus, prepare
@@ -48,21 +50,31 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def bpe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny byte-level BPE that knows <|endoftext|>, and asks for truncation and padding."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(LETTERS, trainer)
+    tokenizer = _byte_level(["<|endoftext|>"])
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=8)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def marked_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a tokenizer with tokens that may begin and end a document: the ids 1 and 2."""
+    path = tmp_path_factory.mktemp("tokenizer") / "marked.json"
+    _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]).save(str(path))
+    return path
+
+
+def _byte_level(special: list[str]) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(LETTERS, trainer)
+    return tokenizer

@@ -24,6 +24,7 @@ from cda_cli.data import (
     loss_of_text,
     prepare,
     prepare_whole,
+    streamed_validation,
 )
 from cda_cli.data.cache import cache_folder
 from cda_cli.data.split import CutRule, HashRule
@@ -113,6 +114,27 @@ def test_a_json_tokenizer_gives_the_tokens_of_each_document(prepared: Prepare, f
     assert sorted(documents) == sorted(rows)
     assert corpus.train.text_bytes + corpus.validation.text_bytes == sum(len(row.encode()) for row in rows)
     assert loss_of_text([corpus.train, corpus.validation]) is None
+
+
+def test_each_document_begins_with_bos_and_ends_with_eos(prepared: Prepare, folder: Path, marked_file: Path) -> None:
+    """Whether it is prepared, streamed, or the only one, and so cut; a long one is tokenised in pieces."""
+    rows, marks = [*LETTERS, UNICODE * 9000], {"bos": "<|im_start|>", "eos": "<|im_end|>"}
+    source = write_rows(folder / "a.jsonl", rows)
+    corpus = prepared(source, tokenizer=str(marked_file), **marks)
+    begin, end = 1, 2
+    found = []
+    for side in (corpus.train, corpus.validation):
+        assert list(np.flatnonzero(side.ids == begin)) == [0, *(np.flatnonzero(side.ids == end)[:-1] + 1)]
+        assert not side.sizes[np.isin(side.ids, (begin, end))].any(), "a mark stands for no text"
+        assert side.sizes.sum() == side.text_bytes
+        found.append(int((side.ids == end).sum()))
+    assert sum(found) == len(rows)
+    config = DataConfig(source=str(source), tokenizer=str(marked_file), streaming=True, **marks)
+    streamed = streamed_validation(config, load_tokenizer(str(marked_file), **marks), 10**9)
+    assert streamed.ids.tobytes() == corpus.validation.ids.tobytes()
+    (folder / "b.txt").write_text(UNICODE * 10, encoding="utf-8")
+    cut = prepared(folder / "b.txt", tokenizer=str(marked_file), **marks)
+    assert [side.ids[0] for side in (cut.train, cut.validation)] == [begin, begin]
 
 
 @pytest.mark.parametrize("kind", KINDS)

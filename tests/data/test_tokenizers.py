@@ -271,3 +271,25 @@ def test_a_missing_tokenizer_file_is_one_sentence(spec: str) -> None:
 def test_a_tokenizer_of_the_hub_without_network_is_one_sentence(offline: None) -> None:
     with pytest.raises(DataError, match=r"^the Hugging Face hub is out of reach and .*; connect to the network, or"):
         load_tokenizer("no-such-owner/no-such-tokenizer")
+
+
+def test_a_document_begins_and_ends_with_the_tokens_that_are_named(marked_file: Path) -> None:
+    plain = load_tokenizer(str(marked_file))
+    marked = load_tokenizer(str(marked_file), bos="<|im_start|>", eos="<|im_end|>")
+    assert (plain.bos, plain.separator, list(plain.beginning.ids)) == (None, 0, [])
+    assert (marked.bos, marked.separator) == (1, 2)
+    assert list(marked.beginning.ids) == [1]
+    assert list(marked.ending.ids) == [2]
+    assert list(marked.beginning.sizes) == [0]
+    assert marked.decode([1, *marked.encode("a"), 2]) == "a"
+    assert "".join(streamed(marked, [1, *map(int, marked.encode("a")), 2])) == "a"
+    assert not {0, 1, 2} & {*marked.encode("<|im_start|> and <|im_end|>")}, "a text spells a special token"
+    assert len({plain.fingerprint, marked.fingerprint}) == 2, "the cache would take one for the other"
+    again = tokenizer_from_json(marked.to_json(), bos="<|im_start|>", eos="<|im_end|>")
+    assert again.fingerprint == marked.fingerprint
+
+
+@pytest.mark.parametrize("named", [{"bos": "<s>"}, {"eos": "a"}])
+def test_a_token_that_is_not_special_is_refused(marked_file: Path, named: dict[str, str]) -> None:
+    with pytest.raises(DataError, match=f"data.{next(iter(named))}"):
+        load_tokenizer(str(marked_file), **named)
