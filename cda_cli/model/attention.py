@@ -14,6 +14,7 @@ from cda_cli.config import ModelConfig
 from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.head_projection import head_logits, project_heads
 from cda_cli.model.layers import make_head_norm
+from cda_cli.model.left_padding import padding_first, padding_or_text
 from cda_cli.model.observe import ObservedAttention, Observer
 from cda_cli.model.rotary import RotaryPositions
 from cda_cli.model.rules import EditRows, attention_rule
@@ -61,16 +62,17 @@ class Attention(nn.Module):
             self.query_scale.fill_(self.rule.eps / eps)
         self.eps = eps
 
-    def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None, padding_B: Tensor | None = None) -> Tensor:
         projected = project_heads(x_BTC, self.to_qkv, self._head_linears, self.config.head_width)
-        query, key, value, packed = self._prepare_heads(projected, cache)
+        query, key, value, packed = self._prepare_heads(projected, cache, padding_B)
+        documents = None if padding_B is None else padding_or_text(padding_B, key.shape[2])
         logits = head_logits(x_BTC, packed, self._head_linears)
         budget = self._budget(logits.get("k"))
         if self.observer is None and self.edit_rows is None:
-            out_BHTD = self.rule.attend(query, key, value, budget)
+            out_BHTD = self.rule.attend(query, key, value, budget, documents)
         else:
             observe = self._observe if self.observer is not None else None
-            out_BHTD = self.rule.attend_densely(query, key, value, budget, observe, self.edit_rows)
+            out_BHTD = self.rule.attend_densely(query, key, value, budget, observe, self.edit_rows, documents)
         if self.divides_by_k:
             out_BHTD = out_BHTD / (budget.unsqueeze(-1) if isinstance(budget, Tensor) else budget)
         if self.to_gate is not None:
@@ -94,13 +96,17 @@ class Attention(nn.Module):
         return 1 + (self.config.attn_k - 1) * logits.sigmoid()
 
     def _prepare_heads(
-        self, projected_BTGD: Tensor, cache: KeyValueCache | None
+        self, projected_BTGD: Tensor, cache: KeyValueCache | None, padding_B: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns query [B, H, T, D], key and value [B, K, S, D], null and cached ones first, and the packed heads."""
+        """Returns query [B, H, T, D], key and value [B, K, S, D], and the packed heads.
+
+        Null keys come first and cached ones next. In a padded row, its padding stands in front of all of them.
+        """
         H, K, norms, rotary = self.heads, self.key_heads, (self.query_norm, self.key_norm), self.rotary
         # Heads move in front of positions only at the end. Norm, rotation and their gradients thus keep the order of
         # the memory: they compile to few kernels, and the three gradients lie where the matrix product reads them.
-        if norms[0] and norms[1] and rotary and cache is None and self._has_kernels(projected_BTGD):
+        from_start = cache is None and padding_B is None  # The row begins at position 0, as the kernels have it.
+        if norms[0] and norms[1] and rotary and from_start and self._has_kernels(projected_BTGD):
             # Rotation is linear, so a factor on the gain is a factor on the query, without a pass over the query.
             gain = norms[0].weight if self.query_scale is None else norms[0].weight * self.query_scale
             gains, tables = (gain, norms[1].weight), (rotary.cos, rotary.sin)
@@ -111,7 +117,7 @@ class Attention(nn.Module):
                 query, key = norms[0](query), norms[1](key)
             if rotary:
                 start = cache.length if cache is not None else 0
-                query, key = rotary(query, start), rotary(key, start)
+                query, key = rotary(query, start, padding_B), rotary(key, start, padding_B)
             if self.query_scale is not None:
                 query = query * self.query_scale
         query, key, value = (rearrange(heads, "b t h d -> b h t d") for heads in (query, key, value))
@@ -120,6 +126,8 @@ class Attention(nn.Module):
         if self.config.null_kv:
             null_key, null_value = self.null_kv.to(key.dtype).unsqueeze(1).expand(-1, len(query), -1, -1, -1)
             key, value = torch.cat((null_key, key), 2), torch.cat((null_value, value), 2)
+            if padding_B is not None:
+                key, value = (padding_first(heads, self.config.null_kv, padding_B) for heads in (key, value))
         return query, key, value, packed
 
     def _has_kernels(self, projected: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
+from cda_cli.model.left_padding import row_positions
 
 
 class RotaryPositions(nn.Module):
@@ -25,18 +26,27 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        D = config.head_width
-        frequency = config.rotary_base ** (-torch.arange(0, D, 2).double() / D)
-        frequency, factor = SCALINGS[config.rotary_scaling](frequency, config)
-        angle = torch.outer(torch.arange(config.seq_len).double(), frequency)
-        cos, sin = factor * angle.cos(), factor * angle.sin()
-        self.register_buffer("cos", torch.cat((cos, cos), 1).float(), persistent=False)
-        self.register_buffer("sin", torch.cat((-sin, sin), 1).float(), persistent=False)
+        self.config = config
+        for table in ("cos", "sin"):
+            empty = torch.empty(config.seq_len, config.head_width, dtype=torch.float32)
+            self.register_buffer(table, empty, persistent=False)
+        self.fill_buffers()
 
-    def forward(self, x_BTHD: Tensor, start: int) -> Tensor:
-        """Rotates x [B, T, H, D], whose first position is `start`. Channels i and i + D/2 make a pair."""
-        positions = slice(start, start + x_BTHD.shape[1])
-        cos, sin = (table[positions, None].to(x_BTHD.dtype) for table in (self.cos, self.sin))
+    @torch.no_grad()
+    def fill_buffers(self) -> None:
+        """Computes the tables, which no checkpoint holds."""
+        D = self.config.head_width
+        frequency = self.config.rotary_base ** (-torch.arange(0, D, 2).double() / D)
+        frequency, factor = SCALINGS[self.config.rotary_scaling](frequency, self.config)
+        angle = torch.outer(torch.arange(self.config.seq_len).double(), frequency)
+        cos, sin = factor * angle.cos(), factor * angle.sin()
+        self.cos.copy_(torch.cat((cos, cos), 1))
+        self.sin.copy_(torch.cat((-sin, sin), 1))
+
+    def forward(self, x_BTHD: Tensor, start: int, padding_B: Tensor | None = None) -> Tensor:
+        """Rotates x [B, T, H, D], which follows `start` tokens. Channels i and i + D/2 make a pair."""
+        positions = row_positions(start, x_BTHD.shape[1], padding_B)
+        cos, sin = (table[positions].unsqueeze(-2).to(x_BTHD.dtype) for table in (self.cos, self.sin))
         # The table has the sign, so this only reads x once more. A concatenation would compile to masked reads or to
         # another tensor.
         partner = x_BTHD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)

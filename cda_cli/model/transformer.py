@@ -17,6 +17,7 @@ from cda_cli.model.attention import Attention
 from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.feed_forward import FeedForward
 from cda_cli.model.layers import make_norm
+from cda_cli.model.left_padding import row_positions
 from cda_cli.model.loss import vocabulary_loss
 from cda_cli.model.rules import AttentionRule
 from cda_cli.ops import Backend
@@ -32,8 +33,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config, layer, backend)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        h = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), cache))
+    def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None, padding_B: Tensor | None = None) -> Tensor:
+        h = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), cache, padding_B))
         return h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
 
 
@@ -57,11 +58,16 @@ class Transformer(nn.Module):
         self._scale_initial_weights()
 
     def forward(
-        self, tokens_BT: Tensor, cache: KeyValueCache | None = None, targets_BT: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        cache: KeyValueCache | None = None,
+        targets_BT: Tensor | None = None,
+        padding_B: Tensor | None = None,
     ) -> Tensor:
         """Returns the logits [B, T, V] of tokens [B, T], int64, in the dtype of the computation.
 
-        With a cache, the tokens follow the positions that it holds. With targets [B, T] the model returns their
+        With a cache, the tokens follow the positions that it holds. `padding_B` says how many of the first tokens of
+        each row, cached ones included, are padding (see `left_padding`). With targets [B, T] the model returns their
         cross-entropy instead: nats, float32 [B, T], 0 if a target is IGNORE. The model computes it so that
         torch.compile can fuse it; otherwise the logits and their gradient would be written once more in float32.
 
@@ -72,15 +78,15 @@ class Transformer(nn.Module):
             raise ValueError(f"{start + T} positions exceed the context of {self.config.seq_len}")
         x_BTC = self.token_embedding(tokens_BT)
         if self.position_embedding is not None:
-            x_BTC = x_BTC + self.position_embedding.weight[start : start + T]
+            x_BTC = x_BTC + self.position_embedding.weight[row_positions(start, T, padding_B)]
         x_BTC = self.dropout(x_BTC)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Without dropout a block draws no random numbers, so the checkpoint need not keep their state.
                 draws = self.config.dropout > 0
-                x_BTC = checkpoint(block, x_BTC, cache, use_reentrant=False, preserve_rng_state=draws)
+                x_BTC = checkpoint(block, x_BTC, cache, padding_B, use_reentrant=False, preserve_rng_state=draws)
             else:
-                x_BTC = block(x_BTC, cache)
+                x_BTC = block(x_BTC, cache, padding_B)
         if cache is not None:
             cache.advance(T)
         return self.head(x_BTC, targets_BT)

@@ -48,6 +48,18 @@ class Products(NamedTuple):
     keys: float
 
 
+def visible(first: int, t: int, S: int, documents: Tensor | None, device: torch.device) -> Tensor:
+    """Returns which of S keys each of t queries sees, the first of which stands at key `first`: bool [t, S].
+
+    It is [B, 1, t, S] for `documents` [B, S] (see `AttentionRule.attend`).
+    """
+    mask = torch.ones(t, S, dtype=torch.bool, device=device).tril(first)
+    if documents is None:
+        return mask
+    same = documents[:, first : first + t, None] == documents[:, None]
+    return (mask & same).unsqueeze(1)
+
+
 class AttentionRule(ABC):
     """How one layer turns scores into weights. `eps` is its temperature."""
 
@@ -69,12 +81,15 @@ class AttentionRule(ABC):
         every query sees at least one.
         """
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, documents: Tensor | None = None
+    ) -> Tensor:
         """Computes causal attention [B, H, T, D] of query [B, H, T, D] to key and value [B, K, S, D], S ≥ T.
 
-        Query t sees the keys up to t + S − T. `budget` is the k of each row: a number, or [B, H, T].
+        Query t sees the keys up to t + S − T, and with `documents`, integers [B, S], only those of its own run of equal
+        numbers. `budget` is the k of each row: a number, or [B, H, T].
         """
-        return self.attend_densely(query, key, value, budget)
+        return self.attend_densely(query, key, value, budget, documents=documents)
 
     def attend_densely(
         self,
@@ -84,6 +99,7 @@ class AttentionRule(ABC):
         budget: float | Tensor,
         observe: ObserveBlock | None = None,
         edit: EditRows | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Computes what `attend` does, by dense weights, one block of queries after another.
 
@@ -103,7 +119,7 @@ class AttentionRule(ABC):
             last = S - T + number * rows
             with torch.autocast(query.device.type, enabled=False):
                 scores = self.scale * query_BHtD.to(dtype) @ key_BHDS
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(last)
+            mask = visible(last, scores.shape[2], S, documents, scores.device)
             weights_under = partial(self.weights, scores, budget_BHt)
             if edit is None:
                 weights = weights_under(mask)

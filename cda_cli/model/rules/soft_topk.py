@@ -24,7 +24,9 @@ class SoftTopK(AttentionRule):
     def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
         return soft_topk(scores, budget, mask=mask, eps=self.eps, backend=self.backend, **self.solver)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, documents: Tensor | None = None
+    ) -> Tensor:
         return soft_topk_attention(
             query,
             key,
@@ -32,6 +34,7 @@ class SoftTopK(AttentionRule):
             budget,
             eps=self.eps,
             scale=self.scale,
+            documents=documents,
             backend=self.backend,
             largest_k=max(1.0, self.config.attn_k),
             **self.solver,

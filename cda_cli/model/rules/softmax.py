@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cda_cli.model.rules.base import AttentionRule, Products
+from cda_cli.model.rules.base import AttentionRule, Products, visible
 from cda_cli.ops import for_each_query
 
 
@@ -19,8 +19,10 @@ class Softmax(AttentionRule):
     def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
         return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor) -> Tensor:
-        return _sdpa(query, key, value, self.scale)
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, documents: Tensor | None = None
+    ) -> Tensor:
+        return _sdpa(query, key, value, self.scale, documents)
 
     def products(self, backend: str) -> Products:
         """The backward computes the scores again. With null keys the mask is a tensor, and all scores are computed."""
@@ -36,16 +38,18 @@ class TemperedSoftmax(Softmax):
     def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
         return super().weights(scores / self.eps, budget, mask)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor) -> Tensor:
-        return _sdpa(query, key, value, self.scale / self.eps)
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, documents: Tensor | None = None
+    ) -> Tensor:
+        return _sdpa(query, key, value, self.scale / self.eps, documents)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Tensor | None) -> Tensor:
     """Computes causal softmax attention. The T queries are the last of the S positions."""
     H, T, S = query.shape[1], query.shape[2], key.shape[2]
     # PyTorch has a fused kernel for fewer key heads only in some dtypes, on some devices and without a mask.
     key, value = for_each_query(key, H), for_each_query(value, H)
-    if S == T:
+    if S == T and documents is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)
+    mask = visible(S - T, T, S, documents, query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
