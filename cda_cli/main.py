@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cda_cli.commands import config, doctor, eval, inspect_sparsity, presets, runs, sample, train
+from cda_cli.commands import config, doctor, eval, export, inspect_sparsity, presets, runs, sample, train
 from cda_cli.commands.usage import Command, Group
 from cda_cli.errors import CdaError, InterruptedRunError, exit_code
 from cda_cli.streams import open_streams
@@ -30,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": eval.evaluate,
     "sample": sample.sample,
     "inspect-sparsity": inspect_sparsity.inspect_sparsity,
+    "export": export.export,
     "runs": runs.runs,
     "config": config.config,
     "presets": presets.presets,

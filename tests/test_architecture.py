@@ -24,7 +24,7 @@ LAYERS: tuple[set[str], ...] = (
     {"__main__"},
     {"main"},
     {"commands"},
-    {"console", "language_model", "training"},
+    {"console", "interchange", "language_model", "training"},
     {"evaluation", "generation", "inspection"},
     {"restore", "diagnosis", "token_losses"},
     {"data", "model", "runs"},
@@ -71,6 +71,7 @@ OUTSIDE: dict[str, set[str]] = {
     "runs": set(),
     "runtime": {"torch"},
     "storage": {"torch", "safetensors"},
+    "interchange": {"torch", "tokenizers", "transformers", "huggingface_hub", "yaml"},
     "model": {"torch", "einops", "entmax"},
     "ops": {"torch", "triton", "colt5_attention"},
     "transformers": {"torch", "transformers"},
@@ -86,6 +87,7 @@ CONFINED: dict[str, set[str]] = {
     },
     "colt5_attention": {"cda_cli.ops.backends.colt5"},
     "entmax": {"cda_cli.model.rules.entmax"},
+    "transformers": {"cda_cli.interchange.hf"},
 }
 HEAVY = {"torch", "datasets", "triton", "numpy", "yaml", "pydantic", "einops", "safetensors", "tokenizers", "tqdm"}
 

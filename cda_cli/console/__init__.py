@@ -1,7 +1,7 @@
 """All that a person sees: tables, heat maps, and live progress, or plain lines off a terminal. Machines get JSON."""
 
 from cda_cli.console.base import print_json, progress, shows_progress
-from cda_cli.console.reports import show_doctor, show_dry_run, show_evaluation, show_forecast, show_report
+from cda_cli.console.reports import show_doctor, show_dry_run, show_evaluation, show_export, show_forecast, show_report
 from cda_cli.console.runs import show_runs
 from cda_cli.console.sampling import SampleDisplay
 from cda_cli.console.settings import show_changed, show_presets, show_settings
@@ -18,6 +18,7 @@ __all__ = [
     "show_doctor",
     "show_dry_run",
     "show_evaluation",
+    "show_export",
     "show_forecast",
     "show_presets",
     "show_report",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cda_cli.evaluation import CutEvaluation, Evaluation
     from cda_cli.inspection import Report
     from cda_cli.inspection.inspect import HeadReport
+    from cda_cli.interchange.export import Exported
     from cda_cli.restore import Restored, TextSide
     from cda_cli.training.run import DryRun
 
@@ -47,6 +48,21 @@ def show_evaluation(result: Evaluation, compared: Sequence[CutEvaluation], resto
         interval = "–" if math.isnan(margin) else f"{one.difference - margin:+.4f} to {one.difference + margin:+.4f}"
         cuts.add_row(one.cut.description, f"{one.evaluation.bits_per_byte:.4f}", f"{one.difference:+.4f}", interval)
     _section("Cuts, on the same windows", cuts)
+
+
+def show_export(exported: Exported, address: str | None, planned: str | None) -> None:
+    """Shows the files of an export: where they are, or which of them a trial would send to the repository `planned`."""
+    console = out()
+    files = table("file", "size")
+    for name, size in exported.files.items():
+        files.add_row(name, memory(size))
+    files.add_row("together", memory(sum(exported.files.values())))
+    rows = {"checkpoint": str(exported.checkpoint)}
+    rows |= {"folder": str(exported.folder)} if planned is None else {"for": planned}
+    print_pairs(console, rows | ({"sent to": address} if address else {}))
+    print_trimmed(console, files)
+    if planned is not None:
+        console.print("dry run: nothing was sent, and no folder was written")
 
 
 def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple[int, int], weights: Tensor) -> None:

@@ -36,7 +36,7 @@ class Attention(nn.Module):
         # ε anneals as a factor on the query. The factor is a tensor, since compiled code and CUDA graphs would keep a
         # number constant. It follows from the step, so no checkpoint holds it.
         as_scale = config.eps_anneal_start is not None and self.rule.divides_by_eps
-        self.register_buffer("query_scale", torch.ones(()) if as_scale else None, persistent=False)
+        self.register_buffer("query_scale", torch.ones((), dtype=torch.float32) if as_scale else None, persistent=False)
         self.observer: Observer | None = None
         self.edit_rows: EditRows | None = None
         self.is_recomputed = False  # Activation checkpointing computes this layer again in the backward.
@@ -58,9 +58,15 @@ class Attention(nn.Module):
         """Changes the temperature ε of the weights: scores/ε = (scale · attn_eps/ε) · query·key / attn_eps."""
         if self.query_scale is None:
             self.rule.eps = eps
+            self.eps = eps
         elif eps != self.eps:
-            self.query_scale.fill_(self.rule.eps / eps)
-        self.eps = eps
+            self.eps = eps
+            self.fill_buffers()
+
+    def fill_buffers(self) -> None:
+        """Computes the factor on the query, which no checkpoint holds."""
+        if self.query_scale is not None:
+            self.query_scale.fill_(self.rule.eps / self.eps)
 
     def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None, padding_B: Tensor | None = None) -> Tensor:
         projected = project_heads(x_BTC, self.to_qkv, self._head_linears, self.config.head_width)

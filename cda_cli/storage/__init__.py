@@ -23,6 +23,7 @@ from cda_cli.storage.checkpoint import (
 )
 from cda_cli.storage.lock import LOCK, is_held, only_writer
 from cda_cli.storage.run_files import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, holds_run
+from cda_cli.storage.tensors import write_tensors
 
 __all__ = [
     "CHECKPOINTS",
@@ -51,4 +52,5 @@ __all__ = [
     "unpack_optimizer",
     "verify",
     "write_file",
+    "write_tensors",
 ]

@@ -28,8 +28,10 @@ _MALFORMED = (
 )
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes `tensors` of any device, shape (zero-size and 0-d too) and layout. Tensors that share memory are copied.
+
+    `metadata` are words that the file has besides them.
 
     Raises OSError as every other write does, and ValueError for a name that the format keeps for itself.
     """
@@ -39,7 +41,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if "__metadata__" in tensors:
         raise ValueError("a tensor cannot be called __metadata__: the file could not be read again")
     try:
-        save_file(_separate(tensors), path)
+        save_file(_separate(tensors), path, metadata)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

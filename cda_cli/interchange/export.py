@@ -1,0 +1,55 @@
+"""A checkpoint → a folder that other tools load, with a model card. The folder appears whole, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cda_cli.errors import ConfigError, did_you_mean
+from cda_cli.interchange.hf_files import write_hf
+from cda_cli.interchange.model_card import model_card
+from cda_cli.restore import Restored, restore
+from cda_cli.storage import published_folder
+
+# What writes the files of a format into an empty folder. It raises ConfigError or DataError for what the format lacks.
+FORMATS: dict[str, Callable[[Restored, Path], None]] = {"hf": write_hf}
+CARD = "README.md"
+
+
+class Exported(NamedTuple):
+    """A folder that was written, with the bytes of each of its files."""
+
+    folder: Path
+    checkpoint: Path
+    files: dict[str, int]
+
+
+def export(
+    checkpoint: Path, folder: Path, format: str, *, name: str, license: str, best: bool = False, ema: bool = False
+) -> Exported:
+    """Writes the model of a checkpoint, or of a run, into `folder` (see `restore` for `best` and `ema`).
+
+    `name` is what the model card calls the model, and how a reader loads it; `license` is an identifier. Raises
+    ConfigError for a folder that is not empty and for a model that the format cannot hold, CheckpointError for a
+    checkpoint that cannot be read, and StorageError for a write that fails.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"unknown format {format!r}: {did_you_mean(format, FORMATS)}")
+    _check_free(folder)
+    restored = restore(checkpoint, torch.device("cpu"), best=best, ema=ema)
+    if folder.is_dir():
+        folder.rmdir()
+    with published_folder(folder) as target:
+        FORMATS[format](restored, target)
+        (target / CARD).write_text(model_card(restored, format, name, license), encoding="utf-8")
+    return Exported(folder, restored.path, {file.name: file.stat().st_size for file in sorted(folder.iterdir())})
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give the name of a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; give the name of a new folder")

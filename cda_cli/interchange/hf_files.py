@@ -1,0 +1,65 @@
+"""The files of a folder that transformers loads, written without transformers.
+
+config.json              the settings of the model, and the ε of the saved step
+model.safetensors        the weights, a shared one once
+tokenizer.json           the tokenizer, and tokenizer_config.json its special tokens
+generation_config.json   the tokens that begin, end and pad a text
+modeling_cda.py          imports the model from this package (`hf`), with trust_remote_code=True
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cda_cli import strict_json
+from cda_cli.interchange.hf_tokenizer import hf_tokenizer
+from cda_cli.model import state_tensors
+from cda_cli.restore import Restored
+from cda_cli.storage import write_tensors
+
+MODEL_TYPE = "cda"
+REMOTE_CODE = "modeling_cda.py"
+AUTO_MAP = {
+    auto_class: f"{Path(REMOTE_CODE).stem}.{ours}"
+    for auto_class, ours in (("AutoConfig", "CdaConfig"), ("AutoModelForCausalLM", "CdaForCausalLM"))
+}
+
+
+def write_hf(restored: Restored, folder: Path) -> None:
+    """Writes the files into `folder`. Raises DataError for a tokenizer that has no place for its separator."""
+    _write_json(folder / "config.json", _config(restored))
+    weights = {f"model.{name}": tensor for name, tensor in state_tensors(restored.model).items()}
+    write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
+    tokenizer = hf_tokenizer(restored.tokenizer)
+    (folder / "tokenizer.json").write_text(tokenizer.inner.to_str(), encoding="utf-8")
+    tokens = {f"{role}_token": tokenizer.inner.id_to_token(id) for role, id in tokenizer.special.items()}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": restored.config.model.seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(folder / "tokenizer_config.json", about | tokens)
+    ids = {f"{role}_token_id": id for role, id in tokenizer.special.items()}
+    _write_json(folder / "generation_config.json", ids)
+    write_remote_code(folder)
+
+
+def write_remote_code(folder: Path) -> None:
+    """Writes the module that `AUTO_MAP` names."""
+    (folder / REMOTE_CODE).write_bytes(Path(__file__).with_name(REMOTE_CODE).read_bytes())
+
+
+def _config(restored: Restored) -> dict[str, Any]:
+    return {
+        "architectures": ["CdaForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "auto_map": AUTO_MAP,
+        "dtype": "float32",
+        "settings": restored.config.model.model_dump(),
+        "attention_eps": restored.model.attention_eps,
+    }
+
+
+def _write_json(file: Path, document: dict[str, Any]) -> None:
+    file.write_text(strict_json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,143 @@
+"""The model card of an exported folder: what the model is, and the figures that its run has measured of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+from urllib.parse import urlsplit
+
+import yaml
+
+from cda_cli import __version__
+from cda_cli.restore import Restored
+from cda_cli.runs.folder import Run
+from cda_cli.runs.records import LayerRecord, Record, TrainRecord, ValidationRecord
+from cda_cli.storage import CHECKPOINTS
+
+LOADING = {
+    "hf": """\
+```python
+import cda_cli.interchange.hf  # pip install 'cda-cli[hf]'
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+prompt = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))
+```
+
+Without the first line, both calls of `from_pretrained` need `trust_remote_code=True`.
+""",
+}
+
+
+def model_card(restored: Restored, format: str, name: str, license: str) -> str:
+    """Returns the card as Markdown. `name` is how a reader names the folder, and `license` goes into its header.
+
+    It gives only figures that the run has measured at the step of the checkpoint, or last before it where it says so.
+    """
+    tags = ["cda", "coordinate-descent-attention"]
+    header = {"license": license, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    settings = restored.config.model_dump(include={"model", "optim"})
+    sections = {
+        "Evaluation": _evaluation(restored),
+        "Sparsity": _sparsity(restored),
+        "Data": _data(restored),
+        "How to load": LOADING[format].format(name=name),
+        "Settings": f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```\n",
+    }
+    parts = [f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {name}\n\n{_model(restored)}"]
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    return "\n".join(parts)
+
+
+def _model(restored: Restored) -> str:
+    model, state = restored.model, restored.state
+    weights = "moving average of the weights" if restored.averaged else "as trained"
+    rows = {
+        "parameters": f"{model.parameter_count():,}",
+        "attention": model.attention_description,
+        "feed-forward": restored.config.model.ff,
+        "context": f"{restored.config.model.seq_len:,} tokens",
+        "trained": f"{state['step']:,} steps, {state['tokens']:,} tokens",
+        "weights": weights,
+        "exported with": f"cda-cli {__version__}",
+    }
+    return "A causal language model, trained with `cda`.\n\n" + _table(("", ""), rows.items())
+
+
+def _evaluation(restored: Restored) -> str:
+    step = restored.state["step"]
+    found = next((record for record in _records(restored, ValidationRecord) if record.step == step), None)
+    loss = found and (found.ema_loss if restored.averaged else found.loss)
+    if found is None or loss is None:
+        return "The run has not measured this checkpoint.\n"
+    bits = found.ema_bits_per_byte if restored.averaged else found.bits_per_byte
+    # The run records no standard errors of the averaged weights.
+    errors = (math.nan, math.nan) if restored.averaged else (found.standard_error, found.bits_per_byte_error)
+    rows = {
+        "loss": f"{_plus_minus(loss, errors[0])} nats per token",
+        "perplexity": f"{math.exp(loss):.4g}",
+        "bits per byte": _plus_minus(bits, errors[1]) if bits is not None else "–",
+        "tokens": f"{found.tokens:,} in {found.windows:,} windows",
+    }
+    where = f"Measured in training after step {step:,}, on text that was held out, as mean ± standard error."
+    return f"{where}\n\n{_table(('', ''), rows.items())}"
+
+
+def _sparsity(restored: Restored) -> str:
+    step = restored.state["step"]
+    found = next((record for record in _records(restored, TrainRecord, True) if record.step <= step), None)
+    if found is None or not found.layers:
+        return "The run has no record of what its layers select.\n"
+    about = {name: get_args(hint)[1] for name, hint in get_type_hints(LayerRecord, include_extras=True).items()}
+    names = [field.name for field in fields(LayerRecord)]
+    rows = [[f"{getattr(layer, name):.4g}" for name in names] for layer in found.layers]
+    how = (
+        f"Measured at training step {found.step:,}, with the weights as trained: means over the heads of a layer and "
+        "over the first sequence of that step."
+    )
+    meanings = [
+        f"- {name}: {about[name].meaning}" + f" ({about[name].unit})" * bool(about[name].unit) for name in names
+    ]
+    return f"{how}\n\n{_table(names, rows)}\n" + "\n".join(meanings) + "\n"
+
+
+def _data(restored: Restored) -> str:
+    data = restored.config.data
+    rows = {
+        "text": _public_name(data.source),
+        "tokenizer": f"{_public_name(data.tokenizer)}, {restored.tokenizer.vocab_size:,} tokens",
+        "held out for validation": f"{data.validation_fraction:g} of the text",
+    }
+    return _table(("", ""), rows.items())
+
+
+def _public_name(source: str) -> str:
+    """The name of a text or a tokenizer, without the folders of this machine and without what a URL may keep secret."""
+    address = urlsplit(source)
+    if address.scheme in ("http", "https"):
+        return f"{address.scheme}://{address.hostname}{address.path}"
+    is_path = Path(source).is_absolute() or Path(source).exists()
+    return Path(source).name if is_path else source
+
+
+def _records(restored: Restored, kind: type[Any], newest_first: bool = False) -> Iterator[Any]:
+    """The records of the run that the checkpoint lies in; none where it lies elsewhere."""
+    folder = restored.path.resolve().parent
+    found: Iterator[Record] = iter(())
+    if folder.name == CHECKPOINTS:
+        found = Run(folder.parent).records(kind, newest_first=newest_first)
+    return found
+
+
+def _plus_minus(value: float, error: float) -> str:
+    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
