@@ -20,7 +20,7 @@ from cda_cli.config import ModelConfig, parse
 from cda_cli.interchange.hf_files import AUTO_MAP, MODEL_TYPE, write_remote_code
 from cda_cli.model import KeyValueCache, Transformer
 from cda_cli.model.attention import Attention
-from cda_cli.model.layers import RotaryPositions
+from cda_cli.model.rotary import RotaryPositions
 
 
 class CdaConfig(PreTrainedConfig):  # type: ignore[misc]
