@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.transformer import Transformer
+
+# Our modules and parameters, and theirs. {} stands for the number of the block.
+PUBLISHED_NAMES = {
+    "token_embedding": "token_emb",
+    "position_embedding": "pos_emb",
+    "norm": "to_logits.0",
+    "to_logits": "to_logits.1",
+    "blocks.{}.attention_norm": "layers.{}.0.norm",
+    "blocks.{}.attention.to_qkv": "layers.{}.0.to_qkv",
+    "blocks.{}.attention.to_out": "layers.{}.0.to_out",
+    "blocks.{}.attention.to_learned_k": "layers.{}.0.to_learned_k",
+    "blocks.{}.attention.null_kv": "layers.{}.0.null_kv",
+    "blocks.{}.feed_forward_norm": "layers.{}.1.proj_in.0",
+    "blocks.{}.feed_forward.proj_in": "layers.{}.1.proj_in.1",
+    "blocks.{}.feed_forward.proj_out": "layers.{}.1.proj_out",
+}
 
 
 def from_published(model: nn.Module) -> Transformer:
@@ -18,54 +35,50 @@ def from_published(model: nn.Module) -> Transformer:
     published model. Only the output of a sparse feed-forward has no counterpart: the published code raises NameError.
     """
     published: Any = model
-    ours = Transformer(_config(published))
-    weights = {
-        "token_embedding.weight": published.token_emb.weight,
-        "position_embedding.weight": published.pos_emb.weight,
-        **_named("norm", published.to_logits[0]),
-        **_named("to_logits", published.to_logits[1]),
-    }
-    for layer, (attention, feed_forward) in enumerate(published.layers):
-        block = f"blocks.{layer}"
-        weights |= _named(f"{block}.attention_norm", attention.norm)
-        weights |= _named(f"{block}.feed_forward_norm", feed_forward.proj_in[0])
-        weights |= _named(f"{block}.feed_forward.proj_in", feed_forward.proj_in[1])
-        weights |= _named(f"{block}.feed_forward.proj_out", feed_forward.proj_out)
-        weights |= _named(f"{block}.attention.to_qkv", attention.to_qkv)
-        weights |= _named(f"{block}.attention.to_out", attention.to_out)
-        weights[f"{block}.attention.null_kv"] = attention.null_kv
-        if ours.config.learned_k:
-            weights |= _named(f"{block}.attention.to_learned_k", attention.to_learned_k)
-    with torch.no_grad():
-        ours.load_state_dict(weights)
-    return ours.train(model.training).to(published.token_emb.weight.device)
-
-
-def _named(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
-    return {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
-
-
-def _config(published: Any) -> ModelConfig:
+    tensors = model.state_dict()
     attention, feed_forward = published.layers[0]
-    inner, dim = attention.to_out.in_features, attention.to_out.out_features
-    return ModelConfig(
-        vocab_size=published.token_emb.num_embeddings,
-        seq_len=published.seq_len,
-        dim=dim,
-        depth=len(published.layers),
-        heads=attention.heads,
-        dim_head=inner // attention.heads,
-        ff_width=feed_forward.proj_out.in_features,
-        null_kv=attention.null_kv.shape[2],
+    config = published_config(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         attention="coordinate-descent" if attention.use_coor_descent else "softmax",
         attn_k=attention.coor_descent_sparsity_k,
         attn_eps=attention.coor_descent_eps,
-        learned_k=attention.use_coor_descent and attention.to_learned_k is not None,  # the published softmax ignores it
         ff="coordinate-descent" if feed_forward.use_coor_descent else "gelu",
         ff_k=feed_forward.coor_descent_sparsity_k,
         ff_eps=feed_forward.coor_descent_eps,
-        solver="iterative",
         n_iters=attention.coor_descent_iters,
         eps_init=attention.coor_descent_eps_init,
         eps_decay=attention.coor_descent_eps_decay,
+    )
+    ours = Transformer(config)
+    ours.load_state_dict({name: tensors[published_name(name)] for name in ours.state_dict()})
+    return ours.train(model.training).to(published.token_emb.weight.device)
+
+
+def published_name(name: str) -> str:
+    """The name that the published model gives to our tensor `name`."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    general = name if block is None else f"blocks.{{}}.{name[block.end() :]}"
+    ours = next(each for each in PUBLISHED_NAMES if general == each or general.rpartition(".")[0] == each)
+    return (PUBLISHED_NAMES[ours] + general.removeprefix(ours)).replace("{}", block[1] if block else "")
+
+
+def published_config(shapes: Mapping[str, Sequence[int]], **settings: Any) -> ModelConfig:
+    """The configuration of a published model whose tensors have these `shapes`. `settings` do not show in a shape.
+
+    Raises KeyError where a tensor is missing.
+    """
+    vocab_size, dim = shapes["token_emb.weight"]
+    _, heads, null_kv, head_width = shapes["layers.0.0.null_kv"]
+    return ModelConfig(
+        vocab_size=vocab_size,
+        seq_len=shapes["pos_emb.weight"][0],
+        dim=dim,
+        depth=sum(name.endswith(".null_kv") for name in shapes),
+        heads=heads,
+        dim_head=head_width,
+        ff_width=shapes["layers.0.1.proj_out.weight"][1],
+        null_kv=null_kv,
+        learned_k=settings["attention"] != "softmax" and "layers.0.0.to_learned_k.weight" in shapes,
+        solver="iterative",
+        **settings,
     )
