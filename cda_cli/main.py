@@ -11,7 +11,18 @@ from typing import Annotated
 
 import typer
 
-from cda_cli.commands import config, doctor, eval, export, inspect_sparsity, presets, runs, sample, train
+from cda_cli.commands import (
+    config,
+    doctor,
+    eval,
+    export,
+    import_model,
+    inspect_sparsity,
+    presets,
+    runs,
+    sample,
+    train,
+)
 from cda_cli.commands.usage import Command, Group
 from cda_cli.errors import CdaError, InterruptedRunError, exit_code
 from cda_cli.streams import open_streams
@@ -29,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "eval": eval.evaluate,
     "sample": sample.sample,
+    "import": import_model.import_model,
     "inspect-sparsity": inspect_sparsity.inspect_sparsity,
     "export": export.export,
     "runs": runs.runs,

@@ -71,7 +71,7 @@ OUTSIDE: dict[str, set[str]] = {
     "runs": set(),
     "runtime": {"torch"},
     "storage": {"torch", "safetensors"},
-    "interchange": {"torch", "tokenizers", "transformers", "huggingface_hub", "yaml"},
+    "interchange": {"torch", "safetensors", "tokenizers", "gguf", "transformers", "huggingface_hub", "yaml"},
     "model": {"torch", "einops", "entmax"},
     "ops": {"torch", "triton", "colt5_attention"},
     "transformers": {"torch", "transformers"},
@@ -88,6 +88,7 @@ CONFINED: dict[str, set[str]] = {
     "colt5_attention": {"cda_cli.ops.backends.colt5"},
     "entmax": {"cda_cli.model.rules.entmax"},
     "transformers": {"cda_cli.interchange.hf"},
+    "gguf": {"cda_cli.interchange.gguf_file"},
 }
 HEAVY = {"torch", "datasets", "triton", "numpy", "yaml", "pydantic", "einops", "safetensors", "tokenizers", "tqdm"}
 

@@ -1,7 +1,15 @@
 """All that a person sees: tables, heat maps, and live progress, or plain lines off a terminal. Machines get JSON."""
 
 from cda_cli.console.base import print_json, progress, shows_progress
-from cda_cli.console.reports import show_doctor, show_dry_run, show_evaluation, show_export, show_forecast, show_report
+from cda_cli.console.reports import (
+    show_doctor,
+    show_dry_run,
+    show_evaluation,
+    show_export,
+    show_forecast,
+    show_import,
+    show_report,
+)
 from cda_cli.console.runs import show_runs
 from cda_cli.console.sampling import SampleDisplay
 from cda_cli.console.settings import show_changed, show_presets, show_settings
@@ -20,6 +28,7 @@ __all__ = [
     "show_evaluation",
     "show_export",
     "show_forecast",
+    "show_import",
     "show_presets",
     "show_report",
     "show_runs",

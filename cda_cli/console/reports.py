@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from cda_cli.console.base import memory, out, plus_minus, print_pairs, print_trimmed, share, table
+from cda_cli.console.base import count, memory, out, plus_minus, print_pairs, print_trimmed, share, table
 from cda_cli.console.heat_map import heat_map
 from cda_cli.console.run_status import plan_rows
 from cda_cli.console.text import print_sentence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cda_cli.inspection import Report
     from cda_cli.inspection.inspect import HeadReport
     from cda_cli.interchange.export import Exported
+    from cda_cli.interchange.import_model import Imported
     from cda_cli.restore import Restored, TextSide
     from cda_cli.training.run import DryRun
 
@@ -63,6 +64,22 @@ def show_export(exported: Exported, address: str | None, planned: str | None) ->
     print_trimmed(console, files)
     if planned is not None:
         console.print("dry run: nothing was sent, and no folder was written")
+
+
+def show_import(imported: Imported) -> None:
+    data = imported.config.data
+    marks = {"begins with": data.bos, "ends with": data.eos}
+    said = ", ".join(f"a document {verb} {token}" for verb, token in marks.items() if token)
+    rows = {
+        "run": str(imported.run),
+        "from": f"{imported.origin['source']} ({imported.origin['architecture']})",
+        "licence": imported.origin["license"] or "not stated",
+        "parameters": f"{count(imported.parameters)} ({imported.parameters:,})",
+        "attention": imported.attention,
+        "context": counted(imported.config.model.seq_len, "token"),
+        "tokenizer": ", ".join(filter(None, [f"{imported.config.model.vocab_size:,} tokens", said])),
+    }
+    print_pairs(out(), rows)
 
 
 def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple[int, int], weights: Tensor) -> None:

@@ -26,6 +26,7 @@ from cda_cli.data.batches import (
 from cda_cli.data.bpe import bpe_size
 from cda_cli.data.cache import Preparation, PreparationStoppedError, cache_folder
 from cda_cli.data.fingerprint import digest
+from cda_cli.data.hub import hub_folder
 from cda_cli.data.prefetch import Prefetched
 from cda_cli.data.prepare import Corpus, Tokens, loss_of_text, prepare, prepare_whole
 from cda_cli.data.sources import Source, absolute_source, is_there, open_source
@@ -66,6 +67,7 @@ __all__ = [
     "count_windows",
     "digest",
     "evaluation_batches",
+    "hub_folder",
     "is_there",
     "load_tokenizer",
     "loss_of_text",

@@ -6,7 +6,7 @@ import logging
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -98,22 +98,41 @@ def _settings(module: ModuleType, **values: Any) -> Iterator[None]:
 def hub_file(repository: str, name: str) -> Path:
     """The local copy of a file of a hub repository, downloaded unless it is cached. Raises DataError."""
     import huggingface_hub
+
+    with _hub_errors(repository, name):
+        return Path(huggingface_hub.hf_hub_download(repository, name))
+
+
+def hub_folder(repository: str, patterns: Sequence[str]) -> Path:
+    """The local copy of those files of a hub repository that match one of `patterns`, as `hub_file` gives one.
+
+    The name of the folder is the revision. Raises DataError.
+    """
+    import huggingface_hub
+
+    with _hub_errors(repository, "copy"):
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns)))
+
+
+@contextmanager
+def _hub_errors(repository: str, wanted: str) -> Iterator[None]:
+    """Turns the errors of the hub's library into a DataError each, whose remedy is a local `wanted`."""
     from huggingface_hub import errors
 
     try:
         with quiet_libraries(), offline_where_unreachable():
-            return Path(huggingface_hub.hf_hub_download(repository, name))
+            yield
     except errors.LocalEntryNotFoundError as error:
         raise DataError(
             f"the Hugging Face hub is out of reach and {repository} is not in its cache; connect to the network, or "
-            f"give a local {name}"
+            f"give a local {wanted}"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise DataError(f"the Hugging Face hub has no public {repository}; check the name, or log in to it") from error
     except errors.EntryNotFoundError as error:
-        raise DataError(f"{repository} on the Hugging Face hub has no {name}; choose one that has") from error
+        raise DataError(f"{repository} on the Hugging Face hub has no {wanted}; choose one that has") from error
     except read_errors() as error:
-        raise DataError(f"{repository} cannot be fetched ({brief(error)}); give a local {name}") from error
+        raise DataError(f"{repository} cannot be fetched ({brief(error)}); give a local {wanted}") from error
 
 
 def load_hub_dataset(name: str, configuration: str | None, *, streaming: bool) -> Any:

@@ -344,7 +344,7 @@ def _set_up(
         raise
     trained = saved_config(checkpoint) if checkpoint else initial.config if initial else None
     config = with_vocabulary(with_absolute_paths(config), data, trained)  # errors named the paths as they were given
-    if checkpoint:
+    if checkpoint and checkpoint.state["optimizer"]:  # an imported model has been trained on no text here
         known = checkpoint.state.get("data")  # None in a checkpoint of a version that did not save it
         before = with_absolute_paths(saved_config(checkpoint))
         check_same_run(before, config, run.path, same_text=known == data.identity)

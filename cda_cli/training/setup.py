@@ -130,7 +130,7 @@ def build(
     captured = uses_cuda_graphs(config, backend, device, is_compiled, processes, note)
     optimizer = build_optimizer(model, config.optim)
     saved: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
-    if checkpoint:
+    if checkpoint and checkpoint.state["optimizer"]:  # an imported model comes without
         load_optimizer(optimizer, checkpoint)
     processes.set_random_states(checkpoint.rng if checkpoint else None, config.run.seed, saved["step"], device)
     average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
