@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cda_cli import strict_yaml
-from cda_cli.errors import ConfigError, did_you_mean
+from cda_cli.errors import ConfigError, brief, did_you_mean, requirement
 from cda_cli.settings import (
     DEFAULT_PRESET,
     PRESET_FOLDER,
@@ -292,8 +292,12 @@ def dump_yaml(config: Config) -> str:
 
 
 def annotated_yaml(resolved: Resolved, keys: Collection[str]) -> str:
-    """The settings `keys` as YAML that `--config` reads back, with the origin of each value as a comment."""
-    lines = []
+    """The settings `keys` as YAML that `--config` reads back, with the origin of each value as a comment.
+
+    All settings together have their preset with them, as in the folder of a run.
+    """
+    preset = resolved.config.preset
+    lines = [f"preset: {preset}"] if preset and len(keys) == len(TABLE) else []
     for section, values in resolved.config.model_dump(include=set(SECTIONS)).items():
         wanted = {name: value for name, value in values.items() if f"{section}.{name}" in keys}
         lines += [f"{section}:"] if wanted else []
@@ -325,21 +329,28 @@ def annealed_eps(model: ModelConfig, step: int, schedule_steps: int) -> float:
     return float(model.eps_anneal_start ** (1 - progress) * model.attn_eps**progress)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a file that `--config` or a run's folder has. Raises ConfigError."""
+def read_yaml(path: Path, remedy: str = "mend it, or give --config another file") -> dict[str, Any]:
+    """The sections of a file that `--config` or a run's folder has. Raises ConfigError, which ends with `remedy`."""
     try:
         values = strict_yaml.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"there is no configuration file {path}; check the path given to --config") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); give --config a YAML text file") from error
+        raise ConfigError(f"{path} cannot be read ({brief(error)}); {remedy}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path} is not valid YAML ({' '.join(str(error).split())}); mend it there") from error
+        raise ConfigError(f"{path} is not valid YAML ({_yaml_fault(error)}); {remedy}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold the sections {', '.join(SECTIONS)}, each with its settings")
+        raise ConfigError(f"{path} does not hold the sections {', '.join(SECTIONS)}; {remedy}")
     return values
+
+
+def _yaml_fault(error: Exception) -> str:
+    """What is wrong, and in which line, without the snippet of the file that PyYAML adds."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return brief(error)
 
 
 def preset_file(name: str) -> Path:
@@ -400,8 +411,9 @@ def _check_keys(layer: Mapping[str, Any]) -> None:
 def _sentence(error: ValidationError) -> str:
     """The first fault that pydantic found, as one sentence."""
     fault = error.errors()[0]
-    message = fault["msg"].removeprefix("Value error, ")
+    message = requirement(fault["msg"].removeprefix("Value error, "))
     if len(fault["loc"]) < 2:  # a fault of a whole section, whose sentence names the settings
         return message
     where = ".".join(str(part) for part in fault["loc"])
-    return f"{where} = {fault['input']!r} is not possible: {message[0].lower()}{message[1:]}"
+    key = ".".join(str(part) for part in fault["loc"][:2])
+    return f"{where} = {fault['input']!r} is not possible: {message}; `cda config {key}` says what is"

@@ -8,6 +8,7 @@ imports no torch.
 from __future__ import annotations
 
 import difflib
+import re
 import signal
 from collections.abc import Iterable
 
@@ -76,6 +77,20 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, CdaError):
         return error.exit_code
     return 2 if isinstance(error, OSError) and error.filename else 1
+
+
+def brief(error: BaseException) -> str:
+    """What an error says, in a few words that fit into a sentence: its first line, or that of the operating system."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not {error.encoding}, at byte {error.start}"
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    lines = said.strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(" .:")
+
+
+def requirement(message: str) -> str:
+    """A message of pydantic, "Input should be a valid number, unable to parse …", without what its parser did."""
+    return re.sub(r", (?:unable to|got) .*", "", message[:1].lower() + message[1:])
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) -> str:

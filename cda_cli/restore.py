@@ -26,7 +26,7 @@ from cda_cli.data import (
     streamed_validation,
     tokenizer_from_json,
 )
-from cda_cli.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from cda_cli.errors import CheckpointError, ConfigError, DataError, brief, did_you_mean
 from cda_cli.model import Transformer, expected_tensors, load_state_tensors, model_backend
 from cda_cli.ops import Backend
 from cda_cli.runs.folder import locate_checkpoint, saved_config
@@ -175,7 +175,9 @@ def check_weights(tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Co
             )
         expected = expected_tensors(config.model)
     except RuntimeError as error:  # a size that no tensor can have
-        raise CheckpointError(f"no model can be as the configuration of {checkpoint.path} says ({error})") from error
+        raise CheckpointError(
+            f"no model can be as the configuration of {checkpoint.path} says ({brief(error)}); use an earlier one"
+        ) from error
     check_fits(tensors, expected)
 
 

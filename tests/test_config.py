@@ -133,7 +133,7 @@ BAD_SETS = [
     ("model.attn_eps=inf", "model.attn_eps = inf is not possible: input should be a finite number"),
     ("model.attn_eps=.inf", "model.attn_eps = '.inf' is not possible: input should be a valid number"),
     ("optim.lr=nan", "optim.lr = nan is not possible: input should be a finite number"),
-    ("optim.lr=fast", "optim.lr = 'fast' is not possible: input should be a valid number, unable to parse"),
+    ("optim.lr=fast", "optim.lr = 'fast' is not possible: input should be a valid number; `cda config optim.lr`"),
     ("model.depth=2.5", "model.depth = 2.5 is not possible: input should be a valid integer"),
     ("model.dim=", "model.dim = None is not possible: input should be a valid integer"),
     (
@@ -156,10 +156,10 @@ BAD_SETS = [
     ("model.dim={a: 1, a: 2}", "the value of --set 'model.dim={a: 1, a: 2}' is not valid YAML; put quotes around it"),
 ]
 BAD_FILES = [
-    ("model: [1, 2", "is not valid YAML ("),
+    ("model: [1, 2", "is not valid YAML (line 1: expected ',' or ']', but got '<stream end>'); mend it, or give"),
     ("\tmodel: 3", "is not valid YAML ("),
-    ("- model", "must hold the sections model, data, optim, run, each with its settings"),
-    ("just words", "must hold the sections model, data, optim, run, each with its settings"),
+    ("- model", "does not hold the sections model, data, optim, run; mend it"),
+    ("just words", "does not hold the sections model, data, optim, run; mend it"),
     ("model: 3", "section 'model' holds settings, not '3'; write model.key=value"),
     ("model:", "section 'model' holds settings, not None; write model.key=value"),
     ("optim: [lr, 1]", "section 'optim' holds settings, not ['lr', '1']; write optim.key=value"),

@@ -111,7 +111,8 @@ def test_a_key_given_twice_is_refused(tmp_path: Path, text: str, key: str, lines
     path = tmp_path / "twice.yaml"
     path.write_text(text, encoding="utf-8")
     words = (
-        f"{path} is not valid YAML ('{key}' is given in line {lines[0]} and again in line {lines[1]}); mend it there"
+        f"{path} is not valid YAML ('{key}' is given in line {lines[0]} and again in line {lines[1]}); mend it, or "
+        "give --config another file"
     )
     with pytest.raises(ConfigError) as refusal:
         resolve(file=path)

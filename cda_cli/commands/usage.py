@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from cda_cli.errors import UsageError, did_you_mean
+from cda_cli.errors import UsageError, did_you_mean, requirement
 
 # Typer has a copy of click in it, or needs click itself, and exports only one of click's errors.
-click_errors = importlib.import_module(typer.BadParameter.__module__)
+click_errors: Any = sys.modules[typer.BadParameter.__module__]
 
 
 class Command(TyperCommand):
@@ -64,8 +64,7 @@ def _sentence(
     error: Any, command: Any, path: str, given: Mapping[str, Any] = MappingProxyType({}), extra: Sequence[str] = ()
 ) -> str:
     see = f"see `{path} --help`"
-    message = error.message.rstrip(".")
-    reason = message[:1].lower() + message[1:]
+    reason = requirement(error.message.rstrip("."))
     if isinstance(error, click_errors.NoSuchOption):
         options = [name for each in command.params for name in (*each.opts, *each.secondary_opts) if name[:2] == "--"]
         return f"unknown option {error.option_name!r}: {did_you_mean(error.option_name, options, see)}"
@@ -73,7 +72,7 @@ def _sentence(
         return f"{error.param.metavar or error.param.name} is missing; {see}"
     if isinstance(error, click_errors.BadParameter):
         option = max(error.param.opts, key=len)
-        return f"{option} {given.get(error.param.name)!r} is not possible: {reason.partition(', ')[0]}; {see}"
+        return f"{option} {given.get(error.param.name)!r} is not possible: {reason}; {see}"
     if extra:
         return f"argument {extra[0]!r} has no place here; put quotes around a value that holds spaces, or {see}"
     return f"{reason}; {see}"

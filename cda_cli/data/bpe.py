@@ -38,7 +38,8 @@ def bpe_size(spec: str) -> int | None:
     size = spec.removeprefix(BPE_PREFIX)
     if not re.fullmatch("[0-9]{1,7}", size) or int(size) < SMALLEST:
         raise DataError(
-            f"{spec} names no size; write --tokenizer bpe:N, where N is {SMALLEST} or more, such as bpe:8192"
+            f"{spec} is no size of a vocabulary; write --tokenizer bpe:N, where N is a whole number of at least "
+            f"{SMALLEST}, the bytes and a separator, such as bpe:8192"
         )
     return int(size)
 

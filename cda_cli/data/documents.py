@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cda_cli.data.files import brief
 from cda_cli.data.hub import quiet_libraries, read_errors
 from cda_cli.data.row_readers import READERS
-from cda_cli.errors import DataError
+from cda_cli.errors import DataError, brief
 
 Position = dict[str, Any]
 
@@ -101,7 +100,9 @@ class DatasetDocuments(Documents):
             with quiet_libraries():
                 yield from rows
         except read_errors() as error:
-            raise DataError(f"{self._where} cannot be read ({brief(error)}); mend the file, or leave it out") from error
+            raise DataError(
+                f"{self._where} cannot be read ({brief(error)}); mend the file, or give --data another"
+            ) from error
 
     def _text(self, row: dict[str, Any]) -> str:
         self._check_column(row)

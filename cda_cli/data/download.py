@@ -16,10 +16,9 @@ from typing import IO, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from cda_cli.data.cache import Preparation
-from cda_cli.data.files import brief
 from cda_cli.data.fingerprint import digest
 from cda_cli.data.row_readers import PACKED, kind_by_name
-from cda_cli.errors import DataError
+from cda_cli.errors import DataError, brief
 
 SCHEMES = ("http://", "https://")
 TIMEOUT_SECONDS = 60.0  # for a connection, and for each part that is read

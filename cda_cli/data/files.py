@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
-from cda_cli.errors import DataError
+from cda_cli.errors import DataError, brief
 
 UTF8 = "utf-8"
 HEAD_BYTES = 4096
@@ -82,11 +82,11 @@ def open_text(path: Path, encoding: str, newline: str, *, may_hold_nul: bool = T
             yield io.TextIOWrapper(file, encoding=strict, newline=newline)
     except UnicodeError as error:
         raise NotTextError(
-            f"{path} is not {encoding}{_place(path, encoding)}; name its encoding with --encoding, mend it, or leave "
-            "it out"
+            f"{path} is not {encoding}{_place(path, encoding)}; name its encoding with --encoding, or give --data "
+            "files of text"
         ) from error
     except file_errors() as error:
-        raise DataError(f"{path} cannot be read ({brief(error)}); mend the file, or leave it out") from error
+        raise DataError(f"{path} cannot be read ({brief(error)}); mend the file, or give --data another") from error
 
 
 def check_is_text(path: Path, encoding: str) -> None:
@@ -100,12 +100,6 @@ def file_errors() -> tuple[type[BaseException], ...]:
     import pyarrow as pa  # type: ignore[import-untyped]
 
     return (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, pa.ArrowException)
-
-
-def brief(error: BaseException) -> str:
-    """The first line of an error's message, shortened, without its full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(" .:")
 
 
 @contextmanager
@@ -151,14 +145,12 @@ def _check_head(path: Path, head: bytes, encoding: str, may_hold_nul: bool) -> N
             f"{path} begins with the byte-order mark of {wide}, at byte 0; read it with --encoding {wide}"
         )
     if not may_hold_nul and 0 in head:
-        raise NotTextError(
-            f"{path} is binary, not text (byte {head.index(0)} is NUL); give --data text, or leave it out"
-        )
+        raise NotTextError(f"{path} is binary, not text (byte {head.index(0)} is NUL); give --data files of text")
     if len(head) >= 4 and head.count(0) * 4 >= len(head):
         order = "le" if head[1::2].count(0) >= head[::2].count(0) else "be"
         raise NotTextError(
             f"{path} is full of NUL bytes, from byte {head.index(0)} on, as UTF-16 without a byte-order mark is; read "
-            f"it with --encoding utf-16-{order}, or leave it out"
+            f"it with --encoding utf-16-{order}, or give --data another file"
         )
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cda_cli.data.documents import DataFile
-from cda_cli.data.files import NotTextError, brief, check_is_text
+from cda_cli.data.files import NotTextError, check_is_text
 from cda_cli.data.row_readers import NoColumnError, NoTableError, kind_by_name, probe
-from cda_cli.errors import DataError
+from cda_cli.errors import DataError, brief
 from cda_cli.plurals import counted
 from cda_cli.storage import holds_run
 

@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-from cda_cli.data.files import brief, file_errors
-from cda_cli.errors import DataError
+from cda_cli.data.files import file_errors
+from cda_cli.errors import DataError, brief
 
 REACH_SECONDS = 5.0
 

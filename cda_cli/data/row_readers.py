@@ -17,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from cda_cli.data.files import brief, compression, file_errors, head_of, open_text
-from cda_cli.errors import DataError
+from cda_cli.data.files import compression, file_errors, head_of, open_text
+from cda_cli.errors import DataError, brief
 
 Rows = Iterator[tuple[int, "str | None"]]
 
@@ -89,13 +89,13 @@ def read_csv(path: Path, column: str, encoding: str, start: int) -> Rows:
                 if len(record) > len(names):
                     raise DataError(
                         f"line {reader.line_num} of {path} has {len(record)} fields, and its first line names "
-                        f"{len(names)} columns; put quotes around text that holds commas, or leave the file out"
+                        f"{len(names)} columns; put quotes around text that holds commas"
                     )
                 if number > start:
                     yield number, _restore_nul(record[place]) if place < len(record) else None
         except csv.Error as error:
             raise NoTableError(
-                f"line {reader.line_num} of {path} is not CSV ({brief(error)}); mend it, or leave the file out"
+                f"line {reader.line_num} of {path} is not CSV ({brief(error)}); mend it, or give --data another file"
             ) from error
 
 
@@ -122,7 +122,7 @@ def read_parquet(path: Path, column: str, encoding: str, start: int) -> Rows:
                         if done > start:
                             yield done, text
     except file_errors() as error:
-        raise DataError(f"{path} cannot be read ({brief(error)}); mend the file, or leave it out") from error
+        raise DataError(f"{path} cannot be read ({brief(error)}); mend the file, or give --data another") from error
 
 
 def read_arrow(path: Path, column: str, encoding: str, start: int) -> Rows:
@@ -144,7 +144,7 @@ def read_arrow(path: Path, column: str, encoding: str, start: int) -> Rows:
                     done += 1
                     yield done, text
     except file_errors() as error:
-        raise DataError(f"{path} cannot be read ({brief(error)}); mend the file, or leave it out") from error
+        raise DataError(f"{path} cannot be read ({brief(error)}); mend the file, or give --data another") from error
 
 
 READERS: dict[str, Callable[[Path, str, str, int], Rows]] = {
@@ -193,7 +193,9 @@ class _Column:
         if isinstance(row, str):
             row = {"text": row}
         if not isinstance(row, dict):
-            raise NoTableError(f"{place} of {self._path} is {_json_type(row)}, not an object; mend it, or leave it out")
+            raise NoTableError(
+                f"{place} of {self._path} is {_json_type(row)}, not an object; mend it, or give --data another file"
+            )
         if not self._seen:
             self._seen = self._column in row
             self._names.update(dict.fromkeys(row))
@@ -206,8 +208,8 @@ class _Column:
             text.encode()
         except UnicodeEncodeError as error:  # an escape such as \\ud83d on its own
             raise DataError(
-                f"{place} of {self._path} holds half of a surrogate pair, which is no character; mend it, or leave it "
-                "out"
+                f"{place} of {self._path} holds half of a surrogate pair, which is no character; mend it, or give "
+                "--data another file"
             ) from error
         return text
 
@@ -305,7 +307,7 @@ def _fault_of(error: ValueError | RecursionError) -> str:
 
 
 def _not_json(path: Path, line: int, message: str) -> NoTableError:
-    return NoTableError(f"line {line} of {path} is not JSON ({message}); mend it, or leave the file out")
+    return NoTableError(f"line {line} of {path} is not JSON ({message}); mend it, or give --data another file")
 
 
 def _not_text(path: Path, column: str, held: str, place: str = "") -> NoTableError:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cda_cli.data.hub import hub_file
 from cda_cli.data.sizes import sizes_of_tokens
-from cda_cli.errors import DataError
+from cda_cli.errors import DataError, brief
 
 if TYPE_CHECKING:
     import tokenizers
@@ -195,8 +195,8 @@ class JsonTokenizer(Tokenizer):
             encodings = self._inner.encode_batch(texts, add_special_tokens=False)
         except Exception as error:  # the library raises the bare Exception
             raise DataError(
-                f"the tokenizer {self.name} cannot encode the text ({error}); give it a token for what is unknown, or "
-                "leave out the text that it has no token for"
+                f"the tokenizer {self.name} cannot encode the text ({brief(error)}); give it a token for what is "
+                "unknown, or leave out the text that it has no token for"
             ) from error
         return [self._encoded(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
@@ -349,7 +349,8 @@ def tokenizer_from_json(
         inner = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises the bare Exception for a bad file
         raise DataError(
-            f"{name} is not a tokenizer that the tokenizers library reads ({error}); give --tokenizer a tokenizer.json"
+            f"{name} is not a tokenizer that the tokenizers library reads ({brief(error)}); give --tokenizer another "
+            "tokenizer.json"
         ) from error
     return JsonTokenizer(inner, name, bos, eos)
 
@@ -358,5 +359,7 @@ def _from_file(path: Path, name: str, bos: str | None, eos: str | None) -> Token
     try:
         text = path.read_bytes().decode("utf-8-sig")  # a byte order mark is no JSON
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the tokenizer {path} cannot be read ({error}); give --tokenizer a tokenizer.json") from error
+        raise DataError(
+            f"the tokenizer {path} cannot be read ({brief(error)}); give --tokenizer another tokenizer.json"
+        ) from error
     return tokenizer_from_json(text, name, bos, eos)

@@ -9,7 +9,7 @@ from typing import TextIO
 import torch
 
 from cda_cli.data import StreamDecoder, without_surrogates
-from cda_cli.errors import ConfigError
+from cda_cli.errors import ConfigError, brief
 from cda_cli.generation.generate import SamplingSettings, generate
 from cda_cli.restore import Restored
 from cda_cli.signals import StopRequest
@@ -36,7 +36,9 @@ def _prompts_of_lines(file: Path) -> list[str]:
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); give a UTF-8 text file with a prompt a line") from error
+        raise ConfigError(
+            f"{file} cannot be read ({brief(error)}); give --prompts-file UTF-8 text with a prompt a line"
+        ) from error
     prompts = [prompt for line in lines if (prompt := line.removesuffix("\r"))]
     if not prompts:
         raise ConfigError(f"{file} holds no prompt; write one a line")

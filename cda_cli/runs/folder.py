@@ -74,7 +74,16 @@ class Run:
     def config(self) -> Config | None:
         """The settings of the run, or None where there is none. Raises ConfigError where they cannot be read."""
         file = self.path / CONFIG_FILE
-        return parse(read_yaml(_no_link(file))) if os.path.lexists(file) else None
+        if not os.path.lexists(file):
+            return None
+        remedy = "mend it, or choose another folder"
+        for checkpoint in self.checkpoints()[-1:]:
+            remedy = f"`cda config {shlex.quote(str(checkpoint))} --yaml > {shlex.quote(str(file))}` writes it anew"
+        values = read_yaml(_no_link(file), remedy)
+        try:
+            return parse(values)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
 
     def write_config(self, config: Config) -> None:
         """Makes this the folder of a run with these settings, and removes what killed processes left in it."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cda_cli.errors import CheckpointError
 from cda_cli.storage.atomic import published_folder, remove_published, remove_stale
-from cda_cli.storage.manifest import MANIFEST, damaged, recorded_sha256, verify, write_manifest
+from cda_cli.storage.manifest import MANIFEST, DamagedError, damaged, recorded_sha256, verify, write_manifest
 from cda_cli.storage.optimizer_state import pack_optimizer, unpack_optimizer
 from cda_cli.storage.run_files import CHECKPOINTS
 from cda_cli.storage.tensors import check_fits, read_tensors, write_tensors
@@ -162,12 +162,14 @@ def load(path: Path, parts: Collection[str] = PARTS) -> Checkpoint:
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of `run` that verifies, or None; and a sentence for each newer one that does not."""
+    """The newest checkpoint of `run` that verifies, or None; and for each newer one what is wrong with it."""
     passed_over: list[str] = []
     for step in reversed(list_steps(run)):
         path = step_folder(run, step)
         try:
             verify(path)
+        except DamagedError as error:
+            passed_over.append(error.fault)
         except CheckpointError as error:
             passed_over.append(str(error))
         else:
@@ -248,7 +250,7 @@ def _locate(path: Path, warn: Callable[[str], object]) -> Path:
             warn(sentence)
         return found
     if passed_over:
-        raise CheckpointError(f"no checkpoint of {run} is whole, the newest because {passed_over[0]}")
+        raise CheckpointError(f"no checkpoint of {run} is whole: {passed_over[0]}; copy the run afresh")
     raise CheckpointError(f"{run} has no checkpoint yet; train until it has saved one")
 
 

@@ -31,9 +31,17 @@ MAX_JSON_BYTES = 256 * 1024**2
 _CHUNK = 1024**2
 
 
-def damaged(path: Path, fault: str) -> CheckpointError:
-    """The error for `path`, a file or folder of a checkpoint: one sentence with the fault and the remedy."""
-    return CheckpointError(f"{path} {fault}; use an earlier checkpoint of the run, or copy this one afresh")
+class DamagedError(CheckpointError):
+    """`fault` is its sentence without the remedy, which depends on what else there is in the run."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(f"{fault}; use an earlier checkpoint of the run, or copy this one afresh")
+        self.fault = fault
+
+
+def damaged(path: Path, fault: str) -> DamagedError:
+    """The error for `path`, a file or folder of a checkpoint."""
+    return DamagedError(f"{path} {fault}")
 
 
 def write_manifest(folder: Path) -> None:

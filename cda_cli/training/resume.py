@@ -26,7 +26,7 @@ def find_checkpoint(run: Run, resume: str) -> tuple[Checkpoint | None, list[str]
         path, damaged = run.newest()
         if path is None and run.steps():
             raise CheckpointError(
-                f"no checkpoint in {run.path} is whole ({damaged[0]}); start again with another --out"
+                f"no checkpoint in {run.path} is whole: {damaged[0]}; copy the run afresh, or start with another --out"
             )
         return (load(path), damaged) if path else (None, [])
     if resume == "never":
@@ -79,7 +79,9 @@ def check_same_text(before: Any, now: Mapping[str, Any], text: str, where: Path)
     if before is None or before == now:
         return
     if not isinstance(before, dict):
-        raise CheckpointError(f"the state.json of the checkpoint in {where} says nothing usable of its data")
+        raise CheckpointError(
+            f"the state.json of the checkpoint in {where} says nothing usable of its data; use an earlier one"
+        )
     name = next((name for name, value in now.items() if before.get(name) != value), "kind")
     differs = f"{name}: {before.get(name)} there and {now.get(name)} here"
     if name == "content":

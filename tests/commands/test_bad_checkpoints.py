@@ -38,9 +38,29 @@ def test_one_flipped_bit(cda: Cda, step: Path, name: str, place: float) -> None:
     run, named = step.parent.parent, step.name if name == "manifest.json" else name  # a manifest may blame the others
     before = contents(run)
     for command, *options in READERS:
-        assert_refused(cda(command, run, *options), named, "use an earlier checkpoint")
-    assert_refused(cda("train", "--out", run, "--steps", 8), named, "another --out")
+        refused = cda(command, run, *options)
+        assert_refused(refused, named, "no checkpoint of", "copy the run afresh")
+        assert "earlier checkpoint" not in refused.err, "there is none"
+        assert "((" not in refused.err.replace("))", "(("), "parentheses in parentheses"
+    assert_refused(cda("train", "--out", run, "--steps", 8), named, "copy the run afresh", "another --out")
     assert contents(run) == before
+
+
+@pytest.mark.parametrize(("damage", "word"), [("model: [", "line 1"), ("x", "does not hold")])
+def test_a_damaged_config_is_written_anew_by_the_command_that_is_named(
+    cda: Cda, step: Path, damage: str, word: str
+) -> None:
+    """What --config would want is no remedy for a run: its checkpoints have the same settings."""
+    run = step.parent.parent
+    file, before = run / "config.yaml", cda("config", run, "--json").out
+    file.write_text(damage)
+    refused = cda("train", "--out", run)
+    assert_refused(refused, str(file), word)
+    assert "--config" not in refused.err
+    command, target = refused.err.split("`")[1].split(" > ")
+    file.write_text(cda(*command.split()[1:]).out)
+    assert target == str(file)
+    assert cda("config", run, "--json").out == before
 
 
 @pytest.mark.parametrize("name", FILES)

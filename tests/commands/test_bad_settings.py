@@ -119,24 +119,3 @@ def test_reading_a_run_is_refused(
 @pytest.mark.parametrize("split", ["trian", "", "Train"])
 def test_a_split_that_is_not_there(cda: Cda, finished: Path, split: str) -> None:
     assert_refused(cda("eval", finished, "--split", split), "unknown split")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["nope"],
-        ["train", "--nope"],
-        ["train", "--steps"],
-        ["eval"],
-        ["eval", ".", "--max-batches", "0"],
-        ["sample", ".", "--num-samples", "0"],
-        ["sample", ".", "--seed", "-1"],
-        ["doctor", "surplus"],
-    ],
-)
-def test_a_command_line_that_is_not_one(cda: Cda, arguments: list[str]) -> None:
-    """The parser refuses it before anything is done."""
-    result = cda(*arguments)
-    assert result.code == 2
-    assert "Error" in result.err
-    assert (result.out, "Traceback" in result.err) == ("", False)

@@ -49,7 +49,7 @@ def test_the_table(cda: Cda, runs: Path) -> None:
         "  model.attn_k=2\n"
         "runs/cut       interrupted  20/40  3.0000  20  2.5000  █▁\n"
         "  model.attn_k=8\n"
-        "runs/other: unknown section 'title': known: data, model, optim, run\n"
+        "runs/other: runs/other/config.yaml: unknown section 'title': known: data, model, optim, run\n"
     )
 
 

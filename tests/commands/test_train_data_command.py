@@ -95,7 +95,7 @@ def test_a_trained_tokenizer_stays_that_of_its_run(cda: Cda, tiny: Path, text: P
     assert whole.tokenizer_json == cut.tokenizer_json
     assert all(tensor.equal(cut.model[key]) for key, tensor in whole.model.items())
     assert cda("eval", tmp_path / "cut").code == 0
-    refused = cda(*settings, "--out", tmp_path / "cut", "--steps", 5, "--tokenizer", "bpe:291")
+    refused = cda("train", "--out", tmp_path / "cut", "--steps", 5, "--tokenizer", "bpe:291")
     assert refused.code == 2
     assert "holds another run (model.vocab_size is 290 there and 291 here)" in refused.err
 
@@ -113,10 +113,10 @@ def test_a_folder_resumes_by_its_text(cda: Cda, tiny: Path, tmp_path: Path) -> N
     folder.rename(tmp_path / "elsewhere")
     gone = cda("eval", tmp_path / "run")
     assert (gone.code, "has gone; put it back" in gone.err) == (2, True)
-    moved = cda(*run, "--steps", 3, "--data", tmp_path / "elsewhere")
+    moved = cda("train", "--out", tmp_path / "run", "--steps", 3, "--data", tmp_path / "elsewhere")
     assert moved.code == 0, moved.err
     (tmp_path / "elsewhere" / "deep" / "00.py").write_text("another text")
-    other = cda(*run, "--steps", 4, "--data", tmp_path / "elsewhere")
+    other = cda("train", "--out", tmp_path / "run", "--steps", 4, "--data", tmp_path / "elsewhere")
     assert (other.code, "is not what" in other.err) == (2, True)
 
 

@@ -258,7 +258,7 @@ def test_faults_of_a_saved_dataset_are_one_sentence(saved: Path) -> None:
     whole = arrow.read_bytes()
     for damaged in (whole[:400], whole[:-8], b"", b"no arrow at all", whole[:200] + whole[-8:]):
         arrow.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"^[^\n]*\.arrow cannot be read \([^\n]*\); mend the file, or leave it"):
+        with pytest.raises(DataError, match=r"^[^\n]*\.arrow cannot be read \([^\n]*\); mend the file, or give"):
             documents(saved / "one")
     (saved / "two" / "train" / "state.json").write_text("{}")
     with pytest.raises(DataError, match=r"^[^\n]*looks like a dataset of save_to_disk and cannot be read [^\n]*$"):

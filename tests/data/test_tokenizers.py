@@ -163,7 +163,7 @@ def test_a_byte_order_mark_is_no_part_of_a_tokenizer_file(folder: Path, bpe: Tok
     assert load_tokenizer(str(path)).fingerprint == bpe.fingerprint
     for encoding in ("utf-16", "utf-16-le", "utf-32"):
         path.write_bytes((bpe.to_json() or "").encode(encoding))
-        with pytest.raises(DataError, match=r"; give --tokenizer a tokenizer\.json$"):
+        with pytest.raises(DataError, match=r"; give --tokenizer another tokenizer\.json$"):
             load_tokenizer(str(path))
 
 
