@@ -82,8 +82,31 @@ def _rows(section: str) -> Iterator[Row]:
 TABLE = {row.key: row for section in SECTIONS for row in _rows(section)}  # by key, such as "model.attn_k"
 
 
+# Words of other programs by which one looks for settings that have other names here, with those names.
+SYNONYMS = {
+    "accumulation": "grad_accum", "adam": "optimizer beta1 beta2", "average": "ema_decay", "block": "depth",
+    "block_size": "seq_len", "checkpoint": "save_every save_minutes keep keep_best", "context": "seq_len",
+    "core": "threads", "corpus": "source", "cpu": "device threads", "d_model": "dim", "dataset": "source split",
+    "distributed": "parallel", "early": "patience", "embedding": "dim tied_embeddings position", "epoch": "steps",
+    "epsilon": "attn_eps ff_eps", "evaluation": "eval_every eval_batches", "generate": "sample_every",
+    "gpu": "device parallel", "gradient": "clip grad_accum", "hidden": "dim ff_mult", "iteration": "steps n_iters",
+    "kernel": "backend", "layer": "depth", "learning_rate": "lr min_lr_ratio schedule warmup_steps",
+    "length": "seq_len", "logging": "log_every track", "max_iters": "steps",
+    "memory": "batch_size grad_accum activation_checkpointing", "mlp": "ff ff_mult", "momentum": "beta1",
+    "n_ctx": "seq_len", "n_embd": "dim", "n_head": "heads", "n_layer": "depth", "precision": "dtype", "random": "seed",
+    "rope": "position rotary_base", "sequence": "seq_len batch_size", "sparsity": "attention attn_k ff ff_k learned_k",
+    "speed": "compile dtype cuda_graphs", "temperature": "attn_eps ff_eps eps_anneal_start",
+    "text": "source text_column", "top_k": "attn_k ff_k", "topk": "attn_k ff_k", "tracker": "track",
+    "validation": "eval_every eval_batches validation_fraction", "vocabulary": "tokenizer vocab_size",
+    "width": "dim dim_head ff_mult", "window": "seq_len",
+}  # fmt: skip
+
+
 def find_settings(word: str) -> list[Row]:
-    """The settings of a section, or those with a word in their name that begins so; else those whose help holds it."""
+    """The settings of a section, or those with a word in their name that begins so; else those whose help holds it.
+
+    Those for which the word is a synonym, also in its plural, are always among them.
+    """
     word, name = word.lower(), word.lower().lstrip("-").replace("-", "_")
     if name in SECTIONS:
         return [row for row in TABLE.values() if row.section == name]
@@ -92,4 +115,6 @@ def find_settings(word: str) -> list[Row]:
         for row in TABLE.values()
         if f"_{name}" in f"_{row.name}" or row.key.startswith(name) or name == row.setting.parameter
     ]
-    return named or [row for row in TABLE.values() if word in f"{row.meaning} {row.setting.flag_help}".lower()]
+    also = {each for known, names in SYNONYMS.items() if name.removesuffix("s") == known for each in names.split()}
+    found = named or [row for row in TABLE.values() if word in f"{row.meaning} {row.setting.flag_help}".lower()]
+    return [row for row in TABLE.values() if row in found or row.name in also]

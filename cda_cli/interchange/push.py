@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cda_cli.data.files import brief
 from cda_cli.data.hub import quiet_libraries
-from cda_cli.errors import ConfigError, StorageError
+from cda_cli.errors import ConfigError, StorageError, brief
 
 
 def check_push(repository: str | None, dry_run: bool) -> None:

@@ -12,7 +12,7 @@ import yaml
 from cda_cli.config import Config, flat, resolve
 from cda_cli.runs.folder import Run
 from cda_cli.settings import SECTIONS, preset_names
-from cda_cli.settings_table import TABLE
+from cda_cli.settings_table import SYNONYMS, TABLE
 from tests.commands.helpers import Cda, assert_refused
 
 
@@ -76,11 +76,30 @@ def test_the_origin_of_each_value_is_the_layer_that_won(cda: Cda, tmp_path: Path
         ("eps", [key for key in TABLE if "eps" in key and "steps" not in key]),
         ("muon", ["optim.optimizer", "optim.lr"]),
         ("fsdp", ["run.parallel"]),
+        ("layers", ["model.depth"]),
+        ("n-layer", ["model.depth"]),
+        ("blocks", ["model.depth", "optim.optimizer"]),
+        ("context", ["model.seq_len"]),
+        ("width", ["model.dim", "model.dim_head", "model.ff_mult"]),
+        ("temperature", ["model.attn_eps", "model.ff_eps", "model.eps_anneal_start"]),
+        ("gpu", ["run.device", "run.compile", "run.deterministic", "run.parallel"]),
+        (
+            "checkpoint",
+            ["run.activation_checkpointing", "run.save_every", "run.save_minutes", "run.keep", "run.keep_best"],
+        ),
     ],
 )
 def test_a_word_finds_settings_by_section_name_and_meaning(cda: Cda, word: str, found: list[str]) -> None:
-    """By what it means only where no name holds the word, so that `dropout` is not lost among its mentions."""
+    """By what it means only where no name holds the word, so that `dropout` is not lost among its mentions.
+
+    Whoever comes from another program finds a setting by a word that is known there.
+    """
     assert set(keys_shown(cda("config", word).out)) == set(found)
+
+
+def test_every_synonym_leads_to_settings() -> None:
+    """A name that is mistyped, or that a setting no longer has, would lead nowhere without a word."""
+    assert {name for names in SYNONYMS.values() for name in names.split()} <= {row.name for row in TABLE.values()}
 
 
 def test_several_words_find_what_each_finds(cda: Cda) -> None:
