@@ -158,11 +158,10 @@ def refused_words(record: RefusedRecord) -> str:
 
 
 def next_commands(status: RunStatus) -> list[str]:
-    """What one would run next, once a run has ended and saved its last step."""
+    """What one would run next, once a run has ended and saved its last step; a stop tells by itself how to go on."""
+    if status.is_stopping and status.step < status.plan.steps:
+        return []
     run = shlex.quote(str(status.plan.run))
-    if status.is_stopping:
-        # Without a preset the command takes the settings of the run, which do not say how many processes there were.
-        return [f"cda train --out {run}"] if status.plan.processes == "1" else []
     return [f"cda eval {run}", f'cda sample {run} --prompt "The "', f"cda inspect-sparsity {run}"]
 
 

@@ -119,7 +119,7 @@ class TrainingDisplay:
         print_trimmed(console, layer_table(status.train.layers, measures(status.plan.has_budget), most, self._dash))
         if self._saved == status.step and (commands := next_commands(status)):
             console.print()
-            print_sentence(console, "To go on:" if status.is_stopping else "Next:", style="bold")
+            print_sentence(console, "Next:", style="bold")
             for command in commands:
                 print_sentence(console, f"  {command}")
 

@@ -6,6 +6,7 @@ loop finishes the current step and saves.
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from pathlib import Path
 
@@ -135,7 +136,13 @@ def train(
     if stop:
         if saved != state.step:
             save(context, state, run)
-        stop.check(f"stopped at step {state.step} of {optim.steps}, and saved; the same command goes on from there")
+        stopped = f"stopped at step {state.step} of {optim.steps}, and saved"
+        if state.step < optim.steps and not patience.over:
+            # The settings of a run do not say how many processes there were.
+            alone = processes.count == 1
+            command = f"`cda train --out {shlex.quote(str(run.path))}`" if alone else "the same command"
+            stopped += f"; {command} goes on from there"
+        stop.check(stopped)
 
 
 class Since:

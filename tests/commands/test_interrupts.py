@@ -46,7 +46,7 @@ def test_a_run_that_is_stopped_saves_and_goes_on(cda: Cda, tiny: Path, tmp_path:
     assert process.returncode == 128 + number, error
     last = int(said[-1].split("/")[0])
     assert steps_saved(run) == [last], "the newest checkpoint is not that of the last step that was said"
-    assert error == f"stopped at step {last} of 1000000, and saved; the same command goes on from there\n"
+    assert error == f"stopped at step {last} of 1000000, and saved; `cda train --out {run}` goes on from there\n"
     assert [record["step"] for record in metrics(run, "train")] == list(range(1, last + 1))
     result = cda(*settings[:-6], "--steps", last + 2, "--set", "optim.schedule_steps=1000000")
     assert result.code == 0, result.err

@@ -81,7 +81,7 @@ def test_a_closed_pipe_saves_the_run(tiny: Path, tmp_path: Path) -> None:
     assert steps_saved(run) == [last]
     assert error == (
         f"stdout can no longer be written (Broken pipe); stopped at step {last} of 1000000, and saved; "
-        "the same command goes on from there\n"
+        f"`cda train --out {run}` goes on from there\n"
     )
 
 

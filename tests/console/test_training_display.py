@@ -206,13 +206,17 @@ def test_the_end_says_why_an_evaluation_may_differ(screen: MakeScreen, windows: 
 
 
 def test_the_end_names_the_next_commands(screen: MakeScreen) -> None:
-    """With the path of the run, quoted for a shell; of a run that was stopped, how it goes on."""
+    """With the path of the run, quoted for a shell, also where a stop came during the last step.
+
+    Of a run that was stopped before, the error says how it goes on: a second command would be one too many.
+    """
     made = screen()
     display = TrainingDisplay()
-    display.start(PLAN, [])
+    display.start(PLAN._replace(steps=10), [])
     for record in (TRAIN, CheckpointRecord(step=10, path="x")):
         display.show(record)
         display.advance(record.step, None)
+    display.stopping()
     display.finish()
     commands = made.getvalue().partition("Next:\n")[2].splitlines()
     assert commands == [
@@ -220,9 +224,15 @@ def test_the_end_names_the_next_commands(screen: MakeScreen) -> None:
         "  cda sample 'runs/[x]' --prompt \"The \"",
         "  cda inspect-sparsity 'runs/[x]'",
     ]
+    stopped = screen()
+    display = TrainingDisplay()
+    display.start(PLAN, [])
+    for record in (TRAIN, CheckpointRecord(step=10, path="x")):
+        display.show(record)
+        display.advance(record.step, None)
     display.stopping()
     display.finish()
-    assert made.getvalue().endswith("To go on:\n  cda train --out 'runs/[x]'\n")
+    assert "cda" not in stopped.getvalue().partition("\nstep ")[2]
 
 
 def test_a_step_that_was_not_saved_has_no_next_commands(screen: MakeScreen) -> None:

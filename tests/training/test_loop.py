@@ -179,3 +179,12 @@ def test_a_stop_before_the_first_step_is_saved_too(config: Config, tmp_path: Pat
     trained(changed(config, steps=2), tmp_path / "run")
     trained(changed(config, steps=2), tmp_path / "whole")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("step", "end"), [(2, "; `cda train --out .*/run` goes on from there"), (3, "")])
+def test_a_stop_during_the_last_step_leaves_nothing_to_go_on_with(
+    config: Config, tmp_path: Path, step: int, end: str
+) -> None:
+    """The command that goes on would only say that all steps are done."""
+    with pytest.raises(InterruptedRunError, match=f"^stopped at step {step} of 3, and saved{end}$"):
+        trained(changed(config, steps=3), tmp_path / "run", stop_after=step)
