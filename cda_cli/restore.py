@@ -23,6 +23,7 @@ from cda_cli.data import (
     load_tokenizer,
     prepare,
     prepare_whole,
+    streamed_source,
     streamed_validation,
     tokenizer_from_json,
 )
@@ -147,7 +148,9 @@ def open_side(
         if split != "validation":
             raise ConfigError("the run's text is streamed; evaluate its validation split, or name a text with --data")
         preparation = Preparation(show_progress, lambda: bool(stop))
-        held_out = streamed_validation(config, restored.tokenizer, STREAMED_TOKENS, preparation)
+        held_out = streamed_validation(
+            config, restored.tokenizer, STREAMED_TOKENS, streamed_source(config, preparation)
+        )
         return TextSide([held_out], seq_len, f"{config.source}, streamed", split)
     how: Any = {"tokenizer": restored.tokenizer, "show_progress": show_progress, "should_stop": lambda: bool(stop)}
     try:

@@ -41,6 +41,8 @@ class StreamedBatches:
     At the end of the data it starts again, with epoch + 1. It passes over the documents that their hash holds out,
     unless the data comes with a validation split. Raises DataError for bad data, for data of a single document (nothing
     would be left to validate on), and for a `state` of other data or another tokenizer.
+
+    `source` is what `config` names, if it is open already.
     """
 
     def __init__(
@@ -50,9 +52,9 @@ class StreamedBatches:
         seq_len: int,
         batch_size: int,
         state: Mapping[str, Any] | None = None,
-        preparation: Preparation = QUIETLY,
+        source: Source | None = None,
     ) -> None:
-        self._source = streamed_source(config, preparation)
+        self._source = source or streamed_source(config)
         self._tokenizer = tokenizer
         self._seq_len = seq_len
         self._batch_size = batch_size
@@ -127,13 +129,14 @@ class StreamedBatches:
 
 
 def streamed_validation(
-    config: DataConfig, tokenizer: Tokenizer, max_tokens: int, preparation: Preparation = QUIETLY
+    config: DataConfig, tokenizer: Tokenizer, max_tokens: int, source: Source | None = None
 ) -> Tokens:
     """The first held-out documents, whole and in memory, until they have at least `max_tokens`.
 
-    Raises DataError as StreamedBatches does, and if no document is held out.
+    `source` is what `config` names, if it is open already. Raises DataError as StreamedBatches does, and if no document
+    is held out.
     """
-    source = streamed_source(config, preparation)
+    source = source or streamed_source(config)
     rule = HashRule.of_fraction(config.validation_fraction)
     parts: list[Encoded] = []
     tokens = text_bytes = 0

@@ -63,9 +63,10 @@ def open_data(
     if data.streaming:
         preparation = Preparation(show_progress, should_stop, spare_cache)
         tokenizer = tokenizer or load_tokenizer(data.tokenizer, data.bos, data.eos)
+        # It is opened once: that may list a folder, read thousands of files, or ask a hub.
         source = streamed_source(data, preparation)
         wanted = config.run.eval_batches * optim.batch_size * seq_len + 1
-        validation = streamed_validation(data, tokenizer, wanted, preparation)
+        validation = streamed_validation(data, tokenizer, wanted, source)
         count_windows(validation, seq_len, "validation")
         return RunData(
             tokenizer,
@@ -73,7 +74,7 @@ def open_data(
             f"{source.description}, streamed",
             None,
             loss_of_text([validation]),
-            lambda position: StreamedBatches(data, tokenizer, seq_len, optim.batch_size, position, preparation),
+            lambda position: StreamedBatches(data, tokenizer, seq_len, optim.batch_size, position, source),
             {"tokenizer": tokenizer.fingerprint, **source.identity},
         )
     corpus = prepare(

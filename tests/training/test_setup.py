@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +103,23 @@ def test_the_vocabulary_is_the_tokenizer_s(config: Config) -> None:
     """A model with fewer rows than the tokenizer has tokens would fail at the first rare token."""
     narrow = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2})})
     assert with_vocabulary(narrow, open_data(narrow, show_progress=False)).model.vocab_size == 256
+
+
+def test_a_streamed_text_is_opened_once(tmp_path: Path) -> None:
+    """Opening may list a folder, read thousands of files or ask a hub, and a file that is new must not be half in."""
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text("some words to train on " * (number + 1))
+    config = parse({
+        "model": {"seq_len": 8},
+        "data": {"source": str(tmp_path), "streaming": True, "validation_fraction": 0.3},
+        "run": {"eval_batches": 1},
+    })  # fmt: skip
+    data = open_data(config, show_progress=False)
+    (tmp_path / "40.txt").write_text("a file that came later")
+    _, state = next(iter(data.open_batches(None)))
+    assert state["data"] == next(iter(data.open_batches(None)))[1]["data"]
+    _, later = next(iter(open_data(config, show_progress=False).open_batches(None)))
+    assert state["data"] != later["data"], "the position is that of a text which another opening found"
 
 
 def test_a_side_that_is_too_short_is_named(config: Config) -> None:
