@@ -16,8 +16,9 @@ Shapes: B batch, H query heads, G key heads, T queries, S keys, D head width.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,6 @@ NOT_COMPUTED = {
     "block_indices": "a selection of keys by an indexer",
     "output_attentions": "the weights of attention as an output",
 }
-
 
 PerLayer = float | list[float] | tuple[float, ...]  # for all layers, or one for each
 
@@ -303,15 +303,21 @@ def _check_model_class(model_class: Any) -> None:
 
 def _check_settings(config: Any, settings: Mapping[str, Any]) -> None:
     """Refuses settings without meaning."""
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"the field soft_topk of a configuration must hold settings by name, not {settings!r}")
     if unknown := set(settings) - set(Settings._fields):
         raise ConfigError(f"unknown soft_topk settings: {sorted(unknown)}; known: {', '.join(Settings._fields)}")
-    k, eps, normalise, solver, n_iters, eps_init, eps_decay, _ = Settings(**settings)
+    k, eps, normalise, solver, n_iters, eps_init, eps_decay, backend = Settings(**settings)
     if not isinstance(normalise, bool):
         raise ConfigError(f"normalise must be True or False, not {normalise!r}")
+    if backend not in get_args(Backend):
+        raise ConfigError(f"backend must be one of {', '.join(get_args(Backend))}, not {backend!r}")
     layers = getattr(config, "num_hidden_layers", None)
     for name, numbers in (("k", k), ("eps", eps)):
         if isinstance(numbers, (list, tuple)) and len(numbers) != layers:
             raise ConfigError(f"{name} must be a number, or one for each of {layers} layers, not {len(numbers)}")
+        if math.inf in (numbers if isinstance(numbers, (list, tuple)) else (numbers,)):
+            raise ConfigError(f"{name} must be finite")
     row = torch.zeros(1, 1)
     try:
         for number in k if isinstance(k, (list, tuple)) else (k,):

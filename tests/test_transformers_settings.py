@@ -169,6 +169,8 @@ def test_dropout_is_no_matter_without_training() -> None:
     ("settings", "reason"),
     [
         ({"k": 0}, "sparsity_k must be greater than 0"),
+        ({"k": float("inf")}, "k must be finite"),
+        ({"backend": "cuda"}, "backend must be one of auto"),
         ({"k": "2"}, "sparsity_k must be a number"),
         ({"k": [1, 2, 3]}, "one for each of 2 layers, not 3"),
         ({"eps": [0.5, -1]}, "eps must be greater than 0"),
@@ -190,13 +192,16 @@ def test_layers_that_do_not_know_their_place_take_no_list() -> None:
         model(padded(9)[0])
 
 
-def test_unknown_saved_settings_are_refused(tmp_path: Path) -> None:
+def test_damaged_saved_settings_are_refused(tmp_path: Path) -> None:
     model = build("llama")
     soft_topk.use(model, k=2)
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"n_iters"', '"iterations"'))
     with pytest.raises(ConfigError, match=re.escape("unknown soft_topk settings: ['iterations']")):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"soft_topk": 2}))
+    with pytest.raises(ConfigError, match="must hold settings by name, not 2"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
