@@ -87,7 +87,7 @@ CONFINED: dict[str, set[str]] = {
     },
     "colt5_attention": {"cda_cli.ops.backends.colt5"},
     "entmax": {"cda_cli.model.rules.entmax"},
-    "transformers": {"cda_cli.interchange.hf"},
+    "transformers": {"cda_cli.interchange.hf", "cda_cli.transformers"},
     "gguf": {"cda_cli.interchange.gguf_file"},
 }
 HEAVY = {"torch", "datasets", "triton", "numpy", "yaml", "pydantic", "einops", "safetensors", "tokenizers", "tqdm"}
