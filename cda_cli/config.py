@@ -244,8 +244,8 @@ def resolve_with_origins(
 
 
 def _of_weights(config: Config) -> Layer:
-    """The settings that weights bring along: those of their model, and their tokenizer."""
-    return {"model": config.model.model_dump(), "data": {"tokenizer": config.data.tokenizer}}
+    """The settings that weights bring along: those of their model, and of their tokenizer."""
+    return {"model": config.model.model_dump(), "data": config.data.model_dump(include={"tokenizer", "bos", "eos"})}
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -29,7 +29,8 @@ BATCH_SIZE = 16  # windows in a forward pass, as in `cda eval`
 class LanguageModel:
     """A model with its tokenizer, in evaluation mode on its device.
 
-    It takes plain text. No special token of the tokenizer is read out of it.
+    It takes plain text. No special token of the tokenizer is read out of it. Where the model was trained with a token
+    that begins each document (`data.bos`), that token stands in front of each text.
     """
 
     def __init__(self, restored: Restored, dtype: torch.dtype) -> None:
@@ -64,8 +65,8 @@ class LanguageModel:
     def logits(self, text: str) -> Tensor:
         """Returns the logits [N, V] of `text`, float32, on the device of the model.
 
-        Row i is about the token that follows token i. Raises ConfigError if the text has no token, or more than the
-        context of the model.
+        Row i is about the token that follows token i; `data.bos` is token 0, if there is one. Raises ConfigError if
+        the text has no token, or more than the context of the model.
         """
         ids, context = self._encoded(text).ids, self.config.model.seq_len
         if not 0 < len(ids) <= context:
@@ -139,7 +140,8 @@ class LanguageModel:
         return "".join(pieces)
 
     def _encoded(self, text: str) -> Encoded:
-        return self.tokenizer.encode_sized(text)
+        """The tokens of a text, after the one that begins each document and each prompt, if there is one."""
+        return Encoded.join([self.tokenizer.beginning, self.tokenizer.encode_sized(text)])
 
 
 def load_language_model(

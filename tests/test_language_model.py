@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import cda_cli
-from cda_cli.data import JsonTokenizer
+from cda_cli.data import JsonTokenizer, tokenizer_from_json
 from cda_cli.errors import CheckpointError, ConfigError, DeviceError
 from cda_cli.language_model import LanguageModel
+from cda_cli.restore import restore
 from cda_cli.storage import locate
 from tests.commands.helpers import run_cda
 
@@ -110,6 +111,19 @@ def test_the_parts_of_a_text_add_up(lm: LanguageModel) -> None:
     logits = lm.logits(TEXT[:20])[-1].double().log_softmax(-1)
     assert ended == pytest.approx(logits[lm.tokenizer.separator].item(), abs=1e-5)
     assert lm.loglikelihood((TEXT[:20], "")) == 0.0
+
+
+def test_the_token_that_begins_a_document_stands_in_front(run: Path) -> None:
+    """The first token of a text is then predicted too, also without a context."""
+    restored = restore(run, torch.device("cpu"))
+    tokenizer = tokenizer_from_json(restored.tokenizer.to_json(), bos="<|endoftext|>")
+    lm = LanguageModel(restored._replace(tokenizer=tokenizer), torch.float32)
+    tokens = [tokenizer.separator, *tokenizer.encode("The weights").tolist()]
+    logits = lm.logits("The weights")
+    torch.testing.assert_close(logits, lm.model(torch.tensor([tokens]))[0])
+    expected = logits.double().log_softmax(-1)[range(len(tokens) - 1), tokens[1:]].sum().item()
+    assert lm.loglikelihood("The weights") == pytest.approx(expected, abs=1e-5)
+    assert lm.loglikelihood(("", "The weights")) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_long_context_is_cut_from_the_left(lm: LanguageModel) -> None:

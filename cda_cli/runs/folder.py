@@ -179,7 +179,8 @@ def config_to_resume(run: Path, resume: str) -> Config | None:
 def config_of_weights(named: str, base: Config | None = None) -> Config:
     """The settings of the model whose weights `named`, a run or a checkpoint, has.
 
-    Its ε is that of the checkpoint's step, and anneals no more. `base` are the settings of the run that is trained: if
+    Its ε is that of the checkpoint's step, and anneals no more. A scaling of the rotary positions stays as it is in
+    another context. `base` are the settings of the run that is trained: if
     it began from these very weights, they are returned, and the weights may have gone. Raises CheckpointError.
     """
     if base and began_from(base, named):
@@ -187,8 +188,10 @@ def config_of_weights(named: str, base: Config | None = None) -> Config:
     checkpoint = load(locate(Path(named).expanduser()), parts=())
     config = saved_config(checkpoint)
     eps = annealed_eps(config.model, checkpoint.state["step"], config.schedule_steps)
-    model = config.model.model_copy(update={"attn_eps": eps, "eps_anneal_start": None})
-    return config.model_copy(update={"model": model})
+    changes: dict[str, object] = {"attn_eps": eps, "eps_anneal_start": None}
+    if config.model.rotary_scaling != "none":
+        changes["rotary_original_len"] = config.model.rotary_trained_len
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
 def began_from(config: Config, named: str) -> bool:

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cda_cli.config import Config, ModelConfig
-from cda_cli.data import Tokenizer, bpe_size, load_tokenizer
+from cda_cli.config import Config, DataConfig, ModelConfig
+from cda_cli.data import Tokenizer, bpe_size, load_tokenizer, tokenizer_from_json
 from cda_cli.errors import ConfigError
 from cda_cli.model import expected_tensors, state_tensors
-from cda_cli.restore import restore
+from cda_cli.plurals import counted
+from cda_cli.restore import Restored, restore
 from cda_cli.runs.records import InitRecord
 from cda_cli.settings_table import as_written
 from cda_cli.storage import recorded_sha256
@@ -72,9 +73,9 @@ def read_initial_weights(path: Path, config: Config) -> InitialWeights:
     # A head that was tied to the embedding may go on by itself.
     tensors = state_tensors(restored.model) if config.model.tied_embeddings else restored.model.state_dict()
     carried = carry_over(tensors, restored.config.model, config.model)
-    _check_tokenizer(config.data.tokenizer, restored.config.data.tokenizer, restored.tokenizer)
+    tokenizer = _own_tokenizer(config.data, restored)
     record = InitRecord(step=0, path=str(path), from_step=restored.state["step"], file=file, sha256=digests[file])
-    return InitialWeights(carried, restored.config, restored.tokenizer, record)
+    return InitialWeights(carried, restored.config, tokenizer, record)
 
 
 def carry_over(tensors: Mapping[str, Tensor], before: ModelConfig, now: ModelConfig) -> Carried:
@@ -125,12 +126,24 @@ def _misfit(name: str, there: tuple[int, ...], here: tuple[int, ...]) -> ConfigE
     )
 
 
-def _check_tokenizer(asked: str, known: str, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError if `asked` names another tokenizer than `tokenizer`, which was called `known`."""
-    if asked == known:
-        return
-    if bpe_size(asked) is not None or load_tokenizer(asked).fingerprint != tokenizer.fingerprint:
+def _own_tokenizer(data: DataConfig, restored: Restored) -> Tokenizer:
+    """Returns the tokenizer of the weights, with the tokens that `data` has begin and end a document.
+
+    Raises ConfigError if `data` names another, or a token that the weights do not know.
+    """
+    asked, known = data.tokenizer, restored.config.data.tokenizer
+    tokenizer = tokenizer_from_json(restored.tokenizer.to_json(), known, data.bos, data.eos)
+    if asked != known and (
+        bpe_size(asked) is not None or load_tokenizer(asked, data.bos, data.eos).fingerprint != tokenizer.fingerprint
+    ):
         raise ConfigError(
             f"the weights know the tokens of their own tokenizer, {known}, and of no other; leave --tokenizer "
             f"{asked} out"
         )
+    if tokenizer.vocab_size > restored.config.model.vocab_size:
+        raise ConfigError(
+            f"the weights know {counted(restored.config.model.vocab_size, 'token')}, and with data.eos "
+            f"{as_written(data.eos)} the tokenizer has {tokenizer.vocab_size:,}; leave data.eos as it is in the run "
+            "that they come from"
+        )
+    return tokenizer

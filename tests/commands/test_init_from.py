@@ -22,9 +22,14 @@ ONE = (*SHORT, "--steps", "1")
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    """A run with an average of its weights, an annealed ε, and a tokenizer of its own. Only to be read."""
+    """A run with an average of its weights, an annealed ε, scaled positions and a tokenizer of its own.
+
+    Only to be read.
+    """
     folder = tmp_path_factory.mktemp("averaged")
-    settings = ("optim.ema_decay=0.5", "model.eps_anneal_start=2.0", "model.eps_anneal_share=1", "run.keep=3")
+    annealed = ("model.eps_anneal_start=2.0", "model.eps_anneal_share=1")
+    scaled = ("model.rotary_scaling=yarn", "model.rotary_factor=2")
+    settings = ("optim.ema_decay=0.5", "run.keep=3", *annealed, *scaled)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CDA_CACHE", str(folder / "cache"))
         given = [part for setting in settings for part in ("--set", setting)]
@@ -139,8 +144,13 @@ def test_the_tokenizer_comes_from_the_source(cda: Cda, averaged: Path, other_tex
     for other in ("bytes", "bpe:300"):
         assert_refused(cda(*command, "--tokenizer", other, "--out", tmp_path / "no"), "bpe:260", f"--tokenizer {other}")
     assert not (tmp_path / "no").exists() or not any((tmp_path / "no").glob("[!.]*"))
-    named = cda(*command, "--tokenizer", source / "tokenizer.json", "--out", tmp_path / "named")
-    assert named.code == 0, named.err
+    named = ("--tokenizer", source / "tokenizer.json", "--set", "data.bos=<|endoftext|>")
+    done = cda(*command, *named, "--out", tmp_path / "named")
+    assert done.code == 0, done.err
+    shown = json.loads(cda("config", "--init-from", tmp_path / "named", "--json", "data").out)["settings"]
+    values = {one["key"]: one["value"] for one in shown}
+    assert values["data.tokenizer"] == str(source / "tokenizer.json")
+    assert (values["data.bos"], values["data.eos"]) == ("<|endoftext|>", None)
 
 
 def test_the_temperature_is_that_of_the_step(cda: Cda, averaged: Path) -> None:
@@ -152,6 +162,29 @@ def test_the_temperature_is_that_of_the_step(cda: Cda, averaged: Path) -> None:
     assert values["model.attn_eps"]["value"] == pytest.approx(2.0 ** (1 - 2 / 6) * final ** (2 / 6))
     assert values["model.eps_anneal_start"]["value"] is None
     assert values["model.attn_eps"]["from"] == f"weights {middle}"
+
+
+def test_the_scaling_of_positions_stays_in_a_longer_context(cda: Cda, averaged: Path) -> None:
+    """It would be another one if its original context were the new one."""
+    shown = json.loads(cda("config", "--init-from", averaged, "--seq-len", "64", "--json", "rotary").out)["settings"]
+    values = {one["key"]: one["value"] for one in shown}
+    assert (values["model.rotary_scaling"], values["model.rotary_original_len"]) == ("yarn", 32)
+    assert model_of(averaged).rotary_original_len is None
+
+
+def test_a_token_that_the_weights_do_not_know_is_refused(
+    cda: Cda, averaged: Path, other_text: Path, tmp_path: Path
+) -> None:
+    """A tokenizer whose ending token has a name of its own gets another one where the settings name none."""
+    text = newest(averaged).tokenizer_json
+    assert text is not None
+    file, source = tmp_path / "tokenizer.json", tmp_path / "source"
+    file.write_text(text.replace("<|endoftext|>", "<|im_end|>"), encoding="utf-8")
+    named = ("--tokenizer", file, "--set", "data.eos=<|im_end|>")
+    done = cda("train", "--data", other_text, "--out", source, *named, "--seq-len", "16", *ONE)
+    assert done.code == 0, done.err
+    again = ("train", "--init-from", source, "--data", other_text, "--set", "data.eos=null")
+    assert_refused(cda(*again, "--out", tmp_path / "run", *ONE), "the weights know 260 tokens", "leave data.eos")
 
 
 def test_a_preset_gives_all_but_the_model(cda: Cda, finished: Path, tmp_path: Path) -> None:

@@ -32,10 +32,11 @@ def started(source: Transformer, config: ModelConfig) -> tuple[Transformer, list
     [
         ({"position": "rotary"}, {"position": "rotary", "seq_len": 20}),
         ({"position": "learned"}, {"position": "learned", "seq_len": 5}),
+        ({"position": "rotary", "kv_heads": 1}, {"position": "rotary", "kv_heads": 1, "seq_len": 20}),
         ({"tied_embeddings": True}, {"tied_embeddings": True, "solver": "iterative", "n_iters": 100, "eps_decay": 0.5}),
         ({"attention": "softmax"}, {"attention": "coordinate-descent", "attn_k": 1.0, "attn_eps": 1.0}),
     ],
-    ids=["a longer context", "a shorter context", "another solver", "another rule"],
+    ids=["a longer context", "a shorter context", "fewer key heads", "another solver", "another rule"],
 )
 def test_the_new_model_computes_the_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Where the settings leave the function as it is, the weights do so too."""
@@ -69,7 +70,7 @@ def test_null_keys_come_and_go() -> None:
     assert started(Transformer(with_null), without)[1:] == ([], names)
 
 
-@pytest.mark.parametrize("changes", [{"heads": 4}, {"heads": 1}, {"heads": 4, "null_kv": 0}])
+@pytest.mark.parametrize("changes", [{"heads": 4}, {"heads": 1}, {"heads": 4, "null_kv": 1}])
 def test_heads_that_cut_the_same_weights_differently_are_refused(changes: dict[str, Any]) -> None:
     """Their matrices have the same shapes, and another meaning."""
     now = settings(**changes)
