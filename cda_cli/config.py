@@ -128,15 +128,6 @@ class DataConfig(Section, DataSettings):
                 f"there is no encoding {value!r} of text in Python; give one such as utf-8, utf-16, latin-1 or cp1252"
             ) from error
 
-    @model_validator(mode="after")
-    def _has_its_tokens(self) -> DataConfig:
-        if (self.bos or self.eos) and (self.tokenizer == "bytes" or self.tokenizer.startswith("bpe:")):
-            raise ValueError(
-                "data.bos and data.eos name tokens of a tokenizer.json, and data.tokenizer is "
-                f"{self.tokenizer}; set both to null, or name a tokenizer.json"
-            )
-        return self
-
 
 class OptimConfig(Section, OptimSettings):
     """The settings of the optimisation."""

@@ -322,10 +322,3 @@ def test_reading_a_configuration_imports_nothing_heavy(module: str) -> None:
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "cda_cli" in loaded
     assert not loaded & {"torch", "numpy", "datasets", "triton", "transformers", "safetensors", "einops"}
-
-
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
-def test_only_a_tokenizer_json_has_tokens_that_begin_and_end_a_document(tokenizer: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.bos and data\.eos"):
-        resolve(sets=[f"data.tokenizer={tokenizer}", "data.bos=<s>"])
-    assert resolve(sets=["data.tokenizer=file.json", "data.bos=<s>", "data.eos=</s>"]).data.eos == "</s>"

@@ -44,11 +44,18 @@ def bpe_size(spec: str) -> int | None:
     return int(size)
 
 
-def trained_bpe(size: int, source: Source, fraction: float, preparation: Preparation) -> Tokenizer:
+def trained_bpe(
+    size: int,
+    source: Source,
+    fraction: float,
+    preparation: Preparation,
+    bos: str | None = None,
+    eos: str | None = None,
+) -> Tokenizer:
     """A byte-level BPE of `size` tokens, trained on the training side of `source`, or the one that the cache has.
 
-    `fraction` is the share that is held out. Raises DataError for bad data and if the text has too few pairs of tokens
-    for `size`.
+    `fraction` is the share that is held out, and `bos` and `eos` are as in `load_tokenizer`. Raises DataError for bad
+    data and if the text has too few pairs of tokens for `size`.
     """
     import tokenizers
 
@@ -64,7 +71,7 @@ def trained_bpe(size: int, source: Source, fraction: float, preparation: Prepara
             f"{source.description} has text for {tokenizer.vocab_size} tokens only; write --tokenizer "
             f"{BPE_PREFIX}{tokenizer.vocab_size}, or give --data more text"
         )
-    return tokenizer
+    return tokenizer_from_json(tokenizer.to_json(), tokenizer.name, bos, eos)
 
 
 def _load(folder: Path, size: int) -> Tokenizer | None:

@@ -97,7 +97,7 @@ def prepare(
         source = open_source(config, preparation)
     else:
         source = open_source(config, preparation)
-        tokenizer = trained_bpe(size, source, config.validation_fraction, preparation)
+        tokenizer = trained_bpe(size, source, config.validation_fraction, preparation, config.bos, config.eos)
     sides, from_cache = _prepared(source, config, tokenizer, ("train", "validation"), preparation)
     return Corpus(tokenizer, sides["train"], sides["validation"], source.description, from_cache)
 

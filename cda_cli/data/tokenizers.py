@@ -316,6 +316,8 @@ def load_tokenizer(spec: str, bos: str | None = None, eos: str | None = None) ->
     `bos` and `eos` are its tokens that begin and end a document (see `JsonTokenizer`). Raises DataError, also for
     `bpe:N`, which `bpe.trained_bpe` trains on the prepared text.
     """
+    if spec == BYTES and (bos or eos):
+        raise DataError("bytes have no special tokens; set data.bos and data.eos to null, or name a tokenizer.json")
     if spec == BYTES:
         return ByteTokenizer()
     if spec.startswith(BPE_PREFIX):

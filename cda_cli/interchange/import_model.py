@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cda_cli import __version__, strict_json
+from cda_cli import strict_json
 from cda_cli.config import Config, parse, resolve
 from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.interchange.conversion import to_ours
@@ -21,6 +21,7 @@ from cda_cli.model import attention_rule, expected_tensors
 from cda_cli.runs.folder import Run
 from cda_cli.runtime import random_states
 from cda_cli.storage import publish, published_folder
+from cda_cli.version import __version__
 
 ORIGIN_FILE = "source.json"
 FINE_TUNING_RATE = 5e-5  # transformers.TrainingArguments has the same

@@ -130,6 +130,13 @@ def test_a_checkpoint_holds_all_of_it(trained: Tokenizer) -> None:
     assert again.encode(UNICODE).tolist() == trained.encode(UNICODE).tolist()
 
 
+def test_its_one_special_token_may_begin_a_document_too(prepared: Prepare, rows: Path) -> None:
+    tokenizer = prepared(rows, tokenizer="bpe:300", bos="<|endoftext|>").tokenizer
+    assert tokenizer.bos == tokenizer.separator
+    with pytest.raises(DataError, match=r"bpe:300 has no special token '<s>'; set data\.bos"):
+        prepared(rows, tokenizer="bpe:300", bos="<s>")
+
+
 def test_few_documents_train_on_the_side_that_the_second_rule_gives(prepared: Prepare, folder: Path) -> None:
     path = write_rows(folder / "a.jsonl", ROWS[:3])
     assert prepared(path, tokenizer="bpe:262", validation_fraction=0.999).tokenizer.vocab_size == 262

@@ -289,6 +289,11 @@ def test_a_document_begins_and_ends_with_the_tokens_that_are_named(marked_file: 
     assert again.fingerprint == marked.fingerprint
 
 
+def test_bytes_have_no_token_that_begins_a_document() -> None:
+    with pytest.raises(DataError, match=r"data\.bos"):
+        load_tokenizer("bytes", bos="<s>")
+
+
 @pytest.mark.parametrize("named", [{"bos": "<s>"}, {"eos": "a"}])
 def test_a_token_that_is_not_special_is_refused(marked_file: Path, named: dict[str, str]) -> None:
     with pytest.raises(DataError, match=f"data.{next(iter(named))}"):
