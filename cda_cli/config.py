@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_origin
@@ -29,7 +29,7 @@ from cda_cli.settings import (
     RunSettings,
     preset_names,
 )
-from cda_cli.settings_table import TABLE, Row, as_written
+from cda_cli.settings_table import TABLE, as_written
 
 
 class Section(BaseModel):
@@ -167,20 +167,6 @@ class Resolved(NamedTuple):
     origins: dict[str, str]
 
 
-class Explained(NamedTuple):
-    """A setting: its row of the table, its value, where that comes from, and its value in each preset."""
-
-    row: Row
-    value: Any
-    origin: str
-    presets: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        row = self.row
-        about = {"allowed": row.allowed, "values": row.values, "flag": row.setting.flag, "meaning": row.meaning}
-        return {"key": row.key, "value": self.value, "from": self.origin, "presets": self.presets} | about
-
-
 def resolve(
     preset: str | None = None,
     file: Path | None = None,
@@ -249,15 +235,6 @@ def preset_values() -> dict[str, dict[str, Any]]:
     return {name: flat(resolve(name)) for name in preset_names()}
 
 
-def explain(resolved: Resolved) -> list[Explained]:
-    """All settings of a configuration, in the order of the table."""
-    values, presets = flat(resolved.config), preset_values()
-    return [
-        Explained(row, values[key], resolved.origins[key], {name: preset[key] for name, preset in presets.items()})
-        for key, row in TABLE.items()
-    ]
-
-
 def preset_of(config: Config) -> str:
     """The preset that the settings began from, or that from which the fewest differ, as older runs record none."""
     if config.preset:
@@ -280,36 +257,6 @@ def dump_yaml(config: Config) -> str:
     text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
     # PyYAML writes a NEL as it is, and reads it as a line break.
     return yaml.safe_dump(config.model_dump(), sort_keys=False) if "\x85" in text else text
-
-
-def annotated_yaml(resolved: Resolved, keys: Collection[str]) -> str:
-    """The settings `keys` as YAML that `--config` reads back, with the origin of each value as a comment.
-
-    All settings together have their preset with them, as in the folder of a run.
-    """
-    preset = resolved.config.preset
-    lines = [f"preset: {preset}"] if preset and len(keys) == len(TABLE) else []
-    for section, values in resolved.config.model_dump(include=set(SECTIONS)).items():
-        wanted = {name: value for name, value in values.items() if f"{section}.{name}" in keys}
-        lines += [f"{section}:"] if wanted else []
-        for name, value in wanted.items():
-            # `dump_yaml` says why not all characters are written as they are.
-            entry = yaml.safe_dump({name: value}, allow_unicode="\x85" not in str(value)).rstrip("\n").split("\n")
-            origin = resolved.origins[f"{section}.{name}"]
-            # A comment would end a text that goes on in the next line, and so would a line end in the name of a file.
-            comment = f"  # {origin}" if len(entry) == 1 and origin.isprintable() else ""
-            lines += [f"  {line}{comment}" if line else "" for line in entry]
-    return "\n".join(lines) + "\n"
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a file for `--config`, with what the table of settings says of each setting."""
-    schema = Config.model_json_schema()
-    sections = {name: schema["$defs"][type(getattr(Config(), name)).__name__] for name in SECTIONS}
-    for row in TABLE.values():
-        sections[row.section]["properties"][row.name]["description"] = row.meaning
-    schema["properties"]["preset"] = {"description": "The preset to start from.", "enum": preset_names()}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
 
 
 def annealed_eps(model: ModelConfig, step: int, schedule_steps: int) -> float:

@@ -28,7 +28,8 @@ LAYERS: tuple[set[str], ...] = (
     {"evaluation", "generation", "inspection"},
     {"restore", "diagnosis", "token_losses"},
     {"data", "model", "runs"},
-    {"config", "storage", "runtime", "signals", "streams", "transformers"},
+    {"config_views", "storage", "runtime", "signals", "streams", "transformers"},
+    {"config"},
     {"settings_table"},
     {"ops", "errors", "plurals", "settings", "targets", "strict_json", "strict_yaml", "version"},
 )

@@ -43,7 +43,8 @@ def config(
     It takes the options of `cda train`, and shows what these would train with. With a run or a checkpoint it shows the
     settings of that, and how they differ from --preset, or from the preset that it began from.
     """
-    from cda_cli.config import annotated_yaml, explain, json_schema, preset_file, preset_of, resolve_with_origins
+    from cda_cli.config import preset_file, preset_of, resolve_with_origins
+    from cda_cli.config_views import annotated_yaml, explain, json_schema
     from cda_cli.console import print_json, show_changed, show_settings
     from cda_cli.errors import ConfigError
     from cda_cli.runs.folder import config_of_weights

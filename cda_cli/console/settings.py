@@ -16,7 +16,8 @@ from cda_cli.settings import SECTIONS
 from cda_cli.settings_table import as_written
 
 if TYPE_CHECKING:
-    from cda_cli.config import Config, Explained
+    from cda_cli.config import Config
+    from cda_cli.config_views import Explained
 
 INDENT = "    "
 

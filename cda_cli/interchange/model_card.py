@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from cda_cli import __version__
 from cda_cli.restore import Restored
 from cda_cli.runs.folder import Run
 from cda_cli.runs.records import LayerRecord, Record, TrainRecord, ValidationRecord
 from cda_cli.storage import CHECKPOINTS
+from cda_cli.version import __version__
 
 LOADING = {
     "hf": """\
