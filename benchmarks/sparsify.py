@@ -58,7 +58,7 @@ def measure(source: Path, out: Path, name: str, seed: int, asked: argparse.Names
     else:
         optim = ("--steps", asked.steps, "--batch-size", asked.batch_size, "--grad-accum", asked.grad_accum)
         rate = ("--lr", asked.lr, "--set", f"optim.warmup_steps={asked.steps // 10}", "--set", "optim.weight_decay=0")
-        quiet = ("--set", "run.eval_every=0", "--set", f"run.save_every={asked.steps}", "--set", "run.keep=1")
+        quiet = ("--set", "run.eval_every=0", "--set", "run.save_every=0")
         start = ("train", "--init-from", source, "--data", asked.data, "--out", run, "--set", f"run.seed={seed}")
         cda(*start, *optim, *rate, *quiet, *ARMS[name])
     cuts = [argument for cut in CUTS for argument in ("--cut", cut)]
