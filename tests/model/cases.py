@@ -26,6 +26,20 @@ OPTIONS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     ({"dropout": 0.0}, {"dropout": 0.2}),
     ({}, {"dim_head": 6, "normalise": "k"}),
 )
+# Models of other toolkits, with two key heads of four.
+FAMILIES: tuple[dict[str, Any], ...] = (
+    {"position": "learned", "ff": "gelu-tanh", "attn_bias": "all", "tied_embeddings": True, "attention": "softmax"},
+    {
+        "position": "rotary", "rotary_scaling": "llama3", "rotary_factor": 4.0, "rotary_original_len": 8,
+        "norm": "rmsnorm", "norm_eps": 1e-5, "ff": "swiglu", "ff_width": 31, "ff_bias": False, "logits_bias": False,
+        "attention": "softmax", "heads": 4, "kv_heads": 2, "dim_head": 8,
+    },
+    {
+        "position": "rotary", "rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_original_len": 8,
+        "nope_layers": [0], "norm": "rmsnorm", "qk_norm": True, "ff": "swiglu", "heads": 4, "kv_heads": 2,
+        "dim_head": 8, "attention": "coordinate-descent", "normalise": "k",
+    },
+)  # fmt: skip
 TINY: dict[str, Any] = {
     "vocab_size": 23,
     "seq_len": 11,
@@ -56,13 +70,14 @@ def table() -> list[list[int]]:
 
 
 def cases() -> list[ModelConfig]:
+    """Returns a model for each row of the table, and the families."""
     chosen = []
     for row in table():
         settings: dict[str, Any] = {}
         for sides, side in zip(OPTIONS, row, strict=True):
             settings |= sides[side]
         chosen.append(tiny(**settings))
-    return chosen
+    return [*chosen, *(tiny(**settings) for settings in FAMILIES)]
 
 
 def name(config: ModelConfig) -> str:

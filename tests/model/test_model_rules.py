@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -55,15 +55,16 @@ def rule_of(name: str) -> AttentionRule:
     return attention_rule(tiny(attention=name, attn_k=K, attn_eps=EPS, dim_head=8))
 
 
-def problem(T: int, S: int) -> list[Tensor]:
-    """Returns query, key and value with 2 sequences, 3 heads and 8 channels."""
+def problem(T: int, S: int, key_heads: int = 3) -> list[Tensor]:
+    """Returns query, key and value with 2 sequences, 3 heads of queries and 8 channels."""
     generator = torch.Generator().manual_seed(T)
-    return [torch.randn(2, 3, length, 8, generator=generator) for length in (T, S, S)]
+    shapes = ((3, T), (key_heads, S), (key_heads, S))
+    return [torch.randn(2, *shape, 8, generator=generator) for shape in shapes]
 
 
 def defined(name: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Returns output and weights in float64, by the definition."""
-    query, key, value = query.double(), key.double(), value.double()
+    query, key, value = query.double(), *(x.double().expand(2, 3, -1, -1) for x in (key, value))
     T, S = query.shape[2], key.shape[2]
     scores = query @ key.transpose(-1, -2) * 8**-0.5
     scores = scores.masked_fill(~torch.ones(T, S, dtype=torch.bool).tril(S - T), -torch.inf)
@@ -77,10 +78,11 @@ def test_every_rule_of_the_configuration_is_there_and_is_tested() -> None:
 
 
 @each_rule
+@pytest.mark.parametrize("key_heads", [3, 1])
 @pytest.mark.parametrize(("T", "S"), [(7, 7), (5, 9), (1, 6), (1, 1)])
-def test_a_rule_is_its_definition(name: str, T: int, S: int) -> None:
+def test_a_rule_is_its_definition(name: str, T: int, S: int, key_heads: int) -> None:
     """Null and cached keys are in front. The rule attends by its own code, and by its dense weights."""
-    query, key, value = problem(T, S)
+    query, key, value = problem(T, S, key_heads)
     output, weights = defined(name, query, key, value)
     rule = rule_of(name)
     budget = K if rule.has_budget else 1.0
@@ -149,7 +151,8 @@ def test_an_observer_sees_rows_that_sum_to_their_k(name: str) -> None:
 def test_a_model_trains_compiled_and_in_bf16(name: str, dtype: torch.dtype) -> None:
     """The loss is the same, and each parameter has a gradient. One block is enough: each further one compiles alike."""
     torch._dynamo.reset()
-    model, batch = build(tiny(attention=name, learned_k=True, output_gate=True, depth=1)), tokens(tiny())
+    settings: dict[str, Any] = {"learned_k": True, "output_gate": True, "attn_bias": "all", "kv_heads": 1}
+    model, batch = build(tiny(**settings, attention=name, depth=1)), tokens(tiny())
     losses = []
     for called in (model, torch.compile(model, backend="aot_eager")):
         model.zero_grad()

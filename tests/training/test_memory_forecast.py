@@ -68,6 +68,8 @@ MODELS: list[dict[str, Any]] = [
     {"attention": "hard-topk", "null_kv": 1},
     {"attention": "entmax", "ff": "relu2"},
     {"attention": "softmax", "ff": "swiglu"},
+    {"attention": "softmax", "kv_heads": 1, "attn_bias": "all", "nope_layers": [1]},
+    {"kv_heads": 1, "normalise": "k", "learned_k": True},
     {"learned_k": True, "null_kv": 1},
     {"ff": "coordinate-descent", "ff_k": 16, "tied_embeddings": False, "norm": "layernorm"},
 ]
