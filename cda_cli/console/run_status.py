@@ -62,7 +62,10 @@ class RunStatus:
 
 def shape_words(plan: Plan) -> str:
     model = plan.config.model
-    return f"{counted(model.depth, 'layer')} × {model.dim}, {counted(model.heads, 'head')}, context {model.seq_len}"
+    heads = counted(model.heads, "head")
+    if model.key_heads < model.heads:
+        heads += f" on {counted(model.key_heads, 'key head')}"
+    return f"{counted(model.depth, 'layer')} × {model.dim}, {heads}, context {model.seq_len}"
 
 
 def batch_words(plan: Plan) -> str:

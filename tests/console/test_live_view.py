@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from cda_cli.config import parse
 from cda_cli.console.live_view import NOTICE, LiveView, ResizableLive
 from cda_cli.console.run_status import RunStatus
 from cda_cli.console.sparkline import ASCII, BLOCKS
@@ -81,6 +82,11 @@ def test_curves_best_and_pace() -> None:
     assert any("learning rate  1.00e-03, gradient norm 0.75" in line for line in text)
     assert any("1 k tokens/s" in line for line in text)
     assert re.search(r"0:0\d elapsed  (1:01|1:00|0:5\d) left$", text[-1])
+
+
+def test_a_header_names_key_heads_that_are_fewer() -> None:
+    plan = PLAN._replace(config=parse({"model": {"kv_heads": 1}}))
+    assert "4 heads on 1 key head, context 256" in "\n".join(drawn(status_of(plan, records(4)), 80, 24))
 
 
 def test_a_header_names_the_run() -> None:

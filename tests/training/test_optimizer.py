@@ -95,7 +95,7 @@ def decayed(model: Transformer) -> dict[str, bool]:
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_matrices_are_decayed_gains_and_biases_not(norm: str) -> None:
     """Decay pulls a gain to 0, but a gain without effect is 1."""
-    found = decayed(a_model(norm=norm, qk_norm=True))
+    found = decayed(a_model(norm=norm, qk_norm=True, attn_bias="all"))
     assert found["token_embedding.weight"]
     assert found["blocks.1.attention.to_qkv.weight"]
     for name, is_decayed in found.items():
@@ -135,7 +135,7 @@ def with_muon(model: Transformer, **settings: float) -> MuonAndAdamW:
 
 def test_muon_has_the_matrices_of_the_blocks_and_no_others() -> None:
     """Embeddings and the logits are matrices too, but their rows are trained one by one."""
-    model = a_model(tied_embeddings=False, null_kv=2)
+    model = a_model(tied_embeddings=False, null_kv=2, kv_heads=1, attn_bias="all")
     optimizer = with_muon(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     owned = {
