@@ -5,6 +5,7 @@ Shapes: N tokens of a text, V size of the vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from cda_cli.errors import ConfigError
 from cda_cli.evaluation.evaluate import evaluate
 from cda_cli.generation import SamplingSettings
 from cda_cli.generation.text import generate_text
+from cda_cli.interchange.import_model import restore_folder
+from cda_cli.interchange.source import CONFIG
 from cda_cli.model import Transformer
 from cda_cli.plurals import counted
-from cda_cli.restore import Restored, restore_on
+from cda_cli.restore import Restored, on_device, restore_on
 from cda_cli.runtime import autocast
 from cda_cli.signals import StopRequest
 
@@ -148,7 +151,12 @@ def load_language_model(
     path: str | Path, *, best: bool, ema: bool, device: str, dtype: str, backend: str
 ) -> LanguageModel:
     """Does what `cda_cli.load` says."""
-    return LanguageModel(*restore_on(Path(path).expanduser(), device, dtype, backend, best=best, ema=ema))
+    folder = Path(path).expanduser()
+    if not (folder / CONFIG).is_file():
+        return LanguageModel(*restore_on(folder, device, dtype, backend, best=best, ema=ema))
+    if best or ema:
+        raise ConfigError(f"{folder} holds one model, not a run; leave best and ema out")
+    return LanguageModel(*on_device(device, dtype, backend, partial(restore_folder, folder)))
 
 
 def _common_prefix(first: Encoded, second: Encoded) -> int:

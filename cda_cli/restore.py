@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -84,10 +85,17 @@ def restore_on(
 
     Also returns the dtype of the matrix products. Raises ConfigError or DeviceError for what cannot run here.
     """
+    return on_device(device, dtype, backend, partial(restore, path, best=best, ema=ema))
+
+
+def on_device(
+    device: str, dtype: str, backend: str, restore: Callable[[torch.device, Backend], Restored]
+) -> tuple[Restored, torch.dtype]:
+    """Calls `restore` with device and backend as a command line names them, and returns what `restore_on` does."""
     if dtype not in get_args(Dtype):
         raise ConfigError(f"unknown dtype {dtype!r}: {did_you_mean(dtype, get_args(Dtype))}")
     where = pick_device(device)
-    restored = restore(path, where, cast(Backend, backend), best=best, ema=ema)
+    restored = restore(where, cast(Backend, backend))
     try:
         model_backend(restored.config.model, cast(Backend, backend), where)
     except ValueError as error:

@@ -14,6 +14,7 @@ from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.model import expected_tensors
 
 Read = Callable[[], Tensor]
+NOTHING = "(?!)"  # an expression that matches no name
 HEAD = "lm_head.weight"  # it may stand in a file although it is the token embedding
 
 
@@ -48,7 +49,7 @@ def table_of(tensors: Mapping[str, Rows], shapes: Mapping[str, Sequence[int]]) -
 
 
 def to_ours(
-    tensors: Mapping[str, Rows], model: ModelConfig, readers: Mapping[str, Read], derived: str = "(?!)"
+    tensors: Mapping[str, Rows], model: ModelConfig, readers: Mapping[str, Read], derived: str = NOTHING
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the name and the values, float32, of each tensor of `model`, read one after another.
 

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from cda_cli import strict_json
 from cda_cli.config import Config, parse, resolve
+from cda_cli.data import tokenizer_from_json
 from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.interchange.conversion import to_ours
 from cda_cli.interchange.source import Source, open_source
 from cda_cli.interchange.source_tokenizer import TOKENIZER_FILE, SourceTokenizer, fitted
-from cda_cli.model import attention_rule, expected_tensors
+from cda_cli.model import Transformer, attention_rule, expected_tensors, load_state_tensors
+from cda_cli.ops import Backend
+from cda_cli.restore import Restored
 from cda_cli.runs.folder import Run
 from cda_cli.runtime import random_states
 from cda_cli.storage import publish, published_folder
@@ -85,6 +88,23 @@ def import_model(
             advance(1)
     _write(out, config, weights, tokens, source.origin)
     return Imported(out, config, sum(tensor.numel() for tensor in weights.values()), source.origin)
+
+
+def restore_folder(folder: Path, device: torch.device, backend: Backend) -> Restored:
+    """Restores the model of a folder that `cda export` or transformers wrote, as `restore` does that of a checkpoint.
+
+    Of its settings only those of the model and the tokenizer are known, and nothing of a run. Raises what
+    `import_model` raises for a model that cannot be read.
+    """
+    source = open_source(str(folder))
+    tokens = fitted(source.tokenizer, source.settings["vocab_size"]) if source.tokenizer else None
+    config = _config(source, {}, tokens, folder)
+    weights = dict(to_ours(source.tensors, config.model, source.readers, source.derived))
+    model = Transformer(config.model, backend)
+    load_state_tensors(model, weights)
+    data = config.data
+    tokenizer = tokenizer_from_json(tokens.text if tokens else None, data.tokenizer, data.bos, data.eos)
+    return Restored(model.to(device).eval(), config, tokenizer, {}, folder, device)
 
 
 def _check_free(out: Path) -> None:

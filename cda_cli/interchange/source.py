@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from cda_cli.data import hub_folder, load_tokenizer
 from cda_cli.errors import CheckpointError
-from cda_cli.interchange.conversion import Read, Rows, whole_names
-from cda_cli.interchange.families import family_of, model_settings
+from cda_cli.interchange.conversion import NOTHING, Read, Rows, whole_names
+from cda_cli.interchange.families import family_of, model_settings, wanted_context
 from cda_cli.interchange.gguf_file import LICENCE, open_gguf
+from cda_cli.interchange.own_folder import PREFIX, is_own, own_model, own_tensors
 from cda_cli.interchange.published_file import PUBLISHED, open_published
 from cda_cli.interchange.source_tokenizer import (
     TOKENIZER_FILE,
@@ -74,18 +75,27 @@ def open_source(name: str, seq_len: int | None = None, tokenizer: str | None = N
 
 def _of_folder(folder: Path, origin: dict[str, Any], seq_len: int | None, tokenizer: str | None) -> Source:
     config = read_json(folder / CONFIG)
-    family = family_of(config)
-    settings = model_settings(config, seq_len)
+    settings, tensors, prefix, derived = _described(config, seq_len)
     files = weight_files(folder)
     found = open_safetensors(files)
-    readers = {whole: found[name] for name, whole in whole_names(found, family.prefix).items()}
+    readers = {whole: found[name] for name, whole in whole_names(found, prefix).items()}
     own = _chosen(tokenizer, config) if tokenizer else tokenizer_of_folder(folder, config)
     origin |= {
         "architecture": config["model_type"],
         "license": _licence(folder / "README.md"),
         "sha256": {file.name: digest_of(file) for file in files},
     }
-    return Source(settings, family.tensors, family.derived, readers, own, origin)
+    return Source(settings, tensors, derived, readers, own, origin)
+
+
+def _described(config: Mapping[str, Any], seq_len: int | None) -> tuple[dict[str, Any], Mapping[str, Rows], str, str]:
+    """The settings of a config.json, its tensors, what begins their names, and what matches those that are derived."""
+    if is_own(config):
+        model = own_model(config)
+        settings = model.model_dump() | {"seq_len": wanted_context(model.seq_len, seq_len)}
+        return settings, own_tensors(model), PREFIX, NOTHING
+    family = family_of(config)
+    return model_settings(config, seq_len), family.tensors, family.prefix, family.derived
 
 
 def _of_gguf(file: Path, seq_len: int | None, tokenizer: str | None) -> Source:
