@@ -19,6 +19,7 @@ from cda_cli.restore import tokenizer_of
 from cda_cli.runs.early_stop import Patience
 from cda_cli.runs.folder import Run, saved_config
 from cda_cli.runs.metrics import Metrics, NullMetrics
+from cda_cli.runs.records import InitRecord
 from cda_cli.runtime import available_memory, cpu_threads, describe_device, deterministic, peak_memory
 from cda_cli.settings import MOST_THREADS
 from cda_cli.signals import StopRequest
@@ -82,22 +83,15 @@ def run_training(
         held.enter_context(deterministic(config.run.deterministic))
         with stop.at_once(STOPPED_BEFORE_START):
             checkpoint = _find(run, resume, display, processes)
-            config, initial = _begin(config, run, checkpoint, processes)
         held.enter_context(cpu_threads(_threads(config, checkpoint, display, processes)))
-        _run(config, run, checkpoint, initial, display, stop, processes)
+        _run(config, run, checkpoint, display, stop, processes)
 
 
 def _run(
-    config: Config,
-    run: Run,
-    checkpoint: Checkpoint | None,
-    initial: InitialWeights | None,
-    display: Display,
-    stop: StopRequest,
-    processes: Processes,
+    config: Config, run: Run, checkpoint: Checkpoint | None, display: Display, stop: StopRequest, processes: Processes
 ) -> None:
     with stop.at_once(STOPPED_BEFORE_START):
-        context, state = _set_up(config, run, checkpoint, initial, display, stop, processes)
+        context, state, beginning = _set_up(config, run, checkpoint, display, stop, processes)
         _check_same_start(context, state)
     config = context.config
     if checkpoint and state.step >= config.optim.steps:
@@ -127,8 +121,8 @@ def _run(
         check_space(run, config.run, state)
     metrics = _open_metrics(run, config, state.step) if processes.first else NullMetrics()
     try:
-        if initial:
-            metrics.write(initial.record)
+        if beginning:
+            metrics.write(beginning)
         display.start(make_plan(context, state, run), run.metrics())
         train(context, state, run, metrics, display, processes.agreed(stop), patience)
     finally:
@@ -155,8 +149,7 @@ def dry_run(
         tempfile.TemporaryDirectory(prefix="cda-dry-run-") as cache,
     ):
         checkpoint = _find(run, resume, display, ALONE)
-        config, initial = _begin(config, run, checkpoint, ALONE)
-        context, state = _set_up(config, run, checkpoint, initial, display, stop, ALONE, spare_cache=Path(cache))
+        context, state, _ = _set_up(config, run, checkpoint, display, stop, ALONE, spare_cache=Path(cache))
         plan, expected = make_plan(context, state, run), _forecast(context)
         fits = expected is None or _memory_remark(context, expected) is None
         name = "Muon and AdamW" if config.optim.optimizer == "muon" else "AdamW"
@@ -324,12 +317,13 @@ def _set_up(
     config: Config,
     run: Run,
     checkpoint: Checkpoint | None,
-    initial: InitialWeights | None,
     display: Display,
     stop: StopRequest,
     processes: Processes,
     spare_cache: Path | None = None,
-) -> tuple[RunContext, TrainState]:
+) -> tuple[RunContext, TrainState, InitRecord | None]:
+    """Also returns which weights of another run it starts from. They are not kept beside the model."""
+    config, initial = _begin(config, run, checkpoint, processes)
     try:
         with processes.first_process_first():
             data = open_data(
@@ -349,8 +343,9 @@ def _set_up(
         before = with_absolute_paths(saved_config(checkpoint))
         check_same_run(before, config, run.path, same_text=known == data.identity)
         check_same_text(known, data.identity, data.description, run.path)
-    beginning = initial.remarks(config.model) if initial else []
-    for sentence in [*beginning, *config_warnings(config), *filter(None, [data.remark])]:
+    remarks = initial.remarks(config.model) if initial else []
+    for sentence in [*remarks, *config_warnings(config), *filter(None, [data.remark])]:
         display.note(sentence)
     with display.busy("building the model"):
-        return build(config, data, checkpoint, display.note, processes, initial)
+        context, state = build(config, data, checkpoint, display.note, processes, initial)
+    return context, state, initial.record if initial else None
