@@ -39,16 +39,16 @@ def find_checkpoint(run: Run, resume: str) -> tuple[Checkpoint | None, list[str]
     return load(path), []
 
 
-def check_same_beginning(before: Config, now: Config, where: Path) -> None:
-    """Raises ConfigError if the settings `now` name other weights to start from than the run in `where` began from.
+def check_same_beginning(before: Config, now: Config, checkpoint: Path) -> None:
+    """Raises ConfigError if the settings `now` name other weights to start from than the run of `checkpoint` did.
 
-    Its settings are `before`. It goes on from its own weights, also where no others are named.
+    Its settings are `before`. A run that goes on keeps its own weights, so it need not name any.
     """
     asked = now.run.init_from
     if asked is not None and not began_from(before, asked):
         raise ConfigError(
-            f"{where} holds a run that did not begin from {asked}, and it goes on from its own checkpoints; choose "
-            "another --out, or leave --init-from out"
+            f"the run would go on from {checkpoint}, which did not begin from {asked}; choose another --out, or leave "
+            "--init-from out"
         )
 
 

@@ -257,16 +257,14 @@ def _find(run: Run, resume: str, display: Display, processes: Processes) -> Chec
     return checkpoint
 
 
-def _begin(
-    config: Config, run: Run, checkpoint: Checkpoint | None, processes: Processes
-) -> tuple[Config, InitialWeights | None]:
+def _begin(config: Config, checkpoint: Checkpoint | None, processes: Processes) -> tuple[Config, InitialWeights | None]:
     """Reads the weights that a new run starts from, if it starts from any. A run that goes on needs them no more.
 
     Returns them with the settings, which then name their very checkpoint. The first process finds it for all.
     """
     if checkpoint:
         before = saved_config(checkpoint)
-        check_same_beginning(before, config, run.path)
+        check_same_beginning(before, config, checkpoint.path)
         return _with_beginning(config, before.run.init_from), None
     if config.run.init_from is None:
         return config, None
@@ -323,7 +321,7 @@ def _set_up(
     spare_cache: Path | None = None,
 ) -> tuple[RunContext, TrainState, InitRecord | None]:
     """Also returns which weights of another run it starts from. They are not kept beside the model."""
-    config, initial = _begin(config, run, checkpoint, processes)
+    config, initial = _begin(config, checkpoint, processes)
     try:
         with processes.first_process_first():
             data = open_data(

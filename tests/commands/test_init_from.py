@@ -116,6 +116,8 @@ def test_a_run_that_began_otherwise_is_refused(
     words = ("did not begin from", "another --out", "leave --init-from out")
     for other in (averaged, run):
         assert_refused(cda("train", "--init-from", other, "--data", text, "--out", run), *words)
+    again = ("train", "--init-from", averaged, "--data", text, "--resume", finished, "--out", tmp_path / "new")
+    assert_refused(cda(*again), str(locate(finished)), *words)
     assert contents(run) == before
 
 
