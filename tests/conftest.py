@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import gc
 import importlib.util
 import os
 import signal
@@ -78,7 +79,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Makes Triton's interpreter quicker, if it is to run the kernels."""
+    """Spares the tests what the imports have left, and makes Triton's interpreter quicker, if it is to run the kernels.
+
+    Each training looks for garbage once, among all objects. Those of the imports, some half a million, would take it
+    longer than its steps.
+    """
+    gc.collect()
+    gc.freeze()
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         from tests.interpreter import patch_language_once_a_launch
 

@@ -88,8 +88,9 @@ class Pipeline:
         if not self._warm:
             # Compiling leaves half a million objects. A full round of the garbage collector would then take a third of
             # a second, in which nothing is launched.
-            gc.collect()
-            gc.freeze()
+            if not are_imports_frozen():
+                gc.collect()
+                gc.freeze()
             self._warm = True
 
     def layers(self, batches: list[Batch], eps: float) -> tuple[LayerRecord, ...]:
@@ -102,11 +103,21 @@ class Pipeline:
 
 @contextmanager
 def restore_gc() -> Iterator[None]:
-    """Shows Python's garbage collector at the end what `gc.freeze` has hidden from it."""
+    """Shows Python's garbage collector at the end what `gc.freeze` has hidden from it.
+
+    What the caller has frozen stays frozen: `gc.unfreeze` would show all of it.
+    """
+    before = are_imports_frozen()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not before:
+            gc.unfreeze()
+
+
+def are_imports_frozen() -> bool:
+    """Whether the program has called `gc.freeze` since it imported PyTorch."""
+    return all(one is not torch.nn.Module for one in gc.get_objects())
 
 
 def launch_step(context: RunContext, state: TrainState, speed: Speed, step: int) -> PendingStep:

@@ -1,5 +1,6 @@
 """Imports what the children of the experiments need."""
 
+import gc
 import os
 
 # The imports ask CUDA whether it is there, and a child that is forked after that cannot use it. The children work on
@@ -14,3 +15,7 @@ import torch._dynamo  # noqa: F401 - the optimizers do
 
 import cda_cli.console  # noqa: F401
 import tests.reliability.variants  # noqa: F401
+
+# No child looks for garbage among the objects of the imports, which would also copy their memory.
+gc.collect()
+gc.freeze()

@@ -7,6 +7,7 @@ torchrun's agent. As there, each run finds in the store what earlier attempts ha
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -68,6 +69,9 @@ def main() -> None:
     # What a rank needs to train or to compile. Imported here, it costs its time once and not in each rank.
     for name in PRELOADED:
         importlib.import_module(name)
+    # No rank looks for garbage among the objects of the imports, which would also copy their memory.
+    gc.collect()
+    gc.freeze()
 
     port = start_store()
     for attempt, line in enumerate(sys.stdin):

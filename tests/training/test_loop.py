@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,15 @@ def test_epsilon_anneals_and_is_recorded(whole: tuple[Memory, Path]) -> None:
     assert eps == sorted(eps, reverse=True)
 
 
+@pytest.fixture
+def unfrozen() -> Iterator[None]:
+    """Python's garbage collector looks at all objects, as in a new process. tests/conftest.py freezes most."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("unfrozen")
 def test_the_garbage_collector_is_spared_what_compiling_leaves_until_the_end(config: Config, tmp_path: Path) -> None:
     frozen = []
 
@@ -164,6 +174,13 @@ def test_the_garbage_collector_is_spared_what_compiling_leaves_until_the_end(con
         run_training(config, Run(tmp_path / "run"), "auto", Counting(stop_after=4), stop)
     assert min(frozen) > before + 10_000
     assert gc.get_freeze_count() == before, "objects of this run would never be collected"
+
+
+def test_what_the_caller_has_frozen_stays_frozen(config: Config, tmp_path: Path) -> None:
+    gc.freeze()
+    before = gc.get_freeze_count()
+    trained(changed(config, steps=1), tmp_path / "run")
+    assert gc.get_freeze_count() > before / 2
 
 
 def test_a_stop_before_the_first_step_is_saved_too(config: Config, tmp_path: Path) -> None:
