@@ -10,7 +10,7 @@ import typer
 from cda_cli.commands.completion import completion
 from cda_cli.commands.options import BestOption, CheckpointArgument, EmaOption, JsonOption
 
-FORMATS = ("hf",)
+FORMATS = ("hf", "published")
 
 
 def export(

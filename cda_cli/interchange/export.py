@@ -11,11 +11,13 @@ import torch
 from cda_cli.errors import ConfigError, did_you_mean
 from cda_cli.interchange.hf_files import write_hf
 from cda_cli.interchange.model_card import model_card
+from cda_cli.interchange.published_files import write_published
 from cda_cli.restore import Restored, restore
 from cda_cli.storage import published_folder
 
-# What writes the files of a format into an empty folder. It raises ConfigError or DataError for what the format lacks.
-FORMATS: dict[str, Callable[[Restored, Path], None]] = {"hf": write_hf}
+# What writes the files of a format into an empty folder, and returns how a reader loads them, with {name} for their
+# folder. It raises ConfigError or DataError for what the format lacks.
+FORMATS: dict[str, Callable[[Restored, Path], str]] = {"hf": write_hf, "published": write_published}
 CARD = "README.md"
 
 
@@ -43,8 +45,8 @@ def export(
     if folder.is_dir():
         folder.rmdir()
     with published_folder(folder) as target:
-        FORMATS[format](restored, target)
-        (target / CARD).write_text(model_card(restored, format, name, license), encoding="utf-8")
+        loading = FORMATS[format](restored, target).format(name=name)
+        (target / CARD).write_text(model_card(restored, name, license, loading), encoding="utf-8")
     return Exported(folder, restored.path, {file.name: file.stat().st_size for file in sorted(folder.iterdir())})
 
 

@@ -26,11 +26,37 @@ AUTO_MAP = {
 }
 
 
-def write_hf(restored: Restored, folder: Path) -> None:
-    """Writes the files into `folder`. Raises DataError for a tokenizer that has no place for its separator."""
-    _write_json(folder / "config.json", _config(restored))
+USE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+prompt = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))
+```
+"""
+LOADING_OWN = f"""\
+```python
+import cda_cli.interchange.hf  # pip install 'cda-cli[hf]'
+{USE}
+Without the first line, both calls of `from_pretrained` need `trust_remote_code=True`.
+"""
+
+
+def write_hf(restored: Restored, folder: Path) -> str:
+    """Writes the files into `folder`, and returns how to load them.
+
+    Raises DataError for a tokenizer that has no place for its separator.
+    """
+    _write_json(folder / "config.json", _own_config(restored))
     weights = {f"model.{name}": tensor for name, tensor in state_tensors(restored.model).items()}
     write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
+    write_remote_code(folder)
+    _write_tokenizer(restored, folder)
+    return LOADING_OWN
+
+
+def _write_tokenizer(restored: Restored, folder: Path) -> None:
     tokenizer = hf_tokenizer(restored.tokenizer)
     (folder / "tokenizer.json").write_text(tokenizer.inner.to_str(), encoding="utf-8")
     tokens = {f"{role}_token": tokenizer.inner.id_to_token(id) for role, id in tokenizer.special.items()}
@@ -42,7 +68,6 @@ def write_hf(restored: Restored, folder: Path) -> None:
     _write_json(folder / "tokenizer_config.json", about | tokens)
     ids = {f"{role}_token_id": id for role, id in tokenizer.special.items()}
     _write_json(folder / "generation_config.json", ids)
-    write_remote_code(folder)
 
 
 def write_remote_code(folder: Path) -> None:
@@ -50,7 +75,7 @@ def write_remote_code(folder: Path) -> None:
     (folder / REMOTE_CODE).write_bytes(Path(__file__).with_name(REMOTE_CODE).read_bytes())
 
 
-def _config(restored: Restored) -> dict[str, Any]:
+def _own_config(restored: Restored) -> dict[str, Any]:
     return {
         "architectures": ["CdaForCausalLM"],
         "model_type": MODEL_TYPE,

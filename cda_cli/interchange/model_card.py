@@ -17,25 +17,9 @@ from cda_cli.runs.records import LayerRecord, Record, TrainRecord, ValidationRec
 from cda_cli.storage import CHECKPOINTS
 from cda_cli.version import __version__
 
-LOADING = {
-    "hf": """\
-```python
-import cda_cli.interchange.hf  # pip install 'cda-cli[hf]'
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-prompt = tokenizer("Once", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))
-```
-
-Without the first line, both calls of `from_pretrained` need `trust_remote_code=True`.
-""",
-}
-
-
-def model_card(restored: Restored, format: str, name: str, license: str) -> str:
-    """Returns the card as Markdown. `name` is how a reader names the folder, and `license` goes into its header.
+def model_card(restored: Restored, name: str, license: str, loading: str) -> str:
+    """Returns the card as Markdown, with `license` in its header, and the section `loading` on how to load the model.
 
     It gives only figures that the run has measured at the step of the checkpoint, or last before it where it says so.
     """
@@ -46,7 +30,7 @@ def model_card(restored: Restored, format: str, name: str, license: str) -> str:
         "Evaluation": _evaluation(restored),
         "Sparsity": _sparsity(restored),
         "Data": _data(restored),
-        "How to load": LOADING[format].format(name=name),
+        "How to load": loading,
         "Settings": f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```\n",
     }
     parts = [f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {name}\n\n{_model(restored)}"]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cda_cli.commands import export as command
+from cda_cli.interchange import export
 from tests.commands.helpers import Cda, assert_refused, contents, environment, in_subprocess, metrics
 
 HF_FILES = {
@@ -37,6 +39,11 @@ def test_a_run_becomes_a_folder(cda: Cda, finished: Path, tmp_path: Path) -> Non
     assert f"| {layers[1]['effective_support']:.4g} |" in text
     assert "6 steps, 768 tokens" in text
     assert str(finished) not in text, "the card tells where the run lies"
+
+
+def test_the_formats_are_those_that_are_offered() -> None:
+    """The command names them without the imports that writing them needs."""
+    assert tuple(export.FORMATS) == command.FORMATS
 
 
 def test_figures_that_the_run_has_not_are_not_there(cda: Cda, finished: Path, tmp_path: Path) -> None:
