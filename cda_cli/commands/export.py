@@ -39,8 +39,9 @@ def export(
 ) -> None:
     """A model as other tools load it: configuration, weights, tokenizer and a model card with the figures of its run.
 
-    AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) then gives the logits of this checkpoint. The
-    folder appears whole, or not at all. It needs the package cda-cli where it is loaded.
+    AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) then gives the logits of this checkpoint. It needs
+    the package cda-cli. A softmax model that is a GPT-2, Llama or Qwen is written as that, and needs no code of ours.
+    The folder appears whole, or not at all.
     """
     from tempfile import TemporaryDirectory
 

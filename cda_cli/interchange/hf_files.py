@@ -1,10 +1,12 @@
 """The files of a folder that transformers loads, written without transformers.
 
-config.json              the settings of the model, and the ε of the saved step
-model.safetensors        the weights, a shared one once
-tokenizer.json           the tokenizer, and tokenizer_config.json its special tokens
-generation_config.json   the tokens that begin, end and pad a text
-modeling_cda.py          imports the model from this package (`hf`), with trust_remote_code=True
+    config.json              the settings of the model, and the ε of the saved step
+    model.safetensors        the weights, a shared one once
+    tokenizer.json           the tokenizer, and tokenizer_config.json its special tokens
+    generation_config.json   the tokens that begin, end and pad a text
+    modeling_cda.py          imports the model from this package (`hf`), with trust_remote_code=True
+
+A model that is one of a family of transformers is written as that. It needs none of our code.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cda_cli import strict_json
+from cda_cli.interchange.conversion import to_theirs
+from cda_cli.interchange.families import FAMILIES, family_config, plain_family
 from cda_cli.interchange.hf_tokenizer import hf_tokenizer
 from cda_cli.model import state_tensors
 from cda_cli.restore import Restored
@@ -35,6 +39,7 @@ prompt = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))
 ```
 """
+LOADING_FAMILY = f"```python\n{USE}"
 LOADING_OWN = f"""\
 ```python
 import cda_cli.interchange.hf  # pip install 'cda-cli[hf]'
@@ -48,12 +53,19 @@ def write_hf(restored: Restored, folder: Path) -> str:
 
     Raises DataError for a tokenizer that has no place for its separator.
     """
-    _write_json(folder / "config.json", _own_config(restored))
-    weights = {f"model.{name}": tensor for name, tensor in state_tensors(restored.model).items()}
+    model, weights = restored.config.model, state_tensors(restored.model)
+    family = plain_family(model)
+    if family is None:
+        config = _own_config(restored)
+        weights = {f"model.{name}": tensor for name, tensor in weights.items()}
+        write_remote_code(folder)
+    else:
+        config = family_config(family, model)
+        weights = to_theirs(FAMILIES[family].tensors, model, weights)
+    _write_json(folder / "config.json", config)
     write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
-    write_remote_code(folder)
     _write_tokenizer(restored, folder)
-    return LOADING_OWN
+    return LOADING_OWN if family is None else LOADING_FAMILY
 
 
 def _write_tokenizer(restored: Restored, folder: Path) -> None:

@@ -21,12 +21,13 @@ class HfTokenizer(NamedTuple):
 
 
 def hf_tokenizer(tokenizer: Tokenizer) -> HfTokenizer:
-    """Makes the tokenizer for transformers, which adds no special tokens to a text either.
+    """Makes the tokenizer for transformers, which adds no token to a text but `bos`, in front, if there is one.
 
-    The separator stands between documents, so it both begins and ends a text, and it fills what no model reads. Raises
-    DataError where no token can have its id.
+    Without it the separator, which stands between documents, both begins and ends a text. It also fills what no model
+    reads. Raises DataError where no token can have the id of the separator.
     """
     import tokenizers
+    from tokenizers.processors import TemplateProcessing
 
     text = tokenizer.to_json()
     inner = _bytes(tokenizer.separator) if text is None else tokenizers.Tokenizer.from_str(text)
@@ -36,12 +37,16 @@ def hf_tokenizer(tokenizer: Tokenizer) -> HfTokenizer:
         separator = next(name for name in (*SEPARATORS, "<|separator|>") if name not in known)
     inner.add_special_tokens([separator])
     inner.post_processor = None
+    bos = tokenizer.separator if tokenizer.bos is None else tokenizer.bos
+    if tokenizer.bos is not None:
+        first = inner.id_to_token(bos)
+        inner.post_processor = TemplateProcessing(single=f"{first} $A", special_tokens=[(first, bos)])
     if inner.token_to_id(separator) != tokenizer.separator:
         raise DataError(
             f"no token of {tokenizer.name} can have the id {tokenizer.separator} of its separator, as its ids have "
             "gaps; train with a tokenizer.json that has a special token such as <|endoftext|>"
         )
-    return HfTokenizer(inner, dict.fromkeys(("bos", "eos", "pad"), tokenizer.separator))
+    return HfTokenizer(inner, {"bos": bos, "eos": tokenizer.separator, "pad": tokenizer.separator})
 
 
 def _bytes(separator: int) -> tokenizers.Tokenizer:
