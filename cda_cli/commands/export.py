@@ -27,8 +27,12 @@ def export(
     best: BestOption = False,
     ema: EmaOption = False,
     license: Annotated[
-        str, typer.Option(help="Licence that the model card names, such as mit or apache-2.0.")
-    ] = "unknown",
+        str | None,
+        typer.Option(
+            help="Licence that the model card names, such as mit or apache-2.0; where not given, that of the model "
+            "which was imported, or unknown."
+        ),
+    ] = None,
     push_to: Annotated[
         str | None, typer.Option("--push-to", metavar="OWNER/NAME", help="Also send DIR to the Hugging Face hub.")
     ] = None,

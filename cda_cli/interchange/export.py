@@ -15,9 +15,21 @@ from cda_cli.interchange.published_files import write_published
 from cda_cli.restore import Restored, restore
 from cda_cli.storage import published_folder
 
-# What writes the files of a format into an empty folder, and returns how a reader loads them, with {name} for their
-# folder. It raises ConfigError or DataError for what the format lacks.
-FORMATS: dict[str, Callable[[Restored, Path], str]] = {"hf": write_hf, "published": write_published}
+
+class Format(NamedTuple):
+    """`write` writes the files into an empty folder, and returns how `library` loads them, with {name} for the folder.
+
+    It raises ConfigError or DataError for what the format lacks.
+    """
+
+    library: str
+    write: Callable[[Restored, Path], str]
+
+
+FORMATS = {
+    "hf": Format("transformers", write_hf),
+    "published": Format("coordinate_descent_attention", write_published),
+}
 CARD = "README.md"
 
 
@@ -30,13 +42,21 @@ class Exported(NamedTuple):
 
 
 def export(
-    checkpoint: Path, folder: Path, format: str, *, name: str, license: str, best: bool = False, ema: bool = False
+    checkpoint: Path,
+    folder: Path,
+    format: str,
+    *,
+    name: str,
+    license: str | None = None,
+    best: bool = False,
+    ema: bool = False,
 ) -> Exported:
     """Writes the model of a checkpoint, or of a run, into `folder` (see `restore` for `best` and `ema`).
 
-    `name` is what the model card calls the model, and how a reader loads it; `license` is an identifier. Raises
-    ConfigError for a folder that is not empty and for a model that the format cannot hold, CheckpointError for a
-    checkpoint that cannot be read, and StorageError for a write that fails.
+    `name` is what the model card calls the model, and how a reader loads it. `license` is an identifier, by default
+    that of the model that was imported, if it stated one. Raises ConfigError for a folder that is not empty and for a
+    model that the format cannot hold, CheckpointError for a checkpoint that cannot be read, and StorageError for a
+    write that fails.
     """
     if format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}: {did_you_mean(format, FORMATS)}")
@@ -45,8 +65,9 @@ def export(
     if folder.is_dir():
         folder.rmdir()
     with published_folder(folder) as target:
-        loading = FORMATS[format](restored, target).format(name=name)
-        (target / CARD).write_text(model_card(restored, name, license, loading), encoding="utf-8")
+        loading = FORMATS[format].write(restored, target).format(name=name)
+        card = model_card(restored, name, license, FORMATS[format].library, loading)
+        (target / CARD).write_text(card, encoding="utf-8")
     return Exported(folder, restored.path, {file.name: file.stat().st_size for file in sorted(folder.iterdir())})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from cda_cli.interchange.import_model import ORIGIN_FILE
+from cda_cli.interchange.weights import read_json
 from cda_cli.restore import Restored
 from cda_cli.runs.folder import Run
 from cda_cli.runs.records import LayerRecord, Record, TrainRecord, ValidationRecord
@@ -18,13 +20,19 @@ from cda_cli.storage import CHECKPOINTS
 from cda_cli.version import __version__
 
 
-def model_card(restored: Restored, name: str, license: str, loading: str) -> str:
-    """Returns the card as Markdown, with `license` in its header, and the section `loading` on how to load the model.
+def model_card(restored: Restored, name: str, license: str | None, library: str, loading: str) -> str:
+    """Returns the card as Markdown. `library` loads the model, and the section `loading` says how.
 
-    It gives only figures that the run has measured at the step of the checkpoint, or last before it where it says so.
+    The licence is `license`, or else that of the model that was imported, if it stated one. The card gives only figures
+    that the run has measured at the step of the checkpoint, or last before it where it says so.
     """
-    tags = ["cda", "coordinate-descent-attention"]
-    header = {"license": license, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    origin = _origin(restored)
+    header = {
+        "license": license or origin.get("license") or "unknown",
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": ["cda"],
+    }
     settings = restored.config.model_dump(include={"model", "optim"})
     sections = {
         "Evaluation": _evaluation(restored),
@@ -33,15 +41,27 @@ def model_card(restored: Restored, name: str, license: str, loading: str) -> str
         "How to load": loading,
         "Settings": f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```\n",
     }
-    parts = [f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {name}\n\n{_model(restored)}"]
+    parts = [f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {name}\n\n{_model(restored, origin)}"]
     parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
     return "\n".join(parts)
 
 
-def _model(restored: Restored) -> str:
+def _origin(restored: Restored) -> Mapping[str, Any]:
+    """What source.json says of the imported model that the run holds, or began from; empty where there is none."""
+    for checkpoint in (str(restored.path), restored.config.run.init_from):
+        if checkpoint is None:
+            continue
+        file = Path(checkpoint).expanduser().resolve().parent.parent / ORIGIN_FILE
+        if file.is_file():
+            return read_json(file)
+    return {}
+
+
+def _model(restored: Restored, origin: Mapping[str, Any]) -> str:
     model, state = restored.model, restored.state
     weights = "moving average of the weights" if restored.averaged else "as trained"
-    rows = {
+    rows = {"imported from": _public_name(str(origin.get("source")))} if origin else {}
+    rows |= {
         "parameters": f"{model.parameter_count():,}",
         "attention": model.attention_description,
         "feed-forward": restored.config.model.ff,
@@ -50,7 +70,7 @@ def _model(restored: Restored) -> str:
         "weights": weights,
         "exported with": f"cda-cli {__version__}",
     }
-    return "A causal language model, trained with `cda`.\n\n" + _table(("", ""), rows.items())
+    return "A causal language model, exported by `cda`.\n\n" + _table(("", ""), rows.items())
 
 
 def _evaluation(restored: Restored) -> str:
@@ -92,6 +112,8 @@ def _sparsity(restored: Restored) -> str:
 
 def _data(restored: Restored) -> str:
     data = restored.config.data
+    if not restored.state["tokens"]:
+        return "The run has trained on no text.\n"
     rows = {
         "text": _public_name(data.source),
         "tokenizer": f"{_public_name(data.tokenizer)}, {restored.tokenizer.vocab_size:,} tokens",
@@ -102,6 +124,7 @@ def _data(restored: Restored) -> str:
 
 def _public_name(source: str) -> str:
     """The name of a text or a tokenizer, without the folders of this machine and without what a URL may keep secret."""
+    source = source.removeprefix("published:")
     address = urlsplit(source)
     if address.scheme in ("http", "https"):
         return f"{address.scheme}://{address.hostname}{address.path}"

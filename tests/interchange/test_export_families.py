@@ -23,7 +23,7 @@ LLAMA: dict[str, Any] = {
 
 
 def exported(checkpoint: Path, folder: Path) -> Path:
-    export(checkpoint, folder, "hf", name=folder.name, license="unknown")
+    export(checkpoint, folder, "hf", name=folder.name)
     return folder
 
 
@@ -71,3 +71,15 @@ def test_a_model_trained_here_is_a_llama(tmp_path: Path) -> None:
 def test_what_no_family_can_say_keeps_our_own_code(change: dict[str, Any], tmp_path: Path) -> None:
     folder = exported(save_checkpoint(tmp_path / "run", **LLAMA | change), tmp_path / "out")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "cda"
+
+
+def test_the_card_names_the_source_and_its_licence(tmp_path: Path) -> None:
+    """It claims no training and no text, and tells nothing of the folders of this machine."""
+    source = save(randomised(MODELS["llama"][1]()), tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
+    imported(source, tmp_path / "run")
+    card = (exported(tmp_path / "run", tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0\n" in card
+    assert "| imported from | source |" in card
+    assert "The run has trained on no text." in card
+    assert str(tmp_path) not in card

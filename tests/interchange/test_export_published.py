@@ -21,7 +21,7 @@ BATCH = torch.randint(90, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
 def exported(checkpoint: Path, folder: Path) -> Path:
-    export(checkpoint, folder, "published", name=folder.name, license="unknown")
+    export(checkpoint, folder, "published", name=folder.name)
     return folder
 
 

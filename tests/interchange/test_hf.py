@@ -40,7 +40,7 @@ def written(tmp_path: Path, *, averaged: bool = False, **settings: Any) -> tuple
     """Exports a checkpoint with these settings, and returns what is restored from it, and the folder."""
     checkpoint = save_checkpoint(tmp_path / "run", averaged=averaged, **settings)
     folder = tmp_path / "exported"
-    export(checkpoint, folder, "hf", name="exported", license="unknown", ema=averaged)
+    export(checkpoint, folder, "hf", name="exported", ema=averaged)
     return restore(checkpoint, CPU, ema=averaged), folder
 
 
