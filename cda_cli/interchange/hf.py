@@ -5,6 +5,7 @@ A folder of `cda export` then loads without trust_remote_code. This needs the op
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from cda_cli.config import ModelConfig, parse
@@ -22,16 +22,20 @@ from cda_cli.model import KeyValueCache, Transformer
 from cda_cli.model.attention import Attention
 from cda_cli.model.rotary import RotaryPositions
 
+# The name of the cache among the outputs.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
 
 class CdaConfig(PreTrainedConfig):  # type: ignore[misc]
     """`settings` are those of the section `model`, and `attention_eps` is the ε of the saved step, if it anneals."""
 
     model_type = MODEL_TYPE
-    settings: dict[str, Any] | None = None
-    attention_eps: float | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**{"auto_map": AUTO_MAP} | kwargs)
+    def __init__(
+        self, settings: dict[str, Any] | None = None, attention_eps: float | None = None, **kwargs: Any
+    ) -> None:
+        self.settings, self.attention_eps = settings, attention_eps
+        super().__init__(**{"auto_map": AUTO_MAP} | kwargs)
 
     @property
     def model(self) -> ModelConfig:
@@ -109,13 +113,13 @@ class CdaForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if isinstance(module, (Attention, RotaryPositions)):
             module.fill_buffers()
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -123,14 +127,16 @@ class CdaForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
         """Returns the logits [B, T, V] of input_ids [B, T], and with `labels` [B, T] the mean loss of the next tokens.
 
-        `attention_mask` [B, S] covers the cached positions too. Its zeros may stand in front of a row or behind it.
-        `labels` of −100 count as nothing. `logits_to_keep` is as in the models of transformers.
+        `cache` was `past_key_values` before transformers 5.24. `attention_mask` [B, S] covers the cached positions too.
+        Its zeros may stand in front of a row or behind it. `labels` of −100 count as nothing. `logits_to_keep` is as in
+        the models of transformers.
 
         Raises ValueError for a mask with zeros elsewhere, and for positions or embeddings of one's own.
         """
         for name in ("position_ids", "inputs_embeds"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"this model takes no {name}; leave them out, as they follow from the other inputs")
+        cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
         ours = TransformersCache(cache) if cache is not None else None
@@ -140,7 +146,7 @@ class CdaForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
