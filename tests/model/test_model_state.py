@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load, save
+from torch import nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.model import Transformer, expected_tensors, load_state_tensors, state_tensors
@@ -51,6 +52,37 @@ def test_tied_embeddings_are_saved_once_and_stay_tied() -> None:
         other.token_embedding.weight += 1.0
     assert torch.equal(other.to_logits.weight, tensors["token_embedding.weight"] + 1.0)
     assert torch.equal(model.token_embedding.weight, tensors["token_embedding.weight"]), "the two models share weights"
+
+
+def test_a_seed_gives_the_weights_and_names_that_it_always_gave() -> None:
+    """Runs are made again from their seed, and old checkpoints have these names. A new setting must draw nothing."""
+    config = tiny(learned_k=True, null_kv=1)
+    torch.manual_seed(0)
+    expected = {
+        "token_embedding.weight": nn.Embedding(23, 12).weight,
+        "position_embedding.weight": nn.Embedding(11, 12).weight,
+    }
+    for block in ("blocks.0", "blocks.1"):
+        expected[f"{block}.attention.to_qkv.weight"] = nn.Linear(12, 36, bias=False).weight
+        expected[f"{block}.attention.to_out.weight"] = nn.Linear(12, 12, bias=False).weight
+        expected[f"{block}.attention.null_kv"] = nn.Parameter(torch.randn(2, 3, 1, 4))
+        expected |= _named(f"{block}.attention.to_learned_k", nn.Linear(12, 3))
+        expected[f"{block}.attention.to_learned_k.bias"] = nn.Parameter(torch.full((3,), -0.5))
+        expected |= _named(f"{block}.feed_forward.proj_in", nn.Linear(12, 24))
+        expected |= _named(f"{block}.feed_forward.proj_out", nn.Linear(24, 12))
+        for norm in ("attention_norm", "feed_forward_norm"):
+            expected |= _named(f"{block}.{norm}", nn.LayerNorm(12))
+    expected |= _named("to_logits", nn.Linear(12, 23)) | _named("norm", nn.LayerNorm(12))
+    after = torch.get_rng_state()
+    found = state_tensors(build(config))
+    assert set(found) == set(expected)
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), f"{key} starts with other numbers"
+    assert torch.equal(torch.get_rng_state(), after), "the model draws more or less than it did"
+
+
+def _named(name: str, module: nn.Module) -> dict[str, nn.Parameter]:
+    return {f"{name}.{key}": parameter for key, parameter in module.named_parameters()}
 
 
 @pytest.mark.parametrize("null_kv", [0, 3])
