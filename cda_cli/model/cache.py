@@ -1,4 +1,7 @@
-"""The key-value cache of generation."""
+"""The key-value cache of generation.
+
+Shapes: B batch, K key heads, T positions, D head width.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,7 @@ from cda_cli.config import ModelConfig
 
 
 class KeyValueCache:
-    """The keys and values of the positions so far, for every layer: [depth, B, H, seq_len, D] each, allocated once;
-    H key heads.
+    """The keys and values of the positions so far, for every layer: [depth, B, K, seq_len, D] each, allocated once.
 
     It holds no null keys; each attention layer puts its own in front.
     """
@@ -22,14 +24,14 @@ class KeyValueCache:
         self.length = 0
         self.capacity = config.seq_len
 
-    def append(self, layer: int, key_BHTD: Tensor, value_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores T new positions of a layer and returns all keys and values of that layer, [B, H, length + T, D].
+    def append(self, layer: int, key_BKTD: Tensor, value_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores T new positions of a layer and returns all keys and values of that layer, [B, K, length + T, D].
 
         `advance` moves `length` on, after the last layer.
         """
-        stop = self.length + key_BHTD.shape[2]
-        self.keys[layer, :, :, self.length : stop] = key_BHTD
-        self.values[layer, :, :, self.length : stop] = value_BHTD
+        stop = self.length + key_BKTD.shape[2]
+        self.keys[layer, :, :, self.length : stop] = key_BKTD
+        self.values[layer, :, :, self.length : stop] = value_BKTD
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
     def advance(self, positions: int) -> None:
