@@ -94,27 +94,27 @@ class ModelSettings(Table):
     rotary_base: Annotated[float, Setting("Wavelength base of the rotary positions.", gt=1)] = 10000.0
     rotary_scaling: Annotated[
         Literal["none", "llama3", "yarn"],
-        Setting("How the rotary positions of a short context serve a longer one: none, llama3 or yarn."),
+        Setting("How the rotary positions of short texts serve longer ones: none, llama3 or yarn."),
     ] = "none"
     rotary_factor: Annotated[float, Setting("Factor of the scaling on the longest wavelengths.", ge=1)] = 1.0
-    rotary_original_len: Annotated[
-        int | None, Setting("Context length in tokens before the scaling; null: seq_len.", ge=1)
-    ] = None
+    rotary_original_len: Annotated[int | None, Setting("Tokens of a text before the scaling; null: seq_len.", ge=1)] = (
+        None
+    )
     rotary_low_freq_factor: Annotated[
         float,
         Setting(
-            "llama3: a pair of channels that turns fewer times in the original context gets the whole factor.", gt=0
+            "llama3: a pair of channels that turns fewer times in rotary_original_len gets the whole factor.", gt=0
         ),
     ] = 1.0
     rotary_high_freq_factor: Annotated[
-        float, Setting("llama3: a pair of channels that turns more times in the original context stays as it is.", gt=0)
+        float, Setting("llama3: a pair of channels that turns more times in rotary_original_len stays as it is.", gt=0)
     ] = 4.0
     rotary_beta_fast: Annotated[
-        float, Setting("yarn: a pair of channels that turns more times in the original context stays as it is.", gt=0)
+        float, Setting("yarn: a pair of channels that turns more times in rotary_original_len stays as it is.", gt=0)
     ] = 32.0
     rotary_beta_slow: Annotated[
         float,
-        Setting("yarn: a pair of channels that turns fewer times in the original context gets the whole factor.", gt=0),
+        Setting("yarn: a pair of channels that turns fewer times in rotary_original_len gets the whole factor.", gt=0),
     ] = 1.0
     rotary_attention_factor: Annotated[
         float | None, Setting("yarn: factor on queries and keys; null: 0.1·ln(rotary_factor) + 1.", gt=0)
