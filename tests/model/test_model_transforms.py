@@ -20,6 +20,7 @@ from tests.model.cases import tiny
     [
         {},
         {"solver": "iterative", "ff": "coordinate-descent"},
+        {"kv_heads": 1, "attn_bias": "all", "normalise": "k", "learned_k": True},
         {"qk_norm": True, "position": "rotary", "learned_k": True, "ff": "coordinate-descent", "null_kv": 2},
     ],
 )
