@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from rich.text import Text
 from cda_cli.console.base import count, memory, out, plus_minus, print_pairs, print_trimmed, share, table
 from cda_cli.console.heat_map import heat_map
 from cda_cli.console.run_status import plan_rows
-from cda_cli.console.text import print_sentence
+from cda_cli.console.text import print_next, print_sentence
 from cda_cli.plurals import counted
 
 if TYPE_CHECKING:
@@ -79,7 +80,10 @@ def show_import(imported: Imported) -> None:
         "context": counted(imported.config.model.seq_len, "token"),
         "tokenizer": ", ".join(filter(None, [f"{imported.config.model.vocab_size:,} tokens", said])),
     }
-    print_pairs(out(), rows)
+    console, run = out(), shlex.quote(str(imported.run))
+    print_pairs(console, rows)
+    train = f"cda train --init-from {run} --data TEXT --out RUN"
+    print_next(console, [f'cda sample {run} --prompt "The "', f"cda eval {run} --data TEXT", train])
 
 
 def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple[int, int], weights: Tensor) -> None:

@@ -4,6 +4,7 @@ terminal."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -42,6 +43,14 @@ def print_sentence(console: Console, words: str | Text, style: str = "") -> None
     if console.file.isatty():
         text = wrapped(text, console.width)
     console.print(text, soft_wrap=True)
+
+
+def print_next(console: Console, commands: Sequence[str]) -> None:
+    """Prints the commands that one would run next."""
+    console.print()
+    print_sentence(console, "Next:", style="bold")
+    for command in commands:
+        print_sentence(console, f"  {command}")
 
 
 def wrapped(text: Text, width: int) -> Text:

@@ -23,7 +23,7 @@ from cda_cli.console.run_status import (
     validated_on,
     validation_words,
 )
-from cda_cli.console.text import print_sentence, printable, write_text
+from cda_cli.console.text import print_next, print_sentence, printable, write_text
 from cda_cli.runs.records import (
     CheckpointRecord,
     Record,
@@ -118,10 +118,7 @@ class TrainingDisplay:
         most = max(4, console.height - len(rows) - 8) if self._is_live else None
         print_trimmed(console, layer_table(status.train.layers, measures(status.plan.has_budget), most, self._dash))
         if self._saved == status.step and (commands := next_commands(status)):
-            console.print()
-            print_sentence(console, "Next:", style="bold")
-            for command in commands:
-                print_sentence(console, f"  {command}")
+            print_next(console, commands)
 
     def _line(self, record: Record, words: Text) -> None:
         print_sentence(self._console, Text.assemble((self._step(record), "dim"), words))

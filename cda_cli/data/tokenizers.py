@@ -155,7 +155,7 @@ class JsonTokenizer(Tokenizer):
     SEPARATORS that it knows and no text can spell, or an id of its own. Its special token `bos` begins a document.
 
     It switches off the truncation and padding that the file asks for. It encodes the name of a special token inside a
-    document as plain text, so a document cannot hold a separator.
+    document as plain text, so a document cannot hold a separator, unless its words spell the `eos` that was named.
     """
 
     size_dtype = np.dtype(np.uint16)

@@ -18,6 +18,7 @@ from torch import Tensor
 from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.interchange.conversion import Read
 from cda_cli.interchange.families import FAMILIES, Family
+from cda_cli.interchange.rotary import llama3_scaling
 from cda_cli.interchange.weights import damaged
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ SCALING_KEYS = {
     "beta_slow": "rope.scaling.yarn_beta_slow",
 }
 LICENCE = "general.license"
+FACTORS = "rope_freqs.weight"  # what the frequency of each rotated pair is divided by
 
 
 class GgufFile(NamedTuple):
@@ -97,6 +99,8 @@ def _config(name: str, metadata: Mapping[str, Any], stored: Mapping[str, gguf.Re
     rope = {key: metadata[f"{name}.{its}"] for key, its in SCALING_KEYS.items() if f"{name}.{its}" in metadata}
     if rope.get("rope_type", "none") != "none":
         config["rope_scaling"] = rope
+    if FACTORS in stored and (scaling := llama3_scaling(stored[FACTORS].data.tolist(), config.get("rope_theta", 1e4))):
+        config["rope_scaling"] = scaling
     rotated = metadata.get(f"{name}.rope.dimension_count")
     if rotated is not None:
         config.setdefault("head_dim", rotated)
@@ -114,11 +118,13 @@ def _readers(name: str, config: Mapping[str, Any], stored: Mapping[str, gguf.Rea
     """What reads each tensor of the file, under the name of transformers if the family has one."""
     import gguf
 
-    blocks = int(config.get("num_hidden_layers", config.get("n_layer", 0)))
+    # No more than the file can have: a damaged one may state any number.
+    blocks = min(int(config.get("num_hidden_layers", config.get("n_layer", 0))), len(stored))
     kinds = {word: kind for kind, word in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[name], blocks)
     readers: dict[str, Read] = {}
-    left = dict(stored)
+    # The factors of the scaling of Llama 3 have become settings.
+    left = {its: tensor for its, tensor in stored.items() if its != FACTORS or "rope_scaling" not in config}
     for their, transposed in _names(FAMILIES[name], blocks):
         base, _, part = their.rpartition(".")
         its = f"{names.get_name(base)}.{part}"

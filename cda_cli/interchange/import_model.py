@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cda_cli import strict_json
 from cda_cli.config import Config, parse, resolve
-from cda_cli.data import tokenizer_from_json
+from cda_cli.data import ByteTokenizer, tokenizer_from_json
 from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.interchange.conversion import to_ours
 from cda_cli.interchange.source import Source, open_source
@@ -80,7 +80,8 @@ def import_model(
     flags = {"model.attn_k": attn_k, "model.attn_eps": attn_eps}
     tokens = fitted(source.tokenizer, source.settings["vocab_size"]) if source.tokenizer else None
     config = resolve(sets=sets, flags=flags, base=_config(source, rule, tokens, out))
-    _check_vocabulary(config, source)
+    _check_vocabulary(config, tokens)
+    _check_depth(config, source)
     with progress(len(expected_tensors(config.model))) as advance:
         weights: dict[str, Tensor] = {}
         for ours, tensor in to_ours(source.tensors, config.model, source.readers, source.derived):
@@ -99,6 +100,7 @@ def restore_folder(folder: Path, device: torch.device, backend: Backend) -> Rest
     source = open_source(str(folder))
     tokens = fitted(source.tokenizer, source.settings["vocab_size"]) if source.tokenizer else None
     config = _config(source, {}, tokens, folder)
+    _check_depth(config, source)
     weights = dict(to_ours(source.tensors, config.model, source.readers, source.derived))
     model = Transformer(config.model, backend)
     load_state_tensors(model, weights)
@@ -123,10 +125,23 @@ def _config(source: Source, rule: Mapping[str, str], tokens: SourceTokenizer | N
     return parse({"model": {**source.settings, **softmax, **rule}, "data": data, "optim": {"lr": FINE_TUNING_RATE}})
 
 
-def _check_vocabulary(config: Config, source: Source) -> None:
-    if source.tokenizer is None and config.model.vocab_size != 256:
+def _check_vocabulary(config: Config, tokens: SourceTokenizer | None) -> None:
+    """Raises CheckpointError if the run's tokenizer would have other tokens than the model."""
+    rows, data = config.model.vocab_size, config.data
+    if tokens is None and rows != ByteTokenizer.vocab_size:
+        raise CheckpointError(f"the model has {rows:,} tokens, and bytes are 256; give --tokenizer its tokenizer.json")
+    if tokens is not None and tokenizer_from_json(tokens.text, bos=data.bos, eos=data.eos).vocab_size != rows:
         raise CheckpointError(
-            f"the model has {config.model.vocab_size:,} tokens, and bytes are 256; give --tokenizer its tokenizer.json"
+            "no special token of the tokenizer is known to end a document; name one with --set data.eos=TOKEN"
+        )
+
+
+def _check_depth(config: Config, source: Source) -> None:
+    """Raises CheckpointError for more blocks than there are tensors, before any of them is made."""
+    if config.model.depth > len(source.readers):
+        raise CheckpointError(
+            f"the model has {len(source.readers)} tensors, too few for the {config.model.depth:,} blocks of its "
+            "configuration; download it again"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cda_cli.config import ModelConfig
@@ -59,6 +59,21 @@ def rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _mscale(said: Mapping[str, Any], weight: float) -> float:
     """YaRN's factor on queries and keys (arXiv 2309.00071, equation 22), with a weight of its logarithm."""
     return 0.1 * weight * math.log(said["rotary_factor"]) + 1
+
+
+def llama3_scaling(factors: Sequence[float], base: float) -> dict[str, Any] | None:
+    """The keys of the scaling of Llama 3 that divides the frequency of each pair by its factor; None for another.
+
+    The models of Meta differ in the largest factor alone.
+    """
+    said = {"factor": round(max(factors), 4), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    length = 8192
+    for pair, factor in enumerate(factors):
+        turns = length * base ** (-pair / len(factors)) / (2 * math.pi)
+        share = min(1.0, max(0.0, (turns - 1.0) / 3.0))
+        if not math.isclose(factor, 1 / ((1 - share) / said["factor"] + share), rel_tol=1e-4):
+            return None
+    return {"rope_type": "llama3", "original_max_position_embeddings": length} | said
 
 
 def rotary_config(model: ModelConfig) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def tokenizer_of_text(
     made, first = _parsed(text, name)
     bos = _word(said.get("bos_token")) or first
     adds_bos = said.get("add_bos_token", first is not None)
-    eos = _word(said.get("eos_token")) or _token(made, config.get("eos_token_id"))
+    eos = _word(said.get("eos_token"))
+    if eos is None or made.token_to_id(eos) is None:
+        eos = _token(made, config.get("eos_token_id"))
     return _finished(made, bos if adds_bos else None, eos)
 
 

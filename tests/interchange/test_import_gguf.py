@@ -56,6 +56,29 @@ def test_the_logits_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     assert found.origin["license"] == "apache-2.0"
 
 
+def test_the_rotary_factors_of_llama_3_become_its_scaling(tmp_path: Path) -> None:
+    """llama.cpp writes them as a tensor. They must be those of the formula: others are refused, by a test below."""
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 1e6,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    model = randomised(llama(vocab_size=SIZE, head_dim=16, max_position_embeddings=65536, rope_parameters=scaling))
+    plain = 1e6 ** (-torch.arange(0, 16, 2) / 16)
+    factors = {"rope_freqs.weight": (plain / model.model.rotary_emb.inv_freq).numpy()}
+    write(model, tmp_path / "model.gguf", byte_level(), F32, factors)
+    found = imported(tmp_path / "model.gguf", tmp_path / "run", seq_len=512).config.model
+    assert (found.rotary_scaling, found.rotary_factor) == ("llama3", 32.0)
+    batch = tokens(512, SIZE)
+    torch.testing.assert_close(logits(restored(tmp_path / "run").model, batch), logits(model, batch), **CLOSE)
+    model.model.rotary_emb.inv_freq.copy_(plain)
+    restored_logits = logits(restored(tmp_path / "run").model, batch)
+    assert (restored_logits - logits(model, batch)).abs().max() > 0.1, "the test would pass without the scaling"
+
+
 def test_a_quantised_file_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     write(randomised(MODELS["llama"]()), tmp_path / "model.gguf", byte_level(), Q8_0)
     imported(tmp_path, tmp_path / "run")  # the folder holds one file
@@ -171,7 +194,7 @@ def test_a_file_that_is_cut_short_is_refused(keep: float, tmp_path: Path) -> Non
 
 
 def test_what_the_model_has_no_use_for_is_named(tmp_path: Path) -> None:
-    model, extra = randomised(MODELS["llama"]()), {"rope_freqs.weight": np.ones(4, np.float32)}
+    model, extra = randomised(MODELS["llama"]()), {"rope_freqs.weight": np.array([1, 1, 2, 8], np.float32)}
     file = write(model, tmp_path / "model.gguf", byte_level(), F32, extra)
     refused(file, tmp_path, "rope_freqs.weight")
 

@@ -97,6 +97,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "rotary positions that are a word": (says(rope_parameters="yarn"), ["config.json", "damaged"]),
     "quantised": (says(quantization_config={"quant_method": "gptq"}), ["quantised", "GGUF"]),
     "heads that do not divide": (says(num_attention_heads=3), ["heads"]),
+    "more blocks than tensors": (says(num_hidden_layers=10**12), ["blocks", "21 tensors"]),
     "a window": (says(sliding_window=16), ["window", "--seq-len 16"]),
     "no weights": (lacks("model.safetensors"), ["model.safetensors"]),
     "pickled weights": (pickled, ["pytorch_model.bin", "safetensors"]),
