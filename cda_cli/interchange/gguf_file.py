@@ -124,7 +124,8 @@ def _readers(name: str, config: Mapping[str, Any], stored: Mapping[str, gguf.Rea
     names = gguf.get_tensor_name_map(kinds[name], blocks)
     readers: dict[str, Read] = {}
     # The factors of the scaling of Llama 3 have become settings.
-    left = {its: tensor for its, tensor in stored.items() if its != FACTORS or "rope_scaling" not in config}
+    scaled = config.get("rope_scaling", {}).get("rope_type") == "llama3"
+    left = {its: tensor for its, tensor in stored.items() if its != FACTORS or not scaled}
     for their, transposed in _names(FAMILIES[name], blocks):
         base, _, part = their.rpartition(".")
         its = f"{names.get_name(base)}.{part}"
