@@ -8,7 +8,6 @@ from typing import Annotated
 from typer import Argument, Option
 
 from cda_cli.commands.options import JsonOption, SetOption
-from cda_cli.commands.setting_flags import setting_option
 
 
 def import_model(
@@ -28,7 +27,9 @@ def import_model(
         float | None, Option(help="Budget k of soft top-k attention, whose output is divided by k; 1 is softmax.")
     ] = None,
     attn_eps: Annotated[float | None, Option(help="Temperature ε of soft top-k attention; 1 is softmax.")] = None,
-    tokenizer: Annotated[str | None, setting_option("data.tokenizer", also="the model's own where not given")] = None,
+    tokenizer: Annotated[
+        str | None, Option(help="A tokenizer.json, a hub id or bytes, where the model has no tokenizer of its own.")
+    ] = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cda_cli.data import hub_folder, load_tokenizer
-from cda_cli.errors import CheckpointError
+from cda_cli.data import bpe_size, hub_folder, load_tokenizer
+from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.interchange.conversion import NOTHING, Read, Rows, whole_names
 from cda_cli.interchange.families import family_of, model_settings, wanted_context
 from cda_cli.interchange.gguf_file import LICENCE, open_gguf
@@ -126,6 +126,8 @@ def _of_package(file: Path, seq_len: int | None, tokenizer: str | None) -> Sourc
 
 def _chosen(spec: str, config: Mapping[str, Any]) -> SourceTokenizer | None:
     """The tokenizer that a person names in place of the model's own; None for bytes."""
+    if bpe_size(spec) is not None:
+        raise ConfigError(f"{spec} is trained on a text, and the model knows other tokens; give its tokenizer.json")
     text = load_tokenizer(spec).to_json()
     return None if text is None else tokenizer_of_text(text, spec, config)
 

@@ -110,6 +110,7 @@ def test_the_run_is_trained_on_any_text(cda: Cda, run: Path, text: Path, tmp_pat
         (["{model}", "--attn-k", "-1"], ["attn_k"]),
         (["{model}", "--set", "model.depth=3"], ["model.layers.2"]),
         (["{model}", "--tokenizer", "nowhere.json"], ["nowhere.json"]),
+        (["{model}", "--tokenizer", "bpe:300"], ["bpe:300", "tokenizer.json"]),
     ],
 )
 def test_a_wrong_call_is_one_sentence(
