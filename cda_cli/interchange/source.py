@@ -22,12 +22,12 @@ from cda_cli.interchange.source_tokenizer import (
     tokenizer_of_gguf,
     tokenizer_of_text,
 )
-from cda_cli.interchange.weights import digest_of, open_safetensors, read_json, weight_files
+from cda_cli.interchange.weights import INDEX, digest_of, open_safetensors, read_json, weight_files
 
 HUB, PACKAGE = "hf:", "published:"
 CONFIG = "config.json"
-# What is fetched of a model on the hub: no code, and no pickled weights.
-WANTED = (CONFIG, "*.safetensors", "*.safetensors.index.json", TOKENIZER_FILE, "tokenizer_config.json", "README.md")
+# What is fetched of a model on the hub: no code, no pickled weights, and no second copy of them under another name.
+WANTED = (CONFIG, "model*.safetensors", INDEX, TOKENIZER_FILE, "tokenizer_config.json", "README.md")
 
 
 class Source(NamedTuple):
