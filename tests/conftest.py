@@ -43,6 +43,8 @@ SLOW = (
     "commands/test_interrupts.py",
     "commands/test_sample_command.py",
     "commands/test_streams.py",
+    "interchange/test_export_families.py",
+    "interchange/test_hf.py",
     "model/test_model_heads.py",
     "ops/test_compiled_kernels.py",
     "ops/test_transforms.py",
