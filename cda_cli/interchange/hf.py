@@ -167,6 +167,7 @@ class CdaForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Does nothing, as in `CdaConfig`."""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at numbers, which no tracer has
 def left_padding(attention_mask: Tensor | None) -> Tensor | None:
     """Returns the number of zeros in front of each row of a mask [B, S], or None where nothing is hidden.
 
