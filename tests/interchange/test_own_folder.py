@@ -11,9 +11,12 @@ import tokenizers
 import torch
 
 import cda_cli
+from cda_cli.data import tokenizer_from_json
 from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.interchange.export import export
+from cda_cli.interchange.hf_files import write_hf
 from cda_cli.language_model import LanguageModel
+from cda_cli.restore import restore
 from tests.commands.helpers import Cda, run_cda
 from tests.interchange.checkpoints import save_checkpoint
 
@@ -69,6 +72,19 @@ def test_a_tokenizer_comes_back_with_its_separator(tmp_path: Path) -> None:
     assert after.tokenizer.vocab_size == 5
     scores = [lm.loglikelihood("abcd", with_separator=True) for lm in (before, after)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def test_the_tokens_that_begin_and_end_a_document_come_back(tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({letter: id for id, letter in enumerate("abcd")}, []))
+    made.add_special_tokens(["<s>", "<end>"])
+    checkpoint = save_checkpoint(tmp_path / "run", tokenizer_json=made.to_str(), vocab_size=6)
+    tokenizer = tokenizer_from_json(made.to_str(), bos="<s>", eos="<end>")
+    (tmp_path / "exported").mkdir()
+    write_hf(restore(checkpoint, torch.device("cpu"))._replace(tokenizer=tokenizer), tmp_path / "exported")
+    exported = cda_cli.load(tmp_path / "exported", device="cpu")
+    assert (exported.tokenizer.bos, exported.tokenizer.separator) == (tokenizer.bos, tokenizer.separator) == (4, 5)
+    assert (exported.config.data.bos, exported.config.data.eos) == ("<s>", "<end>")
+    assert len(exported.logits("abcd")) == 5
 
 
 @each_model
