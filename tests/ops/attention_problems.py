@@ -90,6 +90,13 @@ def fused(this: Problem, **settings: object) -> list[Tensor]:
     return run(this, DEVICE, backend="triton", **settings)
 
 
+def fused_output(this: Problem, **settings: object) -> Tensor:
+    """The output of `fused`, with what a backward needs kept, but without the backward."""
+    leaves = [tensor.detach().to(DEVICE).requires_grad_() for tensor in this[:4]]
+    output = soft_topk_attention(*leaves, **this.settings(DEVICE), backend="triton", **settings)
+    return output.detach().cpu()
+
+
 def moved(this: Problem, elements: int) -> Problem:
     """The same numbers and strides, so many elements further into their memory."""
 

@@ -20,6 +20,7 @@ from tests.ops.attention_problems import (
     differentiable_problem,
     expect,
     fused,
+    fused_output,
     moved,
     packed,
     plain,
@@ -37,17 +38,14 @@ DTYPES = (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32
 
 @pytest.mark.parametrize("name", CASES)
 def test_float32_output_and_every_gradient(name: str) -> None:
+    """The output keeps the rule of the weights too, which are right to 1e-5 + 4u·max|s|/ε. So its rows are right to k
+    times that, times the largest value."""
     this = CASES[name]
-    assert_close(fused(this), expect(this), 1e-4, this)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_output_keeps_the_rule_of_the_weights(name: str) -> None:
-    """Weights to 1e-5 + 4u·max|s|/ε, so rows of the output to k times that, times the largest value."""
-    this = CASES[name]
+    found, expected = fused(this), expect(this)
+    assert_close(found, expected, 1e-4, this)
     tol = 1e-5 + 4 * UNIT * this.rows().scores.abs().max().item() / this.eps
     bound = tol * this.budget.max().item() * this.value.abs().max().item()
-    assert_within(fused(this)[0], expect(this)[0], bound, "output")
+    assert_within(found[0], expected[0], bound, "output, by the rule of the weights")
 
 
 WIDTHS = (16, 32, 64, 80, 96, 128, 256)
@@ -142,7 +140,7 @@ def test_hard_rows(name: str, k: float) -> None:
     """The inputs that the accuracy rules name, in float32: the output under the rule of the weights."""
     this = with_scores(hard_rows()[name], k, 0.1)
     tol = 1e-5 + 4 * UNIT * this.query.abs().max().item() / this.eps
-    assert_within(fused(this)[0], expect(this)[0], tol * k * this.value.abs().max().item(), "output")
+    assert_within(fused_output(this), expect(this)[0], tol * k * this.value.abs().max().item(), "output")
 
 
 @pytest.mark.parametrize("k", [2.0, 5.0])
@@ -158,7 +156,7 @@ def test_a_row_beyond_the_bound_of_k_is_nan_and_the_others_are_right() -> None:
     beyond = this.budget > 2
     assert beyond.any()
     assert not beyond.all()
-    output = fused(this, largest_k=2.0)[0]
+    output = fused_output(this, largest_k=2.0)
     assert output[beyond].isnan().all()
     within = output[~beyond]
     expected = run(this, backend="torch")[0][~beyond]
@@ -187,7 +185,7 @@ def test_training_and_inference_give_the_same_output() -> None:
     this = problem((1, 2, 90, 90, 32), 2.0)
     inputs = [tensor.to(DEVICE) for tensor in this[:4]]
     output = soft_topk_attention(*inputs, **this.settings(), backend="triton")
-    assert_within(output.cpu(), fused(this)[0], 1e-5, "output")
+    assert_within(output.cpu(), fused_output(this), 1e-5, "output")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
