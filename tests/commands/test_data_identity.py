@@ -103,7 +103,7 @@ def test_a_tokenizer_that_was_replaced_is_seen(cda: Cda, tiny: Path, home: Path)
     write("abcde")
     (home / "deep").mkdir()
     shutil.move(home / "tokenizer.json", home / "deep" / "tokenizer.json")
-    moved = cda(*run, "--steps", 2, "--tokenizer", "deep/tokenizer.json")
+    moved = cda("train", "--out", "run", "--steps", 2, "--tokenizer", "deep/tokenizer.json")
     assert moved.code == 0, moved.err
 
 

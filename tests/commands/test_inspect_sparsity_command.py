@@ -26,8 +26,8 @@ def inspected(cda: Cda, *arguments: object) -> dict[str, Any]:
     return document
 
 
-def trained(cda: Cda, tiny: Path, out: Path, *settings: object) -> Path:
-    result = cda("train", "--config", tiny, "--out", out, "--steps", 1, *settings)
+def trained(cda: Cda, tiny: Path, out: Path, *settings: object, steps: int = 1) -> Path:
+    result = cda("train", "--config", tiny, "--out", out, "--steps", steps, *settings)
     assert result.code == 0, result.err
     return out
 
@@ -54,7 +54,7 @@ def test_json_has_every_figure_of_every_head(cda: Cda, finished: Path) -> None:
 def test_epsilon_is_the_one_in_use(cda: Cda, tiny: Path, finished: Path, tmp_path: Path) -> None:
     """In the middle of annealing the weights are not those of attn_eps; validation takes the same ε as `cda eval`."""
     annealed = ("--set", "model.eps_anneal_start=4", "--set", "optim.schedule_steps=20", "--eps", 0.5)
-    run = trained(cda, tiny, tmp_path / "run", *annealed, "--steps", 2, "--lr", 0.01)
+    run = trained(cda, tiny, tmp_path / "run", *annealed, "--lr", 0.01, steps=2)
     eps = 4 ** (1 - 2 / 10) * 0.5 ** (2 / 10)
     assert inspected(cda, run)["attn_eps"] == pytest.approx(eps)
     assert f"ε = {eps:g}\n" in cda("inspect-sparsity", run).out
