@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import termios
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from typing import IO, Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.control import Control
 from rich.live import Live
@@ -15,7 +21,7 @@ from rich.text import Text
 
 from cda_cli.console.base import Trimmed, duration
 from cda_cli.console.layer_table import layer_table, measures
-from cda_cli.console.run_status import RunStatus, batch_words, figures, shape_words
+from cda_cli.console.run_status import RunStatus, figures, header_rows
 from cda_cli.console.sparkline import sparkline
 
 WIDE = 150  # columns from which the layers stand beside the figures
@@ -72,11 +78,15 @@ class LiveView:
         return [columns, ""]
 
     def _title(self, width: int) -> list[RenderableType]:
-        plan = self.status.plan
-        parts = [f"{shape_words(plan)}, {batch_words(plan)}", plan.attention]
-        if width >= WIDE:
-            parts = [", ".join(parts)]
-        return [*(Text(part, style="bold", no_wrap=True, overflow="ellipsis") for part in parts), ""]
+        """The rows of the header in as few lines as they fit in."""
+        lines: list[str] = []
+        for row in header_rows(self.status.plan).values():
+            joined = f"{lines[-1]}, {row}" if lines else row
+            if lines and cell_len(joined) <= width:
+                lines[-1] = joined
+            else:
+                lines.append(row)
+        return [*(Text(line, style="bold", no_wrap=True, overflow="ellipsis") for line in lines), ""]
 
     def _figures(self, options: ConsoleOptions, rows: int) -> list[RenderableType]:
         """A line for each figure, at most `rows` of them."""
@@ -133,6 +143,28 @@ def _rows(lines: list[int], width: int) -> int:
     return sum(max(1, math.ceil(columns / width)) for columns in lines)
 
 
+def _mute(terminal: IO[str]) -> Callable[[], None]:
+    """Keeps a terminal from showing what is typed, and returns what undoes that.
+
+    A ^C or a line end that it echoes would move the view, and with a ^C it throws away what is on the way to it.
+    """
+    try:
+        descriptor = terminal.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (OSError, termios.error):
+        return lambda: None
+    muted = [*before[:3], before[3] & ~termios.ECHO | termios.NOFLSH, *before[4:]]
+    _set_mode(descriptor, muted)
+    return lambda: _set_mode(descriptor, before)
+
+
+def _set_mode(descriptor: int, mode: list[Any]) -> None:
+    """Does nothing in the background, where the process would be stopped for it."""
+    with suppress(OSError, termios.error):
+        if os.tcgetpgrp(descriptor) == os.getpgrp():
+            termios.tcsetattr(descriptor, termios.TCSANOW, mode)
+
+
 class ResizableLive(Live):
     """A `Live` that draws a `LiveView`, also in the right place after the terminal has become narrower.
 
@@ -147,6 +179,19 @@ class ResizableLive(Live):
         self._view = view
         self._scrolled: list[int] = []  # columns of the lines that were scrolled away, from the top
         self._size = console.size
+        self._unmute: Callable[[], None] = lambda: None
+
+    def start(self, refresh: bool = False) -> None:
+        self._unmute = _mute(self.console.file)
+        super().start(refresh)
+
+    def stop(self) -> None:
+        super().stop()
+        self._unmute()
+
+    def held(self) -> AbstractContextManager[object]:
+        """Within it only the caller draws. A print reckons with the rows of the view until it has written its own."""
+        return self._lock
 
     def process_renderables(self, renderables: list[RenderableType]) -> list[RenderableType]:  # type: ignore[override]
         width, height = self.console.size

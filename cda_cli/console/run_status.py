@@ -60,12 +60,13 @@ class RunStatus:
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
-def shape_words(plan: Plan) -> str:
+def model_words(plan: Plan) -> str:
     model = plan.config.model
     heads = counted(model.heads, "head")
     if model.key_heads < model.heads:
         heads += f" on {counted(model.key_heads, 'key head')}"
-    return f"{counted(model.depth, 'layer')} × {model.dim}, {heads}, context {model.seq_len}"
+    shape = f"{counted(model.depth, 'layer')} × {model.dim}, {heads}, context {model.seq_len}"
+    return f"{shape}, {count(plan.parameters)} parameters"
 
 
 def batch_words(plan: Plan) -> str:
@@ -74,8 +75,15 @@ def batch_words(plan: Plan) -> str:
     return f"batch {optim.batch_size}{accumulated}, {optim.optimizer}, learning rate {optim.lr:g}"
 
 
+def header_rows(plan: Plan) -> dict[str, str]:
+    """What the header of the live view says too."""
+    return {"model": model_words(plan), "training": batch_words(plan), "attention": plan.attention}
+
+
 def plan_rows(plan: Plan) -> dict[str, str]:
-    passes = "streamed" if plan.epochs is None else f"{plan.epochs:.2f} passes over the text"
+    passes = "streamed"
+    if plan.epochs is not None:
+        passes = f"{f'{plan.epochs:.2f}' if plan.epochs >= 0.01 else 'under 0.01'} passes over the text"
     first = f"from step {plan.first_step} to {plan.steps}" if plan.first_step else f"{plan.steps}"
     processes = {"processes": plan.processes} if plan.processes != "1" else {}
     return {
@@ -83,9 +91,7 @@ def plan_rows(plan: Plan) -> dict[str, str]:
         **({"preset": plan.config.preset} if plan.config.preset else {}),
         **processes,
         "data": plan.data,
-        "model": f"{shape_words(plan)}, {count(plan.parameters)} parameters",
-        "attention": plan.attention,
-        "training": batch_words(plan),
+        **header_rows(plan),
         "steps": f"{first}, of {count(plan.tokens_per_step)} tokens ({passes})",
         "device": ", ".join(
             [plan.device, plan.dtype, *["compiled"] * plan.compiled, *["CUDA graphs"] * plan.cuda_graphs]

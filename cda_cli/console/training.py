@@ -12,10 +12,11 @@ from rich.text import Text
 
 from cda_cli.console.base import duration, is_live, out, print_pairs, print_trimmed, shows_progress
 from cda_cli.console.layer_table import layer_table, measures
-from cda_cli.console.live_view import NOTICE, LiveView, ResizableLive
+from cda_cli.console.live_view import NOTICE, ROOMY, LiveView, ResizableLive
 from cda_cli.console.run_status import (
     RunStatus,
     figures,
+    header_rows,
     next_commands,
     plan_rows,
     refused_words,
@@ -47,6 +48,7 @@ class TrainingDisplay:
         self._dash = "-" if self._console.options.ascii_only else "–"
         self._status: RunStatus | None = None
         self._live: ResizableLive | None = None
+        self._held_back: dict[str, str] = {}
         self._saved: int | None = None  # the step of the latest checkpoint
 
     def busy(self, words: str) -> AbstractContextManager[object]:
@@ -60,11 +62,15 @@ class TrainingDisplay:
         self._status = RunStatus(plan, plan.first_step)
         for record in history:
             self._status.add(record)
-        print_pairs(self._console, plan_rows(plan))
+        rows = plan_rows(plan)
+        if self._is_live and self._console.height >= ROOMY:
+            # They stand in the header of the view; `finish` prints them.
+            self._held_back = {name: rows.pop(name) for name in header_rows(plan)}
+        print_pairs(self._console, rows)
         self._console.print()
         if self._is_live:
             self._live = ResizableLive(LiveView(self._status), self._console)
-            self._live.start()
+            self._live.start(refresh=True)
 
     def advance(self, step: int, seconds_left: float | None) -> None:
         if self._status:
@@ -73,10 +79,14 @@ class TrainingDisplay:
     def show(self, record: Record) -> None:
         assert self._status
         self._status.add(record)
+        with self._live.held() if self._live else nullcontext():
+            self._print(record, self._status.plan)
+
+    def _print(self, record: Record, plan: Plan) -> None:
         match record:
             case TrainRecord():
                 if not self._is_live:
-                    self._lines(record, *train_words(record, self._status.plan.has_budget, self._dash))
+                    self._lines(record, *train_words(record, plan.has_budget, self._dash))
             case RefusedRecord():
                 self._line(record, Text(refused_words(record), style="yellow"))
             case ValidationRecord():
@@ -90,7 +100,8 @@ class TrainingDisplay:
                 self._line(record, Text(f"saved {record.path}"))
 
     def note(self, text: str) -> None:
-        print_sentence(self._console, text, style="yellow")
+        with self._live.held() if self._live else nullcontext():
+            print_sentence(self._console, text, style="yellow")
 
     def stopping(self) -> None:
         """Answers a request to stop at once, also where the step takes minutes. A signal handler may call it."""
@@ -108,7 +119,11 @@ class TrainingDisplay:
         if not status or not status.train:
             return
         console = self._console
-        rows = {"step": f"{status.step} of {status.plan.steps}, in {duration(status.elapsed)}", **figures(status)}
+        rows = {
+            **self._held_back,
+            "step": f"{status.step} of {status.plan.steps}, in {duration(status.elapsed)}",
+            **figures(status),
+        }
         if status.validation:
             rows["validated on"] = validated_on(status.plan, status.validation)
         console.print()

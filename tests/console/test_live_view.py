@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
+import os
+import pty
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -93,6 +98,11 @@ def test_a_header_names_the_run() -> None:
     text = "\n".join(drawn(status_of(PLAN, records(4)), 80, 24))
     for words in ("4 layers × 128, 4 heads, context 256", "batch 16", "learning rate 0.001", PLAN.attention):
         assert words in text
+
+
+@pytest.mark.parametrize(("width", "lines"), [(80, 3), (120, 2), (200, 1)])
+def test_the_header_has_as_few_lines_as_it_fits_in(width: int, lines: int) -> None:
+    assert drawn(status_of(PLAN, records(4)), width, 24).index("") == lines
 
 
 def test_a_wide_terminal_has_two_columns() -> None:
@@ -202,3 +212,36 @@ def test_a_resize_leaves_nothing_torn(sizes: list[tuple[int, int]], layers: int)
     shown = [row for row in terminal.screen() if row != "printed before"]
     assert [row.split("  ")[0] for row in shown] == [line.split("  ")[0] for line in expected]
     live.stop()
+
+
+MUTED = """
+import json, sys, termios
+from cda_cli.console.live_view import LiveView, ResizableLive
+from rich.console import Console
+from tests.console.plans import PLAN, records, status_of
+
+def mode():
+    flags = termios.tcgetattr(1)[3]
+    return [bool(flags & termios.ECHO), bool(flags & termios.NOFLSH)]
+
+live = ResizableLive(LiveView(status_of(PLAN, records(1))), Console(force_terminal=True))
+modes = [mode()]
+live.start(refresh=True)
+modes.append(mode())
+live.stop()
+open(sys.argv[1], "w").write(json.dumps([*modes, mode()]))
+"""
+
+
+def test_what_is_typed_is_not_shown_while_it_is_drawn(tmp_path: Path) -> None:
+    """The ^C that a terminal echoes would move the view, and with it goes what is on the way to the terminal."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", MUTED, str(tmp_path / "modes")])
+    with contextlib.suppress(OSError):  # the end of the child closes the terminal
+        while os.read(terminal, 4096):
+            pass
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.close(terminal)
+    before, during, after = json.loads((tmp_path / "modes").read_text())
+    assert (before, during, after) == ([True, False], [False, True], before)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import replace
+from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -297,3 +299,51 @@ def test_a_terminal_sees_at_once_that_something_begins(screen: MakeScreen) -> No
     with display.busy("starting [x]"):
         pass
     assert plain.getvalue() == ""
+
+
+def test_few_passes_over_the_text_are_no_zero(screen: MakeScreen) -> None:
+    assert "(under 0.01 passes over the text)" in shown(screen(), PLAN._replace(epochs=0.003))
+    assert "(2.04 passes over the text)" in shown(screen(), PLAN._replace(epochs=2.04))
+
+
+def test_what_the_header_says_is_said_once(screen: MakeScreen) -> None:
+    """Below the plan the view would repeat it; it is printed at the end, when the view has gone."""
+    made = screen(terminal=True)
+    display = TrainingDisplay()
+    display.start(PLAN, [])
+    before = made.getvalue()
+    assert before.count(PLAN.attention) == 1, "not once in the view"
+    display.show(TRAIN)
+    display.finish()
+    end = made.getvalue().rpartition("\x1b[?25h")[2]
+    for words in (PLAN.attention, "1.23 M parameters", "learning rate 0.001"):
+        assert words in end
+
+
+def test_the_view_is_not_drawn_while_a_record_is_printed(screen: MakeScreen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two would go back by the rows that the other has not drawn yet, and lines would be lost."""
+    made = screen(terminal=True)
+    display = TrainingDisplay()
+    display.start(PLAN, [])
+    free: list[bool] = []
+
+    def try_to_draw() -> None:
+        free.append(view.acquire(blocking=False))
+        if free[-1]:
+            view.release()
+
+    def write(text: str) -> int:
+        other = Thread(target=try_to_draw)
+        other.start()
+        other.join()
+        return len(text)
+
+    assert display._live
+    view: Any = display._live.held()
+    monkeypatch.setattr(made, "write", write)
+    display.show(CheckpointRecord(step=10, path="x"))
+    display.note("a sentence")
+    monkeypatch.undo()
+    display.finish()
+    assert free
+    assert not any(free)
