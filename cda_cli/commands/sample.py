@@ -18,6 +18,8 @@ from cda_cli.commands.options import (
     JsonOption,
 )
 
+SEEDS = 2**63  # that a generator takes
+
 
 def sample(
     checkpoint: CheckpointArgument,
@@ -35,7 +37,7 @@ def sample(
     num_samples: Annotated[int, typer.Option(min=1, help="Samples for each prompt.")] = 1,
     seed: Annotated[
         int,
-        typer.Option(min=0, max=2**63 - 1, help="Same seed, same text; each further sample takes the next seed."),
+        typer.Option(min=0, help="Same seed, same text; each further sample takes the next seed."),
     ] = 0,
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or when it is whole.")
@@ -59,6 +61,7 @@ def sample(
     from cda_cli.errors import ConfigError
     from cda_cli.generation import SamplingSettings
     from cda_cli.generation.text import generate_text, read_prompts
+    from cda_cli.plurals import counted
     from cda_cli.restore import restore_on
     from cda_cli.signals import StopRequest
 
@@ -68,6 +71,8 @@ def sample(
     settings.check()
     prompts = read_prompts(prompt or (), prompts_file, sys.stdin)
     each = [(text, place, number) for place, text in enumerate(prompts, 1) for number in range(1, num_samples + 1)]
+    if seed + len(each) > SEEDS:
+        raise ConfigError(f"--seed {seed} is too large for {counted(len(each), 'sample')}; give a smaller one")
     samples = []
     with StopRequest() as stop:
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)

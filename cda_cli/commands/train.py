@@ -29,8 +29,8 @@ def train(
     resume: Annotated[
         str,
         Option(
-            metavar="auto|never|CHECKPOINT",
-            help="What to go on from.",
+            metavar="auto|never|PATH",
+            help="What to go on from; PATH is a checkpoint or a run.",
             autocompletion=complete_resume,
             rich_help_panel=RUN,
         ),

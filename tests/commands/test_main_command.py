@@ -81,6 +81,16 @@ def test_help_mentions_every_option(cda: Cda, name: str, monkeypatch: pytest.Mon
     assert command.help.split(":")[0].split()[0] in result.out
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_splits_no_value_in_a_narrow_terminal(cda: Cda, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The half of a word in the next line cannot be read, or looked for."""
+    monkeypatch.setenv("COLUMNS", "80")
+    words = set(cda(name, "--help").out.split())
+    for parameter in COMMANDS[name].params:
+        assert set((parameter.metavar or "").split()) <= words, f"{parameter.name} is torn"
+    assert not [word for word in words if len(word) > 12 and word.strip("[]x<>=").isdigit()], "an endless number"
+
+
 def test_help_of_all_names_every_command(cda: Cda) -> None:
     result = cda("--help")
     assert result.code == 0

@@ -288,4 +288,7 @@ def test_a_file_without_prompts(cda: Cda, finished: Path, tmp_path: Path) -> Non
 
 def test_a_seed_beyond_what_a_generator_takes(cda: Cda, finished: Path) -> None:
     """A bound that is named, not an overflow somewhere in PyTorch."""
-    assert_refused(cda("sample", finished, "--prompt", "a", "--seed", 10**20), "--seed", "is not possible")
+    for seed, samples in ((10**20, 1), (2**63, 1), (2**63 - 1, 2)):
+        refused = cda("sample", finished, "--prompt", "a", "--seed", seed, "--num-samples", samples)
+        assert_refused(refused, f"--seed {seed} is too large for {samples} sample", "give a smaller one")
+    assert cda("sample", finished, "--prompt", "a", "--seed", 2**63 - 1, "--max-new-tokens", 1).code == 0
