@@ -64,7 +64,7 @@ def main(capture: str, *runs: str) -> None:
     console.print(Group(view, "", maps, "", shades[0]))
     console.save_svg(
         str(PICTURE),
-        title="cda train, and below it a head of each model",
+        title="cda train, and below it the sharpest head of each model",
         code_format=WEB_FONTS.sub("", CONSOLE_SVG_FORMAT),
     )
 
