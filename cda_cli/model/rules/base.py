@@ -106,6 +106,7 @@ class AttentionRule(ABC):
         `edit`, if given, returns other weights for each block. `observe`, if given, gets the weights [B, H, t, S] of
         each block, its k [B, H, t], and the index, among the S keys, of the last one that its first query sees.
         """
+        assert edit is None or documents is None, "an edit takes rows whose null keys come first"
         B, H, T, _ = query.shape
         key, value = for_each_query(key, H), for_each_query(value, H)
         S, dtype = key.shape[2], torch.promote_types(query.dtype, torch.float32)
