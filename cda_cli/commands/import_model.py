@@ -14,9 +14,9 @@ def import_model(
     source: Annotated[
         str,
         Argument(
-            metavar="PATH|hf:OWNER/NAME|published:FILE",
-            help="A folder that transformers saved, a GGUF file, such a folder on the Hugging Face hub, or weights of "
-            "coordinate_descent_attention as safetensors.",
+            metavar="MODEL",
+            help="PATH of a folder that transformers saved, or of a GGUF file, hf:OWNER/NAME of the Hugging Face hub, "
+            "or published:FILE, weights of coordinate_descent_attention as safetensors.",
         ),
     ],
     out: Annotated[Path, Option("--out", "-o", help="Folder of the run that is made.")],
