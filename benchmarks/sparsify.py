@@ -1,7 +1,7 @@
 """Fine-tunes one model with soft top-k and with controls, and measures each with fewer keys: docs/sparsify.md.
 
     cda import SmolLM2-135M-Instruct.Q4_1.gguf --out runs/smollm2 --seq-len 1024
-    python benchmarks/sparsify.py runs/smollm2 runs/sparsify --data stdlib --steps 150 --jobs 9
+    python benchmarks/sparsify.py runs/smollm2 runs/sparsify --data stdlib --steps 100 --jobs 3
 
 Every arm starts from the weights of the run and takes the same steps on the same text, with the same seeds. Its ε falls
 from 1, which is softmax, to 0.5 over the first half of the steps. A run that was cut goes on, and one that is done is
@@ -59,8 +59,9 @@ def measure(source: Path, out: Path, name: str, seed: int, asked: argparse.Names
         optim = ("--steps", asked.steps, "--batch-size", asked.batch_size, "--grad-accum", asked.grad_accum)
         rate = ("--lr", asked.lr, "--set", f"optim.warmup_steps={asked.steps // 10}", "--set", "optim.weight_decay=0")
         quiet = ("--set", "run.eval_every=0", "--set", "run.save_every=0")
+        eager = ("--set", "run.compile=false")  # Compiling takes longer than so few steps.
         start = ("train", "--init-from", source, "--data", asked.data, "--out", run, "--set", f"run.seed={seed}")
-        cda(*start, *optim, *rate, *quiet, *ARMS[name])
+        cda(*start, *optim, *rate, *quiet, *eager, *ARMS[name])
     cuts = [argument for cut in CUTS for argument in ("--cut", cut)]
     found = json.loads(cda("eval", run, *cuts, "--max-batches", asked.max_batches, "--json"))
     print(f"{name}, seed {seed}: {found['bits_per_byte']:.4f} bits per byte", file=sys.stderr, flush=True)
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="the run that all start from")
     parser.add_argument("out", type=Path, help="a folder for the runs")
     parser.add_argument("--data", default="stdlib")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--grad-accum", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-4)
