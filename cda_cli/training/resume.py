@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cda_cli.config import Config
+from cda_cli.data import Tokenizer
 from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.runs.folder import Run, began_from
 from cda_cli.storage import Checkpoint, load, locate
@@ -58,16 +59,31 @@ def check_same_run(before: Config, now: Config, where: Path, *, same_text: bool 
     Model, data, seed and optimizer make a run; steps, rates and intervals may change. With the `same_text`, in the same
     tokens, the text may lie in another place.
     """
+    check_same_model(before, now, where)
     places = {"source", "tokenizer"} if same_text else set()
-    pairs = [("model", before.model, now.model), ("data", before.data, now.data)]
-    for section, old, new in pairs:
-        for name, value in old.model_dump(exclude=places).items():
-            if value != getattr(new, name):
-                _refuse(where, f"{section}.{name}", value, getattr(new, name))
+    for name, value in before.data.model_dump(exclude=places).items():
+        if value != getattr(now.data, name):
+            _refuse(where, f"data.{name}", value, getattr(now.data, name))
     if before.run.seed != now.run.seed:
         _refuse(where, "run.seed", before.run.seed, now.run.seed)
     if before.optim.optimizer != now.optim.optimizer:
         _refuse(where, "optim.optimizer", before.optim.optimizer, now.optim.optimizer)
+
+
+def check_same_model(before: Config, now: Config, where: Path) -> None:
+    """Raises ConfigError if the settings `now` make another model than `before`, those of the run in `where`."""
+    for name, value in before.model.model_dump().items():
+        if value != getattr(now.model, name):
+            _refuse(where, f"model.{name}", value, getattr(now.model, name))
+
+
+def check_same_tokens(before: Tokenizer, now: Tokenizer, where: Path) -> None:
+    """Raises ConfigError if the tokenizer `now` gives other tokens than `before`, that of the model in `where`."""
+    if before.fingerprint != now.fingerprint:
+        raise ConfigError(
+            f"the model in {where} knows the tokens of its own tokenizer and of no other; leave --tokenizer, data.bos "
+            "and data.eos as they are there"
+        )
 
 
 def check_same_text(before: Any, now: Mapping[str, Any], text: str, where: Path) -> None:

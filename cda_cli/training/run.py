@@ -36,7 +36,14 @@ from cda_cli.training.loop import train
 from cda_cli.training.nonfinite import StepResult
 from cda_cli.training.optimizer import GuardedOptimizer
 from cda_cli.training.pipeline import draw
-from cda_cli.training.resume import check_same_beginning, check_same_run, check_same_text, find_checkpoint
+from cda_cli.training.resume import (
+    check_same_beginning,
+    check_same_model,
+    check_same_run,
+    check_same_text,
+    check_same_tokens,
+    find_checkpoint,
+)
 from cda_cli.training.setup import (
     build,
     config_warnings,
@@ -336,11 +343,15 @@ def _set_up(
         raise
     trained = saved_config(checkpoint) if checkpoint else initial.config if initial else None
     config = with_vocabulary(with_absolute_paths(config), data, trained)  # errors named the paths as they were given
-    if checkpoint and checkpoint.state["optimizer"]:  # an imported model has been trained on no text here
-        known = checkpoint.state.get("data")  # None in a checkpoint of a version that did not save it
+    if checkpoint:
         before = with_absolute_paths(saved_config(checkpoint))
-        check_same_run(before, config, run.path, same_text=known == data.identity)
-        check_same_text(known, data.identity, data.description, run.path)
+        if checkpoint.state["optimizer"]:
+            known = checkpoint.state.get("data")  # None in a checkpoint of a version that did not save it
+            check_same_run(before, config, run.path, same_text=known == data.identity)
+            check_same_text(known, data.identity, data.description, run.path)
+        else:  # An imported model has been trained on no text here.
+            check_same_model(before, config, run.path)
+            check_same_tokens(tokenizer_of(checkpoint), data.tokenizer, run.path)
     remarks = initial.remarks(config.model) if initial else []
     for sentence in [*remarks, *config_warnings(config), *filter(None, [data.remark])]:
         display.note(sentence)

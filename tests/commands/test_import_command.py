@@ -102,6 +102,25 @@ def test_the_run_is_trained_on_any_text(cda: Cda, run: Path, text: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--attention", "coordinate-descent"], ["model.attention", "another --out"]),
+        (["--tokenizer", "bytes", "--set", "data.bos=null", "--set", "data.eos=null"], ["tokenizer"]),
+        (["--set", "data.eos=null"], ["data.eos"]),
+    ],
+)
+def test_the_run_keeps_its_model_and_its_tokens(
+    cda: Cda, run: Path, text: Path, tmp_path: Path, options: list[str], words: list[str]
+) -> None:
+    """Other settings would train another model, or feed it numbers that mean other tokens, without a word."""
+    here = Path(shutil.copytree(run, tmp_path / "run"))
+    given = ["--data", text, "--steps", 2, "--batch-size", 2, "--tokenizer", here / "tokenizer.json"]
+    given = given[:-2] if "--tokenizer" in options else given
+    assert_refused(cda("train", "--out", here, *given, *options), *words)
+    assert steps_saved(here) == [0]
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nowhere"], ["nowhere", "hf:OWNER/NAME"]),
