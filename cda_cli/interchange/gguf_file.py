@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.interchange.conversion import Read
-from cda_cli.interchange.families import FAMILIES, Family
+from cda_cli.interchange.families import Family, family_of
 from cda_cli.interchange.rotary import llama3_scaling
 from cda_cli.interchange.weights import damaged
 
@@ -46,10 +46,9 @@ GPT2_KEYS = {
     "layer_norm_epsilon": "attention.layer_norm_epsilon",
 }
 SCALING_KEYS = {
-    "rope_type": "rope.scaling.type",
     "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length",
-    "attention_factor": "rope.scaling.attn_factor",
+    "attention_factor": "rope.scaling.yarn_attn_factor",
     "beta_fast": "rope.scaling.yarn_beta_fast",
     "beta_slow": "rope.scaling.yarn_beta_slow",
 }
@@ -68,7 +67,7 @@ class GgufFile(NamedTuple):
 def open_gguf(file: Path) -> GgufFile:
     """Opens `file` and reads its metadata.
 
-    Raises CheckpointError for a damaged file and for an architecture that is none of FAMILIES, and ConfigError where
+    Raises CheckpointError for a damaged file and for an architecture of no known family, and ConfigError where
     the library is missing.
     """
     try:
@@ -80,14 +79,11 @@ def open_gguf(file: Path) -> GgufFile:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
     except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
         raise damaged(file, error) from error
-    name = metadata.get("general.architecture")
-    if name not in FAMILIES:
-        raise CheckpointError(
-            f"the architecture {name!r} is not among those that cda can import; give a model of {', '.join(FAMILIES)}"
-        )
+    name: Any = metadata.get("general.architecture")
+    family = family_of({"model_type": name})
     stored = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(name, metadata, stored)
-    return GgufFile(config, _readers(name, config, stored), metadata)
+    return GgufFile(config, _readers(name, family, config, stored), metadata)
 
 
 def _config(name: str, metadata: Mapping[str, Any], stored: Mapping[str, gguf.ReaderTensor]) -> dict[str, Any]:
@@ -97,8 +93,11 @@ def _config(name: str, metadata: Mapping[str, Any], stored: Mapping[str, gguf.Re
         if isinstance(value, list):
             raise CheckpointError(f"the layers of the model differ in their {key}, which cda cannot say; give another")
     rope = {key: metadata[f"{name}.{its}"] for key, its in SCALING_KEYS.items() if f"{name}.{its}" in metadata}
-    if rope.get("rope_type", "none") != "none":
-        config["rope_scaling"] = rope
+    # A factor without a type is linear for llama.cpp, which also knows an older key of it.
+    kind = metadata.get(f"{name}.rope.scaling.type", "linear")
+    factor = rope.get("factor", metadata.get(f"{name}.rope.scale_linear", 1.0))
+    if kind != "none" and (kind != "linear" or factor not in (0.0, 1.0)):
+        config["rope_scaling"] = {"rope_type": kind} | rope
     if FACTORS in stored and (scaling := llama3_scaling(stored[FACTORS].data.tolist(), config.get("rope_theta", 1e4))):
         config["rope_scaling"] = scaling
     rotated = metadata.get(f"{name}.rope.dimension_count")
@@ -114,7 +113,9 @@ def _config(name: str, metadata: Mapping[str, Any], stored: Mapping[str, gguf.Re
     return {"model_type": name, "sliding_window": None} | config
 
 
-def _readers(name: str, config: Mapping[str, Any], stored: Mapping[str, gguf.ReaderTensor]) -> dict[str, Read]:
+def _readers(
+    name: str, family: Family, config: Mapping[str, Any], stored: Mapping[str, gguf.ReaderTensor]
+) -> dict[str, Read]:
     """What reads each tensor of the file, under the name of transformers if the family has one."""
     import gguf
 
@@ -126,7 +127,7 @@ def _readers(name: str, config: Mapping[str, Any], stored: Mapping[str, gguf.Rea
     # The factors of the scaling of Llama 3 have become settings.
     scaled = config.get("rope_scaling", {}).get("rope_type") == "llama3"
     left = {its: tensor for its, tensor in stored.items() if its != FACTORS or not scaled}
-    for their, transposed in _names(FAMILIES[name], blocks):
+    for their, transposed in _names(family, blocks):
         base, _, part = their.rpartition(".")
         its = f"{names.get_name(base)}.{part}"
         if its in left:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -91,8 +93,12 @@ def write(
     vocabulary: Vocabulary,
     kind: Any = F32,
     extra: dict[str, np.ndarray[Any, Any]] | None = None,
+    metadata: Mapping[str, str | float] = MappingProxyType({}),
 ) -> Path:
-    """Writes a model of transformers as GGUF: matrices of the type `kind`, and the rest as F32."""
+    """Writes a model of transformers as GGUF: matrices of the type `kind`, and the rest as F32.
+
+    `extra` are more tensors, and `metadata` more keys, after the name of the architecture.
+    """
     config, name = model.config, model.config.model_type
     name = "llama" if name == "mistral" else name
     writer = gguf.GGUFWriter(file, name)
@@ -112,6 +118,8 @@ def write(
         writer.add_key_length(head_width)
         writer.add_value_length(head_width)
         writer.add_rope_dimension_count(head_width)
+    for key, value in metadata.items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(f"{name}.{key}", value)
     writer.add_license("apache-2.0")
     vocabulary.write(writer)
     names = gguf.get_tensor_name_map({word: kind for kind, word in gguf.MODEL_ARCH_NAMES.items()}[name], 2)

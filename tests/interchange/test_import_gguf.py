@@ -199,6 +199,24 @@ def test_what_the_model_has_no_use_for_is_named(tmp_path: Path) -> None:
     refused(file, tmp_path, "rope_freqs.weight")
 
 
+def test_yarn_is_read_with_its_factor_on_queries_and_keys(tmp_path: Path) -> None:
+    """convert_hf_to_gguf.py of llama.cpp writes `attention_factor` as rope.scaling.yarn_attn_factor."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 16.0, "yarn_attn_factor": 1.75}
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.75}
+    model = randomised(qwen2(vocab_size=SIZE, rope_parameters=rope | {"rope_theta": 1000.0}))
+    metadata = {f"rope.scaling.{key}": value for key, value in scaling.items()}
+    write(model, tmp_path / "model.gguf", byte_level(), metadata=metadata)
+    imported(tmp_path / "model.gguf", tmp_path / "run")
+    torch.testing.assert_close(logits(restored(tmp_path / "run").model, BATCH), logits(model, BATCH), **CLOSE)
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_linear_scaling_without_a_type_is_refused(key: str, tmp_path: Path) -> None:
+    """llama.cpp divides all positions by this factor; without it the model would be another."""
+    file = write(randomised(MODELS["llama"]()), tmp_path / "model.gguf", byte_level(), metadata={key: 4.0})
+    refused(file, tmp_path, "'linear'", "yarn")
+
+
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     model = randomised(MODELS["llama"]())
     del model.model.layers[1].mlp.up_proj
