@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cda_cli.errors import CheckpointError
-from cda_cli.interchange.conversion import Read, Rows
+from cda_cli.interchange.conversion import NOTHING, Read, Rows
 from cda_cli.interchange.families import wanted_context
 from cda_cli.interchange.weights import damaged, open_safetensors, safetensors_metadata
 from cda_cli.model.published import PUBLISHED_NAMES, published_config
@@ -72,5 +72,5 @@ def open_published(file: Path, seq_len: int | None = None) -> PublishedFile:
         ) from error
     settings = config.model_dump() | {"seq_len": wanted_context(config.seq_len, seq_len)}
     # The published softmax does not read the linear of its learned k.
-    unread = "(?!)" if config.attention != "softmax" else r"layers\.\d+\.0\.to_learned_k\.(weight|bias)"
+    unread = NOTHING if config.attention != "softmax" else r"layers\.\d+\.0\.to_learned_k\.(weight|bias)"
     return PublishedFile(settings, readers, unread)

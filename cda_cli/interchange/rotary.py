@@ -10,7 +10,7 @@ from cda_cli.config import ModelConfig
 from cda_cli.errors import CheckpointError
 
 # Our settings, and the keys of `rope_parameters`, of each scaling.
-SCALINGS: dict[str, dict[str, str]] = {
+ROPE_KEYS: dict[str, dict[str, str]] = {
     "none": {},
     "llama3": {
         "rotary_factor": "factor",
@@ -34,7 +34,7 @@ def rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     scaling = "none" if kind == "default" else kind
-    if scaling not in SCALINGS:
+    if scaling not in ROPE_KEYS:
         raise CheckpointError(f"cda has no rotary positions of the type {kind!r}; give a model with llama3 or yarn")
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if share != 1 or not rope.get("truncate", True):
@@ -44,7 +44,7 @@ def rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     base = rope.get("rope_theta", config.get("rope_theta", DEFAULT_BASE))
     settings = {"rotary_scaling": scaling, "rotary_base": float(base)}
-    said = {name: rope[key] for name, key in SCALINGS[scaling].items() if rope.get(key) is not None}
+    said = {name: rope[key] for name, key in ROPE_KEYS[scaling].items() if rope.get(key) is not None}
     if scaling != "none":
         longest = config["max_position_embeddings"]
         said.setdefault("rotary_original_len", longest)
@@ -80,7 +80,7 @@ def rotary_config(model: ModelConfig) -> dict[str, Any]:
     """The `rope_parameters` of `model`, and `rope_theta` for readers before transformers 5."""
     scaling = model.rotary_scaling
     rope = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": model.rotary_base}
-    rope |= {key: value for name, key in SCALINGS[scaling].items() if (value := getattr(model, name)) is not None}
+    rope |= {key: value for name, key in ROPE_KEYS[scaling].items() if (value := getattr(model, name)) is not None}
     if scaling != "none":
         rope.setdefault("original_max_position_embeddings", model.seq_len)
     before = {key: value for key, value in rope.items() if key != "rope_theta"}

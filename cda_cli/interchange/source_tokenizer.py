@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cda_cli.errors import CheckpointError
+from cda_cli.errors import CheckpointError, brief
 from cda_cli.interchange.weights import read_json
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ def _parsed(text: str, name: str) -> tuple[tokenizers.Tokenizer, str | None]:
         made.no_truncation()
         with_first, without = (made.encode("a", add_special_tokens=add).ids[:1] for add in (True, False))
     except Exception as error:  # the library raises the bare Exception for a bad file
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{name} is not a tokenizer that the library reads ({reason}); {REMEDY}") from error
+        raise CheckpointError(f"{name} is not a tokenizer that the library reads ({brief(error)}); {REMEDY}") from error
     return made, made.id_to_token(with_first[0]) if with_first != without else None
 
 

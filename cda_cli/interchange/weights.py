@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cda_cli.errors import CheckpointError
+from cda_cli.errors import CheckpointError, brief
 from cda_cli.interchange.conversion import Read
+from cda_cli.storage import sha256_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_CHUNK = 2**20
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -70,8 +69,7 @@ def safetensors_metadata(file: Path) -> Mapping[str, str]:
 
 def damaged(file: Path, error: Exception) -> CheckpointError:
     """The error for a file of weights that cannot be read."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return CheckpointError(f"{file} is damaged, or cut short ({reason}); download it again")
+    return CheckpointError(f"{file} is damaged, or cut short ({brief(error)}); download it again")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -89,11 +87,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def digest_of(file: Path) -> str:
     """The SHA-256 of a file. Raises CheckpointError where it cannot be read."""
-    found = sha256()
     try:
-        with file.open("rb", buffering=0) as stream:
-            while chunk := stream.read(_CHUNK):
-                found.update(chunk)
+        return sha256_of(file)
     except OSError as error:
         raise damaged(file, error) from error
-    return found.hexdigest()

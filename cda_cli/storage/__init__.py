@@ -22,6 +22,7 @@ from cda_cli.storage.checkpoint import (
     verify,
 )
 from cda_cli.storage.lock import LOCK, is_held, only_writer
+from cda_cli.storage.manifest import sha256_of
 from cda_cli.storage.run_files import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, holds_run
 from cda_cli.storage.tensors import write_tensors
 
@@ -48,6 +49,7 @@ __all__ = [
     "recorded_sha256",
     "remove_published",
     "remove_stale",
+    "sha256_of",
     "step_folder",
     "unpack_optimizer",
     "verify",

@@ -165,10 +165,11 @@ def _regular_size(file: Path) -> int:
 def _sha256_of(files: Sequence[Path]) -> dict[Path, str]:
     """Hashes in threads: hashing does not hold the interpreter, and most of a checkpoint is in two or three files."""
     with ThreadPoolExecutor(max_workers=4) as threads:
-        return dict(zip(files, threads.map(_sha256, files), strict=True))
+        return dict(zip(files, threads.map(sha256_of, files), strict=True))
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal. Raises OSError."""
     digest = hashlib.sha256()
     with file.open("rb", buffering=0) as stream:
         while chunk := stream.read(_CHUNK):
