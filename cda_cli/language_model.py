@@ -51,12 +51,12 @@ class LanguageModel:
 
     @property
     def config(self) -> Config:
-        """The settings that the model was trained with."""
+        """The settings that the model was trained with; of an exported folder only those of model and tokenizer."""
         return self._restored.config
 
     @property
     def path(self) -> Path:
-        """The folder of the checkpoint."""
+        """The folder of the checkpoint, or the exported folder."""
         return self._restored.path
 
     def __repr__(self) -> str:

@@ -100,6 +100,7 @@ def restore_folder(folder: Path, device: torch.device, backend: Backend) -> Rest
     source = open_source(str(folder))
     tokens = fitted(source.tokenizer, source.settings["vocab_size"]) if source.tokenizer else None
     config = _config(source, {}, tokens, folder)
+    _check_vocabulary(config, tokens)
     _check_depth(config, source)
     weights = dict(to_ours(source.tensors, config.model, source.readers, source.derived))
     model = Transformer(config.model, backend)
@@ -129,10 +130,13 @@ def _check_vocabulary(config: Config, tokens: SourceTokenizer | None) -> None:
     """Raises CheckpointError if the run's tokenizer would have other tokens than the model."""
     rows, data = config.model.vocab_size, config.data
     if tokens is None and rows != ByteTokenizer.vocab_size:
-        raise CheckpointError(f"the model has {rows:,} tokens, and bytes are 256; give --tokenizer its tokenizer.json")
+        raise CheckpointError(
+            f"the model has {rows:,} tokens, and bytes are 256; give cda import its tokenizer.json by --tokenizer"
+        )
     if tokens is not None and tokenizer_from_json(tokens.text, bos=data.bos, eos=data.eos).vocab_size != rows:
         raise CheckpointError(
-            "no special token of the tokenizer is known to end a document; name one with --set data.eos=TOKEN"
+            "no special token of the tokenizer is known to end a document; name one in its tokenizer_config.json "
+            "(eos_token), or to cda import with --set data.eos=TOKEN"
         )
 
 

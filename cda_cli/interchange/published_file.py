@@ -7,6 +7,7 @@ stand as JSON under `arguments` in the metadata of the file; one that is absent 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,11 @@ PUBLISHED = {
     for ours, theirs in PUBLISHED_NAMES.items()
     for part in ("", ".weight", ".bias")
 }
+
+
+def is_published(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json has the arguments of the published Transformer, as `published_files` writes them."""
+    return "attn_use_coor_descent" in config
 
 
 class PublishedFile(NamedTuple):

@@ -14,7 +14,7 @@ from cda_cli.interchange.conversion import NOTHING, Read, Rows, whole_names
 from cda_cli.interchange.families import family_of, model_settings, wanted_context
 from cda_cli.interchange.gguf_file import LICENCE, open_gguf
 from cda_cli.interchange.own_folder import PREFIX, is_own, own_model, own_tensors
-from cda_cli.interchange.published_file import PUBLISHED, open_published
+from cda_cli.interchange.published_file import PUBLISHED, is_published, open_published
 from cda_cli.interchange.source_tokenizer import (
     TOKENIZER_FILE,
     SourceTokenizer,
@@ -22,7 +22,7 @@ from cda_cli.interchange.source_tokenizer import (
     tokenizer_of_gguf,
     tokenizer_of_text,
 )
-from cda_cli.interchange.weights import INDEX, digest_of, open_safetensors, read_json, weight_files
+from cda_cli.interchange.weights import INDEX, SINGLE, digest_of, open_safetensors, read_json, weight_files
 
 HUB, PACKAGE = "hf:", "published:"
 CONFIG = "config.json"
@@ -75,6 +75,8 @@ def open_source(name: str, seq_len: int | None = None, tokenizer: str | None = N
 
 def _of_folder(folder: Path, origin: dict[str, Any], seq_len: int | None, tokenizer: str | None) -> Source:
     config = read_json(folder / CONFIG)
+    if is_published(config):
+        return _of_package(folder / SINGLE, seq_len, tokenizer)
     settings, tensors, prefix, derived = _described(config, seq_len)
     files = weight_files(folder)
     found = open_safetensors(files)

@@ -8,10 +8,12 @@ from typing import Any
 
 import coordinate_descent_attention as package
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
 
-from cda_cli.errors import ConfigError
+import cda_cli
+from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.interchange.export import export
 from cda_cli.restore import restore
 from tests.interchange.checkpoints import save_checkpoint
@@ -45,9 +47,17 @@ def test_the_published_package_loads_its_weights(settings: dict[str, Any], tmp_p
     if settings["attention"] == "softmax":  # The published operator runs on GPUs alone.
         torch.testing.assert_close(logits(model.eval(), BATCH), logits(ours, BATCH), rtol=0, atol=1e-4)
     imported(f"published:{folder / 'model.safetensors'}", tmp_path / "again")
-    torch.testing.assert_close(
-        logits(restored(tmp_path / "again").model, BATCH), logits(ours, BATCH), rtol=0, atol=1e-5
-    )
+    for back in (restored(tmp_path / "again").model, cda_cli.load(folder, device="cpu").model):
+        torch.testing.assert_close(logits(back, BATCH), logits(ours, BATCH), rtol=0, atol=1e-5)
+
+
+def test_a_folder_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    """The package knows no tokenizer, so that the folder of a model with 5 tokens is not taken for bytes."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({letter: id for id, letter in enumerate("abcd")}, []))
+    checkpoint = save_checkpoint(tmp_path / "run", tokenizer_json=made.to_str(), vocab_size=5, attention="softmax")
+    folder = exported(checkpoint, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"5 tokens, and bytes are 256.*--tokenizer"):
+        cda_cli.load(folder, device="cpu")
 
 
 @pytest.mark.parametrize(
