@@ -52,7 +52,6 @@ def test_figures_that_the_run_has_not_are_not_there(cda: Cda, finished: Path, tm
     text = card(tmp_path / "model")[1]
     assert "The run has not measured this checkpoint." in text
     assert "Measured at training step 4" in text
-    (finished / "checkpoints/step-00000004")
     copy = tmp_path / "elsewhere"
     copy.mkdir()
     for name, data in contents(finished / "checkpoints/step-00000006").items():

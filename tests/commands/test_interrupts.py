@@ -74,6 +74,17 @@ def test_a_stop_before_the_first_step_leaves_nothing(
     assert contents(tmp_path / "cache") == left
 
 
+def test_a_stop_during_an_export_leaves_nothing(finished: Path, tmp_path: Path) -> None:
+    """The folder is begun under a hidden name, which a process that dies would leave behind."""
+    before = contents(tmp_path)
+    command = [sys.executable, "-c", AT_AN_EVENT, str(int(signal.SIGTERM)), "open", "generation_config.json"]
+    export = ["export", str(finished), str(tmp_path / "model")]
+    done = subprocess.run([*command, *export], capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert done.stderr == "interrupted; nothing was written\n"
+    assert contents(tmp_path) == before
+
+
 def test_requests_are_noted_and_handlers_given_back() -> None:
     """A handler that stays would swallow Ctrl-C in whatever comes after the command."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
