@@ -1,6 +1,6 @@
 """The model as transformers knows it. Importing this module registers it with AutoConfig and AutoModelForCausalLM.
 
-A folder of `cda export` then loads without trust_remote_code. This needs the optional extra `hf`.
+A folder of `cda export` then loads without trust_remote_code. This needs transformers 5.4 or later, the extra `hf`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
 
 from cda_cli.config import ModelConfig, parse
+from cda_cli.errors import ConfigError, brief
 from cda_cli.interchange.hf_files import AUTO_MAP, MODEL_TYPE, write_remote_code
 from cda_cli.model import KeyValueCache, Transformer
 from cda_cli.model.attention import Attention
 from cda_cli.model.rotary import RotaryPositions
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+    from transformers.cache_utils import Cache, DynamicCache
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.utils.generic import can_return_tuple
+except ImportError as error:  # transformers 4 has no PreTrainedConfig
+    raise ConfigError(
+        f"cda_cli.interchange.hf needs transformers 5.4 or later ({brief(error)}); install it with "
+        "pip install --upgrade 'cda-cli[hf]'"
+    ) from error
 
 # The name of the cache among the outputs.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import transformers
 from torch import Tensor
 
 import cda_cli.interchange.hf  # noqa: F401 - makes the model known to transformers
+from cda_cli.errors import ConfigError
 from cda_cli.generation import SamplingSettings, generate
 from cda_cli.interchange.export import export
 from cda_cli.restore import Restored, restore
@@ -34,6 +36,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "softmax, tied": {"attention": "softmax", "tied_embeddings": True},
 }  # fmt: skip
 each_model = pytest.mark.parametrize("settings", MODELS.values(), ids=list(MODELS))
+
+
+def test_without_transformers_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cda_cli.interchange.hf")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"pip install --upgrade 'cda-cli\[hf\]'"):
+        importlib.import_module("cda_cli.interchange.hf")
 
 
 def written(tmp_path: Path, *, averaged: bool = False, **settings: Any) -> tuple[Restored, Path]:
