@@ -37,9 +37,9 @@ def load(
 
     `path` is a checkpoint or a run, of which it takes the newest whole checkpoint, or with `best` that of the lowest
     validation loss. `ema` takes the moving average of the weights. It may also be a folder that `cda export` wrote, or
-    one of transformers that `cda import` takes. `device` is "auto", "cpu", "cuda", "cuda:1" …;
-    `dtype` is the precision of the matrix products, by default bfloat16 on a GPU that has it and float32 elsewhere;
-    `backend` chooses the code of the operator. All of them mean what the options of `cda eval` mean.
+    one of transformers that `cda import` takes. `device` is "auto", "cpu", "cuda", "cuda:1" …; `dtype` is the precision
+    of the matrix products, by default bfloat16 on a GPU that has it and float32 elsewhere; `backend` chooses the code
+    of the operator. All of them mean what the options of `cda eval` mean.
 
     Raises `cda_cli.errors.CdaError`, in one sentence: CheckpointError if there is no such checkpoint or it is damaged,
     DeviceError if this machine lacks the device, ConfigError for another argument that cannot be.

@@ -180,8 +180,8 @@ def config_of_weights(named: str, base: Config | None = None) -> Config:
     """The settings of the model whose weights `named`, a run or a checkpoint, has.
 
     Its ε is that of the checkpoint's step, and anneals no more. A scaling of the rotary positions stays as it is in
-    another context. `base` are the settings of the run that is trained: if
-    it began from these very weights, they are returned, and the weights may have gone. Raises CheckpointError.
+    another context. `base` are the settings of the run that is trained: if it began from these very weights, they are
+    returned, and the weights may have gone. Raises CheckpointError.
     """
     if base and began_from(base, named):
         return base

@@ -27,8 +27,8 @@ ObserveBlock = Callable[[Tensor, Tensor, int], None]
 class Rows(NamedTuple):
     """A block of t rows of one layer, with their scores [B, H, t, S].
 
-    `mask` is bool [t, S], True where a query sees a key; the first `null_keys` keys are null keys. `weights` computes
-    the weights [B, H, t, S] by the layer's rule from a mask, which may also be [B, H, t, S].
+    `mask` is bool [t, S], True where a query sees a key; the first `null_keys` keys are null keys. No row is padded.
+    `weights` computes the weights [B, H, t, S] by the layer's rule from a mask, which may also be [B, H, t, S].
     """
 
     scores: Tensor
