@@ -13,7 +13,7 @@ from cda_cli.interchange.hf_files import write_hf
 from cda_cli.interchange.model_card import model_card
 from cda_cli.interchange.published_files import write_published
 from cda_cli.restore import Restored, restore
-from cda_cli.storage import published_folder
+from cda_cli.storage import check_free, published_folder
 
 
 class Format(NamedTuple):
@@ -60,19 +60,11 @@ def export(
     """
     if format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}: {did_you_mean(format, FORMATS)}")
-    _check_free(folder)
+    check_free(folder)
     restored = restore(checkpoint, torch.device("cpu"), best=best, ema=ema)
-    if folder.is_dir():
-        folder.rmdir()
-    with published_folder(folder) as target:
+    with published_folder(folder, over_empty=True) as target:
         loading = FORMATS[format].write(restored, target).format(name=name)
         card = model_card(restored, name, license, FORMATS[format].library, loading)
         (target / CARD).write_text(card, encoding="utf-8")
-    return Exported(folder, restored.path, {file.name: file.stat().st_size for file in sorted(folder.iterdir())})
-
-
-def _check_free(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; give the name of a new folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty; give the name of a new folder")
+        files = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
+    return Exported(folder, restored.path, files)

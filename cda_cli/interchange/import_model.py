@@ -14,7 +14,7 @@ from torch import Tensor
 from cda_cli import strict_json
 from cda_cli.config import Config, parse, resolve
 from cda_cli.data import ByteTokenizer, tokenizer_from_json
-from cda_cli.errors import CheckpointError, ConfigError
+from cda_cli.errors import CheckpointError
 from cda_cli.interchange.conversion import to_ours
 from cda_cli.interchange.source import Source, open_source
 from cda_cli.interchange.source_tokenizer import TOKENIZER_FILE, SourceTokenizer, fitted
@@ -23,7 +23,7 @@ from cda_cli.ops import Backend
 from cda_cli.restore import Restored
 from cda_cli.runs.folder import Run
 from cda_cli.runtime import random_states
-from cda_cli.storage import publish, published_folder
+from cda_cli.storage import check_free, publish, published_folder
 from cda_cli.version import __version__
 
 ORIGIN_FILE = "source.json"
@@ -74,7 +74,7 @@ def import_model(
 
     Raises ConfigError or CheckpointError for what cannot be imported, and StorageError if the write fails.
     """
-    _check_free(out)
+    check_free(out)
     source = open_source(name, seq_len, tokenizer)
     rule = {} if attn_k is None and attn_eps is None else SOFT_TOP_K
     flags = {"model.attn_k": attn_k, "model.attn_eps": attn_eps}
@@ -108,13 +108,6 @@ def restore_folder(folder: Path, device: torch.device, backend: Backend) -> Rest
     data = config.data
     tokenizer = tokenizer_from_json(tokens.text if tokens else None, data.tokenizer, data.bos, data.eos)
     return Restored(model.to(device).eval(), config, tokenizer, {}, folder, device)
-
-
-def _check_free(out: Path) -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out} exists already; choose another folder for --out")
 
 
 def _config(source: Source, rule: Mapping[str, str], tokens: SourceTokenizer | None, out: Path) -> Config:
@@ -152,11 +145,9 @@ def _check_depth(config: Config, source: Source) -> None:
 def _write(
     out: Path, config: Config, weights: Mapping[str, Tensor], tokens: SourceTokenizer | None, origin: Mapping[str, Any]
 ) -> None:
-    if out.is_dir():
-        out.rmdir()  # it is empty
     text = tokens.text if tokens else None
     torch.manual_seed(config.run.seed)
-    with published_folder(out) as folder:
+    with published_folder(out, over_empty=True) as folder:
         publish(
             folder,
             step=0,

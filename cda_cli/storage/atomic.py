@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from cda_cli.errors import StorageError
+from cda_cli.errors import ConfigError, StorageError
 
 _HIDDEN = re.compile(r"\.tmp-.+-([1-9][0-9]{0,8})-[0-9a-f]{8}", re.DOTALL)
 
@@ -49,15 +49,17 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def published_folder(path: Path) -> Iterator[Path]:
+def published_folder(path: Path, *, over_empty: bool = False) -> Iterator[Path]:
     """Yields a hidden folder to fill. If the block ends well, the folder becomes `path`, which must not exist before.
+
+    With `over_empty` an empty folder, or a link to one, may be there: the new folder takes its place.
 
     On any exception, an interrupt included, the hidden folder is removed and `path` stays absent. The block should
     only write: an OSError in it counts as a failed write and becomes a StorageError.
     """
-    path = Path(path)
+    path = Path(path).resolve() if over_empty else Path(path)
     with _explained("write", path):
-        _refuse_existing(path)
+        _refuse_existing(path, over_empty)
         _make_folder(path.parent)
         temporary = _hidden_sibling(path)
         temporary.mkdir()
@@ -65,12 +67,23 @@ def published_folder(path: Path) -> Iterator[Path]:
             yield temporary
             _settle(temporary)
             # A rename would replace an empty folder without a word.
-            _refuse_existing(path)
+            _refuse_existing(path, over_empty)
             temporary.rename(path)
         except BaseException:
             _discard(temporary)
             raise
         _fsync(path.parent)
+
+
+def check_free(path: Path) -> None:
+    """Raises ConfigError unless `path` is absent or an empty folder, where `published_folder` may write over it."""
+    if os.path.lexists(path) and not _is_empty_folder(path):
+        taken = "is not empty" if path.is_dir() else "is a file"
+        raise ConfigError(f"{path} {taken}; give the name of a new folder")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def remove_published(path: Path) -> None:
@@ -122,8 +135,8 @@ def _another_process_lives(pid: int) -> bool:
     return True
 
 
-def _refuse_existing(path: Path) -> None:
-    if os.path.lexists(path):
+def _refuse_existing(path: Path, over_empty: bool) -> None:
+    if os.path.lexists(path) and not (over_empty and _is_empty_folder(path)):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 

@@ -193,7 +193,7 @@ def test_a_setting_that_no_tensor_fills_is_refused(whole: Path, tmp_path: Path) 
 def test_a_folder_with_content_is_not_touched(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    refused(whole, tmp_path, ["exists", "--out"])
+    refused(whole, tmp_path, ["is not empty", "a new folder"])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
     (tmp_path / "run" / "notes.txt").unlink()
     imported(whole, tmp_path / "run")

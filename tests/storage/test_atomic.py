@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cda_cli.errors import StorageError
-from cda_cli.storage.atomic import published_folder, remove_published, remove_stale, write_file
+from cda_cli.errors import ConfigError, StorageError
+from cda_cli.storage.atomic import check_free, published_folder, remove_published, remove_stale, write_file
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -73,6 +73,26 @@ def test_what_exists_is_never_replaced_by_a_folder(tmp_path: Path, kind: str) ->
     with pytest.raises(StorageError, match="exists already; move it away"), published_folder(target):
         pytest.fail("the block ran")
     assert [entry.name for entry in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize("name", ["empty", "link"])
+def test_over_an_empty_folder_a_folder_is_whole_or_absent(tmp_path: Path, name: str) -> None:
+    """A link to it stays, and so does the empty folder where the block fails."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    check_free(tmp_path / name)
+    with pytest.raises(KeyError), published_folder(tmp_path / name, over_empty=True) as folder:  # noqa: PT012
+        (folder / "half").write_bytes(b"half")
+        raise KeyError
+    assert list((tmp_path / "empty").iterdir()) == []
+    with published_folder(tmp_path / name, over_empty=True) as folder:
+        (folder / "whole").write_bytes(b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
+    assert (tmp_path / "link" / "whole").read_bytes() == b"whole"
+    with pytest.raises(StorageError, match="exists already"), published_folder(tmp_path / name, over_empty=True):
+        pytest.fail("the block ran")
+    with pytest.raises(ConfigError, match=f"{name} is not empty; give the name of a new folder"):
+        check_free(tmp_path / name)
 
 
 @pytest.mark.parametrize(
