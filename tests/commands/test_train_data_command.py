@@ -97,7 +97,7 @@ def test_a_trained_tokenizer_stays_that_of_its_run(cda: Cda, tiny: Path, text: P
     assert cda("eval", tmp_path / "cut").code == 0
     refused = cda("train", "--out", tmp_path / "cut", "--steps", 5, "--tokenizer", "bpe:291")
     assert refused.code == 2
-    assert "holds another run (model.vocab_size is 290 there and 291 here)" in refused.err
+    assert "holds another run (data.tokenizer is 'bpe:290' there and 'bpe:291' here)" in refused.err
 
 
 def test_a_folder_resumes_by_its_text(cda: Cda, tiny: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.commands.helpers import Cda, assert_refused, metrics, steps_saved
 def wandered(cda: Cda, tiny: Path, tmp_path: Path) -> Path:
     """A run whose rate grows out of proportion: its lowest validation loss lies behind it."""
     run = tmp_path / "wandered"
-    rising = ("--lr", 100, "--set", "optim.warmup_steps=1000", "--eval-every", 1, "--save-every", 1, "--steps", 9)
+    rising = ("--lr", 1000, "--set", "optim.warmup_steps=1000", "--eval-every", 1, "--save-every", 1, "--steps", 9)
     result = cda("train", "--config", tiny, "--out", run, *rising)
     assert result.code == 0, result.err
     return run

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from cda_cli.storage import locate
-from cda_cli.storage.manifest import _canonical, _sha256
+from cda_cli.storage.manifest import _canonical, sha256_of
 from tests.commands.helpers import Result, run_cda
 from tests.reliability.damage import finished_run
 from tests.reliability.harness import FORKS, exit_code, start
@@ -53,7 +53,7 @@ def written(name: str, make: Callable[[Path], bytes]) -> Change:
 
 def fit_manifest(checkpoint: Path) -> None:
     files = {
-        file.name: {"sha256": _sha256(file), "size": file.stat().st_size}
+        file.name: {"sha256": sha256_of(file), "size": file.stat().st_size}
         for file in checkpoint.iterdir()
         if file.name != "manifest.json" and file.is_file()
     }
@@ -174,7 +174,7 @@ def named_in_manifest(name: str) -> Change:
     def change(checkpoint: Path, canary: Path) -> None:
         content = json.loads((checkpoint / "manifest.json").read_bytes())
         named = str(canary) if name == "absolute" else name.replace("CANARY", os.path.relpath(canary, checkpoint))
-        content["files"][named] = {"sha256": _sha256(canary), "size": canary.stat().st_size}
+        content["files"][named] = {"sha256": sha256_of(canary), "size": canary.stat().st_size}
         (checkpoint / "manifest.json").write_bytes(_canonical(content))
 
     return change
