@@ -1,4 +1,4 @@
-"""Fine-tunes one model with soft top-k and with controls, and measures each with fewer keys: docs/sparsify.md.
+"""Fine-tunes one model with soft top-k and with controls, and measures each with fewer keys (docs/sparsify.md).
 
     cda import SmolLM2-135M-Instruct.Q4_1.gguf --out runs/smollm2 --seq-len 1024
     python benchmarks/sparsify.py runs/smollm2 runs/sparsify --data stdlib --steps 100 --jobs 3
