@@ -156,6 +156,8 @@ FAMILIES: dict[str, Family] = {
             )
         },
         fixed={
+            "kv_heads": None,
+            "dim_head": None,
             "position": "learned",
             "norm": "layernorm",
             "qk_norm": False,

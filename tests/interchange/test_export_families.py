@@ -21,6 +21,11 @@ LLAMA: dict[str, Any] = {
     "kv_heads": 2, "dim": 16, "attention": "softmax",
 }  # fmt: skip
 
+GPT2: dict[str, Any] = {
+    "position": "learned", "norm": "layernorm", "ff": "gelu-tanh", "attn_bias": "all", "logits_bias": False, "heads": 4,
+    "dim": 16, "attention": "softmax",
+}  # fmt: skip
+
 
 def exported(checkpoint: Path, folder: Path) -> Path:
     export(checkpoint, folder, "hf", name=folder.name)
@@ -65,11 +70,26 @@ def test_a_model_trained_here_is_a_llama(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model, BATCH), expected, rtol=0, atol=2e-4)
 
 
+def test_a_model_trained_here_is_a_gpt2(tmp_path: Path) -> None:
+    folder = exported(save_checkpoint(tmp_path / "run", **GPT2), tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
+
+
 @pytest.mark.parametrize(
-    "change", [{"null_kv": 1}, {"attention": "tempered-softmax"}, {"output_gate": True}, {"ff": "relu2"}]
+    ("family", "change"),
+    [
+        (LLAMA, {"null_kv": 1}),
+        (LLAMA, {"attention": "tempered-softmax"}),
+        (LLAMA, {"output_gate": True}),
+        (LLAMA, {"ff": "relu2"}),
+        (GPT2, {"kv_heads": 2}),
+        (GPT2, {"dim_head": 8}),
+    ],
 )
-def test_what_no_family_can_say_keeps_our_own_code(change: dict[str, Any], tmp_path: Path) -> None:
-    folder = exported(save_checkpoint(tmp_path / "run", **LLAMA | change), tmp_path / "out")
+def test_what_no_family_can_say_keeps_our_own_code(
+    family: dict[str, Any], change: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = exported(save_checkpoint(tmp_path / "run", **family | change), tmp_path / "out")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "cda"
 
 
