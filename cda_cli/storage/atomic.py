@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cda_cli.errors import ConfigError, StorageError
 
-_HIDDEN = re.compile(r"\.tmp-.+-([1-9][0-9]{0,8})-[0-9a-f]{8}", re.DOTALL)
+_HIDDEN = re.compile(r"\.tmp-(.+)-([1-9][0-9]{0,8})-[0-9a-f]{8}", re.DOTALL)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -54,13 +54,15 @@ def published_folder(path: Path, *, over_empty: bool = False) -> Iterator[Path]:
 
     With `over_empty` an empty folder, or a link to one, may be there: the new folder takes its place.
 
-    On any exception, an interrupt included, the hidden folder is removed and `path` stays absent. The block should
-    only write: an OSError in it counts as a failed write and becomes a StorageError.
+    On any exception, an interrupt included, the hidden folder is removed and `path` stays absent. What a killed writer
+    of `path` left is removed first. The block should only write: an OSError in it counts as a failed write and becomes
+    a StorageError.
     """
     path = Path(path).resolve() if over_empty else Path(path)
     with _explained("write", path):
         _refuse_existing(path, over_empty)
         _make_folder(path.parent)
+        remove_stale(path.parent, path.name)
         temporary = _hidden_sibling(path)
         temporary.mkdir()
         try:
@@ -100,8 +102,8 @@ def remove_published(path: Path) -> None:
     _discard(hidden)
 
 
-def remove_stale(parent: Path) -> None:
-    """Removes what killed writers left in `parent`: every hidden sibling whose process is gone.
+def remove_stale(parent: Path, name: str | None = None) -> None:
+    """Removes what killed writers left in `parent`: every hidden sibling, or those of `name`, whose process is gone.
 
     A sibling of this very process counts as left over, because a restarted container often hands out the same
     number again. One process therefore writes one thing into a folder at a time. What cannot be removed stays; it
@@ -110,7 +112,7 @@ def remove_stale(parent: Path) -> None:
     with contextlib.suppress(OSError):
         for entry in list(Path(parent).iterdir()):
             match = _HIDDEN.fullmatch(entry.name)
-            if match and not _another_process_lives(int(match[1])):
+            if match and name in (None, match[1]) and not _another_process_lives(int(match[2])):
                 _discard(entry)
 
 

@@ -178,6 +178,17 @@ def test_leftovers_of_the_dead_are_removed_and_nothing_else(tmp_path: Path) -> N
     assert (elsewhere / "mine").exists(), "a leftover link was followed"
 
 
+def test_a_folder_is_published_without_what_a_killed_writer_of_it_left(tmp_path: Path) -> None:
+    """The folder that a user names lies among others', whose leftovers are not ours to remove."""
+    left = {name: tmp_path / f".tmp-{name}-999999999-0123abcd" for name in ("model", "model-2", "my-model")}
+    for folder in left.values():
+        folder.mkdir()
+        (folder / "half").touch()
+    with published_folder(tmp_path / "model") as folder:
+        (folder / "whole").touch()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model", left["model-2"].name, left["my-model"].name}
+
+
 def test_a_removed_folder_is_hidden_before_it_loses_a_file(tmp_path: Path, watch) -> None:
     folder = tmp_path / "cache"
     folder.mkdir()
