@@ -51,18 +51,17 @@ def export(
 
     from cda_cli.console import print_json, show_export
     from cda_cli.interchange.export import export
-    from cda_cli.interchange.push import check_push, push
+    from cda_cli.interchange.push import check_push, how_to_send, push
     from cda_cli.signals import StopRequest
 
     check_push(push_to, dry_run)
-    name = push_to or folder.resolve().name
-    address = None
-    with StopRequest() as stop:
-        with TemporaryDirectory() as trial, stop.at_once("interrupted; nothing was written"):
-            target = Path(trial, "export") if dry_run else folder
+    name, address = push_to or folder.resolve().name, None
+    with StopRequest() as stop, TemporaryDirectory() as trial:
+        target = Path(trial, "export") if dry_run else folder
+        with stop.at_once("interrupted; nothing was written"):
             exported = export(checkpoint, target, format, name=name, license=license, best=best, ema=ema)
         if push_to and not dry_run:
-            with stop.at_once(f"interrupted; {folder} is whole, and {push_to} may be without it"):
+            with stop.at_once(f"interrupted; {folder} is whole; {how_to_send(folder, push_to)}"):
                 address = push(folder, push_to)
     if as_json:
         document = {"checkpoint": str(exported.checkpoint), "format": format, "files": exported.files}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 from pathlib import Path
 
 from cda_cli.data.hub import quiet_libraries
@@ -13,8 +13,17 @@ def check_push(repository: str | None, dry_run: bool) -> None:
     """Raises ConfigError for a name that no repository can have, and for a trial without one."""
     if dry_run and repository is None:
         raise ConfigError("--dry-run lists what --push-to would send; give --push-to OWNER/NAME")
-    if repository is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository, re.ASCII):
-        raise ConfigError(f"--push-to takes OWNER/NAME, not {repository!r}")
+    if repository is None:
+        return
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+        if "/" not in repository:
+            raise HFValidationError("an owner is missing")
+    except HFValidationError as error:
+        raise ConfigError(f"--push-to takes OWNER/NAME, not {repository!r}") from error
 
 
 def push(folder: Path, repository: str) -> str:
@@ -36,5 +45,10 @@ def push(folder: Path, repository: str) -> str:
     except refused as error:
         raise StorageError(
             f"{repository} was not sent ({brief(error)}); {folder} is whole: run `hf auth login`, check the network, "
-            f"and send it with `hf upload {repository} {folder}`"
+            f"and {how_to_send(folder, repository)}"
         ) from error
+
+
+def how_to_send(folder: Path, repository: str) -> str:
+    """How a person sends a folder that was exported."""
+    return f"send it with `hf upload {repository} {shlex.quote(str(folder))}`"

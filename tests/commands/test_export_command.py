@@ -105,6 +105,9 @@ def test_a_failed_write_leaves_nothing(cda: Cda, finished: Path, tmp_path: Path)
         (("--dry-run",), "--dry-run lists what --push-to would send; give --push-to OWNER/NAME"),
         (("--push-to", "me"), "--push-to takes OWNER/NAME, not 'me'"),
         (("--push-to", "a/b/c"), "--push-to takes OWNER/NAME, not 'a/b/c'"),
+        (("--push-to", "me/my model"), "--push-to takes OWNER/NAME, not 'me/my model'"),
+        (("--push-to", "me/a..b"), "--push-to takes OWNER/NAME, not 'me/a..b'"),
+        (("--push-to", "me/-"), "--push-to takes OWNER/NAME, not 'me/-'"),
         (("--ema",), "has no moving average of the weights"),
     ],
 )
