@@ -236,7 +236,33 @@ def _settings(family: Family, config: Mapping[str, Any], seq_len: int | None) ->
     if settings["position"] == "rotary":
         settings |= rotary_settings(config)
     settings["seq_len"] = _context(config, settings, seq_len)
-    return settings
+    return settings | _soft_top_k(config.get("soft_topk"))
+
+
+# The numbers of the field `soft_topk`, which `cda_cli.transformers.use` leaves in config.json, and our settings.
+_OF_SOFT_TOP_K = {
+    "k": "attn_k",
+    "eps": "attn_eps",
+    "solver": "solver",
+    "n_iters": "n_iters",
+    "eps_init": "eps_init",
+    "eps_decay": "eps_decay",
+}
+
+
+def _soft_top_k(used: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The attention rule of a model that runs on the operator within transformers; nothing for any other model."""
+    if used is None:
+        return {}
+    rule: dict[str, Any] = {"attention": "coordinate-descent", "normalise": "k" if used["normalise"] else "none"}
+    for theirs, ours in _OF_SOFT_TOP_K.items():
+        rule[ours] = used[theirs]
+        if isinstance(used[theirs], list):
+            raise CheckpointError(
+                f"the model has a {theirs} for each layer, where cda has one for all; give one to "
+                "cda_cli.transformers.use, and save the model again"
+            )
+    return rule
 
 
 # Keys that may be missing or null: the head width follows from the width, and so on.

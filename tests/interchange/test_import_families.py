@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cda_cli.config import ModelConfig
+from cda_cli.errors import CheckpointError
 from cda_cli.interchange.conversion import HEAD, to_ours, to_theirs
 from cda_cli.interchange.families import FAMILIES, family_config, model_settings, plain_family
 from cda_cli.model import Transformer, state_tensors
 from cda_cli.runs.folder import Run
+from cda_cli.transformers import use
 from tests.interchange.models import (
     CLOSE,
     CONTEXT,
@@ -191,3 +193,16 @@ def test_a_model_that_is_more_than_a_family_has_none(setting: dict[str, Any]) ->
     plain = ModelConfig(**sizes("llama"))
     assert plain_family(plain) == "llama"
     assert plain_family(ModelConfig(**sizes("llama") | setting)) is None
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_a_model_that_uses_the_operator_keeps_it(normalise: bool, tmp_path: Path) -> None:
+    """As softmax, it would be another model. A k for each layer is one that we cannot have."""
+    model = randomised(llama())
+    use(model, k=2.5, eps=0.5, normalise=normalise)
+    imported(save(model, tmp_path / "model"), tmp_path / "run")
+    run = restored(tmp_path / "run")
+    torch.testing.assert_close(logits(run.model, tokens()), logits(model, tokens()), **CLOSE)
+    use(model, k=[2.0, 3.0])
+    with pytest.raises(CheckpointError, match="has a k for each layer"):
+        imported(save(model, tmp_path / "other"), tmp_path / "refused")
