@@ -17,7 +17,7 @@ from typing import Any
 from cda_cli import strict_json
 from cda_cli.interchange.conversion import to_theirs
 from cda_cli.interchange.families import FAMILIES, family_config, plain_family
-from cda_cli.interchange.hf_tokenizer import hf_tokenizer
+from cda_cli.interchange.hf_tokenizer import HfTokenizer, hf_tokenizer
 from cda_cli.model import state_tensors
 from cda_cli.restore import Restored
 from cda_cli.storage import write_tensors
@@ -62,14 +62,16 @@ def write_hf(restored: Restored, folder: Path) -> str:
     else:
         config = family_config(family, model)
         weights = to_theirs(FAMILIES[family].tensors, model, weights)
-    _write_json(folder / "config.json", config)
+    tokenizer = hf_tokenizer(restored.tokenizer)
+    # Without these a family has those of its first models, such as 50256. A token that pads would never be trained.
+    marks = {f"{role}_token_id": tokenizer.special[role] for role in ("bos", "eos")}
+    _write_json(folder / "config.json", config | marks)
     write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
-    _write_tokenizer(restored, folder)
+    _write_tokenizer(restored, tokenizer, folder)
     return LOADING_OWN if family is None else LOADING_FAMILY
 
 
-def _write_tokenizer(restored: Restored, folder: Path) -> None:
-    tokenizer = hf_tokenizer(restored.tokenizer)
+def _write_tokenizer(restored: Restored, tokenizer: HfTokenizer, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(tokenizer.inner.to_str(), encoding="utf-8")
     tokens = {f"{role}_token": tokenizer.inner.id_to_token(id) for role, id in tokenizer.special.items()}
     about = {

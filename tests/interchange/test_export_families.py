@@ -46,6 +46,8 @@ def test_in_and_out_again_is_the_same_model(name: str, tmp_path: Path) -> None:
     folder = exported(tmp_path / "run", tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     assert json.loads((folder / "config.json").read_text())["model_type"] == family
+    separator = restored(tmp_path / "run").tokenizer.separator
+    assert model.config.eos_token_id == separator, "a tool that reads config.json alone ends a text elsewhere"
     assert torch.equal(logits(model, BATCH), logits(source, BATCH))
     assert not (folder / "modeling_cda.py").exists(), "a family of transformers needs no code of ours"
 
