@@ -57,7 +57,8 @@ def open_source(name: str, seq_len: int | None = None, tokenizer: str | None = N
         folder = hub_folder(name.removeprefix(HUB), WANTED)
         return _of_folder(folder, {"source": name, "revision": folder.name}, seq_len, tokenizer)
     if name.startswith(PACKAGE):
-        return _of_package(Path(name.removeprefix(PACKAGE)).expanduser(), seq_len, tokenizer)
+        file = Path(name.removeprefix(PACKAGE)).expanduser()
+        return _of_package(file, {"source": f"{PACKAGE}{file.absolute()}", "license": None}, seq_len, tokenizer)
     path = Path(name).expanduser()
     if not path.exists():
         raise CheckpointError(f"there is no {path}; give a folder with a {CONFIG}, a GGUF file, or hf:OWNER/NAME")
@@ -75,8 +76,9 @@ def open_source(name: str, seq_len: int | None = None, tokenizer: str | None = N
 
 def _of_folder(folder: Path, origin: dict[str, Any], seq_len: int | None, tokenizer: str | None) -> Source:
     config = read_json(folder / CONFIG)
+    origin |= {"license": _licence(folder / "README.md")}
     if is_published(config):
-        return _of_package(folder / SINGLE, seq_len, tokenizer)
+        return _of_package(folder / SINGLE, origin, seq_len, tokenizer)
     settings, tensors, prefix, derived = _described(config, seq_len)
     files = weight_files(folder)
     found = open_safetensors(files)
@@ -84,7 +86,6 @@ def _of_folder(folder: Path, origin: dict[str, Any], seq_len: int | None, tokeni
     own = _chosen(tokenizer, config) if tokenizer else tokenizer_of_folder(folder, config)
     origin |= {
         "architecture": config["model_type"],
-        "license": _licence(folder / "README.md"),
         "sha256": {file.name: digest_of(file) for file in files},
     }
     return Source(settings, tensors, derived, readers, own, origin)
@@ -114,14 +115,9 @@ def _of_gguf(file: Path, seq_len: int | None, tokenizer: str | None) -> Source:
     return Source(settings, family.tensors, family.derived, opened.readers, own, origin)
 
 
-def _of_package(file: Path, seq_len: int | None, tokenizer: str | None) -> Source:
+def _of_package(file: Path, origin: dict[str, Any], seq_len: int | None, tokenizer: str | None) -> Source:
     opened = open_published(file, seq_len)
-    origin = {
-        "source": f"{PACKAGE}{file.absolute()}",
-        "architecture": "coordinate_descent_attention",
-        "license": None,
-        "sha256": {file.name: digest_of(file)},
-    }
+    origin |= {"architecture": "coordinate_descent_attention", "sha256": {file.name: digest_of(file)}}
     own = _chosen(tokenizer or "bytes", {})
     return Source(opened.settings, PUBLISHED, opened.derived, opened.readers, own, origin)
 

@@ -51,6 +51,14 @@ def test_the_published_package_loads_its_weights(settings: dict[str, Any], tmp_p
         torch.testing.assert_close(logits(back, BATCH), logits(ours, BATCH), rtol=0, atol=1e-5)
 
 
+def test_a_folder_comes_back_with_its_licence(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "run", attention="softmax")
+    export(checkpoint, tmp_path / "out", "published", name="out", license="mit")
+    origin = imported(tmp_path / "out", tmp_path / "again").origin
+    assert (origin["source"], origin["license"]) == (str(tmp_path / "out"), "mit")
+    assert list(origin["sha256"]) == ["model.safetensors"]
+
+
 def test_a_folder_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
     """The package knows no tokenizer, so that the folder of a model with 5 tokens is not taken for bytes."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE({letter: id for id, letter in enumerate("abcd")}, []))
