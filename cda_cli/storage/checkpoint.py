@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,18 +233,29 @@ def locate(path: Path, warn: Callable[[str], object] = _log.warning) -> Path:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); allow reading it") from error
 
 
-def _locate(path: Path, warn: Callable[[str], object]) -> Path:
+def _is_another_tools(path: Path) -> bool:
+    """Whether `path`, which is no run, is a model that `cda import` takes."""
+    if path.is_dir():
+        return (path / "config.json").is_file()
+    return path.suffix == ".gguf" if path.exists() else str(path).startswith("hf:")
+
+
+def _no_run(path: Path) -> str:
+    if _is_another_tools(path):
+        return f"{path} is a model of another tool; `cda import {shlex.quote(str(path))} --out RUN` makes a run of it"
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run's folder or one of its checkpoints")
+        return f"{path} does not exist; give a run's folder or one of its checkpoints"
     if not path.is_dir():
-        raise CheckpointError(f"{path} is a file; give the folder of the checkpoint or of the run")
-    if _STEP.fullmatch(path.name) or os.path.lexists(path / MANIFEST):
+        return f"{path} is a file; give the folder of the checkpoint or of the run"
+    return f"{path} is not a run (it has no folder {CHECKPOINTS}); give the folder that `train` wrote"
+
+
+def _locate(path: Path, warn: Callable[[str], object]) -> Path:
+    if (_STEP.fullmatch(path.name) and path.is_dir()) or os.path.lexists(path / MANIFEST):
         return path
     run = path.resolve().parent if path.resolve().name == CHECKPOINTS else path
     if not (run / CHECKPOINTS).is_dir():
-        raise CheckpointError(
-            f"{path} is not a run (it has no folder {CHECKPOINTS}); give the folder that `train` wrote"
-        )
+        raise CheckpointError(_no_run(path))
     found, passed_over = newest(run)
     if found is not None:
         for sentence in passed_over:

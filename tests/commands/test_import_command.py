@@ -140,6 +140,31 @@ def test_a_wrong_call_is_one_sentence(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_is_not_yet_a_run(cda: Cda, model: Path, tmp_path: Path, text: Path) -> None:
+    """Whoever has a model and no run learns how to make one, at each command that takes a run."""
+    gguf = tmp_path / "my model.gguf"
+    gguf.touch()
+    train = ("train", "--data", text, "--out", tmp_path / "run", "--init-from")
+    for command, source in (
+        ((*train,), model),
+        ((*train,), "hf:owner/name"),
+        (("sample", "--prompt", "w1"), gguf),
+        (("export", "hf:owner/name"), tmp_path / "out"),
+    ):
+        said = cda(*command, source)
+        assert_refused(said, "is a model of another tool; `cda import ", " --out RUN` makes a run of it")
+
+
+def test_the_next_command_is_for_trained_weights(cda: Cda, model: Path, tmp_path: Path, text: Path) -> None:
+    """The learning rate of a preset would undo them."""
+    shown = cda("import", model, "--out", tmp_path / "run")
+    command = next(line for line in shown.out.splitlines() if "--init-from" in line)
+    given = command.replace("TEXT", str(text)).replace("RUN", str(tmp_path / "next")).split()[1:]
+    assert cda(*given, "--steps", 1, "--batch-size", 2, "--seq-len", 16).code == 0
+    settings = yaml.safe_load((tmp_path / "next" / "config.yaml").read_text())
+    assert settings["optim"]["lr"] == 5e-5
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache of a hub that is out of reach."""
