@@ -67,6 +67,9 @@ def show_export(exported: Exported, address: str | None, planned: str | None) ->
         console.print("dry run: nothing was sent, and no folder was written")
 
 
+COMMON_CONTEXT = 1024  # of training, where memory is that of one GPU, or less
+
+
 def show_import(imported: Imported) -> None:
     data = imported.config.data
     marks = {"begins with": data.bos, "ends with": data.eos}
@@ -82,7 +85,9 @@ def show_import(imported: Imported) -> None:
     }
     console, run = out(), shlex.quote(str(imported.run))
     print_pairs(console, rows)
-    train = f"cda train --init-from {run} --data TEXT --out RUN"
+    # A new run has the learning rate of its preset, which is for random weights.
+    shorter = f" --seq-len {COMMON_CONTEXT}" if imported.config.model.seq_len > COMMON_CONTEXT else ""
+    train = f"cda train --init-from {run} --data TEXT --lr {imported.config.optim.lr:g}{shorter} --out RUN"
     print_next(console, [f'cda sample {run} --prompt "The "', f"cda eval {run} --data TEXT", train])
 
 
