@@ -184,7 +184,13 @@ def _explained(verb: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"could not {verb} {path}: {_reason_and_remedy(error, path)}") from error
+        raise StorageError(f"could not {verb} {_as_named(path)}: {_reason_and_remedy(error, path)}") from error
+
+
+def _as_named(path: Path) -> Path:
+    """The path that a person knows, also of a write within a hidden folder."""
+    found = ((_HIDDEN.fullmatch(part), part) for part in path.parts)
+    return Path(*(match[1] if match else part for match, part in found))
 
 
 def _reason_and_remedy(error: OSError, path: Path) -> str:

@@ -178,6 +178,18 @@ def test_leftovers_of_the_dead_are_removed_and_nothing_else(tmp_path: Path) -> N
     assert (elsewhere / "mine").exists(), "a leftover link was followed"
 
 
+def test_a_failure_within_a_hidden_folder_names_the_folder_that_it_would_become(tmp_path: Path) -> None:
+    says = f"could not write {tmp_path / 'run' / 'checkpoints' / 'step'}: the disk is full"
+    with (
+        pytest.raises(StorageError) as caught,
+        published_folder(tmp_path / "run") as run,
+        published_folder(run / "checkpoints" / "step"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(caught.value).startswith(says)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_is_published_without_what_a_killed_writer_of_it_left(tmp_path: Path) -> None:
     """The folder that a user names lies among others', whose leftovers are not ours to remove."""
     left = {name: tmp_path / f".tmp-{name}-999999999-0123abcd" for name in ("model", "model-2", "my-model")}
