@@ -122,6 +122,10 @@ def _hub_errors(repository: str, wanted: str) -> Iterator[None]:
     try:
         with quiet_libraries(), offline_where_unreachable():
             yield
+    except errors.HFValidationError as error:
+        raise DataError(
+            f"{repository!r} cannot be a name on the Hugging Face hub; give OWNER/NAME, or a local {wanted}"
+        ) from error
     except errors.LocalEntryNotFoundError as error:
         raise DataError(
             f"the Hugging Face hub is out of reach and {repository} is not in its cache; connect to the network, or "

@@ -125,6 +125,8 @@ def test_the_run_keeps_its_model_and_its_tokens(
     [
         (["nowhere"], ["nowhere", "hf:OWNER/NAME"]),
         (["published:nowhere"], ["nowhere", "safetensors"]),
+        (["hf:"], ["'' cannot be a name on the Hugging Face hub", "OWNER/NAME"]),
+        (["hf:owner/my name"], ["'owner/my name' cannot be a name on the Hugging Face hub", "OWNER/NAME"]),
         (["{model}", "--seq-len", "65"], ["--seq-len 64"]),
         (["{model}", "--attn-k", "-1"], ["attn_k"]),
         (["{model}", "--set", "model.depth=3"], ["model.layers.2"]),
