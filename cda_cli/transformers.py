@@ -43,14 +43,14 @@ try:
     )
 except ModuleNotFoundError as error:
     raise ConfigError(
-        f"cda_cli.transformers needs the package {error.name}; install it with pip install 'cda-cli[hf]'"
+        f"cda_cli.transformers needs the package {error.name}; install it (pip install transformers)"
     ) from error
 
 LEAST_TRANSFORMERS = (5, 4)
 if tuple(map(int, __version__.split(".")[:2])) < LEAST_TRANSFORMERS:
     raise ConfigError(
-        f"cda_cli.transformers needs transformers 5.4 or later, and this is {__version__}; upgrade it with "
-        "pip install --upgrade 'cda-cli[hf]'"
+        f"cda_cli.transformers needs transformers 5.4 or later, and this is {__version__}; upgrade it "
+        "(pip install --upgrade transformers)"
     )
 
 NAME = "soft_topk"  # of the attention implementation, and of the field of a configuration that has its settings

@@ -225,7 +225,7 @@ def test_a_module_that_holds_a_model_is_set() -> None:
 def test_without_transformers_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "cda_cli.transformers")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=re.escape("pip install 'cda-cli[hf]'")):
+    with pytest.raises(ConfigError, match=re.escape("pip install transformers")):
         importlib.import_module("cda_cli.transformers")
 
 

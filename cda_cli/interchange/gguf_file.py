@@ -73,7 +73,7 @@ def open_gguf(file: Path) -> GgufFile:
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise ConfigError("a GGUF file takes the library gguf: pip install 'cda-cli[hf]'") from error
+        raise ConfigError("a GGUF file takes the library gguf; install it (pip install gguf)") from error
     try:
         reader = gguf.GGUFReader(file)
         metadata = {name: field.contents() for name, field in reader.fields.items()}

@@ -26,8 +26,8 @@ try:
     from transformers.utils.generic import can_return_tuple
 except ImportError as error:  # transformers 4 has no PreTrainedConfig
     raise ConfigError(
-        f"cda_cli.interchange.hf needs transformers 5.4 or later ({brief(error)}); install it with "
-        "pip install --upgrade 'cda-cli[hf]'"
+        f"cda_cli.interchange.hf needs transformers 5.4 or later ({brief(error)}); install it "
+        "(pip install --upgrade transformers)"
     ) from error
 
 # The name of the cache among the outputs.

@@ -42,7 +42,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))
 LOADING_FAMILY = f"```python\n{USE}"
 LOADING_OWN = f"""\
 ```python
-import cda_cli.interchange.hf  # pip install 'cda-cli[hf]'
+import cda_cli.interchange.hf  # of the package cda-cli
 {USE}
 Without the first line, both calls of `from_pretrained` need `trust_remote_code=True`.
 """
