@@ -122,7 +122,7 @@ def test_it_is_trained_on(tmp_path: Path) -> None:
     gradients = [weight.grad.clone() for weight in model.parameters()]
     assert all(bool(gradient.any()) for gradient in gradients if gradient.numel() > 12)
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model(batch, labels=labels).loss.backward()
     assert all(torch.equal(weight.grad, before) for weight, before in zip(model.parameters(), gradients, strict=True))
 
