@@ -32,41 +32,60 @@ if not torch.cuda.is_available():
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-# These files start processes, train, or run kernels in the interpreter, which takes most of the time of all tests.
+# These files start processes, train, import transformers, or run kernels in the interpreter: most of the time of all.
 # Elsewhere single tests have the marker, such as those that compile.
 SLOW = (
     "commands/test_data_identity.py",
     "commands/test_devices.py",
     "commands/test_disk_full.py",
     "commands/test_doctor_command.py",
+    "commands/test_export_command.py",
     "commands/test_init_from.py",
     "commands/test_interrupts.py",
     "commands/test_sample_command.py",
     "commands/test_streams.py",
     "interchange/test_export_families.py",
+    "interchange/test_export_published.py",
     "interchange/test_hf.py",
+    "interchange/test_hf_tokenizer.py",
+    "interchange/test_import_families.py",
+    "interchange/test_import_gguf.py",
+    "interchange/test_import_refusals.py",
+    "interchange/test_own_folder.py",
+    "interchange/test_published_file.py",
+    "interchange/test_smollm2.py",
+    "model/test_model_families.py",
     "model/test_model_heads.py",
+    "model/test_model_settings.py",
     "ops/test_compiled_kernels.py",
-    "ops/test_transforms.py",
     "ops/test_fused_attention.py",
     "ops/test_fused_attention_variants.py",
+    "ops/test_transforms.py",
     "ops/test_triton_rows.py",
     "ops/test_vector_functions.py",
     "reliability/test_reliability.py",
     "storage/test_checkpoint.py",
     "storage/test_checkpoint_damage.py",
     "test_runtime.py",
+    "test_transformers.py",
+    "test_transformers_settings.py",
     "training/test_bit_identical_resume.py",
     "training/test_distribution.py",
-    "training/test_nonfinite.py",
     "training/test_flops.py",
     "training/test_loop.py",
     "training/test_memory_forecast.py",
+    "training/test_nonfinite.py",
     "training/test_schedule_and_early_stop.py",
     "training/test_trackers.py",
 )
 
 FENCE, MARK = 64, 12345.0
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Reads no SLOW file where only quick tests are asked for: to import transformers alone takes seconds."""
+    quick = config.option.markexpr == "not slow"
+    return True if quick and collection_path.relative_to(Path(__file__).parent).as_posix() in SLOW else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

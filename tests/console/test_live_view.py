@@ -53,7 +53,7 @@ def test_it_fits_every_terminal(
         assert re.match(r"step \d+/\d+ ", lines[-1])
         assert lines[-1].endswith(" left")
         assert max(map(cell_len, lines)) <= width, "wider than the terminal"
-        assert (NOTICE[:width] in lines) == stopping
+        assert (NOTICE[:width].rstrip() in lines) == stopping
         assert not [line for line in lines if line.endswith(" ")]
         if shown:
             assert any(line.startswith("loss ") for line in lines)
