@@ -45,7 +45,8 @@ def evaluate(
     """Loss, perplexity and bits per byte over a whole split, each token counted once, with standard errors.
 
     Bits per byte spread the loss over the bytes of text that the tokens stand for; a separator and an unknown token
-    stand for none. Each cut is compared with the whole model on the same windows, at a 95 % interval.
+    stand for none. Each cut is compared with the whole model on the same windows; its 95 % interval is
+    that of many windows, and too narrow for a few.
     """
     from cda_cli.console import note, print_json, progress, show_evaluation, shows_progress
     from cda_cli.data import loss_of_text
