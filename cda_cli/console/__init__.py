@@ -1,10 +1,10 @@
 """All that a person sees: tables, heat maps, and live progress, or plain lines off a terminal. Machines get JSON."""
 
 from cda_cli.console.base import print_json, progress, shows_progress
+from cda_cli.console.evaluation import show_evaluation
 from cda_cli.console.reports import (
     show_doctor,
     show_dry_run,
-    show_evaluation,
     show_export,
     show_forecast,
     show_import,

@@ -1,55 +1,28 @@
-"""Results: an evaluation, a sparsity report with its heat map, a diagnosis, a dry run."""
+"""Results: a sparsity report with its heat map, a diagnosis, a dry run."""
 
 from __future__ import annotations
 
-import math
 import shlex
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
 from rich.text import Text
 
-from cda_cli.console.base import count, memory, out, plus_minus, print_pairs, print_trimmed, share, table
+from cda_cli.console.base import count, memory, out, print_pairs, print_trimmed, share, table
 from cda_cli.console.heat_map import heat_map
 from cda_cli.console.run_status import plan_rows
-from cda_cli.console.text import print_next, print_sentence
+from cda_cli.console.text import heading, print_next, section
 from cda_cli.plurals import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cda_cli.diagnosis import Cache, Diagnosis
-    from cda_cli.evaluation import CutEvaluation, Evaluation
     from cda_cli.inspection import Report
     from cda_cli.inspection.inspect import HeadReport
     from cda_cli.interchange.export import Exported
     from cda_cli.interchange.import_model import Imported
     from cda_cli.restore import Restored, TextSide
     from cda_cli.training.run import DryRun
-
-NORMAL_95 = 1.96  # standard errors on either side of a normal variable's mean that hold 95 % of it
-
-
-def show_evaluation(result: Evaluation, compared: Sequence[CutEvaluation], restored: Restored, text: TextSide) -> None:
-    windows = counted(result.windows, "window")
-    rows = {
-        "checkpoint": f"{restored.path}{', averaged weights' if restored.averaged else ''}",
-        "data": f"{text.description}, {text.split}",
-        "tokens": f"{result.tokens:,} in {windows}, for {counted(result.text_bytes, 'byte')} of text",
-        "loss": f"{plus_minus(result.loss, result.standard_error)} nats per token",
-        "perplexity": f"{result.perplexity:.4g}",
-        "bits per byte": plus_minus(result.bits_per_byte, result.bits_per_byte_error),
-    }
-    print_pairs(out(), rows)
-    if not compared:
-        return
-    cuts = table("keys read", "bits per byte", "difference", "95 % interval")
-    for one in compared:
-        margin = NORMAL_95 * one.difference_error
-        interval = "–" if math.isnan(margin) else f"{one.difference - margin:+.4f} to {one.difference + margin:+.4f}"
-        cuts.add_row(one.cut.description, f"{one.evaluation.bits_per_byte:.4f}", f"{one.difference:+.4f}", interval)
-    _section("Cuts, on the same windows", cuts)
 
 
 def show_export(exported: Exported, address: str | None, planned: str | None) -> None:
@@ -99,7 +72,7 @@ def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple
     heads = table("layer.head", *described[0])
     for head, columns in zip(report.heads, described, strict=True):
         heads.add_row(f"{head.layer}.{head.head}", *columns.values())
-    _section(f"Attention: {restored.model.attention_description}", heads)
+    section(f"Attention: {restored.model.attention_description}", heads)
     units = table("layer", "units", "active (|x| > 1e-3)", "share", "dead")
     for unit in report.feed_forward:
         units.add_row(
@@ -109,11 +82,11 @@ def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple
             share(unit.active_units / unit.units),
             str(unit.dead_units),
         )
-    _section(f"Feed-forward: {model.ff}", units)
+    section(f"Feed-forward: {model.ff}", units)
     ids = [int(token) for token in text.sides[0].ids[: len(weights)]]
     labels = [restored.tokenizer.decode([token]) for token in ids]
     picture = heat_map(weights.tolist(), labels, console.width)
-    _section(f"Layer {drawn[0]}, head {drawn[1]}: queries down, keys across", picture)
+    section(f"Layer {drawn[0]}, head {drawn[1]}: queries down, keys across", picture)
 
 
 def _head_columns(head: HeadReport, has_budget: bool) -> dict[str, str]:
@@ -132,17 +105,6 @@ def _head_columns(head: HeadReport, has_budget: bool) -> dict[str, str]:
     }
 
 
-def _section(title: str, content: RenderableType) -> None:
-    console = out()
-    _heading(console, title)
-    print_trimmed(console, content)
-
-
-def _heading(console: Console, title: str) -> None:
-    console.print()
-    print_sentence(console, title, style="bold")
-
-
 def show_doctor(diagnosis: Diagnosis) -> None:
     console = out()
     console.print(Text("Versions", style="bold"))
@@ -150,13 +112,13 @@ def show_doctor(diagnosis: Diagnosis) -> None:
     devices = {str(number): device for number, device in enumerate(diagnosis.devices)}
     backends, cache = diagnosis.backends, cache_rows(diagnosis.cache)
     for title, rows in (("Devices", devices), ("Backend of each solver", backends), ("Cache of prepared text", cache)):
-        _heading(console, title)
+        heading(console, title)
         print_pairs(console, rows)
     checks = table("case", "error", "at most", "")
     for check in diagnosis.checks:
         verdict = Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
         checks.add_row(check.name, f"{check.error:.1e}", f"{check.tolerance:.1e}", verdict)
-    _section("The operator against its float64 optimum", checks)
+    section("The operator against its float64 optimum", checks)
 
 
 def cache_rows(cache: Cache) -> dict[str, str]:

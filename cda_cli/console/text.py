@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from cda_cli.console.base import is_terminal
+from cda_cli.console.base import is_terminal, out, print_trimmed
 
 # All control characters but newline and tab, and the marks that change the direction of writing.
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -69,3 +69,15 @@ def wrapped(text: Text, width: int) -> Text:
 def printable(text: str) -> str:
     """`text` with U+FFFD for what could move the cursor, change the terminal or reorder a line; \\n and \\t stay."""
     return STEERING.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def section(title: str, content: RenderableType) -> None:
+    """Prints a heading on stdout, and what stands below it."""
+    console = out()
+    heading(console, title)
+    print_trimmed(console, content)
+
+
+def heading(console: Console, title: str) -> None:
+    console.print()
+    print_sentence(console, title, style="bold")

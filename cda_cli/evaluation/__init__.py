@@ -1,6 +1,28 @@
-"""Evaluation: a model and a split → loss, perplexity, bits per byte."""
+"""Evaluation: a model and a split → loss, perplexity, bits per byte, with errors, and paired differences."""
 
-from cda_cli.evaluation.cuts import Cut, parse_cuts
-from cda_cli.evaluation.evaluate import CutEvaluation, Evaluation, bits_per_byte, evaluate, evaluate_cuts
+from cda_cli.evaluation.comparison import Comparison, Estimate
+from cda_cli.evaluation.cuts import Cut, CutEvaluation, compared_cuts, parse_cuts, ways_of_cuts
+from cda_cli.evaluation.evaluate import Evaluation, bits_per_byte, evaluate, summarise
+from cda_cli.evaluation.intervals import Units, windows_as_units
+from cda_cli.evaluation.sums import AS_IT_IS, Sums, Way, joined, measure
 
-__all__ = ["Cut", "CutEvaluation", "Evaluation", "bits_per_byte", "evaluate", "evaluate_cuts", "parse_cuts"]
+__all__ = [
+    "AS_IT_IS",
+    "Comparison",
+    "Cut",
+    "CutEvaluation",
+    "Estimate",
+    "Evaluation",
+    "Sums",
+    "Units",
+    "Way",
+    "bits_per_byte",
+    "compared_cuts",
+    "evaluate",
+    "joined",
+    "measure",
+    "parse_cuts",
+    "summarise",
+    "ways_of_cuts",
+    "windows_as_units",
+]

@@ -10,13 +10,18 @@ Shapes: B batch, H heads, t queries of a block, S keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cda_cli.errors import ConfigError, did_you_mean
-from cda_cli.model import Rows
+from cda_cli.evaluation.comparison import Comparison, Estimate
+from cda_cli.evaluation.evaluate import Evaluation
+from cda_cli.evaluation.sums import AS_IT_IS, Way
+from cda_cli.model import Rows, Transformer, editing
 
 
 def _recent(rows: Rows) -> Tensor:
@@ -69,6 +74,30 @@ class Cut:
         keep = torch.zeros_like(rows.scores, dtype=torch.bool).scatter(-1, kept, True) & is_key
         keep |= rows.mask & ~is_key
         return rows.weights(rows.mask).where(keep, 0.0) if self.drops else rows.weights(keep)
+
+
+class CutEvaluation(NamedTuple):
+    """What `evaluate` measures under a cut, and how far its bits per byte are above those without it."""
+
+    cut: Cut
+    evaluation: Evaluation
+    difference: Estimate
+
+    def as_dict(self) -> dict[str, Any]:
+        value, error, *interval = self.difference
+        differences = {"difference": value, "difference_error": error, "difference_interval": interval}
+        return {**asdict(self.cut), **differences, **self.evaluation._asdict()}
+
+
+def ways_of_cuts(model: Transformer, cuts: Sequence[Cut]) -> list[Way]:
+    """Returns the ways to measure the model as it is, and under each of `cuts`."""
+    return [AS_IT_IS, *(partial(editing, model, cut) for cut in cuts)]
+
+
+def compared_cuts(comparison: Comparison, cuts: Sequence[Cut]) -> list[CutEvaluation]:
+    """Compares each of `cuts` with the model as it is; `comparison` has the ways that `ways_of_cuts` returns."""
+    numbered = enumerate(cuts, start=1)
+    return [CutEvaluation(cut, comparison.evaluation(way), comparison.difference(way)) for way, cut in numbered]
 
 
 def parse_cuts(given: Sequence[str]) -> list[Cut]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,9 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cda_cli.data import Tokens, evaluation_batches
+from cda_cli.data import Batch, Tokens, evaluation_batches
 from cda_cli.errors import ConfigError
-from cda_cli.evaluation import Cut, evaluate_cuts, parse_cuts
+from cda_cli.evaluation import (
+    Comparison,
+    Cut,
+    CutEvaluation,
+    compared_cuts,
+    joined,
+    measure,
+    parse_cuts,
+    ways_of_cuts,
+    windows_as_units,
+)
 from cda_cli.evaluation.cuts import CHOICES
 from cda_cli.model import Rows, Transformer, editing
 from tests.model.cases import tiny
@@ -46,6 +57,14 @@ def rows(seed: int, B: int, H: int, t: int, S: int, null_keys: int) -> Rows:
     scores = torch.randn(B, H, t, S, generator=generator)
     mask = torch.ones(t, S, dtype=torch.bool).tril(S - t)
     return Rows(scores, mask, null_keys, lambda mask: scores.masked_fill(~mask, -torch.inf).softmax(-1))
+
+
+def evaluate_cuts(
+    model: Transformer, batches: Iterable[Batch], cuts: list[Cut]
+) -> tuple[Comparison, list[CutEvaluation]]:
+    sums = joined(measure(model, batches, CPU, torch.float32, ways_of_cuts(model, cuts)))
+    comparison = Comparison(sums, windows_as_units(len(sums[0])))
+    return comparison, compared_cuts(comparison, cuts)
 
 
 @settings(max_examples=150)
@@ -132,24 +151,24 @@ def test_the_top_keys_of_a_softmax_are_a_hard_topk() -> None:
 def test_the_batch_size_changes_no_figure(rule: dict[str, Any], count: int, sizes: tuple[int, int]) -> None:
     model, tokens = build(**rule), text(count)
     cuts = parse_cuts([f"{choice}:2" for choice in CHOICES])
-    one, other = (
-        evaluate_cuts(model, evaluation_batches(tokens, SEQ_LEN, size), cuts, CPU, torch.float32) for size in sizes
-    )
-    assert one[0].loss == pytest.approx(other[0].loss, abs=1e-5)
+    one, other = (evaluate_cuts(model, evaluation_batches(tokens, SEQ_LEN, size), cuts) for size in sizes)
+    assert one[0].loss().value == pytest.approx(other[0].loss().value, abs=1e-5)
     for mine, theirs in zip(one[1], other[1], strict=True):
         assert mine.evaluation.loss == pytest.approx(theirs.evaluation.loss, abs=1e-5), mine.cut
-        assert mine.difference == pytest.approx(theirs.difference, abs=1e-5)
+        assert mine.difference.value == pytest.approx(theirs.difference.value, abs=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_all_keys_are_no_cut(rule: dict[str, Any]) -> None:
     model, tokens = build(null_kv=1, **rule), text(70)
     batches = evaluation_batches(tokens, SEQ_LEN, 3)
-    whole, compared = evaluate_cuts(model, batches, parse_cuts(["recent:11", "top:1"]), CPU, torch.float32)
-    assert compared[0].difference == pytest.approx(0, abs=1e-5)
-    assert compared[0].difference_error == pytest.approx(0, abs=1e-5)
-    assert abs(compared[1].difference) > 1e-3
-    assert compared[1].evaluation.bits_per_byte == pytest.approx(whole.bits_per_byte + compared[1].difference)
+    whole, compared = evaluate_cuts(model, batches, parse_cuts(["recent:11", "top:1"]))
+    assert compared[0].difference.value == pytest.approx(0, abs=1e-5)
+    assert compared[0].difference.error == pytest.approx(0, abs=1e-5)
+    assert abs(compared[1].difference.value) > 1e-3
+    assert compared[1].evaluation.bits_per_byte == pytest.approx(
+        whole.bits_per_byte().value + compared[1].difference.value
+    )
 
 
 def test_the_error_is_that_of_paired_windows() -> None:
@@ -173,9 +192,9 @@ def test_the_error_is_that_of_paired_windows() -> None:
 
     with torch.no_grad():
         differences = bits(cut) - bits(None)
-    _, (found,) = evaluate_cuts(model, evaluation_batches(tokens, SEQ_LEN, 3), [cut], CPU, torch.float32)
-    assert found.difference == pytest.approx(differences.mean().item(), abs=1e-5)
-    assert found.difference_error == pytest.approx(differences.std().item() / math.sqrt(8), rel=1e-3)
+    _, (found,) = evaluate_cuts(model, evaluation_batches(tokens, SEQ_LEN, 3), [cut])
+    assert found.difference.value == pytest.approx(differences.mean().item(), abs=1e-5)
+    assert found.difference.error == pytest.approx(differences.std().item() / math.sqrt(8), rel=1e-3)
 
 
 def test_cuts_are_read() -> None:

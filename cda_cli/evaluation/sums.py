@@ -1,0 +1,86 @@
+"""Measures the losses of a model over windows of a text, in one or several ways, and sums them over each window.
+
+Shapes: B rows of a batch, T positions, W windows, U observations (windows, or groups of them such as documents).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cda_cli.data import IGNORE, Batch
+from cda_cli.token_losses import token_losses
+
+# What surrounds the forward passes of a measurement, such as `partial(editing, model, cut)`.
+Way = Callable[[], AbstractContextManager[None]]
+AS_IT_IS: Way = nullcontext
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one way of measuring summed over each of W windows, or of U observations; all [W] or [U].
+
+    `nats` are the losses, float64. `tokens` counts the targets and `text_bytes` the bytes of text that these stand for
+    (see `Tokens.sizes`), both int64.
+    """
+
+    nats: Tensor
+    tokens: Tensor
+    text_bytes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.nats)
+
+    @classmethod
+    def join(cls, parts: Sequence[Sums]) -> Sums:
+        """Joins one or more parts end to end."""
+        columns = ([getattr(part, name) for part in parts] for name in ("nats", "tokens", "text_bytes"))
+        return cls(*map(torch.cat, columns))
+
+    def over(self, group_W: Tensor) -> Sums:
+        """Adds up the windows of each group: `group_W`, int64 [W], counts up from 0 without a gap."""
+        groups = int(group_W[-1]) + 1
+
+        def added(column: Tensor) -> Tensor:
+            return column.new_zeros((groups, *column.shape[1:])).index_add(0, group_W, column)
+
+        return Sums(added(self.nats), added(self.tokens), added(self.text_bytes))
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    dtype: torch.dtype,
+    ways: Sequence[Way] = (AS_IT_IS,),
+    advance: Callable[[int], None] = lambda windows: None,
+) -> Iterator[list[Sums]]:
+    """Yields for each batch the sums of its windows in each of `ways`.
+
+    The model is in evaluation mode, and gets back its mode at the end. `dtype` is that of the matrix products.
+    `advance` gets the number of windows of a batch after each way.
+    """
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            counts = (batch.targets != IGNORE).sum(-1)
+            found = []
+            for way in ways:
+                with way():
+                    nats = token_losses(model, batch, device, dtype).double().sum(-1).cpu()
+                found.append(Sums(nats, counts, batch.target_bytes))
+                advance(len(batch.inputs))
+            yield found
+    finally:
+        model.train(training)
+
+
+def joined(measured: Iterable[list[Sums]]) -> list[Sums]:
+    """Returns the sums of all windows in each way, from what `measure` yields."""
+    return [Sums.join(parts) for parts in zip(*measured, strict=True)]
