@@ -108,7 +108,7 @@ class LanguageModel:
         elif count - first <= seq_len:
             start = max(0, count - seq_len - 1)
             rows, sizes = (part[None, start:] for part in encoded)
-            batches = iter([to_batch(rows, sizes, np.array([first - start - 1]))])
+            batches = iter([to_batch(rows, sizes, np.arange(start + 1, count)[None] >= first)])
         else:
             raise ConfigError(
                 f"the continuation has {counted(count - first, 'token')} and the model's context {seq_len}; shorten it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,15 +10,15 @@ from typing import Any, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
-from cda_cli.config import Config, annealed_eps, parse
+from cda_cli.config import Config, ModelConfig, annealed_eps, parse
 from cda_cli.data import (
     Batch,
     Preparation,
     PreparationStoppedError,
     Tokenizer,
     Tokens,
-    count_evaluation_windows,
-    evaluation_batches,
+    Windows,
+    document_windows,
     is_there,
     load_tokenizer,
     prepare,
@@ -27,6 +26,7 @@ from cda_cli.data import (
     streamed_source,
     streamed_validation,
     tokenizer_from_json,
+    whole_windows,
 )
 from cda_cli.errors import CheckpointError, ConfigError, DataError, brief, did_you_mean
 from cda_cli.model import Transformer, expected_tensors, load_state_tensors, model_backend
@@ -56,11 +56,19 @@ class Restored(NamedTuple):
 
 
 def restore(
-    path: Path, device: torch.device, backend: Backend = "auto", *, best: bool = False, ema: bool = False
+    path: Path,
+    device: torch.device,
+    backend: Backend = "auto",
+    *,
+    best: bool = False,
+    ema: bool = False,
+    context: int | None = None,
 ) -> Restored:
     """Restores the model of a checkpoint, or of the newest intact checkpoint of a run, or with `best` of its best one.
 
-    With `ema` the weights are the moving average. Raises CheckpointError if there is no such checkpoint or average.
+    With `ema` the weights are the moving average. The model takes `context` tokens, if that is more than it was trained
+    with. Raises CheckpointError if there is no such checkpoint or average, and ConfigError if the model lacks positions
+    for `context`.
     """
     part = "ema" if ema else "model"
     checkpoint = load(locate_checkpoint(path, best=best), parts=(part,))
@@ -72,20 +80,39 @@ def restore(
         )
     weights = checkpoint.ema if ema else checkpoint.model
     check_weights(weights, checkpoint, config)
-    model = Transformer(config.model, backend)
+    model = Transformer(_with_context(config.model, context, checkpoint.path), backend)
     load_weights(model, weights, checkpoint, config)
     tokenizer = tokenizer_of(checkpoint)
     return Restored(model.to(device).eval(), config, tokenizer, checkpoint.state, checkpoint.path, device, ema)
 
 
+def _with_context(config: ModelConfig, context: int | None, path: Path) -> ModelConfig:
+    """The settings of a model that takes `context` tokens at least, whose positions mean what they did in training."""
+    if context is None or context <= config.seq_len:
+        return config
+    if config.position == "learned":
+        raise ConfigError(
+            f"{path} has learned positions for {config.seq_len} tokens and none after them; give --context "
+            f"{config.seq_len} or less"
+        )
+    return config.model_copy(update={"seq_len": context, "rotary_original_len": config.rotary_trained_len})
+
+
 def restore_on(
-    path: Path, device: str, dtype: str, backend: str, *, best: bool = False, ema: bool = False
+    path: Path,
+    device: str,
+    dtype: str,
+    backend: str,
+    *,
+    best: bool = False,
+    ema: bool = False,
+    context: int | None = None,
 ) -> tuple[Restored, torch.dtype]:
     """Calls `restore` with device, dtype and backend as a command line names them.
 
     Also returns the dtype of the matrix products. Raises ConfigError or DeviceError for what cannot run here.
     """
-    return on_device(device, dtype, backend, partial(restore, path, best=best, ema=ema))
+    return on_device(device, dtype, backend, partial(restore, path, best=best, ema=ema, context=context))
 
 
 def on_device(
@@ -104,23 +131,37 @@ def on_device(
 
 
 class TextSide(NamedTuple):
-    """The part `split` of a text, in the tokens of a model. Its `sides` are evaluated one after another."""
+    """The part `split` of a text, in the tokens of a model. Its `sides` are evaluated one after another.
+
+    `seq_len` is the context of the model.
+    """
 
     sides: list[Tokens]
+    tokenizer: Tokenizer
     seq_len: int
     description: str
     split: str
 
     def batches(self, batch_size: int, max_batches: int | None = None) -> tuple[Iterator[Batch], int]:
-        """Returns its batches in order, and the number of windows in them.
+        """Returns the batches of its disjoint windows in order, and the number of windows in them.
 
         Each token but the first of a side is a target once. Raises DataError if a side has fewer than two tokens.
         """
-        windows = sum(count_evaluation_windows(side, self.seq_len) for side in self.sides)
-        each = [evaluation_batches(side, self.seq_len, batch_size) for side in self.sides]
-        if max_batches is not None:
-            windows = min(windows, max_batches * batch_size)
-        return itertools.islice(itertools.chain(*each), max_batches), windows
+        windows = self.windows(most=None if max_batches is None else max_batches * batch_size)
+        return windows.batches(batch_size), len(windows)
+
+    def windows(
+        self, context: int | None = None, stride: int | None = None, per_document: bool = False, most: int | None = None
+    ) -> Windows:
+        """Returns the windows in which it is evaluated, or the first `most` of them (see `cda_cli.data.windows`).
+
+        The default of `context` is that of the model, and that of `stride` the context, for disjoint windows. Raises
+        DataError if there is nothing to predict.
+        """
+        context = context or self.seq_len
+        if per_document:
+            return document_windows(self.sides, self.tokenizer, context, stride or context).take(slice(most))
+        return whole_windows(self.sides, context, stride or context, most)
 
 
 SPLITS = get_args(Side)
@@ -159,18 +200,18 @@ def open_side(
         held_out = streamed_validation(
             config, restored.tokenizer, STREAMED_TOKENS, streamed_source(config, preparation)
         )
-        return TextSide([held_out], seq_len, f"{config.source}, streamed", split)
+        return TextSide([held_out], restored.tokenizer, seq_len, f"{config.source}, streamed", split)
     how: Any = {"tokenizer": restored.tokenizer, "show_progress": show_progress, "should_stop": lambda: bool(stop)}
     try:
         if split == "all" and not own:  # in one piece, as nothing was held out
             whole, description = prepare_whole(config, **how)
-            return TextSide([whole], seq_len, description, split)
+            return TextSide([whole], restored.tokenizer, seq_len, description, split)
         corpus = prepare(config, **how)
     except PreparationStoppedError as error:
         stop.check(str(error))
         raise
     sides = {"train": [corpus.train], "validation": [corpus.validation], "all": [corpus.train, corpus.validation]}
-    return TextSide(sides[split], seq_len, corpus.description, split)
+    return TextSide(sides[split], restored.tokenizer, seq_len, corpus.description, split)
 
 
 def check_weights(tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:

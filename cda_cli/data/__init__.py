@@ -10,6 +10,7 @@ text → tokens        tokenizers  bytes, or a tokenizer.json; bpe trains one on
 tokens → bytes       sizes       of the text that each token stands for
 tokens → disk        prepare     memory-mapped; cache writes each entry whole
 tokens → batches     batches     windows; iterators that save and restore their position
+tokens → windows     windows     in which a text is evaluated, each token once
 documents → batches  streaming   the same without preparing
 batches → ahead      prefetch    a thread makes them before they are asked for
 """
@@ -18,9 +19,7 @@ from cda_cli.data.batches import (
     Batch,
     TrainBatches,
     check_lengths,
-    count_evaluation_windows,
     count_windows,
-    evaluation_batches,
     to_batch,
 )
 from cda_cli.data.bpe import bpe_size
@@ -41,6 +40,7 @@ from cda_cli.data.tokenizers import (
     tokenizer_from_json,
     without_surrogates,
 )
+from cda_cli.data.windows import Windows, count_words, document_windows, evaluation_batches, whole_windows
 from cda_cli.targets import IGNORE
 
 __all__ = [
@@ -59,13 +59,15 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "TrainBatches",
+    "Windows",
     "absolute_source",
     "bpe_size",
     "cache_folder",
     "check_lengths",
-    "count_evaluation_windows",
     "count_windows",
+    "count_words",
     "digest",
+    "document_windows",
     "evaluation_batches",
     "hub_folder",
     "is_there",
@@ -78,5 +80,6 @@ __all__ = [
     "streamed_validation",
     "to_batch",
     "tokenizer_from_json",
+    "whole_windows",
     "without_surrogates",
 ]

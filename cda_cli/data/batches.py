@@ -115,40 +115,13 @@ class TrainBatches:
         return torch.randperm(self._windows, generator=generator).numpy()
 
 
-def count_evaluation_windows(tokens: Tokens, seq_len: int) -> int:
-    """The number of windows of `evaluation_batches`. A text that is shorter than a sequence is one shorter window.
-
-    Raises DataError if there is no token to predict from another.
-    """
-    if len(tokens) < 2:
-        raise DataError(
-            f"the text has {counted(len(tokens), 'token')}, and takes 2 at least, one to predict from the other; give "
-            "--data more text"
-        )
-    return -(-(len(tokens) - 1) // seq_len)
-
-
-def evaluation_batches(
-    tokens: Tokens, seq_len: int, batch_size: int, max_batches: int | None = None
-) -> Iterator[Batch]:
-    """The whole split in order, or its first `max_batches`. The last batch may have fewer than B rows.
-
-    Raises DataError at once, as `count_evaluation_windows` does.
-    """
-    windows = count_evaluation_windows(tokens, seq_len)
-    length = min(seq_len, len(tokens) - 1)
-    stop = windows if max_batches is None else min(windows, max_batches * batch_size)
-    starts = range(0, stop, batch_size)
-    return (_gather(tokens, length, np.arange(start, min(start + batch_size, stop))) for start in starts)
-
-
-def to_batch(rows: NDArray[Any], sizes: NDArray[Any], first: NDArray[np.int64] | None = None) -> Batch:
+def to_batch(rows: NDArray[Any], sizes: NDArray[Any], counts: NDArray[np.bool_] | None = None) -> Batch:
     """The batch of `rows` [B, T + 1], consecutive tokens of any integer type, of `sizes` [B, T + 1] bytes of text.
 
-    `first` [B] is the first target that counts in each row; without it all count.
+    `counts` [B, T] says which targets count; without it all do.
     """
-    whole, inputs = torch.from_numpy(rows.astype(np.int64)), rows.shape[1] - 1
-    counts = np.arange(inputs) >= (np.zeros(len(rows), np.int64) if first is None else first)[:, None]
+    whole = torch.from_numpy(rows.astype(np.int64))
+    counts = np.ones((len(rows), rows.shape[1] - 1), np.bool_) if counts is None else counts
     return Batch(
         inputs=whole[:, :-1].contiguous(),
         targets=whole[:, 1:].masked_fill(torch.from_numpy(~counts), IGNORE).contiguous(),
@@ -160,7 +133,7 @@ def _gather(tokens: Tokens, seq_len: int, windows: NDArray[np.int64]) -> Batch:
     wanted = windows * seq_len
     starts = np.minimum(wanted, len(tokens) - seq_len - 1)
     places = starts[:, None] + np.arange(seq_len + 1)
-    return to_batch(tokens.ids[places], tokens.sizes[places], first=wanted - starts)
+    return to_batch(tokens.ids[places], tokens.sizes[places], np.arange(seq_len) >= (wanted - starts)[:, None])
 
 
 def check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
