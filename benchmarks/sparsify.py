@@ -34,7 +34,7 @@ ARMS: dict[str, tuple[str, ...]] = {
         *SHARPER,
     ),
 }  # fmt: skip
-CUTS = ("top:64", "top:32", "top:16", "top:8", "recent:64", "random:64")
+CUTS = ("top:64", "top:32", "top:16", "top:8", "recent:64", "sink:64", "random:64")
 STUDENT_95 = {
     2: 12.706,
     3: 4.303,

@@ -1,8 +1,9 @@
 """Cuts: what each query reads is reduced to n keys, without training, to measure what the other keys were worth.
 
 A cut hides all keys but n from each query of every attention layer. Its choice says which n keys stay: those with the
-largest weights (`top`), or as controls the latest ones (`recent`), random ones (`random`), or those with the largest
-weights in the next head of the layer (`other-head`). Null keys stay: they are no part of the text.
+largest weights (`top`), or as controls the latest ones (`recent`), the first and the latest n − 1 (`sink`), random ones
+(`random`), or those with the largest weights in the next head of the layer (`other-head`). Null keys stay: they are no
+part of the text.
 
 Shapes: B batch, H heads, t queries of a block, S keys.
 """
@@ -28,6 +29,16 @@ def _recent(rows: Rows) -> Tensor:
     return torch.arange(rows.scores.shape[-1], device=rows.scores.device).expand_as(rows.scores)
 
 
+def _sink(rows: Rows) -> Tensor:
+    """Many heads of a softmax put their weight on the first token when they have nothing to read.
+
+    Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2309.17453.
+    """
+    latest = _recent(rows).clone()
+    latest[..., rows.null_keys] = rows.scores.shape[-1]
+    return latest
+
+
 def _random(rows: Rows) -> Tensor:
     """Mixes the bits of head, query and key. All windows have the same numbers, whatever the batch and the device."""
     H, t, S = rows.scores.shape[1:]
@@ -44,6 +55,7 @@ def _random(rows: Rows) -> Tensor:
 CHOICES: dict[str, Callable[[Rows], Tensor]] = {
     "top": lambda rows: rows.scores,
     "recent": _recent,
+    "sink": _sink,
     "random": _random,
     "other-head": lambda rows: rows.scores.roll(1, dims=1),
 }

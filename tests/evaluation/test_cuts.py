@@ -107,6 +107,7 @@ def test_each_choice_keeps_its_keys() -> None:
     assert torch.equal(kept("other-head"), torch.zeros_like(scores).scatter(-1, other.topk(2).indices, 1.0) > 0)
     offsets = torch.arange(7, 10)[:, None] - torch.arange(1, 10)
     assert torch.equal(kept("recent"), ((offsets >= 0) & (offsets < 2)).expand_as(scores))
+    assert torch.equal(kept("sink"), ((offsets == 0) | (torch.arange(9) == 0)).expand_as(scores))
 
 
 def test_random_keys_are_spread_evenly() -> None:
