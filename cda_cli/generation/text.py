@@ -10,7 +10,8 @@ import torch
 
 from cda_cli.data import StreamDecoder, without_surrogates
 from cda_cli.errors import ConfigError, brief
-from cda_cli.generation.generate import SamplingSettings, generate
+from cda_cli.generation.generate import generate
+from cda_cli.generation.requests import SamplingSettings
 from cda_cli.restore import Restored
 from cda_cli.signals import StopRequest
 

@@ -90,6 +90,8 @@ class CdaConfig(PreTrainedConfig):  # type: ignore[misc]
 class TransformersCache(KeyValueCache):
     """A cache of transformers, as our layers use one. It may be of any kind that keeps all positions."""
 
+    length: int
+
     def __init__(self, inner: Cache) -> None:
         self.inner = inner
         self.length = int(inner.get_seq_length())

@@ -1,7 +1,7 @@
 """The model: token embeddings → blocks of attention and feed-forward → logits."""
 
 from cda_cli.model.activations import feed_forward_activation
-from cda_cli.model.cache import KeyValueCache
+from cda_cli.model.cache import KeyValueCache, StaticCache
 from cda_cli.model.loss import padded_vocabulary
 from cda_cli.model.observe import editing
 from cda_cli.model.published import from_published
@@ -12,6 +12,7 @@ __all__ = [
     "AttentionRule",
     "KeyValueCache",
     "Rows",
+    "StaticCache",
     "Transformer",
     "attention_rule",
     "editing",

@@ -72,13 +72,16 @@ class Attention(nn.Module):
         projected = project_heads(x_BTC, self.to_qkv, self._head_linears, self.config.head_width)
         query, key, value, packed = self._prepare_heads(projected, cache, padding_B)
         documents = None if padding_B is None else padding_or_text(padding_B, key.shape[2])
+        visible_B = cache.visible_B if cache is not None else None
         logits = head_logits(x_BTC, packed, self._head_linears)
         budget = self._budget(logits.get("k"))
-        if self.observer is None and self.edit_rows is None:
-            out_BHTD = self.rule.attend(query, key, value, budget, documents)
+        if self.observer is not None or self.edit_rows is not None:
+            watch = (self._observe if self.observer is not None else None, self.edit_rows)
+            out_BHTD = self.rule.attend_densely(query, key, value, budget, *watch, documents, visible_B)
+        elif visible_B is not None:
+            out_BHTD = self.rule.decode(query, key, value, budget, visible_B)
         else:
-            observe = self._observe if self.observer is not None else None
-            out_BHTD = self.rule.attend_densely(query, key, value, budget, observe, self.edit_rows, documents)
+            out_BHTD = self.rule.attend(query, key, value, budget, documents)
         if self.divides_by_k:
             out_BHTD = out_BHTD / (budget.unsqueeze(-1) if isinstance(budget, Tensor) else budget)
         if self.to_gate is not None:
@@ -129,11 +132,11 @@ class Attention(nn.Module):
         query, key, value = (rearrange(heads, "b t h d -> b h t d") for heads in (query, key, value))
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
-        if self.config.null_kv:
+        if self.config.null_kv and not (cache is not None and cache.holds_null_keys):
             null_key, null_value = self.null_kv.to(key.dtype).unsqueeze(1).expand(-1, len(query), -1, -1, -1)
             key, value = torch.cat((null_key, key), 2), torch.cat((null_value, value), 2)
-            if padding_B is not None:
-                key, value = (padding_first(heads, self.config.null_kv, padding_B) for heads in (key, value))
+        if self.config.null_kv and padding_B is not None:
+            key, value = (padding_first(heads, self.config.null_kv, padding_B) for heads in (key, value))
         return query, key, value, packed
 
     def _has_kernels(self, projected: Tensor) -> bool:

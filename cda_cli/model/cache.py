@@ -1,39 +1,112 @@
-"""The key-value cache of generation.
+"""The keys and values of the positions that a model has read, for generation.
 
-Shapes: B batch, K key heads, T positions, D head width.
+Shapes: L layers, B rows of a batch, K key heads, T new positions, S slots (null keys first), D head width.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from cda_cli.config import ModelConfig
+if TYPE_CHECKING:
+    from cda_cli.model.transformer import Transformer
 
 
-class KeyValueCache:
-    """The keys and values of the positions so far, for every layer: [depth, B, K, seq_len, D] each, allocated once.
+class KeyValueCache(ABC):
+    """What the layers see of a cache in one forward pass: they store new positions and read all of a row."""
 
-    It holds no null keys; each attention layer puts its own in front.
-    """
+    length: int | Tensor  # The positions before the new ones: one number for all rows, or int64 [B].
+    visible_B: Tensor | None = (
+        None  # The keys that the query of each row sees, int64 [B], if not all that `append` has.
+    )
+    holds_null_keys = False  # Otherwise each attention layer puts its own in front.
 
-    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.depth, batch_size, config.key_heads, config.seq_len, config.head_width)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
-        self.capacity = config.seq_len
-
+    @abstractmethod
     def append(self, layer: int, key_BKTD: Tensor, value_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores T new positions of a layer and returns all keys and values of that layer, [B, K, length + T, D].
-
-        `advance` moves `length` on, after the last layer.
-        """
-        stop = self.length + key_BKTD.shape[2]
-        self.keys[layer, :, :, self.length : stop] = key_BKTD
-        self.values[layer, :, :, self.length : stop] = value_BKTD
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+        """Stores T new positions of a layer. Returns the keys and the values of that layer, [B, K, S, D] each."""
 
     def advance(self, positions: int) -> None:
         """Counts the positions that every layer has stored."""
         self.length += positions
+
+
+class StaticCache:
+    """The keys and values of B rows for every layer: [L, B, K, null keys + context, D] each, allocated once.
+
+    The null keys of each layer stand in the first slots, and the position p of a row in slot null keys + p. Rows thus
+    need no padding in front, whatever their lengths: `lengths_B`, int64, positions of each row on the device.
+    """
+
+    def __init__(self, model: Transformer, batch_size: int, dtype: torch.dtype) -> None:
+        config, device = model.config, model.token_embedding.weight.device
+        self.null_keys = config.null_kv
+        slots = config.null_kv + config.seq_len
+        shape = (config.depth, batch_size, config.key_heads, slots, config.head_width)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths_B = torch.zeros(batch_size, device=device, dtype=torch.int64)
+        for layer, block in enumerate(model.each_block()):
+            null_key, null_value = block.attention.null_kv.detach()
+            self.keys[layer, :, :, : self.null_keys] = null_key
+            self.values[layer, :, :, : self.null_keys] = null_value
+
+    def rows(self, rows: slice | Tensor = slice(None), length: int = 0) -> CachedRows:
+        """Returns the cache of some rows (a slice or their indices), each of which has `length` positions so far."""
+        return CachedRows(self, rows, length)
+
+    def step(self, rows: int, longest: int, *, equal: bool = False) -> CachedStep:
+        """Returns the cache of the first `rows` rows for a pass of one token each, whose position is `lengths_B`.
+
+        No row has more than `longest` positions with the new one; `equal` says that each has as many.
+        """
+        return CachedStep(self, rows, longest, equal)
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copies a row into another one."""
+        for tensor, dim in ((self.keys, 1), (self.values, 1), (self.lengths_B, 0)):
+            tensor.select(dim, target).copy_(tensor.select(dim, source))
+
+
+class CachedRows(KeyValueCache):
+    """Rows that have equally many positions, and get equally many new ones. `lengths_B` is left to the caller."""
+
+    holds_null_keys = True
+    length: int
+
+    def __init__(self, cache: StaticCache, rows: slice | Tensor, length: int) -> None:
+        self.cache, self.rows, self.length = cache, rows, length
+
+    def append(self, layer: int, key_BKTD: Tensor, value_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.cache.null_keys + self.length
+        stop = first + key_BKTD.shape[2]
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.rows, :, first:stop] = key_BKTD.to(keys.dtype)
+        values[self.rows, :, first:stop] = value_BKTD.to(values.dtype)
+        return keys[self.rows, :, :stop], values[self.rows, :, :stop]
+
+
+class CachedStep(KeyValueCache):
+    """Rows of unequal length that get one position each. `advance` moves `lengths_B` on."""
+
+    holds_null_keys = True
+    length: Tensor
+
+    def __init__(self, cache: StaticCache, rows: int, longest: int, equal: bool) -> None:
+        self.cache, self.slots = cache, cache.null_keys + longest
+        self.length = cache.lengths_B[:rows]
+        self.slot_B = self.length + cache.null_keys
+        self.visible_B = None if equal else self.slot_B + 1
+        self.place_B = torch.arange(rows, device=self.length.device)
+
+    def append(self, layer: int, key_BKTD: Tensor, value_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        rows = len(self.length)
+        keys, values = self.cache.keys[layer, :rows], self.cache.values[layer, :rows]
+        keys[self.place_B, :, self.slot_B] = key_BKTD.squeeze(2).to(keys.dtype)
+        values[self.place_B, :, self.slot_B] = value_BKTD.squeeze(2).to(values.dtype)
+        return keys[:, :, : self.slots], values[:, :, : self.slots]
+
+    def advance(self, positions: int) -> None:
+        self.length.add_(positions)

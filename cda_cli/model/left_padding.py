@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 
-def row_positions(start: int, T: int, padding_B: Tensor | None) -> slice | Tensor:
-    """Returns the positions of T tokens after `start` others: a slice for all rows, or [B, T]; 0 in the padding."""
+def row_positions(start: int | Tensor, T: int, padding_B: Tensor | None) -> slice | Tensor:
+    """Returns the positions of T tokens after `start` others: a slice for all rows, or [B, T]; 0 in the padding.
+
+    `start` may be int64 [B]; such rows have no padding.
+    """
+    if isinstance(start, Tensor):
+        return start.unsqueeze(1) + torch.arange(T, device=start.device)
     if padding_B is None:
         return slice(start, start + T)
     return (torch.arange(start, start + T, device=padding_B.device) - padding_B.unsqueeze(1)).clamp(min=0)

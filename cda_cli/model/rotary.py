@@ -43,8 +43,8 @@ class RotaryPositions(nn.Module):
         self.cos.copy_(torch.cat((cos, cos), 1))
         self.sin.copy_(torch.cat((-sin, sin), 1))
 
-    def forward(self, x_BTHD: Tensor, start: int, padding_B: Tensor | None = None) -> Tensor:
-        """Rotates x [B, T, H, D], which follows `start` tokens. Channels i and i + D/2 make a pair."""
+    def forward(self, x_BTHD: Tensor, start: int | Tensor, padding_B: Tensor | None = None) -> Tensor:
+        """Rotates x [B, T, H, D] at its `row_positions`. Channels i and i + D/2 make a pair."""
         positions = row_positions(start, x_BTHD.shape[1], padding_B)
         cos, sin = (table[positions].unsqueeze(-2).to(x_BTHD.dtype) for table in (self.cos, self.sin))
         # The table has the sign, so this only reads x once more. A concatenation would compile to masked reads or to

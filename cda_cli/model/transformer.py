@@ -63,18 +63,20 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         targets_BT: Tensor | None = None,
         padding_B: Tensor | None = None,
+        wanted_B: Tensor | None = None,
     ) -> Tensor:
         """Returns the logits [B, T, V] of tokens [B, T], int64, in the dtype of the computation.
 
         With a cache, the tokens follow the positions that it holds. `padding_B` says how many of the first tokens of
-        each row, cached ones included, are padding (see `left_padding`). With targets [B, T] the model returns their
+        each row, cached ones included, are padding (see `left_padding`). `wanted_B`, int64 [B], is the one place
+        of each row, among its T, whose logits are computed, as [B, 1, V]. With targets [B, T] the model returns their
         cross-entropy instead: nats, float32 [B, T], 0 if a target is IGNORE. The model computes it so that
         torch.compile can fuse it; otherwise the logits and their gradient would be written once more in float32.
 
         Raises ValueError if the positions exceed the context.
         """
         start, T = (cache.length if cache is not None else 0), tokens_BT.shape[1]
-        if start + T > self.config.seq_len:
+        if isinstance(start, int) and start + T > self.config.seq_len:
             raise ValueError(f"{start + T} positions exceed the context of {self.config.seq_len}")
         x_BTC = self.token_embedding(tokens_BT)
         if self.position_embedding is not None:
@@ -89,6 +91,8 @@ class Transformer(nn.Module):
                 x_BTC = block(x_BTC, cache, padding_B)
         if cache is not None:
             cache.advance(T)
+        if wanted_B is not None:
+            x_BTC = x_BTC.take_along_dim(wanted_B.view(-1, 1, 1), 1)
         return self.head(x_BTC, targets_BT)
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cda_cli.model import Transformer
-from cda_cli.model.cache import KeyValueCache
+from cda_cli.model.cache import StaticCache
 from tests.model.cases import build, tiny, tokens
 
 MODELS: list[dict[str, Any]] = [
@@ -56,7 +56,7 @@ def test_generation_is_left_alone() -> None:
     expected = model(batch).detach()
     model.activation_checkpointing = True
     with torch.no_grad():
-        cache = KeyValueCache(config, len(batch), torch.device("cpu"), torch.float32)
+        cache = StaticCache(model, len(batch), torch.float32).rows()
         parts = [model(batch[:, :4], cache), model(batch[:, 4:], cache)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5)
     assert cache.length == config.seq_len

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cda_cli.config import ModelConfig
-from cda_cli.model import KeyValueCache, Transformer
+from cda_cli.model import StaticCache, Transformer
 from cda_cli.model.observe import observing
 from cda_cli.model.rules import RULES
 from tests.model.cases import build, cases, name, tiny, tokens
@@ -37,7 +37,7 @@ def test_a_padded_row_has_the_logits_that_it_has_alone(config: ModelConfig) -> N
         assert_rows_equal(model(batch, padding_B=padding_B), alone, padding)
         with observing(model, lambda seen: None):
             assert_rows_equal(model(batch, padding_B=padding_B), alone, padding)
-        cache = KeyValueCache(config, len(batch), torch.device("cpu"), torch.float32)
+        cache = StaticCache(model, len(batch), torch.float32).rows()
         parts = [model(part, cache, padding_B=padding_B) for part in batch.split([8, 1, 1, 1], 1)]
         assert_rows_equal(torch.cat(parts, 1), alone, padding)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cda_cli.config import ModelConfig
-from cda_cli.model import KeyValueCache, Transformer
+from cda_cli.model import StaticCache, Transformer
 from cda_cli.model.attention import Attention
 from cda_cli.model.observe import ObservedAttention, ObservedFeedForward, observing
 from tests.model.cases import build, cases, name, tiny, tokens
@@ -145,7 +145,7 @@ def test_a_cached_pass_can_be_watched(attention: str, position: str) -> None:
     """Its weights are the last rows of those of the whole sequence."""
     model = build(config := tiny(attention=attention, position=position, null_kv=1))
     batch = tokens(config)
-    cache = KeyValueCache(config, len(batch), torch.device("cpu"), torch.float32)
+    cache = StaticCache(model, len(batch), torch.float32).rows()
     seen: Observations = []
     with torch.no_grad():
         model(batch[:, :6], cache)

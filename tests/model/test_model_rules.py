@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cda_cli.config import ModelConfig, parse
 from cda_cli.errors import DeviceError
-from cda_cli.model import KeyValueCache, Transformer
+from cda_cli.model import StaticCache, Transformer
 from cda_cli.model.observe import ObservedAttention, observing
 from cda_cli.model.rules import RULES, AttentionRule, attention_rule
 from cda_cli.ops import reference_soft_topk
@@ -117,7 +117,7 @@ def test_its_gradient_is_that_of_its_definition(name: str) -> None:
 def test_a_model_is_the_same_with_a_cache_and_never_sees_a_later_token(name: str) -> None:
     model = build(config := tiny(attention=name, null_kv=2, position="rotary", attn_k=K))
     batch = tokens(config)
-    cache = KeyValueCache(config, len(batch), CPU, torch.float32)
+    cache = StaticCache(model, len(batch), torch.float32).rows()
     changed = batch.clone()
     changed[:, 6:] = (batch[:, 6:] + 1) % config.vocab_size
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cda_cli.config import ModelConfig
-from cda_cli.model import KeyValueCache, Transformer
+from cda_cli.model import StaticCache, Transformer
 from tests.model.cases import OPTIONS, build, cases, name, table, tiny, tokens
 
 every_case = pytest.mark.parametrize("config", cases(), ids=name)
@@ -101,7 +101,7 @@ def test_logits_with_a_cache_are_those_without(
 ) -> None:
     """The chunks have any sizes, up to the full context."""
     model, batch = build(config), tokens(config, batch_size, length)
-    cache = KeyValueCache(config, batch_size, torch.device("cpu"), torch.float32)
+    cache = StaticCache(model, len(batch), torch.float32).rows()
     ends = sorted({cut for cut in cuts if cut < length} | {length})
     with torch.no_grad():
         chunks = [model(batch[:, start:stop], cache) for start, stop in zip([0, *ends], ends, strict=False)]
@@ -116,7 +116,7 @@ def test_more_positions_than_the_context_are_refused(position: str) -> None:
     batch = tokens(config, 1)
     with pytest.raises(ValueError, match="12 positions exceed the context of 11"):
         model(torch.cat((batch, batch[:, :1]), 1))
-    cache = KeyValueCache(config, 1, torch.device("cpu"), torch.float32)
+    cache = StaticCache(model, 1, torch.float32).rows()
     model(batch, cache)
     with pytest.raises(ValueError, match="12 positions exceed the context of 11"):
         model(batch[:, :1], cache)

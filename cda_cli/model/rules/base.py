@@ -91,6 +91,13 @@ class AttentionRule(ABC):
         """
         return self.attend_densely(query, key, value, budget, documents=documents)
 
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, visible_B: Tensor) -> Tensor:
+        """Computes attention [B, H, 1, D] of one query a row, which sees the first `visible_B` of the S keys.
+
+        The arguments are those of `attend`, and `visible_B` is int64 [B]. There is no gradient.
+        """
+        return self.attend_densely(query, key, value, budget, visible_B=visible_B)
+
     def attend_densely(
         self,
         query: Tensor,
@@ -100,13 +107,14 @@ class AttentionRule(ABC):
         observe: ObserveBlock | None = None,
         edit: EditRows | None = None,
         documents: Tensor | None = None,
+        visible_B: Tensor | None = None,
     ) -> Tensor:
-        """Computes what `attend` does, by dense weights, one block of queries after another.
+        """Computes what `attend` does, or `decode` with `visible_B`, by dense weights, block after block of queries.
 
         `edit`, if given, returns other weights for each block. `observe`, if given, gets the weights [B, H, t, S] of
         each block, its k [B, H, t], and the index, among the S keys, of the last one that its first query sees.
         """
-        assert edit is None or documents is None, "an edit takes rows whose null keys come first"
+        assert edit is None or (documents is None and visible_B is None), "an edit takes one mask for all rows"
         B, H, T, _ = query.shape
         key, value = for_each_query(key, H), for_each_query(value, H)
         S, dtype = key.shape[2], torch.promote_types(query.dtype, torch.float32)
@@ -120,7 +128,10 @@ class AttentionRule(ABC):
             last = S - T + number * rows
             with torch.autocast(query.device.type, enabled=False):
                 scores = self.scale * query_BHtD.to(dtype) @ key_BHDS
-            mask = visible(last, scores.shape[2], S, documents, scores.device)
+            if visible_B is None:
+                mask = visible(last, scores.shape[2], S, documents, scores.device)
+            else:
+                mask = torch.arange(S, device=scores.device) < visible_B.view(B, 1, 1, 1)
             weights_under = partial(self.weights, scores, budget_BHt)
             if edit is None:
                 weights = weights_under(mask)

@@ -1,0 +1,75 @@
+"""Many requests in one batch: each gets the tokens that it gets alone, and the batch is never in its way."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cda_cli.config import ModelConfig
+from cda_cli.generation import Generated, Generation, Request, SamplingSettings
+from cda_cli.model import Transformer
+from tests.model.cases import FAMILIES, TINY, cases
+
+VOCABULARY = TINY["vocab_size"]
+RULES = [
+    {"attention": "hard-topk", "null_kv": 1},
+    {"attention": "entmax", "position": "rotary"},
+    {"attention": "tempered-softmax", "null_kv": 2, "heads": 4, "kv_heads": 2, "dim_head": 4},
+    *FAMILIES,
+]
+SETTINGS = st.builds(
+    SamplingSettings,
+    temperature=st.sampled_from([0.0, 0.7, 1.5]),
+    top_k=st.none() | st.integers(1, 30),
+    top_p=st.none() | st.floats(0.3, 1),
+    min_p=st.none() | st.floats(0.01, 0.5),
+    repetition_penalty=st.sampled_from([1.0, 1.4]),
+    presence_penalty=st.sampled_from([0.0, 0.8]),
+)
+PROMPT = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=TINY["seq_len"])
+REQUESTS = st.lists(
+    st.builds(Request, PROMPT, st.integers(0, 25), SETTINGS, seed=st.integers(0, 2**63), logprobs=st.integers(0, 3)),
+    min_size=1,
+    max_size=7,
+)
+
+
+def build(config: ModelConfig) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    torch.nn.init.normal_(model.to_logits.weight, std=0.6)
+    return model
+
+
+def generated(model: Transformer, requests: list[Request], **options: Any) -> dict[int, list[Generated]]:
+    found: dict[int, list[Generated]] = defaultdict(list)
+    for each in Generation(model, requests, **options):
+        found[each.request].append(each)
+    return found
+
+
+def texts(model: Transformer, requests: list[Request], **options: Any) -> list[list[int]]:
+    found = generated(model, requests, **options)
+    return [[each.token for each in found[number]] for number in range(len(requests))]
+
+
+@pytest.mark.parametrize("options", [*({"case": number} for number in range(0, 24, 3)), *RULES], ids=str)
+@settings(max_examples=6, deadline=None)
+@given(requests=REQUESTS, batch_size=st.integers(1, 8), order=st.randoms(use_true_random=False))
+def test_each_request_gets_the_tokens_that_it_gets_alone(
+    options: dict[str, Any], requests: list[Request], batch_size: int, order: Any
+) -> None:
+    """In any order, beside any others, with more requests than rows, past the context, and with its own settings."""
+    options = dict(options)
+    case = options.pop("case", None)
+    model = build(cases()[case] if case is not None else ModelConfig(**TINY | options))
+    shuffled = list(range(len(requests)))
+    order.shuffle(shuffled)
+    together = texts(model, [requests[number] for number in shuffled], batch_size=batch_size)
+    for number, found in zip(shuffled, together, strict=True):
+        assert [found] == texts(model, [requests[number]]), f"request {number}"
