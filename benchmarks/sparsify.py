@@ -4,8 +4,8 @@
     python benchmarks/sparsify.py runs/smollm2 runs/sparsify --data stdlib --steps 100 --jobs 3
 
 Every arm starts from the weights of the run and takes the same steps on the same text, with the same seeds. Its ε falls
-from 1, which is softmax, to 0.5 over the first half of the steps. A run that was cut goes on, and one that is done is
-only evaluated. With several jobs a GPU is shared.
+from 1, which is softmax, to 0.5 over the first half of the steps. A run that was cut goes on, and one that is done and
+evaluated has its figures beside it, as JSON. With several jobs a GPU is shared.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from synthetic import header, row
 
@@ -52,7 +53,10 @@ def cda(*arguments: object) -> str:
 
 def measure(source: Path, out: Path, name: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
     """Trains one arm with one seed, unless it is trained, and returns what `cda eval --json` says of it."""
-    run = out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    run = out / f"{re.sub('[^a-z0-9]+', '-', name)}-{seed}"
+    result = run.with_suffix(".json")
+    if result.exists():
+        return cast(dict[str, Any], json.loads(result.read_text()))
     if (run / "checkpoints").is_dir():
         cda("train", "--resume", run)
     else:
@@ -65,8 +69,8 @@ def measure(source: Path, out: Path, name: str, seed: int, asked: argparse.Names
     cuts = [argument for cut in CUTS for argument in ("--cut", cut)]
     found = json.loads(cda("eval", run, *cuts, "--max-batches", asked.max_batches, "--json"))
     print(f"{name}, seed {seed}: {found['bits_per_byte']:.4f} bits per byte", file=sys.stderr, flush=True)
-    assert isinstance(found, dict)
-    return found
+    result.write_text(json.dumps(found))
+    return cast(dict[str, Any], found)
 
 
 def spread(values: list[float], signed: bool = False) -> str:
