@@ -55,6 +55,20 @@ class Restored(NamedTuple):
     averaged: bool = False
 
 
+class Saved(NamedTuple):
+    """What a checkpoint says of its model, without the weights."""
+
+    path: Path
+    config: Config
+    tokenizer: Tokenizer
+
+
+def look_at(path: Path, *, best: bool = False) -> Saved:
+    """Reads a checkpoint as `restore` does, but for the weights. Raises CheckpointError if there is no such one."""
+    checkpoint = load(locate_checkpoint(path, best=best), parts=())
+    return Saved(checkpoint.path, saved_config(checkpoint), tokenizer_of(checkpoint))
+
+
 def restore(
     path: Path,
     device: torch.device,
@@ -168,7 +182,7 @@ SPLITS = get_args(Side)
 
 
 def open_side(
-    restored: Restored,
+    restored: Restored | Saved,
     data: str | None,
     split: str | None,
     stop: StopRequest,

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from cda_cli.commands.eval_options import BatchSizeOption, CutOption, MaxBatchesOption
+from functools import partial
+
+from cda_cli.commands.eval_options import (
+    BatchSizeOption,
+    CheckpointsArgument,
+    ContextOption,
+    CutOption,
+    MaxBatchesOption,
+    MaxDocumentsOption,
+    PerDocumentOption,
+    StrideOption,
+)
 from cda_cli.commands.options import (
     BackendOption,
     BestOption,
-    CheckpointArgument,
     DataOption,
     DeviceOption,
     DtypeOption,
@@ -18,13 +28,17 @@ from cda_cli.commands.options import (
 
 
 def evaluate(
-    checkpoint: CheckpointArgument,
+    checkpoints: CheckpointsArgument,
     best: BestOption = False,
     ema: EmaOption = False,
     data: DataOption = None,
     encoding: EncodingOption = None,
     split: SplitOption = None,
+    context: ContextOption = None,
+    stride: StrideOption = None,
+    per_document: PerDocumentOption = False,
     max_batches: MaxBatchesOption = None,
+    max_documents: MaxDocumentsOption = None,
     cut: CutOption = None,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
@@ -35,45 +49,28 @@ def evaluate(
     """Loss, perplexity and bits per byte over a whole split, each token counted once, with standard errors.
 
     Bits per byte spread the loss over the bytes of text that the tokens stand for; a separator and an unknown token
-    stand for none. Each cut is compared with the whole model on the same windows; its 95 % interval
-    is too narrow for a few windows.
+    stand for none. Several checkpoints, and cuts, are compared on the same windows. Intervals are those of a bootstrap,
+    and too narrow for a few windows.
     """
     from cda_cli.console import note, print_json, progress, show_evaluation, shows_progress
     from cda_cli.data import loss_of_text
-    from cda_cli.evaluation import (
-        Comparison,
-        compared_cuts,
-        joined,
-        measure,
-        parse_cuts,
-        ways_of_cuts,
-        windows_as_units,
-    )
+    from cda_cli.evaluation import Plan, evaluate_readings, open_readings, parse_cuts
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
 
     cuts = parse_cuts(cut or ())
+    plan = Plan(context, stride, per_document, batch_size, max_batches, max_documents)
     with StopRequest() as stop:
-        restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
-        text = open_side(restored, data, split, stop, shows_progress() and not as_json, encoding)
-        if remark := loss_of_text(text.sides):
+        shown = shows_progress() and not as_json
+        open_text = partial(open_side, data=data, split=split, stop=stop, show_progress=shown, encoding=encoding)
+        readings = open_readings(checkpoints, plan, open_text, best=best)
+        if remark := loss_of_text(readings[0].text.sides):
             note(remark)
-        batches, windows = text.batches(batch_size, max_batches)
-        ways = ways_of_cuts(restored.model, cuts)
-        with progress("evaluating", windows * len(ways), quiet=as_json) as advance:
-            measured = measure(restored.model, stop.until(batches), restored.device, precision, ways, advance)
-            sums = joined(measured)
-        stop.check("interrupted; nothing was written")
-    comparison = Comparison(sums, windows_as_units(windows))
-    compared = compared_cuts(comparison, cuts)
+        restore = partial(restore_on, device=device, dtype=dtype, backend=backend, ema=ema, context=context)
+        windows = sum(len(reading.windows) for reading in readings) * (1 + len(cuts))
+        with progress("evaluating", windows, quiet=as_json) as advance:
+            result = evaluate_readings(plan, readings, cuts, restore, stop, advance)
     if as_json:
-        source = {"checkpoint": str(restored.path), "data": text.description, "split": text.split}
-        print_json(
-            {
-                **source,
-                **comparison.evaluation()._asdict(),
-                **({"cuts": [one.as_dict() for one in compared]} if cuts else {}),
-            }
-        )
+        print_json(result.as_dict())
     else:
-        show_evaluation(comparison, compared, restored, text)
+        show_evaluation(result, averaged=ema)

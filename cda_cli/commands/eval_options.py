@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cda_cli.commands.completion import complete_checkpoint
+
+CheckpointsArgument = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="CHECKPOINT|RUN...",
+        help="Checkpoint folders, or runs: then their newest checkpoints. The others are compared with the first.",
+        autocompletion=complete_checkpoint,
+    ),
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        help="Most tokens in a window. Rotary positions and none allow more than in training.",
+        show_default="that of the checkpoint",
+    ),
+]
+StrideOption = Annotated[
+    int | None,
+    typer.Option(
+        "--stride",
+        min=1,
+        help="Tokens that each window after the first one predicts. They see the rest of the window as context.",
+        show_default="the context: windows are disjoint",
+    ),
+]
+PerDocumentOption = Annotated[
+    bool,
+    typer.Option(
+        "--per-document",
+        help="Evaluate each document by itself, after the token that begins a document, or else the separator.",
+    ),
+]
+MaxDocumentsOption = Annotated[int | None, typer.Option(min=1, help="Most documents to evaluate.")]
 MaxBatchesOption = Annotated[int | None, typer.Option(min=1, help="Most batches to evaluate.")]
 CutOption = Annotated[
     list[str] | None,

@@ -6,35 +6,81 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+
 from cda_cli.console.base import out, plus_minus, print_pairs, table
 from cda_cli.console.text import section
 from cda_cli.plurals import counted
 
 if TYPE_CHECKING:
-    from cda_cli.evaluation import Comparison, CutEvaluation, Estimate
-    from cda_cli.restore import Restored, TextSide
+    from cda_cli.evaluation import CutEvaluation, Estimate, TextEvaluation
 
 
-def show_evaluation(
-    comparison: Comparison, compared: Sequence[CutEvaluation], restored: Restored, text: TextSide
-) -> None:
-    result = comparison.evaluation()
-    windows = counted(result.windows, "window")
+def show_evaluation(result: TextEvaluation, *, averaged: bool) -> None:
+    """Shows the figures of a checkpoint, or a table of several. `averaged` says whether their weights are averages."""
+    several, suffix = len(result.readings) > 1, ", averaged weights" if averaged else ""
+    names = [f"checkpoint {number}" if several else "checkpoint" for number in range(1, len(result.readings) + 1)]
+    text, found = result.readings[0].text, result.comparison.evaluation()
+    overlap = "disjoint" if result.stride == result.context else f"stride {result.stride:,}"
     rows = {
-        "checkpoint": f"{restored.path}{', averaged weights' if restored.averaged else ''}",
+        **{name: f"{one.saved.path}{suffix}" for name, one in zip(names, result.readings, strict=True)},
         "data": f"{text.description}, {text.split}",
-        "tokens": f"{result.tokens:,} in {windows}, for {counted(result.text_bytes, 'byte')} of text",
-        "loss": f"{plus_minus(result.loss, result.standard_error)} nats per token",
-        "perplexity": f"{result.perplexity:.4g}",
-        "bits per byte": plus_minus(result.bits_per_byte, result.bits_per_byte_error),
+        "windows": f"at most {counted(result.context, 'token')}, {overlap}",
+        "counted": result.counted,
+        "tokens": f"{found.tokens:,} in {_amount(result)}, for {counted(found.text_bytes, 'byte')} of text",
     }
-    print_pairs(out(), rows)
-    if not compared:
-        return
-    cuts = table("keys read", "bits per byte", "difference", "95 % interval")
+    if several:
+        print_pairs(out(), rows | {"95 % interval": _interval_words(result)})
+        section("Bits per byte, and their difference from those of the first", _table(result))
+    else:
+        print_pairs(out(), rows | _figures(result))
+    for number, name in enumerate(names):
+        if result.cuts:
+            of = f" of {name}" if several else ""
+            section(f"Cuts{of}, on the same windows", _cuts(result.under_cuts(number)))
+
+
+def _amount(result: TextEvaluation) -> str:
+    windows = counted(result.comparison.windows[0], "window")
+    if not result.plan.per_document:
+        return windows
+    return f"{windows} of {counted(result.readings[0].documents, 'document')}"
+
+
+def _figures(result: TextEvaluation) -> dict[str, str]:
+    found, estimate = result.comparison.evaluation(), result.comparison.bits_per_byte()
+    rows = {
+        "loss": f"{plus_minus(found.loss, found.standard_error)} nats per token",
+        "perplexity": f"{found.perplexity:.4g}",
+        "bits per byte": plus_minus(found.bits_per_byte, found.bits_per_byte_error),
+        "bits per word": f"{result.bits_per_word(0):.4f}",
+    }
+    if not math.isnan(estimate.low):
+        rows["95 % interval"] = f"{estimate.low:.4f} to {estimate.high:.4f} bits per byte; {_interval_words(result)}"
+    return rows
+
+
+def _interval_words(result: TextEvaluation) -> str:
+    units = result.comparison.units
+    return f"from {units.blocks:,} {units.resampled}, resampled"
+
+
+def _table(result: TextEvaluation) -> Table:
+    made = table("checkpoint", "loss", "bits per byte", "difference", "95 % interval")
+    for number in range(len(result.readings)):
+        way = result.way(number)
+        found = result.comparison.evaluation(way)
+        difference = difference_columns(result.comparison.difference(way)) if number else ("", "")
+        bits = plus_minus(found.bits_per_byte, found.bits_per_byte_error)
+        made.add_row(str(number + 1), f"{found.loss:.4f}", bits, *difference)
+    return made
+
+
+def _cuts(compared: Sequence[CutEvaluation]) -> Table:
+    made = table("keys read", "bits per byte", "difference", "95 % interval")
     for one in compared:
-        cuts.add_row(one.cut.description, f"{one.evaluation.bits_per_byte:.4f}", *difference_columns(one.difference))
-    section("Cuts, on the same windows", cuts)
+        made.add_row(one.cut.description, f"{one.evaluation.bits_per_byte:.4f}", *difference_columns(one.difference))
+    return made
 
 
 def difference_columns(difference: Estimate) -> tuple[str, str]:

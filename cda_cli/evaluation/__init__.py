@@ -1,5 +1,6 @@
 """Evaluation: a model and a split → loss, perplexity, bits per byte, with errors, and paired differences."""
 
+from cda_cli.evaluation.checkpoints import Plan, TextEvaluation, evaluate_readings, open_readings
 from cda_cli.evaluation.comparison import Comparison, Estimate
 from cda_cli.evaluation.cuts import Cut, CutEvaluation, compared_cuts, parse_cuts, ways_of_cuts
 from cda_cli.evaluation.evaluate import Evaluation, bits_per_byte, evaluate, summarise
@@ -13,14 +14,18 @@ __all__ = [
     "CutEvaluation",
     "Estimate",
     "Evaluation",
+    "Plan",
     "Sums",
+    "TextEvaluation",
     "Units",
     "Way",
     "bits_per_byte",
     "compared_cuts",
     "evaluate",
+    "evaluate_readings",
     "joined",
     "measure",
+    "open_readings",
     "parse_cuts",
     "summarise",
     "ways_of_cuts",

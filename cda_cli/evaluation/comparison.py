@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,18 +27,24 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def as_difference(self) -> dict[str, Any]:
+        """The fields of a difference, as `--json` has them."""
+        interval = [self.low, self.high]
+        return {"difference": self.value, "difference_error": self.error, "difference_interval": interval}
+
 
 class Comparison:
     """The sums of N ways over the same windows, and their figures with errors and paired differences.
 
-    `units` says which windows make an observation. One bootstrap serves all figures, so each resample has the same
-    observations in every way.
+    `units` says which windows make an observation: for all ways, or for each of them where windows differ. There is one
+    bootstrap for all figures, so each resample has the same observations in every way.
     """
 
-    def __init__(self, ways: Sequence[Sums], units: Units) -> None:
+    def __init__(self, ways: Sequence[Sums], units: Units | Sequence[Units]) -> None:
+        each = [units] * len(ways) if isinstance(units, Units) else units
+        self.units = each[0]
         self.windows = [len(way) for way in ways]
-        self.ways = [way.over(units.of_window) for way in ways]
-        self.units = units
+        self.ways = [way.over(its.of_window) for way, its in zip(ways, each, strict=True)]
 
     @cached_property
     def _bootstrap(self) -> Bootstrap:

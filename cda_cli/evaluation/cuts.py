@@ -96,9 +96,7 @@ class CutEvaluation(NamedTuple):
     difference: Estimate
 
     def as_dict(self) -> dict[str, Any]:
-        value, error, *interval = self.difference
-        differences = {"difference": value, "difference_error": error, "difference_interval": interval}
-        return {**asdict(self.cut), **differences, **self.evaluation._asdict()}
+        return {**asdict(self.cut), **self.difference.as_difference(), **self.evaluation._asdict()}
 
 
 def ways_of_cuts(model: Transformer, cuts: Sequence[Cut]) -> list[Way]:
@@ -106,10 +104,10 @@ def ways_of_cuts(model: Transformer, cuts: Sequence[Cut]) -> list[Way]:
     return [AS_IT_IS, *(partial(editing, model, cut) for cut in cuts)]
 
 
-def compared_cuts(comparison: Comparison, cuts: Sequence[Cut]) -> list[CutEvaluation]:
-    """Compares each of `cuts` with the model as it is; `comparison` has the ways that `ways_of_cuts` returns."""
-    numbered = enumerate(cuts, start=1)
-    return [CutEvaluation(cut, comparison.evaluation(way), comparison.difference(way)) for way, cut in numbered]
+def compared_cuts(comparison: Comparison, cuts: Sequence[Cut], base: int = 0) -> list[CutEvaluation]:
+    """Compares each of `cuts` with the model as it is, which is the way `base` of `comparison`; the cuts follow it."""
+    numbered = enumerate(cuts, start=base + 1)
+    return [CutEvaluation(cut, comparison.evaluation(way), comparison.difference(way, base)) for way, cut in numbered]
 
 
 def parse_cuts(given: Sequence[str]) -> list[Cut]:

@@ -25,7 +25,7 @@ FEWEST_DOCUMENTS = 30  # With fewer, windows are the observations.
 class Units:
     """Which windows make up an observation: `of_window`, int64 [W], counts the observations up from 0.
 
-    `name` is what an observation is, such as "document". The bootstrap resamples `block` consecutive ones together.
+    `name` is what observations are, such as "documents". The bootstrap resamples `block` consecutive ones together.
     """
 
     of_window: Tensor
@@ -45,7 +45,7 @@ class Units:
     @property
     def resampled(self) -> str:
         """What the bootstrap resamples, in words."""
-        return f"{self.name}s" if self.block == 1 else f"blocks of {self.block} {self.name}s"
+        return self.name if self.block == 1 else f"blocks of {self.block} {self.name}"
 
 
 def windows_as_units(windows: int, together: int = 1) -> Units:
@@ -56,7 +56,7 @@ def windows_as_units(windows: int, together: int = 1) -> Units:
     1989).
     """
     of_window = torch.arange(windows) // together
-    name = "window" if together == 1 else f"stretch of {together} windows"
+    name = "windows" if together == 1 else f"groups of {together} windows"
     return Units(of_window, name, math.ceil(round((int(of_window[-1]) + 1) ** (1 / 3), 9)))
 
 

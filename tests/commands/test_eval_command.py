@@ -187,8 +187,10 @@ def test_json_is_all_of_stdout(cda: Cda, finished: Path) -> None:
     assert result.out[end:] == "\n"
     assert set(document) == {
         "checkpoint", "data", "split", "loss", "standard_error", "perplexity", "bits_per_byte", "bits_per_byte_error",
-        "tokens", "text_bytes", "windows",
+        "tokens", "text_bytes", "windows", "context", "stride", "per_document", "counted", "resampled", "loss_interval",
+        "bits_per_byte_interval", "bits_per_token", "bits_per_word", "words",
     }  # fmt: skip
+    assert set(document["resampled"]) == {"unit", "number", "resamples", "seed", "level"}
 
 
 def test_a_checkpoint_or_the_folder_of_them_can_be_named(cda: Cda, finished: Path) -> None:

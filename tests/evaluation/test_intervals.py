@@ -23,7 +23,7 @@ def drawn(windows: int, seed: int, shift: float = 0.0) -> Sums:
 
 
 def alone(units: int) -> Units:
-    return Units(torch.arange(units), "document")
+    return Units(torch.arange(units), "documents")
 
 
 @settings(max_examples=40)

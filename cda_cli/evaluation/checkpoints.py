@@ -1,0 +1,222 @@
+"""Evaluates one or several checkpoints on the same text, in the same windows, as `cda eval` does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cda_cli.data import Windows, count_words
+from cda_cli.errors import ConfigError
+from cda_cli.evaluation.comparison import Comparison
+from cda_cli.evaluation.cuts import Cut, CutEvaluation, compared_cuts, ways_of_cuts
+from cda_cli.evaluation.intervals import FEWEST_DOCUMENTS, LEVEL, RESAMPLES, SEED, Units, windows_as_units
+from cda_cli.evaluation.sums import Sums, joined, measure
+from cda_cli.restore import Restored, Saved, TextSide, look_at
+from cda_cli.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a text is cut into windows (see `cda_cli.data.windows`), and how much of it is evaluated.
+
+    `context` is None for that of the checkpoints, and `stride` is None for disjoint windows.
+    """
+
+    context: int | None = None
+    stride: int | None = None
+    per_document: bool = False
+    batch_size: int = 16
+    max_batches: int | None = None
+    max_documents: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.per_document and self.max_batches is not None:
+            raise ConfigError("--max-batches would end within a document; give --max-documents with --per-document")
+        if self.max_documents is not None and not self.per_document:
+            raise ConfigError("--max-documents counts documents; give --per-document with it, or --max-batches")
+
+    def windows(self, text: TextSide) -> Windows:
+        """The windows of `text`. Raises ConfigError for a stride that would leave tokens out, and DataError."""
+        context = self.context or text.seq_len
+        if self.stride is not None and self.stride > context:
+            raise ConfigError(
+                f"--stride {self.stride} would leave tokens out, as a window has {context}; give {context} or less"
+            )
+        most = None if self.max_batches is None else self.max_batches * self.batch_size
+        windows = text.windows(context, self.stride, self.per_document, most)
+        return windows if self.max_documents is None else windows.take(windows.document < self.max_documents)
+
+
+class Reading(NamedTuple):
+    """A checkpoint, and the windows in which its model reads the text."""
+
+    saved: Saved
+    text: TextSide
+    windows: Windows
+
+    @property
+    def documents(self) -> int:
+        return int(self.windows.document[-1]) + 1
+
+
+def open_readings(
+    paths: Sequence[Path], plan: Plan, open_text: Callable[[Saved], TextSide], *, best: bool = False
+) -> list[Reading]:
+    """Opens the text for each of the checkpoints at `paths`: with the settings of the first one's data, in the tokens
+    of each.
+
+    Raises ConfigError where their windows or documents would not be the same, and what `look_at` and `open_text` raise.
+    """
+    first, *others = (look_at(path, best=best) for path in paths)
+    readings = [_reading(first, open_text(first), plan)]
+    for saved in others:
+        _check_comparable(first, saved, plan)
+        text = readings[0].text
+        if saved.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            config = saved.config.model_copy(update={"data": first.config.data})
+            text = open_text(saved._replace(config=config))
+        readings.append(_reading(saved, text, plan))
+        if readings[-1].documents != readings[0].documents:
+            raise ConfigError(
+                f"the tokenizer of {saved.path} has no token for some documents that that of {first.path} has; "
+                "evaluate them apart"
+            )
+    return readings
+
+
+def _reading(saved: Saved, text: TextSide, plan: Plan) -> Reading:
+    return Reading(saved, text, plan.windows(text))
+
+
+def _check_comparable(first: Saved, other: Saved, plan: Plan) -> None:
+    if other.tokenizer.fingerprint != first.tokenizer.fingerprint and not plan.per_document:
+        raise ConfigError(
+            f"{first.path} and {other.path} have different tokenizers, so their windows differ; give --per-document to "
+            "compare them by document"
+        )
+    lengths = [saved.config.model.seq_len for saved in (first, other)]
+    if plan.context is None and lengths[0] != lengths[1]:
+        raise ConfigError(
+            f"{first.path} has a context of {lengths[0]} tokens, and {other.path} one of {lengths[1]}; give both "
+            f"--context {min(lengths)}"
+        )
+
+
+def observations(readings: Sequence[Reading], plan: Plan) -> list[Units]:
+    """Chooses what the errors and the bootstrap take as one observation, for the windows of each reading.
+
+    That is a document, or where there are few of them a group of windows whose targets fill a context.
+    """
+    has_same_windows = len({reading.saved.tokenizer.fingerprint for reading in readings}) == 1
+    if plan.per_document and (readings[0].documents >= FEWEST_DOCUMENTS or not has_same_windows):
+        return [Units(torch.from_numpy(reading.windows.document), "documents") for reading in readings]
+    context = plan.context or readings[0].text.seq_len
+    return [windows_as_units(len(readings[0].windows), math.ceil(context / (plan.stride or context)))] * len(readings)
+
+
+def evaluate_readings(
+    plan: Plan,
+    readings: Sequence[Reading],
+    cuts: Sequence[Cut],
+    restore: Callable[[Path], tuple[Restored, torch.dtype]],
+    stop: StopRequest,
+    advance: Callable[[int], None],
+) -> TextEvaluation:
+    """Measures each checkpoint as it is and under each of `cuts`, one checkpoint after another.
+
+    `restore` gives the model of a checkpoint and the dtype of its matrix products. `advance` gets numbers of windows.
+    Raises InterruptedRunError once a stop was asked for.
+    """
+    sums: list[Sums] = []
+    for reading in readings:
+        restored, dtype = restore(reading.saved.path)
+        batches = stop.until(reading.windows.batches(plan.batch_size))
+        ways = ways_of_cuts(restored.model, cuts)
+        sums += joined(measure(restored.model, batches, restored.device, dtype, ways, advance))
+        stop.check("interrupted; nothing was written")
+        del restored, ways  # so that the next model finds the memory free
+    units = [each for each in observations(readings, plan) for _ in range(1 + len(cuts))]
+    words = [int(count_words(reading.windows, reading.text.tokenizer).sum()) for reading in readings]
+    return TextEvaluation(plan, readings, cuts, Comparison(sums, units), words)
+
+
+@dataclass(frozen=True)
+class TextEvaluation:
+    """What was measured of checkpoints on a text, each as it is and then under each of `cuts`."""
+
+    plan: Plan
+    readings: Sequence[Reading]
+    cuts: Sequence[Cut]
+    comparison: Comparison
+    words: Sequence[int]
+
+    @property
+    def context(self) -> int:
+        return self.plan.context or self.readings[0].text.seq_len
+
+    @property
+    def stride(self) -> int:
+        return self.plan.stride or self.context
+
+    @property
+    def counted(self) -> str:
+        """Which tokens were predicted, in words."""
+        if not self.plan.per_document:
+            return "each token but the first of a split, separators included"
+        mark = "the separator" if self.readings[0].text.tokenizer.bos is None else "the token that begins a document"
+        return f"each token of a document, the first of them after {mark}; the separator at its end is not"
+
+    def way(self, number: int) -> int:
+        """The way of a checkpoint as it is, in `comparison`."""
+        return number * (1 + len(self.cuts))
+
+    def under_cuts(self, number: int) -> list[CutEvaluation]:
+        """What the cuts do to a checkpoint."""
+        return compared_cuts(self.comparison, self.cuts, self.way(number))
+
+    def bits_per_word(self, number: int) -> float:
+        """All nats of a checkpoint in bits, over the words of the text; infinite where there is no word."""
+        nats = self.comparison.ways[self.way(number)].nats.sum().item()
+        return nats / math.log(2) / self.words[number] if self.words[number] else math.inf
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document of `--json`: one object for a checkpoint, or a list of such objects for several."""
+        text, units = self.readings[0].text, self.comparison.units
+        shared = {
+            "data": text.description,
+            "split": text.split,
+            "context": self.context,
+            "stride": self.stride,
+            "per_document": self.plan.per_document,
+            "counted": self.counted,
+            "resampled": {
+                "unit": units.resampled, "number": units.blocks, "resamples": RESAMPLES, "seed": SEED, "level": LEVEL,
+            },
+        }  # fmt: skip
+        found = [self._checkpoint(number) for number in range(len(self.readings))]
+        return {**found[0], **shared} if len(found) == 1 else {**shared, "checkpoints": found}
+
+    def _checkpoint(self, number: int) -> dict[str, Any]:
+        way, reading = self.way(number), self.readings[number]
+        evaluation = self.comparison.evaluation(way)
+        found: dict[str, Any] = {
+            "checkpoint": str(reading.saved.path),
+            **evaluation._asdict(),
+            "loss_interval": self.comparison.loss(way)[2:],
+            "bits_per_byte_interval": self.comparison.bits_per_byte(way)[2:],
+            "bits_per_token": evaluation.loss / math.log(2),
+            "bits_per_word": self.bits_per_word(number),
+            "words": self.words[number],
+        }
+        if self.plan.per_document:
+            found["documents"] = reading.documents
+        if number:
+            found |= self.comparison.difference(way).as_difference()
+        if self.cuts:
+            found["cuts"] = [one.as_dict() for one in self.under_cuts(number)]
+        return found
