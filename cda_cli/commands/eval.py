@@ -6,6 +6,8 @@ from functools import partial
 
 from cda_cli.commands.eval_options import (
     BatchSizeOption,
+    ByPositionOption,
+    CalibrationOption,
     CheckpointsArgument,
     ContextOption,
     CutOption,
@@ -39,6 +41,8 @@ def evaluate(
     per_document: PerDocumentOption = False,
     max_batches: MaxBatchesOption = None,
     max_documents: MaxDocumentsOption = None,
+    by_position: ByPositionOption = False,
+    calibration: CalibrationOption = False,
     cut: CutOption = None,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
@@ -59,7 +63,7 @@ def evaluate(
     from cda_cli.signals import StopRequest
 
     cuts = parse_cuts(cut or ())
-    plan = Plan(context, stride, per_document, batch_size, max_batches, max_documents)
+    plan = Plan(context, stride, per_document, batch_size, max_batches, max_documents, by_position, calibration)
     with StopRequest() as stop:
         shown = shows_progress() and not as_json
         open_text = partial(open_side, data=data, split=split, stop=stop, show_progress=shown, encoding=encoding)

@@ -12,7 +12,7 @@ from cda_cli.commands.completion import complete_checkpoint
 CheckpointsArgument = Annotated[
     list[Path],
     typer.Argument(
-        metavar="CHECKPOINT|RUN...",
+        metavar="CHECKPOINT|RUN",
         help="Checkpoint folders, or runs: then their newest checkpoints. The others are compared with the first.",
         autocompletion=complete_checkpoint,
     ),
@@ -44,6 +44,13 @@ PerDocumentOption = Annotated[
 ]
 MaxDocumentsOption = Annotated[int | None, typer.Option(min=1, help="Most documents to evaluate.")]
 MaxBatchesOption = Annotated[int | None, typer.Option(min=1, help="Most batches to evaluate.")]
+ByPositionOption = Annotated[
+    bool, typer.Option("--by-position", help="Also the loss by how many tokens of the window a prediction sees.")
+]
+CalibrationOption = Annotated[
+    bool,
+    typer.Option("--calibration", help="Also the expected calibration error: how far confidence is from accuracy."),
+]
 CutOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -34,6 +34,11 @@ def show_evaluation(result: TextEvaluation, *, averaged: bool) -> None:
         section("Bits per byte, and their difference from those of the first", _table(result))
     else:
         print_pairs(out(), rows | _figures(result))
+    details = [result.details(number) for number in range(len(names))]
+    if result.plan.by_position:
+        section("Loss by position", _positions([each["positions"] for each in details], names))
+    if result.plan.calibration:
+        section("Calibration", _calibration([each["calibration"] for each in details], names))
     for number, name in enumerate(names):
         if result.cuts:
             of = f" of {name}" if several else ""
@@ -73,6 +78,23 @@ def _table(result: TextEvaluation) -> Table:
         difference = difference_columns(result.comparison.difference(way)) if number else ("", "")
         bits = plus_minus(found.bits_per_byte, found.bits_per_byte_error)
         made.add_row(str(number + 1), f"{found.loss:.4f}", bits, *difference)
+    return made
+
+
+def _positions(each: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]) -> Table:
+    made = table("tokens seen", "tokens", *(["loss"] if len(names) == 1 else names))
+    for ranges in zip(*each, strict=True):
+        first, last = ranges[0]["first"], ranges[0]["last"]
+        losses = ["–" if math.isnan(one["loss"]) else plus_minus(one["loss"], one["standard_error"]) for one in ranges]
+        made.add_row(str(last) if first == last else f"{first} to {last}", f"{ranges[0]['tokens']:,}", *losses)
+    return made
+
+
+def _calibration(each: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
+    made = table("", "expected calibration error", "accuracy", "confidence")
+    for name, one in zip(names, each, strict=True):
+        columns = (one[key] for key in ("expected_calibration_error", "accuracy", "confidence"))
+        made.add_row(name, *(f"{value:.4f}" for value in columns))
     return made
 
 

@@ -14,6 +14,7 @@ from cda_cli.data import Windows, count_words
 from cda_cli.errors import ConfigError
 from cda_cli.evaluation.comparison import Comparison
 from cda_cli.evaluation.cuts import Cut, CutEvaluation, compared_cuts, ways_of_cuts
+from cda_cli.evaluation.details import Calibration, Detail, LossByPosition
 from cda_cli.evaluation.intervals import FEWEST_DOCUMENTS, LEVEL, RESAMPLES, SEED, Units, windows_as_units
 from cda_cli.evaluation.sums import Sums, joined, measure
 from cda_cli.restore import Restored, Saved, TextSide, look_at
@@ -33,12 +34,19 @@ class Plan:
     batch_size: int = 16
     max_batches: int | None = None
     max_documents: int | None = None
+    by_position: bool = False
+    calibration: bool = False
 
     def __post_init__(self) -> None:
         if self.per_document and self.max_batches is not None:
             raise ConfigError("--max-batches would end within a document; give --max-documents with --per-document")
         if self.max_documents is not None and not self.per_document:
             raise ConfigError("--max-documents counts documents; give --per-document with it, or --max-batches")
+
+    def details(self, trained: int) -> list[Detail]:
+        """What is summed besides the losses, for a model that was trained with a context of `trained` tokens."""
+        positions = [LossByPosition(self.context or trained, trained)] if self.by_position else []
+        return [*positions, *([Calibration()] if self.calibration else [])]
 
     def windows(self, text: TextSide) -> Windows:
         """The windows of `text`. Raises ConfigError for a stride that would leave tokens out, and DataError."""
@@ -58,6 +66,9 @@ class Reading(NamedTuple):
     saved: Saved
     text: TextSide
     windows: Windows
+
+    def details(self, plan: Plan) -> list[Detail]:
+        return plan.details(self.saved.config.model.seq_len)
 
     @property
     def documents(self) -> int:
@@ -137,7 +148,7 @@ def evaluate_readings(
         restored, dtype = restore(reading.saved.path)
         batches = stop.until(reading.windows.batches(plan.batch_size))
         ways = ways_of_cuts(restored.model, cuts)
-        sums += joined(measure(restored.model, batches, restored.device, dtype, ways, advance))
+        sums += joined(measure(restored.model, batches, restored.device, dtype, ways, advance, reading.details(plan)))
         stop.check("interrupted; nothing was written")
         del restored, ways  # so that the next model finds the memory free
     units = [each for each in observations(readings, plan) for _ in range(1 + len(cuts))]
@@ -184,6 +195,13 @@ class TextEvaluation:
         nats = self.comparison.ways[self.way(number)].nats.sum().item()
         return nats / math.log(2) / self.words[number] if self.words[number] else math.inf
 
+    def details(self, number: int) -> dict[str, Any]:
+        """What was asked for besides the losses, of a checkpoint as it is, by its name."""
+        details = self.readings[number].details(self.plan)
+        columns = self.comparison.ways[self.way(number)].details
+        parts = columns.split([detail.width for detail in details], 1) if details else ()
+        return {detail.name: detail.summary(part) for detail, part in zip(details, parts, strict=True)}
+
     def as_dict(self) -> dict[str, Any]:
         """The document of `--json`: one object for a checkpoint, or a list of such objects for several."""
         text, units = self.readings[0].text, self.comparison.units
@@ -215,6 +233,7 @@ class TextEvaluation:
         }
         if self.plan.per_document:
             found["documents"] = reading.documents
+        found |= self.details(number)
         if number:
             found |= self.comparison.difference(way).as_difference()
         if self.cuts:

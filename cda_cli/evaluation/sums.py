@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
 from cda_cli.data import IGNORE, Batch
-from cda_cli.token_losses import token_losses
+from cda_cli.evaluation.details import Detail
+from cda_cli.runtime import to_device
+from cda_cli.token_losses import token_losses, token_losses_and_logits
 
 # What surrounds the forward passes of a measurement, such as `partial(editing, model, cut)`.
 Way = Callable[[], AbstractContextManager[None]]
@@ -25,12 +27,14 @@ class Sums:
     """What one way of measuring summed over each of W windows, or of U observations; all [W] or [U].
 
     `nats` are the losses, float64. `tokens` counts the targets and `text_bytes` the bytes of text that these stand for
-    (see `Tokens.sizes`), both int64.
+    (see `Tokens.sizes`), both int64. `details`, float64 [W, …] or [U, …], has what was asked for besides (see
+    `cda_cli.evaluation.details`).
     """
 
     nats: Tensor
     tokens: Tensor
     text_bytes: Tensor
+    details: Tensor
 
     def __len__(self) -> int:
         return len(self.nats)
@@ -38,17 +42,16 @@ class Sums:
     @classmethod
     def join(cls, parts: Sequence[Sums]) -> Sums:
         """Joins one or more parts end to end."""
-        columns = ([getattr(part, name) for part in parts] for name in ("nats", "tokens", "text_bytes"))
-        return cls(*map(torch.cat, columns))
+        return cls(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Sums:
+        """Changes each column."""
+        return Sums(*(change(getattr(self, each.name)) for each in fields(self)))
 
     def over(self, group_W: Tensor) -> Sums:
         """Adds up the windows of each group: `group_W`, int64 [W], counts up from 0 without a gap."""
         groups = int(group_W[-1]) + 1
-
-        def added(column: Tensor) -> Tensor:
-            return column.new_zeros((groups, *column.shape[1:])).index_add(0, group_W, column)
-
-        return Sums(added(self.nats), added(self.tokens), added(self.text_bytes))
+        return self.map(lambda column: column.new_zeros((groups, *column.shape[1:])).index_add(0, group_W, column))
 
 
 @torch.no_grad()
@@ -59,11 +62,12 @@ def measure(
     dtype: torch.dtype,
     ways: Sequence[Way] = (AS_IT_IS,),
     advance: Callable[[int], None] = lambda windows: None,
+    details: Sequence[Detail] = (),
 ) -> Iterator[list[Sums]]:
     """Yields for each batch the sums of its windows in each of `ways`.
 
     The model is in evaluation mode, and gets back its mode at the end. `dtype` is that of the matrix products.
-    `advance` gets the number of windows of a batch after each way.
+    `advance` gets the number of windows of a batch after each way. `details` are summed besides.
     """
     training = model.training
     model.eval()
@@ -73,12 +77,25 @@ def measure(
             found = []
             for way in ways:
                 with way():
-                    nats = token_losses(model, batch, device, dtype).double().sum(-1).cpu()
-                found.append(Sums(nats, counts, batch.target_bytes))
+                    nats, detailed = _of_batch(model, batch, device, dtype, details)
+                found.append(Sums(nats, counts, batch.target_bytes, detailed))
                 advance(len(batch.inputs))
             yield found
     finally:
         model.train(training)
+
+
+def _of_batch(
+    model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype, details: Sequence[Detail]
+) -> tuple[Tensor, Tensor]:
+    """Returns the nats of each window, [B], and its details, [B, …], on the CPU."""
+    if not details:
+        nats = token_losses(model, batch, device, dtype).double().sum(-1).cpu()
+        return nats, nats.new_empty(len(nats), 0)
+    losses, logits = token_losses_and_logits(model, batch, device, dtype)
+    targets = to_device(batch.targets, device)
+    parts = [detail.sums(losses, targets, logits) for detail in details]
+    return losses.double().sum(-1).cpu(), torch.cat(parts, 1).cpu()
 
 
 def joined(measured: Iterable[list[Sums]]) -> list[Sums]:

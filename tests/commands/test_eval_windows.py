@@ -184,6 +184,31 @@ def test_tokenizers_are_compared_by_document(cda: Cda, finished: Path, tiny: Pat
     assert alone["bits_per_byte"] == pytest.approx(second["bits_per_byte"])
 
 
+def test_positions_beyond_the_training_are_told_apart(cda: Cda, finished: Path, documents: Path) -> None:
+    """The curve changes none of the figures, and the table has its numbers."""
+    data = ("--data", documents, "--per-document", "--context", 64)
+    found, plain = evaluated(cda, finished, *data, "--by-position"), evaluated(cda, finished, *data)
+    ranges = found.pop("positions")
+    assert found == plain
+    assert [(one["first"], one["last"]) for one in ranges[-3:]] == [(9, 16), (17, 32), (33, 64)]
+    mean = math.fsum(one["loss"] * one["tokens"] for one in ranges) / found["tokens"]
+    assert mean == pytest.approx(found["loss"], rel=1e-6)
+    shown = cda("eval", finished, *data, "--by-position").out
+    assert f"{ranges[-1]['loss']:.4f} ± {ranges[-1]['standard_error']:.4f}" in shown
+
+
+def test_calibration_is_shown_for_each_checkpoint(cda: Cda, finished: Path) -> None:
+    older = finished / "checkpoints" / "step-00000004"
+    found = evaluated(cda, finished, older, "--calibration")["checkpoints"]
+    shown = cda("eval", finished, older, "--calibration").out
+    for one in found:
+        calibration = one["calibration"]
+        assert f"{calibration['expected_calibration_error']:.4f}" in shown
+        assert sum(each["tokens"] for each in calibration["bins"]) == one["tokens"]
+        unused = [each for each in calibration["bins"] if not each["tokens"]]
+        assert all(each["confidence"] is None for each in unused), "NaN is no JSON"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

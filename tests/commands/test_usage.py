@@ -15,7 +15,7 @@ from tests.commands.helpers import COMMANDS, Cda, assert_refused
         (["train", "-q"], ["unknown option '-q'", "`cda train --help`"]),
         (["train", "--set", "optim.lr=1", "2"], ["argument '2' has no place", "quotes", "`cda train --help`"]),
         (["inspect-sparsity", "a", "b"], ["argument 'b' has no place"]),
-        (["eval"], ["CHECKPOINT|RUN... is missing", "`cda eval --help`"]),
+        (["eval"], ["CHECKPOINT|RUN is missing", "`cda eval --help`"]),
         (["train", "--steps"], ["'--steps'", "requires an argument", "`cda train --help`"]),
         (["train", "--dry-run=yes"], ["'--dry-run'", "does not take a value"]),
         (["sample", "x", "--seed", "abc"], ["--seed 'abc' is not possible", "integer", "`cda sample --help`"]),

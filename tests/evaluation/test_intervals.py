@@ -15,11 +15,15 @@ from cda_cli.evaluation import Comparison, Sums, windows_as_units
 from cda_cli.evaluation.intervals import RESAMPLES, SEED, Bootstrap, Units, influence, influence_error, ratio_error
 
 
+def sums_of(nats: Tensor, tokens: Tensor, text_bytes: Tensor) -> Sums:
+    return Sums(nats, tokens, text_bytes, torch.empty(len(nats), 0))
+
+
 def drawn(windows: int, seed: int, shift: float = 0.0) -> Sums:
     generator = np.random.default_rng(seed)
     tokens = torch.from_numpy(generator.integers(1, 9, windows))
     nats = tokens * torch.from_numpy(2 + shift + generator.normal(0, 0.3, windows))
-    return Sums(nats, tokens, 2 * tokens)
+    return sums_of(nats, tokens, 2 * tokens)
 
 
 def alone(units: int) -> Units:
@@ -68,7 +72,7 @@ def test_a_way_against_itself_differs_by_nothing(windows: int, seed: int) -> Non
 def test_what_both_ways_share_leaves_no_error() -> None:
     """Texts differ by far more than the ways do: only a paired interval sees that one is better."""
     sums = drawn(40, seed=3)
-    better = Sums(sums.nats - 0.01 * sums.tokens.double(), sums.tokens, sums.text_bytes)
+    better = sums_of(sums.nats - 0.01 * sums.tokens.double(), sums.tokens, sums.text_bytes)
     comparison = Comparison([sums, better], alone(40))
     found = comparison.difference(1)
     assert found[:1] + found[2:] == pytest.approx([-0.01 / math.log(2) / 2] * 3)
@@ -79,7 +83,7 @@ def test_what_both_ways_share_leaves_no_error() -> None:
 
 def test_the_error_of_a_difference_is_that_of_the_mean_of_differences() -> None:
     """Where all observations are of equal size."""
-    one, other = (Sums(drawn(30, seed).nats, torch.full((30,), 4), torch.full((30,), 8)) for seed in (0, 1))
+    one, other = (sums_of(drawn(30, seed).nats, torch.full((30,), 4), torch.full((30,), 8)) for seed in (0, 1))
     each: Tensor = (other.nats - one.nats) / math.log(2) / 8
     found = Comparison([one, other], alone(30)).difference(1)
     assert found.value == pytest.approx(each.mean().item())
@@ -90,7 +94,7 @@ def test_windows_are_resampled_in_blocks() -> None:
     """A text that wanders has neighbours that are alike, so windows drawn one by one promise too much."""
     steps = np.random.default_rng(0).normal(0, 0.1, 1000)
     level = torch.from_numpy(2 + np.cumsum(steps) - np.linspace(0, np.cumsum(steps)[-1], 1000))
-    sums = Sums(10 * level, torch.full((1000,), 10), torch.full((1000,), 10))
+    sums = sums_of(10 * level, torch.full((1000,), 10), torch.full((1000,), 10))
     units = windows_as_units(1000)
     assert (units.block, units.blocks, units.resampled) == (10, 100, "blocks of 10 windows")
     in_blocks, one_by_one = Comparison([sums], units).loss(), Comparison([sums], alone(1000)).loss()
