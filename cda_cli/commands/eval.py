@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 from cda_cli.commands.eval_options import (
@@ -11,6 +12,7 @@ from cda_cli.commands.eval_options import (
     CheckpointsArgument,
     ContextOption,
     CutOption,
+    LossesOption,
     MaxBatchesOption,
     MaxDocumentsOption,
     PerDocumentOption,
@@ -43,6 +45,7 @@ def evaluate(
     max_documents: MaxDocumentsOption = None,
     by_position: ByPositionOption = False,
     calibration: CalibrationOption = False,
+    losses: LossesOption = None,
     cut: CutOption = None,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
@@ -58,7 +61,7 @@ def evaluate(
     """
     from cda_cli.console import note, print_json, progress, show_evaluation, shows_progress
     from cda_cli.data import loss_of_text
-    from cda_cli.evaluation import Plan, evaluate_readings, open_readings, parse_cuts
+    from cda_cli.evaluation import LossesFile, Plan, evaluate_readings, open_readings, parse_cuts
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
 
@@ -72,8 +75,11 @@ def evaluate(
             note(remark)
         restore = partial(restore_on, device=device, dtype=dtype, backend=backend, ema=ema, context=context)
         windows = sum(len(reading.windows) for reading in readings) * (1 + len(cuts))
-        with progress("evaluating", windows, quiet=as_json) as advance:
-            result = evaluate_readings(plan, readings, cuts, restore, stop, advance)
+        with (
+            LossesFile.open(losses) if losses else nullcontext() as file,
+            progress("evaluating", windows, quiet=as_json) as advance,
+        ):
+            result = evaluate_readings(plan, readings, cuts, restore, stop, advance, file)
     if as_json:
         print_json(result.as_dict())
     else:

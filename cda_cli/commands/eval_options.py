@@ -51,6 +51,14 @@ CalibrationOption = Annotated[
     bool,
     typer.Option("--calibration", help="Also the expected calibration error: how far confidence is from accuracy."),
 ]
+LossesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--losses",
+        metavar="FILE",
+        help="Write a JSON line for each document or window. An evaluation that was interrupted goes on from it.",
+    ),
+]
 CutOption = Annotated[
     list[str] | None,
     typer.Option(

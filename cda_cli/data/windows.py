@@ -61,6 +61,11 @@ class Windows:
         for chosen in self.slices(batch_size)[skip:]:
             yield self.take(chosen)._batch()
 
+    def target_bytes(self) -> Integers:
+        """The bytes of text that the targets of each window stand for, [W]."""
+        spans = zip(self.text, self.first, self.end, strict=True)
+        return np.array([self.texts[text].sizes[first:end].sum(dtype=np.int64) for text, first, end in spans], np.int64)
+
     def slices(self, batch_size: int) -> list[slice]:
         """Which windows are in each batch."""
         edges = np.searchsorted(self.text, np.arange(len(self.texts) + 1)).tolist()

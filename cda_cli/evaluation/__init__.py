@@ -5,6 +5,7 @@ from cda_cli.evaluation.comparison import Comparison, Estimate
 from cda_cli.evaluation.cuts import Cut, CutEvaluation, compared_cuts, parse_cuts, ways_of_cuts
 from cda_cli.evaluation.evaluate import Evaluation, bits_per_byte, evaluate, summarise
 from cda_cli.evaluation.intervals import Units, windows_as_units
+from cda_cli.evaluation.losses_file import LossesFile
 from cda_cli.evaluation.sums import AS_IT_IS, Sums, Way, joined, measure
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "CutEvaluation",
     "Estimate",
     "Evaluation",
+    "LossesFile",
     "Plan",
     "Sums",
     "TextEvaluation",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,13 @@ from cda_cli.evaluation.comparison import Comparison
 from cda_cli.evaluation.cuts import Cut, CutEvaluation, compared_cuts, ways_of_cuts
 from cda_cli.evaluation.details import Calibration, Detail, LossByPosition
 from cda_cli.evaluation.intervals import FEWEST_DOCUMENTS, LEVEL, RESAMPLES, SEED, Units, windows_as_units
+from cda_cli.evaluation.losses_file import CHECKPOINT, CheckpointLines, LossesFile
 from cda_cli.evaluation.sums import Sums, joined, measure
 from cda_cli.restore import Restored, Saved, TextSide, look_at
 from cda_cli.signals import StopRequest
+from cda_cli.storage import STATE_FILE, recorded_sha256
+
+INTERRUPTED = "interrupted; nothing was written"
 
 
 @dataclass(frozen=True)
@@ -137,23 +142,85 @@ def evaluate_readings(
     restore: Callable[[Path], tuple[Restored, torch.dtype]],
     stop: StopRequest,
     advance: Callable[[int], None],
+    losses: LossesFile | None = None,
 ) -> TextEvaluation:
     """Measures each checkpoint as it is and under each of `cuts`, one checkpoint after another.
 
     `restore` gives the model of a checkpoint and the dtype of its matrix products. `advance` gets numbers of windows.
-    Raises InterruptedRunError once a stop was asked for.
+    What `losses` has is not measured again, and the rest is written to it. Raises InterruptedRunError once a stop was
+    asked for.
     """
     sums: list[Sums] = []
-    for reading in readings:
-        restored, dtype = restore(reading.saved.path)
-        batches = stop.until(reading.windows.batches(plan.batch_size))
-        ways = ways_of_cuts(restored.model, cuts)
-        sums += joined(measure(restored.model, batches, restored.device, dtype, ways, advance, reading.details(plan)))
-        stop.check("interrupted; nothing was written")
-        del restored, ways  # so that the next model finds the memory free
+    for number, reading in enumerate(readings):
+        model = restore(reading.saved.path)
+        if losses is None:
+            sums += joined(_measured(plan, reading, cuts, *model, stop, advance))
+        else:
+            settings = _settings(plan, reading, cuts, *model)
+            by_document = reading.text.tokenizer if plan.per_document else None
+            names = [cut.description for cut in cuts]
+            lines = CheckpointLines(losses, number, settings, reading.windows, names, by_document)
+            sums += joined(_resumed(lines, _measured(plan, reading, cuts, *model, stop, advance, lines.done)))
+        stop.check(f"interrupted; the same command goes on from {losses.path}" if losses else INTERRUPTED)
+        del model  # so that the next one finds the memory free
     units = [each for each in observations(readings, plan) for _ in range(1 + len(cuts))]
     words = [int(count_words(reading.windows, reading.text.tokenizer).sum()) for reading in readings]
     return TextEvaluation(plan, readings, cuts, Comparison(sums, units), words)
+
+
+def _measured(
+    plan: Plan,
+    reading: Reading,
+    cuts: Sequence[Cut],
+    restored: Restored,
+    dtype: torch.dtype,
+    stop: StopRequest,
+    advance: Callable[[int], None],
+    done: int = 0,
+) -> Iterator[list[Sums]]:
+    """Yields the sums of each batch in each way. The first `done` windows are left out.
+
+    Batches have the same windows as without `done`, so that the figures are the same to the bit.
+    """
+    windows, ways = reading.windows, ways_of_cuts(restored.model, cuts)
+    slices = windows.slices(plan.batch_size)
+    skipped = sum(each.stop <= done for each in slices)
+    within = done - slices[skipped].start if skipped < len(slices) else 0
+    advance((done - within) * len(ways))
+    batches = stop.until(windows.batches(plan.batch_size, skipped))
+    measured = measure(restored.model, batches, restored.device, dtype, ways, advance, reading.details(plan))
+    for place, sums in enumerate(measured):
+        yield sums if place else [way.take(slice(within, None)) for way in sums]
+
+
+def _resumed(lines: CheckpointLines, measured: Iterator[list[Sums]]) -> Iterator[list[Sums]]:
+    """Yields the sums that `lines` had, and those of `measured`, which it adds to `lines`."""
+    if lines.sums:
+        yield lines.sums
+    for sums in measured:
+        lines.add(sums)
+        yield sums
+
+
+def _settings(
+    plan: Plan, reading: Reading, cuts: Sequence[Cut], restored: Restored, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What the losses of a checkpoint depend on."""
+    files = recorded_sha256(reading.saved.path)
+    return {
+        CHECKPOINT: str(reading.saved.path),
+        "weights": files["ema.safetensors" if restored.averaged else "model.safetensors"],
+        "state": files[STATE_FILE],
+        "text": [side.digest or blake2b(side.ids.tobytes(), digest_size=16).hexdigest() for side in reading.text.sides],
+        "context": plan.context or reading.text.seq_len,
+        "stride": plan.stride or plan.context or reading.text.seq_len,
+        "per_document": plan.per_document,
+        "windows": len(reading.windows),
+        "dtype": str(dtype).removeprefix("torch."),
+        "cuts": [cut.description for cut in cuts],
+        "by_position": plan.by_position,
+        "calibration": plan.calibration,
+    }
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ class Sums:
         """Changes each column."""
         return Sums(*(change(getattr(self, each.name)) for each in fields(self)))
 
+    def take(self, chosen: slice) -> Sums:
+        """Some of the windows, in the same order."""
+        return self.map(lambda column: column[chosen])
+
     def over(self, group_W: Tensor) -> Sums:
         """Adds up the windows of each group: `group_W`, int64 [W], counts up from 0 without a gap."""
         groups = int(group_W[-1]) + 1
