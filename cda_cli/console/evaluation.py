@@ -25,7 +25,7 @@ def show_evaluation(result: TextEvaluation, *, averaged: bool) -> None:
     rows = {
         **{name: f"{one.saved.path}{suffix}" for name, one in zip(names, result.readings, strict=True)},
         "data": f"{text.description}, {text.split}",
-        "windows": f"at most {counted(result.context, 'token')}, {overlap}",
+        "windows": f"at most {counted(result.context, 'token')}, {overlap}{_beyond(result)}",
         "counted": result.counted,
         "tokens": f"{found.tokens:,} in {_amount(result)}, for {counted(found.text_bytes, 'byte')} of text",
     }
@@ -43,6 +43,12 @@ def show_evaluation(result: TextEvaluation, *, averaged: bool) -> None:
         if result.cuts:
             of = f" of {name}" if several else ""
             section(f"Cuts{of}, on the same windows", _cuts(result.under_cuts(number)))
+
+
+def _beyond(result: TextEvaluation) -> str:
+    """Says so where a window is longer than those of the training."""
+    trained = min(reading.saved.config.model.seq_len for reading in result.readings)
+    return f"; the training had {trained:,}" if result.context > trained else ""
 
 
 def _amount(result: TextEvaluation) -> str:

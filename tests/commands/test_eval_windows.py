@@ -194,6 +194,7 @@ def test_positions_beyond_the_training_are_told_apart(cda: Cda, finished: Path, 
     mean = math.fsum(one["loss"] * one["tokens"] for one in ranges) / found["tokens"]
     assert mean == pytest.approx(found["loss"], rel=1e-6)
     shown = cda("eval", finished, *data, "--by-position").out
+    assert "at most 64 tokens, disjoint; the training had 32" in shown
     assert f"{ranges[-1]['loss']:.4f} ± {ranges[-1]['standard_error']:.4f}" in shown
 
 
