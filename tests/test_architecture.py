@@ -26,6 +26,7 @@ LAYERS: tuple[set[str], ...] = (
     {"commands"},
     {"language_model"},
     {"console", "interchange", "training"},
+    {"causal"},
     {"evaluation", "generation", "inspection"},
     {"restore", "diagnosis", "token_losses"},
     {"data", "model", "runs"},

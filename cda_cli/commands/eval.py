@@ -5,13 +5,18 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 
+from cda_cli.commands.causal_options import (
+    AblateOption,
+    AsOption,
+    CutOption,
+    ToleranceOption,
+)
 from cda_cli.commands.eval_options import (
     BatchSizeOption,
     ByPositionOption,
     CalibrationOption,
     CheckpointsArgument,
     ContextOption,
-    CutOption,
     LossesOption,
     MaxBatchesOption,
     MaxDocumentsOption,
@@ -47,6 +52,9 @@ def evaluate(
     calibration: CalibrationOption = False,
     losses: LossesOption = None,
     cut: CutOption = None,
+    weights_as: AsOption = None,
+    ablate: AblateOption = None,
+    tolerance: ToleranceOption = None,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -56,16 +64,20 @@ def evaluate(
     """Loss, perplexity and bits per byte over a whole split, each token counted once, with standard errors.
 
     Bits per byte spread the loss over the bytes of text that the tokens stand for; a separator and an unknown token
-    stand for none. Several checkpoints, and cuts, are compared on the same windows. Intervals are those of a bootstrap,
-    and too narrow for a few windows.
+    stand for none. Several checkpoints are compared on the same windows, and in causal checks each with itself under a
+    change. Intervals are those of a bootstrap, and too narrow for a few windows.
     """
-    from cda_cli.console import note, print_json, progress, show_evaluation, shows_progress
+    from cda_cli.causal import Checks, Wanted
+    from cda_cli.console import note, print_json, progress, show_effects, show_evaluation, shows_progress
     from cda_cli.data import loss_of_text
-    from cda_cli.evaluation import LossesFile, Plan, evaluate_readings, open_readings, parse_cuts
+    from cda_cli.evaluation import LossesFile, Plan, evaluate_readings, open_readings
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
 
-    cuts = parse_cuts(cut or ())
+    wanted = Wanted.parse(cut or (), weights_as or (), ablate or ())
+    if tolerance is not None:
+        wanted.require_cuts("--tolerance")
+    checks = Checks(wanted)
     plan = Plan(context, stride, per_document, batch_size, max_batches, max_documents, by_position, calibration)
     with StopRequest() as stop:
         shown = shows_progress() and not as_json
@@ -74,13 +86,17 @@ def evaluate(
         if remark := loss_of_text(readings[0].text.sides):
             note(remark)
         restore = partial(restore_on, device=device, dtype=dtype, backend=backend, ema=ema, context=context)
-        windows = sum(len(reading.windows) for reading in readings) * (1 + len(cuts))
+        passes = [1 + wanted.passes(reading.saved.config.model) for reading in readings]
+        windows = sum(len(reading.windows) * count for reading, count in zip(readings, passes, strict=True))
         with (
             LossesFile.open(losses) if losses else nullcontext() as file,
             progress("evaluating", windows, quiet=as_json) as advance,
         ):
-            result = evaluate_readings(plan, readings, cuts, restore, stop, advance, file)
+            result = evaluate_readings(plan, readings, restore, stop, advance, file, checks.ways)
+    effects = checks.effects(result, tolerance)
+    document = result.as_dict([each.as_dict() for each in effects])
     if as_json:
-        print_json(result.as_dict())
+        print_json(document)
     else:
         show_evaluation(result, averaged=ema)
+        show_effects(effects)

@@ -59,13 +59,4 @@ LossesOption = Annotated[
         help="Write a JSON line for each document or window. An evaluation that was interrupted goes on from it.",
     ),
 ]
-CutOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="CHOICE:N,N",
-        help="Also with only N keys for each query: top (the largest weights), or as controls recent, sink (the "
-        "first and the latest), random or other-head. The others are hidden; with CHOICE:N:drop they only lose "
-        "their weights. May be repeated.",
-    ),
-]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Sequences in a forward pass.")]

@@ -1,6 +1,7 @@
 """All that a person sees: tables, heat maps, and live progress, or plain lines off a terminal. Machines get JSON."""
 
 from cda_cli.console.base import print_json, progress, shows_progress
+from cda_cli.console.effects import show_effects
 from cda_cli.console.evaluation import show_evaluation
 from cda_cli.console.reports import (
     show_doctor,
@@ -25,6 +26,7 @@ __all__ = [
     "show_changed",
     "show_doctor",
     "show_dry_run",
+    "show_effects",
     "show_evaluation",
     "show_export",
     "show_forecast",

@@ -1,4 +1,4 @@
-"""Results of `cda eval`: figures of a model on a text, and what cuts do to them."""
+"""Results of `cda eval`: figures of models on a text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cda_cli.console.text import section
 from cda_cli.plurals import counted
 
 if TYPE_CHECKING:
-    from cda_cli.evaluation import CutEvaluation, Estimate, TextEvaluation
+    from cda_cli.evaluation import Estimate, TextEvaluation
 
 
 def show_evaluation(result: TextEvaluation, *, averaged: bool) -> None:
@@ -39,10 +39,6 @@ def show_evaluation(result: TextEvaluation, *, averaged: bool) -> None:
         section("Loss by position", _positions([each["positions"] for each in details], names))
     if result.plan.calibration:
         section("Calibration", _calibration([each["calibration"] for each in details], names))
-    for number, name in enumerate(names):
-        if result.cuts:
-            of = f" of {name}" if several else ""
-            section(f"Cuts{of}, on the same windows", _cuts(result.under_cuts(number)))
 
 
 def _beyond(result: TextEvaluation) -> str:
@@ -79,9 +75,8 @@ def _interval_words(result: TextEvaluation) -> str:
 def _table(result: TextEvaluation) -> Table:
     made = table("checkpoint", "loss", "bits per byte", "difference", "95 % interval")
     for number in range(len(result.readings)):
-        way = result.way(number)
-        found = result.comparison.evaluation(way)
-        difference = difference_columns(result.comparison.difference(way)) if number else ("", "")
+        found = result.comparison.evaluation(number)
+        difference = difference_columns(result.comparison.difference(number)) if number else ("", "")
         bits = plus_minus(found.bits_per_byte, found.bits_per_byte_error)
         made.add_row(str(number + 1), f"{found.loss:.4f}", bits, *difference)
     return made
@@ -101,13 +96,6 @@ def _calibration(each: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Tab
     for name, one in zip(names, each, strict=True):
         columns = (one[key] for key in ("expected_calibration_error", "accuracy", "confidence"))
         made.add_row(name, *(f"{value:.4f}" for value in columns))
-    return made
-
-
-def _cuts(compared: Sequence[CutEvaluation]) -> Table:
-    made = table("keys read", "bits per byte", "difference", "95 % interval")
-    for one in compared:
-        made.add_row(one.cut.description, f"{one.evaluation.bits_per_byte:.4f}", *difference_columns(one.difference))
     return made
 
 

@@ -2,7 +2,6 @@
 
 from cda_cli.evaluation.checkpoints import Plan, TextEvaluation, evaluate_readings, open_readings
 from cda_cli.evaluation.comparison import Comparison, Estimate
-from cda_cli.evaluation.cuts import Cut, CutEvaluation, compared_cuts, parse_cuts, ways_of_cuts
 from cda_cli.evaluation.evaluate import Evaluation, bits_per_byte, evaluate, summarise
 from cda_cli.evaluation.intervals import Units, windows_as_units
 from cda_cli.evaluation.losses_file import LossesFile
@@ -11,8 +10,6 @@ from cda_cli.evaluation.sums import AS_IT_IS, Sums, Way, joined, measure
 __all__ = [
     "AS_IT_IS",
     "Comparison",
-    "Cut",
-    "CutEvaluation",
     "Estimate",
     "Evaluation",
     "LossesFile",
@@ -22,14 +19,11 @@ __all__ = [
     "Units",
     "Way",
     "bits_per_byte",
-    "compared_cuts",
     "evaluate",
     "evaluate_readings",
     "joined",
     "measure",
     "open_readings",
-    "parse_cuts",
     "summarise",
-    "ways_of_cuts",
     "windows_as_units",
 ]

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from cda_cli.data import Windows, count_words
+from cda_cli.data import Batch, Windows, count_words
 from cda_cli.errors import ConfigError
 from cda_cli.evaluation.comparison import Comparison
-from cda_cli.evaluation.cuts import Cut, CutEvaluation, compared_cuts, ways_of_cuts
 from cda_cli.evaluation.details import Calibration, Detail, LossByPosition
 from cda_cli.evaluation.intervals import FEWEST_DOCUMENTS, LEVEL, RESAMPLES, SEED, Units, windows_as_units
 from cda_cli.evaluation.losses_file import CHECKPOINT, CheckpointLines, LossesFile
-from cda_cli.evaluation.sums import Sums, joined, measure
+from cda_cli.evaluation.sums import AS_IT_IS, Sums, Way, joined, measure
 from cda_cli.restore import Restored, Saved, TextSide, look_at
 from cda_cli.signals import StopRequest
 from cda_cli.storage import STATE_FILE, recorded_sha256
@@ -135,62 +137,84 @@ def observations(readings: Sequence[Reading], plan: Plan) -> list[Units]:
     return [windows_as_units(len(readings[0].windows), math.ceil(context / (plan.stride or context)))] * len(readings)
 
 
+# Makes further ways to measure a model, by their names. It gets the model, the dtype of its matrix products, what opens
+# the batches once more, and what takes the number of windows that are done.
+FurtherWays = Callable[[Restored, torch.dtype, Callable[[], Iterator[Batch]], Callable[[int], None]], Mapping[str, Way]]
+
+
 def evaluate_readings(
     plan: Plan,
     readings: Sequence[Reading],
-    cuts: Sequence[Cut],
     restore: Callable[[Path], tuple[Restored, torch.dtype]],
     stop: StopRequest,
     advance: Callable[[int], None],
     losses: LossesFile | None = None,
+    further: FurtherWays = lambda *_: {},
 ) -> TextEvaluation:
-    """Measures each checkpoint as it is and under each of `cuts`, one checkpoint after another.
+    """Measures each checkpoint as it is and in its `further` ways, one checkpoint after another.
 
     `restore` gives the model of a checkpoint and the dtype of its matrix products. `advance` gets numbers of windows.
     What `losses` has is not measured again, and the rest is written to it. Raises InterruptedRunError once a stop was
     asked for.
     """
-    sums: list[Sums] = []
+    interrupted = f"interrupted; the same command goes on from {losses.path}" if losses else INTERRUPTED
+    sums: list[list[Sums]] = []
     for number, reading in enumerate(readings):
         model = restore(reading.saved.path)
+        ways = further(*model, partial(_batches, plan, reading, stop), advance)
+        stop.check(interrupted)
+        measured = partial(_measured, plan, reading, ways.values(), *model, stop, interrupted, advance)
         if losses is None:
-            sums += joined(_measured(plan, reading, cuts, *model, stop, advance))
+            sums.append(joined(measured()))
         else:
-            settings = _settings(plan, reading, cuts, *model)
+            settings = _settings(plan, reading, list(ways), *model)
             by_document = reading.text.tokenizer if plan.per_document else None
-            names = [cut.description for cut in cuts]
-            lines = CheckpointLines(losses, number, settings, reading.windows, names, by_document)
-            sums += joined(_resumed(lines, _measured(plan, reading, cuts, *model, stop, advance, lines.done)))
-        stop.check(f"interrupted; the same command goes on from {losses.path}" if losses else INTERRUPTED)
-        del model  # so that the next one finds the memory free
-    units = [each for each in observations(readings, plan) for _ in range(1 + len(cuts))]
+            lines = CheckpointLines(losses, number, settings, reading.windows, list(ways), by_document)
+            sums.append(joined(_resumed(lines, measured(lines.done))))
+        stop.check(interrupted)
+        del model, ways, measured  # so that the next model finds the memory free
+    units = observations(readings, plan)
+    comparison = Comparison([as_it_is for as_it_is, *_ in sums], units)
     words = [int(count_words(reading.windows, reading.text.tokenizer).sum()) for reading in readings]
-    return TextEvaluation(plan, readings, cuts, Comparison(sums, units), words)
+    return TextEvaluation(plan, readings, comparison, sums, units, words)
+
+
+def _batches(plan: Plan, reading: Reading, stop: StopRequest, skipped: int = 0) -> Iterator[Batch]:
+    return stop.until(reading.windows.batches(plan.batch_size, skipped))
 
 
 def _measured(
     plan: Plan,
     reading: Reading,
-    cuts: Sequence[Cut],
+    further: Collection[Way],
     restored: Restored,
     dtype: torch.dtype,
     stop: StopRequest,
+    interrupted: str,
     advance: Callable[[int], None],
     done: int = 0,
 ) -> Iterator[list[Sums]]:
-    """Yields the sums of each batch in each way. The first `done` windows are left out.
+    """Yields the sums of each batch as the model is and in each `further` way. The first `done` windows are left out.
 
     Batches have the same windows as without `done`, so that the figures are the same to the bit.
     """
-    windows, ways = reading.windows, ways_of_cuts(restored.model, cuts)
-    slices = windows.slices(plan.batch_size)
+    ways: list[Way] = [AS_IT_IS, *(partial(_unless_stopped, stop, interrupted, way) for way in further)]
+    slices = reading.windows.slices(plan.batch_size)
     skipped = sum(each.stop <= done for each in slices)
     within = done - slices[skipped].start if skipped < len(slices) else 0
     advance((done - within) * len(ways))
-    batches = stop.until(windows.batches(plan.batch_size, skipped))
+    batches = _batches(plan, reading, stop, skipped)
     measured = measure(restored.model, batches, restored.device, dtype, ways, advance, reading.details(plan))
     for place, sums in enumerate(measured):
         yield sums if place else [way.take(slice(within, None)) for way in sums]
+
+
+@contextmanager
+def _unless_stopped(stop: StopRequest, interrupted: str, way: Way) -> Iterator[nn.Module | None]:
+    """Measures in `way`, unless a stop was asked for: a batch that has many ways takes long."""
+    stop.check(interrupted)
+    with way() as other:
+        yield other
 
 
 def _resumed(lines: CheckpointLines, measured: Iterator[list[Sums]]) -> Iterator[list[Sums]]:
@@ -203,7 +227,7 @@ def _resumed(lines: CheckpointLines, measured: Iterator[list[Sums]]) -> Iterator
 
 
 def _settings(
-    plan: Plan, reading: Reading, cuts: Sequence[Cut], restored: Restored, dtype: torch.dtype
+    plan: Plan, reading: Reading, further: Sequence[str], restored: Restored, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What the losses of a checkpoint depend on."""
     files = recorded_sha256(reading.saved.path)
@@ -217,7 +241,7 @@ def _settings(
         "per_document": plan.per_document,
         "windows": len(reading.windows),
         "dtype": str(dtype).removeprefix("torch."),
-        "cuts": [cut.description for cut in cuts],
+        "interventions": further,
         "by_position": plan.by_position,
         "calibration": plan.calibration,
     }
@@ -225,12 +249,17 @@ def _settings(
 
 @dataclass(frozen=True)
 class TextEvaluation:
-    """What was measured of checkpoints on a text, each as it is and then under each of `cuts`."""
+    """What was measured of checkpoints on a text. `comparison` has each as it is.
+
+    `sums` has, for each checkpoint, its sums as it is and in its further ways, and `units` which of its windows are an
+    observation.
+    """
 
     plan: Plan
     readings: Sequence[Reading]
-    cuts: Sequence[Cut]
     comparison: Comparison
+    sums: Sequence[Sequence[Sums]]
+    units: Sequence[Units]
     words: Sequence[int]
 
     @property
@@ -249,28 +278,23 @@ class TextEvaluation:
         mark = "the separator" if self.readings[0].text.tokenizer.bos is None else "the token that begins a document"
         return f"each token of a document, the first of them after {mark}; the separator at its end is not"
 
-    def way(self, number: int) -> int:
-        """The way of a checkpoint as it is, in `comparison`."""
-        return number * (1 + len(self.cuts))
-
-    def under_cuts(self, number: int) -> list[CutEvaluation]:
-        """What the cuts do to a checkpoint."""
-        return compared_cuts(self.comparison, self.cuts, self.way(number))
-
     def bits_per_word(self, number: int) -> float:
         """All nats of a checkpoint in bits, over the words of the text; infinite where there is no word."""
-        nats = self.comparison.ways[self.way(number)].nats.sum().item()
+        nats = self.comparison.ways[number].nats.sum().item()
         return nats / math.log(2) / self.words[number] if self.words[number] else math.inf
 
     def details(self, number: int) -> dict[str, Any]:
         """What was asked for besides the losses, of a checkpoint as it is, by its name."""
         details = self.readings[number].details(self.plan)
-        columns = self.comparison.ways[self.way(number)].details
+        columns = self.comparison.ways[number].details
         parts = columns.split([detail.width for detail in details], 1) if details else ()
         return {detail.name: detail.summary(part) for detail, part in zip(details, parts, strict=True)}
 
-    def as_dict(self) -> dict[str, Any]:
-        """The document of `--json`: one object for a checkpoint, or a list of such objects for several."""
+    def as_dict(self, further: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """The document of `--json`: one object for a checkpoint, or a list of such objects for several.
+
+        `further` are the figures of its further ways, for each checkpoint.
+        """
         text, units = self.readings[0].text, self.comparison.units
         shared = {
             "data": text.description,
@@ -284,16 +308,17 @@ class TextEvaluation:
             },
         }  # fmt: skip
         found = [self._checkpoint(number) for number in range(len(self.readings))]
+        for checkpoint, figures in zip(found, further, strict=False):
+            checkpoint |= figures
         return {**found[0], **shared} if len(found) == 1 else {**shared, "checkpoints": found}
 
     def _checkpoint(self, number: int) -> dict[str, Any]:
-        way, reading = self.way(number), self.readings[number]
-        evaluation = self.comparison.evaluation(way)
+        reading, evaluation = self.readings[number], self.comparison.evaluation(number)
         found: dict[str, Any] = {
             "checkpoint": str(reading.saved.path),
             **evaluation._asdict(),
-            "loss_interval": self.comparison.loss(way)[2:],
-            "bits_per_byte_interval": self.comparison.bits_per_byte(way)[2:],
+            "loss_interval": self.comparison.loss(number)[2:],
+            "bits_per_byte_interval": self.comparison.bits_per_byte(number)[2:],
             "bits_per_token": evaluation.loss / math.log(2),
             "bits_per_word": self.bits_per_word(number),
             "words": self.words[number],
@@ -302,7 +327,5 @@ class TextEvaluation:
             found["documents"] = reading.documents
         found |= self.details(number)
         if number:
-            found |= self.comparison.difference(way).as_difference()
-        if self.cuts:
-            found["cuts"] = [one.as_dict() for one in self.under_cuts(number)]
+            found |= self.comparison.difference(number).as_dict("difference")
         return found

@@ -1,4 +1,4 @@
-"""Compares several ways of measuring the same text: checkpoints, or cuts of one of them.
+"""Compares several ways of measuring the same text: checkpoints, or changes of one of them.
 
 Shapes: N ways, W windows, U observations, R resamples.
 """
@@ -27,10 +27,9 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
-    def as_difference(self) -> dict[str, Any]:
-        """The fields of a difference, as `--json` has them."""
-        interval = [self.low, self.high]
-        return {"difference": self.value, "difference_error": self.error, "difference_interval": interval}
+    def as_dict(self, name: str) -> dict[str, Any]:
+        """The fields of the figure `name`, as `--json` has them."""
+        return {name: self.value, f"{name}_error": self.error, f"{name}_interval": [self.low, self.high]}
 
 
 class Comparison:

@@ -137,7 +137,7 @@ class CheckpointLines:
         found = []
         try:
             for name in (None, *self._names):
-                each = [line if name is None else line["cuts"][name] for line in lines]
+                each = [line if name is None else line["interventions"][name] for line in lines]
                 nats, details = (
                     torch.tensor([row for one in each for row in one[column]], dtype=torch.float64)
                     for column in ("nats", "details")
@@ -170,7 +170,7 @@ class CheckpointLines:
             line["words"] = int(count_words(self._windows.take(windows), self._tokenizer)[0])
         line |= _figures(whole)
         if self._names:
-            line["cuts"] = {name: _figures(way) for name, way in zip(self._names, ways[1:], strict=True)}
+            line["interventions"] = {name: _figures(way) for name, way in zip(self._names, ways[1:], strict=True)}
         self._file.write(line)
         self._written += 1
 

@@ -17,8 +17,9 @@ from cda_cli.evaluation.details import Detail
 from cda_cli.runtime import to_device
 from cda_cli.token_losses import token_losses, token_losses_and_logits
 
-# What surrounds the forward passes of a measurement, such as `partial(editing, model, cut)`.
-Way = Callable[[], AbstractContextManager[None]]
+# What surrounds the forward passes of a measurement, such as `partial(editing, model, rows)`. It may give another model
+# to run.
+Way = Callable[[], AbstractContextManager[nn.Module | None]]
 AS_IT_IS: Way = nullcontext
 
 
@@ -80,8 +81,9 @@ def measure(
             counts = (batch.targets != IGNORE).sum(-1)
             found = []
             for way in ways:
-                with way():
-                    nats, detailed = _of_batch(model, batch, device, dtype, details)
+                with way() as other:
+                    run = model if other is None else other
+                    nats, detailed = _of_batch(run, batch, device, dtype, details)
                 found.append(Sums(nats, counts, batch.target_bytes, detailed))
                 advance(len(batch.inputs))
             yield found

@@ -2,8 +2,8 @@
 
 from cda_cli.model.activations import feed_forward_activation
 from cda_cli.model.cache import KeyValueCache, StaticCache
+from cda_cli.model.edits import editing
 from cda_cli.model.loss import padded_vocabulary
-from cda_cli.model.observe import editing
 from cda_cli.model.published import from_published
 from cda_cli.model.rules import AttentionRule, Rows, attention_rule, model_backend
 from cda_cli.model.transformer import Transformer, expected_tensors, load_state_tensors, state_tensors

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.cache import KeyValueCache
+from cda_cli.model.edits import EditLayer
 from cda_cli.model.head_projection import head_logits, project_heads
 from cda_cli.model.layers import make_head_norm
 from cda_cli.model.left_padding import padding_first, padding_or_text
@@ -39,6 +40,7 @@ class Attention(nn.Module):
         self.register_buffer("query_scale", torch.ones((), dtype=torch.float32) if as_scale else None, persistent=False)
         self.observer: Observer | None = None
         self.edit_rows: EditRows | None = None
+        self.edit_budget: EditLayer | None = None
         self.is_recomputed = False  # Activation checkpointing computes this layer again in the backward.
 
         inner, of_keys = config.heads * config.head_width, config.key_heads * config.head_width
@@ -75,6 +77,11 @@ class Attention(nn.Module):
         visible_B = cache.visible_B if cache is not None else None
         logits = head_logits(x_BTC, packed, self._head_linears)
         budget = self._budget(logits.get("k"))
+        if self.edit_budget is not None:
+            if not isinstance(budget, Tensor):
+                dtype = torch.promote_types(query.dtype, torch.float32)
+                budget = query.new_full(query.shape[:3], budget, dtype=dtype)
+            budget = self.edit_budget(self.layer, budget)
         if self.observer is not None or self.edit_rows is not None:
             watch = (self._observe if self.observer is not None else None, self.edit_rows)
             out_BHTD = self.rule.attend_densely(query, key, value, budget, *watch, documents, visible_B)

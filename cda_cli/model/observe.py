@@ -15,7 +15,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from cda_cli.model.attention import Attention
     from cda_cli.model.feed_forward import FeedForward
-    from cda_cli.model.rules import EditRows
     from cda_cli.model.transformer import Transformer
 
 
@@ -58,16 +57,3 @@ def observing(model: Transformer, observer: Observer) -> Iterator[None]:
     finally:
         for module in observed:
             module.observer = None
-
-
-@contextmanager
-def editing(model: Transformer, edit: EditRows) -> Iterator[None]:
-    """Within it, each attention layer attends by the weights that `edit` returns for each block of its rows."""
-    layers = [block.attention for block in model.each_block()]
-    try:
-        for layer in layers:
-            layer.edit_rows = edit
-        yield
-    finally:
-        for layer in layers:
-            layer.edit_rows = None

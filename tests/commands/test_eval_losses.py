@@ -90,7 +90,7 @@ def test_an_interrupt_keeps_what_was_done(cda: Cda, finished: Path, tmp_path: Pa
                 signal.raise_signal(signal.SIGINT)
 
         with pytest.raises(InterruptedRunError, match=r"the same command goes on from .*losses\.jsonl"):
-            evaluate_readings(plan, readings, [], restore, stop, interrupt, file)
+            evaluate_readings(plan, readings, restore, stop, interrupt, file)
     assert len(lines_of(path)) == 1 + 4
     found = evaluated(cda, finished, "--batch-size", 4, "--losses", path)
     assert found == evaluated(cda, finished, "--batch-size", 4)
@@ -116,7 +116,7 @@ def test_a_further_checkpoint_is_added(cda: Cda, finished: Path, tmp_path: Path)
         (["--stride", "5"], "stride is 32 and not 5"),
         (["--dtype", "bfloat16"], "dtype is float32 and not bfloat16"),
         (["--per-document"], "per_document is False"),
-        (["--cut", "top:3"], "cuts is []"),
+        (["--cut", "top:3"], "interventions is []"),
         (["--split", "train"], "text is"),
         (["--max-batches", "1"], "windows is"),
         (["--calibration"], "calibration is False"),

@@ -166,7 +166,7 @@ def test_cuts_of_each_checkpoint_are_compared_with_that_checkpoint(cda: Cda, fin
     found = evaluated(cda, finished, older, "--cut", "top:1")["checkpoints"][1]
     cut = found["cuts"][0]
     assert cut["difference"] == pytest.approx(cut["bits_per_byte"] - found["bits_per_byte"])
-    assert "Cuts of " in cda("eval", finished, older, "--cut", "top:1").out
+    assert "(checkpoint 2)" in cda("eval", finished, older, "--cut", "top:1").out
 
 
 def test_tokenizers_are_compared_by_document(cda: Cda, finished: Path, tiny: Path, documents: Path) -> None:

@@ -25,16 +25,22 @@ ObserveBlock = Callable[[Tensor, Tensor, int], None]
 
 
 class Rows(NamedTuple):
-    """A block of t rows of one layer, with their scores [B, H, t, S].
+    """A block of t rows of one layer, with their scores [B, H, t, S] and the k of each, [B, H, t].
 
-    `mask` is bool [t, S], True where a query sees a key; the first `null_keys` keys are null keys. No row is padded.
-    `weights` computes the weights [B, H, t, S] by the layer's rule from a mask, which may also be [B, H, t, S].
+    `mask` is bool [t, S], True where a query sees a key; the first `null_keys` keys are null keys, and the first query
+    stands at key `first`. No row is padded. `weights` computes the weights [B, H, t, S] by the layer's rule from a
+    mask, which may also be [B, H, t, S]. `scores_of` computes the scores [B, H, t, S] of other queries of the same
+    sequences, by the keys [H, t] at which they stand. `eps` is the temperature of the scores, 1 if the rule has none.
     """
 
     scores: Tensor
+    budget: Tensor
+    eps: float
     mask: Tensor
     null_keys: int
+    first: int
     weights: Callable[[Tensor], Tensor]
+    scores_of: Callable[[Tensor], Tensor]
 
 
 EditRows = Callable[[Rows], Tensor]
@@ -72,6 +78,7 @@ class AttentionRule(ABC):
         self.config, self.backend = config, backend
         self.eps = config.attn_eps
         self.scale = config.head_width**-0.5
+        self.largest_budget = max(1.0, config.attn_k)  # No row has a larger k.
 
     @abstractmethod
     def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
@@ -126,8 +133,7 @@ class AttentionRule(ABC):
         blocks = zip(query.split(rows, 2), budget.to(dtype).expand(B, H, T).split(rows, 2), strict=True)
         for number, (query_BHtD, budget_BHt) in enumerate(blocks):
             last = S - T + number * rows
-            with torch.autocast(query.device.type, enabled=False):
-                scores = self.scale * query_BHtD.to(dtype) @ key_BHDS
+            scores = self._scores(query_BHtD.to(dtype), key_BHDS)
             if visible_B is None:
                 mask = visible(last, scores.shape[2], S, documents, scores.device)
             else:
@@ -136,11 +142,24 @@ class AttentionRule(ABC):
             if edit is None:
                 weights = weights_under(mask)
             else:
-                weights = edit(Rows(scores, mask, self.config.null_kv, weights_under))
+                eps = self.eps if self.has_eps else 1.0
+                scores_of = partial(self._scores_of, query.to(dtype), key_BHDS)
+                null = self.config.null_kv
+                weights = edit(Rows(scores, budget_BHt, eps, mask, null, last, weights_under, scores_of))
             if observe is not None:
                 observe(weights, budget_BHt, last)
             outputs.append(weights.to(value.dtype) @ value)
         return torch.cat(outputs, 2)
+
+    def _scores(self, query_BHtD: Tensor, key_BHDS: Tensor) -> Tensor:
+        with torch.autocast(query_BHtD.device.type, enabled=False):
+            return self.scale * query_BHtD @ key_BHDS
+
+    def _scores_of(self, query_BHTD: Tensor, key_BHDS: Tensor, chosen_Ht: Tensor) -> Tensor:
+        """Returns the scores [B, H, t, S] of the queries that stand at these keys, for each head."""
+        heads = torch.arange(len(chosen_Ht), device=chosen_Ht.device).unsqueeze(1)
+        earlier = key_BHDS.shape[-1] - query_BHTD.shape[2]
+        return self._scores(query_BHTD[:, heads, chosen_Ht - earlier], key_BHDS)
 
     @property
     def divides_by_eps(self) -> bool:

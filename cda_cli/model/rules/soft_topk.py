@@ -36,7 +36,7 @@ class SoftTopK(AttentionRule):
             scale=self.scale,
             documents=documents,
             backend=self.backend,
-            largest_k=max(1.0, self.config.attn_k),
+            largest_k=self.largest_budget,
             **self.solver,
         )
 

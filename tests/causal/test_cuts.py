@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,59 +11,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cda_cli.data import Batch, Tokens, evaluation_batches
+from cda_cli.causal.cuts import CHOICES, Cut, UnitCut, parse_cuts
+from cda_cli.data import Tokens
 from cda_cli.errors import ConfigError
-from cda_cli.evaluation import (
-    Comparison,
-    Cut,
-    CutEvaluation,
-    compared_cuts,
-    joined,
-    measure,
-    parse_cuts,
-    ways_of_cuts,
-    windows_as_units,
-)
-from cda_cli.evaluation.cuts import CHOICES
-from cda_cli.model import Rows, Transformer, editing
-from tests.model.cases import tiny
-
-CPU = torch.device("cpu")
-SEQ_LEN = 11
-RULES = [
-    {"attention": "softmax"},
-    {"attention": "coordinate-descent"},
-    {"attention": "coordinate-descent", "learned_k": True, "learned_k_bias": 0.5},
-]
-
-
-def build(**changes: Any) -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(tiny(tied_embeddings=False, **changes)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("to_qkv.weight", "to_logits.weight")):
-            nn.init.normal_(parameter, std=0.7)
-    return model
-
-
-def text(count: int, seed: int = 0) -> Tokens:
-    ids = torch.randint(23, (count,), generator=torch.Generator().manual_seed(seed)).numpy().astype("uint16")
-    return Tokens(ids, (ids % 3 + 1).astype("uint8"), text_bytes=int((ids % 3 + 1).sum()))
+from cda_cli.model import Rows, editing
+from tests.causal.models import RULES, SEQ_LEN, build, differences, effects_of, text
 
 
 def rows(seed: int, B: int, H: int, t: int, S: int, null_keys: int) -> Rows:
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(B, H, t, S, generator=generator)
+    """The last t rows of a sequence whose S keys are null keys and the queries of the sequence."""
+    every = torch.randn(B, H, S - null_keys, S, generator=torch.Generator().manual_seed(seed))
+    scores = every[:, :, -t:]
     mask = torch.ones(t, S, dtype=torch.bool).tril(S - t)
-    return Rows(scores, mask, null_keys, lambda mask: scores.masked_fill(~mask, -torch.inf).softmax(-1))
-
-
-def evaluate_cuts(
-    model: Transformer, batches: Iterable[Batch], cuts: list[Cut]
-) -> tuple[Comparison, list[CutEvaluation]]:
-    sums = joined(measure(model, batches, CPU, torch.float32, ways_of_cuts(model, cuts)))
-    comparison = Comparison(sums, windows_as_units(len(sums[0])))
-    return comparison, compared_cuts(comparison, cuts)
+    return Rows(
+        scores,
+        torch.ones(B, H, t),
+        1.0,
+        mask,
+        null_keys,
+        S - t,
+        lambda mask: scores.masked_fill(~mask, -torch.inf).softmax(-1),
+        lambda chosen: every[:, torch.arange(H)[:, None], chosen - null_keys],
+    )
 
 
 @settings(max_examples=150)
@@ -121,6 +89,53 @@ def test_random_keys_are_spread_evenly() -> None:
     assert max(overlap) < 15, "rows or heads share their random keys"
 
 
+def test_distance_matched_keys_are_those_of_another_query() -> None:
+    """If every query has its largest scores at the same offsets, another query of the head has them too.
+
+    An offset that reaches before the first key is passed over.
+    """
+    T, favoured = 24, (7, 3, 5)
+    back = torch.arange(T)[:, None] - torch.arange(T)
+    every = torch.zeros(1, 1, T, T)
+    for rank, offset in enumerate(favoured):
+        every[0, 0, back == offset] = 9.0 - rank
+    mask = back >= 0
+    given_rows = Rows(
+        torch.randn(1, 1, T, T), torch.ones(1, 1, T), 1.0, mask, 0, 0,
+        lambda mask: mask.float(), lambda chosen: every[:, :, chosen[0]],
+    )  # fmt: skip
+    kept = Cut("distance-matched", 2)(given_rows)[0, 0] > 0
+    offsets = [set((query - kept[query].nonzero().squeeze(-1)).tolist()) for query in range(T)]
+    assert offsets[14:] == [{7, 3}] * 10, "the other queries see at least half as many keys, so they reach offset 7"
+    assert offsets[6] == {3, 5}
+
+
+def test_cut_units_add_the_longest_vectors_and_random_ones_as_long_a_sum() -> None:
+    model = build(depth=1)
+    out = model.each_block()[0].feed_forward.proj_out.weight
+    seen = []
+
+    def see(layer: int, units: Tensor) -> Tensor:
+        seen.append(units)
+        return units
+
+    tokens = torch.randint(23, (2, SEQ_LEN), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        with editing(model, units=see):
+            model(tokens)
+        for cut in (UnitCut(3), UnitCut(3, True)):
+            with cut.applied(model), editing(model, units=see):
+                model(tokens)
+    whole, top, drawn = seen
+    lengths = whole.abs() * out.norm(dim=0)
+    assert ((top != 0).sum(-1) == 3).all()
+    assert torch.equal(top != 0, lengths >= lengths.topk(3, -1).values[..., -1:])
+    assert torch.equal(top, whole.where(top != 0, 0.0))
+    assert ((drawn != 0).sum(-1) == 3).all()
+    torch.testing.assert_close((drawn @ out.T).norm(dim=-1), (top @ out.T).norm(dim=-1))
+    assert len({tuple(row.nonzero().squeeze(-1).tolist()) for row in drawn[0]}) > SEQ_LEN // 2, "tokens share units"
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_recent_keys_alone_let_nothing_earlier_through(rule: dict[str, Any]) -> None:
     """In a model of one layer a query that reads its last three keys depends on no earlier token."""
@@ -150,26 +165,25 @@ def test_the_top_keys_of_a_softmax_are_a_hard_topk() -> None:
 @settings(max_examples=25)
 @given(rule=st.sampled_from(RULES), count=st.integers(2, 60), sizes=st.tuples(st.integers(1, 4), st.integers(5, 9)))
 def test_the_batch_size_changes_no_figure(rule: dict[str, Any], count: int, sizes: tuple[int, int]) -> None:
+    """Also of the random keys and units, and of those at the offsets of another query."""
     model, tokens = build(**rule), text(count)
-    cuts = parse_cuts([f"{choice}:2" for choice in CHOICES])
-    one, other = (evaluate_cuts(model, evaluation_batches(tokens, SEQ_LEN, size), cuts) for size in sizes)
-    assert one[0].loss().value == pytest.approx(other[0].loss().value, abs=1e-5)
-    for mine, theirs in zip(one[1], other[1], strict=True):
-        assert mine.evaluation.loss == pytest.approx(theirs.evaluation.loss, abs=1e-5), mine.cut
-        assert mine.difference.value == pytest.approx(theirs.difference.value, abs=1e-5)
+    cuts = [f"{choice}:2" for choice in (*CHOICES, "units", "random-units")]
+    one, other = (effects_of(model, tokens, cuts, batch_size=size) for size in sizes)
+    assert one.comparison.loss().value == pytest.approx(other.comparison.loss().value, abs=1e-5)
+    assert differences(one) == pytest.approx(differences(other), abs=2e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_all_keys_are_no_cut(rule: dict[str, Any]) -> None:
-    model, tokens = build(null_kv=1, **rule), text(70)
-    batches = evaluation_batches(tokens, SEQ_LEN, 3)
-    whole, compared = evaluate_cuts(model, batches, parse_cuts(["recent:11", "top:1"]))
-    assert compared[0].difference.value == pytest.approx(0, abs=1e-5)
-    assert compared[0].difference.error == pytest.approx(0, abs=1e-5)
-    assert abs(compared[1].difference.value) > 1e-3
-    assert compared[1].evaluation.bits_per_byte == pytest.approx(
-        whole.bits_per_byte().value + compared[1].difference.value
-    )
+def test_all_keys_and_units_are_no_cut(rule: dict[str, Any]) -> None:
+    model = build(null_kv=1, **rule)
+    found = effects_of(model, text(70), ["recent:11", "distance-matched:11", "units:24", "random-units:24", "top:1"])
+    *whole, cut = found.effects
+    for effect in whole:
+        assert effect.difference.value == pytest.approx(0, abs=1e-5), effect.intervention.name
+        assert effect.difference.error == pytest.approx(0, abs=1e-5)
+    assert abs(cut.difference.value) > 1e-3
+    expected = found.comparison.bits_per_byte().value + cut.difference.value
+    assert cut.evaluation.bits_per_byte == pytest.approx(expected)
 
 
 def test_the_error_is_that_of_paired_windows() -> None:
@@ -193,16 +207,25 @@ def test_the_error_is_that_of_paired_windows() -> None:
 
     with torch.no_grad():
         differences = bits(cut) - bits(None)
-    _, (found,) = evaluate_cuts(model, evaluation_batches(tokens, SEQ_LEN, 3), [cut])
+    (found,) = effects_of(model, tokens, ["top:1"]).effects
     assert found.difference.value == pytest.approx(differences.mean().item(), abs=1e-5)
     assert found.difference.error == pytest.approx(differences.std().item() / math.sqrt(8), rel=1e-3)
 
 
 def test_cuts_are_read() -> None:
     assert parse_cuts(["top:64,8", "random:3:drop"]) == [Cut("top", 64), Cut("top", 8), Cut("random", 3, True)]
+    assert parse_cuts(["sink:1..6", "units:2"]) == [*(Cut("sink", keys) for keys in (1, 2, 4, 6)), UnitCut(2)]
+    assert [cut.name for cut in parse_cuts(["top:4:drop", "random-units:1"])] == ["top-drop[4]", "random-units[1]"]
+    curve = parse_cuts(["curve"])
+    assert len(curve) == len(set(curve)) == 9 * len(CHOICES)
+    assert parse_cuts(["curve:1..256"]) == curve
 
 
-@pytest.mark.parametrize("given_text", ["", "top", "top:", "top:0", "top:-1", "top:x", "top:3,", "tip:3", "top:3:keep"])
+@pytest.mark.parametrize(
+    "given_text",
+    ["", "top", "top:", "top:0", "top:-1", "top:x", "top:3,", "tip:3", "top:3:keep", "top:4..2", "top:0..4", "top:1..",
+     "units:3:drop", "curve:x"],
+)  # fmt: skip
 def test_what_is_no_cut_is_refused(given_text: str) -> None:
     with pytest.raises(ConfigError, match="cut"):
         parse_cuts([given_text])

@@ -1,0 +1,51 @@
+"""What is made of the losses: a choice that is held out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cda_cli.causal import Effects
+from cda_cli.causal.checks import Prepared
+from cda_cli.causal.cuts import parse_cuts
+from cda_cli.evaluation import Sums, windows_as_units
+
+BITS = 0.6931471805599453  # nats
+
+
+def effects_with(per_window: list[list[float]], tolerance: float | None = None) -> Effects:
+    """The cuts top:1, top:2 … of one byte per window, which cost so many bits in each window."""
+    count = len(per_window[0])
+    ones = torch.ones(count, dtype=torch.int64)
+    whole = torch.full((count,), 3.0, dtype=torch.float64)
+    costs = [torch.tensor(cost, dtype=torch.float64) * BITS for cost in per_window]
+    none = torch.empty(count, 0, dtype=torch.float64)
+    sums = [Sums(nats, ones, ones, none) for nats in (whole, *(whole + cost for cost in costs))]
+    cuts = parse_cuts([f"top:{number}" for number in range(1, len(costs) + 1)])
+    return Prepared(list(cuts), None).effects(sums, windows_as_units(count), tolerance)
+
+
+def test_the_number_of_keys_is_chosen_on_one_half_and_reported_on_the_other() -> None:
+    """top 2 is enough in the windows 0, 2, 4 … alone, so it is chosen there, and its cost shows in the rest."""
+    (found,) = effects_with([[0.5] * 40, [0.0, 0.3] * 20, [0.0] * 40], 0.01).held_out
+    assert found.kept == 2
+    assert found.chosen_on is not None
+    assert found.difference is not None
+    assert found.chosen_on.value == pytest.approx(0)
+    assert found.difference.value == pytest.approx(0.3)
+    assert found.as_dict()["difference_interval"] == pytest.approx([0.3, 0.3])
+    assert found.as_dict()["name"] == "held-out[top]"
+
+
+def test_the_whole_interval_must_be_within_the_tolerance() -> None:
+    """The mean cost of top 1 is 0.005, but it comes from a few windows, so it may as well be above 0.01."""
+    rare = [0.1 if window % 40 == 0 else 0.0 for window in range(80)]
+    assert sum(rare[::2]) / 40 == pytest.approx(0.005)
+    (found,) = effects_with([rare, [0.001] * 80], 0.01).held_out
+    assert found.kept == 2
+
+
+def test_none_may_suffice() -> None:
+    (found,) = effects_with([[0.5] * 20, [0.1] * 20], 0.01).held_out
+    assert found.kept is None
+    assert found.as_dict()["kept"] is None
