@@ -9,6 +9,7 @@ from cda_cli.commands.causal_options import (
     AblateOption,
     AsOption,
     CutOption,
+    FailIfOption,
     ToleranceOption,
 )
 from cda_cli.commands.eval_options import (
@@ -55,6 +56,7 @@ def evaluate(
     weights_as: AsOption = None,
     ablate: AblateOption = None,
     tolerance: ToleranceOption = None,
+    fail_if: FailIfOption = None,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -68,6 +70,7 @@ def evaluate(
     change. Intervals are those of a bootstrap, and too narrow for a few windows.
     """
     from cda_cli.causal import Checks, Wanted
+    from cda_cli.conditions import check_conditions, parse_condition
     from cda_cli.console import note, print_json, progress, show_effects, show_evaluation, shows_progress
     from cda_cli.data import loss_of_text
     from cda_cli.evaluation import LossesFile, Plan, evaluate_readings, open_readings
@@ -75,6 +78,7 @@ def evaluate(
     from cda_cli.signals import StopRequest
 
     wanted = Wanted.parse(cut or (), weights_as or (), ablate or ())
+    conditions = [parse_condition(text) for text in fail_if or ()]
     if tolerance is not None:
         wanted.require_cuts("--tolerance")
     checks = Checks(wanted)
@@ -100,3 +104,4 @@ def evaluate(
     else:
         show_evaluation(result, averaged=ema)
         show_effects(effects)
+    check_conditions(conditions, document)

@@ -1,4 +1,4 @@
-"""The causal checks of `cda eval`: their words, their tables and `--json`."""
+"""The causal checks of `cda eval`: their words, their tables and `--json`, and `--fail-if`."""
 
 from __future__ import annotations
 
@@ -59,12 +59,27 @@ def test_every_check_is_in_the_document_and_in_the_tables(cda: Cda, finished: Pa
 
 
 @pytest.mark.parametrize(
+    ("condition", "code"), [("top[1].difference_hi > 100", 0), ("top[1].difference_hi > -100", 3), ("lss > 1", 2)]
+)
+def test_a_condition_decides_the_exit_code_once_the_result_is_out(
+    cda: Cda, finished: Path, condition: str, code: int
+) -> None:
+    result = cda("eval", finished, *SHORT, "--cut", "top:1", "--json", "--fail-if", condition)
+    assert json.loads(result.out)["cuts"]
+    if code:
+        assert_refused(result, {3: "top[1].difference_hi is ", 2: "did you mean 'loss'"}[code], code=code)
+    else:
+        assert (result.code, result.err) == (0, "")
+
+
+@pytest.mark.parametrize(
     ("asked", "words"),
     [
         (("--as", "gatee"), "did you mean 'gate'"),
         (("--ablate", "units"), "unknown"),
         (("--ablate", "heads:suport"), "did you mean 'support'"),
         (("--tolerance", 0.1), "--cut top:1..64"),
+        (("--fail-if", "loss"), "no condition"),
     ],
 )
 def test_a_wrong_word_is_refused_before_the_checkpoint_is_read(

@@ -1,0 +1,102 @@
+"""Conditions on the figures of a result, such as `top[32].difference_hi > 0.01`, under which a command fails."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cda_cli.errors import CheckFailedError, ConfigError, did_you_mean
+
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+CONDITION = re.compile(rf"\s*([^\s<>=!]+)\s*({'|'.join(COMPARISONS)})\s*([^\s<>=!]+)\s*")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Compares two sides, each a number or the name of a figure, by one of COMPARISONS."""
+
+    text: str
+    left: float | str
+    comparison: str
+    right: float | str
+
+    def holds(self, figures: Mapping[str, float]) -> bool:
+        """Says whether it holds. Raises ConfigError if a figure is unknown, and CheckFailedError if one is NaN."""
+        sides = [self._value(side, figures) for side in (self.left, self.right)]
+        return COMPARISONS[self.comparison](*sides)
+
+    def _value(self, side: float | str, figures: Mapping[str, float]) -> float:
+        if not isinstance(side, str):
+            return side
+        if side not in figures:
+            raise ConfigError(f"--fail-if names {side}, which the result does not have: {did_you_mean(side, figures)}")
+        if math.isnan(figures[side]):
+            raise CheckFailedError(f"{side} has no value here, so --fail-if {self.text!r} cannot pass; take more text")
+        return figures[side]
+
+
+def parse_condition(text: str) -> Condition:
+    """Reads a condition. Raises ConfigError for what is none."""
+    found = CONDITION.fullmatch(text)
+    sides = [_side(side) for side in found.group(1, 3)] if found else []
+    if found is None or not any(isinstance(side, str) for side in sides):
+        raise ConfigError(f"--fail-if {text!r} is no condition; write a figure, < or >, and a number, as in 'loss > 2'")
+    return Condition(text.strip(), sides[0], found[2], sides[1])
+
+
+def _side(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def figures_of(document: Mapping[str, Any]) -> dict[str, float]:
+    """Names each number of a JSON document by its path, such as "loss" or "feed_forward[0].units".
+
+    An element of a list that has a "name" is called by that: "top[32].difference". The ends of an interval, such as
+    "loss_interval", are "loss_lo" and "loss_hi". A null is NaN.
+    """
+    return dict(_figures(document, ""))
+
+
+def _figures(value: Any, path: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _members(inner, path, key)
+    elif value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        yield path, math.nan if value is None else float(value)
+
+
+def _members(value: Any, path: str, key: str) -> Iterator[tuple[str, float]]:
+    before = f"{path}." if path else ""
+    if not isinstance(value, (list, tuple)):
+        yield from _figures(value, before + key)
+    elif key.endswith("_interval"):
+        for end, inner in zip(("lo", "hi"), value, strict=True):
+            yield from _figures(inner, f"{before}{key.removesuffix('interval')}{end}")
+    else:
+        for index, inner in enumerate(value):
+            name = inner.get("name") if isinstance(inner, Mapping) else None
+            yield from _figures(inner, before + (name or f"{key}[{index}]"))
+
+
+def check_conditions(conditions: Sequence[Condition], document: Mapping[str, Any]) -> None:
+    """Raises CheckFailedError, which exits with 3, if one of the conditions holds for the figures of `document`."""
+    figures = figures_of(document)
+    held = [condition for condition in conditions if condition.holds(figures)]
+    if held:
+        named = {side: figures[side] for one in held for side in (one.left, one.right) if isinstance(side, str)}
+        values = ", ".join(f"{name} is {value:.6g}" for name, value in named.items())
+        raise CheckFailedError(f"failed, as {' and '.join(one.text for one in held)}: {values}")
