@@ -29,7 +29,7 @@ LAYERS: tuple[set[str], ...] = (
     {"causal"},
     {"evaluation", "generation", "inspection"},
     {"restore", "diagnosis", "token_losses"},
-    {"data", "model", "runs"},
+    {"data", "model", "runs", "plots"},
     {"conditions", "config_views", "storage", "runtime", "signals", "streams", "transformers"},
     {"config"},
     {"settings_table"},
@@ -52,6 +52,7 @@ ONLY: dict[str, set[str]] = {
     "runtime": {"errors", "plurals", "settings"},
     "signals": {"errors"},
     "conditions": {"errors"},
+    "plots": {"errors", "storage"},
     "streams": {"errors"},
     "transformers": {"errors", "ops"},
 }
@@ -74,6 +75,7 @@ OUTSIDE: dict[str, set[str]] = {
     "console": {"rich"},
     "runs": set(),
     "conditions": set(),
+    "plots": {"matplotlib"},
     "runtime": {"torch"},
     "storage": {"torch", "safetensors"},
     "interchange": {"torch", "safetensors", "tokenizers", "gguf", "transformers", "huggingface_hub", "yaml"},
@@ -94,6 +96,7 @@ CONFINED: dict[str, set[str]] = {
     "entmax": {"cda_cli.model.rules.entmax"},
     "transformers": {"cda_cli.interchange.hf", "cda_cli.transformers"},
     "gguf": {"cda_cli.interchange.gguf_file"},
+    "matplotlib": {"cda_cli.plots"},
 }
 HEAVY = {"torch", "datasets", "triton", "numpy", "yaml", "pydantic", "einops", "safetensors", "tokenizers", "tqdm"}
 

@@ -6,5 +6,6 @@ measuring the model → `Prepared.effects`, which are paired differences of the 
 
 from cda_cli.causal.checks import Checks, Prepared, Wanted, prepare
 from cda_cli.causal.effects import Effect, Effects, HeldOut
+from cda_cli.causal.pictures import draw_cuts
 
-__all__ = ["Checks", "Effect", "Effects", "HeldOut", "Prepared", "Wanted", "prepare"]
+__all__ = ["Checks", "Effect", "Effects", "HeldOut", "Prepared", "Wanted", "draw_cuts", "prepare"]

@@ -10,6 +10,7 @@ from cda_cli.commands.causal_options import (
     AsOption,
     CutOption,
     FailIfOption,
+    PlotOption,
     ToleranceOption,
 )
 from cda_cli.commands.eval_options import (
@@ -56,6 +57,7 @@ def evaluate(
     weights_as: AsOption = None,
     ablate: AblateOption = None,
     tolerance: ToleranceOption = None,
+    plot: PlotOption = None,
     fail_if: FailIfOption = None,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
@@ -69,11 +71,12 @@ def evaluate(
     stand for none. Several checkpoints are compared on the same windows, and in causal checks each with itself under a
     change. Intervals are those of a bootstrap, and too narrow for a few windows.
     """
-    from cda_cli.causal import Checks, Wanted
+    from cda_cli.causal import Checks, Wanted, draw_cuts
     from cda_cli.conditions import check_conditions, parse_condition
     from cda_cli.console import note, print_json, progress, show_effects, show_evaluation, shows_progress
     from cda_cli.data import loss_of_text
     from cda_cli.evaluation import LossesFile, Plan, evaluate_readings, open_readings
+    from cda_cli.plots import require_plot
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
 
@@ -81,6 +84,9 @@ def evaluate(
     conditions = [parse_condition(text) for text in fail_if or ()]
     if tolerance is not None:
         wanted.require_cuts("--tolerance")
+    if plot:
+        wanted.require_cuts("--plot")
+        require_plot(plot)
     checks = Checks(wanted)
     plan = Plan(context, stride, per_document, batch_size, max_batches, max_documents, by_position, calibration)
     with StopRequest() as stop:
@@ -104,4 +110,6 @@ def evaluate(
     else:
         show_evaluation(result, averaged=ema)
         show_effects(effects)
+    if plot:
+        draw_cuts(plot, effects)
     check_conditions(conditions, document)

@@ -1,14 +1,19 @@
-"""What is made of the losses: a choice that is held out."""
+"""What is made of the losses: a choice that is held out, and the picture of the cuts."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from cda_cli.causal import Effects
+from cda_cli.causal import Effects, draw_cuts
 from cda_cli.causal.checks import Prepared
 from cda_cli.causal.cuts import parse_cuts
+from cda_cli.errors import ConfigError
 from cda_cli.evaluation import Sums, windows_as_units
+from cda_cli.plots import require_plot
+from tests.causal.models import build, effects_of, text
 
 BITS = 0.6931471805599453  # nats
 
@@ -49,3 +54,22 @@ def test_none_may_suffice() -> None:
     (found,) = effects_with([[0.5] * 20, [0.1] * 20], 0.01).held_out
     assert found.kept is None
     assert found.as_dict()["kept"] is None
+
+
+@pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
+def test_a_picture_is_drawn_in_each_format(tmp_path: Path, ending: str) -> None:
+    effects = effects_of(build(attention="softmax"), text(70), ["top:1,4", "recent:1,4:drop"])
+    picture = tmp_path / f"curve{ending}"
+    require_plot(picture)
+    draw_cuts(picture, [effects, effects])
+    content = picture.read_bytes()
+    assert content.startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[ending])
+    if ending == ".svg":  # Text stays text.
+        for words in (b"keys kept for each query", b"top, checkpoint 1", b"recent-drop, checkpoint 2", b"all keys"):
+            assert words in content
+
+
+@pytest.mark.parametrize(("name", "words"), [("curve.gif", ".png, .svg, .pdf"), ("no/curve.png", "no folder")])
+def test_what_cannot_be_drawn_is_refused_before_anything_is_computed(tmp_path: Path, name: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        require_plot(tmp_path / name)

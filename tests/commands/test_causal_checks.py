@@ -30,10 +30,11 @@ def evaluated(cda: Cda, *arguments: object) -> dict[str, Any]:
     return document
 
 
-def test_every_check_is_in_the_document_and_in_the_tables(cda: Cda, finished: Path) -> None:
+def test_every_check_is_in_the_document_and_in_the_tables(cda: Cda, finished: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "curve.svg"
     asked = [
         "--cut", "top:1..4", "--cut", "units:4", "--as", "gate", "--as", "k*1.01", "--ablate", "heads",
-        "--ablate", "heads:random", "--tolerance", 5,
+        "--ablate", "heads:random", "--tolerance", 5, "--plot", picture,
     ]  # fmt: skip
     found = evaluated(cda, finished, *asked)
     names = [one["name"] for kind in ("cuts", "unit_cuts", "substitutes", *ABLATIONS) for one in found[kind]]
@@ -56,6 +57,7 @@ def test_every_check_is_in_the_document_and_in_the_tables(cda: Cda, finished: Pa
         assert f"{one['difference']:+.4f}" in shown.out
     for words in ("top 1", "units 4", "k·softmax(s/ε)", "k × 1.01", "without head 1.1", "gate-equivalent"):
         assert words in shown.out
+    assert picture.read_bytes().startswith(b"<?xml")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,8 @@ def test_a_condition_decides_the_exit_code_once_the_result_is_out(
         (("--ablate", "units"), "unknown"),
         (("--ablate", "heads:suport"), "did you mean 'support'"),
         (("--tolerance", 0.1), "--cut top:1..64"),
+        (("--plot", "curve.png"), "--cut top:1..64"),
+        (("--cut", "top:1", "--plot", "curve.gif"), ".png, .svg, .pdf"),
         (("--fail-if", "loss"), "no condition"),
     ],
 )
