@@ -176,19 +176,21 @@ class UnitCut(Intervention):
         return self.units
 
     def _edit(self, out: list[Tensor], layer: int, units_BTF: Tensor) -> Tensor:
-        kept = self._keep(units_BTF.abs() * out[layer].norm(dim=0), units_BTF)
+        count = min(self.units, units_BTF.shape[-1])
+        longest = _only(units_BTF, (units_BTF.abs() * out[layer].norm(dim=0)).topk(count, -1).indices)
         if not self.is_random:
-            return kept
-        T, F = units_BTF.shape[1:]
+            return longest
+        B, T, F = units_BTF.shape
         token, unit = (torch.arange(size, device=units_BTF.device) for size in (T, F))
-        drawn = self._keep(_mixed(torch.full_like(unit, layer), token[:, None], unit).expand_as(units_BTF), units_BTF)
-        wanted, found = ((each @ out[layer].to(each.dtype).T).norm(dim=-1, keepdim=True) for each in (kept, drawn))
+        ranks_TF = _mixed(torch.full_like(unit, layer), token[:, None], unit)
+        drawn = _only(units_BTF, ranks_TF.topk(count, -1).indices.expand(B, -1, -1))
+        wanted, found = ((each @ out[layer].to(each.dtype).T).norm(dim=-1, keepdim=True) for each in (longest, drawn))
         return drawn * torch.where(found > 0, wanted / found, 1.0).to(drawn.dtype)
 
-    def _keep(self, ranks: Tensor, units: Tensor) -> Tensor:
-        """Returns the `units` [B, T, F] with the largest ranks, and zero in place of the others."""
-        kept = ranks.topk(min(self.units, ranks.shape[-1]), -1).indices
-        return torch.zeros_like(units).scatter(-1, kept, units.gather(-1, kept))
+
+def _only(units: Tensor, kept: Tensor) -> Tensor:
+    """Returns `units` [B, T, F] at the indices `kept` [B, T, n] of the last dimension, and zero elsewhere."""
+    return torch.zeros_like(units).scatter(-1, kept, units.gather(-1, kept))
 
 
 UNITS = ("units", "random-units")  # what keeps the largest units, and its control

@@ -15,6 +15,7 @@ from cda_cli.causal.cuts import CHOICES, Cut, UnitCut, parse_cuts
 from cda_cli.data import Tokens
 from cda_cli.errors import ConfigError
 from cda_cli.model import Rows, editing
+from cda_cli.model.rules import base
 from tests.causal.models import RULES, SEQ_LEN, build, differences, effects_of, text
 
 
@@ -171,6 +172,21 @@ def test_the_batch_size_changes_no_figure(rule: dict[str, Any], count: int, size
     one, other = (effects_of(model, tokens, cuts, batch_size=size) for size in sizes)
     assert one.comparison.loss().value == pytest.approx(other.comparison.loss().value, abs=1e-5)
     assert differences(one) == pytest.approx(differences(other), abs=2e-5)
+
+
+@pytest.mark.parametrize("null_kv", [0, 2])
+def test_blocks_of_rows_change_no_figure(null_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long text is computed in blocks, which draw the same keys and know the same queries."""
+    model, tokens = build(attention="coordinate-descent", attn_eps=3.0, null_kv=null_kv), text(60)
+    asked = [f"{choice}:3" for choice in CHOICES], ["gate", "softmax", "capped"]
+    whole = effects_of(model, tokens, *asked)
+    monkeypatch.setattr(base, "BLOCK_SCORES", 2 * 3 * 3 * (SEQ_LEN + null_kv))  # two rows of three windows and heads
+    in_blocks = effects_of(model, tokens, *asked)
+    assert differences(in_blocks) == pytest.approx(differences(whole), abs=1e-5)
+    gates = [effect.as_dict() for found in (whole, in_blocks) for effect in found.effects]
+    shares = [gate["gate_equivalent_rows"] for gate in gates if gate["name"] == "gate"]
+    assert shares[0] == shares[1]
+    assert 0 < shares[0] < 1
 
 
 @pytest.mark.parametrize("rule", RULES)
