@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cda_cli.console.heat_map import heat_map
-from cda_cli.inspection import inspect
+from cda_cli.inspection import ReportWatcher, inspect
 from cda_cli.restore import open_side, restore
 from cda_cli.signals import StopRequest
 
@@ -40,14 +40,17 @@ def sharpest_head(run: str) -> tuple[Group, Text]:
         side = open_side(restored, None, None, stop, show_progress=False)
     batches = [next(side.batches(1, 1)[0])]
 
-    heads = inspect(restored.model, batches, restored.device, torch.float32).report().heads
-    head = min(heads, key=lambda head: head.effective_support)
-    kept = inspect(restored.model, batches, restored.device, torch.float32, (head.layer, head.head)).kept
+    watcher = ReportWatcher()
+    inspect(restored.model, batches, restored.device, torch.float32, watcher)
+    head = min(watcher.report().heads, key=lambda head: head.measures["effective_support"])
+    watcher = ReportWatcher(keep=(head.layer, head.head))
+    inspect(restored.model, batches, restored.device, torch.float32, watcher)
+    kept = watcher.kept
     assert kept is not None
     tokens = [restored.tokenizer.decode([int(token)]) for token in batches[0].inputs[0]]
     drawn = heat_map(kept.tolist(), tokens, 10 + 2 * TOKENS).split("\n")
     attention = restored.config.model.attention
-    name = f"{attention}, k = {head.sparsity_k:.2f}" if attention != "softmax" else attention
+    name = f"{attention}, k = {head.measures['sparsity_k']:.2f}" if attention != "softmax" else attention
     title = Text(f"{name}: layer {head.layer}, head {head.head}", style="bold")
     return Group(title, Text("\n").join(list(drawn)[:-1])), drawn[-1]
 

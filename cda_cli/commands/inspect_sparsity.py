@@ -29,22 +29,27 @@ def inspect_sparsity(
     split: SplitOption = None,
     layers: Annotated[str | None, typer.Option(help="Layers to report, such as 0,2-3; all where not given.")] = None,
     heads: Annotated[str | None, typer.Option(help="Heads to report; the first is drawn as a heat map.")] = None,
+    by: Annotated[
+        str, typer.Option(metavar="MEASURE", help="The measure of the map of all heads; docs/inspection.md lists them.")
+    ] = "effective_support",
     max_batches: Annotated[int, typer.Option(min=1, help="Sequences of the text to look at.")] = 16,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """What each layer and head selects on real text: row sums, effective support, capped entries, learned k, distance.
+    """What each layer and head selects on real text: how many keys, the budget k and caps, where they are, and units.
 
-    The heat map shows the first of the chosen heads, in the first of the chosen layers, over the beginning of the text.
+    A map shows one measure of all chosen heads. The heat map shows the weights of the first of them, in the first of
+    the chosen layers, over the beginning of the text. --json has every measure, also by position.
     """
     from cda_cli.console import note, print_json, progress, show_report, shows_progress
     from cda_cli.data import loss_of_text
-    from cda_cli.inspection import inspect, parse_selection
+    from cda_cli.inspection import ReportWatcher, check_measure, inspect, parse_selection
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
 
+    check_measure(by)
     with StopRequest() as stop:
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
@@ -55,7 +60,8 @@ def inspect_sparsity(
         batches, windows = text.batches(1, max_batches)
         with progress("inspecting", windows, quiet=as_json) as advance:
             drawn = (chosen_layers[0], chosen_heads[0])
-            watcher = inspect(restored.model, stop.until(batches), restored.device, precision, drawn, advance)
+            watcher = ReportWatcher(restored.config.model.attn_k, keep=drawn)
+            inspect(restored.model, stop.until(batches), restored.device, precision, watcher, advance)
         stop.check("interrupted; nothing was written")
     report = watcher.report().only(chosen_layers, chosen_heads)
     if as_json:
@@ -63,4 +69,4 @@ def inspect_sparsity(
         print_json({**source, "attn_eps": restored.model.attention_eps, **report.as_dict()})
     else:
         assert watcher.kept is not None
-        show_report(report, restored, text, drawn, watcher.kept)
+        show_report(report, restored, text, by, drawn, watcher.kept)

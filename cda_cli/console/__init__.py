@@ -3,13 +3,13 @@
 from cda_cli.console.base import print_json, progress, shows_progress
 from cda_cli.console.effects import show_effects
 from cda_cli.console.evaluation import show_evaluation
+from cda_cli.console.inspection import show_report
 from cda_cli.console.reports import (
     show_doctor,
     show_dry_run,
     show_export,
     show_forecast,
     show_import,
-    show_report,
 )
 from cda_cli.console.runs import show_runs
 from cda_cli.console.sampling import SampleDisplay

@@ -1,4 +1,4 @@
-"""Results: a sparsity report with its heat map, a diagnosis, a dry run."""
+"""Results: an export, an import, a diagnosis, a dry run."""
 
 from __future__ import annotations
 
@@ -8,20 +8,14 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from cda_cli.console.base import count, memory, out, print_pairs, print_trimmed, share, table
-from cda_cli.console.heat_map import heat_map
 from cda_cli.console.run_status import plan_rows
 from cda_cli.console.text import heading, print_next, section
 from cda_cli.plurals import counted
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from cda_cli.diagnosis import Cache, Diagnosis
-    from cda_cli.inspection import Report
-    from cda_cli.inspection.inspect import HeadReport
     from cda_cli.interchange.export import Exported
     from cda_cli.interchange.import_model import Imported
-    from cda_cli.restore import Restored, TextSide
     from cda_cli.training.run import DryRun
 
 
@@ -62,47 +56,6 @@ def show_import(imported: Imported) -> None:
     shorter = f" --seq-len {COMMON_CONTEXT}" if imported.config.model.seq_len > COMMON_CONTEXT else ""
     train = f"cda train --init-from {run} --data TEXT --lr {imported.config.optim.lr:g}{shorter} --out RUN"
     print_next(console, [f'cda sample {run} --prompt "The "', f"cda eval {run} --data TEXT", train])
-
-
-def show_report(report: Report, restored: Restored, text: TextSide, drawn: tuple[int, int], weights: Tensor) -> None:
-    console, model = out(), restored.config.model
-    data = f"{text.description}, {text.split}"
-    print_pairs(console, {"checkpoint": str(restored.path), "data": data, "tokens": f"{report.tokens:,}"})
-    described = [_head_columns(head, restored.model.attention_rule.has_budget) for head in report.heads]
-    heads = table("layer.head", *described[0])
-    for head, columns in zip(report.heads, described, strict=True):
-        heads.add_row(f"{head.layer}.{head.head}", *columns.values())
-    section(f"Attention: {restored.model.attention_description}", heads)
-    units = table("layer", "units", "active (|x| > 1e-3)", "share", "dead")
-    for unit in report.feed_forward:
-        units.add_row(
-            str(unit.layer),
-            str(unit.units),
-            f"{unit.active_units:.1f}",
-            share(unit.active_units / unit.units),
-            str(unit.dead_units),
-        )
-    section(f"Feed-forward: {model.ff}", units)
-    ids = [int(token) for token in text.sides[0].ids[: len(weights)]]
-    labels = [restored.tokenizer.decode([token]) for token in ids]
-    picture = heat_map(weights.tolist(), labels, console.width)
-    section(f"Layer {drawn[0]}, head {drawn[1]}: queries down, keys across", picture)
-
-
-def _head_columns(head: HeadReport, has_budget: bool) -> dict[str, str]:
-    """The columns of a head. Without a budget every row sums to 1, and what is measured against k means nothing."""
-    of_budget = {
-        "k": f"{head.sparsity_k:.3f}",
-        "row sum": f"{head.row_sum:.3f}",
-        "|Σλ − k|": f"{head.row_sum_error:.1e}",
-    }
-    return {
-        **(of_budget if has_budget else {}),
-        "effective support": f"{head.effective_support:.2f}",
-        "λ > 1e-3": f"{head.attended_entries:.2f}",
-        **({"capped / k": share(head.capped_share)} if has_budget else {}),
-        "distance back": f"{head.distance_back:.1f}",
-    }
 
 
 def show_doctor(diagnosis: Diagnosis) -> None:

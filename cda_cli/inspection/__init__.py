@@ -1,23 +1,22 @@
 """Inspection: a model and text → what each layer and head selects."""
 
-from cda_cli.inspection.inspect import (
-    FeedForwardReport,
-    HeadReport,
-    Report,
-    Watcher,
-    inspect,
-    layer_means,
-    parse_selection,
-)
-from cda_cli.inspection.measures import effective_support
+from cda_cli.inspection.concentration import effective_support
+from cda_cli.inspection.inspect import inspect, parse_selection
+from cda_cli.inspection.measures import MEASURES, NAMES, check_measure
+from cda_cli.inspection.report import HeadReport, LayerReport, Report
+from cda_cli.inspection.watchers import RecordWatcher, ReportWatcher, Watcher
 
 __all__ = [
-    "FeedForwardReport",
+    "MEASURES",
+    "NAMES",
     "HeadReport",
+    "LayerReport",
+    "RecordWatcher",
     "Report",
+    "ReportWatcher",
     "Watcher",
+    "check_measure",
     "effective_support",
     "inspect",
-    "layer_means",
     "parse_selection",
 ]

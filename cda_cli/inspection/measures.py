@@ -1,95 +1,62 @@
-"""The sparsity measures of weights and activations. Rows sum to k, so each measure says what it normalises by.
+"""The tables of measures: which figure of a row has which name, and which function computes it.
 
-Shapes: B batch, H heads, T queries, S keys (null keys first), F feed-forward units.
+Rows sum to k, so each measure says what it normalises by. docs/inspection.md explains each name.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from cda_cli.model.observe import ObservedAttention
+from cda_cli.errors import ConfigError, did_you_mean
+from cda_cli.inspection.agreement import divergence
+from cda_cli.inspection.budgets import capped_share, gate_equivalent, row_sum, row_sum_error, sparsity_k
+from cda_cli.inspection.concentration import keys_95, participation, rest_after, support
+from cda_cli.inspection.patterns import PATTERNS, distance_back, null_share, pattern_share
+from cda_cli.inspection.seen_rows import SeenRows
+from cda_cli.inspection.written import moved_norm, written_norm
 
-VISIBLE_WEIGHT = 1e-3  # an entry with a larger λ counts as attended; λ > 0 everywhere, so "sparse" needs a tolerance
-CAPPED_WEIGHT = 1 - 1e-6  # an entry whose λ is at least this counts as capped
+Measure = Callable[[SeenRows], Tensor]  # a figure of each row, float64 [B, H, t]; NaN where it has no meaning
 
-
-def effective_support(weights: Tensor) -> Tensor:
-    """Counts the entries that share a row: exp of the entropy of λ/Σλ along the last dimension of `weights` [..., S].
-
-    Returns [...]; a row of zeros has 0.
-    """
-    total = weights.sum(-1, keepdim=True)
-    share = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
-    entropy = -torch.special.xlogy(share, share).sum(-1)
-    return torch.where(total.squeeze(-1) > 0, entropy.exp(), 0.0)
-
-
-class HeadSums(NamedTuple):
-    """Sums of the measures over the rows of each head, float64 [H], on the device of the weights.
-
-    The mean of a measure is its sum divided by `rows`; that of `capped_share` is divided by `bounded_rows`.
-    """
-
-    rows: Tensor  # their number
-    row_sum: Tensor
-    sparsity_k: Tensor
-    excess: Tensor  # |Σλ − min(k, visible keys)|
-    support: Tensor
-    attended: Tensor  # entries with λ > VISIBLE_WEIGHT
-    bounded_rows: Tensor  # the number of rows that see more than k keys; any other row must cap every entry
-    capped_share: Tensor  # capped entries per unit of k, over the bounded rows
-    distance: Tensor  # mean of query position − key position under λ/Σλ, without null keys
-
-    def __add__(self, other: object) -> HeadSums:
-        assert isinstance(other, HeadSums)
-        return HeadSums(*(a + b for a, b in zip(self, other, strict=True)))
-
-
-def sum_head_measures(seen: ObservedAttention) -> HeadSums:
-    """Sums the measures of each head of one layer over some rows of a forward pass."""
-    weights, k = seen.weights.double(), seen.sparsity_k.double()
-    B, H, T, S = weights.shape
-    keys = torch.arange(S - seen.null_keys, device=weights.device)
-    position = seen.position + torch.arange(T, device=weights.device)
-    visible = (position + 1 + seen.null_keys).expand(B, H, T)
-    row_sum = weights.sum(-1)
-    bounded = visible > k
-    capped = (weights >= CAPPED_WEIGHT).sum(-1) / k
-    real = weights[..., seen.null_keys :]
-    back = (position.unsqueeze(1) - keys).clamp(min=0).double()
-    distance = (real * back).sum(-1) / real.sum(-1).clamp(min=1e-30)
-
-    def total(values: Tensor) -> Tensor:
-        return values.double().sum((0, 2))
-
-    return HeadSums(
-        rows=total(torch.ones_like(k)),
-        row_sum=total(row_sum),
-        sparsity_k=total(k),
-        excess=total((row_sum - torch.minimum(k, visible.double())).abs()),
-        support=total(effective_support(weights)),
-        attended=total((weights > VISIBLE_WEIGHT).sum(-1)),
-        bounded_rows=total(bounded),
-        capped_share=total(capped * bounded),
-        distance=total(distance),
-    )
+# What training records of each layer (`cda_cli.runs.records.LayerRecord`).
+RECORDED: dict[str, Measure] = {
+    "sparsity_k": sparsity_k,
+    "effective_support": support,
+    "capped_share": capped_share,
+    "distance_back": distance_back,
+}
+RESTS = (1, 4, 16, 64)
+MEASURES: dict[str, Measure] = {
+    **RECORDED,
+    "row_sum": row_sum,
+    "row_sum_error": row_sum_error,
+    "gate_equivalent": gate_equivalent,
+    "participation": participation,
+    "keys_95": keys_95,
+    **{f"rest_{keys}": rest_after(keys) for keys in RESTS},
+    "null_share": null_share,
+    **{f"{name}_share": pattern_share(pattern) for name, pattern in PATTERNS.items()},
+    "divergence": divergence,
+    "moved_norm": moved_norm,
+    "written_norm": written_norm,
+}
+# The figures of a head as a whole, which the rows of many queries make together (`patterns`, `watchers`).
+OF_HEADS = (
+    "sparsity_k_variance",
+    "share_at_smallest_k",
+    "share_at_largest_k",
+    "median_distance",
+    "sink_mass",
+    "sink_rate",
+    *(f"{name}_lift" for name in PATTERNS),
+)
+NAMES = (*MEASURES, *OF_HEADS)
+# Those whose quantiles over rows are reported.
+QUANTILES = ("sparsity_k", "effective_support", "keys_95")
 
 
-class UnitCounts(NamedTuple):
-    """The number of tokens, and the number of them on which each unit was active, [F]."""
-
-    tokens: int
-    times_active: Tensor
-
-    def __add__(self, other: object) -> UnitCounts:
-        assert isinstance(other, UnitCounts)
-        return UnitCounts(self.tokens + other.tokens, self.times_active + other.times_active)
-
-
-def count_active_units(activations: Tensor) -> UnitCounts:
-    """Counts on how many tokens each unit is active, from activations [B, T, F]: |activation| > VISIBLE_WEIGHT."""
-    active = activations.abs().flatten(0, 1) > VISIBLE_WEIGHT
-    return UnitCounts(len(active), active.sum(0))
+def check_measure(name: str) -> None:
+    """Raises ConfigError if no measure of a head has this name."""
+    if name not in NAMES:
+        raise ConfigError(f"there is no measure {name!r}: {did_you_mean(name, NAMES)}")

@@ -6,6 +6,8 @@ D head width, S keys (null and cached ones first), G heads of the projection.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -83,7 +85,10 @@ class Attention(nn.Module):
                 budget = query.new_full(query.shape[:3], budget, dtype=dtype)
             budget = self.edit_budget(self.layer, budget)
         if self.observer is not None or self.edit_rows is not None:
-            watch = (self._observe if self.observer is not None else None, self.edit_rows)
+            observe = None
+            if self.observer is not None:
+                observe = partial(self._observe, self._output_scale(budget, logits.get("gate"), query))
+            watch = (observe, self.edit_rows)
             out_BHTD = self.rule.attend_densely(query, key, value, budget, *watch, documents, visible_B)
         elif visible_B is not None:
             out_BHTD = self.rule.decode(query, key, value, budget, visible_B)
@@ -92,8 +97,7 @@ class Attention(nn.Module):
         if self.divides_by_k:
             out_BHTD = out_BHTD / (budget.unsqueeze(-1) if isinstance(budget, Tensor) else budget)
         if self.to_gate is not None:
-            gate_BHT = logits["gate"].sigmoid() if self.gate_is_unit else self._one_to_k(logits["gate"])
-            out_BHTD = out_BHTD * gate_BHT.unsqueeze(-1)
+            out_BHTD = out_BHTD * self._gate(logits["gate"]).unsqueeze(-1)
         return self.to_out(rearrange(out_BHTD, "b h t d -> b t (h d)"))
 
     @property
@@ -107,6 +111,16 @@ class Attention(nn.Module):
         if logits_BHT is not None:
             return self._one_to_k(logits_BHT)
         return self.config.attn_k if self.rule.has_budget else 1.0
+
+    def _gate(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid() if self.gate_is_unit else self._one_to_k(logits)
+
+    def _output_scale(self, budget: float | Tensor, logits_BHT: Tensor | None, query_BHTD: Tensor) -> Tensor:
+        """What the layer multiplies the output of each row by, [B, H, T]."""
+        scale = query_BHTD.new_ones(query_BHTD.shape[:3], dtype=torch.float32)
+        if self.divides_by_k:
+            scale = scale / budget
+        return scale if logits_BHT is None else scale * self._gate(logits_BHT)
 
     def _one_to_k(self, logits: Tensor) -> Tensor:
         return 1 + (self.config.attn_k - 1) * logits.sigmoid()
@@ -153,10 +167,15 @@ class Attention(nn.Module):
             return False
         return can_norm_and_rotate(self.backend, projected.device, projected.dtype, self.config.head_width)
 
-    def _observe(self, weights_BHtS: Tensor, budget_BHt: Tensor, last: int) -> None:
+    def _observe(
+        self, scale_BHT: Tensor, weights_BHtS: Tensor, budget_BHt: Tensor, value_BHSD: Tensor, last: int
+    ) -> None:
         assert self.observer is not None
-        null = self.config.null_kv
-        self.observer(ObservedAttention(self.layer, weights_BHtS.detach(), budget_BHt.detach(), null, last - null))
+        null, (t, S) = self.config.null_kv, weights_BHtS.shape[2:]
+        row = last - (S - scale_BHT.shape[2])  # of the whole call: the first of this block
+        rows = (weights_BHtS.detach(), budget_BHt.detach())
+        output = (value_BHSD.detach(), self.to_out.weight.detach(), scale_BHT[:, :, row : row + t].detach())
+        self.observer(ObservedAttention(self.layer, *rows, null, last - null, *output))
 
 
 def _head_linear(config: ModelConfig, bias: float) -> nn.Linear:

@@ -25,5 +25,5 @@ class FeedForward(nn.Module):
         gate = self.proj_gate(x_BTC) if self.proj_gate is not None else None
         activations = self.activation(self.proj_in(x_BTC), gate)
         if self.observer is not None:
-            self.observer(ObservedFeedForward(self.layer, activations.detach()))
+            self.observer(ObservedFeedForward(self.layer, activations.detach(), self.proj_out.weight.detach()))
         return self.proj_out(activations)

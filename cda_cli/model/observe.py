@@ -22,6 +22,8 @@ class ObservedAttention(NamedTuple):
     """The attention of one layer, or some of its rows: weights [B, H, T, S], and the k of each row [B, H, T].
 
     The first `null_keys` keys are null keys. Row 0 is the query at `position`, which sees the keys up to that position.
+    What the keys of a head add to the residual stream is `output_scale` [B, H, T] (the gate, and 1/k where the layer
+    divides by it) times the weights times `values` [B, H, S, D] times its columns of `to_out` [C, H · D].
     """
 
     layer: int
@@ -29,13 +31,17 @@ class ObservedAttention(NamedTuple):
     sparsity_k: Tensor
     null_keys: int
     position: int
+    values: Tensor
+    to_out: Tensor
+    output_scale: Tensor
 
 
 class ObservedFeedForward(NamedTuple):
-    """The activations of one feed-forward layer, [B, T, F], F units."""
+    """The activations of one feed-forward layer, [B, T, F], F units, and the matrix [C, F] that takes them back."""
 
     layer: int
     activations: Tensor
+    to_out: Tensor
 
 
 Observer = Callable[[ObservedAttention | ObservedFeedForward], None]

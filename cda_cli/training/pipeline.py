@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cda_cli.config import Config, annealed_eps
 from cda_cli.data import Batch
-from cda_cli.inspection import Watcher, inspect, layer_means
+from cda_cli.inspection import RecordWatcher, inspect
 from cda_cli.runs.records import LayerRecord
 from cda_cli.training.accounting.speed import Speed
 from cda_cli.training.gradients import accumulate_gradients
@@ -166,12 +166,12 @@ def may_launch_ahead(config: Config, step: int) -> bool:
 class Inspection(NamedTuple):
     """What each layer selected; a stream may still be computing it."""
 
-    watcher: Watcher
+    watcher: RecordWatcher
     stream: torch.cuda.Stream | None
 
     def layers(self) -> tuple[LayerRecord, ...]:
         with torch.cuda.stream(self.stream):
-            return layer_means(self.watcher.report())
+            return self.watcher.records()
 
 
 def inspect_first(
@@ -181,4 +181,6 @@ def inspect_first(
     first = batches[0].map(lambda values: values[:1])
     # A module that fsdp compiles in place would otherwise be compiled once more, for this shape.
     with torch.compiler.set_stance("force_eager"), torch.cuda.stream(stream):
-        return Inspection(inspect(state.model, [first], context.device, context.dtype), stream)
+        watcher = RecordWatcher()
+        inspect(state.model, [first], context.device, context.dtype, watcher)
+        return Inspection(watcher, stream)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cda_cli.inspection import MEASURES, NAMES
 from tests.commands.helpers import Cda, assert_refused, metrics
 
-HEAD = {
-    "layer", "head", "sparsity_k", "row_sum", "row_sum_error", "effective_support", "attended_entries",
-    "capped_share", "distance_back",
-}  # fmt: skip
-COLUMNS = "layer.head k row sum |Σλ − k| effective support λ > 1e-3 capped / k distance back"
+COLUMNS = "head k support keys 95% capped/k gated sink distance reads"
 
 
 def inspected(cda: Cda, *arguments: object) -> dict[str, Any]:
@@ -34,11 +32,13 @@ def trained(cda: Cda, tiny: Path, out: Path, *settings: object, steps: int = 1) 
 
 def test_json_has_every_figure_of_every_head(cda: Cda, finished: Path) -> None:
     found = inspected(cda, finished)
-    assert set(found) == {"checkpoint", "data", "split", "attn_eps", "tokens", "heads", "feed_forward"}
+    source = {"checkpoint", "data", "split", "attn_eps"}
+    assert set(found) == source | {"tokens", "windows", "ranges", "heads", "layers", "feed_forward"}
     assert found["tokens"] == 2 * 32
     assert [(head["layer"], head["head"]) for head in found["heads"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     for head in found["heads"]:
-        assert set(head) == HEAD
+        assert set(head) == {"layer", "head", *NAMES, "quantiles", "by_position", "distance_mass"}
+        assert set(head["by_position"]) == set(MEASURES)
         assert 1 <= head["sparsity_k"] <= 3
         assert head["row_sum"] == pytest.approx(head["sparsity_k"], abs=0.2), "rows that see less than k aside"
         assert head["row_sum_error"] < 1e-5
@@ -46,9 +46,16 @@ def test_json_has_every_figure_of_every_head(cda: Cda, finished: Path) -> None:
         assert 1 <= head["effective_support"] <= 33
         assert 0 <= head["distance_back"] < 32
     for layer, unit in enumerate(found["feed_forward"]):
-        assert set(unit) == {"layer", "units", "active_units", "dead_units"}
         assert (unit["layer"], unit["units"]) == (layer, 128)
-        assert 0 <= unit["active_units"] <= 128
+        assert 1 <= unit["units_99"] <= unit["units_99_p95"] <= 128
+
+
+def test_the_page_on_inspection_names_every_field(cda: Cda, finished: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "inspection.md").read_text(encoding="utf-8")
+    found = inspected(cda, finished)
+    fields = {*found["heads"][0], *found["layers"][0], *found["feed_forward"][0], *found}
+    documented = set(re.findall(r"`(\w+)`", page))
+    assert fields <= documented, f"docs/inspection.md does not explain {sorted(fields - documented)}"
 
 
 def test_epsilon_is_the_one_in_use(cda: Cda, tiny: Path, finished: Path, tmp_path: Path) -> None:
@@ -71,20 +78,37 @@ def test_the_table_has_all_columns_and_the_same_figures(cda: Cda, finished: Path
     assert shown.code == 0
     assert shown.err == ""
     lines = shown.out.splitlines()
-    [heading] = [line for line in lines if line.startswith("layer.head")]
+    [heading] = [line for line in lines if line.startswith("head ")]
     assert " ".join(heading.split()) == COLUMNS
     for head in found["heads"]:
         [row] = [line for line in lines if line.startswith(f"{head['layer']}.{head['head']} ")]
-        assert row.split() == [
+        assert row.split()[:-1] == [
             f"{head['layer']}.{head['head']}",
             f"{head['sparsity_k']:.3f}",
-            f"{head['row_sum']:.3f}",
-            f"{head['row_sum_error']:.1e}",
             f"{head['effective_support']:.2f}",
-            f"{head['attended_entries']:.2f}",
+            f"{head['keys_95']:.1f}",
             f"{head['capped_share']:.1%}",
-            f"{head['distance_back']:.1f}",
+            f"{head['gate_equivalent']:.1%}",
+            f"{head['sink_mass']:.1%}",
+            f"{head['median_distance']:.0f}",
         ]
+        assert len(row) <= 80
+    tables = shown.out[: shown.out.index("Layer 0, head 0")].splitlines()
+    assert max(map(len, tables[8:])) <= 80, "a table or the map is wider than 80 columns"
+
+
+def test_a_map_of_all_heads_by_any_measure(cda: Cda, finished: Path) -> None:
+    found = inspected(cda, finished)
+    for name in ("effective_support", "rest_4"):
+        options = [] if name == "effective_support" else ["--by", name]
+        shown = cda("inspect-sparsity", finished, "--max-batches", 2, *options).out
+        lines = shown[shown.index(f"{name}: layers down, heads across") :].splitlines()
+        assert lines[1].split() == ["layer", "0", "1"]
+        for layer, line in enumerate(lines[2:4]):
+            numbers = [float(re.sub("[^0-9.]", "", word)) for word in line.split()]
+            expected = [head[name] for head in found["heads"] if head["layer"] == layer]
+            assert numbers == [layer, *(pytest.approx(figure, abs=0.006, rel=0.06) for figure in expected)]
+    assert_refused(cda("inspect-sparsity", finished, "--by", "effective_suport"), "did you mean 'effective_support'?")
 
 
 @pytest.mark.parametrize(
@@ -102,6 +126,7 @@ def test_layers_and_heads_are_chosen(
     found = inspected(cda, finished, *options)
     assert [(head["layer"], head["head"]) for head in found["heads"]] == heads
     assert [unit["layer"] for unit in found["feed_forward"]] == layers
+    assert [layer["layer"] for layer in found["layers"]] == layers
     everything = {(head["layer"], head["head"]): head for head in inspected(cda, finished)["heads"]}
     assert found["heads"] == [everything[place] for place in heads]
     assert drawn in cda("inspect-sparsity", finished, *options, "--max-batches", 1).out
@@ -117,7 +142,7 @@ def test_the_picture_fits_and_draws_null_keys(cda: Cda, finished: Path) -> None:
     """A line that is wider than the screen breaks the picture; the null key comes before the first real one."""
     shown = cda("inspect-sparsity", finished, "--max-batches", 1).out
     picture = shown[shown.index("Layer 0, head 0") :].splitlines()[1:]
-    assert max(map(len, shown.splitlines())) <= 100
+    assert max(map(len, picture)) <= 100
     assert picture[0].split()[0] == "∅"
     rows = [line for line in picture[1:] if line.strip() and "λ:" not in line]
     assert len(rows) == 32, "a row is missing"
@@ -137,7 +162,7 @@ def test_softmax_is_inspected_too(cda: Cda, tiny: Path, tmp_path: Path) -> None:
         assert head["row_sum"] == pytest.approx(1, abs=1e-6)
         assert head["effective_support"] > 1
     shown = cda("inspect-sparsity", run, "--max-batches", 1).out
-    assert "Attention: softmax\nlayer.head  effective support  λ > 1e-3  distance back\n" in shown, "k means nothing"
+    assert re.search(r"Attention: softmax\nhead +support +keys 95% +sink +distance +reads\n", shown), "k means nothing"
     assert "PyTorch SDPA" in cda("train", "--out", run, "--steps", 2, "--dry-run").out
 
 
@@ -147,14 +172,14 @@ def test_a_sparse_feed_forward_is_inspected_too(cda: Cda, tiny: Path, tmp_path: 
     found = inspected(cda, trained(cda, tiny, tmp_path / "run", *sparse))
     dense = inspected(cda, trained(cda, tiny, tmp_path / "dense"))
     for unit, other in zip(found["feed_forward"], dense["feed_forward"], strict=True):
-        assert 4 <= unit["active_units"] < other["active_units"]
+        assert 4 <= unit["units_99"] < other["units_99"]
 
 
 def test_k_beyond_every_row(cda: Cda, tiny: Path, tmp_path: Path) -> None:
     """No row can be short of its k then: no share of capped entries, and no division by nothing."""
     run = trained(cda, tiny, tmp_path / "run", "--attn-k", 40, "--fixed-k")
     for head in inspected(cda, run)["heads"]:
-        assert head["capped_share"] == 0
+        assert head["capped_share"] is None
         assert head["row_sum_error"] < 1e-5
 
 

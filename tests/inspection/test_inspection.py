@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +15,16 @@ from torch import Tensor
 from cda_cli.config import ModelConfig
 from cda_cli.data import Batch, Tokens, evaluation_batches
 from cda_cli.errors import ConfigError
-from cda_cli.inspection import Report, Watcher, effective_support, inspect, layer_means, parse_selection
+from cda_cli.inspection import (
+    NAMES,
+    HeadReport,
+    RecordWatcher,
+    ReportWatcher,
+    effective_support,
+    inspect,
+    parse_selection,
+)
+from cda_cli.inspection.units import contributions, units_in_use
 from cda_cli.model import Transformer
 from cda_cli.model.observe import ObservedAttention, ObservedFeedForward, observing
 
@@ -33,8 +43,27 @@ def batches(batch_size: int = 3) -> list[Batch]:
     return list(evaluation_batches(Tokens(ids, np.ones_like(ids), len(ids)), 12, batch_size))
 
 
-def run(model: Transformer, **changes: Any) -> Watcher:
-    return inspect(model, changes.pop("text", batches()), CPU, torch.float32, **changes)
+def run(model: Transformer, text: list[Batch] | None = None, **changes: Any) -> ReportWatcher:
+    watcher = ReportWatcher(model.config.attn_k, changes.pop("keep", None))
+    inspect(model, text or batches(), CPU, torch.float32, watcher, **changes)
+    return watcher
+
+
+def flat(value: Any, path: str = "") -> dict[str, float]:
+    """The numbers in a document of JSON, by where they stand."""
+    if not isinstance(value, (dict, list)):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {name: number for key, inner in items for name, number in flat(inner, f"{path}/{key}").items()}
+
+
+def same(one: HeadReport, other: HeadReport) -> bool:
+    """Whether all figures are the same, up to rounding, which may move a quantile by a step of its histogram."""
+    left, right = flat(one.as_dict()), flat(other.as_dict())
+    steps = [name for name in left if name.startswith("/quantiles")]
+    return {name: left.pop(name) for name in steps} == pytest.approx(
+        {name: right.pop(name) for name in steps}, rel=0.02
+    ) and left == pytest.approx(right, rel=1e-5, abs=1e-5, nan_ok=True)
 
 
 def raw(model: Transformer) -> list[ObservedAttention | ObservedFeedForward]:
@@ -61,19 +90,23 @@ def test_rows_sum_to_k_or_to_1(attention: str, learned_k: bool, null_kv: int) ->
     seen = [one for one in raw(model) if isinstance(one, ObservedAttention)]
     for head in report.heads:
         k = seen[head.layer].sparsity_k[:, head.head]
-        assert head.sparsity_k == pytest.approx(k.mean().item(), rel=1e-5)
-        assert head.row_sum == pytest.approx(at_most_visible(k, null_kv).mean().item(), rel=1e-5)
-        assert head.row_sum_error < 1e-5
+        found = head.measures
+        assert found["sparsity_k"] == pytest.approx(k.mean().item(), rel=1e-5)
+        assert found["sparsity_k_variance"] == pytest.approx(k.double().var(unbiased=False).item(), rel=1e-4, abs=1e-12)
+        assert found["row_sum"] == pytest.approx(at_most_visible(k, null_kv).mean().item(), rel=1e-5)
+        assert found["row_sum_error"] < 1e-5
         if attention == "softmax":
-            assert head.sparsity_k == 1
-            assert head.row_sum == pytest.approx(1)
+            assert found["sparsity_k"] == 1
+            assert found["row_sum"] == pytest.approx(1)
+            assert (found["share_at_smallest_k"], found["share_at_largest_k"]) == (1, 0)
         elif not learned_k:
-            assert head.sparsity_k == 2
+            assert found["sparsity_k"] == 2
+            assert (found["share_at_smallest_k"], found["share_at_largest_k"]) == (0, 1)
 
 
 def test_an_iteration_that_stops_early_shows_in_the_row_sums() -> None:
     report = run(build(solver="iterative", n_iters=1)).report()
-    assert max(head.row_sum_error for head in report.heads) > 1e-2
+    assert max(head.measures["row_sum_error"] for head in report.heads) > 1e-2
 
 
 @pytest.mark.parametrize("attention", ["softmax", "coordinate-descent"])
@@ -84,36 +117,45 @@ def test_the_measures_are_the_means_over_the_text(attention: str) -> None:
     back = (position[:, None] - position).clamp(min=0)
     for one in raw(model):
         if isinstance(one, ObservedFeedForward):
-            unit = report.feed_forward[one.layer]
-            active = one.activations.abs() > 1e-3
-            assert unit == (one.layer, 32, pytest.approx(active.sum(-1).double().mean().item()), unit.dead_units)
-            assert unit.dead_units == int((~active.flatten(0, 1).any(0)).sum())
+            unit = report.layers[one.layer].units
+            used = units_in_use(
+                contributions(one.activations, model.each_block()[one.layer].feed_forward.proj_out.weight)
+            )
+            assert unit.units == 32
+            assert unit.units_99 == pytest.approx(used.sum(-1).double().mean().item())
+            assert unit.dead_units == int((~used.flatten(0, 1).any(0)).sum())
             continue
         for head in (head for head in report.heads if head.layer == one.layer):
             weights, k = one.weights[:, head.head].double(), one.sparsity_k[:, head.head]
             bounded = position + 1 > k[0]
             capped = ((weights >= 1 - 1e-6).sum(-1) / k)[:, bounded]
-            assert head.effective_support == pytest.approx(effective_support(weights).mean().item())
-            assert head.attended_entries == pytest.approx((weights > 1e-3).sum(-1).double().mean().item())
-            assert head.capped_share == pytest.approx(capped.mean().item())
-            assert head.distance_back == pytest.approx(
+            support, found = effective_support(weights), head.measures
+            middle = support.quantile(0.5, interpolation="lower").item()
+            assert found["effective_support"] == pytest.approx(support.mean().item(), rel=1e-5)
+            assert head.by_position["effective_support"][4] == pytest.approx(support[:, 8:].mean().item(), rel=1e-5)
+            assert head.quantiles["effective_support"]["p50"] == pytest.approx(middle, rel=0.006)
+            assert found["capped_share"] == pytest.approx(capped.mean().item())
+            assert found["distance_back"] == pytest.approx(
                 ((weights * back).sum(-1) / weights.sum(-1)).mean().item(), rel=1e-5
             )
+            assert sum(head.distance_mass) == pytest.approx(1)
 
 
 def test_a_head_that_must_cap_everything_has_no_share() -> None:
     """k covers the whole context, so no row is bounded, and 0 is not divided by 0."""
     for head in run(build(attn_k=99.0)).report().heads:
-        assert head.capped_share == 0
-        assert head.row_sum == pytest.approx(6.5)
-        assert head.effective_support == pytest.approx(6.5)
+        assert math.isnan(head.measures["capped_share"])
+        assert head.measures["row_sum"] == pytest.approx(6.5)
+        assert head.measures["effective_support"] == pytest.approx(6.5)
 
 
 def test_the_batch_size_does_not_show() -> None:
     model = build(learned_k=True, ff="coordinate-descent")
     one, other = (run(model, text=batches(size)).report() for size in (1, 7))
-    for left, right in zip([*one.heads, *one.feed_forward], [*other.heads, *other.feed_forward], strict=True):
-        assert left._asdict() == pytest.approx(right._asdict(), rel=1e-5, abs=1e-6)
+    assert all(map(same, one.heads, other.heads))
+    for left, right in zip(one.layers, other.layers, strict=True):
+        assert left.units == pytest.approx(right.units, rel=1e-5)
+        assert left.residual[2:] == pytest.approx(right.residual[2:], rel=1e-5)
 
 
 def test_dead_units_are_found() -> None:
@@ -121,9 +163,9 @@ def test_dead_units_are_found() -> None:
     with torch.no_grad():
         model.each_block()[1].feed_forward.proj_in.weight[:5] = 0
         model.each_block()[1].feed_forward.proj_in.bias[:5] = 0
-    first, second = run(model).report().feed_forward
-    assert (first.dead_units, second.dead_units) == (0, 5)
-    assert second.active_units <= 27
+    first, second = run(model).report().layers
+    assert (first.units.dead_units, second.units.dead_units) == (0, 5)
+    assert second.units.units_99 <= 27
 
 
 def test_the_kept_weights_are_those_of_the_first_window() -> None:
@@ -148,9 +190,9 @@ def test_a_long_sequence_is_watched_in_parts(monkeypatch: pytest.MonkeyPatch, at
     assert found.kept is not None
     assert whole.kept is not None
     torch.testing.assert_close(found.kept, whole.kept, atol=1e-6, rtol=0)
-    for part, all_rows in zip(found.report().heads, whole.report().heads, strict=True):
-        assert part == pytest.approx(all_rows, rel=1e-5, abs=1e-5)
-    assert found.report().feed_forward == whole.report().feed_forward
+    assert all(map(same, found.report().heads, whole.report().heads))
+    for part, all_rows in zip(found.report().layers, whole.report().layers, strict=True):
+        assert part.units == pytest.approx(all_rows.units)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -158,7 +200,7 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
     """Its mode and its observers are restored, also after an error. Dropout is off meanwhile."""
     model = build(dropout=0.5).train(training)
     heard: list[int] = []
-    assert run(model, advance=heard.append).report() == run(build()).report()
+    assert all(map(same, run(model, advance=heard.append).report().heads, run(build()).report().heads))
     assert heard == [3, 3, 1]
     beyond = Batch(*(torch.zeros(1, 13, dtype=torch.int64) for _ in range(2)), torch.zeros(1))
     with pytest.raises(ValueError, match="exceed the context"):
@@ -166,36 +208,76 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
     assert all(module.training is training for module in model.modules())
     assert all(block.attention.observer is block.feed_forward.observer is None for block in model.each_block())
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_only_some_layers_and_heads() -> None:
     report = run(build(depth=3, heads=4)).report()
     part = report.only([0, 2], [1, 3])
     assert [(head.layer, head.head) for head in part.heads] == [(0, 1), (0, 3), (2, 1), (2, 3)]
-    assert [unit.layer for unit in part.feed_forward] == [0, 2]
+    assert [layer.layer for layer in part.layers] == [0, 2]
     assert part.tokens == report.tokens
-    assert set(part.heads) <= set(report.heads)
+    assert all(head in report.heads for head in part.heads)
 
 
 def test_the_report_for_machines_holds_everything() -> None:
-    report = run(build()).report()
+    report = run(build(depth=1)).report()
     document = report.as_dict()
-    assert [dict(head) for head in document["heads"]] == [head._asdict() for head in report.heads]
-    assert [dict(unit) for unit in document["feed_forward"]] == [unit._asdict() for unit in report.feed_forward]
-    assert document["tokens"] == 84
+    assert (document["tokens"], document["windows"]) == (84, 7)
+    assert document["ranges"] == [[0, 0], [1, 1], [2, 3], [4, 7], [8, 15]]
+    for found, head in zip(document["heads"], report.heads, strict=True):
+        assert set(head.measures) == set(NAMES)
+        assert set(found) == {"layer", "head", *NAMES, "quantiles", "by_position", "distance_mass"}
+        assert {name: found[name] for name in NAMES} == head.measures
+    [layer] = report.layers
+    assert document["feed_forward"] == [{"layer": 0, **layer.units._asdict()}]
+    assert document["layers"] == [{"layer": 0, "head_divergence": layer.head_divergence, **layer.residual._asdict()}]
 
 
-def test_the_measures_of_a_layer_are_means_over_its_heads() -> None:
-    report = run(build(learned_k=True)).report()
-    for layer, values in enumerate(map(asdict, layer_means(report))):
+def test_what_training_records_are_means_over_the_heads_of_a_layer() -> None:
+    model, watcher = build(learned_k=True), RecordWatcher()
+    report = run(model).report()
+    inspect(model, batches(7), CPU, torch.float32, watcher)
+    for layer, values in enumerate(map(asdict, watcher.records())):
         heads = [head for head in report.heads if head.layer == layer]
         assert values.pop("layer") == layer
-        assert values.pop("active_units") == pytest.approx(report.feed_forward[layer].active_units / 32)
+        assert 0.5 < values.pop("active_units") <= 1
         assert set(values) == {"sparsity_k", "effective_support", "capped_share", "distance_back"}
         for name, value in values.items():
-            assert value == pytest.approx(sum(getattr(head, name) for head in heads) / 2)
-    assert len(layer_means(report)) == 2
-    assert layer_means(Report([], [], 0)) == ()
+            assert value == pytest.approx(sum(head.measures[name] for head in heads) / 2, rel=1e-5)
+    assert len(watcher.records()) == 2
+
+
+def test_a_record_of_heads_that_must_cap_everything_has_no_share() -> None:
+    watcher = RecordWatcher()
+    inspect(build(attn_k=99.0), batches(), CPU, torch.float32, watcher)
+    assert [layer.capped_share for layer in watcher.records()] == [0, 0]
+
+
+def test_active_units_are_those_above_a_thousandth() -> None:
+    """The meaning that docs/metrics.md gives the field, for good."""
+    model, watcher = build(), RecordWatcher()
+    inspect(model, batches(7), CPU, torch.float32, watcher)
+    seen = [one.activations for one in raw(model) if isinstance(one, ObservedFeedForward)]
+    expected = [(activations.abs() > 1e-3).double().mean().item() for activations in seen]
+    assert [layer.active_units for layer in watcher.records()] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"output_gate": True}, {"normalise": "k"}, {"null_kv": 2, "kv_heads": 1}])
+def test_what_the_heads_write_adds_up_to_the_output_of_the_layer(changes: dict[str, Any]) -> None:
+    """A single head writes all of it, so its length is known."""
+    model = build(heads=1 if "kv_heads" not in changes else 2, depth=1, attn_bias="none", **changes)
+    outputs: list[Tensor] = []
+    attention = model.each_block()[0].attention
+    hook = attention.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    watcher = run(model)
+    hook.remove()
+    written = [head.measures["written_norm"] for head in watcher.report().heads]
+    length = torch.cat(outputs).double().norm(dim=-1).mean().item()
+    if len(written) == 1:
+        assert written == pytest.approx([length], rel=1e-5)
+    else:
+        assert sum(written) >= length
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,6 @@ def test_a_cached_pass_can_be_watched(attention: str, position: str) -> None:
     for late, whole in zip(seen, watched(model, batch)[1], strict=True):
         if isinstance(late, ObservedAttention) and isinstance(whole, ObservedAttention):
             assert (late.null_keys, late.position, whole.position) == (1, 6, 0)
-        for part, all_rows in zip(late[1:3], whole[1:3], strict=True):
-            dim = 2 if isinstance(late, ObservedAttention) else 1
+        by_row, dim = (slice(1, 3), 2) if isinstance(late, ObservedAttention) else (slice(1, 2), 1)
+        for part, all_rows in zip(late[by_row], whole[by_row], strict=True):
             torch.testing.assert_close(part, all_rows.narrow(dim, 6, config.seq_len - 6), atol=1e-5, rtol=0)

@@ -1,0 +1,177 @@
+"""Watchers add up what each layer selects while forward passes are observed: for a report, or for training's records.
+
+observed rows → figures of each row (`measures`) → sums of each layer → a report
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+
+from cda_cli.inspection.measures import MEASURES, QUANTILES, RECORDED, Measure
+from cda_cli.inspection.patterns import Distances, Sinks, median_distance
+from cda_cli.inspection.report import HeadReport, LayerReport, Report
+from cda_cli.inspection.residual import ResidualStream, watching_residual
+from cda_cli.inspection.seen_rows import SeenRows
+from cda_cli.inspection.statistics import Histogram, RowMeans, doubling_range
+from cda_cli.inspection.units import UnitCensus, count_active
+from cda_cli.model import Transformer
+from cda_cli.model.observe import ObservedAttention, ObservedFeedForward, observing
+from cda_cli.runs.records import LayerRecord
+
+
+class Watcher(ABC):
+    """Adds up what it sees of forward passes."""
+
+    @abstractmethod
+    def watching(self, model: Transformer) -> AbstractContextManager[None]:
+        """Within it, the watcher sees the forward passes of `model`."""
+
+
+class RecordWatcher(Watcher):
+    """Adds up what training records of each layer. Nothing in it waits for a GPU before `records`."""
+
+    def __init__(self) -> None:
+        self.attention: dict[int, RowMeans] = defaultdict(RowMeans)
+        self.active: dict[int, Tensor] = {}
+        self.units: dict[int, int] = {}
+
+    def watching(self, model: Transformer) -> AbstractContextManager[None]:
+        return observing(model, self._see)
+
+    def _see(self, seen: ObservedAttention | ObservedFeedForward) -> None:
+        if isinstance(seen, ObservedFeedForward):
+            self.active[seen.layer], self.units[seen.layer] = count_active(seen.activations), seen.activations.shape[-1]
+        else:
+            _add(self.attention[seen.layer], SeenRows(seen), RECORDED)
+
+    def records(self) -> tuple[LayerRecord, ...]:
+        """The means over the heads of each layer, and its share of active units."""
+        return tuple(
+            LayerRecord(
+                layer=layer,
+                **dict(zip(RECORDED, means.mean().nan_to_num(0.0).mean(-1).tolist(), strict=True)),
+                active_units=self.active[layer].item() / self.units[layer],
+            )
+            for layer, means in sorted(self.attention.items())
+        )
+
+
+class ReportWatcher(Watcher):
+    """Adds up every measure. It also keeps the weights of the layer and head `keep` over the first window.
+
+    `largest_k` is the largest budget that a row may learn.
+    """
+
+    def __init__(self, largest_k: float = 1.0, keep: tuple[int, int] | None = None) -> None:
+        self.largest_k, self.keep = largest_k, keep
+        self.attention: dict[int, _AttentionLayer] = defaultdict(_AttentionLayer)
+        self.units: dict[int, UnitCensus] = defaultdict(UnitCensus)
+        self.stream: dict[int, ResidualStream] = defaultdict(ResidualStream)
+        self.tokens = self.windows = 0
+        self._tokens_BT: Tensor | None = None
+        self._kept: list[Tensor] = []
+
+    @contextmanager
+    def watching(self, model: Transformer) -> Iterator[None]:
+        begins = model.register_forward_pre_hook(lambda model, inputs: self._begin(inputs[0]))
+        try:
+            with observing(model, self._see), watching_residual(model, self._see_residual):
+                yield
+        finally:
+            begins.remove()
+
+    def _begin(self, tokens_BT: Tensor) -> None:
+        self._tokens_BT = tokens_BT
+        self.tokens += tokens_BT.numel()
+        self.windows += len(tokens_BT)
+
+    def _see(self, seen: ObservedAttention | ObservedFeedForward) -> None:
+        if isinstance(seen, ObservedFeedForward):
+            self.units[seen.layer].add(seen)
+            return
+        self.attention[seen.layer].add(SeenRows(seen, self._tokens_BT))
+        if self.keep is not None and seen.layer == self.keep[0] and seen.position == sum(map(len, self._kept)):
+            self._kept.append(seen.weights[0, self.keep[1]].float().cpu())
+
+    def _see_residual(self, layer: int, x_BTC: Tensor) -> None:
+        self.stream[layer].add(x_BTC)
+
+    @property
+    def kept(self) -> Tensor | None:
+        """The weights [T, S] of `keep` over the first window, or None if there is no `keep`."""
+        return torch.cat(self._kept) if self._kept else None
+
+    def report(self) -> Report:
+        heads = {layer: rows.reports(layer, self.largest_k) for layer, rows in sorted(self.attention.items())}
+        layers = [
+            LayerReport(
+                layer,
+                self.units[layer].figures(),
+                self.stream[layer].figures(),
+                sum(head.measures["divergence"] for head in of_layer) / len(of_layer),
+            )
+            for layer, of_layer in heads.items()
+        ]
+        return Report([head for of_layer in heads.values() for head in of_layer], layers, self.tokens, self.windows)
+
+
+class _AttentionLayer:
+    """What is summed of one layer of attention."""
+
+    def __init__(self) -> None:
+        self.means, self.distances, self.sinks = RowMeans(), Distances(), Sinks()
+        self.squares = RowMeans()  # of k, for its variance
+        self.histograms = {name: Histogram(whole=name == "keys_95") for name in QUANTILES}
+
+    def add(self, rows: SeenRows) -> None:
+        figures = _add(self.means, rows, MEASURES)
+        for name, histogram in self.histograms.items():
+            histogram.add(figures[name])
+        self.squares.add(rows.k.square().unsqueeze(0), rows.position)
+        self.distances.add(rows)
+        self.sinks.add(rows)
+
+    def reports(self, layer: int, largest_k: float) -> list[HeadReport]:
+        totals, means = (dict(zip(MEASURES, each, strict=True)) for each in (self.means.total(), self.means.mean()))
+        shares, k = self.distances.shares(), self.histograms["sparsity_k"]
+        measures = {
+            **means,
+            "sparsity_k_variance": (self.squares.mean()[0] - means["sparsity_k"].square()).clamp(min=0),
+            "share_at_smallest_k": k.share_at(1.0),
+            "share_at_largest_k": k.share_at(largest_k),
+            "median_distance": median_distance(shares),
+            **self.sinks.means(),
+        }
+        for name, chance in self.distances.chances().items():
+            measures[f"{name}_lift"] = totals[f"{name}_share"] / chance
+        quantiles = {
+            name: {f"p{percent}": histogram.quantile(percent / 100) for percent in (5, 50, 95)}
+            for name, histogram in self.histograms.items()
+        }
+        by_position = self.means.by_position()
+        ranges = doubling_range(torch.arange(shares.shape[1]))
+        mass = torch.zeros(len(shares), int(ranges.max()) + 1, dtype=torch.float64).index_add(1, ranges.long(), shares)
+        return [
+            HeadReport(
+                layer,
+                head,
+                {name: figure[head].item() for name, figure in measures.items()},
+                {name: {mark: each[head].item() for mark, each in of.items()} for name, of in quantiles.items()},
+                {name: of[head].tolist() for name, of in zip(MEASURES, by_position, strict=True)},
+                mass[head].tolist(),
+            )
+            for head in range(len(shares))
+        ]
+
+
+def _add(means: RowMeans, rows: SeenRows, measures: dict[str, Measure]) -> dict[str, Tensor]:
+    """Adds the figures of `rows` to `means`, and returns them by name."""
+    figures = {name: measure(rows) for name, measure in measures.items()}
+    means.add(torch.stack(list(figures.values())), rows.position)
+    return figures
