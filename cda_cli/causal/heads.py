@@ -18,18 +18,14 @@ from cda_cli.causal.gradients import gradients
 from cda_cli.causal.interventions import Intervention, doubled, edited
 from cda_cli.data import Batch
 from cda_cli.errors import ConfigError, did_you_mean
-from cda_cli.inspection import HeadReport, inspect
+from cda_cli.inspection import ReportWatcher, inspect
 from cda_cli.model import Transformer, editing
 
 HEADS, RANDOM, GRADIENT = "heads", "random", "gradient"
 # What may say how much a head matters, from what is inspected of it. Two more orders are RANDOM, the control, and
 # GRADIENT, E|∂L/∂ξ| for a factor ξ on the output of the head (Michel et al., Are Sixteen Heads Really Better than One?,
 # 1905.10650, equation 3).
-MEASURES: dict[str, Callable[[HeadReport], float]] = {
-    "support": lambda head: head.effective_support,
-    "capped": lambda head: head.capped_share,
-    "k": lambda head: head.sparsity_k,
-}
+MEASURES = {"support": "effective_support", "capped": "capped_share", "k": "sparsity_k"}
 ORDERS = (*MEASURES, GRADIENT, RANDOM)
 
 
@@ -98,9 +94,15 @@ def measure_heads(
         tokens += heads_BTHD.shape[:2].numel() * (layer == 0)
         return heads_BTHD
 
+    watcher = ReportWatcher()
     with editing(model, heads=add):
-        report = inspect(model, open_batches(), device, dtype, advance=advance).report()
-    measures = {name: torch.tensor([measure(head) for head in report.heads]) for name, measure in MEASURES.items()}
+        inspect(model, open_batches(), device, dtype, watcher, advance)
+    heads = watcher.report().heads
+    # A head none of whose rows is bounded caps nothing.
+    measures = {
+        name: torch.tensor([head.measures[measure] for head in heads]).nan_to_num(0.0)
+        for name, measure in MEASURES.items()
+    }
     measures[GRADIENT] = gradients(model, open_batches(), device, dtype, advance).heads.cpu().flatten()
     return HeadStatistics((sums / tokens).float(), {name: each.view(-1, H) for name, each in measures.items()})
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cda_cli.causal.interventions import Intervention, edited
 from cda_cli.data import Batch
 from cda_cli.errors import ConfigError, did_you_mean
-from cda_cli.inspection.measures import CAPPED_WEIGHT
+from cda_cli.inspection.seen_rows import CAPPED_WEIGHT
 from cda_cli.model import Rows, Transformer, editing
 from cda_cli.token_losses import token_losses
 
