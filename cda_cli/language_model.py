@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from cda_cli.config import Config
-from cda_cli.data import Encoded, Tokenizer, Tokens, evaluation_batches, to_batch
+from cda_cli.data import Encoded, Tokenizer, Tokens, evaluation_batches
 from cda_cli.errors import ConfigError
 from cda_cli.evaluation.evaluate import evaluate
+from cda_cli.evaluation.loglikelihood import loglikelihoods
 from cda_cli.generation import SamplingSettings
 from cda_cli.generation.text import generate_text
 from cda_cli.interchange.import_model import restore_folder
@@ -98,22 +99,16 @@ class LanguageModel:
         first = _common_prefix(encoded, self._encoded(context)) if isinstance(text, tuple) else 1
         if with_separator:
             encoded = Encoded.join([encoded, self.tokenizer.ending])
-        count, seq_len = len(encoded.ids), self.config.model.seq_len
-        if not 0 < first <= count:
+        if not 0 < first <= len(encoded.ids):
             raise ConfigError("nothing stands before the text to predict it from; put at least one token there")
-        if first == count:
+        if first == len(encoded.ids):
             return 0.0
-        if isinstance(text, str):
-            batches = evaluation_batches(Tokens(*encoded, text_bytes=0), seq_len, BATCH_SIZE)
-        elif count - first <= seq_len:
-            start = max(0, count - seq_len - 1)
-            rows, sizes = (part[None, start:] for part in encoded)
-            batches = iter([to_batch(rows, sizes, np.arange(start + 1, count)[None] >= first)])
-        else:
-            raise ConfigError(
-                f"the continuation has {counted(count - first, 'token')} and the model's context {seq_len}; shorten it"
-            )
-        result = evaluate(self.model, batches, self._restored.device, self._dtype)
+        device = self._restored.device
+        if isinstance(text, tuple):
+            ids = encoded.ids.tolist()
+            return loglikelihoods(self.model, [(ids[:first], ids[first:])], 1, device, self._dtype)[0].nats
+        batches = evaluation_batches(Tokens(*encoded, text_bytes=0), self.config.model.seq_len, BATCH_SIZE)
+        result = evaluate(self.model, batches, device, self._dtype)
         return -result.loss * result.tokens
 
     def generate(

@@ -80,6 +80,11 @@ class Tokenizer(ABC):
         return self._without_text([] if self.bos is None else [self.bos])
 
     @property
+    def prefix(self) -> int:
+        """The id from which the first token of a document is predicted: `bos`, or else the separator."""
+        return self.separator if self.bos is None else self.bos
+
+    @property
     def ending(self) -> Encoded:
         """The separator, which stands for no text, as it follows a document."""
         return self._without_text([self.separator])

@@ -37,16 +37,15 @@ def hf_tokenizer(tokenizer: Tokenizer) -> HfTokenizer:
         separator = next(name for name in (*SEPARATORS, "<|separator|>") if name not in known)
     inner.add_special_tokens([separator])
     inner.post_processor = None
-    bos = tokenizer.separator if tokenizer.bos is None else tokenizer.bos
     if tokenizer.bos is not None:
-        first = inner.id_to_token(bos)
-        inner.post_processor = TemplateProcessing(single=f"{first} $A", special_tokens=[(first, bos)])
+        first = inner.id_to_token(tokenizer.bos)
+        inner.post_processor = TemplateProcessing(single=f"{first} $A", special_tokens=[(first, tokenizer.bos)])
     if inner.token_to_id(separator) != tokenizer.separator:
         raise DataError(
             f"no token of {tokenizer.name} can have the id {tokenizer.separator} of its separator, as its ids have "
             "gaps; train with a tokenizer.json that has a special token such as <|endoftext|>"
         )
-    return HfTokenizer(inner, {"bos": bos, "eos": tokenizer.separator, "pad": tokenizer.separator})
+    return HfTokenizer(inner, {"bos": tokenizer.prefix, "eos": tokenizer.separator, "pad": tokenizer.separator})
 
 
 def _bytes(separator: int) -> tokenizers.Tokenizer:
