@@ -44,6 +44,7 @@ SLOW = (
     "commands/test_interrupts.py",
     "commands/test_sample_command.py",
     "commands/test_streams.py",
+    "evaluation/test_harness_tasks.py",
     "interchange/test_export_families.py",
     "interchange/test_export_published.py",
     "interchange/test_hf.py",

@@ -27,7 +27,8 @@ LAYERS: tuple[set[str], ...] = (
     {"language_model"},
     {"console", "interchange", "training"},
     {"causal"},
-    {"evaluation", "generation", "inspection"},
+    {"evaluation", "inspection"},
+    {"generation"},
     {"restore", "diagnosis", "token_losses"},
     {"data", "model", "runs", "plots"},
     {"conditions", "config_views", "storage", "runtime", "signals", "streams", "transformers"},
@@ -97,6 +98,7 @@ CONFINED: dict[str, set[str]] = {
     "transformers": {"cda_cli.interchange.hf", "cda_cli.transformers"},
     "gguf": {"cda_cli.interchange.gguf_file"},
     "matplotlib": {"cda_cli.plots"},
+    "lm_eval": {"cda_cli.evaluation.tasks"},
 }
 HEAVY = {"torch", "datasets", "triton", "numpy", "yaml", "pydantic", "einops", "safetensors", "tokenizers", "tqdm"}
 

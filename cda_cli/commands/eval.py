@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 from cda_cli.commands.causal_options import (
     AblateOption,
@@ -24,6 +25,15 @@ from cda_cli.commands.eval_options import (
     MaxDocumentsOption,
     PerDocumentOption,
     StrideOption,
+)
+from cda_cli.commands.eval_tasks import (
+    FewShotOption,
+    IncludeOption,
+    LimitOption,
+    ResultsOption,
+    TasksOption,
+    check_options,
+    evaluate_on_tasks,
 )
 from cda_cli.commands.options import (
     BackendOption,
@@ -59,18 +69,51 @@ def evaluate(
     tolerance: ToleranceOption = None,
     plot: PlotOption = None,
     fail_if: FailIfOption = None,
+    tasks: TasksOption = None,
+    include: IncludeOption = None,
+    num_fewshot: FewShotOption = None,
+    limit: LimitOption = None,
+    results: ResultsOption = None,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Loss, perplexity and bits per byte over a whole split, each token counted once, with standard errors.
+    """Loss, perplexity and bits per byte over a whole split, each token counted once, with standard errors; or tasks.
 
     Bits per byte spread the loss over the bytes of text that the tokens stand for; a separator and an unknown token
     stand for none. Several checkpoints are compared on the same windows, and in causal checks each with itself under a
     change. Intervals are those of a bootstrap, and too narrow for a few windows.
     """
+    of_tasks = {"--include": include, "--num-fewshot": num_fewshot, "--limit": limit, "--results": results}
+    of_text = {
+        "--data": data,
+        "--encoding": encoding,
+        "--split": split,
+        "--context": context,
+        "--stride": stride,
+        "--per-document": per_document,
+        "--max-batches": max_batches,
+        "--max-documents": max_documents,
+        "--by-position": by_position,
+        "--calibration": calibration,
+        "--losses": losses,
+        "--cut": cut,
+        "--as": weights_as,
+        "--ablate": ablate,
+        "--tolerance": tolerance,
+        "--plot": plot,
+        "--fail-if": fail_if,
+    }
+    check_options(tasks, checkpoints, of_tasks, of_text)
+    if tasks is not None:
+        how: dict[str, Any] = {"best": best, "ema": ema, "device": device, "dtype": dtype, "backend": backend}
+        evaluate_on_tasks(
+            checkpoints[0], tasks, include, num_fewshot, limit, results, batch_size=batch_size, as_json=as_json, **how
+        )
+        return
+
     from cda_cli.causal import Checks, Wanted, draw_cuts
     from cda_cli.conditions import check_conditions, parse_condition
     from cda_cli.console import note, print_json, progress, show_effects, show_evaluation, shows_progress

@@ -1,6 +1,6 @@
 """All that a person sees: tables, heat maps, and live progress, or plain lines off a terminal. Machines get JSON."""
 
-from cda_cli.console.base import print_json, progress, shows_progress
+from cda_cli.console.base import print_json, progress, progress_in_turn, shows_progress
 from cda_cli.console.effects import show_effects
 from cda_cli.console.evaluation import show_evaluation
 from cda_cli.console.inspection import show_report
@@ -14,6 +14,7 @@ from cda_cli.console.reports import (
 from cda_cli.console.runs import show_runs
 from cda_cli.console.sampling import SampleDisplay
 from cda_cli.console.settings import show_changed, show_presets, show_settings
+from cda_cli.console.tasks import show_task_list, show_tasks
 from cda_cli.console.text import note
 from cda_cli.console.training import TrainingDisplay
 
@@ -23,6 +24,7 @@ __all__ = [
     "note",
     "print_json",
     "progress",
+    "progress_in_turn",
     "show_changed",
     "show_doctor",
     "show_dry_run",
@@ -35,5 +37,7 @@ __all__ = [
     "show_report",
     "show_runs",
     "show_settings",
+    "show_task_list",
+    "show_tasks",
     "shows_progress",
 ]

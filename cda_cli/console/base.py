@@ -52,11 +52,26 @@ def print_json(document: Mapping[str, Any]) -> None:
 @contextmanager
 def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """Draws a progress bar on stderr, if that is a terminal. Call what it gives with the number that was done."""
-    console = Console(stderr=True)
+    with progress_in_turn(quiet) as begin:
+        yield begin(what, total)
+
+
+@contextmanager
+def progress_in_turn(quiet: bool = False) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Draws one progress bar for several works, one after another, on what stderr is now.
+
+    Call what it gives with the name and the total of a work as that begins. It gives what `progress` does.
+    """
+    console = Console(file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not is_live(console)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
+        task = bar.add_task("", total=None, visible=False)
+
+        def begin(what: str, total: int) -> Callable[[int], None]:
+            bar.reset(task, description=what, total=total, visible=True)
+            return lambda done: bar.advance(task, done)
+
+        yield begin
 
 
 class Trimmed:
