@@ -18,13 +18,17 @@ from cda_cli.data import (
     Tokenizer,
     Tokens,
     Windows,
+    check_task_tokenizer,
     document_windows,
+    is_task,
     is_there,
     load_tokenizer,
+    parse_task,
     prepare,
     prepare_whole,
     streamed_source,
     streamed_validation,
+    task_tokens,
     tokenizer_from_json,
     whole_windows,
 )
@@ -37,6 +41,7 @@ from cda_cli.settings import Dtype, Side
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, check_fits, load
 
+TASK_EXAMPLES = 1024  # A task has no end, so the loss is that of so many of its examples.
 STREAMED_TOKENS = 2**20  # A stream has no end, so at most so many tokens of its held-out documents are evaluated.
 
 
@@ -198,6 +203,8 @@ def open_side(
     if split is not None and split not in SPLITS:
         raise ConfigError(f"unknown split {split!r}: {did_you_mean(split, SPLITS)}")
     config, seq_len = restored.config.data, restored.config.model.seq_len
+    if is_task(data or config.source):
+        return _task_side(restored, data or config.source, split)
     own = data is None or data == config.source or Path(data).expanduser().resolve() == Path(config.source).resolve()
     split = split or ("validation" if own else "all")
     if data is not None:
@@ -226,6 +233,15 @@ def open_side(
         raise
     sides = {"train": [corpus.train], "validation": [corpus.validation], "all": [corpus.train, corpus.validation]}
     return TextSide(sides[split], restored.tokenizer, seq_len, corpus.description, split)
+
+
+def _task_side(restored: Restored, source: str, split: str | None) -> TextSide:
+    task, seq_len = parse_task(source), restored.config.model.seq_len
+    if split not in (None, "validation"):
+        raise ConfigError(f"{source} is made from a seed and has one side to evaluate; leave --split out")
+    check_task_tokenizer(task, restored.tokenizer)
+    tokens = task_tokens(task, seq_len, TASK_EXAMPLES)
+    return TextSide([tokens], restored.tokenizer, seq_len, task.description, "validation")
 
 
 def check_weights(tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:

@@ -213,7 +213,8 @@ class DataSettings(Table):
         str,
         Setting(
             "stdlib, a file, glob or folder (any text, .jsonl .json .csv .parquet, also packed: .gz .bz2 .xz .zst "
-            ".lz4; a folder of save_to_disk), http(s)://ADDRESS, also with #sha256=HEX, or hf:OWNER/NAME[:CONFIG].",
+            ".lz4; a folder of save_to_disk), http(s)://ADDRESS, also with #sha256=HEX, hf:OWNER/NAME[:CONFIG], or a "
+            "synthetic task: task:NAME[?PARAMETERS].",
             flag="--data",
         ),
     ] = "stdlib"

@@ -1,5 +1,5 @@
-"""Writes the generated pages of the docs: cli.md from the help of the commands, configuration.md from the settings, and
-metrics.md from the types of the records.
+"""Writes the generated pages of the docs: cli.md from the help of the commands, configuration.md from the settings,
+metrics.md from the types of the records, and tasks.md from the synthetic tasks.
 
     make docs
 
@@ -8,6 +8,7 @@ metrics.md from the types of the records.
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from cda_cli.config import preset_purpose, preset_values
 from cda_cli.console.settings import default_words
+from cda_cli.data import TASKS
 from cda_cli.runs.records import KINDS, VERSION, LayerRecord
 from cda_cli.settings import SECTIONS, preset_names
 from cda_cli.settings_table import TABLE
@@ -27,7 +29,7 @@ FOLDER = Path(__file__).parent
 
 def pages() -> dict[str, str]:
     """Name and text of each generated page."""
-    return {"cli.md": commands(), "configuration.md": configuration(), "metrics.md": metrics()}
+    return {"cli.md": commands(), "configuration.md": configuration(), "metrics.md": metrics(), "tasks.md": tasks()}
 
 
 def commands() -> str:
@@ -139,6 +141,39 @@ def record_table(record: type[Any]) -> list[str]:
             f"| `{field.name}` | {words} | {about.unit} | {about.meaning} |".replace("|activation|", r"\|activation\|")
         )
     return lines
+
+
+SYNTHETIC = """\
+# Synthetic tasks
+
+`--data task:NAME` trains on examples that are made from a seed, without any file, each with an exact answer:
+
+```console
+$ cda train --data 'task:sort?length=32..64&vocab=32' --seq-len 131 --out runs/sort
+$ cda sample runs/sort --prompt "<bos> 3 1 2 <sep>" --temperature 0
+```
+
+Parameters follow a `?`, with `&` between them; quote them, so that the shell leaves them to `cda`. A `length` is a
+number, or a range from which each example draws its own. The defaults are the published settings that each task names.
+
+- **Tokens.** The symbols are the numbers from 0 to `vocab` − 1. Every task has the same special tokens behind them, so
+  a model that was trained on one can start another, or be evaluated on it, if both have the same `vocab`.
+- **Rows.** Each sequence of a batch is one example, padded with `<pad>` to `seq_len`. The loss is that of the answer
+  alone. Padding counts as tokens in the speed, and bits per byte spread the loss over the digits of the answer.
+- **Seed.** The seed of the run and the number of an example decide it, on every machine, so a run resumes on the
+  examples that it would have seen. There is no end, and no example is seen twice but by chance.
+- **Validation.** Its examples are the same for every run, and drawn apart from those of training. Of a task with few
+  examples, some are by chance the same. `cda eval` takes the first 1,024 of them."""
+
+
+def tasks() -> str:
+    lines = [SYNTHETIC]
+    for name, task in TASKS.items():
+        lines += ["", f"## {name}", "", inspect.cleandoc(str(task.__doc__)), ""]
+        lines += ["| parameter | default | meaning |", "|---|---|---|"]
+        for parameter, field in task.model_fields.items():
+            lines.append(f"| `{parameter}` | {field.default} | {field.description} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["cli.md", "configuration.md", "metrics.md"])
+@pytest.mark.parametrize("name", ["cli.md", "configuration.md", "metrics.md", "tasks.md"])
 def test_generated_pages_are_current(name: str) -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]()
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == pages[name], f"docs/{name} is old: run `make docs`"

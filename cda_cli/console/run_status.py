@@ -170,8 +170,9 @@ def next_commands(status: RunStatus) -> list[str]:
     """What one would run next, once a run has ended and saved its last step; a stop tells by itself how to go on."""
     if status.is_stopping and status.step < status.plan.steps:
         return []
-    run = shlex.quote(str(status.plan.run))
-    return [f"cda eval {run}", f'cda sample {run} --prompt "The "', f"cda inspect-sparsity {run}"]
+    run, prompt = shlex.quote(str(status.plan.run)), status.plan.prompt
+    sample = [f'cda sample {run} --prompt "{prompt}"'] if prompt else []
+    return [f"cda eval {run}", *sample, f"cda inspect-sparsity {run}"]
 
 
 def _loss_words(record: ValidationRecord) -> str:

@@ -12,6 +12,8 @@ tokens → disk        prepare     memory-mapped; cache writes each entry whole
 tokens → batches     batches     windows; iterators that save and restore their position
 tokens → windows     windows     in which a text is evaluated, each token once
 documents → batches  streaming   the same without preparing
+--data → examples    tasks       of a synthetic task, made from a seed
+examples → batches   task_rows   one example a row
 batches → ahead      prefetch    a thread makes them before they are asked for
 """
 
@@ -30,6 +32,8 @@ from cda_cli.data.prefetch import Prefetched
 from cda_cli.data.prepare import Corpus, Tokens, loss_of_text, prepare, prepare_whole
 from cda_cli.data.sources import Source, absolute_source, is_there, open_source
 from cda_cli.data.streaming import StreamedBatches, streamed_source, streamed_validation
+from cda_cli.data.task_rows import TaskBatches, check_task_tokenizer, task_tokenizer, task_tokens
+from cda_cli.data.tasks import HIDDEN, TASKS, Task, is_task, parse_task, task_of_length
 from cda_cli.data.tokenizers import (
     ByteTokenizer,
     Encoded,
@@ -44,7 +48,9 @@ from cda_cli.data.windows import Windows, count_words, document_windows, evaluat
 from cda_cli.targets import IGNORE
 
 __all__ = [
+    "HIDDEN",
     "IGNORE",
+    "TASKS",
     "Batch",
     "ByteTokenizer",
     "Corpus",
@@ -56,6 +62,8 @@ __all__ = [
     "Source",
     "StreamDecoder",
     "StreamedBatches",
+    "Task",
+    "TaskBatches",
     "Tokenizer",
     "Tokens",
     "TrainBatches",
@@ -64,20 +72,26 @@ __all__ = [
     "bpe_size",
     "cache_folder",
     "check_lengths",
+    "check_task_tokenizer",
     "count_windows",
     "count_words",
     "digest",
     "document_windows",
     "evaluation_batches",
     "hub_folder",
+    "is_task",
     "is_there",
     "load_tokenizer",
     "loss_of_text",
     "open_source",
+    "parse_task",
     "prepare",
     "prepare_whole",
     "streamed_source",
     "streamed_validation",
+    "task_of_length",
+    "task_tokenizer",
+    "task_tokens",
     "to_batch",
     "tokenizer_from_json",
     "whole_windows",

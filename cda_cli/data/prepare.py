@@ -39,7 +39,7 @@ class Tokens:
 
     A separator and an unknown token stand for no byte. `text_bytes` counts the text that the tokens were made from, as
     UTF-8. `lost_bytes` counts those of its bytes that no token stands for. `digest` is that of the ids, if they were
-    prepared.
+    prepared. `is_target` [N] says which tokens are to be predicted; None: all of them.
     """
 
     ids: NDArray[Any]
@@ -47,6 +47,7 @@ class Tokens:
     text_bytes: int
     lost_bytes: int = 0
     digest: str = ""
+    is_target: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

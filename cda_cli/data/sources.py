@@ -25,6 +25,7 @@ from cda_cli.data.fingerprint import WHOLE_BYTES, content_digest, digest, stats
 from cda_cli.data.folders import FolderFiles, saved_splits
 from cda_cli.data.hub import load_hub_dataset
 from cda_cli.data.row_readers import kind_by_name
+from cda_cli.data.tasks import is_task
 from cda_cli.errors import DataError
 from cda_cli.plurals import counted
 
@@ -94,7 +95,7 @@ def is_there(source: str) -> bool:
 
 
 def _is_path(source: str) -> bool:
-    return source != STDLIB and not source.startswith(HUB_PREFIX) and not is_address(source)
+    return source != STDLIB and not source.startswith(HUB_PREFIX) and not is_address(source) and not is_task(source)
 
 
 def _stdlib(config: DataConfig) -> Source:

@@ -87,7 +87,9 @@ class Windows:
         rows: NDArray[Any] = tokens.ids[inside].astype(np.int64)
         if self.prefix is not None:
             rows[self.start < self.begin, 0] = self.prefix
-        return to_batch(rows, tokens.sizes[inside], ((places >= first) & (places < end))[:, 1:])
+        counts = (places >= first) & (places < end)
+        counts = counts if tokens.is_target is None else counts & tokens.is_target[inside]
+        return to_batch(rows, tokens.sizes[inside], counts[:, 1:])
 
 
 def whole_windows(texts: Sequence[Tokens], context: int, stride: int, most: int | None = None) -> Windows:

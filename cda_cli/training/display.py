@@ -15,7 +15,8 @@ class Plan(NamedTuple):
     """What a run is about to do.
 
     `attention` describes the rule in words; `has_budget` says whether its rows have a k. `epochs`, the passes over the
-    text, and `validation_windows`, those of the whole validation text, are None for streamed data.
+    text, and `validation_windows`, those of the whole validation text, are None for streamed data. `prompt` is one for
+    a person to try the model with.
     """
 
     run: Path
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
     epochs: float | None
     validation_windows: int | None
     processes: str = "1"
+    prompt: str | None = "The "
 
 
 class Display(Protocol):

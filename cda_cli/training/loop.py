@@ -198,12 +198,13 @@ def averaged_metrics(context: RunContext, state: TrainState, stop: StopRequest) 
 
 
 def sample(context: RunContext, state: TrainState, stop: StopRequest) -> str:
-    """Generates text that follows the beginning of the validation split, until a stop.
+    """Generates text that follows the beginning of the validation split, or the first prompt of a task, until a stop.
 
     The same weights give the same text.
     """
     config, data = context.config, context.data
-    prompt = [int(token) for token in data.validation.ids[: min(64, config.model.seq_len // 2)]]
+    end, is_target = min(64, config.model.seq_len // 2), data.validation.is_target
+    prompt = [int(token) for token in data.validation.ids[: end if is_target is None else int(is_target.argmax())]]
     state.model.eval()
     settings = SamplingSettings()
     with torch.compiler.set_stance("force_eager"):

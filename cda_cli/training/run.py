@@ -232,6 +232,7 @@ def make_plan(context: RunContext, state: TrainState, run: Run) -> Plan:
         epochs=config.optim.steps * per_step / windows if windows else None,
         validation_windows=count_windows(validation, config.model.seq_len) if windows else None,
         processes=f"{processes}, {config.run.parallel}" if processes > 1 else "1",
+        prompt=context.data.prompt,
     )
 
 

@@ -8,23 +8,29 @@ from typing import Any
 
 import torch
 
-from cda_cli.config import Config, ModelConfig
+from cda_cli.config import Config, DataConfig, ModelConfig
 from cda_cli.data import (
     Prefetched,
     Preparation,
     StreamedBatches,
+    TaskBatches,
     Tokenizer,
     TrainBatches,
     absolute_source,
     check_lengths,
+    check_task_tokenizer,
     count_windows,
+    is_task,
     load_tokenizer,
     loss_of_text,
+    parse_task,
     prepare,
     streamed_source,
     streamed_validation,
+    task_tokenizer,
+    task_tokens,
 )
-from cda_cli.errors import CheckpointError, DeviceError
+from cda_cli.errors import CheckpointError, DataError, DeviceError
 from cda_cli.model import (
     Transformer,
     attention_rule,
@@ -56,10 +62,14 @@ def open_data(
 ) -> RunData:
     """Prepares the text, or opens it as a stream. Raises DataError if a side is shorter than one sequence.
 
+    The examples of a task are made while the model trains.
+
     `spare_cache` takes what is not in the cache yet, for a run that must leave nothing behind. `tokenizer` replaces the
     one that the settings name.
     """
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
+    if is_task(data.source):
+        return _task_data(config, tokenizer)
     if data.streaming:
         preparation = Preparation(show_progress, should_stop, spare_cache)
         tokenizer = tokenizer or load_tokenizer(data.tokenizer, data.bos, data.eos)
@@ -95,6 +105,34 @@ def open_data(
             "content": [corpus.train.digest, corpus.validation.digest],
         },
     )
+
+
+def _task_data(config: Config, tokenizer: Tokenizer | None) -> RunData:
+    """Opens a synthetic task. Raises DataError if an example is longer than a sequence."""
+    data, optim, seq_len = config.data, config.optim, config.model.seq_len
+    task = parse_task(data.source)
+    given = [f"data.{name}" for name in ("tokenizer", "bos", "eos", "streaming") if name in _not_default(data)]
+    if given:
+        raise DataError(f"{data.source} has tokens of its own; leave out {' and '.join(given)}")
+    if tokenizer:
+        check_task_tokenizer(task, tokenizer)
+    tokenizer = task_tokenizer(task)
+    return RunData(
+        tokenizer,
+        task_tokens(task, seq_len, config.run.eval_batches * optim.batch_size),
+        task.description,
+        None,
+        None,
+        lambda position: TaskBatches(task, seq_len, optim.batch_size, config.run.seed, position),
+        {"tokenizer": tokenizer.fingerprint, "task": task.spec},
+        prompt=None,
+    )
+
+
+def _not_default(section: DataConfig) -> set[str]:
+    """The settings whose values are not their defaults."""
+    defaults = type(section)()
+    return {name for name, value in section if value != getattr(defaults, name)}
 
 
 def build(

@@ -37,7 +37,7 @@ class RunData:
     `open_batches` takes the position to go on from, or None. `windows` counts those of one pass over the training text;
     it is None for streamed text, where the number is unknown. `remark` says what the tokenizer loses of the text.
     `identity`, plain JSON, tells this text and its tokens from others: by the tokens themselves or, if they are
-    streamed, by the files (see `fingerprint`).
+    streamed, by the files (see `fingerprint`). `prompt` is one for a person to try the model with.
     """
 
     tokenizer: Tokenizer
@@ -47,6 +47,7 @@ class RunData:
     remark: str | None
     open_batches: Callable[[Mapping[str, Any] | None], Batches]
     identity: dict[str, Any] = field(default_factory=dict)
+    prompt: str | None = "The "
 
 
 @dataclass(frozen=True)
