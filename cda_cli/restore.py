@@ -235,7 +235,7 @@ def open_side(
     return TextSide(sides[split], restored.tokenizer, seq_len, corpus.description, split)
 
 
-def _task_side(restored: Restored, source: str, split: str | None) -> TextSide:
+def _task_side(restored: Restored | Saved, source: str, split: str | None) -> TextSide:
     task, seq_len = parse_task(source), restored.config.model.seq_len
     if split not in (None, "validation"):
         raise ConfigError(f"{source} is made from a seed and has one side to evaluate; leave --split out")
