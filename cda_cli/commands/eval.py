@@ -6,6 +6,8 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import typer
+
 from cda_cli.commands.causal_options import (
     AblateOption,
     AsOption,
@@ -49,6 +51,7 @@ from cda_cli.commands.options import (
 
 
 def evaluate(
+    ctx: typer.Context,
     checkpoints: CheckpointsArgument,
     best: BestOption = False,
     ema: EmaOption = False,
@@ -86,27 +89,7 @@ def evaluate(
     stand for none. Several checkpoints are compared on the same windows, and in causal checks each with itself under a
     change. Intervals are those of a bootstrap, and too narrow for a few windows.
     """
-    of_tasks = {"--include": include, "--num-fewshot": num_fewshot, "--limit": limit, "--results": results}
-    of_text = {
-        "--data": data,
-        "--encoding": encoding,
-        "--split": split,
-        "--context": context,
-        "--stride": stride,
-        "--per-document": per_document,
-        "--max-batches": max_batches,
-        "--max-documents": max_documents,
-        "--by-position": by_position,
-        "--calibration": calibration,
-        "--losses": losses,
-        "--cut": cut,
-        "--as": weights_as,
-        "--ablate": ablate,
-        "--tolerance": tolerance,
-        "--plot": plot,
-        "--fail-if": fail_if,
-    }
-    check_options(tasks, checkpoints, of_tasks, of_text)
+    check_options(ctx, tasks, checkpoints)
     if tasks is not None:
         how: dict[str, Any] = {"best": best, "ema": ema, "device": device, "dtype": dtype, "backend": backend}
         evaluate_on_tasks(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cda_cli.errors import UsageError
 
 LIST = "list"
+PANEL = "Tasks"
+# The parameters of `cda eval` that say something with --tasks and without.
+OF_BOTH = {"checkpoints", "best", "ema", "batch_size", "device", "dtype", "backend", "as_json"}
 
 TasksOption = Annotated[
     str | None,
@@ -19,13 +22,13 @@ TasksOption = Annotated[
         metavar="NAME,…",
         help="Tasks of lm-evaluation-harness by name, group, tag or YAML file, or core:DIR for those of a CORE folder, "
         "in place of a text; `list` lists the names.",
-        rich_help_panel="Tasks",
+        rich_help_panel=PANEL,
     ),
 ]
 IncludeOption = Annotated[
     Path | None,
     typer.Option(
-        "--include", metavar="DIR", help="Folder of YAML files of more tasks for --tasks.", rich_help_panel="Tasks"
+        "--include", metavar="DIR", help="Folder of YAML files of more tasks for --tasks.", rich_help_panel=PANEL
     ),
 ]
 FewShotOption = Annotated[
@@ -34,12 +37,12 @@ FewShotOption = Annotated[
         "--num-fewshot",
         min=0,
         help="Examples in front of each document of a task; the task's own number where not given.",
-        rich_help_panel="Tasks",
+        rich_help_panel=PANEL,
     ),
 ]
 LimitOption = Annotated[
     int | None,
-    typer.Option("--limit", min=1, help="Most documents of each task.", rich_help_panel="Tasks"),
+    typer.Option("--limit", min=1, help="Most documents of each task.", rich_help_panel=PANEL),
 ]
 ResultsOption = Annotated[
     Path | None,
@@ -48,23 +51,25 @@ ResultsOption = Annotated[
         metavar="DIR",
         help="Folder where each task's result is kept, and is read instead of computed again; RUN/evaluations where "
         "not given.",
-        rich_help_panel="Tasks",
+        rich_help_panel=PANEL,
     ),
 ]
 
 
-def check_options(
-    tasks: str | None, checkpoints: Sequence[Path], of_tasks: dict[str, Any], of_text: dict[str, Any]
-) -> None:
+def check_options(ctx: typer.Context, tasks: str | None, checkpoints: Sequence[Path]) -> None:
     """Raises UsageError for an option that says nothing here: of tasks without --tasks, or of a text with it.
 
     So it does for several checkpoints with --tasks.
     """
-    wrong = [name for name, value in (of_tasks if tasks is None else of_text).items() if value]
-    if wrong and tasks is None:
-        raise UsageError(f"{wrong[0]} is about tasks; name them with --tasks, or leave it out")
-    if wrong:
-        raise UsageError(f"{wrong[0]} is about a text, and --tasks brings its own; leave one of them out")
+    for option in ctx.command.params:
+        source = ctx.get_parameter_source(option.name or "")
+        if source is None or source.name != "COMMANDLINE" or option.name in OF_BOTH:
+            continue
+        of_tasks = getattr(option, "rich_help_panel", None) == PANEL
+        if of_tasks and tasks is None:
+            raise UsageError(f"{option.opts[0]} is about tasks; name them with --tasks, or leave it out")
+        if not of_tasks and tasks is not None:
+            raise UsageError(f"{option.opts[0]} is about a text, and --tasks brings its own; leave one of them out")
     if tasks is not None and len(checkpoints) > 1:
         raise UsageError(f"--tasks takes one checkpoint, not {len(checkpoints)}; evaluate them one after another")
 

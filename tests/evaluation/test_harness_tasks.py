@@ -273,6 +273,7 @@ def test_the_names_are_listed_without_a_model(tmp_path: Path) -> None:
 
 def test_options_without_meaning_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     assert_refused(run_cda("eval", checkpoint, "--limit", 3), "--limit is about tasks; name them with --tasks")
+    assert_refused(run_cda("eval", checkpoint, "--num-fewshot", 0), "--num-fewshot is about tasks")
     assert_refused(run_cda("eval", checkpoint, "--tasks", "a", "--split", "all"), "--split is about a text")
     assert_refused(run_cda("eval", checkpoint, "--tasks", ","), "--tasks names no task")
     missing = run_cda("eval", checkpoint, "--tasks", "a", "--include", tmp_path / "gone")
