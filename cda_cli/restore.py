@@ -39,7 +39,7 @@ from cda_cli.runs.folder import locate_checkpoint, saved_config
 from cda_cli.runtime import pick_device, pick_dtype
 from cda_cli.settings import Dtype, Side
 from cda_cli.signals import StopRequest
-from cda_cli.storage import Checkpoint, check_fits, load
+from cda_cli.storage import AVERAGE, WEIGHTS, Checkpoint, check_fits, load
 
 TASK_EXAMPLES = 1024  # A task has no end, so the loss is that of so many of its examples.
 STREAMED_TOKENS = 2**20  # A stream has no end, so at most so many tokens of its held-out documents are evaluated.
@@ -58,6 +58,11 @@ class Restored(NamedTuple):
     path: Path
     device: torch.device
     averaged: bool = False
+
+    @property
+    def weights_file(self) -> str:
+        """The name, in the folder at `path`, of the file that its weights are from."""
+        return AVERAGE if self.averaged else WEIGHTS
 
 
 class Saved(NamedTuple):
@@ -161,10 +166,16 @@ class TextSide(NamedTuple):
     description: str
     split: str
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether only some tokens are to be predicted: the answers to the examples of a task."""
+        return any(side.is_target is not None for side in self.sides)
+
     def batches(self, batch_size: int, max_batches: int | None = None) -> tuple[Iterator[Batch], int]:
         """Returns the batches of its disjoint windows in order, and the number of windows in them.
 
-        Each token but the first of a side is a target once. Raises DataError if a side has fewer than two tokens.
+        Each token but the first of a side, or each of an answer, is a target once. Raises DataError if a side has fewer
+        than two tokens.
         """
         windows = self.windows(most=None if max_batches is None else max_batches * batch_size)
         return windows.batches(batch_size), len(windows)

@@ -52,6 +52,10 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def targets(self, first: int, end: int) -> NDArray[Any]:
+        """The ids of the tokens from `first` to before `end` that are to be predicted."""
+        return self.ids[first:end] if self.is_target is None else self.ids[first:end][self.is_target[first:end]]
+
 
 def loss_of_text(sides: Iterable[Tokens]) -> str | None:
     """A sentence if no token stands for some of the text of `sides`, else None."""

@@ -61,10 +61,19 @@ class Windows:
         for chosen in self.slices(batch_size)[skip:]:
             yield self.take(chosen)._batch()
 
+    def target_counts(self) -> Integers:
+        """The number of targets of each window, [W]."""
+        return np.array([len(sizes) for sizes in self._target_sizes()], np.int64)
+
     def target_bytes(self) -> Integers:
         """The bytes of text that the targets of each window stand for, [W]."""
-        spans = zip(self.text, self.first, self.end, strict=True)
-        return np.array([self.texts[text].sizes[first:end].sum(dtype=np.int64) for text, first, end in spans], np.int64)
+        return np.array([sizes.sum(dtype=np.int64) for sizes in self._target_sizes()], np.int64)
+
+    def _target_sizes(self) -> Iterator[NDArray[Any]]:
+        """The bytes of text of each target, of one window after another."""
+        for text, first, end in zip(self.text, self.first, self.end, strict=True):
+            tokens, span = self.texts[text], slice(first, end)
+            yield tokens.sizes[span] if tokens.is_target is None else tokens.sizes[span][tokens.is_target[span]]
 
     def slices(self, batch_size: int) -> list[slice]:
         """Which windows are in each batch."""
@@ -76,12 +85,8 @@ class Windows:
         ]
 
     def _batch(self) -> Batch:
-        tokens, start, first, end = (
-            self.texts[self.text[0]],
-            self.start[:, None],
-            self.first[:, None],
-            self.end[:, None],
-        )
+        tokens = self.texts[self.text[0]]
+        start, first, end = (each[:, None] for each in (self.start, self.first, self.end))
         places = start + np.arange((end - start).max())
         inside = places.clip(0, len(tokens) - 1)
         rows: NDArray[Any] = tokens.ids[inside].astype(np.int64)
@@ -117,7 +122,7 @@ def document_windows(texts: Sequence[Tokens], tokenizer: Tokenizer, context: int
     edges = [_documents(tokens, tokenizer) for tokens in texts]
     if not any(len(begins) for begins, _ in edges):
         raise DataError("no document of the text has a token; give --data more text")
-    return _rolling(texts, edges, context, stride, tokenizer.separator if tokenizer.bos is None else tokenizer.bos)
+    return _rolling(texts, edges, context, stride, tokenizer.prefix)
 
 
 def _documents(tokens: Tokens, tokenizer: Tokenizer) -> tuple[Integers, Integers]:
@@ -171,7 +176,7 @@ def count_words(windows: Windows, tokenizer: Tokenizer) -> NDArray[np.int64]:
     starts = np.flatnonzero(np.diff(windows.document, prepend=-1))
     last = np.append(starts[1:], len(windows)) - 1
     spans = zip(windows.text[starts], windows.first[starts], windows.end[last], strict=True)
-    return np.array([_words(windows.texts[text].ids[first:end], tokenizer) for text, first, end in spans])
+    return np.array([_words(windows.texts[text].targets(first, end), tokenizer) for text, first, end in spans])
 
 
 def _words(ids: NDArray[Any], tokenizer: Tokenizer) -> int:

@@ -58,6 +58,8 @@ class Plan:
     def windows(self, text: TextSide) -> Windows:
         """The windows of `text`. Raises ConfigError for a stride that would leave tokens out, and DataError."""
         context = self.context or text.seq_len
+        if text.has_answers and (self.context or self.stride or self.per_document):
+            raise ConfigError("a task has an example in each window; leave --context, --stride and --per-document out")
         if self.stride is not None and self.stride > context:
             raise ConfigError(
                 f"--stride {self.stride} would leave tokens out, as a window has {context}; give {context} or less"
@@ -233,7 +235,7 @@ def _settings(
     files = recorded_sha256(reading.saved.path)
     return {
         CHECKPOINT: str(reading.saved.path),
-        "weights": files["ema.safetensors" if restored.averaged else "model.safetensors"],
+        "weights": files[restored.weights_file],
         "state": files[STATE_FILE],
         "text": [side.digest or blake2b(side.ids.tobytes(), digest_size=16).hexdigest() for side in reading.text.sides],
         "context": plan.context or reading.text.seq_len,
@@ -273,6 +275,8 @@ class TextEvaluation:
     @property
     def counted(self) -> str:
         """Which tokens were predicted, in words."""
+        if self.readings[0].text.has_answers:
+            return "each token of the answers"
         if not self.plan.per_document:
             return "each token but the first of a split, separators included"
         mark = "the separator" if self.readings[0].text.tokenizer.bos is None else "the token that begins a document"

@@ -133,7 +133,7 @@ class CheckpointLines:
     def _read(self, lines: Sequence[Mapping[str, Any]]) -> list[Sums]:
         """The sums of the windows that are done, in each way."""
         done = self._windows.take(slice(self.done))
-        tokens, text_bytes = torch.from_numpy(done.end - done.first), torch.from_numpy(done.target_bytes())
+        tokens, text_bytes = torch.from_numpy(done.target_counts()), torch.from_numpy(done.target_bytes())
         found = []
         try:
             for name in (None, *self._names):

@@ -22,16 +22,18 @@ from cda_cli.storage.checkpoint import (
     verify,
 )
 from cda_cli.storage.lock import LOCK, is_held, only_writer
-from cda_cli.storage.manifest import sha256_of
+from cda_cli.storage.manifest import AVERAGE, WEIGHTS, sha256_of
 from cda_cli.storage.run_files import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, holds_run
 from cda_cli.storage.tensors import write_tensors
 
 __all__ = [
+    "AVERAGE",
     "CHECKPOINTS",
     "CONFIG_FILE",
     "LOCK",
     "METRICS_FILE",
     "STATE_FILE",
+    "WEIGHTS",
     "Checkpoint",
     "best",
     "check_fits",

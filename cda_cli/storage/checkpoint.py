@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 from cda_cli.errors import CheckpointError
 from cda_cli.storage.atomic import published_folder, remove_published, remove_stale
-from cda_cli.storage.manifest import MANIFEST, DamagedError, damaged, recorded_sha256, verify, write_manifest
+from cda_cli.storage.manifest import (
+    AVERAGE,
+    MANIFEST,
+    WEIGHTS,
+    DamagedError,
+    damaged,
+    recorded_sha256,
+    verify,
+    write_manifest,
+)
 from cda_cli.storage.optimizer_state import pack_optimizer, unpack_optimizer
 from cda_cli.storage.run_files import CHECKPOINTS
 from cda_cli.storage.tensors import check_fits, read_tensors, write_tensors
@@ -123,11 +132,11 @@ def publish(
     remove_stale(path.parent)
     if not _already_published(path):
         with published_folder(path) as folder:
-            write_tensors(folder / "model.safetensors", model)
+            write_tensors(folder / WEIGHTS, model)
             write_tensors(folder / "optimizer.safetensors", optimizer)
             write_tensors(folder / "rng.safetensors", rng)
             if ema is not None:
-                write_tensors(folder / "ema.safetensors", ema)
+                write_tensors(folder / AVERAGE, ema)
             (folder / STATE_FILE).write_bytes(state_json)
             if tokenizer_json is not None:
                 (folder / "tokenizer.json").write_bytes(tokenizer_json.encode())

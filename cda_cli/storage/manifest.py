@@ -21,8 +21,9 @@ from cda_cli.plurals import counted
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-REQUIRED = frozenset({"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"})
-OPTIONAL = frozenset({"tokenizer.json", "ema.safetensors"})
+WEIGHTS, AVERAGE = "model.safetensors", "ema.safetensors"  # the weights, and their moving average
+REQUIRED = frozenset({WEIGHTS, "optimizer.safetensors", "rng.safetensors", "state.json"})
+OPTIONAL = frozenset({"tokenizer.json", AVERAGE})
 
 # Bounds on what is parsed in one piece; our own files stay far below them.
 MAX_MANIFEST_BYTES = 64 * 1024

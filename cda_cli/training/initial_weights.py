@@ -18,9 +18,8 @@ from cda_cli.plurals import counted
 from cda_cli.restore import Restored, restore
 from cda_cli.runs.records import InitRecord
 from cda_cli.settings_table import as_written
-from cda_cli.storage import recorded_sha256
+from cda_cli.storage import AVERAGE, WEIGHTS, recorded_sha256
 
-WEIGHTS, AVERAGE = "model.safetensors", "ema.safetensors"  # the files of a checkpoint
 POSITIONS = "position_embedding.weight"
 
 

@@ -73,6 +73,20 @@ def test_eval_measures_the_answers_alone(cda: Cda, sorting: Path) -> None:
     error = math.sqrt((9**2 - 1) / 12 * 1024)
     assert abs(found["tokens"] - 9 * 1024) < 5 * error
     assert found["data"] == "task:sort, length 4..12, vocab 8"
+    assert found["counted"] == "each token of the answers"
+    assert found["words"] == found["tokens"] - 1024, "<eos> is no word, and each symbol is one"
+
+
+def test_an_evaluation_of_answers_goes_on_to_the_same_figures(cda: Cda, sorting: Path, tmp_path: Path) -> None:
+    options = ("--max-batches", 3, "--losses", tmp_path / "losses.jsonl", "--json")
+    first, again = (cda("eval", sorting, *options) for _ in range(2))
+    assert first.code == 0, first.err
+    assert json.loads(again.out) == json.loads(first.out)
+
+
+@pytest.mark.parametrize("option", [("--context", 16), ("--stride", 16), ("--per-document",)])
+def test_an_example_is_not_cut_apart(cda: Cda, sorting: Path, option: tuple[object, ...]) -> None:
+    assert_refused(cda("eval", sorting, *option), "a task has an example in each window", "leave --context, --stride")
 
 
 def test_sample_answers_a_prompt(cda: Cda, sorting: Path) -> None:

@@ -18,7 +18,7 @@ from cda_cli.evaluation.tasks.base import Scorer, Selection, TaskResult
 from cda_cli.plurals import counted
 from cda_cli.restore import Restored
 from cda_cli.signals import StopRequest
-from cda_cli.storage import CHECKPOINTS, recorded_sha256, write_file
+from cda_cli.storage import CHECKPOINTS, STATE_FILE, recorded_sha256, write_file
 
 RESULTS = "evaluations"
 
@@ -70,8 +70,7 @@ def _model_identity(scorer: Scorer) -> dict[str, Any]:
     """
     restored = scorer.restored
     files = recorded_sha256(restored.path)
-    weights = "ema.safetensors" if restored.averaged else "model.safetensors"
-    names = (weights, "state.json", "tokenizer.json")
+    names = (restored.weights_file, STATE_FILE, "tokenizer.json")
     return {
         "files": {name: files[name] for name in names if name in files},
         "dtype": str(scorer.dtype).removeprefix("torch."),
