@@ -349,7 +349,7 @@ def _check_keys(layer: Mapping[str, Any]) -> None:
 def _sentence(error: ValidationError) -> str:
     """The first fault that pydantic found, as one sentence."""
     fault = error.errors()[0]
-    message = requirement(fault["msg"].removeprefix("Value error, "))
+    message = requirement(fault["msg"])
     if len(fault["loc"]) < 2:  # a fault of a whole section, whose sentence names the settings
         return message
     where = ".".join(str(part) for part in fault["loc"])

@@ -89,7 +89,11 @@ def brief(error: BaseException) -> str:
 
 
 def requirement(message: str) -> str:
-    """A message of pydantic, "Input should be a valid number, unable to parse …", without what its parser did."""
+    """A message of pydantic, "Input should be a valid number, unable to parse …", without what its parser did.
+
+    Of a ValueError, "Value error, …", it is the message of that error.
+    """
+    message = message.removeprefix("Value error, ")
     return re.sub(r", (?:unable to|got) .*", "", message[:1].lower() + message[1:])
 
 

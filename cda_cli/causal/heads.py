@@ -18,7 +18,7 @@ from cda_cli.causal.gradients import gradients
 from cda_cli.causal.interventions import Intervention, doubled, edited
 from cda_cli.data import Batch
 from cda_cli.errors import ConfigError, did_you_mean
-from cda_cli.inspection import ReportWatcher, inspect
+from cda_cli.inspection import RecordWatcher, inspect
 from cda_cli.model import Transformer, editing
 
 HEADS, RANDOM, GRADIENT = "heads", "random", "gradient"
@@ -94,17 +94,13 @@ def measure_heads(
         tokens += heads_BTHD.shape[:2].numel() * (layer == 0)
         return heads_BTHD
 
-    watcher = ReportWatcher()
+    watcher = RecordWatcher()
     with editing(model, heads=add):
         inspect(model, open_batches(), device, dtype, watcher, advance)
-    heads = watcher.report().heads
-    # A head none of whose rows is bounded caps nothing.
-    measures = {
-        name: torch.tensor([head.measures[measure] for head in heads]).nan_to_num(0.0)
-        for name, measure in MEASURES.items()
-    }
-    measures[GRADIENT] = gradients(model, open_batches(), device, dtype, advance).heads.cpu().flatten()
-    return HeadStatistics((sums / tokens).float(), {name: each.view(-1, H) for name, each in measures.items()})
+    found = watcher.heads()
+    measures = {name: found[measure] for name, measure in MEASURES.items()}
+    measures[GRADIENT] = gradients(model, open_batches(), device, dtype, advance).heads.cpu()
+    return HeadStatistics((sums / tokens).float(), measures)
 
 
 def parse_ablations(given: Sequence[str]) -> list[str | None]:

@@ -80,9 +80,8 @@ class Calibration(Detail):
         logits = logits_BTV.float()
         largest, predicted = logits.max(-1)
         confidence_BT = (largest - logits.logsumexp(-1)).exp()
-        bins_BT = (confidence_BT * BINS).ceil().long().clamp(
-            1, BINS
-        ) - 1  # A bin has its upper edge, and not its lower.
+        # A bin has its upper edge, and not its lower.
+        bins_BT = (confidence_BT * BINS).ceil().long().clamp(1, BINS) - 1
         within_BTM = torch.nn.functional.one_hot(bins_BT, BINS) * (targets_BT != IGNORE).unsqueeze(-1)
         hits_BT = predicted == targets_BT
         values = (torch.ones_like(confidence_BT), confidence_BT, hits_BT)

@@ -41,7 +41,7 @@ class _Row:
 
 
 class _Draw(NamedTuple):
-    """What was drawn in one pass, for which rows. The tokens may still be on their way."""
+    """What was drawn in one pass, for which rows."""
 
     rows: list[_Row]
     drawn: Drawn

@@ -64,19 +64,19 @@ def is_first(rows: SeenRows) -> Tensor:
 
 def is_duplicate(rows: SeenRows) -> Tensor:
     """An earlier key with the token of the query."""
-    return _same_token(rows, rows.tokens) & (rows.distance > 0)
+    return _same_token(rows) & (rows.distance > 0)
 
 
 def is_induction(rows: SeenRows) -> Tensor:
     """A key after an earlier occurrence of the query's token."""
-    before = None if rows.tokens is None else F.pad(rows.tokens[:, :-1], (1, 0), value=-1)
-    return _same_token(rows, before) & (rows.distance >= 0)
+    return _same_token(rows, places_before=1) & (rows.distance >= 0)
 
 
-def _same_token(rows: SeenRows, of_keys: Tensor | None) -> Tensor:
+def _same_token(rows: SeenRows, places_before: int = 0) -> Tensor:
+    """Where the token so many places before a key is that of the query, [B, t, R]."""
     assert rows.tokens is not None, "these patterns need tokens"
-    assert of_keys is not None
-    return rows.tokens[:, rows.position, None] == of_keys[:, None]
+    shifted = F.pad(rows.tokens, (places_before, 0), value=-1)[:, : rows.tokens.shape[1]]
+    return rows.tokens[:, rows.position, None] == shifted[:, None]
 
 
 # Head types by the 0/1 pattern of keys that make them, as in TransformerLens (`head_detector.py`): [B or 1, t, R].

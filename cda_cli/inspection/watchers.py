@@ -50,15 +50,21 @@ class RecordWatcher(Watcher):
         else:
             _add(self.attention[seen.layer], SeenRows(seen), RECORDED)
 
+    def heads(self) -> dict[str, Tensor]:
+        """Each measure of each head, float64 [L, H] on the CPU; 0 where no row has it, as of caps where none binds."""
+        means = torch.stack([means.mean().nan_to_num(0.0) for _, means in sorted(self.attention.items())], 1)
+        return dict(zip(RECORDED, means, strict=True))
+
     def records(self) -> tuple[LayerRecord, ...]:
         """The means over the heads of each layer, and its share of active units."""
+        of_layers = {name: figures.mean(-1).tolist() for name, figures in self.heads().items()}
         return tuple(
             LayerRecord(
                 layer=layer,
-                **dict(zip(RECORDED, means.mean().nan_to_num(0.0).mean(-1).tolist(), strict=True)),
+                **{name: figures[place] for name, figures in of_layers.items()},
                 active_units=self.active[layer].item() / self.units[layer],
             )
-            for layer, means in sorted(self.attention.items())
+            for place, layer in enumerate(sorted(self.attention))
         )
 
 

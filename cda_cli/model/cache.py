@@ -19,9 +19,7 @@ class KeyValueCache(ABC):
     """What the layers see of a cache in one forward pass: they store new positions and read all of a row."""
 
     length: int | Tensor  # The positions before the new ones: one number for all rows, or int64 [B].
-    visible_B: Tensor | None = (
-        None  # The keys that the query of each row sees, int64 [B], if not all that `append` has.
-    )
+    visible_B: Tensor | None = None  # The number of keys that each row sees, int64 [B], if not all of `append`.
     holds_null_keys = False  # Otherwise each attention layer puts its own in front.
 
     @abstractmethod

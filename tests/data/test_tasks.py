@@ -58,7 +58,7 @@ def test_an_example_has_its_length_and_its_symbols(task: Task, seed: int, index:
     tokens = task.example("train", seed, index).tokens
     assert len(tokens) <= task.tokens_of(task.length.most)
     for length in (task.length.least, task.length.most):
-        example = task.of_length(length).example("validation", seed, index)
+        example = type(task).model_validate(task.model_dump() | {"length": length}).example("validation", seed, index)
         assert len(example.tokens) == task.tokens_of(length)
     assert tokens.min() >= 0
     assert tokens.max() <= task.word("<eos>") == task_tokenizer(task).vocab_size - 1

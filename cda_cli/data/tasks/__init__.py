@@ -12,14 +12,13 @@ from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
 
-from cda_cli.data.tasks.base import HIDDEN, PREFIX, WORDS, Example, Part, Task
+from cda_cli.data.tasks.base import PREFIX, WORDS, Example, Part, Task
 from cda_cli.data.tasks.recall import Mqar, Mqmtar
 from cda_cli.data.tasks.search import Induction, Needle
 from cda_cli.data.tasks.sequences import Copy, Reverse, Sort
 from cda_cli.errors import DataError, did_you_mean, requirement
 
 __all__ = [
-    "HIDDEN",
     "PREFIX",
     "TASKS",
     "WORDS",
@@ -28,7 +27,6 @@ __all__ = [
     "Task",
     "is_task",
     "parse_task",
-    "task_of_length",
 ]
 
 TASKS: dict[str, type[Task]] = {
@@ -65,16 +63,8 @@ def parse_task(source: str) -> Task:
         raise DataError(f"{source} is not possible: {_fault(error)}") from error
 
 
-def task_of_length(task: Task, length: int) -> Task:
-    """The task with examples of one length. Raises DataError if it has none."""
-    try:
-        return task.of_length(length)
-    except ValidationError as error:
-        raise DataError(f"{PREFIX}{task.registered} has no example of length {length}: {_fault(error)}") from error
-
-
 def _fault(error: ValidationError) -> str:
     """The first fault that pydantic found."""
     fault = error.errors()[0]
     where = "".join(f"{part}: " for part in fault["loc"][:1])
-    return where + requirement(fault["msg"].removeprefix("Value error, "))
+    return where + requirement(fault["msg"])

@@ -125,10 +125,6 @@ class Task(BaseModel, ABC):
         values = self.model_dump(mode="json")
         return f"{PREFIX}{self.registered}, " + ", ".join(f"{name} {value}" for name, value in values.items())
 
-    def of_length(self, length: int) -> Task:
-        """The task with examples of one length. Raises pydantic.ValidationError if there is none."""
-        return type(self).model_validate(self.model_dump() | {"length": length})
-
     def word(self, name: str) -> int:
         """The token of one of WORDS."""
         return self.vocab + WORDS.index(name)

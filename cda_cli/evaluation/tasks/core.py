@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,24 +32,26 @@ ORDER_SEED, EXAMPLE_SEED = 1337, 1234
 SUMMARY = "CORE"
 
 
-class Item(BaseModel):
-    """A line of a task. `prompts` are texts, after the few-shot examples `shots`."""
+class Item(BaseModel, ABC):
+    """A line of a task."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
+    @abstractmethod
     def example(self, delimiter: str) -> str:
         """Writes the item with its answer, as a few-shot example."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prompts(self, shots: str, delimiter: str) -> list[str]:
-        raise NotImplementedError
+        """The texts that are scored, behind the few-shot examples `shots`."""
 
+    @abstractmethod
     def pairs(self, prompts: list[list[int]]) -> list[TokenPair]:
         """Cuts the tokens of the prompts where what is predicted begins. At least one token is predicted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def is_correct(self, scored: Sequence[Loglikelihood]) -> bool:
-        raise NotImplementedError
+        """Judges the item by the scores of its pairs."""
 
 
 class _WithOptions(Item):
@@ -289,7 +292,7 @@ def _parsed(kind: type[Any], value: Any, place: str) -> Any:
         return kind.model_validate_json(value) if isinstance(value, str) else kind.model_validate(value)
     except ValidationError as error:
         fault = error.errors()[0]
-        message = requirement(fault["msg"].removeprefix("Value error, "))
+        message = requirement(fault["msg"])
         where = ": ".join([place, *map(str, fault["loc"])])
         raise DataError(f"{where}: {message}; mend it") from error
 
