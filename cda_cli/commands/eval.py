@@ -8,80 +8,41 @@ from typing import Any
 
 import typer
 
-from cda_cli.commands.causal_options import (
-    AblateOption,
-    AsOption,
-    CutOption,
-    FailIfOption,
-    PlotOption,
-    ToleranceOption,
-)
-from cda_cli.commands.eval_options import (
-    BatchSizeOption,
-    ByPositionOption,
-    CalibrationOption,
-    CheckpointsArgument,
-    ContextOption,
-    LossesOption,
-    MaxBatchesOption,
-    MaxDocumentsOption,
-    PerDocumentOption,
-    StrideOption,
-)
-from cda_cli.commands.eval_tasks import (
-    FewShotOption,
-    IncludeOption,
-    LimitOption,
-    ResultsOption,
-    TasksOption,
-    check_options,
-    evaluate_on_tasks,
-)
-from cda_cli.commands.options import (
-    BackendOption,
-    BestOption,
-    DataOption,
-    DeviceOption,
-    DtypeOption,
-    EmaOption,
-    EncodingOption,
-    JsonOption,
-    SplitOption,
-)
+from cda_cli.commands import causal_options, eval_options, eval_tasks, options
 
 
 def evaluate(
     ctx: typer.Context,
-    checkpoints: CheckpointsArgument,
-    best: BestOption = False,
-    ema: EmaOption = False,
-    data: DataOption = None,
-    encoding: EncodingOption = None,
-    split: SplitOption = None,
-    context: ContextOption = None,
-    stride: StrideOption = None,
-    per_document: PerDocumentOption = False,
-    max_batches: MaxBatchesOption = None,
-    max_documents: MaxDocumentsOption = None,
-    by_position: ByPositionOption = False,
-    calibration: CalibrationOption = False,
-    losses: LossesOption = None,
-    cut: CutOption = None,
-    weights_as: AsOption = None,
-    ablate: AblateOption = None,
-    tolerance: ToleranceOption = None,
-    plot: PlotOption = None,
-    fail_if: FailIfOption = None,
-    tasks: TasksOption = None,
-    include: IncludeOption = None,
-    num_fewshot: FewShotOption = None,
-    limit: LimitOption = None,
-    results: ResultsOption = None,
-    batch_size: BatchSizeOption = 16,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    backend: BackendOption = "auto",
-    as_json: JsonOption = False,
+    checkpoints: eval_options.CheckpointsArgument,
+    best: options.BestOption = False,
+    ema: options.EmaOption = False,
+    data: options.DataOption = None,
+    encoding: options.EncodingOption = None,
+    split: options.SplitOption = None,
+    context: eval_options.ContextOption = None,
+    stride: eval_options.StrideOption = None,
+    per_document: eval_options.PerDocumentOption = False,
+    max_batches: eval_options.MaxBatchesOption = None,
+    max_documents: eval_options.MaxDocumentsOption = None,
+    by_position: eval_options.ByPositionOption = False,
+    calibration: eval_options.CalibrationOption = False,
+    losses: eval_options.LossesOption = None,
+    cut: causal_options.CutOption = None,
+    weights_as: causal_options.AsOption = None,
+    ablate: causal_options.AblateOption = None,
+    tolerance: causal_options.ToleranceOption = None,
+    plot: causal_options.PlotOption = None,
+    fail_if: causal_options.FailIfOption = None,
+    tasks: eval_tasks.TasksOption = None,
+    include: eval_tasks.IncludeOption = None,
+    num_fewshot: eval_tasks.FewShotOption = None,
+    limit: eval_tasks.LimitOption = None,
+    results: eval_tasks.ResultsOption = None,
+    batch_size: eval_options.BatchSizeOption = 16,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
+    backend: options.BackendOption = "auto",
+    as_json: options.JsonOption = False,
 ) -> None:
     """Loss, perplexity and bits per byte over a whole split, each token counted once, with standard errors; or tasks.
 
@@ -89,10 +50,10 @@ def evaluate(
     stand for none. Several checkpoints are compared on the same windows, and in causal checks each with itself under a
     change. Intervals are those of a bootstrap, and too narrow for a few windows.
     """
-    check_options(ctx, tasks, checkpoints)
+    eval_tasks.check_options(ctx, tasks, checkpoints)
     if tasks is not None:
         how: dict[str, Any] = {"best": best, "ema": ema, "device": device, "dtype": dtype, "backend": backend}
-        evaluate_on_tasks(
+        eval_tasks.evaluate_on_tasks(
             checkpoints[0], tasks, include, num_fewshot, limit, results, batch_size=batch_size, as_json=as_json, **how
         )
         return
