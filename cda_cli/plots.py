@@ -57,11 +57,19 @@ def require_plot(path: Path) -> None:
 
 
 def plot_lines(
-    path: Path, lines: Mapping[str, Sequence[Point]], x_label: str, y_label: str, zero: str, linear_below: float
+    path: Path,
+    lines: Mapping[str, Sequence[Point]],
+    x_label: str,
+    y_label: str,
+    *,
+    zero: str | None = None,
+    linear_below: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> None:
-    """Draws lines over numbers that double, each with its intervals, and the line y = 0, which is called `zero`.
+    """Draws lines over numbers that double, each with its intervals, and the line y = 0, if it is called `zero`.
 
-    The y axis is logarithmic above `linear_below`, and linear between that and its negative.
+    The y axis is linear, or logarithmic above `linear_below` and linear between that and its negative. It has the
+    `limits`.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -70,8 +78,12 @@ def plot_lines(
         figure = Figure(SIZE, layout="constrained")
         axes = figure.add_subplot()
         axes.set_xscale("log", base=2)
-        axes.set_yscale("symlog", linthresh=linear_below)
-        axes.axhline(0, color="#666666", linewidth=0.8, linestyle="--", label=zero)
+        if linear_below is not None:
+            axes.set_yscale("symlog", linthresh=linear_below)
+        if limits is not None:
+            axes.set_ylim(*limits)
+        if zero is not None:
+            axes.axhline(0, color="#666666", linewidth=0.8, linestyle="--", label=zero)
         for number, (name, points) in enumerate(lines.items()):
             _draw(axes, name, points, COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
         numbers = sorted({point.x for points in lines.values() for point in points})

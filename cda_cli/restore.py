@@ -15,6 +15,7 @@ from cda_cli.data import (
     Batch,
     Preparation,
     PreparationStoppedError,
+    Task,
     Tokenizer,
     Tokens,
     Windows,
@@ -116,8 +117,8 @@ def _with_context(config: ModelConfig, context: int | None, path: Path) -> Model
         return config
     if config.position == "learned":
         raise ConfigError(
-            f"{path} has learned positions for {config.seq_len} tokens and none after them; give --context "
-            f"{config.seq_len} or less"
+            f"{path} has learned positions for {config.seq_len} tokens, and {context} are asked for; give --context "
+            f"{config.seq_len} or less, or smaller --lengths"
         )
     return config.model_copy(update={"seq_len": context, "rotary_original_len": config.rotary_trained_len})
 
@@ -195,6 +196,11 @@ class TextSide(NamedTuple):
 
 
 SPLITS = get_args(Side)
+
+
+def own_task(config: Config) -> Task | None:
+    """Returns the synthetic task that a run is trained on, or None if it is trained on a text."""
+    return parse_task(config.data.source) if is_task(config.data.source) else None
 
 
 def open_side(

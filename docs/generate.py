@@ -163,7 +163,34 @@ number, or a range from which each example draws its own. The defaults are the p
 - **Seed.** The seed of the run and the number of an example decide it, on every machine, so a run resumes on the
   examples that it would have seen. There is no end, and no example is seen twice but by chance.
 - **Validation.** Its examples are the same for every run, and drawn apart from those of training. Of a task with few
-  examples, some are by chance the same. `cda eval` takes the first 1,024 of them."""
+  examples, some are by chance the same. `cda eval` takes the first 1,024 of them.
+
+## Scores by length
+
+```console
+$ cda eval runs/sort --tasks task:sort --lengths 64,128,256 --plot lengths.png
+$ cda eval runs/softmax runs/entmax --tasks task:sort,task:copy --lengths 64,128,256
+```
+
+`--tasks task:NAME` scores one or several checkpoints at each length, in the first 1,000 examples of validation or the
+first `--limit`. The figures, with their names in `--json`:
+
+- **exact match** (`exact_match`): the share of examples whose whole answer is right, with its 95 % interval (`_lo`,
+  `_hi`; Wilson, JASA 22, 1927) and standard error (`_stderr`);
+- **token accuracy** (`token_accuracy`): the share of the tokens of the answers that are right, `<eos>` and the other
+  special tokens included;
+- **solver** (`solver_exact_match`): the exact match of an exact algorithm. It is 100 %, or the examples would be
+  ambiguous;
+- **shuffled** (`shuffled_exact_match`, `shuffled_token_accuracy`): both shares if each example gets the answer to
+  another. They are chance, which for the tokens of sorted answers is far above that of single symbols.
+
+A token is right if it is the likeliest after the right ones before it, so one pass of the model scores an answer. The
+exact match is that of free greedy decoding, which gives the whole answer if and only if each of its tokens is the
+likeliest after the right ones. The token accuracy is not, as free decoding goes on from its own mistakes.
+
+What a name leaves out is as in the task of the run: all parameters of the same task, and `vocab` of another. With
+`model.position` `rotary` or `none`, lengths may exceed the context of training; learned positions end with it. Each
+length is kept as it ends, and the same command goes on ([evaluation-tasks.md](evaluation-tasks.md))."""
 
 
 def tasks() -> str:

@@ -22,4 +22,4 @@ def draw_cuts(path: Path, effects: Sequence[Effects]) -> None:
                 value, _, low, high = effect.difference
                 lines.setdefault(name, []).append(Point(effect.intervention.keys, value, low, high))
     y_label = "bits per byte more than with all keys"
-    plot_lines(path, lines, "keys kept for each query", y_label, "all keys", LINEAR_BELOW)
+    plot_lines(path, lines, "keys kept for each query", y_label, zero="all keys", linear_below=LINEAR_BELOW)

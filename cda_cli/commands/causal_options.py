@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,14 +44,6 @@ ToleranceOption = Annotated[
         min=0,
         help="The fewest keys of each choice that cost at most so many bits per byte, chosen on every other "
         "observation and measured on the rest.",
-        rich_help_panel=CAUSAL,
-    ),
-]
-PlotOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Draw the loss against the keys kept, as .png, .svg or .pdf.",
         rich_help_panel=CAUSAL,
     ),
 ]

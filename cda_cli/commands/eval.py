@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from cda_cli.commands import causal_options, eval_options, eval_tasks, options
+from cda_cli.commands import causal_options, eval_options, eval_tasks, options, task_options
 
 
 def evaluate(
@@ -31,13 +31,14 @@ def evaluate(
     weights_as: causal_options.AsOption = None,
     ablate: causal_options.AblateOption = None,
     tolerance: causal_options.ToleranceOption = None,
-    plot: causal_options.PlotOption = None,
+    plot: eval_options.PlotOption = None,
     fail_if: causal_options.FailIfOption = None,
-    tasks: eval_tasks.TasksOption = None,
-    include: eval_tasks.IncludeOption = None,
-    num_fewshot: eval_tasks.FewShotOption = None,
-    limit: eval_tasks.LimitOption = None,
-    results: eval_tasks.ResultsOption = None,
+    tasks: task_options.TasksOption = None,
+    lengths: task_options.LengthsOption = None,
+    include: task_options.IncludeOption = None,
+    num_fewshot: task_options.FewShotOption = None,
+    limit: task_options.LimitOption = None,
+    results: task_options.ResultsOption = None,
     batch_size: eval_options.BatchSizeOption = 16,
     device: options.DeviceOption = "auto",
     dtype: options.DtypeOption = "auto",
@@ -50,12 +51,11 @@ def evaluate(
     stand for none. Several checkpoints are compared on the same windows, and in causal checks each with itself under a
     change. Intervals are those of a bootstrap, and too narrow for a few windows.
     """
-    eval_tasks.check_options(ctx, tasks, checkpoints)
+    eval_tasks.check_options(ctx, tasks)
     if tasks is not None:
         how: dict[str, Any] = {"best": best, "ema": ema, "device": device, "dtype": dtype, "backend": backend}
-        eval_tasks.evaluate_on_tasks(
-            checkpoints[0], tasks, include, num_fewshot, limit, results, batch_size=batch_size, as_json=as_json, **how
-        )
+        how |= {"batch_size": batch_size, "as_json": as_json}
+        eval_tasks.evaluate_on_tasks(checkpoints, tasks, lengths, include, num_fewshot, limit, results, plot, **how)
         return
 
     from cda_cli.causal import Checks, Wanted, draw_cuts

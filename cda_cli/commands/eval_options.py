@@ -59,4 +59,11 @@ LossesOption = Annotated[
         help="Write a JSON line for each document or window. An evaluation that was interrupted goes on from it.",
     ),
 ]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Draw cuts, loss against keys kept, or synthetic tasks, accuracy against length, as .png, .svg or .pdf.",
+    ),
+]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Sequences in a forward pass.")]

@@ -1,66 +1,22 @@
-"""`cda eval --tasks`: its options, and what it does."""
+"""`cda eval --tasks`: what it refuses, and what it does."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
+from cda_cli.commands.task_options import PANEL
 from cda_cli.errors import UsageError
 
 LIST = "list"
-PANEL = "Tasks"
 # The parameters of `cda eval` that say something with --tasks and without.
-OF_BOTH = {"checkpoints", "best", "ema", "batch_size", "device", "dtype", "backend", "as_json"}
-
-TasksOption = Annotated[
-    str | None,
-    typer.Option(
-        "--tasks",
-        metavar="NAME,…",
-        help="Tasks of lm-evaluation-harness by name, group, tag or YAML file, or core:DIR for those of a CORE folder, "
-        "in place of a text; `list` lists the names.",
-        rich_help_panel=PANEL,
-    ),
-]
-IncludeOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--include", metavar="DIR", help="Folder of YAML files of more tasks for --tasks.", rich_help_panel=PANEL
-    ),
-]
-FewShotOption = Annotated[
-    int | None,
-    typer.Option(
-        "--num-fewshot",
-        min=0,
-        help="Examples in front of each document of a task; the task's own number where not given.",
-        rich_help_panel=PANEL,
-    ),
-]
-LimitOption = Annotated[
-    int | None,
-    typer.Option("--limit", min=1, help="Most documents of each task.", rich_help_panel=PANEL),
-]
-ResultsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--results",
-        metavar="DIR",
-        help="Folder where each task's result is kept, and is read instead of computed again; RUN/evaluations where "
-        "not given.",
-        rich_help_panel=PANEL,
-    ),
-]
+OF_BOTH = {"checkpoints", "best", "ema", "plot", "batch_size", "device", "dtype", "backend", "as_json"}
 
 
-def check_options(ctx: typer.Context, tasks: str | None, checkpoints: Sequence[Path]) -> None:
-    """Raises UsageError for an option that says nothing here: of tasks without --tasks, or of a text with it.
-
-    So it does for several checkpoints with --tasks.
-    """
+def check_options(ctx: typer.Context, tasks: str | None) -> None:
+    """Raises UsageError for an option that says nothing here: of tasks without --tasks, or of a text with it."""
     for option in ctx.command.params:
         source = ctx.get_parameter_source(option.name or "")
         if source is None or source.name != "COMMANDLINE" or option.name in OF_BOTH:
@@ -70,17 +26,17 @@ def check_options(ctx: typer.Context, tasks: str | None, checkpoints: Sequence[P
             raise UsageError(f"{option.opts[0]} is about tasks; name them with --tasks, or leave it out")
         if not of_tasks and tasks is not None:
             raise UsageError(f"{option.opts[0]} is about a text, and --tasks brings its own; leave one of them out")
-    if tasks is not None and len(checkpoints) > 1:
-        raise UsageError(f"--tasks takes one checkpoint, not {len(checkpoints)}; evaluate them one after another")
 
 
 def evaluate_on_tasks(
-    checkpoint: Path,
+    checkpoints: Sequence[Path],
     tasks: str,
+    lengths: str | None,
     include: Path | None,
     num_fewshot: int | None,
     limit: int | None,
     results: Path | None,
+    plot: Path | None,
     *,
     batch_size: int,
     as_json: bool,
@@ -91,29 +47,54 @@ def evaluate_on_tasks(
     backend: str,
 ) -> None:
     from cda_cli.console import note, print_json, progress_in_turn, show_task_list, show_tasks
-    from cda_cli.evaluation.tasks import Scorer, evaluate_tasks, find_tasks, list_harness_tasks, results_folder
-    from cda_cli.restore import restore_on
+    from cda_cli.evaluation.tasks import (
+        Scorer,
+        TaskOptions,
+        TaskResults,
+        draw_lengths,
+        evaluate_tasks,
+        find_tasks,
+        list_tasks,
+        parse_lengths,
+        results_folder,
+    )
+    from cda_cli.plots import require_plot
+    from cda_cli.restore import look_at, own_task, restore_on
     from cda_cli.signals import StopRequest
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise UsageError("--tasks names no task; give it a name, or `list`")
+    wanted = parse_lengths(lengths) if lengths is not None else ()
+    if plot:
+        require_plot(plot)
     with StopRequest() as stop:
         with stop.at_once("interrupted; nothing was evaluated"):
             if names == [LIST]:
-                listed = list_harness_tasks(include)
+                listed = list_tasks(include)
             else:
-                selection = find_tasks(names, include, num_fewshot, limit)
-                restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
+                own = own_task(look_at(checkpoints[0], best=best).config)
+                selection = find_tasks(names, TaskOptions(include, num_fewshot, limit, wanted, own))
+                if plot:
+                    selection.require_lengths("--plot")
         if names == [LIST]:
             print_json({"tasks": [one._asdict() for one in listed]}) if as_json else show_task_list(listed)
             return
-        folder = results or results_folder(restored)
+        found = []
         with progress_in_turn(quiet=as_json) as begin:
-            scorer = Scorer(restored, precision, batch_size, begin)
-            found = evaluate_tasks(selection, scorer, folder, stop, note)
+            for path in checkpoints:
+                with stop.at_once("interrupted; the same command goes on from the tasks that have ended"):
+                    restored, precision = restore_on(
+                        path, device, dtype, backend, best=best, ema=ema, context=selection.context
+                    )
+                folder = results or results_folder(restored)
+                scorer = Scorer(restored, precision, batch_size, begin)
+                scored = evaluate_tasks(selection, scorer, folder, stop, note)
+                found.append(TaskResults(restored.path, restored.averaged, folder, scored))
     if as_json:
-        scored = {name: vars(one) for name, one in found.items()}
-        print_json({"checkpoint": str(restored.path), "results": str(folder), "tasks": scored})
+        documents = [one.as_dict() for one in found]
+        print_json(documents[0] if len(documents) == 1 else {"checkpoints": documents})
     else:
-        show_tasks(found, restored, folder)
+        show_tasks(found)
+    if plot:
+        draw_lengths(plot, [one.results for one in found])

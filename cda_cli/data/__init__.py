@@ -32,8 +32,8 @@ from cda_cli.data.prefetch import Prefetched
 from cda_cli.data.prepare import Corpus, Tokens, loss_of_text, prepare, prepare_whole
 from cda_cli.data.sources import Source, absolute_source, is_there, open_source
 from cda_cli.data.streaming import StreamedBatches, streamed_source, streamed_validation
-from cda_cli.data.task_rows import TaskBatches, check_task_tokenizer, task_tokenizer, task_tokens
-from cda_cli.data.tasks import TASKS, Task, is_task, parse_task
+from cda_cli.data.task_rows import TaskBatches, check_task_tokenizer, task_examples, task_tokenizer, task_tokens
+from cda_cli.data.tasks import TASKS, Task, is_task, parse_task, task_of_length
 from cda_cli.data.tokenizers import (
     ByteTokenizer,
     Encoded,
@@ -88,6 +88,8 @@ __all__ = [
     "prepare_whole",
     "streamed_source",
     "streamed_validation",
+    "task_examples",
+    "task_of_length",
     "task_tokenizer",
     "task_tokens",
     "to_batch",

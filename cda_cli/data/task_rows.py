@@ -13,7 +13,7 @@ import numpy as np
 
 from cda_cli.data.batches import Batch, State, check_counts, check_state, to_batch
 from cda_cli.data.prepare import Tokens
-from cda_cli.data.tasks import PREFIX, WORDS, Part, Task
+from cda_cli.data.tasks import PREFIX, WORDS, Example, Part, Task
 from cda_cli.data.tokenizers import JsonTokenizer, Tokenizer, tokenizer_from_json
 from cda_cli.errors import DataError
 
@@ -94,6 +94,12 @@ def task_tokens(task: Task, seq_len: int, examples: int) -> Tokens:
 def _sizes(task: Task) -> Any:
     """The bytes of each token [V] as it is written. A special token, and padding, stand for none."""
     return np.array([len(str(symbol)) for symbol in range(task.vocab)] + [0] * len(WORDS))
+
+
+def task_examples(task: Task, count: int) -> Example:
+    """The first examples of the validation side, stacked. The task must have one length."""
+    examples = [task.example("validation", VALIDATION_SEED, index) for index in range(count)]
+    return Example(*map(np.stack, zip(*examples, strict=True)))
 
 
 class TaskBatches:

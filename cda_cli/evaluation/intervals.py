@@ -1,5 +1,7 @@
 """Standard errors and bootstrap intervals of ratios of sums, such as nats per token, over observations of a text.
 
+Of shares of independent examples, there is the interval of Wilson.
+
 Tokens of one window share their context, so an observation is a window or more, never a token. Shapes: W windows, U
 observations, K columns, R resamples.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -116,3 +119,14 @@ class Bootstrap:
         with np.errstate(divide="ignore", invalid="ignore"):
             low, high = np.quantile(statistic(self.totals), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return float(low), float(high)
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Returns the interval, of level LEVEL, of a share of `count` independent observations.
+
+    Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22 (1927).
+    """
+    z2 = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    margin = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return max(0.0, centre - margin), min(1.0, centre + margin)

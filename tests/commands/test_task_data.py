@@ -130,3 +130,48 @@ def test_weights_of_one_task_start_another_of_the_same_symbols(
     assert "cda sample" not in result.err, "its prompt would be text"
     result = cda(*start, "--data", "task:copy?length=4..12&vocab=9", "--out", tmp_path / "larger")
     assert_refused(result, "the 9 symbols of task:copy")
+
+
+def test_eval_scores_tasks_by_length(cda: Cda, sorting: Path, tmp_path: Path) -> None:
+    """Also where an example is longer than the context of training, since the positions are rotary. Each length is
+    kept by itself, and what is kept is not computed again."""
+    arguments = ("eval", sorting, "--results", tmp_path / "kept", "--limit", 20, "--tasks", "task:sort,task:copy")
+    first = json.loads(cda(*arguments, "--lengths", 20, "--json").out)["tasks"]
+    found = cda(*arguments, "--lengths", "4,20", "--json")
+    assert "2 results of an earlier evaluation" in found.err
+    tasks = json.loads(found.out)["tasks"]
+    assert list(tasks) == [f"task:{name}?length={length}&vocab=8" for name in ("sort", "copy") for length in (4, 20)]
+    assert {name: tasks[name] for name in first} == first
+    assert {score["metrics"]["solver_exact_match,none"] for score in tasks.values()} == {1.0}
+    table = cda(*arguments, "--lengths", "4,20").out
+    assert "20 examples of each length" in table
+    assert [line.split()[:2] for line in table.splitlines() if line.startswith("task:copy")] == [
+        ["task:copy?vocab=8", "4"], ["task:copy?vocab=8", "20"],
+    ]  # fmt: skip
+
+
+def test_checkpoints_are_scored_in_the_same_tasks(cda: Cda, sorting: Path, tmp_path: Path) -> None:
+    """Those of the first, in one table and one picture."""
+    arguments = ("eval", sorting, sorting, "--results", tmp_path / "kept", "--limit", 5, "--tasks", "task:sort")
+    found = cda(*arguments, "--plot", tmp_path / "lengths.png", "--json")
+    assert found.code == 0, found.err
+    one, other = json.loads(found.out)["checkpoints"]
+    assert one == other
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.split() for line in cda(*arguments).out.splitlines() if line.startswith("task:sort")]
+    assert [row[:3] for row in rows] == [["task:sort?vocab=8", "12", "1"], ["task:sort?vocab=8", "12", "2"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--tasks", "task:sort", "--lengths", "4,x"), "--lengths 4,x names no lengths; give whole numbers"),
+        (("--tasks", "task:sort", "--lengths", "0"), "task:sort has no example of length 0"),
+        (("--tasks", "task:sorted"), "there is no task 'sorted': did you mean 'sort'?"),
+        (("--lengths", "4"), "--lengths is about tasks; name them with --tasks"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_in_a_sentence(
+    cda: Cda, sorting: Path, arguments: tuple[object, ...], words: str
+) -> None:
+    assert_refused(cda("eval", sorting, *arguments), words)

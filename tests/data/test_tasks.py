@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cda_cli.data import IGNORE, TASKS, Task, TaskBatches, evaluation_batches, parse_task, task_tokenizer, task_tokens
+from cda_cli.data import (
+    IGNORE,
+    TASKS,
+    Task,
+    TaskBatches,
+    evaluation_batches,
+    parse_task,
+    task_of_length,
+    task_tokenizer,
+    task_tokens,
+)
 from cda_cli.data.tasks.base import HIDDEN, WORDS, Draws, Example
 from cda_cli.data.tasks.recall import Mqar, Mqmtar
 from cda_cli.errors import DataError
@@ -58,7 +68,7 @@ def test_an_example_has_its_length_and_its_symbols(task: Task, seed: int, index:
     tokens = task.example("train", seed, index).tokens
     assert len(tokens) <= task.tokens_of(task.length.most)
     for length in (task.length.least, task.length.most):
-        example = type(task).model_validate(task.model_dump() | {"length": length}).example("validation", seed, index)
+        example = task_of_length(task, length).example("validation", seed, index)
         assert len(example.tokens) == task.tokens_of(length)
     assert tokens.min() >= 0
     assert tokens.max() <= task.word("<eos>") == task_tokenizer(task).vocab_size - 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cda_cli.errors import CdaError, ConfigError, DataError
-from cda_cli.evaluation.tasks import Scorer, TaskResult, find_tasks
+from cda_cli.evaluation.tasks import Scorer, TaskOptions, TaskResult, find_tasks
 from cda_cli.restore import Restored
 from tests.evaluation.models import successor_model
 
@@ -59,7 +59,7 @@ def write_folder(folder: Path, **changes: Any) -> Path:
 def scored(
     folder: Path, restored: Restored | None = None, batch_size: int = 4, **options: Any
 ) -> dict[str, TaskResult]:
-    selection = find_tasks([f"core:{folder}"], **options)
+    selection = find_tasks([f"core:{folder}"], TaskOptions(**options))
     scorer = Scorer(restored or successor_model(), torch.float32, batch_size)
     results = {name: task.run(scorer) for name, task in selection.tasks.items()}
     return results | {name: summarise(results) for name, summarise in selection.summaries.items()}
@@ -142,8 +142,8 @@ def test_what_decides_a_result_identifies_it(tmp_path: Path) -> None:
     others = [
         find_tasks([f"core:{write_folder(tmp_path / 'c', **{'choose.jsonl': json.dumps(CHOICES[0])})}"]),
         find_tasks([f"core:{write_folder(tmp_path / 'd', choose={'continuation_delimiter': ': '})}"]),
-        find_tasks([f"core:{tmp_path / 'a'}"], limit=2),
-        find_tasks([f"core:{tmp_path / 'a'}"], num_fewshot=1),
+        find_tasks([f"core:{tmp_path / 'a'}"], TaskOptions(limit=2)),
+        find_tasks([f"core:{tmp_path / 'a'}"], TaskOptions(num_fewshot=1)),
     ]
     assert first not in [other.tasks["core:choose"].identity() for other in others]
 

@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 import cda_cli.interchange.hf  # noqa: F401 - makes the model known to transformers
 from cda_cli.data import Tokenizer, load_tokenizer, tokenizer_from_json
 from cda_cli.errors import ConfigError, InterruptedRunError
-from cda_cli.evaluation.tasks import Scorer, evaluate_tasks, find_tasks
+from cda_cli.evaluation.tasks import Scorer, TaskOptions, evaluate_tasks, find_tasks
 from cda_cli.evaluation.tasks.harness_model import HarnessModel
 from cda_cli.interchange.hf_files import write_hf
 from cda_cli.restore import Restored, restore
@@ -218,7 +218,7 @@ def test_an_interrupted_evaluation_goes_on(checkpoint: Path, tmp_path: Path) -> 
     def run(interrupts: bool) -> list[str]:
         scorer = Scorer(restored, torch.float32, progress=functools.partial(progress, interrupts=interrupts))
         with StopRequest() as stop:
-            return list(evaluate_tasks(find_tasks(NAMES, include), scorer, tmp_path / "kept", stop))
+            return list(evaluate_tasks(find_tasks(NAMES, TaskOptions(include)), scorer, tmp_path / "kept", stop))
 
     with pytest.raises(
         InterruptedRunError, match=r"results of 1 of 3 tasks are in .*kept, and the same command"

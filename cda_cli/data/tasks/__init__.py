@@ -27,6 +27,7 @@ __all__ = [
     "Task",
     "is_task",
     "parse_task",
+    "task_of_length",
 ]
 
 TASKS: dict[str, type[Task]] = {
@@ -39,10 +40,11 @@ def is_task(source: str) -> bool:
     return source.startswith(PREFIX)
 
 
-def parse_task(source: str) -> Task:
+def parse_task(source: str, known: Task | None = None) -> Task:
     """The task that `source` names, such as task:sort?length=32..64&vocab=32.
 
-    Raises DataError for a task that there is not, and for parameters that it does not have or that do not fit.
+    What it leaves out is as in `known`: all parameters if that is the same task, and otherwise the symbols. Raises
+    DataError for a task that there is not, and for parameters that it does not have or that do not fit.
     """
     name, _, query = source.removeprefix(PREFIX).partition("?")
     if name not in TASKS:
@@ -58,9 +60,24 @@ def parse_task(source: str) -> Task:
             raise DataError(f"{source} gives {parameter} twice; give it once")
         given[parameter] = value
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(_shared(kind, known) | given)
     except ValidationError as error:
         raise DataError(f"{source} is not possible: {_fault(error)}") from error
+
+
+def _shared(kind: type[Task], known: Task | None) -> dict[str, object]:
+    """The parameters that a task of a kind has from `known`."""
+    if known is None:
+        return {}
+    return known.model_dump() if type(known) is kind else {"vocab": known.vocab}
+
+
+def task_of_length(task: Task, length: int) -> Task:
+    """The task with examples of one length. Raises DataError if it has none."""
+    try:
+        return type(task).model_validate(task.model_dump() | {"length": length})
+    except ValidationError as error:
+        raise DataError(f"{PREFIX}{task.registered} has no example of length {length}: {_fault(error)}") from error
 
 
 def _fault(error: ValidationError) -> str:

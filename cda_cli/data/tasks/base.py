@@ -1,12 +1,13 @@
 """What a synthetic task is: an endless row of examples, each made from a seed and an index, and their exact solution.
 
-Shapes: N tokens of an example.
+Shapes: N tokens of an example, A of its answer; E examples.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from hashlib import blake2b
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -54,15 +55,27 @@ Symbols = Annotated[int, Field(description="Number of symbols.", ge=2, le=2**20)
 
 
 class Example(NamedTuple):
-    """`tokens` [N], and `is_answer` [N], bool: which of them are to be predicted, each from those before it."""
+    """`tokens` [N], and `is_answer` [N], bool: which of them are to be predicted, each from those before it.
+
+    Several examples of one length may be stacked: then both are [E, N].
+    """
 
     tokens: Ints
     is_answer: NDArray[np.bool_]
 
     @property
     def hidden(self) -> Ints:
-        """The tokens [N], with HIDDEN in place of the answer."""
+        """The tokens, with HIDDEN in place of the answer."""
         return np.where(self.is_answer, HIDDEN, self.tokens)
+
+    @property
+    def answer(self) -> Ints:
+        """The tokens [A] of the answer, or [E, A]."""
+        return self.answer_in(self.tokens)
+
+    def answer_in(self, tokens: Ints) -> Ints:
+        """What stands in other `tokens`, of the shape of its own, where its answer stands: [A] or [E, A]."""
+        return tokens[self.is_answer].reshape(*tokens.shape[:-1], -1)
 
 
 class Draws:
@@ -116,7 +129,10 @@ class Task(BaseModel, ABC):
 
         It tells the task from others in a checkpoint, where it must stay the same when a parameter is added.
         """
-        values = self.model_dump(mode="json", exclude_defaults=True)
+        return self.spec_of(self.model_dump(mode="json", exclude_defaults=True))
+
+    def spec_of(self, values: Mapping[str, object]) -> str:
+        """What `--data` takes, with these values of its parameters."""
         return f"{PREFIX}{self.registered}" + "?" * bool(values) + "&".join(f"{n}={v}" for n, v in values.items())
 
     @property

@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from cda_cli.data import Task
+from cda_cli.errors import ConfigError
 from cda_cli.evaluation.loglikelihood import Loglikelihood, TokenPair, loglikelihoods
 from cda_cli.restore import Restored
 
@@ -49,7 +52,8 @@ class TaskResult:
 
     `metrics` maps "METRIC,FILTER" to a number, and "METRIC_stderr,FILTER" to its standard error, as the JSON of
     lm-evaluation-harness does; a number is None where there is none. `higher_is_better` is by METRIC. `truncated`
-    counts the requests of which the model could not see the whole context.
+    counts the requests of which the model could not see the whole context. `length` is that of the examples of a
+    synthetic task.
     """
 
     task: str
@@ -59,12 +63,19 @@ class TaskResult:
     metrics: dict[str, float | None]
     higher_is_better: dict[str, bool | None] = field(default_factory=dict)
     truncated: int = 0
+    length: int | None = None
 
 
 class EvaluationTask(ABC):
-    """A task with its data and settings."""
+    """A task with its data and settings.
+
+    `context` is the number of tokens that a model must take, if a text must not be cut, and `length` that of the
+    examples of a synthetic task.
+    """
 
     name: str
+    context: int = 0
+    length: int | None = None
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -73,6 +84,22 @@ class EvaluationTask(ABC):
     @abstractmethod
     def run(self, scorer: Scorer) -> TaskResult:
         """Scores a model. Raises CdaError."""
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What decides the tasks besides their names. No field acts on tasks that have nothing of the kind.
+
+    `include` is a folder of YAML files of lm-evaluation-harness. `num_fewshot` takes the place of the number of the
+    tasks, unless that is 0. Only the first `limit` documents of each task count. Synthetic tasks have examples of each
+    of `lengths`, and share with `own`, the task that the model was trained on, what their names leave out.
+    """
+
+    include: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    lengths: Sequence[int] = ()
+    own: Task | None = None
 
 
 Summary = Callable[[Mapping[str, TaskResult]], TaskResult]
@@ -84,6 +111,16 @@ class Selection:
 
     tasks: dict[str, EvaluationTask] = field(default_factory=dict)
     summaries: dict[str, Summary] = field(default_factory=dict)
+
+    @property
+    def context(self) -> int:
+        """The number of tokens that a model must take for all of the tasks."""
+        return max((task.context for task in self.tasks.values()), default=0)
+
+    def require_lengths(self, option: str) -> None:
+        """Raises ConfigError, naming `option`, if no task has examples of a length."""
+        if not any(task.length is not None for task in self.tasks.values()):
+            raise ConfigError(f"{option} draws synthetic tasks by length; name one with --tasks, such as task:sort")
 
     def add(self, other: Selection) -> None:
         self.tasks |= other.tasks

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cda_cli import strict_yaml
 from cda_cli.errors import ConfigError, DataError, brief, did_you_mean, requirement
 from cda_cli.evaluation.loglikelihood import Loglikelihood, TokenPair
-from cda_cli.evaluation.tasks.base import EvaluationTask, Scorer, Selection, TaskResult
+from cda_cli.evaluation.tasks.base import EvaluationTask, Scorer, Selection, TaskOptions, TaskResult
 from cda_cli.plurals import counted
 from cda_cli.storage import sha256_of
 
@@ -223,9 +223,7 @@ class CoreTask(EvaluationTask):
         return [items[place] for place in random.Random(EXAMPLE_SEED + index).sample(others, self._num_fewshot)]
 
 
-def find_core_tasks(
-    places: Sequence[str], include: Path | None, num_fewshot: int | None, limit: int | None
-) -> Selection:
+def find_core_tasks(places: Sequence[str], options: TaskOptions) -> Selection:
     """Reads the tasks of each folder of `places`. Raises ConfigError and DataError for what is no CORE folder."""
     selection = Selection()
     for place in places:
@@ -234,7 +232,7 @@ def find_core_tasks(
         for entry in entries:
             if entry.label not in baselines:
                 raise DataError(f"{folder}/eval_meta_data.csv has no Random baseline of {entry.label}; add its row")
-            task = CoreTask(folder, entry, baselines[entry.label], num_fewshot, limit)
+            task = CoreTask(folder, entry, baselines[entry.label], options.num_fewshot, options.limit)
             selection.tasks[task.name] = task
         selection.summaries[SUMMARY] = _summarise
     return selection

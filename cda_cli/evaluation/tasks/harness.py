@@ -23,7 +23,7 @@ import torch
 
 from cda_cli.data.hub import offline_where_unreachable, quiet_libraries, read_errors
 from cda_cli.errors import ConfigError, DataError, brief, did_you_mean
-from cda_cli.evaluation.tasks.base import EvaluationTask, Scorer, Selection, TaskResult
+from cda_cli.evaluation.tasks.base import EvaluationTask, Scorer, Selection, TaskOptions, TaskResult
 from cda_cli.storage import sha256_of
 
 if TYPE_CHECKING:
@@ -54,17 +54,14 @@ def list_harness_tasks(include: Path | None) -> list[Listed]:
     ]
 
 
-def find_harness_tasks(
-    names: Sequence[str], include: Path | None, num_fewshot: int | None, limit: int | None
-) -> Selection:
+def find_harness_tasks(names: Sequence[str], options: TaskOptions) -> Selection:
     """Loads tasks with their data, which lm_eval downloads where a task names data that is not here.
 
-    A name may be that of a group or a tag, a pattern such as arc_*, or the path of a YAML file. `num_fewshot` takes the
-    place of the tasks' own number, unless that is 0, and only the first `limit` documents count.
+    A name may be that of a group or a tag, a pattern such as arc_*, or the path of a YAML file.
 
     Raises ConfigError for a name that is unknown, and DataError for a task that cannot be loaded.
     """
-    manager = _manager(include, names)
+    manager = _manager(options.include, names)
     selection = Selection()
     matched = [match for name in names for match in _matches(manager, name)]
     with _quiet(), offline_where_unreachable():
@@ -73,7 +70,8 @@ def find_harness_tasks(
             with _task_errors(name, "loaded", RuntimeError):
                 loaded = manager.load([name])
             for task_name, task in loaded["tasks"].items():
-                selection.tasks.setdefault(task_name, HarnessTask(task_name, task, num_fewshot, limit))
+                found = HarnessTask(task_name, task, options.num_fewshot, options.limit)
+                selection.tasks.setdefault(task_name, found)
             for group_name, group in loaded["groups"].items():
                 if group.has_aggregation:
                     selection.summaries[group_name] = partial(_summarise, group)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cda_cli import strict_json
 from cda_cli.evaluation.tasks.base import Scorer, Selection, TaskResult
@@ -21,6 +21,19 @@ from cda_cli.signals import StopRequest
 from cda_cli.storage import CHECKPOINTS, STATE_FILE, recorded_sha256, write_file
 
 RESULTS = "evaluations"
+
+
+class TaskResults(NamedTuple):
+    """What a checkpoint scored, by task, and the folder that has it. `averaged` is that of `Restored`."""
+
+    checkpoint: Path
+    averaged: bool
+    folder: Path
+    results: dict[str, TaskResult]
+
+    def as_dict(self) -> dict[str, Any]:
+        tasks = {name: vars(result) for name, result in self.results.items()}
+        return {"checkpoint": str(self.checkpoint), "results": str(self.folder), "tasks": tasks}
 
 
 def results_folder(restored: Restored) -> Path:
