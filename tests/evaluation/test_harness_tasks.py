@@ -254,7 +254,15 @@ def test_a_task_with_a_fault_is_refused_in_a_sentence(
     assert_refused(run_cda("eval", checkpoint, "--tasks", "answer", "--include", include), fault)
 
 
-def test_an_unknown_task_is_refused_with_the_nearest_name(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_unknown_task_is_refused_with_the_nearest_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among those of the folder: to index lm_eval's own takes seconds, and the test of the list does that once."""
+
+    def without_defaults(**arguments: Any) -> TaskManager:
+        return TaskManager(**{**arguments, "include_defaults": False})
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", without_defaults)
     include = write_tasks(tmp_path / "tasks")
     result = run_cda("eval", checkpoint, "--tasks", "chose", "--include", include)
     assert_refused(result, "there is no task 'chose': did you mean 'choose'?")
@@ -269,6 +277,7 @@ def test_the_names_are_listed_without_a_model(tmp_path: Path) -> None:
     assert listed["choose"] == ("task", "multiple_choice")
     assert listed["both"] == ("group", None)
     assert listed["hellaswag"] == ("task", "multiple_choice")
+    assert listed["task:sort"] == ("synthetic", None)
 
 
 def test_options_without_meaning_are_refused(checkpoint: Path, tmp_path: Path) -> None:
