@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
-from synthetic import header, row
+from synthetic import cda, half_width, header, row
 
 SHARPER = ("--set", "model.attn_eps=0.5", "--set", "model.eps_anneal_start=1.0")
 ARMS: dict[str, tuple[str, ...]] = {
@@ -36,19 +34,6 @@ ARMS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 CUTS = ("top:64", "top:32", "top:16", "top:8", "recent:64", "sink:64", "random:64")
-STUDENT_95 = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-}  # quantiles of Student's t, by the number of seeds
-
-
-def cda(*arguments: object) -> str:
-    done = subprocess.run([sys.executable, "-m", "cda_cli", *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"cda {' '.join(map(str, arguments))} ended with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
 
 
 def measure(source: Path, out: Path, name: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
@@ -75,11 +60,9 @@ def measure(source: Path, out: Path, name: str, seed: int, asked: argparse.Names
 
 def spread(values: list[float], signed: bool = False) -> str:
     """The mean, and half the width of its 95 % interval over the seeds."""
-    mean, count = statistics.fmean(values), len(values)
+    mean, half = statistics.fmean(values), half_width(values)
     words = f"{mean:+.4f}" if signed else f"{mean:.4f}"
-    if count not in STUDENT_95:
-        return words
-    return f"{words} ± {STUDENT_95[count] * statistics.stdev(values) / math.sqrt(count):.4f}"
+    return words if half is None else f"{words} ± {half:.4f}"
 
 
 def main() -> None:

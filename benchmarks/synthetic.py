@@ -1,12 +1,14 @@
-"""What the benchmarks share: random tokens in place of a text, their arguments, and tables with their provenance."""
+"""What the benchmarks share: random tokens in place of a text, `cda` as a process, and tables with their provenance."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
 import importlib.util
+import math
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -24,6 +26,7 @@ VOCABULARY = 50304  # GPT-2's, rounded up to a multiple of 64
 TOKENS = 2**22
 SOFTMAX = ("model.attention=softmax", "model.learned_k=false")
 ATTENTION = {"softmax": SOFTMAX, "coordinate-descent": ()}
+STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # quantiles of Student's t, by the number of seeds
 
 
 def settings(preset: str, sets: Sequence[str] = ()) -> Config:
@@ -53,6 +56,22 @@ def random_data(config: Config) -> RunData:
         return TrainBatches(tokens, seq_len, batch_size, 0, position)
 
     return RunData(load_tokenizer("bytes"), tokens, "random tokens", TOKENS // seq_len, None, open_batches)
+
+
+def cda(*arguments: object) -> str:
+    """Runs a command and returns what it printed. Raises RuntimeError, with its stderr, if it fails."""
+    done = subprocess.run([sys.executable, "-m", "cda_cli", *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"cda {' '.join(map(str, arguments))} ended with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % interval of the mean of `values`, one for each seed; None for other numbers of seeds
+    than those of STUDENT_95."""
+    if len(values) not in STUDENT_95:
+        return None
+    return STUDENT_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def row(*cells: object) -> None:
