@@ -19,6 +19,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from cda_cli.errors import ConfigError
 from cda_cli.evaluation.tasks.base import Scorer
 from cda_cli.generation import Generation, Request, SamplingSettings
+from cda_cli.generation.stop_strings import StopStrings
 
 HarnessPair = tuple[Any, list[int], list[int]]  # the texts, or None, and the tokens of context and continuation
 NEUTRAL = {"num_beams": 1, "no_repeat_ngram_size": 0}  # values with which an option of transformers does nothing
@@ -84,12 +85,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues each context until a stop string, the separator, or the number of tokens of the task."""
         advance, done = self._scorer.progress(self._name, len(requests)), 0
-        asked, stops = [], []
+        asked, untils = [], []
         for seed, request in enumerate(requests):
             context, options = request.args
             one, until = self._request(context, options, seed)
             asked.append(one)
-            stops.append(until)
+            untils.append(until)
         generation = Generation(
             self._scorer.restored.model,
             asked,
@@ -97,18 +98,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             dtype=self._scorer.dtype,
             end_tokens=(self.eot_token_id,),
         )
-        tokens: list[list[int]] = [[] for _ in asked]
+        texts = [""] * len(asked)
+        decoders = [self._tokenizer.stream() for _ in asked]
+        stops = [StopStrings(until) for until in untils]
         for generated in generation:
             number = generated.request
-            tokens[number].append(generated.token)
-            text = self._tokenizer.decode(tokens[number]) if stops[number] else ""
-            if any(stop in text for stop in stops[number]):
+            piece = decoders[number].push(generated.token)
+            texts[number] += piece
+            stops[number].push(piece)
+            if stops[number].found is not None:
                 generation.end(number)
             advance(len(generation.reasons) - done)
             done = len(generation.reasons)
         advance(len(requests) - done)
-        texts = map(self._tokenizer.decode, tokens)
-        return [str(postprocess_generated_text(text, until, None)) for text, until in zip(texts, stops, strict=True)]
+        whole = [text + decoder.flush() for text, decoder in zip(texts, decoders, strict=True)]
+        return [str(postprocess_generated_text(text, until, None)) for text, until in zip(whole, untils, strict=True)]
 
     def _request(self, context: str, options: dict[str, Any], seed: int) -> tuple[Request, list[str]]:
         """Reads what a task asks for: the request, and its stop strings."""
