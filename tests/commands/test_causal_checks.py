@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from cda_cli.signals import StopRequest
 from tests.commands.helpers import Cda, assert_refused
 
 ABLATIONS = ("ablations", "cumulative_ablations")
+DOCS = Path(__file__).parents[2] / "docs"
 SHORT = ("--max-batches", 2, "--batch-size", 4)
 
 
@@ -30,11 +32,17 @@ def evaluated(cda: Cda, *arguments: object) -> dict[str, Any]:
     return document
 
 
+def fields(document: Any) -> set[str]:
+    """The names of all fields, those of the objects in it included."""
+    values = document.values() if isinstance(document, dict) else document if isinstance(document, list) else ()
+    return set(document if isinstance(document, dict) else ()).union(*map(fields, values))
+
+
 def test_every_check_is_in_the_document_and_in_the_tables(cda: Cda, finished: Path, tmp_path: Path) -> None:
     picture = tmp_path / "curve.svg"
     asked = [
         "--cut", "top:1..4", "--cut", "units:4", "--as", "gate", "--as", "k*1.01", "--ablate", "heads",
-        "--ablate", "heads:random", "--tolerance", 5, "--plot", picture,
+        "--ablate", "heads:random", "--tolerance", 5, "--plot", picture, "--by-position", "--calibration",
     ]  # fmt: skip
     found = evaluated(cda, finished, *asked)
     names = [one["name"] for kind in ("cuts", "unit_cuts", "substitutes", *ABLATIONS) for one in found[kind]]
@@ -58,6 +66,10 @@ def test_every_check_is_in_the_document_and_in_the_tables(cda: Cda, finished: Pa
     for words in ("top 1", "units 4", "k·softmax(s/ε)", "k × 1.01", "without head 1.1", "gate-equivalent"):
         assert words in shown.out
     assert picture.read_bytes().startswith(b"<?xml")
+    pages = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("evaluation.md", "causal-checks.md"))
+    undefined = {field for field in fields(found) if f"`{field}`" not in pages}
+    undefined = {field for field in undefined if f"`{re.sub('_(error|interval)$', '', field)}`" not in pages}
+    assert not undefined, "no page defines these"
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,17 @@ def test_an_evaluation_that_was_cut_off_goes_on_to_the_same_bits(
         assert path.read_bytes() == whole, f"cut at {cut}"
 
 
+def test_causal_checks_that_were_cut_off_go_on_to_the_same_bits(cda: Cda, finished: Path, tmp_path: Path) -> None:
+    """Also those that take a pass over the whole text before, for means of heads, gradients and rows."""
+    path = tmp_path / "losses.jsonl"
+    checks = ("--cut", "units:4", "--as", "gate", "--as", "k*1.01", "--ablate", "heads", "--ablate", "heads:gradient")
+    arguments = (finished, "--max-batches", 2, "--batch-size", 4, *checks, "--losses", path)
+    found, whole = evaluated(cda, *arguments), path.read_bytes()
+    path.write_bytes(whole[: 2 * len(whole) // 3])
+    assert evaluated(cda, *arguments) == found
+    assert path.read_bytes() == whole
+
+
 def test_an_interrupt_keeps_what_was_done(cda: Cda, finished: Path, tmp_path: Path) -> None:
     path, options = tmp_path / "losses.jsonl", {"data": None, "split": None, "show_progress": False}
     with StopRequest() as stop, LossesFile.open(path) as file:

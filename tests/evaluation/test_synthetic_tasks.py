@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from cda_cli.restore import Restored, own_task
 from cda_cli.training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
+DOCS = Path(__file__).parents[2] / "docs"
 SIZES: dict[str, Any] = {"dim": 16, "depth": 1, "heads": 2, "position": "rotary", "tied_embeddings": True}
 
 
@@ -131,6 +133,15 @@ def test_the_answers_to_other_examples_are_right_by_chance(source: str) -> None:
     exact, tokens = (found.metrics[f"shuffled_{name},none"] for name in ("exact_match", "token_accuracy"))
     assert tokens == pytest.approx(each.mean())
     assert exact == pytest.approx((each == 1).mean())
+
+
+def test_the_pages_define_each_figure() -> None:
+    (found,) = scored(restored("task:sort?length=3"), ["task:sort"], (), 2)
+    page = (DOCS / "tasks.md").read_text(encoding="utf-8")
+    metrics = {re.sub("(_stderr|_lo|_hi)?,none$", "", metric) for metric in found.metrics}
+    assert [metric for metric in sorted(metrics) if f"`{metric}`" not in page] == []
+    page = (DOCS / "evaluation-tasks.md").read_text(encoding="utf-8")
+    assert [field for field in vars(found) if f"`{field}`" not in page] == []
 
 
 def test_a_single_example_has_no_other() -> None:
