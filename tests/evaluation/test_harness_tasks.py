@@ -179,6 +179,21 @@ def test_the_command_prints_and_keeps_each_result(checkpoint: Path, tmp_path: Pa
     assert "was cut from the left" in table.err
 
 
+def test_several_checkpoints_score_what_each_does_alone(checkpoint: Path, tmp_path: Path) -> None:
+    """The tasks are loaded once for all of them, in one table."""
+    include = write_tasks(tmp_path / "tasks")
+    other = save_checkpoint(tmp_path / "other", seq_len=SEQ_LEN, attention="softmax", position="rotary")
+    asked = ("eval", checkpoint, other, "--tasks", "choose,answer", "--include", include)
+    both = run_cda(*asked, "--json")
+    assert both.code == 0, both.err
+    for path, found in zip((checkpoint, other), json.loads(both.out)["checkpoints"], strict=True):
+        assert found["results"] == str(path.parent.parent / "evaluations")
+        alone = evaluated(path, "answer,choose", include, "--results", tmp_path / "alone")
+        assert found["tasks"] == json.loads(alone.out)["tasks"]
+    header = next(line for line in run_cda(*asked).out.splitlines() if line.startswith("task"))
+    assert header.split()[-4:] == ["checkpoint", "1", "checkpoint", "2"]
+
+
 def model_of(checkpoint: Path) -> HarnessModel:
     return HarnessModel(Scorer(restore(checkpoint, torch.device("cpu")), torch.float32))
 
