@@ -96,9 +96,9 @@ def _sizes(task: Task) -> Any:
     return np.array([len(str(symbol)) for symbol in range(task.vocab)] + [0] * len(WORDS))
 
 
-def task_examples(task: Task, count: int) -> Example:
-    """The first examples of the validation side, stacked. The task must have one length."""
-    examples = [task.example("validation", VALIDATION_SEED, index) for index in range(count)]
+def task_examples(task: Task, first: int, count: int) -> Example:
+    """The examples of the validation side from number `first`, stacked. The task must have one length."""
+    examples = [task.example("validation", VALIDATION_SEED, first + index) for index in range(count)]
     return Example(*map(np.stack, zip(*examples, strict=True)))
 
 

@@ -124,7 +124,7 @@ CHANCE = {  # how often a token of an answer is that of another example
 @pytest.mark.parametrize("source", CHANCE)
 def test_the_answers_to_other_examples_are_right_by_chance(source: str) -> None:
     """If prompts had no answers of their own, shuffled answers above chance would give it away."""
-    answer = task_examples(parse_task(source), 1000).answer
+    answer = task_examples(parse_task(source), 0, 1000).answer
     each = (np.roll(answer, 1, axis=0) == answer).mean(1)
     # Each example is in two pairs: their errors may add up to √3 times those of independent ones.
     error = math.sqrt(3) * each.std() / math.sqrt(len(each))
@@ -166,7 +166,7 @@ def test_exact_match_is_that_of_free_greedy_decoding() -> None:
         optimizer.step()
     model.eval()
     (found,) = scored(which, [source], (), 60)
-    examples, free = task_examples(task, 60), 0
+    examples, free = task_examples(task, 0, 60), 0
     for of_one, answer in zip(examples.tokens, examples.answer, strict=True):
         prompt, greedy = of_one[: -len(answer)].tolist(), SamplingSettings(temperature=0.0)
         said = list(generate(model, prompt, len(answer), greedy, seed=0, dtype=torch.float32))

@@ -1,6 +1,6 @@
 """Synthetic tasks by length: how many answers are right, of the model, of an exact solver and by chance.
 
-Shapes: E examples, N tokens of each.
+Shapes: E examples, N tokens of each, A tokens of its answer.
 """
 
 from __future__ import annotations
@@ -50,24 +50,15 @@ class SyntheticTask(EvaluationTask):
 
     def run(self, scorer: Scorer) -> TaskResult:
         check_task_tokenizer(self._task, scorer.restored.tokenizer)
-        examples = task_examples(self._task, self._examples)
-        right = examples.answer
-        said = examples.answer_in(self._likeliest(scorer, examples.tokens)) == right
-        solved = examples.answer_in(np.stack([self._task.solve(hidden) for hidden in examples.hidden])) == right
-        by_chance = np.roll(right, 1, axis=0) == right if self._examples > 1 else None
-        exact_match = float(said.all(1).mean())
-        low, high = wilson_interval(exact_match, self._examples)
-        metrics = {
-            "exact_match,none": exact_match,
-            "exact_match_stderr,none": _error(said.all(1)),
-            "exact_match_lo,none": low,
-            "exact_match_hi,none": high,
-            "token_accuracy,none": float(said.mean()),
-            "token_accuracy_stderr,none": _error(said.mean(1)),
-            "solver_exact_match,none": float(solved.all(1).mean()),
-            "shuffled_exact_match,none": None if by_chance is None else float(by_chance.all(1).mean()),
-            "shuffled_token_accuracy,none": None if by_chance is None else float(by_chance.mean()),
-        }
+        advance = scorer.progress(self.name, self._examples)
+        answers: list[tuple[Ints, Ints, Ints]] = []
+        for first in range(0, self._examples, scorer.batch_size):
+            examples = task_examples(self._task, first, min(scorer.batch_size, self._examples - first))
+            solved = np.stack([self._task.solve(hidden) for hidden in examples.hidden])
+            said = _likeliest(scorer, examples.tokens)
+            answers.append((examples.answer, examples.answer_in(said), examples.answer_in(solved)))
+            advance(len(examples.tokens))
+        metrics = _metrics(*map(np.concatenate, zip(*answers, strict=True)))
         return TaskResult(
             task=self._label,
             version="N/A",
@@ -77,19 +68,6 @@ class SyntheticTask(EvaluationTask):
             higher_is_better={"exact_match": True, "token_accuracy": True},
             length=self.length,
         )
-
-    @torch.no_grad()
-    def _likeliest(self, scorer: Scorer, tokens: Ints) -> Ints:
-        """The likeliest token [E, N] at each place, after the `tokens` [E, N] before it; the first is not predicted."""
-        advance = scorer.progress(self.name, len(tokens))
-        found = np.zeros_like(tokens)
-        for start in range(0, len(tokens), scorer.batch_size):
-            rows = slice(start, start + scorer.batch_size)
-            inputs = torch.from_numpy(tokens[rows, :-1]).to(scorer.restored.device)
-            with autocast(scorer.restored.device, scorer.dtype):
-                found[rows, 1:] = scorer.restored.model(inputs).argmax(-1).cpu().numpy()
-            advance(len(inputs))
-        return found
 
 
 def find_synthetic_tasks(names: Sequence[str], options: TaskOptions) -> Selection:
@@ -112,6 +90,34 @@ def parse_lengths(text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() and 0 < len(part) < 10 for part in parts):
         raise ConfigError(f"--lengths {text} names no lengths; give whole numbers with commas, such as 64,128,256")
     return list(map(int, parts))
+
+
+@torch.no_grad()
+def _likeliest(scorer: Scorer, tokens: Ints) -> Ints:
+    """The likeliest token [E, N] at each place, after the `tokens` [E, N] before it; the first is not predicted."""
+    inputs = torch.from_numpy(tokens[:, :-1]).to(scorer.restored.device)
+    with autocast(scorer.restored.device, scorer.dtype):
+        found: Ints = scorer.restored.model(inputs).argmax(-1).cpu().numpy()
+    return np.pad(found, ((0, 0), (1, 0)))
+
+
+def _metrics(right: Ints, said: Ints, solved: Ints) -> dict[str, float | None]:
+    """The metrics of answers [E, A]: the right ones, those of the model and those of the solver."""
+    is_right = said == right
+    by_chance = np.roll(right, 1, axis=0) == right if len(right) > 1 else None
+    exact_match = float(is_right.all(1).mean())
+    low, high = wilson_interval(exact_match, len(right))
+    return {
+        "exact_match,none": exact_match,
+        "exact_match_stderr,none": _error(is_right.all(1)),
+        "exact_match_lo,none": low,
+        "exact_match_hi,none": high,
+        "token_accuracy,none": float(is_right.mean()),
+        "token_accuracy_stderr,none": _error(is_right.mean(1)),
+        "solver_exact_match,none": float((solved == right).all(1).mean()),
+        "shuffled_exact_match,none": None if by_chance is None else float(by_chance.all(1).mean()),
+        "shuffled_token_accuracy,none": None if by_chance is None else float(by_chance.mean()),
+    }
 
 
 def _error(shares: NDArray[Any]) -> float | None:
