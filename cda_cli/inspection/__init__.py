@@ -1,9 +1,11 @@
 """Inspection: a model and text → what each layer and head selects."""
 
+from cda_cli.inspection.collect_rows import RowCollector
 from cda_cli.inspection.concentration import effective_support
 from cda_cli.inspection.inspect import inspect, parse_selection
 from cda_cli.inspection.measures import MEASURES, NAMES, check_measure
 from cda_cli.inspection.report import HeadReport, LayerReport, Report
+from cda_cli.inspection.store import RowStore, StoredHead, StoredRow, parse_size
 from cda_cli.inspection.watchers import RecordWatcher, ReportWatcher, Watcher
 
 __all__ = [
@@ -14,9 +16,14 @@ __all__ = [
     "RecordWatcher",
     "Report",
     "ReportWatcher",
+    "RowCollector",
+    "RowStore",
+    "StoredHead",
+    "StoredRow",
     "Watcher",
     "check_measure",
     "effective_support",
     "inspect",
     "parse_selection",
+    "parse_size",
 ]

@@ -20,6 +20,7 @@ from cda_cli.inspection import (
     HeadReport,
     RecordWatcher,
     ReportWatcher,
+    RowCollector,
     effective_support,
     inspect,
     parse_selection,
@@ -175,6 +176,23 @@ def test_the_kept_weights_are_those_of_the_first_window() -> None:
     assert kept is not None
     torch.testing.assert_close(kept, seen[1].weights[0, 0], atol=1e-5, rtol=0)
     assert run(model).kept is None
+
+
+def test_the_store_has_the_rows_of_the_first_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all layers and heads, from whatever blocks; the windows of later batches are no part of it."""
+    model = build(null_kv=1, learned_k=True)
+    weights = [one.weights[0] for one in raw(model) if isinstance(one, ObservedAttention)]
+    monkeypatch.setattr("cda_cli.model.rules.base.BLOCK_SCORES", 2 * 13 * 5)
+    collector = RowCollector(2, 100_000, keep=1.0)
+    inspect(model, batches(1), CPU, torch.float32, ReportWatcher(collector=collector))
+    store = collector.store()
+    assert list(store.heads) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for layer, head in store.heads:
+        for query in range(12):
+            row = store.row(layer, head, query)
+            exact = weights[layer][head, query, torch.from_numpy(row.keys + 1)].numpy()
+            np.testing.assert_allclose(row.weights, exact, rtol=0.014)
+            assert row.weights.sum() + row.rest == pytest.approx(weights[layer][head, query].sum().item(), rel=0.02)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 7 * 2 * 13 * 5])
