@@ -1,4 +1,4 @@
-"""Conditions on the figures of a result, such as `top[32].difference_hi > 0.01`, under which a command fails."""
+"""Conditions on the figures of a result, such as `top[32].difference_hi > 0.01`, under which a check fails."""
 
 from __future__ import annotations
 
@@ -40,9 +40,11 @@ class Condition:
         if not isinstance(side, str):
             return side
         if side not in figures:
-            raise ConfigError(f"--fail-if names {side}, which the result does not have: {did_you_mean(side, figures)}")
+            raise ConfigError(
+                f"{self.text!r} names {side}, which the result does not have: {did_you_mean(side, figures)}"
+            )
         if math.isnan(figures[side]):
-            raise CheckFailedError(f"{side} has no value here, so --fail-if {self.text!r} cannot pass; take more text")
+            raise CheckFailedError(f"{side} has no value here, so {self.text!r} cannot be checked; take more text")
         return figures[side]
 
 
@@ -51,7 +53,7 @@ def parse_condition(text: str) -> Condition:
     found = CONDITION.fullmatch(text)
     sides = [_side(side) for side in found.group(1, 3)] if found else []
     if found is None or not any(isinstance(side, str) for side in sides):
-        raise ConfigError(f"--fail-if {text!r} is no condition; write a figure, < or >, and a number, as in 'loss > 2'")
+        raise ConfigError(f"{text!r} is no condition; write a figure, < or >, and a number, as in 'loss > 2'")
     return Condition(text.strip(), sides[0], found[2], sides[1])
 
 
@@ -97,6 +99,17 @@ def check_conditions(conditions: Sequence[Condition], document: Mapping[str, Any
     figures = figures_of(document)
     held = [condition for condition in conditions if condition.holds(figures)]
     if held:
-        named = {side: figures[side] for one in held for side in (one.left, one.right) if isinstance(side, str)}
-        values = ", ".join(f"{name} is {value:.6g}" for name, value in named.items())
-        raise CheckFailedError(f"failed, as {' and '.join(one.text for one in held)}: {values}")
+        raise CheckFailedError(f"failed, as {' and '.join(one.text for one in held)}: {_values(held, figures)}")
+
+
+def require(condition: Condition, document: Mapping[str, Any]) -> None:
+    """Raises CheckFailedError if the condition does not hold for the figures of `document`."""
+    figures = figures_of(document)
+    if not condition.holds(figures):
+        raise CheckFailedError(f"{condition.text} does not hold: {_values([condition], figures)}")
+
+
+def _values(conditions: Sequence[Condition], figures: Mapping[str, float]) -> str:
+    """What the figures are that these conditions name."""
+    named = {side: figures[side] for one in conditions for side in (one.left, one.right) if isinstance(side, str)}
+    return ", ".join(f"{name} is {value:.6g}" for name, value in named.items())

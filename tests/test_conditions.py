@@ -1,4 +1,4 @@
-"""Conditions of `--fail-if`: what they name, what they refuse, and when they fail."""
+"""Conditions, as of `--fail-if`: what they name, what they refuse, and when they fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cda_cli.conditions import COMPARISONS, check_conditions, figures_of, parse_condition
+from cda_cli.conditions import COMPARISONS, check_conditions, figures_of, parse_condition, require
 from cda_cli.errors import CheckFailedError, ConfigError
 
 DOCUMENT: dict[str, Any] = {
@@ -46,6 +46,14 @@ def test_what_holds_fails_with_its_figures() -> None:
     with pytest.raises(CheckFailedError, match=r"loss_hi > 1\.5 and 1 < loss: loss_hi is 1\.6, loss is 1\.5") as failed:
         check_conditions([parse_condition(text) for text in ("loss_hi > 1.5", "loss > 2", "1 < loss")], DOCUMENT)
     assert failed.value.exit_code == 3
+
+
+def test_what_is_required_must_hold() -> None:
+    require(parse_condition("loss < 2"), DOCUMENT)
+    with pytest.raises(CheckFailedError, match=r"^loss_hi < loss does not hold: loss_hi is 1\.6, loss is 1\.5$"):
+        require(parse_condition("loss_hi < loss"), DOCUMENT)
+    with pytest.raises(CheckFailedError, match="has no value here"):
+        require(parse_condition("top[32].difference_hi < 9"), DOCUMENT)
 
 
 def test_a_figure_without_a_value_passes_no_condition() -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cda_cli.commands.inspect_options import FailIfOption
 from cda_cli.commands.options import (
     BackendOption,
     BestOption,
@@ -36,6 +37,7 @@ def inspect_sparsity(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
+    fail_if: FailIfOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """What each layer and head selects on real text: how many keys, the budget k and caps, where they are, and units.
@@ -43,13 +45,15 @@ def inspect_sparsity(
     A map shows one measure of all chosen heads. The heat map shows the weights of the first of them, in the first of
     the chosen layers, over the beginning of the text. --json has every measure, also by position.
     """
+    from cda_cli.conditions import check_conditions, parse_condition
     from cda_cli.console import note, print_json, progress, show_report, shows_progress
     from cda_cli.data import loss_of_text
-    from cda_cli.inspection import ReportWatcher, check_measure, inspect, parse_selection
+    from cda_cli.inspection import ReportWatcher, check_measure, inspect, named_figures, parse_selection
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
 
     check_measure(by)
+    conditions = [parse_condition(text) for text in fail_if or ()]
     with StopRequest() as stop:
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
@@ -64,9 +68,11 @@ def inspect_sparsity(
             inspect(restored.model, stop.until(batches), restored.device, precision, watcher, advance)
         stop.check("interrupted; nothing was written")
     report = watcher.report().only(chosen_layers, chosen_heads)
+    source = {"checkpoint": str(restored.path), "data": text.description, "split": text.split}
+    document = {**source, "attn_eps": restored.model.attention_eps, **report.as_dict()}
     if as_json:
-        source = {"checkpoint": str(restored.path), "data": text.description, "split": text.split}
-        print_json({**source, "attn_eps": restored.model.attention_eps, **report.as_dict()})
+        print_json(document)
     else:
         assert watcher.kept is not None
         show_report(report, restored, text, by, drawn, watcher.kept)
+    check_conditions(conditions, named_figures(document))

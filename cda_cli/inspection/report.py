@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from cda_cli.inspection.residual import ResidualFigures
-from cda_cli.inspection.statistics import range_ends
+from cda_cli.inspection.statistics import Histogram, range_ends
 from cda_cli.inspection.units import UnitFigures
+
+SHORT_NAMES = {"support": "effective_support", "k": "sparsity_k"}
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class HeadReport:
 
     `quantiles` has p5, p50 and p95 over rows by measure. `by_position` has the means over the queries in each range of
     positions by measure. `distance_mass` is the share of the mass in each range of distances. The ranges are 0, 1, 2–3,
-    4–7, 8–15 and so on (`statistics.range_ends`).
+    4–7, 8–15 and so on (`statistics.range_ends`). `histograms` are those of the quantiles.
     """
 
     layer: int
@@ -26,10 +29,15 @@ class HeadReport:
     quantiles: Mapping[str, Mapping[str, float]]
     by_position: Mapping[str, list[float]]
     distance_mass: list[float]
+    histograms: Mapping[str, Histogram] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        return f"head[{self.layer}.{self.head}]"
 
     def as_dict(self) -> dict[str, Any]:
         rest = {"quantiles": self.quantiles, "by_position": self.by_position, "distance_mass": self.distance_mass}
-        return {"layer": self.layer, "head": self.head, **self.measures, **rest}
+        return {"name": self.name, "layer": self.layer, "head": self.head, **self.measures, **rest}
 
 
 class LayerReport(NamedTuple):
@@ -56,12 +64,24 @@ class Report:
             layers=[layer for layer in self.layers if layer.layer in layers],
         )
 
+    def all_heads(self) -> dict[str, dict[str, float]]:
+        """The mean, the smallest and the largest of each measure over the heads, NaN aside; quantiles over all rows."""
+        figures: dict[str, dict[str, float]] = {}
+        for name in self.heads[0].measures:
+            values = [head.measures[name] for head in self.heads if not math.isnan(head.measures[name])]
+            known = (sum(values) / len(values), min(values), max(values)) if values else (math.nan,) * 3
+            figures[name] = dict(zip(("mean", "min", "max"), known, strict=True))
+        for name in self.heads[0].histograms:
+            figures[name] |= Histogram.joined([head.histograms[name] for head in self.heads]).quantiles()[0]
+        return figures
+
     def as_dict(self) -> dict[str, Any]:
         ranges = max(len(each) for head in self.heads for each in (*head.by_position.values(), head.distance_mass))
         return {
             "tokens": self.tokens,
             "windows": self.windows,
             "ranges": [list(range_ends(index)) for index in range(ranges)],
+            "all_heads": self.all_heads(),
             "heads": [head.as_dict() for head in self.heads],
             "layers": [
                 {"layer": each.layer, "head_divergence": each.head_divergence, **each.residual._asdict()}
@@ -69,3 +89,12 @@ class Report:
             ],
             "feed_forward": [{"layer": each.layer, **each.units._asdict()} for each in self.layers],
         }
+
+
+def named_figures(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document of a report, for conditions: what `all_heads` has is also found without that word.
+
+    Of the measures, `support` stands for `effective_support`, and `k` for `sparsity_k`.
+    """
+    overall = document["all_heads"]
+    return {**document, **overall, **{short: overall[name] for short, name in SHORT_NAMES.items()}}

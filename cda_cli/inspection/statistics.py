@@ -7,6 +7,8 @@ Shapes: B batch, H heads, t queries of a block, M figures of a row, P ranges of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -80,6 +82,22 @@ class Histogram:
         steps = (below < (share * below[:, -1:]).clamp(min=1)).sum(-1)
         figures = LOWEST * 2 ** (steps.double() / STEPS)
         return figures.round() if self.whole else figures
+
+    def of_head(self, head: int) -> Histogram:
+        """The histogram of one head, on the CPU."""
+        return Histogram.joined([self], slice(head, head + 1))
+
+    @classmethod
+    def joined(cls, histograms: Sequence[Histogram], heads: slice = slice(None)) -> Histogram:
+        """The histogram of the rows of all `histograms`, or of these heads of them, as if they were of one head."""
+        joined = cls(histograms[0].whole)
+        joined.counts = torch.stack([each.counts[heads].sum(0, keepdim=True).cpu() for each in histograms]).sum(0)
+        return joined
+
+    def quantiles(self) -> list[dict[str, float]]:
+        """The figures that 5, 50 and 95 % of the rows do not exceed, by "p5", "p50" and "p95", of each head."""
+        figures = {f"p{percent}": self.quantile(percent / 100).tolist() for percent in (5, 50, 95)}
+        return [dict(zip(figures, each, strict=True)) for each in zip(*figures.values(), strict=True)]
 
     def share_at(self, value: float) -> Tensor:
         """The share of the rows whose figure is `value`, to half a step, [H], on the CPU."""

@@ -162,10 +162,7 @@ class _AttentionLayer:
         }
         for name, chance in self.distances.chances().items():
             measures[f"{name}_lift"] = totals[f"{name}_share"] / chance
-        quantiles = {
-            name: {f"p{percent}": histogram.quantile(percent / 100) for percent in (5, 50, 95)}
-            for name, histogram in self.histograms.items()
-        }
+        quantiles = {name: histogram.quantiles() for name, histogram in self.histograms.items()}
         by_position = self.means.by_position()
         ranges = doubling_range(torch.arange(shares.shape[1]))
         mass = torch.zeros(len(shares), int(ranges.max()) + 1, dtype=torch.float64).index_add(1, ranges.long(), shares)
@@ -174,9 +171,10 @@ class _AttentionLayer:
                 layer,
                 head,
                 {name: figure[head].item() for name, figure in measures.items()},
-                {name: {mark: each[head].item() for mark, each in of.items()} for name, of in quantiles.items()},
+                {name: of[head] for name, of in quantiles.items()},
                 {name: of[head].tolist() for name, of in zip(MEASURES, by_position, strict=True)},
                 mass[head].tolist(),
+                {name: histogram.of_head(head) for name, histogram in self.histograms.items()},
             )
             for head in range(len(shares))
         ]

@@ -33,11 +33,11 @@ def trained(cda: Cda, tiny: Path, out: Path, *settings: object, steps: int = 1) 
 def test_json_has_every_figure_of_every_head(cda: Cda, finished: Path) -> None:
     found = inspected(cda, finished)
     source = {"checkpoint", "data", "split", "attn_eps"}
-    assert set(found) == source | {"tokens", "windows", "ranges", "heads", "layers", "feed_forward"}
+    assert set(found) == source | {"tokens", "windows", "ranges", "all_heads", "heads", "layers", "feed_forward"}
     assert found["tokens"] == 2 * 32
     assert [(head["layer"], head["head"]) for head in found["heads"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     for head in found["heads"]:
-        assert set(head) == {"layer", "head", *NAMES, "quantiles", "by_position", "distance_mass"}
+        assert set(head) == {"name", "layer", "head", *NAMES, "quantiles", "by_position", "distance_mass"}
         assert set(head["by_position"]) == set(MEASURES)
         assert 1 <= head["sparsity_k"] <= 3
         assert head["row_sum"] == pytest.approx(head["sparsity_k"], abs=0.2), "rows that see less than k aside"
@@ -187,3 +187,22 @@ def test_another_text(cda: Cda, finished: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("Λ and λ: " * 200, encoding="utf-8")
     assert inspected(cda, finished, "--data", other)["data"] == str(other)
+
+
+@pytest.mark.parametrize(
+    ("condition", "code", "said"),
+    [
+        ("support.p95 > 1000", 0, ""),
+        ("support.p95 > 1", 3, "failed, as support.p95 > 1: support.p95 is "),
+        ("head[1.0].keys_95 >= all_heads.keys_95.min", 3, "head[1.0].keys_95 is "),
+        ("suport.p95 > 64", 2, "did you mean 'support.p95'?"),
+        ("support.p95", 2, "no condition"),
+    ],
+)
+def test_a_figure_fails_the_command(cda: Cda, finished: Path, condition: str, code: int, said: str) -> None:
+    """After the result is shown, and with the same words each time."""
+    arguments = ("inspect-sparsity", finished, "--max-batches", 1, "--json", "--fail-if", condition)
+    result = cda(*arguments)
+    assert result.code == code
+    assert said in result.err
+    assert bool(result.out) == (said != "no condition")

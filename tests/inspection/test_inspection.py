@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cda_cli.conditions import figures_of
 from cda_cli.config import ModelConfig
 from cda_cli.data import Batch, Tokens, evaluation_batches
 from cda_cli.errors import ConfigError
@@ -23,6 +24,7 @@ from cda_cli.inspection import (
     RowCollector,
     effective_support,
     inspect,
+    named_figures,
     parse_selection,
 )
 from cda_cli.inspection.units import contributions, units_in_use
@@ -53,7 +55,7 @@ def run(model: Transformer, text: list[Batch] | None = None, **changes: Any) -> 
 def flat(value: Any, path: str = "") -> dict[str, float]:
     """The numbers in a document of JSON, by where they stand."""
     if not isinstance(value, (dict, list)):
-        return {path: value}
+        return {} if isinstance(value, str) else {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
     return {name: number for key, inner in items for name, number in flat(inner, f"{path}/{key}").items()}
 
@@ -245,11 +247,37 @@ def test_the_report_for_machines_holds_everything() -> None:
     assert document["ranges"] == [[0, 0], [1, 1], [2, 3], [4, 7], [8, 15]]
     for found, head in zip(document["heads"], report.heads, strict=True):
         assert set(head.measures) == set(NAMES)
-        assert set(found) == {"layer", "head", *NAMES, "quantiles", "by_position", "distance_mass"}
+        assert set(found) == {"name", "layer", "head", *NAMES, "quantiles", "by_position", "distance_mass"}
         assert {name: found[name] for name in NAMES} == head.measures
     [layer] = report.layers
     assert document["feed_forward"] == [{"layer": 0, **layer.units._asdict()}]
     assert document["layers"] == [{"layer": 0, "head_divergence": layer.head_divergence, **layer.residual._asdict()}]
+
+
+def test_what_all_heads_have_together() -> None:
+    """Means and limits over heads; quantiles over all rows, so a median lies between those of the heads."""
+    report = run(build(learned_k=True)).report()
+    together = report.all_heads()
+    assert set(together) == set(NAMES)
+    for name, figures in together.items():
+        values = [head.measures[name] for head in report.heads]
+        assert figures["mean"] == pytest.approx(np.mean(values), nan_ok=True)
+        assert (figures["min"], figures["max"]) == pytest.approx((min(values), max(values)), nan_ok=True)
+    for name in report.heads[0].quantiles:
+        for mark in ("p5", "p50", "p95"):
+            of_heads = [head.quantiles[name][mark] for head in report.heads]
+            assert min(of_heads) <= together[name][mark] <= max(of_heads)
+        (one,) = report.only([1], [0]).heads
+        assert report.only([1], [0]).all_heads()[name].items() >= one.quantiles[name].items()
+
+
+def test_conditions_find_the_figures_of_all_heads_and_of_one() -> None:
+    report = run(build()).report()
+    figures = figures_of(named_figures(report.as_dict()))
+    assert figures["support.p95"] == figures["all_heads.effective_support.p95"] > 1
+    assert figures["k.mean"] == 2
+    assert figures["head[1.0].keys_95"] == report.heads[2].measures["keys_95"]
+    assert figures["layers[1].head_divergence"] == report.layers[1].head_divergence
 
 
 def test_what_training_records_are_means_over_the_heads_of_a_layer() -> None:
