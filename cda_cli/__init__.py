@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from cda_cli.language_model import LanguageModel
     from cda_cli.ops import Backend
     from cda_cli.settings import Dtype
+    from cda_cli.sparsity_report import SparsityReport
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "inspect", "load"]
 
 
 def load(
@@ -47,3 +48,28 @@ def load(
     from cda_cli.language_model import load_language_model
 
     return load_language_model(path, best=best, ema=ema, device=device, dtype=dtype, backend=backend)
+
+
+def inspect(
+    model_or_path: str | Path | LanguageModel,
+    text: str,
+    *,
+    keep: float = 0.99,
+    budget: str | int = "12MB",
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+) -> SparsityReport:
+    """Looks at what each layer and head of a model selects on `text`, and returns a report of it.
+
+    `model_or_path` is what `load` takes, or what it returned. All windows of the text make the figures. Of the first
+    one the report also has the weights: of each row the largest, until they have the share `keep` of its mass, in
+    `budget` bytes or fewer.
+
+    Raises `cda_cli.errors.CdaError`, in one sentence, as `load` does, and ConfigError for a text or a budget that is
+    too small.
+    """
+    from cda_cli.sparsity_report import inspect_model
+
+    how = {"device": device, "dtype": dtype, "backend": backend}
+    return inspect_model(model_or_path, text, keep=keep, budget=budget, **how)

@@ -60,10 +60,20 @@ class LanguageModel:
         """The folder of the checkpoint, or the exported folder."""
         return self._restored.path
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._restored.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the matrix products."""
+        return self._dtype
+
     def __repr__(self) -> str:
         precision = str(self._dtype).removeprefix("torch.")
         size = counted(self.model.parameter_count(), "parameter")
-        return f"<LanguageModel of {self.path}: {size}, {self._restored.device}, {precision}>"
+        return f"<LanguageModel of {self.path}: {size}, {self.device}, {precision}>"
 
     @torch.no_grad()
     def logits(self, text: str) -> Tensor:
@@ -72,13 +82,13 @@ class LanguageModel:
         Row i is about the token that follows token i; `data.bos` is token 0, if there is one. Raises ConfigError if
         the text has no token, or more than the context of the model.
         """
-        ids, context = self._encoded(text).ids, self.config.model.seq_len
+        ids, context = self.encoded(text).ids, self.config.model.seq_len
         if not 0 < len(ids) <= context:
             raise ConfigError(
                 f"the text has {counted(len(ids), 'token')}; give from one to the {context} of the model's context"
             )
-        tokens = torch.from_numpy(ids.astype(np.int64)).to(self._restored.device)
-        with autocast(self._restored.device, self._dtype):
+        tokens = torch.from_numpy(ids.astype(np.int64)).to(self.device)
+        with autocast(self.device, self.dtype):
             logits: Tensor = self.model(tokens[None])
         return logits[0].float()
 
@@ -95,15 +105,15 @@ class LanguageModel:
         is longer than the model's context.
         """
         context, continuation = ("", text) if isinstance(text, str) else text
-        encoded = self._encoded(context + continuation)
-        first = _common_prefix(encoded, self._encoded(context)) if isinstance(text, tuple) else 1
+        encoded = self.encoded(context + continuation)
+        first = _common_prefix(encoded, self.encoded(context)) if isinstance(text, tuple) else 1
         if with_separator:
             encoded = Encoded.join([encoded, self.tokenizer.ending])
         if not 0 < first <= len(encoded.ids):
             raise ConfigError("nothing stands before the text to predict it from; put at least one token there")
         if first == len(encoded.ids):
             return 0.0
-        device = self._restored.device
+        device = self.device
         if isinstance(text, tuple):
             ids = encoded.ids.tolist()
             return loglikelihoods(self.model, [(ids[:first], ids[first:])], 1, device, self._dtype)[0].nats
@@ -137,7 +147,7 @@ class LanguageModel:
         )
         return "".join(pieces)
 
-    def _encoded(self, text: str) -> Encoded:
+    def encoded(self, text: str) -> Encoded:
         """The tokens of a text, after the one that begins each document and each prompt, if there is one."""
         return Encoded.join([self.tokenizer.beginning, self.tokenizer.encode_sized(text)])
 

@@ -67,6 +67,7 @@ SLOW = (
     "reliability/test_reliability.py",
     "storage/test_checkpoint.py",
     "storage/test_checkpoint_damage.py",
+    "test_notebook.py",
     "test_runtime.py",
     "test_transformers.py",
     "test_transformers_settings.py",

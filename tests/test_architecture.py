@@ -24,6 +24,7 @@ LAYERS: tuple[set[str], ...] = (
     {"__main__"},
     {"main"},
     {"commands"},
+    {"sparsity_report"},
     {"language_model"},
     {"console", "interchange", "training"},
     {"causal"},
@@ -38,7 +39,7 @@ LAYERS: tuple[set[str], ...] = (
 )
 # What these may import of the package besides themselves, and no more.
 ONLY: dict[str, set[str]] = {
-    "cda_cli": {"language_model", "ops", "settings", "version"},
+    "cda_cli": {"language_model", "ops", "settings", "sparsity_report", "version"},
     "__main__": {"main"},
     "main": {"version", "commands", "console", "errors", "streams"},
     "console": {"plurals", "runs", "settings", "settings_table", "strict_json"},

@@ -3,7 +3,7 @@
 from cda_cli.inspection.collect_rows import RowCollector
 from cda_cli.inspection.concentration import effective_support
 from cda_cli.inspection.inspect import inspect, parse_selection
-from cda_cli.inspection.measures import MEASURES, NAMES, check_measure
+from cda_cli.inspection.measures import MEASURES, NAMES, QUANTILES, check_measure
 from cda_cli.inspection.report import HeadReport, LayerReport, Report, named_figures
 from cda_cli.inspection.store import RowStore, StoredHead, StoredRow, parse_size
 from cda_cli.inspection.watchers import RecordWatcher, ReportWatcher, Watcher
@@ -11,6 +11,7 @@ from cda_cli.inspection.watchers import RecordWatcher, ReportWatcher, Watcher
 __all__ = [
     "MEASURES",
     "NAMES",
+    "QUANTILES",
     "HeadReport",
     "LayerReport",
     "RecordWatcher",

@@ -67,18 +67,31 @@ class RowStore:
         self.heads: Mapping[tuple[int, int], StoredHead] = {(head.layer, head.head): head for head in heads}
         self._decoded: tuple[StoredHead, RowArrays] | None = None
 
+    def rows(self, layer: int, head: int) -> RowArrays:
+        """Returns all rows of a head, with `rest` as it is and not as a share. Raises ConfigError if it has no such.
+
+        Those of the last head that was asked for are kept.
+        """
+        stored = self._head(layer, head)
+        if self._decoded is None or self._decoded[0] is not stored:
+            keys = self.queries + self.null_keys
+            try:
+                rows = decode(stored.rows, self.queries, keys, stored.smallest_k, stored.largest_k)
+            except ValueError as error:
+                raise _damaged() from error
+            bound = np.minimum(rows.k, np.arange(self.queries) + 1 + self.null_keys)
+            self._decoded = stored, rows._replace(rest=rows.rest * bound)
+        return self._decoded[1]
+
     def row(self, layer: int, head: int, query: int) -> StoredRow:
         """Returns one row. Raises ConfigError if the store has no such head or query."""
-        stored = self._head(layer, head)
+        rows = self.rows(layer, head)
         if not 0 <= query < self.queries:
             raise ConfigError(f"the store has no query {query}; its queries are 0 to {self.queries - 1}")
-        rows = self._rows(stored)
         start = int(rows.length[:query].sum())
         span = slice(start, start + int(rows.length[query]))
         distance, weights, capped = (each[span][::-1] for each in (rows.distance, rows.weight, rows.capped))
-        k = float(rows.k[query])
-        bound = min(k, query + 1 + self.null_keys)
-        return StoredRow(query - distance, weights, capped, k, float(rows.rest[query]) * bound)
+        return StoredRow(query - distance, weights, capped, float(rows.k[query]), float(rows.rest[query]))
 
     def thumbnail(self, layer: int, head: int) -> NDArray[np.uint8]:
         """The largest weight in each cell of a coarse map, as codes [n, n], queries down; n is 64, or fewer queries.
@@ -146,16 +159,6 @@ class RowStore:
             last = "{}.{}".format(*max(self.heads))
             raise ConfigError(f"the store has no head {layer}.{head}; its last one is {last}, and both count from 0")
         return self.heads[layer, head]
-
-    def _rows(self, head: StoredHead) -> RowArrays:
-        """The rows of a head, decoded; those of the last one are kept."""
-        if self._decoded is None or self._decoded[0] is not head:
-            try:
-                keys = self.queries + self.null_keys
-                self._decoded = head, decode(head.rows, self.queries, keys, head.smallest_k, head.largest_k)
-            except ValueError as error:
-                raise _damaged() from error
-        return self._decoded[1]
 
 
 def thumbnail_side(queries: int) -> int:
