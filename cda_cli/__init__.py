@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cda_cli.language_model import LanguageModel
     from cda_cli.ops import Backend
     from cda_cli.settings import Dtype
-    from cda_cli.sparsity_report import SparsityReport
+    from cda_cli.sparsity_report import InspectedModel, SparsityReport, TextTokenizer
 
 __all__ = ["__version__", "inspect", "load"]
 
@@ -51,9 +51,11 @@ def load(
 
 
 def inspect(
-    model_or_path: str | Path | LanguageModel,
+    model: InspectedModel,
     text: str,
     *,
+    tokenizer: TextTokenizer | None = None,
+    context: int | None = None,
     keep: float = 0.99,
     budget: str | int = "12MB",
     device: str = "auto",
@@ -62,14 +64,26 @@ def inspect(
 ) -> SparsityReport:
     """Looks at what each layer and head of a model selects on `text`, and returns a report of it.
 
-    `model_or_path` is what `load` takes, or what it returned. All windows of the text make the figures. Of the first
-    one the report also has the weights: of each row the largest, until they have the share `keep` of its mass, in
-    `budget` bytes or fewer.
+    `model` is what `load` takes, or what it returned. It may also be a decoder of Hugging Face transformers, with
+    softmax or soft top-k (`cda_cli.transformers`), which stays on its device and in its dtype. Then `tokenizer` is its
+    tokenizer, and `context` the tokens of a window, if those are fewer than the model takes.
+
+    All windows of the text make the figures. Of the first one the report also has the weights: of each row the largest,
+    until they have the share `keep` of its mass, in `budget` bytes or fewer.
 
     Raises `cda_cli.errors.CdaError`, in one sentence, as `load` does, and ConfigError for a text or a budget that is
-    too small.
+    too small, and for a model whose attention cannot be seen.
     """
     from cda_cli.sparsity_report import inspect_model
 
-    how = {"device": device, "dtype": dtype, "backend": backend}
-    return inspect_model(model_or_path, text, keep=keep, budget=budget, **how)
+    return inspect_model(
+        model,
+        text,
+        tokenizer=tokenizer,
+        context=context,
+        keep=keep,
+        budget=budget,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+    )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
 
 from cda_cli.conditions import parse_condition, require
-from cda_cli.data import Encoded, Tokens, evaluation_batches
+from cda_cli.data import Batch, Tokens, evaluation_batches
 from cda_cli.errors import ConfigError
 from cda_cli.inspection import (
     NAMES,
@@ -164,10 +167,23 @@ def _columns(rows: list[dict[str, Any]]) -> Columns:
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
+class TextTokenizer(Protocol):
+    """A tokenizer of transformers, or another that has its two methods."""
+
+    def encode(self, text: str) -> Sequence[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+InspectedModel = str | Path | LanguageModel | nn.Module
+
+
 def inspect_model(
-    model: str | Path | LanguageModel,
+    model: InspectedModel,
     text: str,
     *,
+    tokenizer: TextTokenizer | None,
+    context: int | None,
     keep: float,
     budget: str | int,
     device: str,
@@ -175,24 +191,61 @@ def inspect_model(
     backend: str,
 ) -> SparsityReport:
     """Does what `cda_cli.inspect` says."""
+    size = parse_size(budget)
+    if isinstance(model, nn.Module):
+        return _inspect_transformers(model, tokenizer, text, context, keep, size)
+    if tokenizer is not None or context is not None:
+        raise ConfigError("a run has its tokenizer and its context; leave tokenizer and context out")
     if not isinstance(model, LanguageModel):
         model = load_language_model(model, best=False, ema=False, device=device, dtype=dtype, backend=backend)
-    return _inspect_ours(model, text, keep, parse_size(budget))
+    return _inspect_ours(model, text, keep, size)
 
 
 def _inspect_ours(lm: LanguageModel, text: str, keep: float, budget: int) -> SparsityReport:
-    # No window has the last token of a text as an input, so the separator stands there.
-    encoded = Encoded.join([lm.encoded(text), lm.tokenizer.ending])
-    if len(encoded.ids) < 2:
-        raise ConfigError("the text is empty; give one token at least")
     config = lm.config.model
     collector = RowCollector(config.depth, budget, keep)
     watcher = ReportWatcher(config.attn_k, collector=collector)
-    batches = list(evaluation_batches(Tokens(*encoded, text_bytes=0), config.seq_len, 1))
-    inspect(lm.model, batches, lm.device, lm.dtype, watcher)
-    tokens = [lm.tokenizer.decode([int(token)]) for token in batches[0].inputs[0]]
+    windows = _windows(lm.encoded(text).ids, config.seq_len)
+    inspect(lm.model, windows, lm.device, lm.dtype, watcher)
+    tokens = [lm.tokenizer.decode([int(token)]) for token in windows[0].inputs[0]]
     source = {"model": str(lm.path), "text": _digest(text), "attn_eps": lm.model.attention_eps}
     return SparsityReport(watcher.report(), collector.store(), tokens, source)
+
+
+@torch.no_grad()
+def _inspect_transformers(
+    model: Any, tokenizer: TextTokenizer | None, text: str, context: int | None, keep: float, budget: int
+) -> SparsityReport:
+    """Inspects a model of transformers, where and as it is, in evaluation mode."""
+    from cda_cli.observed_transformers import describe, observing
+
+    if tokenizer is None:
+        raise ConfigError("a model of transformers comes without its tokenizer; give tokenizer=")
+    described = describe(model)
+    collector = RowCollector(described.layers, budget, keep)
+    watcher = ReportWatcher(described.largest_k, collector=collector)
+    windows = _windows(np.array(tokenizer.encode(text)), min(context or described.context, described.context))
+    training = model.training
+    model.eval()
+    try:
+        with observing(model, watcher.see, watcher.see_residual):
+            for tokens_BT in (window.inputs.to(model.device) for window in windows):
+                watcher.begin(tokens_BT)
+                model(input_ids=tokens_BT, use_cache=False)
+    finally:
+        model.train(training)
+    tokens = [tokenizer.decode([int(token)]) for token in windows[0].inputs[0]]
+    source = {"model": described.name, "text": _digest(text), "attn_eps": described.eps}
+    return SparsityReport(watcher.report(), collector.store(), tokens, source)
+
+
+def _windows(ids: NDArray[Any], context: int) -> list[Batch]:
+    """The text in windows of one sequence each, whose inputs are all of its tokens; the last one reaches back."""
+    if not len(ids):
+        raise ConfigError("the text is empty; give one token at least")
+    # A window ends before the last token, which it predicts. So another token stands there.
+    targets = Tokens(np.append(ids, ids[-1]), np.zeros(len(ids) + 1, np.uint8), text_bytes=0)
+    return list(evaluation_batches(targets, context, 1))
 
 
 def _digest(text: str) -> str:

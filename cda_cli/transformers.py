@@ -169,7 +169,7 @@ def attention(
         raise _refusal("finds packed texts by their position_ids alone, and not by cu_seq_lens_q", "give both")
 
     settings = Settings(**getattr(module.config, NAME, {}))
-    k, eps = _of_layer(settings.k, module), _of_layer(settings.eps, module)
+    k, eps = of_layer(settings.k, module), of_layer(settings.eps, module)
     output = soft_topk_attention(
         query,
         key,
@@ -241,7 +241,8 @@ def mask(
     return documents.to(CAUSAL if causal else BOTH_WAYS).expand(batch_size, n)[:, None, None]
 
 
-def _of_layer(numbers: PerLayer, module: Any) -> float:
+def of_layer(numbers: PerLayer, module: Any) -> float:
+    """The number of the layer that `module` is of."""
     if not isinstance(numbers, (list, tuple)):
         return numbers
     layer = getattr(module, "layer_idx", None)

@@ -68,6 +68,7 @@ SLOW = (
     "storage/test_checkpoint.py",
     "storage/test_checkpoint_damage.py",
     "test_notebook.py",
+    "test_observed_transformers.py",
     "test_runtime.py",
     "test_transformers.py",
     "test_transformers_settings.py",

@@ -30,7 +30,7 @@ LAYERS: tuple[set[str], ...] = (
     {"causal"},
     {"evaluation", "inspection"},
     {"generation"},
-    {"restore", "diagnosis", "token_losses"},
+    {"restore", "diagnosis", "token_losses", "observed_transformers"},
     {"data", "model", "runs", "plots"},
     {"conditions", "config_views", "storage", "runtime", "signals", "streams", "transformers"},
     {"config"},
@@ -57,6 +57,7 @@ ONLY: dict[str, set[str]] = {
     "plots": {"errors", "storage"},
     "streams": {"errors"},
     "transformers": {"errors", "ops"},
+    "observed_transformers": {"errors", "model", "ops", "transformers"},
 }
 # What these may import from outside, besides the standard library.
 OUTSIDE: dict[str, set[str]] = {
@@ -84,6 +85,7 @@ OUTSIDE: dict[str, set[str]] = {
     "model": {"torch", "einops", "entmax"},
     "ops": {"torch", "triton", "colt5_attention"},
     "transformers": {"torch", "transformers"},
+    "observed_transformers": {"torch", "transformers"},
 }
 # Who alone may import each of these: a file, or a folder and all below it.
 CONFINED: dict[str, set[str]] = {
@@ -96,7 +98,7 @@ CONFINED: dict[str, set[str]] = {
     },
     "colt5_attention": {"cda_cli.ops.backends.colt5"},
     "entmax": {"cda_cli.model.rules.entmax"},
-    "transformers": {"cda_cli.interchange.hf", "cda_cli.transformers"},
+    "transformers": {"cda_cli.interchange.hf", "cda_cli.observed_transformers", "cda_cli.transformers"},
     "gguf": {"cda_cli.interchange.gguf_file"},
     "matplotlib": {"cda_cli.plots"},
     "lm_eval": {"cda_cli.evaluation.tasks"},

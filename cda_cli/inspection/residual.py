@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -54,6 +55,9 @@ class ResidualStream:
         self.over_median = self.over_median.maximum((largest / _medians(size)).max())
 
     def figures(self) -> ResidualFigures:
+        """What was counted; NaN without a window."""
+        if not self.windows:
+            return ResidualFigures(math.nan, [], math.nan, math.nan)
         channels = self.massive.nonzero().flatten().tolist()
         number = self.massive.sum().item() / self.windows
         return ResidualFigures(number, channels, self.largest.item(), self.over_median.item())

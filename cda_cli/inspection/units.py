@@ -5,6 +5,7 @@ Shapes: B batch, T positions, F units, C width of the residual stream.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,9 @@ class UnitCensus:
         self.pairs += B * (T - 1)
 
     def figures(self) -> UnitFigures:
+        """What was counted; without a token there are no units, and no means."""
+        if not self.tokens:
+            return UnitFigures(0, math.nan, math.nan, 0, 0, math.nan, math.nan)
         rate = self.times.cpu() / self.tokens
         mean, shared = rate.sum().item(), rate.square().sum().item()
         return UnitFigures(
@@ -90,8 +94,8 @@ class UnitCensus:
             units_99_p95=self.numbers.quantile(0.95).item(),
             dead_units=int((self.times == 0).sum()),
             always_on_units=int((self.times == self.tokens).sum()),
-            neighbour_overlap=float(self.both / self.either) if self.pairs else float("nan"),
-            chance_overlap=shared / (2 * mean - shared) if mean else float("nan"),
+            neighbour_overlap=float(self.both / self.either) if self.pairs else math.nan,
+            chance_overlap=shared / (2 * mean - shared) if mean else math.nan,
         )
 
 

@@ -88,20 +88,22 @@ class ReportWatcher(Watcher):
 
     @contextmanager
     def watching(self, model: Transformer) -> Iterator[None]:
-        begins = model.register_forward_pre_hook(lambda model, inputs: self._begin(inputs[0]))
+        begins = model.register_forward_pre_hook(lambda model, inputs: self.begin(inputs[0]))
         try:
-            with observing(model, self._see), watching_residual(model, self._see_residual):
+            with observing(model, self.see), watching_residual(model, self.see_residual):
                 yield
         finally:
             begins.remove()
 
-    def _begin(self, tokens_BT: Tensor) -> None:
+    def begin(self, tokens_BT: Tensor) -> None:
+        """Is called with the tokens of each forward pass, before the layers are seen."""
         self._tokens_BT = tokens_BT
         self.tokens += tokens_BT.numel()
         self.windows += len(tokens_BT)
         self._batches += 1
 
-    def _see(self, seen: ObservedAttention | ObservedFeedForward) -> None:
+    def see(self, seen: ObservedAttention | ObservedFeedForward) -> None:
+        """Adds rows of attention, or the activations of a feed-forward."""
         if isinstance(seen, ObservedFeedForward):
             self.units[seen.layer].add(seen)
             return
@@ -111,7 +113,8 @@ class ReportWatcher(Watcher):
         if self.keep is not None and seen.layer == self.keep[0] and seen.position == sum(map(len, self._kept)):
             self._kept.append(seen.weights[0, self.keep[1]].float().cpu())
 
-    def _see_residual(self, layer: int, x_BTC: Tensor) -> None:
+    def see_residual(self, layer: int, x_BTC: Tensor) -> None:
+        """Adds the output of a layer."""
         self.stream[layer].add(x_BTC)
 
     @property

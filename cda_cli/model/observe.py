@@ -23,7 +23,8 @@ class ObservedAttention(NamedTuple):
 
     The first `null_keys` keys are null keys. Row 0 is the query at `position`, which sees the keys up to that position.
     What the keys of a head add to the residual stream is `output_scale` [B, H, T] (the gate, and 1/k where the layer
-    divides by it) times the weights times `values` [B, H, S, D] times its columns of `to_out` [C, H · D].
+    divides by it) times the weights times `values` [B, H, S, D] times its columns of `to_out` [C, H · D],
+    which is None where it is not known.
     """
 
     layer: int
@@ -32,7 +33,7 @@ class ObservedAttention(NamedTuple):
     null_keys: int
     position: int
     values: Tensor
-    to_out: Tensor
+    to_out: Tensor | None
     output_scale: Tensor
 
 

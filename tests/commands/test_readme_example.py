@@ -35,5 +35,7 @@ def test_the_lines_of_the_page_on_python_run(finished: Path) -> None:
     assert names["nats"] < names["choices"][" be"] < 0
     assert names["tokens"].tolist() == list(b"ROMEO:")
     assert names["parameters"] > 1000
+    assert len(names["heads"]) == len(names["change"]) == 4
+    assert names["row"].weights.sum() + names["row"].rest == pytest.approx(names["row"].sparsity_k, rel=0.02)
     assert names["weights"].sum().item() == pytest.approx(2)
     assert names["weights"].max().item() <= 1
