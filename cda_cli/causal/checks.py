@@ -11,18 +11,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cda_cli.causal.cuts import Cut, parse_cuts
+from cda_cli.causal.cuts import LONGEST_CURVE, TOP, Cut, parse_cuts
 from cda_cli.causal.effects import Effect, Effects, choose_held_out
 from cda_cli.causal.gradients import gradients
 from cda_cli.causal.heads import ablations, count_ablations, measure_heads, parse_ablations
 from cda_cli.causal.interventions import Intervention
-from cda_cli.causal.substitutes import Gate, ScaledBudget, parse_substitutes
+from cda_cli.causal.substitutes import GATE, Gate, ScaledBudget, parse_substitutes
 from cda_cli.config import ModelConfig
 from cda_cli.data import Batch
 from cda_cli.errors import ConfigError
-from cda_cli.evaluation import Comparison, Sums, TextEvaluation, Units, Way
+from cda_cli.evaluation import (
+    AS_IT_IS,
+    Comparison,
+    Sums,
+    TextEvaluation,
+    Units,
+    Way,
+    joined,
+    measure,
+    windows_as_units,
+)
 from cda_cli.model import Transformer
 from cda_cli.restore import Restored
+
+SELECTION = (TOP, "recent", "distance-matched", "random")  # the keys with the largest weights, and their controls
+TOLERANCE = 0.01  # bits per byte: what keys may cost that suffice
 
 
 class Wanted(NamedTuple):
@@ -35,6 +48,13 @@ class Wanted(NamedTuple):
     def parse(cls, cuts: Sequence[str], substitutes: Sequence[str], ablated: Sequence[str]) -> Wanted:
         """Reads what a command line asks for. Raises ConfigError for what it does not know."""
         return cls([*parse_cuts(cuts), *parse_substitutes(substitutes)], parse_ablations(ablated))
+
+    @classmethod
+    def of_selection(cls, model: Transformer) -> Wanted:
+        """What says whether the keys that a model selects matter: cuts with their controls, and the gate control."""
+        most = min(LONGEST_CURVE, model.config.seq_len)
+        gate = [GATE] if model.attention_rule.has_budget else []
+        return cls.parse([f"{choice}:1..{most}" for choice in SELECTION], gate, [])
 
     def require_cuts(self, option: str) -> None:
         """Raises ConfigError if there are no cuts of keys, of which `option` needs several."""
@@ -80,8 +100,8 @@ class Prepared(NamedTuple):
                 predicted, unpredicted = comparison.difference(other), comparison.difference(way, other)
                 effect = effect._replace(predicted=predicted, unpredicted=unpredicted)
             effects.append(effect)
-        held_out = [] if tolerance is None else choose_held_out(comparison, effects, tolerance)
-        return Effects(comparison, effects, held_out)
+        held_out, controls = ([], []) if tolerance is None else choose_held_out(comparison, effects, tolerance)
+        return Effects(comparison, effects, held_out, controls)
 
     def _foretold(self, whole: Sums, scaled: ScaledBudget) -> Sums:
         assert self.budget_gradient is not None
@@ -112,6 +132,25 @@ def prepare(
         ready += ablations(list(dict.fromkeys(wanted.head_orders)), statistics)
     gradient = gradients(model, open_batches(), device, dtype, advance).budget if wanted.foretells else None
     return Prepared(ready, gradient)
+
+
+def check_text(
+    model: Transformer,
+    wanted: Wanted,
+    open_batches: Callable[[], Iterable[Batch]],
+    device: torch.device,
+    dtype: torch.dtype,
+    tolerance: float | None = None,
+    advance: Callable[[int], None] = lambda windows: None,
+) -> Effects:
+    """Measures what is `wanted` of a model in memory, on the windows that `open_batches` gives in each pass.
+
+    Each window is an observation. Raises ConfigError if an intervention has no meaning for the model.
+    """
+    prepared = prepare(model, wanted, open_batches, device, dtype, advance)
+    ways = [AS_IT_IS, *prepared.ways(model).values()]
+    sums = joined(measure(model, open_batches(), device, dtype, ways, advance))
+    return prepared.effects(sums, windows_as_units(len(sums[0])), tolerance)
 
 
 class Checks:

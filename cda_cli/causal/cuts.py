@@ -82,8 +82,9 @@ def _distance_matched(rows: Rows, n: int) -> Tensor:
 
 # How a choice ranks the keys of each row, [B, H, t, S], where n stay: the largest stay. A weight grows with its score
 # under every rule, and scores also rank the keys that are capped.
+TOP = "top"
 CHOICES: dict[str, Callable[[Rows, int], Tensor]] = {
-    "top": lambda rows, n: rows.scores,
+    TOP: lambda rows, n: rows.scores,
     "recent": _recent,
     "sink": _sink,
     "distance-matched": _distance_matched,

@@ -7,14 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from cda_cli.causal.cuts import Cut, UnitCut
+from cda_cli.causal.cuts import TOP, Cut, UnitCut
 from cda_cli.causal.heads import HeadAblation, rank_correlation
 from cda_cli.causal.interventions import Intervention
+from cda_cli.causal.substitutes import Gate
 from cda_cli.evaluation import Comparison, Estimate, Evaluation, Units
+from cda_cli.plurals import counted
+
+Of = TypeVar("Of", bound=Intervention)
+
+# The other choices of keys, in words, with their number.
+CONTROLS = {
+    "recent": "a window of the latest {}",
+    "sink": "a window of {} with the first key",
+    "distance-matched": "a choice of {} by distance alone",
+    "random": "a random choice of {}",
+    "other-head": "another head's choice of {}",
+}
 
 
 class Effect(NamedTuple):
@@ -60,15 +73,81 @@ class HeldOut(NamedTuple):
         return found
 
 
+class Control(NamedTuple):
+    """Another choice of as many keys as suffice of those with the largest weights, `kept`.
+
+    `difference` is how far its bits per byte are above those with the keys of the largest weights, on the half of the
+    observations on which the number was not chosen.
+    """
+
+    choice: str
+    kept: int
+    tolerance: float
+    difference: Estimate
+
+    @property
+    def words(self) -> str:
+        """How it does, in words that claim no more than both the interval and the standard error allow.
+
+        The interval alone is too narrow for few windows.
+        """
+        value, error, low, high = self.difference
+        if max(high, value + 2 * error) <= self.tolerance:
+            how = "does as well"
+        elif min(low, value - 2 * error) > self.tolerance:
+            how = "does worse"
+        else:
+            how = "may do as well or worse"
+        return f"{CONTROLS[self.choice].format(self.kept)} {how} ({_words(self.difference)} beside them)"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": f"control[{self.choice}]", "kept": self.kept, **self.difference.as_dict("difference")}
+
+
 class Effects(NamedTuple):
     """The model as it is, which is way 0 of `comparison`, and the effect of each intervention.
 
-    `held_out` is empty unless a tolerance is given.
+    `held_out` is empty unless a tolerance is given, and `controls` unless some number of the largest weights suffices.
     """
 
     comparison: Comparison
     effects: list[Effect]
     held_out: list[HeldOut]
+    controls: list[Control]
+
+    def of(self, kind: type[Of]) -> list[tuple[Of, Effect]]:
+        """The interventions of a type, each with its effect."""
+        return [(each.intervention, each) for each in self.effects if isinstance(each.intervention, kind)]
+
+    def curves(self) -> dict[str, dict[int, Effect]]:
+        """The effect of each cut of keys, by its series and its number of keys, the numbers in order."""
+        series: dict[str, dict[int, Effect]] = {}
+        for cut, effect in sorted(self.of(Cut), key=lambda each: each[0].keys):
+            series.setdefault(cut.series, {})[cut.keys] = effect
+        return series
+
+    def verdict(self) -> list[str]:
+        """Sentences on how few keys suffice, on its controls, and on the gate control, where they were measured."""
+        sentences = [words for top in self.held_out if top.choice == TOP for words in self._on_keys(top)]
+        for gate, effect in self.of(Gate):
+            if not math.isnan(gate.equivalent_share):
+                sentences.append(
+                    f"{gate.equivalent_share:.1%} of the rows that see more than k keys are a softmax times a gate k; "
+                    f"to make all of them so costs {_words(effect.difference)} bits per byte."
+                )
+        return sentences
+
+    def _on_keys(self, top: HeldOut) -> list[str]:
+        if top.kept is None or top.difference is None:
+            most, effect = list(self.curves()[TOP].items())[-1]
+            cost = f"{counted(most, 'key')} cost {_words(effect.difference)} bits per byte"
+            if effect.difference.value + 2 * effect.difference.error <= top.tolerance:
+                windows = counted(len(self.comparison.ways[0]), "window is", "windows are")
+                return [f"{windows} too few to say how many keys suffice; {cost}."]
+            return [f"No number of keys that was tried is sure to cost at most {top.tolerance:g}: even {cost}."]
+        suffice = f"{counted(top.kept, 'key suffices', 'keys suffice')}: {_words(top.difference)} bits per byte."
+        controls = "; ".join(control.words for control in self.controls)
+        return [suffice, *([f"{controls[0].upper()}{controls[1:]}."] if controls else [])]
 
     def as_dict(self) -> dict[str, Any]:
         """The figures of interventions, by the names in JSON."""
@@ -79,31 +158,48 @@ class Effects(NamedTuple):
             found["rank_correlations"] = correlations
         if self.held_out:
             found["held_out"] = [one.as_dict() for one in self.held_out]
+        if self.controls:
+            found["controls"] = [one.as_dict() for one in self.controls]
         return found
+
+    def document(self) -> dict[str, Any]:
+        """The figures of the model as it is, and those of interventions, by the names in JSON."""
+        return {**self.comparison.evaluation()._asdict(), **self.as_dict()}
 
     def rank_correlations(self) -> dict[str, float]:
         """Spearman's rank correlation between each measure of a head and the loss that its ablation alone costs."""
-        single = [
-            (each.intervention, each.difference) for each in self.effects if isinstance(each.intervention, HeadAblation)
-        ]
-        costs = torch.tensor([difference.value for head, difference in single if head.measured])
-        measured = [head.measured for head, _ in single if head.measured]
+        single = [(head.measured, effect.difference.value) for head, effect in self.of(HeadAblation) if head.measured]
+        measured, costs = [each for each, _ in single], torch.tensor([cost for _, cost in single])
         if not measured:
             return {}
         return {name: rank_correlation(torch.tensor([each[name] for each in measured]), costs) for name in measured[0]}
 
 
-def choose_held_out(comparison: Comparison, effects: Sequence[Effect], tolerance: float) -> list[HeldOut]:
+def choose_held_out(
+    comparison: Comparison, effects: Sequence[Effect], tolerance: float
+) -> tuple[list[HeldOut], list[Control]]:
     """Chooses on every other observation how many keys or units suffice, and measures it on the rest.
 
-    Way 0 of `comparison` is the model as it is, and the ways of `effects` follow.
+    Way 0 of `comparison` is the model as it is, and the ways of `effects` follow. The controls are the other choices of
+    as many keys as suffice of those with the largest weights. One observation has no half: then nothing suffices.
     """
-    first, other = (half(comparison, parity) for parity in (0, 1))
-    series: dict[str, list[tuple[int, int]]] = {}
+    series: dict[str, dict[int, int]] = {}
     for way, effect in enumerate(effects, start=1):
         if isinstance(effect.intervention, (Cut, UnitCut)):
-            series.setdefault(effect.intervention.series, []).append((effect.intervention.kept, way))
-    return [_chosen(choice, sorted(ways), tolerance, first, other) for choice, ways in series.items()]
+            series.setdefault(effect.intervention.series, {})[effect.intervention.kept] = way
+    if len(comparison.ways[0]) < 2:
+        return [HeldOut(choice, comparison.units.name, tolerance, None, None, None) for choice in series], []
+    first, other = (half(comparison, parity) for parity in (0, 1))
+    chosen = {choice: _chosen(choice, sorted(ways.items()), tolerance, first, other) for choice, ways in series.items()}
+    kept = chosen[TOP].kept if TOP in chosen else None
+    if kept is None:
+        return list(chosen.values()), []
+    controls = [
+        Control(choice, kept, tolerance, other.difference(ways[kept], series[TOP][kept]))
+        for choice, ways in series.items()
+        if choice in CONTROLS and kept in ways
+    ]
+    return list(chosen.values()), controls
 
 
 def _chosen(
@@ -114,6 +210,12 @@ def _chosen(
         if chosen_on.high <= tolerance:
             return HeldOut(choice, first.units.name, tolerance, kept, chosen_on, other.difference(way))
     return HeldOut(choice, first.units.name, tolerance, None, None, None)
+
+
+def _words(estimate: Estimate) -> str:
+    """A difference with its standard error, if it has one."""
+    value, error, *_ = estimate
+    return f"{round(value, 3) + 0.0:+.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 
 
 def half(comparison: Comparison, parity: int) -> Comparison:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cda_cli.causal.cuts import Cut
 from cda_cli.causal.effects import Effects
 from cda_cli.plots import Point, plot_lines
 
@@ -16,10 +15,9 @@ def draw_cuts(path: Path, effects: Sequence[Effects]) -> None:
     """Draws the differences of all cuts of keys, of one or several checkpoints, into the file `path`."""
     lines: dict[str, list[Point]] = {}
     for number, of_checkpoint in enumerate(effects, start=1):
-        for effect in of_checkpoint.effects:
-            if isinstance(effect.intervention, Cut):
-                name = effect.intervention.series + (f", checkpoint {number}" if len(effects) > 1 else "")
-                value, _, low, high = effect.difference
-                lines.setdefault(name, []).append(Point(effect.intervention.keys, value, low, high))
+        of = f", checkpoint {number}" if len(effects) > 1 else ""
+        for series, curve in of_checkpoint.curves().items():
+            points = [(keys, effect.difference) for keys, effect in curve.items()]
+            lines[series + of] = [Point(keys, value, low, high) for keys, (value, _, low, high) in points]
     y_label = "bits per byte more than with all keys"
     plot_lines(path, lines, "keys kept for each query", y_label, zero="all keys", linear_below=LINEAR_BELOW)

@@ -21,6 +21,8 @@ from cda_cli.inspection.seen_rows import CAPPED_WEIGHT
 from cda_cli.model import Rows, Transformer, editing
 from cda_cli.token_losses import token_losses
 
+GATE = "gate"
+
 
 def softmax_weights(rows: Rows) -> Tensor:
     """Returns softmax(s/ε) of each row, [B, H, t, S]."""
@@ -59,7 +61,7 @@ class Gate(OfBudget):
     Source: docs/operator.md, where nothing is capped.
     """
 
-    name, description = "gate", "k·softmax(s/ε)"
+    name, description = GATE, "k·softmax(s/ε)"
 
     def __init__(self) -> None:
         self.equivalent_share = math.nan  # of the bounded rows; NaN if there are none, and before `count`
@@ -224,7 +226,7 @@ def initial_model(model: Transformer) -> Transformer:
 
 
 WORDS: dict[str, Callable[[], Substitute]] = {
-    "gate": Gate,
+    GATE: Gate,
     "capped": lambda: Part(True),
     "free": lambda: Part(False),
     "softmax": Softmax,

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cda_cli.causal import Effects, Wanted, prepare
+from cda_cli.causal import Effects, Wanted, check_text
 from cda_cli.data import Tokens, evaluation_batches
-from cda_cli.evaluation import AS_IT_IS, joined, measure, windows_as_units
 from cda_cli.model import Transformer
 from tests.model.cases import tiny
 
@@ -65,10 +64,7 @@ def effects_of(
     def batches() -> Any:
         return evaluation_batches(tokens, seq_len, batch_size)
 
-    prepared = prepare(model, wanted, batches, CPU, torch.float32)
-    ways = [AS_IT_IS, *prepared.ways(model).values()]
-    sums = joined(measure(model, batches(), CPU, torch.float32, ways))
-    return prepared.effects(sums, windows_as_units(len(sums[0])), tolerance)
+    return check_text(model, wanted, batches, CPU, torch.float32, tolerance)
 
 
 def differences(effects: Effects) -> dict[str, float]:

@@ -10,10 +10,20 @@ import torch
 from cda_cli.causal import Effects, draw_cuts
 from cda_cli.causal.checks import Prepared
 from cda_cli.causal.cuts import parse_cuts
+from cda_cli.data import Tokens
 from cda_cli.errors import ConfigError
 from cda_cli.evaluation import Sums, windows_as_units
+from cda_cli.model import Transformer
 from cda_cli.plots import require_plot
-from tests.causal.models import build, effects_of, text
+from tests.causal.models import (
+    build,
+    content_head,
+    content_text,
+    effects_of,
+    local_head,
+    local_text,
+    text,
+)
 
 BITS = 0.6931471805599453  # nats
 
@@ -54,6 +64,40 @@ def test_none_may_suffice() -> None:
     (found,) = effects_with([[0.5] * 20, [0.1] * 20], 0.01).held_out
     assert found.kept is None
     assert found.as_dict()["kept"] is None
+
+
+def test_a_single_window_has_no_half_to_choose_on() -> None:
+    found = effects_with([[0.0]], 0.01)
+    assert [one.kept for one in found.held_out] == [None]
+    assert found.controls == []
+
+
+def planted_effects(model: Transformer, tokens: Tokens) -> Effects:
+    return effects_of(model, tokens, ["top:1..4", "recent:1..4", "random:1..4"], tolerance=0.01)
+
+
+def test_controls_tell_a_head_that_reads_by_content_from_one_that_reads_nearby() -> None:
+    """One key suffices for both. A window of as many does as well only where the head reads its neighbour."""
+    content = planted_effects(content_head(), content_text(24))
+    assert [(one.choice, one.kept) for one in content.controls] == [("recent", 1), ("random", 1)]
+    assert content.as_dict()["controls"][0]["name"] == "control[recent]"
+    assert content.as_dict()["controls"][0]["difference"] > 0.01
+    suffices, controls = content.verdict()
+    assert suffices.startswith("1 key suffices: +0.000 ± ")
+    assert controls.startswith("A window of the latest 1 does worse (+")
+    assert "; a random choice of 1 does worse (+" in controls
+    # Two keys of a local head are the query itself and the key that it reads.
+    local = effects_of(local_head(), local_text(24), ["top:2,4", "recent:2,4"], tolerance=0.01)
+    assert "A window of the latest 2 does as well (+0.000" in local.verdict()[1]
+
+
+def test_a_verdict_claims_no_more_than_was_seen() -> None:
+    few = effects_with([[0.0] * 3], 0.01).verdict()
+    assert few == ["3 windows are too few to say how many keys suffice; 1 key cost +0.000 ± 0.000 bits per byte."]
+    none = effects_with([[0.5] * 20, [0.1] * 20], 0.01).verdict()
+    assert none == [
+        "No number of keys that was tried is sure to cost at most 0.01: even 2 keys cost +0.100 ± 0.000 bits per byte."
+    ]
 
 
 @pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
