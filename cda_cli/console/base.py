@@ -29,6 +29,20 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
+def is_coloured(console: Console) -> bool:
+    """Whether a colour says something there: NO_COLOR, a dumb terminal and a file have none."""
+    return console.color_system is not None and not console.no_color
+
+
+def can_show(text: str) -> bool:
+    """Whether the encoding of stdout has all characters of `text`."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_live(console: Console) -> bool:
     """Whether it can be drawn on again: a terminal, and not a dumb one.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from cda_cli.console.base import out, print_pairs, share, table
+from cda_cli.console.base import is_coloured, out, print_pairs, share, table
 from cda_cli.console.head_grid import head_grid
 from cda_cli.console.heat_map import heat_map
 from cda_cli.console.text import print_sentence, section
 from cda_cli.plurals import counted
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import Tensor
 
     from cda_cli.inspection import HeadReport, Report
@@ -39,7 +40,7 @@ def show_report(
     for head, columns in zip(report.heads, described, strict=True):
         heads.add_row(f"{head.layer}.{head.head}", *columns.values())
     section(f"Attention: {restored.model.attention_description}", heads)
-    _show_map(report, by, console.width)
+    _show_map(report, by, console)
     units = table("layer", "units", "for 99%", "p95", "dead", "always on", "overlap", "by chance", "massive")
     for each in report.layers:
         unit = each.units
@@ -116,13 +117,14 @@ def head_type(head: HeadReport) -> str:
     return max(lifts, key=lambda name: lifts[name]) if lifts else DASH
 
 
-def _show_map(report: Report, by: str, width: int) -> None:
+def _show_map(report: Report, by: str, console: Console) -> None:
     figures: dict[int, dict[int, float]] = {}
     for head in report.heads:
         figures.setdefault(head.layer, {})[head.head] = head.measures[by]
     heads = list(next(iter(figures.values())))
     rows = [list(row.values()) for row in figures.values()]
-    section(f"{by}: layers down, heads across", head_grid(list(figures), heads, rows, width))
+    grid = head_grid(list(figures), heads, rows, console.width, is_coloured(console))
+    section(f"{by}: layers down, heads across", grid)
 
 
 def _share(value: float) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
+
+from cda_cli.console.base import can_show
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII = "_.-~=+*#"  # where stdout cannot show blocks
@@ -24,7 +25,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     if not finite:
         return GAP * groups
     low, high = finite[0], finite[math.ceil(0.9 * (len(finite) - 1))]
-    levels = BLOCKS if _can_show(BLOCKS) else ASCII
+    levels = BLOCKS if can_show(BLOCKS) else ASCII
     return "".join(GAP if mean is None else levels[_level(mean, low, high)] for mean in means)
 
 
@@ -43,11 +44,3 @@ def _level(value: float, low: float, high: float) -> int:
     # Halved, so that the range of the largest floats stays finite.
     share = (value / 2 - low / 2) / (high / 2 - low / 2)
     return min(len(BLOCKS) - 1, int(share * len(BLOCKS)))
-
-
-def _can_show(text: str) -> bool:
-    try:
-        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

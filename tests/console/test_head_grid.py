@@ -9,14 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.text import Text
 
-from cda_cli.console.head_grid import head_grid, short
+from cda_cli.console.head_grid import CIVIDIS, head_grid, short
+
+
+def grid(figures: list[list[float]], width: int = 80, is_coloured: bool = False) -> Text:
+    return head_grid(range(len(figures)), range(len(figures[0])), figures, width, is_coloured)
 
 
 def lines(figures: list[list[float]], width: int = 80) -> list[str]:
     """As they come out on a screen of that width."""
     file = io.StringIO()
-    Console(file=file, width=width).print(head_grid(range(len(figures)), range(len(figures[0])), figures, width))
+    Console(file=file, width=width).print(grid(figures, width))
     return file.getvalue().split("\n")[:-1]
 
 
@@ -43,6 +48,26 @@ def test_every_line_fits(layers: int, heads: int) -> None:
     assert len(drawn) == layers + 2
     assert max(map(len, drawn)) <= 80
     assert ("." in drawn[1]) == (heads <= 12)
+
+
+def test_colours_stand_behind_the_figures() -> None:
+    """The lowest figure has the first colour of the scale, the highest the last, and the middle the one between."""
+    drawn = grid([[1.0, 3.0], [5.0, math.nan]], is_coloured=True)
+    found = {drawn.plain[span.start : span.end].strip(): str(span.style) for span in drawn.spans}
+    assert found["1.00"] == f"white on {CIVIDIS[0]}"
+    assert found["3.00"] == f"white on {CIVIDIS[4]}"
+    assert found["5.00"] == f"black on {CIVIDIS[-1]}"
+    assert drawn.plain.splitlines()[2].split() == ["1", "5.00", "–"]
+    assert drawn.plain.splitlines()[-1].split() == ["1.00", "5.00"], "the scale names its ends"
+
+
+@given(layers=st.integers(1, 4), heads=st.integers(1, 70))
+def test_coloured_cells_stand_where_shades_do(layers: int, heads: int) -> None:
+    figures = [[float(head) for head in range(heads)] for _ in range(layers)]
+    plain, coloured = grid(figures).plain.splitlines(), grid(figures, is_coloured=True).plain.splitlines()
+    assert coloured[0] == plain[0]
+    assert {len(line) for line in coloured[1:-1]} == {len(line) for line in plain[1:-1]}
+    assert max(map(len, coloured)) <= 80
 
 
 @pytest.mark.parametrize(
