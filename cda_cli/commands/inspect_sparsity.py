@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +21,9 @@ from cda_cli.commands.options import (
     SplitOption,
 )
 
+if TYPE_CHECKING:
+    from cda_cli.data import Batch
+
 
 def inspect_sparsity(
     checkpoint: CheckpointArgument,
@@ -34,6 +38,14 @@ def inspect_sparsity(
         str, typer.Option(metavar="MEASURE", help="The measure of the map of all heads; docs/inspection.md lists them.")
     ] = "effective_support",
     max_batches: Annotated[int, typer.Option(min=1, help="Sequences of the text to look at.")] = 16,
+    causal: Annotated[
+        bool,
+        typer.Option(
+            "--causal",
+            help="Also causal checks on the same text: the loss with 1, 2, 4 … keys for each query, beside that of "
+            "other choices of as many, and with each row as k·softmax(s/ε).",
+        ),
+    ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
@@ -45,6 +57,7 @@ def inspect_sparsity(
     A map shows one measure of all chosen heads. The heat map shows the weights of the first of them, in the first of
     the chosen layers, over the beginning of the text. --json has every measure, also by position.
     """
+    from cda_cli.causal import TOLERANCE, Wanted, check_text
     from cda_cli.conditions import check_conditions, parse_condition
     from cda_cli.console import note, print_json, progress, show_report, shows_progress
     from cda_cli.data import loss_of_text
@@ -61,18 +74,32 @@ def inspect_sparsity(
         text = open_side(restored, data, split, stop, shows_progress() and not as_json, encoding)
         if remark := loss_of_text(text.sides):
             note(remark)
-        batches, windows = text.batches(1, max_batches)
-        with progress("inspecting", windows, quiet=as_json) as advance:
-            drawn = (chosen_layers[0], chosen_heads[0])
-            watcher = ReportWatcher(restored.config.model.attn_k, keep=drawn)
-            inspect(restored.model, stop.until(batches), restored.device, precision, watcher, advance)
-        stop.check("interrupted; nothing was written")
+        wanted = Wanted.of_selection(restored.model) if causal else None
+        drawn = (chosen_layers[0], chosen_heads[0])
+        watcher, checked = ReportWatcher(restored.config.model.attn_k, keep=drawn), None
+        _, windows = text.batches(1, max_batches)
+        passes = 1 + (1 + wanted.passes(restored.config.model) if wanted else 0)
+        with progress("inspecting", windows * passes, quiet=as_json) as bar:
+
+            def advance(done: int) -> None:
+                bar(done)
+                stop.check("interrupted; nothing was written")
+
+            def open_batches() -> Iterator[Batch]:
+                return text.batches(1, max_batches)[0]
+
+            inspect(restored.model, open_batches(), restored.device, precision, watcher, advance)
+            if wanted:
+                checked = check_text(
+                    restored.model, wanted, open_batches, restored.device, precision, TOLERANCE, advance
+                )
     report = watcher.report().only(chosen_layers, chosen_heads)
     source = {"checkpoint": str(restored.path), "data": text.description, "split": text.split}
-    document = {**source, "attn_eps": restored.model.attention_eps, **report.as_dict()}
+    further = {"causal": checked.document()} if checked else {}
+    document = {**source, "attn_eps": restored.model.attention_eps, **report.as_dict(), **further}
     if as_json:
         print_json(document)
     else:
         assert watcher.kept is not None
-        show_report(report, restored, text, by, drawn, watcher.kept)
+        show_report(report, restored, text, by, drawn, watcher.kept, checked)
     check_conditions(conditions, named_figures(document))

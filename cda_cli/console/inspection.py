@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from cda_cli.console.base import is_coloured, out, print_pairs, share, table
+from cda_cli.console.effects import show_selection
 from cda_cli.console.head_grid import head_grid
 from cda_cli.console.heat_map import heat_map
 from cda_cli.console.text import print_sentence, section
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from cda_cli.causal import Effects
     from cda_cli.inspection import HeadReport, Report
     from cda_cli.restore import Restored, TextSide
 
@@ -25,16 +27,27 @@ DASH = "–"
 
 
 def show_report(
-    report: Report, restored: Restored, text: TextSide, by: str, drawn: tuple[int, int], weights: Tensor
+    report: Report,
+    restored: Restored,
+    text: TextSide,
+    by: str,
+    drawn: tuple[int, int],
+    weights: Tensor,
+    checked: Effects | None = None,
 ) -> None:
-    """Shows a report. `by` is the measure of the map; `drawn` is the layer and head that have the weights [T, S]."""
+    """Shows a report, and what was `checked` by changing the model on the same text.
+
+    `by` is the measure of the map; `drawn` is the layer and head that have the weights [T, S].
+    """
     console, has_budget = out(), restored.model.attention_rule.has_budget
     data = f"{text.description}, {text.split}"
     tokens = f"{report.tokens:,} in {counted(report.windows, 'window')}"
     print_pairs(console, {"checkpoint": str(restored.path), "data": data, "tokens": tokens})
     console.print()
-    for sentence in verdict(report, has_budget):
+    for sentence in verdict(report, has_budget, checked):
         print_sentence(console, sentence)
+    if checked:
+        show_selection(checked, console.width)
     described = [_head_columns(head, has_budget) for head in report.heads]
     heads = table("head", *described[0])
     for head, columns in zip(report.heads, described, strict=True):
@@ -62,30 +75,44 @@ def show_report(
     section(f"Layer {drawn[0]}, head {drawn[1]}: queries down, keys across", picture)
 
 
-def verdict(report: Report, has_budget: bool) -> list[str]:
-    """Three sentences with figures: how many keys hold a row, what the budget does, and where the rest goes."""
-    heads, layers = report.heads, report.layers
-    keys = sorted(heads, key=lambda head: head.measures["keys_95"])
-    mean, rest = (sum(head.measures[name] for head in heads) / len(heads) for name in ("keys_95", "rest_64"))
+def verdict(report: Report, has_budget: bool, checked: Effects | None = None) -> list[str]:
+    """Sentences with figures: how many keys hold a row, what the budget does, and where the rest goes.
+
+    What was checked comes first, and says of the budget what the measures alone would say.
+    """
+    measured = [
+        _concentrated(report),
+        *([] if checked and has_budget else [_budget(report, has_budget)]),
+        _rest(report),
+    ]
+    return [*(checked.verdict() if checked else []), *measured]
+
+
+def _concentrated(report: Report) -> str:
+    keys = sorted(report.heads, key=lambda head: head.measures["keys_95"])
+    mean, rest = (sum(head.measures[name] for head in keys) / len(keys) for name in ("keys_95", "rest_64"))
     spread = f", from {_keys(keys[0])} to {_keys(keys[-1])}" if len(keys) > 1 else ""
-    concentrated = (
-        f"95% of the mass of a row is on {mean:.1f} keys on average{spread}; the largest 64 leave {rest:.1%}."
-    )
-    gated = [head.measures["gate_equivalent"] for head in heads if not math.isnan(head.measures["gate_equivalent"])]
+    return f"95% of the mass of a row is on {mean:.1f} keys on average{spread}; the largest 64 leave {rest:.1%}."
+
+
+def _budget(report: Report, has_budget: bool) -> str:
+    gates = [head.measures["gate_equivalent"] for head in report.heads]
+    gated = [share for share in gates if not math.isnan(share)]
     if not has_budget:
-        budget = "Rows sum to 1, without a budget and without caps."
-    elif gated:
-        budget = (
-            f"{sum(gated) / len(gated):.1%} of the rows that see more than k keys cap none: they are k times a softmax."
-        )
-    else:
-        budget = "No row sees more keys than its budget k, so every key is capped."
+        return "Rows sum to 1, without a budget and without caps."
+    if not gated:
+        return "No row sees more keys than its budget k, so every key is capped."
+    return f"{sum(gated) / len(gated):.1%} of the rows that see more than k keys cap none: they are k times a softmax."
+
+
+def _rest(report: Report) -> str:
+    heads, layers = report.heads, report.layers
     sinks = sum(head.measures["sink_rate"] > SINK_RATE for head in heads)
     used = sum(each.units.units_99 / each.units.units for each in layers) / len(layers)
     dead = sum(each.units.dead_units for each in layers)
     rested = f"{sinks} of {counted(len(heads), 'head')} {'rests' if sinks == 1 else 'rest'} on a sink"
     units = f"{used:.1%} of the units make 99% of what the feed-forward adds, and {counted(dead, 'unit')} never did"
-    return [concentrated, budget, f"{rested}; {units}."]
+    return f"{rested}; {units}."
 
 
 def _keys(head: HeadReport) -> str:

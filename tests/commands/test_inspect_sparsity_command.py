@@ -58,6 +58,27 @@ def test_the_page_on_inspection_names_every_field(cda: Cda, finished: Path) -> N
     assert fields <= documented, f"docs/inspection.md does not explain {sorted(fields - documented)}"
 
 
+def test_causal_checks_are_part_of_the_report(cda: Cda, finished: Path) -> None:
+    """The same figures as those of `cda eval` on the same windows: in the document, the verdict and the chart."""
+    short = ("--max-batches", 4)
+    found = json.loads(cda("inspect-sparsity", finished, "--causal", *short, "--json").out)["causal"]
+    asked = [
+        option for name in ("top", "recent", "distance-matched", "random") for option in ("--cut", f"{name}:1..32")
+    ]
+    evaluated = json.loads(
+        cda("eval", finished, *asked, "--as", "gate", "--tolerance", 0.01, *short, "--batch-size", 1, "--json").out
+    )
+    for name in ("loss", "cuts", "substitutes", "held_out", "windows"):
+        assert found[name] == evaluated[name], name
+    shown = cda("inspect-sparsity", finished, "--causal", *short)
+    assert (shown.code, shown.err) == (0, "")
+    assert "rows that see more than k keys are a softmax times a gate k; to make all of them so costs " in shown.out
+    chart = shown.out[shown.out.index("Loss against keys kept") : shown.out.index("Attention computed")].splitlines()
+    assert max(map(len, chart)) <= 80
+    for cut in found["cuts"]:
+        assert f"{cut['difference']:+.4f} ± {cut['difference_error']:.4f}" in "\n".join(chart)
+
+
 def test_epsilon_is_the_one_in_use(cda: Cda, tiny: Path, finished: Path, tmp_path: Path) -> None:
     """In the middle of annealing the weights are not those of attn_eps; validation takes the same ε as `cda eval`."""
     annealed = ("--set", "model.eps_anneal_start=4", "--set", "optim.schedule_steps=20", "--eps", 0.5)
