@@ -26,7 +26,7 @@ LAYERS: tuple[set[str], ...] = (
     {"commands"},
     {"sparsity_report"},
     {"language_model"},
-    {"console", "interchange", "training"},
+    {"console", "figures", "interchange", "training"},
     {"causal"},
     {"evaluation", "inspection"},
     {"generation"},
@@ -35,14 +35,14 @@ LAYERS: tuple[set[str], ...] = (
     {"conditions", "config_views", "storage", "runtime", "signals", "streams", "transformers"},
     {"config"},
     {"settings_table"},
-    {"ops", "errors", "plurals", "settings", "targets", "strict_json", "strict_yaml", "version"},
+    {"ops", "errors", "plurals", "settings", "targets", "strict_json", "strict_yaml", "token_labels", "version"},
 )
 # What these may import of the package besides themselves, and no more.
 ONLY: dict[str, set[str]] = {
     "cda_cli": {"language_model", "ops", "settings", "sparsity_report", "version"},
     "__main__": {"main"},
     "main": {"version", "commands", "console", "errors", "streams"},
-    "console": {"plurals", "runs", "settings", "settings_table", "strict_json"},
+    "console": {"plurals", "runs", "settings", "settings_table", "strict_json", "token_labels"},
     "diagnosis": {"data", "ops", "runtime"},
     "token_losses": {"data", "runtime"},  # below training and evaluation, which both take their loss from it
     "data": {"config", "errors", "plurals", "settings", "storage", "targets"},
@@ -78,7 +78,9 @@ OUTSIDE: dict[str, set[str]] = {
     "console": {"rich"},
     "runs": set(),
     "conditions": set(),
-    "plots": {"matplotlib"},
+    "plots": {"matplotlib", "numpy"},
+    "figures": {"matplotlib", "torch"},
+    "token_labels": set(),
     "runtime": {"torch"},
     "storage": {"torch", "safetensors"},
     "interchange": {"torch", "safetensors", "tokenizers", "gguf", "transformers", "huggingface_hub", "yaml"},
@@ -100,7 +102,7 @@ CONFINED: dict[str, set[str]] = {
     "entmax": {"cda_cli.model.rules.entmax"},
     "transformers": {"cda_cli.interchange.hf", "cda_cli.observed_transformers", "cda_cli.transformers"},
     "gguf": {"cda_cli.interchange.gguf_file"},
-    "matplotlib": {"cda_cli.plots"},
+    "matplotlib": {"cda_cli.plots", "cda_cli.figures"},
     "lm_eval": {"cda_cli.evaluation.tasks"},
 }
 HEAVY = {"torch", "datasets", "triton", "numpy", "yaml", "pydantic", "einops", "safetensors", "tokenizers", "tqdm"}

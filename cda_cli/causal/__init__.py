@@ -7,9 +7,11 @@ memory, and `Checks` for checkpoints.
 
 from cda_cli.causal.checks import TOLERANCE, Checks, Prepared, Wanted, check_text, prepare
 from cda_cli.causal.effects import Control, Effect, Effects, HeldOut
-from cda_cli.causal.pictures import draw_cuts
+from cda_cli.causal.heads import rank_correlation
+from cda_cli.causal.pictures import LINEAR_BELOW, curve_points, draw_cuts
 
 __all__ = [
+    "LINEAR_BELOW",
     "TOLERANCE",
     "Checks",
     "Control",
@@ -19,6 +21,8 @@ __all__ = [
     "Prepared",
     "Wanted",
     "check_text",
+    "curve_points",
     "draw_cuts",
     "prepare",
+    "rank_correlation",
 ]

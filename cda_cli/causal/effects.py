@@ -126,6 +126,10 @@ class Effects(NamedTuple):
             series.setdefault(cut.series, {})[cut.keys] = effect
         return series
 
+    def single_heads(self) -> list[tuple[HeadAblation, Effect]]:
+        """The ablation of each head by itself, and its effect."""
+        return [(head, effect) for head, effect in self.of(HeadAblation) if head.measured]
+
     def verdict(self) -> list[str]:
         """Sentences on how few keys suffice, on its controls, and on the gate control, where they were measured."""
         sentences = [words for top in self.held_out if top.choice == TOP for words in self._on_keys(top)]
@@ -168,8 +172,8 @@ class Effects(NamedTuple):
 
     def rank_correlations(self) -> dict[str, float]:
         """Spearman's rank correlation between each measure of a head and the loss that its ablation alone costs."""
-        single = [(head.measured, effect.difference.value) for head, effect in self.of(HeadAblation) if head.measured]
-        measured, costs = [each for each, _ in single], torch.tensor([cost for _, cost in single])
+        measured = [head.measured for head, _ in self.single_heads()]
+        costs = torch.tensor([effect.difference.value for _, effect in self.single_heads()])
         if not measured:
             return {}
         return {name: rank_correlation(torch.tensor([each[name] for each in measured]), costs) for name in measured[0]}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cda_cli.commands.causal_options import AblateOption
+from cda_cli.commands.figure_options import DEFAULT_STYLES, FiguresOption, StyleOption
 from cda_cli.commands.inspect_options import FailIfOption
 from cda_cli.commands.options import (
     BackendOption,
@@ -46,6 +50,9 @@ def inspect_sparsity(
             "other choices of as many, and with each row as k·softmax(s/ε).",
         ),
     ] = False,
+    ablate: AblateOption = None,
+    figures: FiguresOption = None,
+    styles: StyleOption = DEFAULT_STYLES,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
@@ -61,12 +68,16 @@ def inspect_sparsity(
     from cda_cli.conditions import check_conditions, parse_condition
     from cda_cli.console import note, print_json, progress, show_report, shows_progress
     from cda_cli.data import loss_of_text
+    from cda_cli.figures import FIGURES, gather, require_figures, write_figures
     from cda_cli.inspection import ReportWatcher, check_measure, inspect, named_figures, parse_selection
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
 
     check_measure(by)
     conditions = [parse_condition(text) for text in fail_if or ()]
+    wanted = Wanted.parse((), (), ablate or ())
+    if figures:
+        require_figures(figures, styles)
     with StopRequest() as stop:
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
@@ -74,12 +85,13 @@ def inspect_sparsity(
         text = open_side(restored, data, split, stop, shows_progress() and not as_json, encoding)
         if remark := loss_of_text(text.sides):
             note(remark)
-        wanted = Wanted.of_selection(restored.model) if causal else None
+        if causal:
+            wanted = Wanted.of_selection(restored.model)._replace(head_orders=wanted.head_orders)
         drawn = (chosen_layers[0], chosen_heads[0])
         watcher, checked = ReportWatcher(restored.config.model.attn_k, keep=drawn), None
         _, windows = text.batches(1, max_batches)
-        passes = 1 + (1 + wanted.passes(restored.config.model) if wanted else 0)
-        with progress("inspecting", windows * passes, quiet=as_json) as bar:
+        passes = wanted.passes(restored.config.model)
+        with progress("inspecting", windows * (1 + passes + bool(passes)), quiet=as_json) as bar:
 
             def advance(done: int) -> None:
                 bar(done)
@@ -89,10 +101,11 @@ def inspect_sparsity(
                 return text.batches(1, max_batches)[0]
 
             inspect(restored.model, open_batches(), restored.device, precision, watcher, advance)
-            if wanted:
+            if passes:
                 checked = check_text(
                     restored.model, wanted, open_batches, restored.device, precision, TOLERANCE, advance
                 )
+    assert watcher.kept is not None
     report = watcher.report().only(chosen_layers, chosen_heads)
     source = {"checkpoint": str(restored.path), "data": text.description, "split": text.split}
     further = {"causal": checked.document()} if checked else {}
@@ -100,6 +113,10 @@ def inspect_sparsity(
     if as_json:
         print_json(document)
     else:
-        assert watcher.kept is not None
         show_report(report, restored, text, by, drawn, watcher.kept, checked)
+    if figures:
+        material = gather(report, restored, text, drawn, watcher.kept, checked)
+        with progress("drawing", len(FIGURES), quiet=as_json) as drawing:
+            written = write_figures(figures, material, styles, shlex.join(["cda", *sys.argv[1:]]), drawing)
+        note(written.words)
     check_conditions(conditions, named_figures(document))

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from cda_cli.token_labels import visible
+
 SHADES = " ·░▒▓█"  # weight 0, and then up to 1 in five equal steps
 COLOURS = ("grey50", "grey62", "cyan", "green", "yellow", "bold red")
 LABEL_WIDTH = 8
@@ -23,11 +25,11 @@ def heat_map(weights: Sequence[Sequence[float]], tokens: Sequence[str], width: i
     null = len(weights[0]) - len(weights)
     size = min(len(tokens), LARGEST, max(4, (width - LABEL_WIDTH - 2) // CELL_WIDTH - null))
     picture = Text(no_wrap=True, overflow="crop")
-    heads = [NULL] * null + [_label(token)[:1] for token in tokens[:size]]
+    heads = [NULL] * null + [visible(token)[:1] for token in tokens[:size]]
     picture.append(" " * (LABEL_WIDTH + 1))
     picture.append("".join(set_cell_size(head, CELL_WIDTH) for head in heads).rstrip() + "\n", style="bold")
     for query in range(size):
-        picture.append(_right(_label(tokens[query])) + " ", style="bold")
+        picture.append(_right(visible(tokens[query])) + " ", style="bold")
         for weight in weights[query][: query + 1 + null]:
             level = 0 if weight <= 1e-3 else 1 + min(4, int(weight * 5))
             picture.append(SHADES[level] * CELL_WIDTH, style=COLOURS[level])
@@ -43,9 +45,3 @@ def _right(label: str) -> str:
     """Returns the beginning of the label in LABEL_WIDTH cells, which are fewer characters if some are wide."""
     fits = set_cell_size(label, min(cell_len(label), LABEL_WIDTH))
     return " " * (LABEL_WIDTH - cell_len(fits)) + fits
-
-
-def _label(token: str) -> str:
-    """Returns the token with marks for spaces and for what cannot be printed."""
-    marks = {" ": "␣", "\n": "⏎", "\t": "⇥", "": "¤"}
-    return "".join(marks.get(c, c if c.isprintable() else "¤") for c in token) or "¤"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -41,12 +41,16 @@ class HeadReport:
 
 
 class LayerReport(NamedTuple):
-    """One layer: its feed-forward, the residual stream after it, and the Jensen–Shannon divergence of its heads."""
+    """One layer: its feed-forward, the residual stream after it, and the Jensen–Shannon divergence of its heads.
+
+    `unit_frequency` has for each unit of the feed-forward the share of the tokens on which it is in use.
+    """
 
     layer: int
     units: UnitFigures
     residual: ResidualFigures
     head_divergence: float
+    unit_frequency: Sequence[float]
 
 
 @dataclass(frozen=True)

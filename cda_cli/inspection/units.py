@@ -82,6 +82,11 @@ class UnitCensus:
         self.tokens += B * T
         self.pairs += B * (T - 1)
 
+    def frequency(self) -> list[float]:
+        """The share of the tokens on which each unit is in use, [F]."""
+        frequency: list[float] = (self.times.cpu() / self.tokens).tolist()
+        return frequency
+
     def figures(self) -> UnitFigures:
         """What was counted; without a token there are no units, and no means."""
         if not self.tokens:

@@ -130,6 +130,7 @@ class ReportWatcher(Watcher):
                 self.units[layer].figures(),
                 self.stream[layer].figures(),
                 sum(head.measures["divergence"] for head in of_layer) / len(of_layer),
+                self.units[layer].frequency(),
             )
             for layer, of_layer in heads.items()
         ]
