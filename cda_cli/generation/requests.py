@@ -33,9 +33,9 @@ class SamplingSettings(NamedTuple):
             if share is not None and not 0 < share <= 1:
                 raise ConfigError(f"{name} is a share, above 0 and at most 1, not {share}")
         if not 0 < self.repetition_penalty < math.inf:
-            raise ConfigError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+            raise ConfigError(f"--repetition-penalty must be above 0 and finite, not {self.repetition_penalty}")
         if not math.isfinite(self.presence_penalty):
-            raise ConfigError(f"presence_penalty must be finite, not {self.presence_penalty}")
+            raise ConfigError(f"--presence-penalty must be finite, not {self.presence_penalty}")
 
 
 class Request(NamedTuple):

@@ -124,6 +124,25 @@ def test_tokens_are_drawn_from_the_filtered_distribution() -> None:
     assert ((found - shares).abs() <= 5 * (shares * (1 - shares) / count).sqrt()).all()
 
 
+@torch.no_grad()
+@settings(max_examples=8)
+@given(
+    repetition=st.sampled_from([1.0, 0.6, 1.7, 5.0]), presence=st.sampled_from([0.0, -0.9, 0.7, 4.0]),
+    prompt=st.lists(st.integers(0, 30), min_size=1, max_size=9),
+)  # fmt: skip
+def test_penalties_change_the_logits_as_they_are_defined(repetition: float, presence: float, prompt: list[int]) -> None:
+    """The text that is penalised is all of it, also where the model no longer sees its beginning."""
+    model, how = build(), SamplingSettings(0.0, repetition_penalty=repetition, presence_penalty=presence)
+    drawn = tokens(model, prompt, 25, how)
+    for place, read in enumerate(windows(prompt, drawn, 10)):
+        logits = model(torch.tensor([read]))[0, -1]
+        for token in {*prompt, *drawn[:place]}:
+            logits[token] = logits[token] / repetition if logits[token] > 0 else logits[token] * repetition
+        for token in set(drawn[:place]):
+            logits[token] -= presence
+        assert logits[drawn[place]] >= logits.max() - 1e-5
+
+
 def test_a_separator_ends_the_text_and_is_not_part_of_it() -> None:
     model = build()
     free = tokens(model, [1, 2], 30, WARM)

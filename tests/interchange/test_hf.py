@@ -106,6 +106,15 @@ def test_generation_is_greedy_sampling_here(settings: dict[str, Any], cache: str
     assert found == [ours(restored, prompt, 8) for prompt in prompts]
 
 
+def test_the_repetition_penalty_is_that_of_transformers(tmp_path: Path) -> None:
+    restored, folder = written(tmp_path, attention="coordinate-descent")
+    prompt, how = [40, 41, 42, 41], SamplingSettings(0.0, repetition_penalty=1.3)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 255}
+    found = loaded(folder).generate(torch.tensor([prompt]), repetition_penalty=1.3, **options)[0].tolist()
+    assert found == prompt + list(generate(restored.model, prompt, 12, how, seed=0))
+    assert found != loaded(folder).generate(torch.tensor([prompt]), **options)[0].tolist()
+
+
 def test_it_is_trained_on(tmp_path: Path) -> None:
     """The loss skips −100 and is that of the next token; gradients reach every weight, recomputed ones the same."""
     restored, folder = written(tmp_path, attention="coordinate-descent", learned_k=True, null_kv=1)
