@@ -5,6 +5,7 @@ Shapes: N tokens of a text, V size of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from cda_cli.data import Encoded, Tokenizer, Tokens, evaluation_batches
 from cda_cli.errors import ConfigError
 from cda_cli.evaluation.evaluate import evaluate
 from cda_cli.evaluation.loglikelihood import loglikelihoods
-from cda_cli.generation import SamplingSettings
-from cda_cli.generation.text import generate_text
+from cda_cli.generation.prompts import Prompt, PromptSettings, plan_samples
+from cda_cli.generation.text import TextGeneration, encode_prompts
 from cda_cli.interchange.import_model import restore_folder
 from cda_cli.interchange.source import CONFIG
 from cda_cli.model import Transformer
@@ -130,22 +131,37 @@ class LanguageModel:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
     ) -> str:
         """Returns the text that follows `prompt`: what `cda sample` writes with the same options and seed.
 
         Temperature 0 takes the likeliest token. `top_k` keeps that many tokens, `top_p` the likeliest that make up this
-        share, `min_p` those above this share of the likeliest's probability. The text ends after `max_new_tokens`, or
-        before a separator. Raises ConfigError for a prompt that is empty or longer than the context of the model, and
-        for a setting without meaning.
+        share, `min_p` those above this share of the likeliest's probability. `repetition_penalty` divides the positive
+        logits of tokens that the text has, prompt included, and multiplies the others; `presence_penalty` is subtracted
+        from the logits of tokens that were drawn before. The text ends after `max_new_tokens`, before a separator, or
+        before a string of `stop`. Where the context is full, the model goes on with its newer half. Raises ConfigError
+        for a prompt that is empty or longer than the context of the model, and for a setting without meaning.
         """
-        if max_new_tokens < 0:
-            raise ConfigError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
-        settings = SamplingSettings(temperature, top_k, top_p, min_p)
-        pieces = generate_text(
-            self._restored, prompt, max_new_tokens, settings, seed=seed, dtype=self._dtype, stop=StopRequest()
+        settings = PromptSettings.of(
+            {
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+                "presence_penalty": presence_penalty,
+                "stop": (stop,) if isinstance(stop, str) else tuple(stop),
+            }
         )
-        return "".join(pieces)
+        samples = plan_samples([Prompt(prompt, settings)], seed)
+        prompts = encode_prompts(self._restored, samples)
+        generation = TextGeneration(self._restored, samples, prompts, dtype=self._dtype, stop=StopRequest())
+        [*_, sampled] = generation
+        return sampled.text
 
     def encoded(self, text: str) -> Encoded:
         """The tokens of a text, after the one that begins each document and each prompt, if there is one."""

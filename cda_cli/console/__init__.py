@@ -12,14 +12,16 @@ from cda_cli.console.reports import (
     show_import,
 )
 from cda_cli.console.runs import show_runs
-from cda_cli.console.sampling import SampleDisplay
+from cda_cli.console.sampling import SampleDocument, SampleLines, SampleText, show_sampling
 from cda_cli.console.settings import show_changed, show_presets, show_settings
 from cda_cli.console.tasks import show_task_list, show_tasks
 from cda_cli.console.text import note
 from cda_cli.console.training import TrainingDisplay
 
 __all__ = [
-    "SampleDisplay",
+    "SampleDocument",
+    "SampleLines",
+    "SampleText",
     "TrainingDisplay",
     "note",
     "print_json",
@@ -36,6 +38,7 @@ __all__ = [
     "show_presets",
     "show_report",
     "show_runs",
+    "show_sampling",
     "show_settings",
     "show_task_list",
     "show_tasks",

@@ -59,8 +59,17 @@ def shows_progress() -> bool:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Prints one JSON document on stdout, in ASCII if the encoding of stdout may lack a character."""
+    print(strict_json.dumps(document, indent=2, ensure_ascii=_lacks_characters()))
+
+
+def print_json_line(document: Mapping[str, Any]) -> None:
+    """Prints a JSON document on a line of its own, which is written at once; in ASCII as `print_json` does."""
+    print(strict_json.dumps(document, ensure_ascii=_lacks_characters()), flush=True)
+
+
+def _lacks_characters() -> bool:
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(strict_json.dumps(document, indent=2, ensure_ascii=codecs.lookup(encoding).name != "utf-8"))
+    return codecs.lookup(encoding).name != "utf-8"
 
 
 @contextmanager
@@ -78,7 +87,9 @@ def progress_in_turn(quiet: bool = False) -> Iterator[Callable[[str, int], Calla
     """
     console = Console(file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not is_live(console)) as bar:
+    # Stdout stays itself: what is written there while the bar is drawn may be meant for a pipe.
+    off = quiet or not is_live(console)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=off) as bar:
         task = bar.add_task("", total=None, visible=False)
 
         def begin(what: str, total: int) -> Callable[[int], None]:

@@ -22,7 +22,7 @@ from cda_cli.generation.sampling import Drawn, Sampler
 from cda_cli.model import StaticCache, Transformer
 from cda_cli.runtime import autocast
 
-Reason = Literal["length", "end token", "stop", "context"]
+Reason = Literal["length", "eos", "stop", "context"]
 
 PREFILL_TOKENS = 16384  # read in one pass, of all rows together, but at least PREFILL_POSITIONS of each
 PREFILL_POSITIONS = 256
@@ -50,8 +50,8 @@ class _Draw(NamedTuple):
 class Generation:
     """Tokens for several requests, as they come: iterate once over it.
 
-    `reasons` says of each request that has ended why: "length" (it has max_new_tokens), "end token" (the model drew one
-    of `end_tokens`, which is not part of the text), "stop" (`end` was called) or "context" (the context is full, and
+    `reasons` says of each request that has ended why: "length" (it has max_new_tokens), "eos" (the model drew one of
+    `end_tokens`, which is not part of the text), "stop" (`end` was called) or "context" (the context is full, and
     `slide` is False). With `slide`, the model reads the newer half of a full context again.
 
     Each request gets the tokens that it gets alone, in any order and with any `batch_size`, but for rounding errors.
@@ -189,7 +189,7 @@ class Generation:
             if row.request in self.reasons:
                 continue
             if token in self._end_tokens:
-                self.reasons[row.request] = "end token"
+                self.reasons[row.request] = "eos"
                 continue
             row.text.append(token)
             if len(row.text) == len(self.requests[row.request].prompt) + row.limit:

@@ -22,7 +22,8 @@ from cda_cli.plurals import counted
 SEEDS = 2**63  # that a generator takes
 STDIN = Path("-")
 JSON_LINES = (".jsonl", ".ndjson")
-WRITTEN = ("text", "finish_reason", "tokens", "context_slides")  # what the output says of each sample
+# What the output says of each sample besides these settings.
+WRITTEN = ("text", "finish_reason", "prompt_tokens", "completion_tokens", "truncated")
 
 
 class PromptSettings(BaseModel):
@@ -51,10 +52,14 @@ class PromptSettings(BaseModel):
             raise ConfigError(
                 f"{fault['loc'][0]} = {fault['input']!r} is not possible: {requirement(fault['msg'])}"
             ) from error
-        made.sampling.check()
-        if "" in made.stop:
-            raise ConfigError("--stop is empty; give it at least one character")
+        made.check()
         return made
+
+    def check(self) -> None:
+        """Raises ConfigError for a setting without meaning."""
+        self.sampling.check()
+        if "" in self.stop:
+            raise ConfigError("--stop is empty; give it at least one character")
 
     @property
     def sampling(self) -> SamplingSettings:

@@ -1,77 +1,160 @@
-"""Generates text for a prompt: prompt text → tokens → pieces of text, each as soon as it is known."""
+"""Generates texts: samples and the tokens of their prompts → tokens → pieces of text, each as soon as it is known."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import torch
 
-from cda_cli.data import StreamDecoder, without_surrogates
-from cda_cli.errors import ConfigError, brief
-from cda_cli.generation.generate import generate
-from cda_cli.generation.requests import SamplingSettings
+from cda_cli.data import Tokenizer
+from cda_cli.errors import ConfigError
+from cda_cli.generation.generate import Generation, Reason
+from cda_cli.generation.prompts import Sample
+from cda_cli.generation.requests import Generated, Request
+from cda_cli.generation.stop_strings import StopStrings
 from cda_cli.restore import Restored
 from cda_cli.signals import StopRequest
 
 
-def read_prompts(prompts: Sequence[str], prompts_file: Path | None, stdin: TextIO) -> list[str]:
-    """Returns the prompts: `prompts`, each line of `prompts_file`, or all of `stdin` as one. Raises ConfigError."""
-    if prompts and prompts_file is not None:
-        raise ConfigError("--prompt and --prompts-file exclude each other; give one of them")
-    if prompts:
-        return [without_surrogates(prompt) for prompt in prompts]
-    if prompts_file is not None:
-        return _prompts_of_lines(prompts_file)
-    if stdin.isatty():
-        raise ConfigError("there is no prompt; give --prompt TEXT, --prompts-file FILE, or text on stdin")
-    text = stdin.buffer.read().decode("utf-8-sig", errors="replace")
-    if not text:
-        raise ConfigError("stdin is empty; give --prompt TEXT, --prompts-file FILE, or text on stdin")
-    return [text]
+class SampledText:
+    """A sample as far as it is known: `text`, the ids of the tokens that were drawn, and why it ended.
 
-
-def _prompts_of_lines(file: Path) -> list[str]:
-    """Reads a prompt a line. Only \\n or \\r\\n ends a line: a form feed, U+0085 or U+2028 belongs to its prompt."""
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{file} cannot be read ({brief(error)}); give --prompts-file UTF-8 text with a prompt a line"
-        ) from error
-    prompts = [prompt for line in lines if (prompt := line.removesuffix("\r"))]
-    if not prompts:
-        raise ConfigError(f"{file} holds no prompt; write one a line")
-    return prompts
-
-
-def generate_text(
-    restored: Restored,
-    prompt: str,
-    max_new_tokens: int,
-    settings: SamplingSettings,
-    *,
-    seed: int,
-    dtype: torch.dtype,
-    stop: StopRequest,
-) -> Iterator[str]:
-    """Yields the text that follows `prompt`, in pieces that never end within a character, until a stop is asked for.
-
-    Raises ConfigError, at once, if the prompt is empty or does not fit the context.
+    `prompt` are the tokens of its prompt. An end token is not among the ids, and a stop string not in the text.
     """
-    tokenizer = restored.tokenizer
-    prompt_tokens = [*map(int, tokenizer.beginning.ids), *map(int, tokenizer.encode(prompt))]
-    separator = restored.tokenizer.separator
-    tokens = generate(
-        restored.model, prompt_tokens, max_new_tokens, settings, seed=seed, separator=separator, dtype=dtype
-    )
-    return _decoded(restored.tokenizer.stream(prompt_tokens), tokens, stop)
+
+    def __init__(self, sample: Sample, prompt: list[int], tokenizer: Tokenizer, seq_len: int) -> None:
+        self.sample, self.prompt = sample, prompt
+        self.text = ""
+        self.ids: list[int] = []
+        self.logprobs: list[dict[str, Any]] = []
+        self.finish_reason: Reason | None = None
+        self._tokenizer, self._seq_len = tokenizer, seq_len
+        self._decoder = tokenizer.stream(prompt)
+        self._stop = StopStrings(sample.prompt.settings.stop)
+
+    def request(self) -> Request:
+        """What is asked of the model. It reads no more of a prompt than the context holds."""
+        settings = self.sample.prompt.settings
+        read = self.prompt[-self._seq_len :]
+        return Request(read, settings.max_new_tokens, settings.sampling, self.sample.seed, settings.logprobs or 0)
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self._stop.found is not None
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether prompt and text are longer than the context, so that the model did not see all of them."""
+        return len(self.prompt) + max(0, len(self.ids) - 1) > self._seq_len  # The last token is not read.
+
+    @property
+    def has_ended(self) -> bool:
+        return self.finish_reason is not None
+
+    def take(self, generated: Generated) -> None:
+        """Adds a token, and the text that is known with it."""
+        self.ids.append(generated.token)
+        if generated.logprob is not None:
+            likeliest = [self._described(*each) for each in generated.alternatives]
+            self.logprobs.append({**self._described(generated.token, generated.logprob), "top_logprobs": likeliest})
+        self.text += self._stop.push(self._decoder.push(generated.token))
+
+    def finish(self, reason: Reason) -> None:
+        """Adds the text that was held back, once no more tokens come."""
+        self.text += self._stop.push(self._decoder.flush()) + self._stop.flush()
+        self.finish_reason = "stop" if self.has_stopped else reason
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the output says of the sample, after the fields that its prompt carries."""
+        prompt = self.sample.prompt
+        return {
+            **prompt.fields,
+            "prompt": prompt.text,
+            "seed": self.sample.seed,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": len(self.prompt),
+            "completion_tokens": len(self.ids),
+            "truncated": self.is_truncated,
+            **({"logprobs": self.logprobs} if prompt.settings.logprobs else {}),
+        }
+
+    def _described(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self._tokenizer.decode([token]), "token_id": token, "logprob": logprob}
 
 
-def _decoded(decoder: StreamDecoder, tokens: Iterator[int], stop: StopRequest) -> Iterator[str]:
-    for token in tokens:
-        if stop:
-            break
-        yield decoder.push(token)
-    yield decoder.flush()
+class TextGeneration:
+    """The texts of several samples, in batches: iterate once over it, until the texts end or a stop is asked for.
+
+    It yields the sample that has one more token, and once more when that has ended. `prompts` are the tokens of each
+    sample's prompt (see `encode_prompts`). A text ends after its number of tokens, before an end token, or before a
+    stop string. Where the context is full, the model goes on with its newer half, or without `slide` the text ends.
+    `dtype` is that of the matrix products.
+    """
+
+    def __init__(
+        self,
+        restored: Restored,
+        samples: Sequence[Sample],
+        prompts: Sequence[list[int]],
+        *,
+        dtype: torch.dtype,
+        stop: StopRequest,
+        batch_size: int = 1,
+        slide: bool = True,
+    ) -> None:
+        tokenizer, seq_len = restored.tokenizer, restored.model.config.seq_len
+        pairs = zip(samples, prompts, strict=True)
+        self.samples = [SampledText(sample, prompt, tokenizer, seq_len) for sample, prompt in pairs]
+        self._stop = stop
+        self._generation = Generation(
+            restored.model,
+            [each.request() for each in self.samples],
+            batch_size=batch_size,
+            dtype=dtype,
+            end_tokens=(tokenizer.separator,),
+            slide=slide,
+        )
+
+    def __iter__(self) -> Iterator[SampledText]:
+        reasons, told = self._generation.reasons, 0
+        for generated in self._generation:
+            if self._stop:
+                return
+            sampled = self.samples[generated.request]
+            sampled.take(generated)
+            yield sampled
+            if sampled.has_stopped:
+                self._generation.end(generated.request)
+            if len(reasons) > told:  # An end token is no token of its text, so others may have ended too.
+                yield from self._finished(list(reasons)[told:])
+                told = len(reasons)
+        yield from self._finished(list(reasons)[told:])
+
+    def _finished(self, requests: Sequence[int]) -> Iterator[SampledText]:
+        for request in requests:
+            self.samples[request].finish(self._generation.reasons[request])
+            yield self.samples[request]
+
+
+def encode_prompts(restored: Restored, samples: Sequence[Sample], *, slide: bool = False) -> list[list[int]]:
+    """Returns the tokens of each sample's prompt, after the one that begins each document, if there is one.
+
+    Raises ConfigError for a prompt that is empty, and without `slide` for one that is longer than the context.
+    """
+    tokenizer, seq_len = restored.tokenizer, restored.model.config.seq_len
+    texts = {sample.place: sample.prompt.text for sample in samples}
+    prompts: dict[int, list[int]] = {}
+    for place, text in texts.items():
+        name = "the prompt" if len(texts) == 1 else f"prompt {place}"
+        prompts[place] = [*map(int, tokenizer.beginning.ids), *map(int, tokenizer.encode(text))]
+        if not prompts[place]:
+            raise ConfigError(f"{name} is empty; give it at least one character")
+        if len(prompts[place]) > seq_len and not slide:
+            raise ConfigError(
+                f"{name} has {len(prompts[place])} tokens and the model's context {seq_len}; shorten it to fit, or let "
+                "the model read the newest of them by --context-shift"
+            )
+    return [prompts[sample.place] for sample in samples]

@@ -187,7 +187,7 @@ def test_items_end_with_the_request() -> None:
 
 
 def test_a_stop_while_sampling_says_so(finished: Path) -> None:
-    """Nothing was to be saved; the exit code still tells that the output is not whole."""
+    """The exit code tells it too."""
     command = in_subprocess("sample", finished, "--prompt", "a", "--max-new-tokens", 1_000_000)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -195,5 +195,5 @@ def test_a_stop_while_sampling_says_so(finished: Path) -> None:
         assert process.stdout.read(1) == b"a"
         process.send_signal(signal.SIGINT)
         process.stdout.read()
-        assert process.stderr.read() == b"interrupted; nothing was written\n"
+        assert process.stderr.read() == b"interrupted; the last text is not whole\n"
     assert process.returncode == 130

@@ -66,7 +66,7 @@ def test_a_prompt_a_line_of_a_file(cda: Cda, finished: Path, tmp_path: Path) -> 
     """Empty lines are no prompts."""
     file = tmp_path / "prompts.txt"
     file.write_text("first\n\nsecond λ\n", encoding="utf-8")
-    samples = sampled(cda, finished, "--prompts-file", file, *SHORT)
+    samples = sampled(cda, finished, "--prompts", file, *SHORT)
     assert [sample["prompt"] for sample in samples] == ["first", "second λ"]
 
 
@@ -74,7 +74,7 @@ def test_equal_prompts_get_different_texts(cda: Cda, finished: Path, tmp_path: P
     """Each sample of a call has a seed of its own, with which it can be got again by itself."""
     file = tmp_path / "prompts.txt"
     file.write_text("a\na\n", encoding="utf-8")
-    samples = sampled(cda, finished, "--prompts-file", file, *SHORT, "--num-samples", 2, "--seed", 5)
+    samples = sampled(cda, finished, "--prompts", file, *SHORT, "--num-samples", 2, "--seed", 5)
     assert [sample["seed"] for sample in samples] == [5, 6, 7, 8]
     assert len({sample["text"] for sample in samples}) == 4
     assert sampled(cda, finished, "-p", "a", *SHORT, "--seed", 7) == samples[2:3]
@@ -96,13 +96,13 @@ def test_samples_can_be_told_apart_in_a_pipe(cda: Cda, finished: Path) -> None:
 
 
 def test_every_prompt_that_is_given_is_sampled(cda: Cda, finished: Path, tmp_path: Path) -> None:
-    """As the lines of --prompts-file are."""
+    """As the lines of --prompts are."""
     (tmp_path / "prompts.txt").write_text("ab\ncd\n")
     few = ("--max-new-tokens", 2, "--json")
     given = cda("sample", finished, "-p", "ab", "--prompt", "cd", *few)
     assert given.code == 0, given.err
     assert given.out.count('"prompt"') == 2
-    assert given.out == cda("sample", finished, "--prompts-file", tmp_path / "prompts.txt", *few).out
+    assert given.out == cda("sample", finished, "--prompts", tmp_path / "prompts.txt", *few).out
 
 
 def test_a_line_of_prompts_ends_at_its_newline_alone(cda: Cda, finished: Path, tmp_path: Path) -> None:
@@ -111,14 +111,14 @@ def test_a_line_of_prompts_ends_at_its_newline_alone(cda: Cda, finished: Path, t
     file = tmp_path / "prompts.txt"
     for start, end in (("", "\n"), ("\ufeff", "\r\n")):
         file.write_bytes((start + end.join([*prompts, "", ""])).encode())
-        found = sampled(cda, finished, "--prompts-file", file, "--max-new-tokens", 1)
+        found = sampled(cda, finished, "--prompts", file, "--max-new-tokens", 1)
         assert [sample["prompt"] for sample in found] == prompts
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_prompts_that_are_no_utf8(cda: Cda, finished: Path, tmp_path: Path, encoding: str) -> None:
     (tmp_path / "prompts.txt").write_bytes("é\n".encode(encoding))
-    assert_refused(cda("sample", finished, "--prompts-file", tmp_path / "prompts.txt"), "cannot be read", "UTF-8")
+    assert_refused(cda("sample", finished, "--prompts", tmp_path / "prompts.txt"), "cannot be read", "UTF-8")
 
 
 def test_stdin_is_the_prompt_where_none_is_given(cda: Cda, finished: Path) -> None:
@@ -178,7 +178,11 @@ class Terminal(io.StringIO):
 
 def test_escape_sequences_are_shown_harmlessly_on_a_terminal(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the prompt is dim, by codes of our own; none of the text's may reach it."""
-    from cda_cli.console import SampleDisplay
+    from cda_cli.console import SampleText
+    from cda_cli.data import ByteTokenizer
+    from cda_cli.generation import Generated
+    from cda_cli.generation.prompts import Prompt, PromptSettings, Sample
+    from cda_cli.generation.text import SampledText
 
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -186,9 +190,14 @@ def test_escape_sequences_are_shown_harmlessly_on_a_terminal(finished: Path, mon
     monkeypatch.setattr(sys, "stdout", screen)
     harmless = "[bold]:smile: \t\xa0\u202f\u3000\u200d\u200c\xad\ufeff"
     evil = "\N{ESCAPE}]0;title\a\N{ESCAPE}[2J\x9b5n\r\u202e" + harmless
-    display = SampleDisplay(stream=True, quiet=False)
-    display.begin("prompt 1", evil)
-    assert display.follow(["plain ", evil, "\n."]) == "plain " + evil + "\n."
+    tokenizer = ByteTokenizer()
+    sampled = SampledText(Sample(Prompt(evil, PromptSettings()), 1, 1, 0), [1], tokenizer, 9)
+    display = SampleText([sampled], stream=True, headings=False)
+    for token in tokenizer.encode(f"plain {evil}\n."):
+        sampled.take(Generated(0, int(token)))
+        display.add(sampled)
+    sampled.finish("length")
+    display.add(sampled)
     shown = screen.getvalue()
     safe = "".join("\N{REPLACEMENT CHARACTER}" if c in "\N{ESCAPE}\a\x9b\r\u202e" else c for c in evil)
     assert safe.endswith(harmless)
@@ -265,9 +274,9 @@ def test_an_argument_that_is_no_utf8_leaves_valid_json(finished: Path) -> None:
         (["--prompt", ""], ["the prompt is empty", "at least one character"]),
         (["--prompt", "x" * 33], ["33 tokens", "context 32", "shorten"]),
         ([], ["stdin is empty", "--prompt"]),
-        (["--prompts-file", "nowhere"], ["nowhere cannot be read (No such file or directory)", "a prompt a line"]),
-        (["--prompts-file", "."], [". cannot be read (Is a directory)", "a prompt a line"]),
-        (["--prompt", "a", "--prompts-file", "b"], ["exclude each other"]),
+        (["--prompts", "nowhere"], ["nowhere cannot be read (No such file or directory)", "a prompt a line"]),
+        (["--prompts", "."], [". cannot be read (Is a directory)", "a prompt a line"]),
+        (["--prompt", "a", "--prompts", "b"], ["exclude each other"]),
         (["--prompt", "a", "--temperature", "-1"], ["--temperature must be 0 or more"]),
         (["--prompt", "a", "--top-k", "0"], ["--top-k", "1 or more"]),
         (["--prompt", "a", "--top-p", "1.5"], ["--top-p is a share"]),
@@ -283,7 +292,7 @@ def test_what_cannot_be_asked(cda: Cda, finished: Path, arguments: list[str], wo
 
 def test_a_file_without_prompts(cda: Cda, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
-    assert_refused(cda("sample", finished, "--prompts-file", tmp_path / "empty.txt"), "holds no prompt")
+    assert_refused(cda("sample", finished, "--prompts", tmp_path / "empty.txt"), "holds no prompt")
 
 
 def test_a_seed_beyond_what_a_generator_takes(cda: Cda, finished: Path) -> None:

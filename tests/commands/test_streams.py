@@ -41,7 +41,7 @@ def test_what_the_parser_prints(arguments: list[str], redirections: str, code: i
         (["eval"], "<&- >&- 2>&-", 0, ""),
         (["eval"], ">/dev/full", 2, f"error: {FULL}\n"),
         (["eval", "--json"], ">/dev/full", 2, f"error: {FULL}\n"),
-        (["sample"], "<&-", 2, "error: stdin is empty; give --prompt TEXT, --prompts-file FILE, or text on stdin\n"),
+        (["sample"], "<&-", 2, "error: stdin is empty; give --prompt TEXT, --prompts FILE, or text on stdin\n"),
     ],
 )
 def test_what_a_command_prints(finished: Path, arguments: list[str], redirections: str, code: int, said: str) -> None:

@@ -17,9 +17,7 @@ import pytest
 import torch
 import transformers
 
-from cda_cli.generation import SamplingSettings
-from cda_cli.generation.text import generate_text
-from cda_cli.signals import StopRequest
+from cda_cli.language_model import LanguageModel
 from tests.commands.helpers import real_text
 from tests.interchange.models import imported, logits, restored
 
@@ -57,6 +55,5 @@ def test_it_is_the_model_that_transformers_reads(file: Path, tmp_path: Path) -> 
     how: Any = {"gguf_file": file.name, "dtype": torch.float32}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **how).eval()
     torch.testing.assert_close(logits(run.model, batch), logits(theirs, batch), atol=1e-3, rtol=0)
-    greedy, stop = SamplingSettings(temperature=0), StopRequest()
-    said = generate_text(run, "The capital of France is", 8, greedy, seed=0, dtype=torch.float32, stop=stop)
-    assert "Paris" in "".join(said)
+    said = LanguageModel(run, torch.float32).generate("The capital of France is", 8, temperature=0)
+    assert "Paris" in said
