@@ -154,7 +154,7 @@ class LanguageModel:
                 "min_p": min_p,
                 "repetition_penalty": repetition_penalty,
                 "presence_penalty": presence_penalty,
-                "stop": (stop,) if isinstance(stop, str) else tuple(stop),
+                "stop": stop,
             }
         )
         samples = plan_samples([Prompt(prompt, settings)], seed)

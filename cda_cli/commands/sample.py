@@ -47,11 +47,17 @@ def sample(
 ) -> None:
     """Text from a model. The prompt comes from an argument, --prompt, a file, or stdin where none of these is given.
 
+    On a terminal without a prompt it is a line editor: you and the model write in turn, and it shows what else the
+    model might have drawn, and which keys each head read.
+
     A pipe or a file gets the prompt and the text exactly, and a newline after each sample; a terminal gets marks for
     control characters. Several samples have a heading each, which gives the seed that makes this sample alone. A
     program that takes samples apart reads --null, --json or --jsonl. A character that the encoding of stdout lacks is
     written as an escape such as \\u3042.
     """
+    from functools import partial
+
+    from cda_cli.commands.sample_editor import edit
     from cda_cli.console import SampleDocument, SampleLines, SampleText, progress, show_sampling
     from cda_cli.errors import ConfigError
     from cda_cli.generation.batch_size import auto_batch_size
@@ -74,13 +80,17 @@ def sample(
         logprobs=logprobs,
     )
     settings.check()
+    load = partial(restore_on, checkpoint, device, dtype, backend, best=best, ema=ema)
     if not given and prompts is None and sys.stdin.isatty():
-        raise ConfigError("there is no prompt; give --prompt TEXT, --prompts FILE, or text on stdin")
+        if null or as_json or json_lines or not sys.stdout.isatty():
+            raise ConfigError("there is no prompt; give --prompt TEXT, --prompts FILE, or text on stdin")
+        edit(load, settings, seed)
+        return
     planned = plan_samples(read_prompts(given, prompts, sys.stdin, settings), seed)
     has_logprobs = any(each.prompt.settings.logprobs for each in planned)
     sample_options.check_output({"--null": null, "--json": as_json, "--jsonl": json_lines}, has_logprobs)
     with StopRequest() as stopping:
-        restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
+        restored, precision = load()
         tokens = encode_prompts(restored, planned, slide=context_shift is True)
         generation = TextGeneration(
             restored, planned, tokens, dtype=precision, stop=stopping, slide=context_shift is not False,

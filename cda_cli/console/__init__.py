@@ -12,6 +12,16 @@ from cda_cli.console.reports import (
     show_import,
 )
 from cda_cli.console.runs import show_runs
+from cda_cli.console.sample_editor import (
+    next_line,
+    show_drawing,
+    show_editor_help,
+    show_growing,
+    show_keys,
+    show_last_lines,
+    show_last_tokens,
+    show_odds,
+)
 from cda_cli.console.sampling import SampleDocument, SampleLines, SampleText, show_sampling
 from cda_cli.console.settings import show_changed, show_presets, show_settings
 from cda_cli.console.tasks import show_task_list, show_tasks
@@ -23,18 +33,26 @@ __all__ = [
     "SampleLines",
     "SampleText",
     "TrainingDisplay",
+    "next_line",
     "note",
     "print_json",
     "progress",
     "progress_in_turn",
     "show_changed",
     "show_doctor",
+    "show_drawing",
     "show_dry_run",
+    "show_editor_help",
     "show_effects",
     "show_evaluation",
     "show_export",
     "show_forecast",
+    "show_growing",
     "show_import",
+    "show_keys",
+    "show_last_lines",
+    "show_last_tokens",
+    "show_odds",
     "show_presets",
     "show_report",
     "show_runs",

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cda_cli.data import without_surrogates
 from cda_cli.errors import ConfigError, brief, requirement
@@ -41,6 +41,11 @@ class PromptSettings(BaseModel):
     presence_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     logprobs: int | None = Field(None, ge=1)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_several(cls, stop: Any) -> Any:
+        return tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> PromptSettings:
@@ -159,8 +164,6 @@ def _prompt_of_json(line: str, where: str, defaults: PromptSettings) -> Prompt:
     carried = {name: value for name, value in document.items() if name not in known}
     for name in carried:
         _check_carried(name, where)
-    if "stop" in own:
-        own["stop"] = tuple(own["stop"]) if isinstance(own["stop"], list) else (own["stop"],)
     try:
         settings = PromptSettings.of(defaults.model_dump() | own)
     except ConfigError as error:

@@ -57,8 +57,10 @@ class SampledText:
         """Adds a token, and the text that is known with it."""
         self.ids.append(generated.token)
         if generated.logprob is not None:
-            likeliest = [self._described(*each) for each in generated.alternatives]
-            self.logprobs.append({**self._described(generated.token, generated.logprob), "top_logprobs": likeliest})
+            before = self.ids[-2:-1] or self.prompt
+            likeliest = [self._described(*each, before) for each in generated.alternatives]
+            drawn = self._described(generated.token, generated.logprob, before)
+            self.logprobs.append({**drawn, "top_logprobs": likeliest})
         self.text += self._stop.push(self._decoder.push(generated.token))
 
     def finish(self, reason: Reason) -> None:
@@ -81,8 +83,8 @@ class SampledText:
             **({"logprobs": self.logprobs} if prompt.settings.logprobs else {}),
         }
 
-    def _described(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self._tokenizer.decode([token]), "token_id": token, "logprob": logprob}
+    def _described(self, token: int, logprob: float, before: list[int]) -> dict[str, Any]:
+        return {"token": token_text(self._tokenizer, token, before), "token_id": token, "logprob": logprob}
 
 
 class TextGeneration:
@@ -158,3 +160,9 @@ def encode_prompts(restored: Restored, samples: Sequence[Sample], *, slide: bool
                 "the model read the newest of them by --context-shift"
             )
     return [prompts[sample.place] for sample in samples]
+
+
+def token_text(tokenizer: Tokenizer, token: int, before: Sequence[int]) -> str:
+    """The text of one token after the tokens `before`, which decide whether it begins with a space."""
+    decoder = tokenizer.stream(before[-1:])
+    return decoder.push(token) + decoder.flush()
