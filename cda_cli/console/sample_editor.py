@@ -41,6 +41,7 @@ def next_line() -> str | None:
         try:
             lines.append(input("… " if lines else "> "))
         except EOFError:
+            print()
             return None
         except KeyboardInterrupt:
             print()

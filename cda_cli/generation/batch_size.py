@@ -7,7 +7,7 @@ import torch
 from cda_cli.model import Transformer
 from cda_cli.runtime import available_memory
 
-MOST = {"cuda": 256, "cpu": 16}  # keep the device busy
+MOST = {"cuda": 256, "cpu": 32}  # keep the device busy
 SHARE = 0.5  # of the memory that is left; the rest is for the text of the prompts, which is read in larger pieces
 LOGITS_BYTES = 64  # for each token of the vocabulary: its logit, its probability in float64, their order and their sums
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import cda_cli
+from cda_cli import main
 from tests.commands.helpers import Cda, assert_refused
 
 FEW = ("--max-new-tokens", 10)
@@ -119,6 +123,29 @@ def test_what_is_longer_than_the_context(cda: Cda, finished: Path) -> None:
     assert shown.err == "1 of 1 sample grew beyond the model's context; the model went on from the newest tokens\n"
     shown = cda("sample", finished, prompt[:30], *FEW, "--no-context-shift")
     assert shown.err == "1 of 1 sample ended because the model's context was full\n"
+
+
+def test_a_terminal_is_told_the_speed_and_a_pipe_gets_the_samples(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a bar is drawn on stderr, which is a terminal here, stdout is not."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out, err = io.StringIO(), Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    command = ["cda", "sample", "--device", "cpu", str(finished), "a", "--num-samples", "3", "--jsonl"]
+    monkeypatch.setattr(sys, "argv", [*command, *map(str, FEW)])
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with pytest.raises(SystemExit):
+        main.run()
+    assert [json.loads(line)["seed"] for line in out.getvalue().splitlines()] == [0, 1, 2]
+    assert "sampling" in err.getvalue()
+    assert "3/3" in err.getvalue()
+    assert re.search(r"30 tokens, [\d.]+ k? ?tokens/s; ended: 3 by length", err.getvalue())
 
 
 @pytest.mark.parametrize(
