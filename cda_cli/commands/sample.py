@@ -107,7 +107,7 @@ def sample(
         start, shows_samples = perf_counter(), not as_json and sys.stdout.isatty()
         with progress("sampling", len(planned), quiet=len(planned) == 1 or shows_samples) as advance:
             for sampled in generation:
-                output.add(sampled)
+                output.update()
                 advance(sampled.has_ended)
         seconds = perf_counter() - start
         output.finish(stopping)

@@ -30,8 +30,8 @@ class SampleText:
         self._current, self._written = -1, 0  # the sample that is written, and how many characters of it are
         self._begin_next()
 
-    def add(self, sampled: SampledText) -> None:
-        """Writes what can be written, now that `sampled` has more text or has ended."""
+    def update(self) -> None:
+        """Writes what can be written, now that a sample has more text or has ended."""
         while self._is_going_on and self._samples[self._current].has_ended:
             self._write_current()
             self._begin_next()
@@ -78,7 +78,8 @@ class SampleLines:
     def __init__(self, samples: Sequence[SampledText]) -> None:
         self._samples, self._written = samples, 0
 
-    def add(self, sampled: SampledText) -> None:
+    def update(self) -> None:
+        """Writes the samples whose turn has come."""
         while self._written < len(self._samples) and self._samples[self._written].has_ended:
             print_json_line(self._samples[self._written].as_dict())
             self._written += 1
@@ -94,8 +95,8 @@ class SampleDocument:
     def __init__(self, samples: Sequence[SampledText], checkpoint: str) -> None:
         self._samples, self._checkpoint = samples, checkpoint
 
-    def add(self, sampled: SampledText) -> None:
-        """Waits for the others."""
+    def update(self) -> None:
+        """Waits for the end."""
 
     def finish(self, stop: StopRequest) -> None:
         """Writes the document. Raises InterruptedRunError if a stop was asked for."""

@@ -195,9 +195,9 @@ def test_escape_sequences_are_shown_harmlessly_on_a_terminal(finished: Path, mon
     display = SampleText([sampled], stream=True, headings=False)
     for token in tokenizer.encode(f"plain {evil}\n."):
         sampled.take(Generated(0, int(token)))
-        display.add(sampled)
+        display.update()
     sampled.finish("length")
-    display.add(sampled)
+    display.update()
     shown = screen.getvalue()
     safe = "".join("\N{REPLACEMENT CHARACTER}" if c in "\N{ESCAPE}\a\x9b\r\u202e" else c for c in evil)
     assert safe.endswith(harmless)
@@ -250,6 +250,8 @@ def test_the_space_after_the_prompt_is_kept(cda: Cda, tiny: Path, tmp_path: Path
     assert trained.code == 0, trained.err
     ask = ("--prompt", "the cat", "--temperature", 0, "--max-new-tokens", 6)
     [found] = sampled(cda, run, *ask)
+    [told] = sampled(cda, run, *ask, "--logprobs", 1)
+    assert "".join(token["token"] for token in told["logprobs"]) == found["text"]
     whole = "the cat" + found["text"]
     assert found["text"].startswith(" "), found["text"]
     assert " ".join(whole.split()) in sentence * 2, f"the model learnt nothing: {whole}"

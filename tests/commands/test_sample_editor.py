@@ -31,7 +31,7 @@ class Terminal(io.StringIO):
 def session(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
     """Types lines into `cda sample RUN`. Returns what each was answered, and stderr."""
 
-    def typed(*lines: str, options: tuple[str, ...] = ()) -> tuple[list[str], str]:
+    def typed(*lines: str, options: tuple[str, ...] = (), code: int = 0) -> tuple[list[str], str]:
         out, err = Terminal(), io.StringIO()
         command = ["cda", "sample", "--device", "cpu", str(finished), "--max-new-tokens", "12", *options]
         monkeypatch.setenv("TERM", "dumb")  # no codes for colours
@@ -41,8 +41,8 @@ def session(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
         monkeypatch.setattr(sys, "stderr", err)
         with pytest.raises(SystemExit) as left:
             main.run()
-        assert not left.value.code
-        *answers, _ = re.split(r"(?m)(?:^|(?<=[>…] ))> |(?<=> )… ", out.getvalue())[1:]
+        assert (left.value.code or 0) == code
+        *answers, _ = re.split(r"(?m)(?:^|(?<=[>…] ))> |(?<=> )… ", out.getvalue())[1:] or [""]
         return answers, err.getvalue()
 
     return typed
@@ -148,5 +148,6 @@ def test_a_wrong_line_is_one_sentence(session: Session, line: str, sentence: str
 
 
 def test_no_editor_where_a_program_reads(session: Session) -> None:
-    with pytest.raises(AssertionError):
-        session("a", options=("--json",))
+    answers, err = session("a", options=("--json",), code=2)
+    assert not answers
+    assert err == "error: there is no prompt; give --prompt TEXT, --prompts FILE, or text on stdin\n"
