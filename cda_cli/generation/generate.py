@@ -14,18 +14,16 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from cda_cli.errors import ConfigError
+from cda_cli.generation.decoder import Decoder
 from cda_cli.generation.requests import Generated, Request, SamplingSettings
-from cda_cli.generation.sampling import Drawn, Sampler
-from cda_cli.model import StaticCache, Transformer
-from cda_cli.runtime import autocast
+from cda_cli.generation.sampling import Drawn
+from cda_cli.model import Transformer
 
 Reason = Literal["length", "eos", "stop", "context"]
 
-PREFILL_TOKENS = 16384  # read in one pass, of all rows together, but at least PREFILL_POSITIONS of each
-PREFILL_POSITIONS = 256
+ON_THE_WAY = 2  # passes whose tokens a GPU still computes or sends while the next pass is launched
 
 
 @dataclass(eq=False)
@@ -40,11 +38,12 @@ class _Row:
     length: int = 0  # positions in the cache
 
 
-class _Draw(NamedTuple):
-    """What was drawn in one pass, for which rows."""
+class _Pass(NamedTuple):
+    """What was drawn in one pass, for which rows. From a GPU it is on its way to the host until `arrived`."""
 
     rows: list[_Row]
     drawn: Drawn
+    arrived: torch.cuda.Event | None
 
 
 class Generation:
@@ -74,10 +73,10 @@ class Generation:
         self.model, self.requests, self.dtype = model, list(requests), dtype
         self.reasons: dict[int, Reason] = {}
         self._context, self._end_tokens, self._slide = model.config.seq_len, frozenset(end_tokens), slide
-        self._device = model.token_embedding.weight.device
         self._batch_size = max(1, min(batch_size, len(self.requests)))
         self._waiting = deque(range(len(self.requests)))
         self._rows: list[_Row] = []  # row i of the cache belongs to entry i
+        self._on_gpu = model.token_embedding.weight.is_cuda
         self._stream = self._generated()
 
     def __iter__(self) -> Iterator[Generated]:
@@ -89,31 +88,31 @@ class Generation:
 
     @torch.inference_mode()
     def _generated(self) -> Iterator[Generated]:
-        self._cache = StaticCache(self.model, self._batch_size, self.dtype)
-        self._sampler = Sampler(self.requests, self._batch_size, self.model.config.vocab_size, self._device)
-        self._tokens_B = torch.zeros(self._batch_size, dtype=torch.int64, device=self._device)
-        while self._rows or self._waiting:
+        self._decoder = Decoder(self.model, self.requests, self._batch_size, self.dtype)
+        on_the_way: deque[_Pass] = deque()
+        while self._rows or self._waiting or on_the_way:
             self._leave()
+            newest: _Pass | None = None
             if entering := self._enter():
-                drawn = self._prefill(entering)
+                newest = self._prefill(entering)
             elif full := [row for row in self._rows if row.length == self._context]:
-                drawn = self._prefill(full)
+                if not on_the_way:  # Their newest tokens must be known.
+                    newest = self._prefill(full)
             elif self._rows:
-                drawn = self._step()
-            else:
-                continue
-            yield from self._known(drawn)
+                newest = self._step()
+            if newest:
+                on_the_way.append(newest)
+            while on_the_way and (newest is None or len(on_the_way) > (ON_THE_WAY if self._on_gpu else 0)):
+                yield from self._known(on_the_way.popleft())
 
     def _leave(self) -> None:
         """Takes away the rows that have ended; the last ones move to their places."""
         for place in reversed(range(len(self._rows))):
-            if self._rows[place].request in self.reasons:
+            if self._rows[place].request in self.reasons or self._rows[place].drawn == self._rows[place].limit:
                 last = self._rows.pop()
                 if place < len(self._rows):
                     self._rows[place] = last
-                    self._cache.move_row(len(self._rows), place)
-                    self._sampler.move_row(len(self._rows), place)
-                    self._tokens_B[place] = self._tokens_B[len(self._rows)]
+                    self._decoder.move_row(len(self._rows), place)
 
     def _enter(self) -> list[_Row]:
         """Gives free rows to waiting requests."""
@@ -127,65 +126,50 @@ class Generation:
             if limit == 0 and number not in self.reasons:
                 self.reasons[number] = reason
             if number not in self.reasons:
-                self._sampler.enter(len(self._rows), request)
+                self._decoder.enter(len(self._rows), request)
                 self._rows.append(_Row(number, limit, reason, list(request.prompt)))
                 entered.append(self._rows[-1])
         return entered
 
-    def _prefill(self, rows: list[_Row]) -> _Draw:
+    def _prefill(self, rows: list[_Row]) -> _Pass:
         """Reads the text of rows, or the newer half of the context where it is full, and draws their next tokens."""
         half = max(1, self._context // 2)
         texts = [row.text if not row.length else row.text[-half:] for row in rows]
         places = [place for place, row in enumerate(self._rows) if row in rows]
-        last_logits: list[Tensor | None] = [None] * len(rows)
-        start, longest = 0, max(map(len, texts))
-        while start < longest:
-            # Rows that have more to read go on together. Causal attention never sees the padding behind a shorter one.
-            reading = [number for number, text in enumerate(texts) if len(text) > start]
-            stop = min(longest, start + max(PREFILL_POSITIONS, PREFILL_TOKENS // len(reading)))
-            parts = [texts[number][start:stop] for number in reading]
-            tokens = torch.tensor([part + [0] * (stop - start - len(part)) for part in parts], device=self._device)
-            wanted = torch.tensor([len(part) - 1 for part in parts], device=self._device)
-            cache = self._cache.rows(torch.tensor([places[number] for number in reading], device=self._device), start)
-            with autocast(self._device, self.dtype):
-                logits = self.model(tokens, cache, wanted_B=wanted)
-            for number, logits_V in zip(reading, logits[:, 0], strict=True):
-                last_logits[number] = logits_V
-            start = stop
-        where = torch.tensor(places, device=self._device)
-        self._cache.lengths_B[where] = torch.tensor([len(text) for text in texts], device=self._device)
+        drawn = self._decoder.prefill(places, texts, [row.drawn for row in rows])
         for row, text in zip(rows, texts, strict=True):
             row.length = len(text)
-        return self._draw(places, torch.stack([each for each in last_logits if each is not None]), where)
+        return self._sent(rows, drawn)
 
-    def _step(self) -> _Draw:
+    def _step(self) -> _Pass:
         """Reads the last token of every row, and draws the next ones."""
-        count, lengths = len(self._rows), [row.length for row in self._rows]
-        cache = self._cache.step(count, max(lengths) + 1, equal=min(lengths) == max(lengths))
-        with autocast(self._device, self.dtype):
-            logits = self.model(self._tokens_B[:count, None], cache)[:, 0]
-        for row in self._rows:
+        rows = list(self._rows)
+        drawn = self._decoder.step([row.length for row in rows], [row.drawn for row in rows])
+        for row in rows:
             row.length += 1
-        return self._draw(range(count), logits, slice(0, count))
+        return self._sent(rows, drawn)
 
-    def _draw(self, places: Sequence[int], logits_BV: Tensor, where: slice | Tensor) -> _Draw:
-        """Draws the next tokens of the rows at `places`; `where` are the same places, as an index."""
-        rows = [self._rows[place] for place in places]
-        for place, row in zip(places, rows, strict=True):
-            self._sampler.prepare(place, row.drawn)
+    def _sent(self, rows: list[_Row], drawn: Drawn) -> _Pass:
+        """Sends what was drawn to the host, without waiting for it."""
+        for row in rows:
             row.drawn += 1
-        drawn = self._sampler.draw(logits_BV, where)
-        self._tokens_B[where] = drawn.tokens_B
-        return _Draw(rows, drawn)
+        if not self._on_gpu:
+            return _Pass(rows, drawn, None)
+        arrived = torch.cuda.Event()
+        on_host = Drawn._make(part.to("cpu", non_blocking=True) if part is not None else None for part in drawn)
+        arrived.record()
+        return _Pass(rows, on_host, arrived)
 
-    def _known(self, draw: _Draw) -> Iterator[Generated]:
+    def _known(self, of: _Pass) -> Iterator[Generated]:
         """Fetches the tokens that were drawn, and tells which requests end with them."""
-        tokens = draw.drawn.tokens_B.tolist()
+        if of.arrived is not None:
+            of.arrived.synchronize()
+        tokens = of.drawn.tokens_B.tolist()
         logprobs, likeliest, theirs = (
             part.tolist() if part is not None else None
-            for part in (draw.drawn.logprob_B, draw.drawn.likeliest_BN, draw.drawn.logprob_BN)
+            for part in (of.drawn.logprob_B, of.drawn.likeliest_BN, of.drawn.logprob_BN)
         )
-        for place, (row, token) in enumerate(zip(draw.rows, tokens, strict=True)):
+        for place, (row, token) in enumerate(zip(of.rows, tokens, strict=False)):  # A graph may have further rows.
             if row.request in self.reasons:
                 continue
             if token in self._end_tokens:

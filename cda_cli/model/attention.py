@@ -13,13 +13,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
-from cda_cli.model.cache import KeyValueCache
+from cda_cli.model.cache import CachedStep, KeyValueCache
 from cda_cli.model.edits import EditLayer
 from cda_cli.model.head_projection import head_logits, project_heads
 from cda_cli.model.layers import make_head_norm
 from cda_cli.model.left_padding import padding_first, padding_or_text
 from cda_cli.model.observe import ObservedAttention, Observer
-from cda_cli.model.rotary import RotaryPositions
+from cda_cli.model.rotary import RotaryPositions, RotaryTables, rotate
 from cda_cli.model.rules import EditRows, attention_rule
 from cda_cli.ops import Backend, can_norm_and_rotate, norm_and_rotate
 
@@ -135,19 +135,27 @@ class Attention(nn.Module):
         H, K, norms, rotary = self.heads, self.key_heads, (self.query_norm, self.key_norm), self.rotary
         # Heads move in front of positions only at the end. Norm, rotation and their gradients thus keep the order of
         # the memory: they compile to few kernels, and the three gradients lie where the matrix product reads them.
+        step = cache if isinstance(cache, CachedStep) else None
         from_start = cache is None and padding_B is None  # The row begins at position 0, as the kernels have it.
-        if norms[0] and norms[1] and rotary and from_start and self._has_kernels(projected_BTGD):
+        if norms[0] and norms[1] and rotary and (from_start or step) and self._has_kernels(projected_BTGD):
             # Rotation is linear, so a factor on the gain is a factor on the query, without a pass over the query.
             gain = norms[0].weight if self.query_scale is None else norms[0].weight * self.query_scale
-            gains, tables = (gain, norms[1].weight), (rotary.cos, rotary.sin)
-            query, key, value, packed = norm_and_rotate(projected_BTGD, *gains, *tables, H, K, norms[0].eps)
+            if step is None:
+                tables, heads = RotaryTables(rotary.cos, rotary.sin), projected_BTGD
+            else:
+                # The kernels have one position after another, which are here those of one row after another.
+                tables, heads = step.rotary_tables(rotary), projected_BTGD.transpose(0, 1)
+                tables = RotaryTables(*(table.squeeze(1) for table in tables))
+            turned = norm_and_rotate(heads, gain, norms[1].weight, *tables, H, K, norms[0].eps)
+            query, key, value, packed = turned if step is None else (each.transpose(0, 1) for each in turned)
         else:
             query, key, value, packed = projected_BTGD.split((H, K, K, projected_BTGD.shape[2] - H - 2 * K), dim=2)
             if norms[0] and norms[1]:
                 query, key = norms[0](query), norms[1](key)
             if rotary:
-                start = cache.length if cache is not None else 0
-                query, key = rotary(query, start, padding_B), rotary(key, start, padding_B)
+                start, T = cache.length if cache is not None else 0, projected_BTGD.shape[1]
+                tables = rotary.at(start, T, padding_B) if step is None else step.rotary_tables(rotary)
+                query, key = rotate(query, tables), rotate(key, tables)
             if self.query_scale is not None:
                 query = query * self.query_scale
         query, key, value = (rearrange(heads, "b t h d -> b h t d") for heads in (query, key, value))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from cda_cli.model.rotary import RotaryPositions, RotaryTables
     from cda_cli.model.transformer import Transformer
 
 
@@ -58,7 +59,8 @@ class StaticCache:
     def step(self, rows: int, longest: int, *, equal: bool = False) -> CachedStep:
         """Returns the cache of the first `rows` rows for a pass of one token each, whose position is `lengths_B`.
 
-        No row has more than `longest` positions with the new one; `equal` says that each has as many.
+        No row has more than `longest` positions with the new one; `equal` says that each has as many. A CUDA graph may
+        hold what it computes: the lengths are read on the device.
         """
         return CachedStep(self, rows, longest, equal)
 
@@ -87,7 +89,7 @@ class CachedRows(KeyValueCache):
 
 
 class CachedStep(KeyValueCache):
-    """Rows of unequal length that get one position each. `advance` moves `lengths_B` on."""
+    """Rows of unequal length that get one position each. `advance` moves `lengths_B` on, within the context."""
 
     holds_null_keys = True
     length: Tensor
@@ -98,6 +100,7 @@ class CachedStep(KeyValueCache):
         self.slot_B = self.length + cache.null_keys
         self.visible_B = None if equal else self.slot_B + 1
         self.place_B = torch.arange(rows, device=self.length.device)
+        self._tables: RotaryTables | None = None
 
     def append(self, layer: int, key_BKTD: Tensor, value_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         rows = len(self.length)
@@ -106,5 +109,12 @@ class CachedStep(KeyValueCache):
         values[self.place_B, :, self.slot_B] = value_BKTD.squeeze(2).to(values.dtype)
         return keys[:, :, : self.slots], values[:, :, : self.slots]
 
+    def rotary_tables(self, rotary: RotaryPositions) -> RotaryTables:
+        """Returns the tables of the new positions, [B, 1, D], which all layers have in common."""
+        if self._tables is None:
+            self._tables = rotary.at(self.length, 1)
+        return self._tables
+
     def advance(self, positions: int) -> None:
-        self.length.add_(positions)
+        # In a CUDA graph a row that has no request goes on too, and must not write behind the last slot.
+        self.length.add_(positions).clamp_(max=self.cache.keys.shape[3] - self.cache.null_keys - 1)

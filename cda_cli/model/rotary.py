@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.left_padding import row_positions
+
+
+class RotaryTables(NamedTuple):
+    """cos and sin of some positions; the second half of the channels has the sign."""
+
+    cos: Tensor
+    sin: Tensor
 
 
 class RotaryPositions(nn.Module):
@@ -43,14 +51,23 @@ class RotaryPositions(nn.Module):
         self.cos.copy_(torch.cat((cos, cos), 1))
         self.sin.copy_(torch.cat((-sin, sin), 1))
 
+    def at(self, start: int | Tensor, T: int, padding_B: Tensor | None = None) -> RotaryTables:
+        """Returns the tables at `row_positions`: [T, D], or [B, T, D]."""
+        positions = row_positions(start, T, padding_B)
+        return RotaryTables(self.cos[positions], self.sin[positions])
+
     def forward(self, x_BTHD: Tensor, start: int | Tensor, padding_B: Tensor | None = None) -> Tensor:
-        """Rotates x [B, T, H, D] at its `row_positions`. Channels i and i + D/2 make a pair."""
-        positions = row_positions(start, x_BTHD.shape[1], padding_B)
-        cos, sin = (table[positions].unsqueeze(-2).to(x_BTHD.dtype) for table in (self.cos, self.sin))
-        # The table has the sign, so this only reads x once more. A concatenation would compile to masked reads or to
-        # another tensor.
-        partner = x_BTHD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-        return x_BTHD * cos + partner * sin
+        """Rotates x [B, T, H, D] at its `row_positions`."""
+        return rotate(x_BTHD, self.at(start, x_BTHD.shape[1], padding_B))
+
+
+def rotate(x_BTHD: Tensor, tables: RotaryTables) -> Tensor:
+    """Rotates x [B, T, H, D] to the positions of `tables`. Channels i and i + D/2 make a pair."""
+    cos, sin = (table.unsqueeze(-2).to(x_BTHD.dtype) for table in tables)
+    # The table has the sign, so this only reads x once more. A concatenation would compile to masked reads or to
+    # another tensor.
+    partner = x_BTHD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return x_BTHD * cos + partner * sin
 
 
 def _unscaled(frequency: Tensor, config: ModelConfig) -> tuple[Tensor, float]:

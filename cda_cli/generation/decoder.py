@@ -1,0 +1,148 @@
+"""Reads and draws on the device: prefill of some rows of a batch, and steps of one token for all of them.
+
+Whatever a step changes is on the device, so that a CUDA graph can hold the step.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cda_cli.generation.requests import Request
+from cda_cli.generation.sampling import Drawn, Sampler
+from cda_cli.model import StaticCache, Transformer
+from cda_cli.runtime import autocast
+
+LEAST_BUCKET = 256  # positions of the shortest context for which a CUDA graph is captured
+PREFILL_TOKENS = 16384  # read in one pass, of all rows together, but at least PREFILL_POSITIONS of each
+PREFILL_POSITIONS = 256
+
+
+class _CapturedStep(NamedTuple):
+    """A CUDA graph of a step, and where it leaves what it draws."""
+
+    graph: torch.cuda.CUDAGraph
+    drawn: Drawn
+
+
+class Decoder:
+    """A model, the cache of a batch of rows, and what draws their tokens. `dtype` is that of the matrix products."""
+
+    def __init__(self, model: Transformer, requests: Sequence[Request], rows: int, dtype: torch.dtype) -> None:
+        self.device = model.token_embedding.weight.device
+        self._dtype, self._rows, self._context = dtype, rows, model.config.seq_len
+        self._model = _with_matrices(model, dtype)
+        self._cache = StaticCache(model, rows, dtype)
+        self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device)
+        self._tokens_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._steps: dict[tuple[int, int], _CapturedStep | None] = {}
+        self._graph_pool: Any = None  # The graphs never run at the same time, so they share their memory.
+
+    def enter(self, row: int, request: Request) -> None:
+        """Gives a row to a request."""
+        self._sampler.enter(row, request)
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copies a row into another one."""
+        self._cache.move_row(source, target)
+        self._sampler.move_row(source, target)
+        self._tokens_B[target] = self._tokens_B[source]
+
+    def prefill(self, rows: Sequence[int], texts: Sequence[Sequence[int]], drawn: Sequence[int]) -> Drawn:
+        """Reads the text of each of `rows` from its start on, and draws a token after it.
+
+        `drawn` is the number of tokens that were drawn so far for each. A long text is read in several passes.
+        """
+        last_logits: list[Tensor | None] = [None] * len(rows)
+        start, longest = 0, max(map(len, texts))
+        while start < longest:
+            # Rows that have more to read go on together. Causal attention never sees the padding behind a shorter one.
+            reading = [number for number, text in enumerate(texts) if len(text) > start]
+            stop = min(longest, start + max(PREFILL_POSITIONS, PREFILL_TOKENS // len(reading)))
+            parts = [list(texts[number][start:stop]) for number in reading]
+            tokens = self._tensor([part + [0] * (stop - start - len(part)) for part in parts])
+            cache = self._cache.rows(self._tensor([rows[number] for number in reading]), start)
+            with autocast(self.device, self._dtype):
+                logits = self._model(tokens, cache, wanted_B=self._tensor([len(part) - 1 for part in parts]))
+            for number, logits_V in zip(reading, logits[:, 0], strict=True):
+                last_logits[number] = logits_V
+            start = stop
+        where = self._tensor(rows)
+        self._cache.lengths_B[where] = self._tensor([len(text) for text in texts])
+        self._prepare_draw(rows, drawn)
+        return self._draw(torch.stack([each for each in last_logits if each is not None]), where)
+
+    def step(self, lengths: Sequence[int], drawn: Sequence[int]) -> Drawn:
+        """Reads the newest token of the first rows, which have `lengths` positions before it, and draws the next ones.
+
+        A GPU may draw for further rows, which come last and mean nothing.
+        """
+        rows, longest = len(lengths), max(lengths) + 1
+        self._prepare_draw(range(rows), drawn)
+        if self.device.type == "cuda":
+            return self._replayed(_bucket(rows, 1, self._rows), _bucket(longest, LEAST_BUCKET, self._context))
+        return self._step(rows, longest, equal=min(lengths) == max(lengths))
+
+    def _step(self, rows: int, longest: int, *, equal: bool = False) -> Drawn:
+        with autocast(self.device, self._dtype):
+            logits = self._model(self._tokens_B[:rows, None], self._cache.step(rows, longest, equal=equal))
+        return self._draw(logits[:, 0], slice(0, rows))
+
+    def _replayed(self, rows: int, longest: int) -> Drawn:
+        """Does what `_step` does, from the second time on by a CUDA graph, which the host launches as a whole.
+
+        The first time compiles the kernels. A short text captures nothing.
+        """
+        key = rows, longest
+        if key not in self._steps:
+            self._steps[key] = None
+            return self._step(rows, longest)
+        captured = self._steps[key]
+        if captured is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graph_pool):
+                drawn = self._step(rows, longest)
+            self._graph_pool = graph.pool()
+            captured = self._steps[key] = _CapturedStep(graph, drawn)
+        captured.graph.replay()
+        return captured.drawn
+
+    def _prepare_draw(self, rows: Sequence[int], drawn: Sequence[int]) -> None:
+        for row, count in zip(rows, drawn, strict=True):
+            self._sampler.prepare(row, count)
+
+    def _draw(self, logits_BV: Tensor, rows: slice | Tensor) -> Drawn:
+        drawn = self._sampler.draw(logits_BV, rows)
+        self._tokens_B[rows] = drawn.tokens_B
+        return drawn
+
+    def _tensor(self, numbers: Sequence[Any]) -> Tensor:
+        return torch.tensor(numbers, device=self.device)
+
+
+def _bucket(count: int, least: int, most: int) -> int:
+    """The smallest of least, 2·least, 4·least, …, most that is no less than `count`."""
+    return min(most, least * 2 ** max(0, math.ceil(math.log2(count / least))))
+
+
+def _with_matrices(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """Returns the model with the weights of its linears in `dtype`, so that autocast need not cast them in each pass.
+
+    All else is shared with `model`.
+    """
+    if dtype == torch.float32:
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, shared)
+    for module in copied.modules():
+        if isinstance(module, nn.Linear):
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    return copied
