@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from cda_cli.generation.requests import Request
 from cda_cli.generation.sampling import Drawn, Sampler
-from cda_cli.model import StaticCache, Transformer
-from cda_cli.runtime import autocast
+from cda_cli.model import KeyValueCache, StaticCache, Transformer
+from cda_cli.runtime import autocast, to_device
 
 LEAST_BUCKET = 256  # positions of the shortest context for which a CUDA graph is captured
 PREFILL_TOKENS = 16384  # read in one pass, of all rows together, but at least PREFILL_POSITIONS of each
@@ -37,9 +37,10 @@ class Decoder:
 
     def __init__(self, model: Transformer, requests: Sequence[Request], rows: int, dtype: torch.dtype) -> None:
         self.device = model.token_embedding.weight.device
-        self._dtype, self._rows, self._context = dtype, rows, model.config.seq_len
+        most = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
+        self._dtype, self._rows, self._positions = dtype, rows, min(most, model.config.seq_len)
         self._model = _with_matrices(model, dtype)
-        self._cache = StaticCache(model, rows, dtype)
+        self._cache = StaticCache(model, rows, dtype, self._positions)
         self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device)
         self._tokens_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._steps: dict[tuple[int, int], _CapturedStep | None] = {}
@@ -87,12 +88,15 @@ class Decoder:
         rows, longest = len(lengths), max(lengths) + 1
         self._prepare_draw(range(rows), drawn)
         if self.device.type == "cuda":
-            return self._replayed(_bucket(rows, 1, self._rows), _bucket(longest, LEAST_BUCKET, self._context))
-        return self._step(rows, longest, equal=min(lengths) == max(lengths))
+            return self._replayed(_bucket(rows, 1, self._rows), _bucket(longest, LEAST_BUCKET, self._positions))
+        if min(lengths) == max(lengths):  # Plain slices of the cache are quicker than lengths in a tensor.
+            return self._step(self._cache.rows(slice(0, rows), lengths[0]), rows)
+        self._cache.lengths_B[:rows] = self._tensor(lengths)
+        return self._step(self._cache.step(rows, longest), rows)
 
-    def _step(self, rows: int, longest: int, *, equal: bool = False) -> Drawn:
+    def _step(self, cache: KeyValueCache, rows: int) -> Drawn:
         with autocast(self.device, self._dtype):
-            logits = self._model(self._tokens_B[:rows, None], self._cache.step(rows, longest, equal=equal))
+            logits = self._model(self._tokens_B[:rows, None], cache)
         return self._draw(logits[:, 0], slice(0, rows))
 
     def _replayed(self, rows: int, longest: int) -> Drawn:
@@ -103,12 +107,12 @@ class Decoder:
         key = rows, longest
         if key not in self._steps:
             self._steps[key] = None
-            return self._step(rows, longest)
+            return self._step(self._cache.step(rows, longest), rows)
         captured = self._steps[key]
         if captured is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._graph_pool):
-                drawn = self._step(rows, longest)
+                drawn = self._step(self._cache.step(rows, longest), rows)
             self._graph_pool = graph.pool()
             captured = self._steps[key] = _CapturedStep(graph, drawn)
         captured.graph.replay()
@@ -124,7 +128,7 @@ class Decoder:
         return drawn
 
     def _tensor(self, numbers: Sequence[Any]) -> Tensor:
-        return torch.tensor(numbers, device=self.device)
+        return to_device(torch.tensor(numbers), self.device)
 
 
 def _bucket(count: int, least: int, most: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
@@ -98,7 +97,7 @@ class Attention(nn.Module):
             out_BHTD = out_BHTD / (budget.unsqueeze(-1) if isinstance(budget, Tensor) else budget)
         if self.to_gate is not None:
             out_BHTD = out_BHTD * self._gate(logits["gate"]).unsqueeze(-1)
-        return self.to_out(rearrange(out_BHTD, "b h t d -> b t (h d)"))
+        return self.to_out(out_BHTD.transpose(1, 2).flatten(2))
 
     @property
     def _head_linears(self) -> dict[str, nn.Linear]:
@@ -132,33 +131,33 @@ class Attention(nn.Module):
 
         Null keys come first and cached ones next. In a padded row, its padding stands in front of all of them.
         """
-        H, K, norms, rotary = self.heads, self.key_heads, (self.query_norm, self.key_norm), self.rotary
+        H, K, norms = self.heads, self.key_heads, (self.query_norm, self.key_norm)
+        step = cache if isinstance(cache, CachedStep) else None
         # Heads move in front of positions only at the end. Norm, rotation and their gradients thus keep the order of
         # the memory: they compile to few kernels, and the three gradients lie where the matrix product reads them.
-        step = cache if isinstance(cache, CachedStep) else None
-        from_start = cache is None and padding_B is None  # The row begins at position 0, as the kernels have it.
-        if norms[0] and norms[1] and rotary and (from_start or step) and self._has_kernels(projected_BTGD):
+        tables = None
+        if self.rotary is not None:
+            start, T = cache.length if cache is not None else 0, projected_BTGD.shape[1]
+            tables = self.rotary.at(start, T, padding_B) if step is None else step.rotary_tables(self.rotary)
+        if norms[0] and norms[1] and tables and padding_B is None and self._has_kernels(projected_BTGD):
             # Rotation is linear, so a factor on the gain is a factor on the query, without a pass over the query.
             gain = norms[0].weight if self.query_scale is None else norms[0].weight * self.query_scale
-            if step is None:
-                tables, heads = RotaryTables(rotary.cos, rotary.sin), projected_BTGD
-            else:
+            gains = gain, norms[1].weight
+            if step is not None:
                 # The kernels have one position after another, which are here those of one row after another.
-                tables, heads = step.rotary_tables(rotary), projected_BTGD.transpose(0, 1)
+                projected_BTGD = projected_BTGD.transpose(0, 1)
                 tables = RotaryTables(*(table.squeeze(1) for table in tables))
-            turned = norm_and_rotate(heads, gain, norms[1].weight, *tables, H, K, norms[0].eps)
+            turned = norm_and_rotate(projected_BTGD, *gains, *tables, H, K, norms[0].eps)
             query, key, value, packed = turned if step is None else (each.transpose(0, 1) for each in turned)
         else:
             query, key, value, packed = projected_BTGD.split((H, K, K, projected_BTGD.shape[2] - H - 2 * K), dim=2)
             if norms[0] and norms[1]:
                 query, key = norms[0](query), norms[1](key)
-            if rotary:
-                start, T = cache.length if cache is not None else 0, projected_BTGD.shape[1]
-                tables = rotary.at(start, T, padding_B) if step is None else step.rotary_tables(rotary)
+            if tables:
                 query, key = rotate(query, tables), rotate(key, tables)
             if self.query_scale is not None:
                 query = query * self.query_scale
-        query, key, value = (rearrange(heads, "b t h d -> b h t d") for heads in (query, key, value))
+        query, key, value = (heads_BTHD.transpose(1, 2) for heads_BTHD in (query, key, value))
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
         if self.config.null_kv and not (cache is not None and cache.holds_null_keys):

@@ -33,16 +33,17 @@ class KeyValueCache(ABC):
 
 
 class StaticCache:
-    """The keys and values of B rows for every layer: [L, B, K, null keys + context, D] each, allocated once.
+    """The keys and values of B rows for every layer: [L, B, K, null keys + positions, D] each, allocated once.
 
     The null keys of each layer stand in the first slots, and the position p of a row in slot null keys + p. Rows thus
-    need no padding in front, whatever their lengths: `lengths_B`, int64, positions of each row on the device.
+    need no padding in front, whatever their lengths: `lengths_B`, int64, positions of each row on the device. There is
+    room for `positions` of each row, or for the model's whole context.
     """
 
-    def __init__(self, model: Transformer, batch_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: Transformer, batch_size: int, dtype: torch.dtype, positions: int | None = None) -> None:
         config, device = model.config, model.token_embedding.weight.device
         self.null_keys = config.null_kv
-        slots = config.null_kv + config.seq_len
+        slots = config.null_kv + (config.seq_len if positions is None else positions)
         shape = (config.depth, batch_size, config.key_heads, slots, config.head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -56,13 +57,13 @@ class StaticCache:
         """Returns the cache of some rows (a slice or their indices), each of which has `length` positions so far."""
         return CachedRows(self, rows, length)
 
-    def step(self, rows: int, longest: int, *, equal: bool = False) -> CachedStep:
+    def step(self, rows: int, longest: int) -> CachedStep:
         """Returns the cache of the first `rows` rows for a pass of one token each, whose position is `lengths_B`.
 
-        No row has more than `longest` positions with the new one; `equal` says that each has as many. A CUDA graph may
-        hold what it computes: the lengths are read on the device.
+        No row has more than `longest` positions with the new one. A CUDA graph may hold what it computes: the lengths
+        are read on the device.
         """
-        return CachedStep(self, rows, longest, equal)
+        return CachedStep(self, rows, longest)
 
     def move_row(self, source: int, target: int) -> None:
         """Copies a row into another one."""
@@ -94,11 +95,11 @@ class CachedStep(KeyValueCache):
     holds_null_keys = True
     length: Tensor
 
-    def __init__(self, cache: StaticCache, rows: int, longest: int, equal: bool) -> None:
+    def __init__(self, cache: StaticCache, rows: int, longest: int) -> None:
         self.cache, self.slots = cache, cache.null_keys + longest
         self.length = cache.lengths_B[:rows]
         self.slot_B = self.length + cache.null_keys
-        self.visible_B = None if equal else self.slot_B + 1
+        self.visible_B = self.slot_B + 1
         self.place_B = torch.arange(rows, device=self.length.device)
         self._tables: RotaryTables | None = None
 

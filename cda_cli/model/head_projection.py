@@ -14,7 +14,6 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -26,7 +25,7 @@ def project_heads(x_BTC: Tensor, to_qkv: nn.Linear, head_linears: Mapping[str, n
         weight = torch.cat((weight, *(linear.weight for linear in head_linears.values())))
         weight = F.pad(weight, (0, 0, 0, -len(weight) % head_width))
         bias = F.pad(bias, (0, len(weight) - len(bias))) if bias is not None else None
-    return rearrange(F.linear(x_BTC, weight, bias), "b t (g d) -> b t g d", d=head_width)
+    return F.linear(x_BTC, weight, bias).unflatten(-1, (-1, head_width))
 
 
 def head_logits(x_BTC: Tensor, packed_BTGD: Tensor, head_linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
@@ -42,6 +41,6 @@ def head_logits(x_BTC: Tensor, packed_BTGD: Tensor, head_linears: Mapping[str, n
             outputs_BTH = packed_BTGD.flatten(2)[..., first : first + H] + linear.bias
         else:
             outputs_BTH = linear(x_BTC)
-        logits[name] = rearrange(outputs_BTH, "b t h -> b h t")
+        logits[name] = outputs_BTH.transpose(1, 2)
         first += H
     return logits

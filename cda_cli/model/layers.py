@@ -1,4 +1,4 @@
-"""The norms, and the settings of the solver.
+"""The norms, dropout, and the settings of the solver.
 
 Shapes: B batch, H heads, T positions, D head width.
 """
@@ -18,6 +18,10 @@ def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(config.dim, config.norm_eps or LAYERNORM_EPS)
     return RMSNorm(config.dim, config.norm_eps or RMSNORM_EPS)
+
+
+def make_dropout(config: ModelConfig) -> nn.Module:
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
 
 def make_head_norm(config: ModelConfig) -> HeadNorm | None:

@@ -16,7 +16,7 @@ from cda_cli.config import ModelConfig
 from cda_cli.model.attention import Attention
 from cda_cli.model.cache import KeyValueCache
 from cda_cli.model.feed_forward import FeedForward
-from cda_cli.model.layers import make_norm
+from cda_cli.model.layers import make_dropout, make_norm
 from cda_cli.model.left_padding import row_positions
 from cda_cli.model.loss import vocabulary_loss
 from cda_cli.model.rules import AttentionRule
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.attention_norm, self.feed_forward_norm = make_norm(config), make_norm(config)
         self.attention = Attention(config, layer, backend)
         self.feed_forward = FeedForward(config, layer, backend)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
 
     def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None, padding_B: Tensor | None = None) -> Tensor:
         h = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), cache, padding_B))
@@ -47,7 +47,7 @@ class Transformer(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         learned = config.position == "learned"
         self.position_embedding = nn.Embedding(config.seq_len, config.dim) if learned else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
         self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in range(config.depth))
         self.norm = make_norm(config)
         bias = config.logits_bias and not config.tied_embeddings

@@ -51,5 +51,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Te
     key, value = for_each_query(key, H), for_each_query(value, H)
     if S == T and documents is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    if T == 1 and documents is None:  # A single query sees every key.
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
     mask = visible(S - T, T, S, documents, query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
