@@ -84,7 +84,7 @@ OUTSIDE: dict[str, set[str]] = {
     "runtime": {"torch"},
     "storage": {"torch", "safetensors"},
     "interchange": {"torch", "safetensors", "tokenizers", "gguf", "transformers", "huggingface_hub", "yaml"},
-    "model": {"torch", "einops", "entmax"},
+    "model": {"torch", "entmax"},
     "ops": {"torch", "triton", "colt5_attention"},
     "transformers": {"torch", "transformers"},
     "observed_transformers": {"torch", "transformers"},

@@ -33,9 +33,14 @@ class _CapturedStep(NamedTuple):
 
 
 class Decoder:
-    """A model, the cache of a batch of rows, and what draws their tokens. `dtype` is that of the matrix products."""
+    """A model, the cache of a batch of rows, and what draws their tokens. `dtype` is that of the matrix products.
 
-    def __init__(self, model: Transformer, requests: Sequence[Request], rows: int, dtype: torch.dtype) -> None:
+    Steps are `compiled` by torch.compile if that is wanted, which takes some time at first.
+    """
+
+    def __init__(
+        self, model: Transformer, requests: Sequence[Request], rows: int, dtype: torch.dtype, compiled: bool
+    ) -> None:
         self.device = model.token_embedding.weight.device
         most = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
         self._dtype, self._rows, self._positions = dtype, rows, min(most, model.config.seq_len)
@@ -43,6 +48,8 @@ class Decoder:
         self._cache = StaticCache(model, rows, dtype, self._positions)
         self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device)
         self._tokens_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._bucketed_logits = torch.compile(self._logits_of_step, dynamic=False) if compiled else self._logits_of_step
+        self._needs_buckets = compiled or self.device.type == "cuda"
         self._steps: dict[tuple[int, int], _CapturedStep | None] = {}
         self._graph_pool: Any = None  # The graphs never run at the same time, so they share their memory.
 
@@ -83,21 +90,33 @@ class Decoder:
     def step(self, lengths: Sequence[int], drawn: Sequence[int]) -> Drawn:
         """Reads the newest token of the first rows, which have `lengths` positions before it, and draws the next ones.
 
-        A GPU may draw for further rows, which come last and mean nothing.
+        It may draw for further rows, which come last and mean nothing.
         """
         rows, longest = len(lengths), max(lengths) + 1
         self._prepare_draw(range(rows), drawn)
+        if self._needs_buckets:
+            rows, longest = _bucket(rows, 1, self._rows), _bucket(longest, LEAST_BUCKET, self._positions)
         if self.device.type == "cuda":
-            return self._replayed(_bucket(rows, 1, self._rows), _bucket(longest, LEAST_BUCKET, self._positions))
-        if min(lengths) == max(lengths):  # Plain slices of the cache are quicker than lengths in a tensor.
-            return self._step(self._cache.rows(slice(0, rows), lengths[0]), rows)
-        self._cache.lengths_B[:rows] = self._tensor(lengths)
-        return self._step(self._cache.step(rows, longest), rows)
+            return self._replayed(rows, longest)
+        self._cache.lengths_B[: len(lengths)] = self._tensor(lengths)
+        if not self._needs_buckets and min(lengths) == max(lengths):
+            return self._draw_after(self._read(rows, self._cache.rows(slice(0, rows), lengths[0])))
+        return self._step(rows, longest)
 
-    def _step(self, cache: KeyValueCache, rows: int) -> Drawn:
+    def _step(self, rows: int, longest: int) -> Drawn:
+        return self._draw_after(self._bucketed_logits(rows, longest))
+
+    def _logits_of_step(self, rows: int, longest: int) -> Tensor:
+        return self._read(rows, self._cache.step(rows, longest))
+
+    def _read(self, rows: int, cache: KeyValueCache) -> Tensor:
+        """Returns the logits [B, 1, V] after the newest tokens of the first rows."""
         with autocast(self.device, self._dtype):
-            logits = self._model(self._tokens_B[:rows, None], cache)
-        return self._draw(logits[:, 0], slice(0, rows))
+            logits: Tensor = self._model(self._tokens_B[:rows, None], cache)
+        return logits
+
+    def _draw_after(self, logits_B1V: Tensor) -> Drawn:
+        return self._draw(logits_B1V[:, 0], slice(0, len(logits_B1V)))
 
     def _replayed(self, rows: int, longest: int) -> Drawn:
         """Does what `_step` does, from the second time on by a CUDA graph, which the host launches as a whole.
@@ -107,12 +126,13 @@ class Decoder:
         key = rows, longest
         if key not in self._steps:
             self._steps[key] = None
-            return self._step(self._cache.step(rows, longest), rows)
+            return self._step(rows, longest)
         captured = self._steps[key]
         if captured is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._graph_pool):
-                drawn = self._step(self._cache.step(rows, longest), rows)
+            # Other threads, such as one that prepares batches of training, may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
+                drawn = self._step(rows, longest)
             self._graph_pool = graph.pool()
             captured = self._steps[key] = _CapturedStep(graph, drawn)
         captured.graph.replay()

@@ -54,7 +54,8 @@ class Generation:
     `slide` is False). With `slide`, the model reads the newer half of a full context again.
 
     Each request gets the tokens that it gets alone, in any order and with any `batch_size`, but for rounding errors.
-    `dtype` is that of the matrix products. Raises ConfigError, at once, for an empty prompt, one that is longer than
+    `dtype` is that of the matrix products. On a GPU a step is a CUDA graph. `compiled` makes torch.compile compile the
+    step, which takes up to a minute at first. Raises ConfigError, at once, for an empty prompt, one that is longer than
     the context, and settings without meaning.
     """
 
@@ -67,12 +68,14 @@ class Generation:
         dtype: torch.dtype = torch.float32,
         end_tokens: Collection[int] = (),
         slide: bool = True,
+        compiled: bool = False,
     ) -> None:
         for request in requests:
             _check(request, model.config.seq_len)
         self.model, self.requests, self.dtype = model, list(requests), dtype
         self.reasons: dict[int, Reason] = {}
         self._context, self._end_tokens, self._slide = model.config.seq_len, frozenset(end_tokens), slide
+        self._compiled = compiled
         self._batch_size = max(1, min(batch_size, len(self.requests)))
         self._waiting = deque(range(len(self.requests)))
         self._rows: list[_Row] = []  # row i of the cache belongs to entry i
@@ -88,7 +91,7 @@ class Generation:
 
     @torch.inference_mode()
     def _generated(self) -> Iterator[Generated]:
-        self._decoder = Decoder(self.model, self.requests, self._batch_size, self.dtype)
+        self._decoder = Decoder(self.model, self.requests, self._batch_size, self.dtype, self._compiled)
         on_the_way: deque[_Pass] = deque()
         while self._rows or self._waiting or on_the_way:
             self._leave()

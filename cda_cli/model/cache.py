@@ -99,7 +99,8 @@ class CachedStep(KeyValueCache):
         self.cache, self.slots = cache, cache.null_keys + longest
         self.length = cache.lengths_B[:rows]
         self.slot_B = self.length + cache.null_keys
-        self.visible_B = self.slot_B + 1
+        # In a CUDA graph a row that has no request may be longer than the others.
+        self.visible_B = (self.slot_B + 1).clamp(max=self.slots)
         self.place_B = torch.arange(rows, device=self.length.device)
         self._tables: RotaryTables | None = None
 
@@ -117,5 +118,5 @@ class CachedStep(KeyValueCache):
         return self._tables
 
     def advance(self, positions: int) -> None:
-        # In a CUDA graph a row that has no request goes on too, and must not write behind the last slot.
+        # A row that has no request goes on too, and must not write behind the last slot.
         self.length.add_(positions).clamp_(max=self.cache.keys.shape[3] - self.cache.null_keys - 1)
