@@ -58,9 +58,11 @@ docs: setup ## Rewrite the generated parts of the docs
 
 bench: setup ## Measure speed on this CPU: tables for benchmarks/results
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/decoding.py
 
 bench-gpu: setup ## Measure speed and memory on a GPU: tables for benchmarks/results
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/distributed.py

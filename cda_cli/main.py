@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from cda_cli.commands import (
+    bench_decode,
     config,
     doctor,
     eval,
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "eval": eval.evaluate,
     "sample": sample.sample,
+    "bench-decode": bench_decode.bench_decode,
     "import": import_model.import_model,
     "inspect-sparsity": inspect_sparsity.inspect_sparsity,
     "export": export.export,

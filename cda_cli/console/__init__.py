@@ -1,6 +1,7 @@
 """All that a person sees: tables, heat maps, and live progress, or plain lines off a terminal. Machines get JSON."""
 
 from cda_cli.console.base import print_json, progress, progress_in_turn, shows_progress
+from cda_cli.console.decoding import show_decode_speed
 from cda_cli.console.effects import show_effects
 from cda_cli.console.evaluation import show_evaluation
 from cda_cli.console.inspection import show_report
@@ -39,6 +40,7 @@ __all__ = [
     "progress",
     "progress_in_turn",
     "show_changed",
+    "show_decode_speed",
     "show_doctor",
     "show_drawing",
     "show_dry_run",

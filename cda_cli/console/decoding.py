@@ -1,0 +1,31 @@
+"""The speeds of `cda bench-decode`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from cda_cli.console.base import memory, out, print_pairs, share, table
+from cda_cli.console.text import section
+
+if TYPE_CHECKING:
+    from cda_cli.generation.benchmark import DecodeSpeed
+
+
+def show_decode_speed(about: Mapping[str, str], speeds: Sequence[DecodeSpeed]) -> None:
+    """Shows a line for each batch size, in at most 80 columns."""
+    print_pairs(out(), about)
+    found = table("batch", "prompt", "new", "first token", "step", "tokens/s", "read", "GB/s", "of ceiling")
+    for speed in speeds:
+        found.add_row(
+            f"{speed.batch_size:,}",
+            f"{speed.prompt_length:,}",
+            f"{speed.new_tokens:,}",
+            f"{speed.time_to_first_token_ms:.3g} ms",
+            f"{speed.step_ms:.3g} ms",
+            f"{speed.tokens_per_second:,.0f}",
+            memory(speed.step_bytes),
+            f"{speed.bandwidth_gb_per_s:,.3g}",
+            share(speed.bandwidth_utilization),
+        )
+    section("Decoding: the time of a step, and the bytes that it must read", found)
