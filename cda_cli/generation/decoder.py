@@ -95,12 +95,11 @@ class Decoder:
         rows, longest = len(lengths), max(lengths) + 1
         self._prepare_draw(range(rows), drawn)
         if self._needs_buckets:
-            rows, longest = _bucket(rows, 1, self._rows), _bucket(longest, LEAST_BUCKET, self._positions)
-        if self.device.type == "cuda":
-            return self._replayed(rows, longest)
-        self._cache.lengths_B[: len(lengths)] = self._tensor(lengths)
-        if not self._needs_buckets and min(lengths) == max(lengths):
+            bucket = _bucket(rows, 1, self._rows), _bucket(longest, LEAST_BUCKET, self._positions)
+            return self._replayed(*bucket) if self.device.type == "cuda" else self._step(*bucket)
+        if min(lengths) == max(lengths):  # Slices of the cache are quicker than lengths in a tensor.
             return self._draw_after(self._read(rows, self._cache.rows(slice(0, rows), lengths[0])))
+        self._cache.lengths_B[:rows] = self._tensor(lengths)
         return self._step(rows, longest)
 
     def _step(self, rows: int, longest: int) -> Drawn:

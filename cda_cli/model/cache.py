@@ -90,17 +90,17 @@ class CachedRows(KeyValueCache):
 
 
 class CachedStep(KeyValueCache):
-    """Rows of unequal length that get one position each. `advance` moves `lengths_B` on, within the context."""
+    """Rows of unequal length that get one position each. `advance` moves `lengths_B` on."""
 
     holds_null_keys = True
     length: Tensor
 
     def __init__(self, cache: StaticCache, rows: int, longest: int) -> None:
         self.cache, self.slots = cache, cache.null_keys + longest
-        self.length = cache.lengths_B[:rows]
+        # A row that has no request may be longer than the others, and goes on with them.
+        self.length = cache.lengths_B[:rows].clamp_(max=longest - 1)
         self.slot_B = self.length + cache.null_keys
-        # In a CUDA graph a row that has no request may be longer than the others.
-        self.visible_B = (self.slot_B + 1).clamp(max=self.slots)
+        self.visible_B = self.slot_B + 1
         self.place_B = torch.arange(rows, device=self.length.device)
         self._tables: RotaryTables | None = None
 
@@ -118,5 +118,4 @@ class CachedStep(KeyValueCache):
         return self._tables
 
     def advance(self, positions: int) -> None:
-        # A row that has no request goes on too, and must not write behind the last slot.
-        self.length.add_(positions).clamp_(max=self.cache.keys.shape[3] - self.cache.null_keys - 1)
+        self.length.add_(positions)

@@ -73,3 +73,13 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(
     together = texts(model, [requests[number] for number in shuffled], batch_size=batch_size)
     for number, found in zip(shuffled, together, strict=True):
         assert [found] == texts(model, [requests[number]]), f"request {number}"
+
+
+@settings(max_examples=8, deadline=None)
+@given(requests=REQUESTS, batch_size=st.integers(2, 8))
+def test_rows_without_a_request_change_nothing(requests: list[Request], batch_size: int) -> None:
+    """A compiled step, like a CUDA graph, takes a round number of rows, and reads their lengths on the device."""
+    model = build(ModelConfig(**TINY | {"attention": "softmax", "position": "rotary", "null_kv": 1}))
+    with torch.compiler.set_stance("force_eager"):  # Compiling takes long, and is PyTorch's.
+        together = texts(model, requests, batch_size=batch_size, compiled=True)
+    assert together == texts(model, requests)
