@@ -13,6 +13,7 @@ import typer
 
 from cda_cli.commands import (
     bench_decode,
+    compare,
     config,
     doctor,
     eval,
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench-decode": bench_decode.bench_decode,
     "import": import_model.import_model,
     "inspect-sparsity": inspect_sparsity.inspect_sparsity,
+    "compare": compare.compare,
     "export": export.export,
     "runs": runs.runs,
     "config": config.config,

@@ -26,7 +26,7 @@ LAYERS: tuple[set[str], ...] = (
     {"commands"},
     {"sparsity_report"},
     {"language_model"},
-    {"console", "figures", "interchange", "training"},
+    {"console", "figures", "interchange", "training", "comparison"},
     {"causal"},
     {"evaluation", "inspection"},
     {"generation"},

@@ -1,6 +1,8 @@
 """All that a person sees: tables, heat maps, and live progress, or plain lines off a terminal. Machines get JSON."""
 
 from cda_cli.console.base import print_json, progress, progress_in_turn, shows_progress
+from cda_cli.console.comparison import comparison_verdict, show_comparison
+from cda_cli.console.comparison_page import comparison_page
 from cda_cli.console.decoding import show_decode_speed
 from cda_cli.console.effects import show_effects
 from cda_cli.console.evaluation import show_evaluation
@@ -34,12 +36,15 @@ __all__ = [
     "SampleLines",
     "SampleText",
     "TrainingDisplay",
+    "comparison_page",
+    "comparison_verdict",
     "next_line",
     "note",
     "print_json",
     "progress",
     "progress_in_turn",
     "show_changed",
+    "show_comparison",
     "show_decode_speed",
     "show_doctor",
     "show_drawing",

@@ -40,7 +40,7 @@ run:
   device: cpu
 """
 
-WITH_DEVICE = ("train", "eval", "sample", "bench-decode", "inspect-sparsity")
+WITH_DEVICE = ("train", "eval", "compare", "sample", "bench-decode", "inspect-sparsity")
 
 # Weights that grow by 27 orders of magnitude in the first step: the second one overflows.
 OVERFLOWING = ("--set", "optim.weight_decay=1e30")

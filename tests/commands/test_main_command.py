@@ -11,6 +11,7 @@ import pytest
 
 from cda_cli import __version__, errors
 from tests.commands.helpers import COMMANDS, Cda, assert_refused, environment, in_subprocess
+from tests.comparison.runs import write_run
 
 # Importing these takes so long that --help is no longer instant.
 HEAVY = {"torch", "datasets", "numpy", "tokenizers", "safetensors", "triton"}
@@ -42,6 +43,16 @@ def test_what_only_looks_imports_nothing_heavy(command: str, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.rpartition("LOADED")[2].split())
     assert "cda_cli.console" in loaded
+    assert not loaded & HEAVY
+
+
+def test_records_are_compared_without_what_is_heavy(tmp_path: Path) -> None:
+    """Only the models need PyTorch, and --no-eval leaves them out."""
+    runs = [str(write_run(tmp_path / name)) for name in ("a", "b")]
+    done = in_fresh_interpreter(AND_TELL, "compare", *runs, "--no-eval")
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.rpartition("LOADED")[2].split())
+    assert "cda_cli.comparison.curves" in loaded
     assert not loaded & HEAVY
 
 

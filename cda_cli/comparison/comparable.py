@@ -1,0 +1,135 @@
+"""Whether runs are comparable: what is the same, what is not, and what follows from it for who reads their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from cda_cli.comparison.recorded import RecordedRun
+
+LETTERS = "ABCDEF"  # what the runs are called, in their order
+TOKENS_OF_DATA = ("tokenizer", "bos", "eos")  # settings of data that choose the tokens, and not the text
+
+
+class Fact(NamedTuple):
+    """One thing that must be the same for losses to compare. `is_same` is None if the records do not say."""
+
+    name: str
+    is_same: bool | None
+    sentence: str
+
+
+def facts(runs: Sequence[RecordedRun]) -> list[Fact]:
+    return [_data(runs), _tokenizer(runs), *(fact(runs) for fact in _SIMPLE), _machine(runs)]
+
+
+def differ_only_in_seed(first: RecordedRun, other: RecordedRun) -> bool:
+    """Whether the seed is the one setting of model, data and optimizer that is not the same."""
+    return _without_place(first) == _without_place(other) and first.config.run.seed != other.config.run.seed
+
+
+def _without_place(run: RecordedRun) -> Mapping[str, Any]:
+    return {name: getattr(run.config, name).model_dump() for name in ("model", "data", "optim")}
+
+
+def _data(runs: Sequence[RecordedRun]) -> Fact:
+    if all(run.text for run in runs) and _same(runs, lambda run: run.tokenizer):
+        if all(run.text == runs[0].text for run in runs):
+            return Fact("data", True, "the checkpoints have the same training and validation text, by its digest")
+    elif _same(runs, lambda run: repr(run.config.data.model_dump(exclude=set(TOKENS_OF_DATA)))):
+        return Fact("data", True, "the settings name the same text; that its content was the same is not recorded")
+    return Fact("data", False, "they trained on different text, so a difference may be that of the text")
+
+
+def _tokenizer(runs: Sequence[RecordedRun]) -> Fact:
+    if _same(runs, lambda run: run.tokenizer):
+        return Fact("tokenizer", True, "losses for each token compare, and so do bits per byte")
+    values = _values(runs, lambda run: run.config.data.tokenizer)
+    return Fact("tokenizer", False, f"{values}; only bits per byte compare, and equal tokens are unequal text")
+
+
+class _Simple(NamedTuple):
+    """A fact that follows from one value of each run. `same` and `other` say what follows; {} stands for the values."""
+
+    name: str
+    value: Callable[[RecordedRun], Hashable]
+    same: str
+    other: str
+    written: Callable[[Any], str] = str
+
+    def __call__(self, runs: Sequence[RecordedRun]) -> Fact:
+        is_same = _same(runs, self.value)
+        words = self.written(self.value(runs[0])) if is_same else _values(runs, self.value, self.written)
+        return Fact(self.name, is_same, (self.same if is_same else self.other).format(words))
+
+
+def _tokens_seen(run: RecordedRun) -> int:
+    return int(run.training[-1].tokens) if run.training else 0
+
+
+def _ending(run: RecordedRun) -> str:
+    return f"{run.summary.state} at step {run.summary.step:,} of {run.summary.steps:,}"
+
+
+_SIMPLE = (
+    _Simple(
+        "tokens",
+        _tokens_seen,
+        "{} each",
+        "{}; read the losses at equal tokens, not those of the ends",
+        lambda tokens: f"{tokens:,}" if tokens else "not recorded",
+    ),
+    _Simple(
+        "seed",
+        lambda run: run.config.run.seed,
+        "{}; how far another seed would move each loss is not known from these runs",
+        "{}; a part of each difference is that of the seeds",
+    ),
+    _Simple(
+        "state",
+        lambda run: run.summary.state if run.summary.state == "finished" else _ending(run),
+        "{}",
+        "{}; a run that has not finished would still fall",
+    ),
+    _Simple(
+        "schedule",
+        lambda run: (run.config.optim.schedule, round(run.scheduled_tokens)),
+        "{}",
+        "{}; at equal tokens one is later in its schedule, which alone lowers its loss",
+        lambda value: f"{value[0]} over {value[1]:,} tokens",
+    ),
+    _Simple(
+        "context",
+        lambda run: run.config.model.seq_len,
+        "{} tokens",
+        "{} tokens; on the same text the models are evaluated with the smallest of them",
+    ),
+    _Simple(
+        "validation",
+        lambda run: run.validated,
+        "{} each time",
+        "{} each time; the losses in training are of unequal parts of the text",
+    ),
+    _Simple(
+        "weights",
+        lambda run: run.began_from,
+        "all began from {} weights",
+        "{}; a run that begins from trained weights has seen more than its own tokens",
+        lambda began_from: began_from or "random",
+    ),
+)
+
+
+def _machine(runs: Sequence[RecordedRun]) -> Fact:
+    return Fact("machine", None, "not recorded; speed, time and memory compare on one machine that did nothing else")
+
+
+def _same(runs: Sequence[RecordedRun], value: Callable[[RecordedRun], Hashable]) -> bool:
+    return len({value(run) for run in runs}) == 1
+
+
+def _values(
+    runs: Sequence[RecordedRun], value: Callable[[RecordedRun], Hashable], written: Callable[[Any], str] = str
+) -> str:
+    """Such as "A 1, B 2"."""
+    return ", ".join(f"{letter} {written(value(run))}" for letter, run in zip(LETTERS, runs, strict=False))

@@ -1,0 +1,344 @@
+"""A comparison of runs: a verdict, and sections that a terminal and a page show alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.text import Text
+
+from cda_cli.console.base import count, duration, memory, out, plus_minus, print_pairs, print_trimmed, share, table
+from cda_cli.console.charts import BOTH, COLOURS, Chart, draw_text
+from cda_cli.console.effects import TITLES
+from cda_cli.console.evaluation import difference_columns
+from cda_cli.console.text import heading, print_sentence, printable
+from cda_cli.settings_table import as_written
+
+if TYPE_CHECKING:
+    from cda_cli.causal import Effect
+    from cda_cli.comparison.comparable import Fact
+    from cda_cli.comparison.curves import Axis, Equal
+    from cda_cli.comparison.models import Models
+    from cda_cli.comparison.overlap import HeadOverlap
+    from cda_cli.comparison.result import Result
+    from cda_cli.evaluation import Estimate
+
+DASH = "–"
+SAME = {True: "same", False: "differ", None: DASH}
+MOST_PAIRS = 5  # aligned heads that are shown of those with the largest overlap, and of those with the smallest
+# Measures of attention, by their names in JSON: what the table calls them, and how it writes them.
+MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "sparsity_k": ("k", lambda value: f"{value:.3f}"),
+    "effective_support": ("support", lambda value: f"{value:.2f}"),
+    "keys_95": ("keys 95%", lambda value: f"{value:.1f}"),
+    "gate_equivalent": ("gate-equivalent rows", share),
+    "capped_share": ("capped/k", share),
+    "sink_mass": ("sink", share),
+    "median_distance": ("median distance", lambda value: f"{value:.0f}"),
+}
+BY_LAYER = ("effective_support", "gate_equivalent")
+
+
+class Section(NamedTuple):
+    """A part of a comparison: sentences, a table and charts, of which each may be missing.
+
+    Columns but the first hold numbers, unless `has_words`.
+    """
+
+    title: str
+    sentences: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    charts: Sequence[Chart] = ()
+    has_words: bool = False
+
+
+def show_comparison(result: Result) -> None:
+    """Prints the runs, the verdict, and each section."""
+    console = out()
+    print_pairs(console, named_runs(result))
+    console.print()
+    for sentence in comparison_verdict(result):
+        print_sentence(console, sentence)
+    for section in sections(result):
+        heading(console, section.title)
+        for sentence in section.sentences:
+            print_sentence(console, sentence)
+        if section.rows:
+            made = table(*section.columns)
+            for column in made.columns[1:]:
+                column.justify, column.overflow = ("left" if section.has_words else "right"), "fold"
+            for row in section.rows:
+                made.add_row(*row)
+            print_trimmed(console, made)
+        for chart in section.charts:
+            print_trimmed(console, draw_text(chart, console.width))
+            print_trimmed(console, _legend(chart))
+
+
+def _legend(chart: Chart) -> Text:
+    marks = Text()
+    for colour, letter in zip(COLOURS, chart.lines, strict=False):
+        marks.append(f"{letter}  ", style=colour)
+    return marks.append(f"{BOTH} several" if len(chart.lines) > 1 else "")
+
+
+def named_runs(result: Result) -> dict[str, str]:
+    """The letter of each run, with its folder and how far it came."""
+    return {
+        letter: f"{printable(str(run.path))}, {run.summary.state} at step {run.summary.step:,}"
+        for letter, run in zip(result.letters, result.runs, strict=True)
+    }
+
+
+def sections(result: Result) -> list[Section]:
+    """All that is found, but for the verdict."""
+    models = result.models
+    return [
+        Section("Are they comparable?", (), ("", "", "what follows"), _facts(result.facts), has_words=True),
+        _settings(result),
+        *(_equal(result, axis) for axis in ("tokens", "seconds")),
+        _speed(result),
+        *([_recorded_attention(result)] if models is None else _of_models(result, models)),
+    ]
+
+
+def _facts(facts: Iterable[Fact]) -> list[tuple[str, ...]]:
+    return [(fact.name, SAME[fact.is_same], printable(fact.sentence)) for fact in facts]
+
+
+def _settings(result: Result) -> Section:
+    rows = [
+        (key, *(printable(as_written(run.summary.settings[key])) for run in result.runs)) for key in result.differing
+    ]
+    sentences = () if rows else ("All settings are the same.",)
+    return Section("Settings that differ", sentences, ("", *result.letters), rows)
+
+
+def _equal(result: Result, axis: Axis) -> Section:
+    """Losses at equal tokens, or at equal time, as a table and as curves."""
+    curves, in_tokens = result.curves, axis == "tokens"
+    of = "validation" if curves.kind == "validation" else "training text"
+    title = f"Bits per byte of the {of} at equal {'tokens' if in_tokens else 'time'}, during training"
+    equal = curves.equal(axis)
+    if not equal:
+        return Section(title, ("A run has no records of it.",))
+    words = count if in_tokens else seconds
+    rows = [(words(each.at), *(_number(value) for value in each.bits_per_byte)) for each in equal]
+    lines = {
+        letter: [(getattr(point, axis), point.bits_per_byte) for point in points]
+        for letter, points in zip(result.letters, curves.points, strict=True)
+    }
+    chart = Chart("tokens" if in_tokens else "time", "bits per byte", lines, words, lambda value: f"{value:.3g}")
+    return Section(title, (), ("tokens" if in_tokens else "time", *result.letters), rows, [chart])
+
+
+def _speed(result: Result) -> Section:
+    """Totals, and what the machine gave."""
+    runs = result.runs
+    rows = [
+        ("tokens trained on", *(_written(count, run.tokens) for run in runs)),
+        ("time of the steps", *(_written(seconds, run.seconds) for run in runs)),
+        ("tokens per second", *(_written(count, run.tokens_per_second) for run in runs)),
+        ("peak memory", *(_written(memory, run.memory_bytes) for run in runs)),
+    ]
+    return Section("Speed and memory", (), ("", *result.letters), rows)
+
+
+def _recorded_attention(result: Result) -> Section:
+    """What the newest train records have of the layers, for runs whose models are not opened."""
+    title = "Attention in the newest train records, means over layers"
+    names = [name for name in MEASURES if any(hasattr(layer, name) for run in result.runs for layer in run.layers)]
+    rows = [
+        (
+            MEASURES[name][0],
+            *(_mean(MEASURES[name][1], [getattr(layer, name) for layer in run.layers]) for run in result.runs),
+        )
+        for name in names
+    ]
+    return Section(title, () if rows else ("No run has such records.",), ("", *result.letters), rows)
+
+
+def _of_models(result: Result, models: Models) -> list[Section]:
+    means = models.attention
+    attention = f"Attention over {models.inspected} windows, means over heads"
+    return [
+        _evaluated(result, models),
+        Section(attention, (), ("", *result.letters), _attention(means)),
+        *_causal(result, models),
+        *(_aligned(letter, overlap) for letter, overlap in zip(result.letters[1:], models.overlaps, strict=True)),
+    ]
+
+
+def _evaluated(result: Result, models: Models) -> Section:
+    evaluation = models.evaluation
+    comparison, text = evaluation.comparison, evaluation.readings[0].text
+    units = comparison.units
+    sentences = (
+        f"{printable(text.description)}, {text.split}: {comparison.evaluation().tokens:,} tokens in windows of at most "
+        f"{evaluation.context:,}; intervals are from {units.blocks:,} {units.resampled}, resampled.",
+    )
+    rows = []
+    for number, letter in enumerate(result.letters):
+        found = comparison.evaluation(number)
+        difference = difference_columns(comparison.difference(number)) if number else ("", "")
+        bits = plus_minus(found.bits_per_byte, found.bits_per_byte_error)
+        step = evaluation.readings[number].saved.path.name.removeprefix("step-").lstrip("0") or "0"
+        rows.append((letter, step, count(models.parameters[number]), f"{found.loss:.4f}", bits, *difference))
+    columns = ("run", "step", "weights", "loss", "bits per byte", "difference", "95 % interval")
+    return Section("Loss on the same text", sentences, columns, rows)
+
+
+def _attention(means: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    rows = []
+    for name, (words, write) in MEASURES.items():
+        rows.append((words, *(_written(write, each[name]) for each in means)))
+        depth = max(len(each["layers"]) for each in means) if name in BY_LAYER else 0
+        for layer in range(depth if depth > 1 else 0):
+            values = [each["layers"][layer][name] if layer < len(each["layers"]) else math.nan for each in means]
+            rows.append((f"  layer {layer}", *(_written(write, value) for value in values)))
+    return rows
+
+
+def _causal(result: Result, models: Models) -> list[Section]:
+    """A section for each kind of intervention: what it costs each run, in bits per byte."""
+    found = []
+    for kind, title in TITLES.items():
+        of_runs = [[one for one in each.effects if one.intervention.kind == kind] for each in models.effects]
+        described = {one.intervention.name: one.intervention.description for of_run in of_runs for one in of_run}
+        if not described:
+            continue
+        by_name = [{one.intervention.name: one for one in of_run} for of_run in of_runs]
+        rows = [(words, *(_cost(effects.get(name)) for effects in by_name)) for name, words in described.items()]
+        sentence = "Bits per byte more than the run as it is, ± standard error."
+        found.append(Section(title, (sentence,), ("", *result.letters), rows, _cut_charts(result, of_runs)))
+    return found
+
+
+def _cost(effect: Effect | None) -> str:
+    return DASH if effect is None else f"{effect.difference.value:+.4f} ± {effect.difference.error:.4f}"
+
+
+def _cut_charts(result: Result, of_runs: Sequence[Sequence[Effect]]) -> list[Chart]:
+    """The cost against the keys or units that are kept, for each choice that has several numbers of them."""
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for letter, effects in zip(result.letters, of_runs, strict=True):
+        for effect in effects:
+            figures = effect.intervention.figures()
+            kept = figures.get("keys", figures.get("units"))
+            if kept is not None and not figures.get("drops"):
+                of_choice = lines.setdefault(figures["choice"], {each: [] for each in result.letters})
+                of_choice[letter].append((kept, effect.difference.value))
+    return [
+        Chart(
+            f"{choice}: number kept",
+            "bits per byte more",
+            {letter: sorted(points) for letter, points in of_choice.items()},
+            lambda x: f"{x:.0f}",
+            lambda y: f"{y:.3g}",
+            is_log=True,
+            whole=True,
+        )
+        for choice, of_choice in lines.items()
+        if any(len(points) > 1 for points in of_choice.values())
+    ]
+
+
+def _aligned(letter: str, overlap: HeadOverlap | None) -> Section:
+    title = f"What aligned heads of A and {letter} read alike"
+    if overlap is None:
+        return Section(title, ("The runs have unlike tokens, or the text has a single window.",))
+    same_layer = sum(pair.layer == pair.other_layer for pair in overlap.pairs)
+    sentences = (
+        f"Aligned heads share {overlap.aligned:.1%} of what they read, and any two heads {overlap.any_two:.1%}; "
+        f"{same_layer} of {len(overlap.pairs)} pairs are of the same layer.",
+    )
+    ordered = sorted(overlap.pairs, key=lambda pair: -pair.overlap)
+    shown = ordered if len(ordered) <= 2 * MOST_PAIRS else [*ordered[:MOST_PAIRS], *ordered[-MOST_PAIRS:]]
+    rows = [
+        (f"{pair.layer}.{pair.head}", f"{pair.other_layer}.{pair.other_head}", share(pair.overlap)) for pair in shown
+    ]
+    return Section(title, sentences, ("head of A", f"head of {letter}", "overlap"), rows)
+
+
+def comparison_verdict(result: Result) -> list[str]:
+    """Says in sentences which run is better, by how much, and at what cost."""
+    letters, models = result.letters, result.models
+    found = []
+    if models is None:
+        found.append(f"No model was evaluated: {result.not_evaluated}.")
+    else:
+        found += [
+            _difference(letter, models.evaluation.comparison.difference(number), letter in result.seeds_apart)
+            for number, letter in enumerate(letters[1:], start=1)
+        ]
+        found.append("The intervals are over the text; another seed of a training is not in them.")
+    curves = result.curves
+    found += [_equal_words(result, f"{equal.at:,.0f} tokens", equal) for equal in curves.tokens[-1:]]
+    found += [_equal_words(result, seconds(equal.at), equal) for equal in curves.seconds[-1:]]
+    found += _speed_words(result)
+    if models is not None:
+        found.append(_attention_words(letters, models))
+    return found
+
+
+def _difference(letter: str, difference: Estimate, is_seed: bool) -> str:
+    value, _, low, high = difference
+    if math.isnan(value):
+        return f"{letter} has no bits per byte that A has too, as the text has no bytes."
+    better = "better" if value < 0 else "worse"
+    seed = " They differ in the seed alone: so much a seed does." if is_seed else ""
+    if math.isnan(low):
+        return f"{letter} is {abs(value):.4f} bits per byte {better} than A; one observation has no interval.{seed}"
+    half = max(high - value, value - low)
+    told = f"{abs(value):.4f} ± {half:.4f} bits per byte {better} than A"
+    missed = "1 in 20 such intervals would miss."
+    if low <= 0 <= high:
+        return f"{letter} and A are not told apart: {letter} is {told}; {missed}{seed}"
+    return f"{letter} is {told}; {missed}{seed}"
+
+
+def _equal_words(result: Result, amount: str, equal: Equal) -> str:
+    losses = zip(result.letters, equal.bits_per_byte, strict=True)
+    figures = " and ".join(f"{letter} {_number(bits)}" for letter, bits in losses)
+    return f"After {amount} of training each, the {result.curves.kind} loss is {figures} bits per byte."
+
+
+def _speed_words(result: Result) -> list[str]:
+    first, words = result.runs[0], []
+    for letter, run in zip(result.letters[1:], result.runs[1:], strict=True):
+        speed, size = run.tokens_per_second / first.tokens_per_second, run.memory_bytes / first.memory_bytes
+        if math.isfinite(speed) and math.isfinite(size):
+            words.append(f"{letter} trains {speed:.2f} times as fast as A, with {size:.2f} times its memory.")
+    return words
+
+
+def _attention_words(letters: str, models: Models) -> str:
+    means = models.attention
+    support = ", ".join(
+        f"{letter} {each['effective_support']:.1f}" for letter, each in zip(letters, means, strict=True)
+    )
+    gated = [
+        f"{letter} {each['gate_equivalent']:.1%}"
+        for letter, each in zip(letters, means, strict=True)
+        if math.isfinite(each["gate_equivalent"])
+    ]
+    rows = f"; gate-equivalent rows: {', '.join(gated)}" if gated else ""
+    return f"Support, in keys for each row: {support}{rows}."
+
+
+def seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 60 else duration(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else DASH
+
+
+def _written(write: Callable[[float], str], value: float) -> str:
+    return write(value) if math.isfinite(value) else DASH
+
+
+def _mean(write: Callable[[float], str], values: Sequence[float]) -> str:
+    return _written(write, sum(values) / len(values)) if values else DASH
