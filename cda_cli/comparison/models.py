@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cda_cli.causal import Checks, Effects, Wanted
+from cda_cli.causal import Effects, Prepared, Wanted, prepare
 from cda_cli.comparison.overlap import HeadOverlap, SharesWatcher, head_overlap
 from cda_cli.comparison.recorded import RecordedRun
 from cda_cli.data import Batch
@@ -20,6 +21,7 @@ from cda_cli.evaluation import Plan, TextEvaluation, Way, evaluate_readings, ope
 from cda_cli.evaluation.checkpoints import Reading
 from cda_cli.inspection import HeadReport, Report, ReportWatcher, inspect
 from cda_cli.inspection.measures import MEASURES
+from cda_cli.model import Transformer
 from cda_cli.restore import Restored, Saved, TextSide
 from cda_cli.runs.folder import Run
 from cda_cli.signals import StopRequest
@@ -123,10 +125,12 @@ class _Looks:
 
     readings: Sequence[Reading]
     context: int
-    checks: Checks
+    wanted: Wanted
     stop: StopRequest
     reports: list[Report] = field(default_factory=list)
     seen: list[SharesWatcher] = field(default_factory=list)
+    prepared: list[Prepared] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
     parameters: list[int] = field(default_factory=list)
     have_budget: list[bool] = field(default_factory=list)
 
@@ -137,7 +141,7 @@ class _Looks:
         open_batches: Callable[[], Iterable[Batch]],
         advance: Callable[[int], None],
     ) -> dict[str, Way]:
-        """Looks at the next model, and returns the further ways to measure it that `checks` has."""
+        """Looks at the next model, and returns the further ways to measure it that are `wanted`."""
         config, windows = restored.config.model, self.readings[len(self.reports)].windows.take(slice(INSPECTED))
         report, seen = (
             ReportWatcher(config.attn_k),
@@ -151,7 +155,23 @@ class _Looks:
         self.seen.append(seen)
         self.parameters.append(sum(each.numel() for each in restored.model.parameters()))
         self.have_budget.append(restored.model.attention_rule.has_budget)
-        return self.checks.ways(restored, dtype, open_batches, advance)
+        wanted = self._with_meaning(restored.model)
+        self.prepared.append(prepare(restored.model, wanted, open_batches, restored.device, dtype, advance))
+        return self.prepared[-1].ways(restored.model)
+
+    def _with_meaning(self, model: Transformer) -> Wanted:
+        """Leaves out what has no meaning for `model`. Raises ConfigError if it has none for any of the models."""
+        kept = []
+        for each in self.wanted.interventions:
+            try:
+                each.require(model)
+            except ConfigError:
+                self.refused[each.name] += 1
+                if self.refused[each.name] == len(self.readings):
+                    raise
+            else:
+                kept.append(each)
+        return self.wanted._replace(interventions=kept)
 
 
 def compare_models(
@@ -166,18 +186,17 @@ def compare_models(
 
     `advance` gets numbers of windows, `windows_to_read` in all. Raises InterruptedRunError once a stop was asked for.
     """
-    checks = Checks(wanted)
-    looks = _Looks(readings, plan.context or readings[0].text.seq_len, checks, stop)
+    looks = _Looks(readings, plan.context or readings[0].text.seq_len, wanted, stop)
     evaluation = evaluate_readings(plan, readings, restore, stop, advance, further=looks.ways)
+    measured = zip(looks.prepared, evaluation.sums, evaluation.units, strict=True)
+    effects = [prepared.effects(sums, units, None) for prepared, sums, units in measured]
     first, heads = looks.seen[0], [reading.saved.config.model.heads for reading in readings]
     is_same = [reading.saved.tokenizer.fingerprint == readings[0].saved.tokenizer.fingerprint for reading in readings]
     overlaps = [
         head_overlap(first, seen, (heads[0], count)) if same else None
         for seen, count, same in list(zip(looks.seen, heads, is_same, strict=True))[1:]
     ]
-    return Models(
-        evaluation, checks.effects(evaluation, None), looks.reports, overlaps, looks.parameters, looks.have_budget
-    )
+    return Models(evaluation, effects, looks.reports, overlaps, looks.parameters, looks.have_budget)
 
 
 def windows_to_read(readings: Sequence[Reading], wanted: Wanted) -> int:

@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from cda_cli.config import parse
+from cda_cli.model import Transformer, state_tensors
 from cda_cli.runs.folder import Run
 from cda_cli.storage import load, publish
 from tests.commands.helpers import Cda, assert_refused
@@ -85,6 +87,23 @@ def test_models_are_compared_as_cda_eval_compares_them(cda: Cda, finished: Path,
     assert document["head_overlap"][0]["any_two"] < 1
     assert len(document["attention"][0]["layers"]) == 2
     assert document["not_evaluated"] is None
+
+
+def test_a_check_without_meaning_for_one_run_is_left_out_of_it(cda: Cda, finished: Path, tmp_path: Path) -> None:
+    """A softmax has no budget, so its rows are no gate times a softmax; the run with a budget is still measured."""
+    plain, state = tmp_path / "plain", load(Run(finished).checkpoints()[-1], parts=()).state
+    state["config"]["model"] |= {"attention": "softmax", "learned_k": False}
+    config = parse(state["config"])
+    Run(plain).path.mkdir()
+    Run(plain).write_config(config)
+    model = state_tensors(Transformer(config.model))
+    publish(plain, step=state["step"], model=model, optimizer={}, rng={}, state=state)
+    done = cda("compare", plain, finished, "--max-batches", 1, "--as", "gate")
+    assert done.code == 0, done.err
+    [line] = [line for line in done.out.splitlines() if line.startswith("k·softmax(s/ε)")]
+    assert line.split()[1] == "–"
+    assert "±" in line
+    assert re.search(r"gate-equivalent rows: B [\d.]+%", done.out)
 
 
 def test_the_page_stands_alone(cda: Cda, finished: Path, other: Path, tmp_path: Path) -> None:
