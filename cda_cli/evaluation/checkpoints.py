@@ -18,7 +18,15 @@ from cda_cli.data import Batch, Windows, count_words
 from cda_cli.errors import ConfigError
 from cda_cli.evaluation.comparison import Comparison
 from cda_cli.evaluation.details import Calibration, Detail, LossByPosition
-from cda_cli.evaluation.intervals import FEWEST_DOCUMENTS, LEVEL, RESAMPLES, SEED, Units, windows_as_units
+from cda_cli.evaluation.intervals import (
+    FEWEST_DOCUMENTS,
+    LEVEL,
+    RESAMPLES,
+    SEED,
+    Units,
+    stretches_as_units,
+    windows_as_units,
+)
 from cda_cli.evaluation.losses_file import CHECKPOINT, CheckpointLines, LossesFile
 from cda_cli.evaluation.sums import AS_IT_IS, Sums, Way, joined, measure
 from cda_cli.restore import Restored, Saved, TextSide, look_at
@@ -130,9 +138,12 @@ def _check_comparable(first: Saved, other: Saved, plan: Plan) -> None:
 def observations(readings: Sequence[Reading], plan: Plan) -> list[Units]:
     """Chooses what the errors and the bootstrap take as one observation, for the windows of each reading.
 
-    That is a document, or where there are few of them a group of windows whose targets fill a context.
+    That is a document, or where there are few of them a group of windows whose targets fill a context. Of a single
+    document that unlike tokenizers read in windows of their own, it is a stretch of the text.
     """
     has_same_windows = len({reading.saved.tokenizer.fingerprint for reading in readings}) == 1
+    if not has_same_windows and readings[0].documents == 1:
+        return stretches_as_units([torch.from_numpy(reading.windows.target_bytes()) for reading in readings])
     if plan.per_document and (readings[0].documents >= FEWEST_DOCUMENTS or not has_same_windows):
         return [Units(torch.from_numpy(reading.windows.document), "documents") for reading in readings]
     context = plan.context or readings[0].text.seq_len

@@ -9,7 +9,7 @@ observations, K columns, R resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -22,6 +22,7 @@ RESAMPLES = 1000
 SEED = 0
 LEVEL = 0.95
 FEWEST_DOCUMENTS = 30  # With fewer, windows are the observations.
+WINDOWS_OF_STRETCH = 8
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,27 @@ def windows_as_units(windows: int, together: int = 1) -> Units:
     of_window = torch.arange(windows) // together
     name = "windows" if together == 1 else f"groups of {together} windows"
     return Units(of_window, name, math.ceil(round((int(of_window[-1]) + 1) ** (1 / 3), 9)))
+
+
+def stretches_as_units(bytes_of_windows: Sequence[Tensor]) -> list[Units]:
+    """Makes stretches of a text observations, of readings of it whose windows differ, as under unlike tokenizers.
+
+    `bytes_of_windows` has the bytes of text of the windows of each reading, int64 [W]. A stretch is as long as
+    WINDOWS_OF_STRETCH windows of the reading that has the longest ones. A window belongs to the stretch in which it
+    begins, so at its ends a stretch is not the same text in all readings, by less than a window.
+    """
+    totals = [sizes.sum().clamp(min=1) for sizes in bytes_of_windows]
+    longest = max(  # as a share of the text
+        max(WINDOWS_OF_STRETCH / len(sizes), (sizes.max() / total).item())
+        for sizes, total in zip(bytes_of_windows, totals, strict=True)
+    )
+    count = max(1, int(1 / longest))
+    of_windows = [
+        ((sizes.cumsum(0) - sizes) * count // total).clamp(max=count - 1)
+        for sizes, total in zip(bytes_of_windows, totals, strict=True)
+    ]
+    block = math.ceil(round(count ** (1 / 3), 9))
+    return [Units(of_window, "stretches of the text", block) for of_window in of_windows]
 
 
 def ratio_error(sums: Tensor, counts: Tensor) -> float:

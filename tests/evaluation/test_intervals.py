@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cda_cli.evaluation import Comparison, Sums, windows_as_units
-from cda_cli.evaluation.intervals import RESAMPLES, SEED, Bootstrap, Units, influence, influence_error, ratio_error
+from cda_cli.evaluation.intervals import (
+    RESAMPLES,
+    SEED,
+    Bootstrap,
+    Units,
+    influence,
+    influence_error,
+    ratio_error,
+    stretches_as_units,
+)
 
 
 def sums_of(nats: Tensor, tokens: Tensor, text_bytes: Tensor) -> Sums:
@@ -126,3 +135,34 @@ def test_overlapping_windows_make_one_observation_together() -> None:
     found = Comparison([sums], units).evaluation()
     assert found.windows == 10
     assert found.standard_error == pytest.approx(ratio_error(whole.nats, whole.tokens))
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=300), st.integers(1, 7))
+def test_stretches_are_the_same_text_in_windows_of_any_length(sizes: list[int], merged: int) -> None:
+    """Windows of one reading, and the same merged: a stretch begins in both within a window of the same byte."""
+    few = [sum(sizes[start : start + merged]) for start in range(0, len(sizes), merged)]
+    readings = [torch.tensor(sizes), torch.tensor(few)]
+    units = stretches_as_units(readings)
+    assert units[0].count == units[1].count
+    begins = []
+    for each, of_windows in zip(units, readings, strict=True):
+        assert set(each.of_window.tolist()) == set(range(each.count)), "a stretch without a window has no figure"
+        first = torch.searchsorted(each.of_window, torch.arange(each.count))
+        begins.append((of_windows.cumsum(0) - of_windows)[first])
+    assert (begins[0] - begins[1]).abs().max() <= max(few)
+
+
+def test_a_difference_of_unlike_windows_has_the_error_of_like_ones() -> None:
+    """What one reading counts to the next stretch is little, so pairing still removes what the text adds to both."""
+    generator = np.random.default_rng(0)
+    fine = torch.from_numpy(np.repeat(generator.normal(2, 0.5, 100), 16)) * 10  # nats of windows of 10 bytes
+    readings = [sums_of(fine, torch.full((1600,), 10), torch.full((1600,), 10))]
+    coarse = (fine * 1.01).unflatten(0, (800, 2)).sum(1)
+    readings.append(sums_of(coarse, torch.full((800,), 5), torch.full((800,), 20)))
+    units = stretches_as_units([each.text_bytes for each in readings])
+    assert units[0].count == 100
+    found = Comparison(readings, units)
+    difference = found.difference(1)
+    assert difference.value == pytest.approx(0.01 * found.evaluation().bits_per_byte)
+    assert difference.low <= difference.value <= difference.high
+    assert difference.error < 0.1 * found.evaluation().bits_per_byte_error
