@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from cda_cli.comparison.recorded import RecordedRun
@@ -23,13 +23,13 @@ def facts(runs: Sequence[RecordedRun]) -> list[Fact]:
     return [_data(runs), _tokenizer(runs), *(fact(runs) for fact in _SIMPLE), _machine(runs)]
 
 
-def differ_only_in_seed(first: RecordedRun, other: RecordedRun) -> bool:
-    """Whether the seed is the one setting of model, data and optimizer that is not the same."""
-    return _without_place(first) == _without_place(other) and first.config.run.seed != other.config.run.seed
-
-
-def _without_place(run: RecordedRun) -> Mapping[str, Any]:
-    return {name: getattr(run.config, name).model_dump() for name in ("model", "data", "optim")}
+def seed_groups(runs: Sequence[RecordedRun]) -> list[str]:
+    """The letters of the runs whose settings of model, data and optimizer are the same, and whose seeds are not."""
+    groups: dict[str, dict[int, str]] = {}
+    for letter, run in zip(LETTERS, runs, strict=False):
+        settings = repr([run.config.model, run.config.data, run.config.optim])
+        groups.setdefault(settings, {}).setdefault(run.config.run.seed, letter)
+    return ["".join(by_seed.values()) for by_seed in groups.values() if len(by_seed) > 1]
 
 
 def _data(runs: Sequence[RecordedRun]) -> Fact:

@@ -22,6 +22,11 @@ class Equal(NamedTuple):
     losses: list[float]
     bits_per_byte: list[float]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every run has a figure."""
+        return all(map(math.isfinite, self.bits_per_byte))
+
 
 class Curves(NamedTuple):
     """The losses of all runs in training: those of validations, or of the training text where one of the runs has too

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cda_cli.comparison.comparable import LETTERS, Fact, differ_only_in_seed, facts
+from cda_cli.comparison.comparable import LETTERS, Fact, facts, seed_groups
 from cda_cli.comparison.curves import Curves, curves
 from cda_cli.comparison.recorded import RecordedRun
 from cda_cli.errors import ConfigError
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 class Result:
     """Runs side by side. The others are compared with the first.
 
-    `models` is None if no model was opened, and `not_evaluated` says why.
+    `seed_groups` has the letters of runs that differ in their seeds alone. `models` is None if no model was opened, and
+    `not_evaluated` says why.
     """
 
     runs: Sequence[RecordedRun]
     facts: list[Fact]
+    seed_groups: list[str]
     differing: list[str]
     curves: Curves
     models: Models | None
@@ -36,20 +38,12 @@ class Result:
         """What the runs are called, a letter each."""
         return LETTERS[: len(self.runs)]
 
-    @property
-    def seeds_apart(self) -> list[str]:
-        """The runs that differ from the first in their seed alone."""
-        return [
-            letter
-            for letter, run in zip(self.letters, self.runs, strict=True)
-            if differ_only_in_seed(self.runs[0], run)
-        ]
-
     def as_dict(self) -> dict[str, Any]:
         """The document of `--json`."""
         return {
             "runs": [_run(letter, run) for letter, run in zip(self.letters, self.runs, strict=True)],
             "comparable": [fact._asdict() for fact in self.facts],
+            "seed_groups": [list(group) for group in self.seed_groups],
             "settings": {key: [run.summary.settings[key] for run in self.runs] for key in self.differing},
             "losses": self.curves.as_dict(),
             "not_evaluated": None if self.models else self.not_evaluated,
@@ -60,7 +54,7 @@ class Result:
 def result(runs: Sequence[RecordedRun], models: Models | None, not_evaluated: str) -> Result:
     """Compares what the `runs` recorded, and keeps what was measured of their models."""
     differing = differing_settings([run.summary for run in runs])
-    return Result(runs, facts(runs), differing, curves(runs), models, not_evaluated)
+    return Result(runs, facts(runs), seed_groups(runs), differing, curves(runs), models, not_evaluated)
 
 
 def _run(letter: str, run: RecordedRun) -> dict[str, Any]:

@@ -269,14 +269,18 @@ def comparison_verdict(result: Result) -> list[str]:
     if models is None:
         found.append(f"No model was evaluated: {result.not_evaluated}.")
     else:
+        comparison = models.evaluation.comparison
+        like_first = next((group for group in result.seed_groups if letters[0] in group), "")
         found += [
-            _difference(letter, models.evaluation.comparison.difference(number), letter in result.seeds_apart)
+            _difference(letter, comparison.difference(number), letter in like_first)
             for number, letter in enumerate(letters[1:], start=1)
         ]
         found.append("The intervals are over the text; another seed of a training is not in them.")
+        bits = {letter: comparison.bits_per_byte(number).value for number, letter in enumerate(letters)}
+        found += _over_seeds(result.seed_groups, bits)
     curves = result.curves
-    found += [_equal_words(result, f"{equal.at:,.0f} tokens", equal) for equal in curves.tokens[-1:]]
-    found += [_equal_words(result, seconds(equal.at), equal) for equal in curves.seconds[-1:]]
+    found += [_equal_words(result, f"{equal.at:,.0f} tokens", equal) for equal in curves.tokens[-1:] if equal.is_whole]
+    found += [_equal_words(result, seconds(equal.at), equal) for equal in curves.seconds[-1:] if equal.is_whole]
     found += _speed_words(result)
     if models is not None:
         found.append(_attention_words(letters, models))
@@ -299,9 +303,21 @@ def _difference(letter: str, difference: Estimate, is_seed: bool) -> str:
     return f"{letter} is {told}; {missed}{seed}"
 
 
+def _over_seeds(groups: Sequence[str], bits: Mapping[str, float]) -> list[str]:
+    """Compares the means of runs that differ in their seeds alone, if there are two such groups."""
+    if len(groups) < 2:
+        return []
+    of_groups = [[bits[letter] for letter in group] for group in groups]
+    means = "; ".join(
+        f"{' and '.join(group)} {sum(each) / len(each):.4f}" for group, each in zip(groups, of_groups, strict=True)
+    )
+    spread = max(max(each) - min(each) for each in of_groups)
+    return [f"Means over seeds, in bits per byte: {means}. Seeds alone move them by up to {spread:.4f}."]
+
+
 def _equal_words(result: Result, amount: str, equal: Equal) -> str:
     losses = zip(result.letters, equal.bits_per_byte, strict=True)
-    figures = " and ".join(f"{letter} {_number(bits)}" for letter, bits in losses)
+    figures = ", ".join(f"{letter} {_number(bits)}" for letter, bits in losses)
     return f"After {amount} of training each, the {result.curves.kind} loss is {figures} bits per byte."
 
 

@@ -51,8 +51,8 @@ def test_records_alone_say_most_of_it(cda: Cda, recorded: tuple[str, str]) -> No
     for line in (
         "A plain, finished at step 40",
         "No model was evaluated: --no-eval leaves them out.",
-        "After 4,000 tokens of training each, the validation loss is A 4.5000 and B 4.0000 bits per byte.",
-        "After 4.0 s of training each, the validation loss is A 4.5000 and B 5.5000 bits per byte.",
+        "After 4,000 tokens of training each, the validation loss is A 4.5000, B 4.0000 bits per byte.",
+        "After 4.0 s of training each, the validation loss is A 4.5000, B 5.5000 bits per byte.",
         "B trains 0.50 times as fast as A, with 1.00 times its memory.",
         "model.attention softmax coordinate-descent",
         "tokens A B",

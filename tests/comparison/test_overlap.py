@@ -86,3 +86,22 @@ def test_what_null_keys_take_is_not_shared() -> None:
 def test_one_window_cannot_both_align_and_measure() -> None:
     model = build(attention="softmax")
     assert head_overlap(seen(model, 1), seen(model, 1), (model.config.heads,) * 2) is None
+
+
+def test_the_overlap_is_that_of_windows_that_did_not_align() -> None:
+    """In the first window head 0 reads as head 0 does, and in the second as head 1: so nothing is shared."""
+    one, other = SharesWatcher(2, 4, 2), SharesWatcher(2, 4, 2)
+    first, last = torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([[0, 0, 0, 1.0]])
+    one.windows = [torch.stack([first, last])] * 2
+    other.windows = [torch.stack([first, last]), torch.stack([last, first])]
+    found = head_overlap(one, other, (2, 2))
+    assert found is not None
+    assert [pair[:4] for pair in found.pairs] == [(0, 0, 0, 0), (0, 1, 0, 1)]
+    assert (found.aligned, found.any_two, found.rows) == (0.0, 0.5, 1)
+
+
+def test_rows_are_fewer_where_memory_would_run_out() -> None:
+    """1,024 heads over 2,048 keys would take two gigabytes with 32 rows of each of 16 windows."""
+    assert SharesWatcher(16, 256, 16).step == 256 // 32
+    large = SharesWatcher(1024, 2048, 16)
+    assert 16 * (2048 // large.step) * 1024 * 2048 * 2 <= 2**28

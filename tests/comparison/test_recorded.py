@@ -9,7 +9,7 @@ import pytest
 
 from cda_cli.comparison.comparable import facts
 from cda_cli.comparison.curves import curves
-from cda_cli.comparison.recorded import read_run, read_runs
+from cda_cli.comparison.recorded import read_runs
 from cda_cli.comparison.result import result
 from tests.comparison.runs import write_run
 
@@ -83,10 +83,9 @@ def test_an_unfinished_run_is_told(tmp_path: Path) -> None:
     assert "B interrupted at step 30 of 40" in found["state"].sentence
 
 
-@pytest.mark.parametrize(("other", "apart"), [({}, ["B"]), ({"model.attn_k": 8.0}, [])])
-def test_runs_that_differ_in_their_seed_alone_are_named(
-    tmp_path: Path, other: dict[str, Any], apart: list[str]
-) -> None:
-    a = read_run(write_run(tmp_path / "a"))
-    b = read_run(write_run(tmp_path / "b", flags={"run.seed": 1, **other}))
-    assert result([a, b], None, "").seeds_apart == apart
+def test_runs_that_differ_in_their_seed_alone_are_grouped(tmp_path: Path) -> None:
+    seeds = {"A": (0, 2.0), "B": (0, 8.0), "C": (1, 2.0), "D": (1, 8.0), "E": (1, 4.0)}
+    runs = [
+        write_run(tmp_path / name, flags={"run.seed": seed, "model.attn_k": k}) for name, (seed, k) in seeds.items()
+    ]
+    assert result(read_runs(runs), None, "").seed_groups == ["AC", "BD"]
