@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -111,46 +112,57 @@ def draw_svg(chart: Chart, title: str) -> str:
         return "<p>no figures</p>"
     (left, right), (low, high) = limits
     before, after, above, below = MARGINS
-    lines, width, height = chart.drawn, SIZE[0] - before - after, SIZE[1] - above - below
+    width, height = SIZE[0] - before - after, SIZE[1] - above - below
 
     def place(point: XY) -> XY:
         x, y = point
         return before + (x - left) / (right - left) * width, above + (high - y) / (high - low) * height
 
-    parts = [
-        f'<svg viewBox="0 0 {SIZE[0]:g} {SIZE[1]:g}" role="img" aria-label="{escape(title)}">',
-        f"<title>{escape(title)}</title>",
+    lines = chart.drawn
+    clip = f"clip-{re.sub('[^a-z0-9]+', '-', title.lower())}"
+    drawn = [
+        f'<polyline class="line{number}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points))}"/>'
+        for number, points in enumerate(lines.values(), start=1)
     ]
+    ends = {letter: place((points[-1][0], min(points[-1][1], high))) for letter, points in lines.items() if points}
+    return "\n".join(
+        [
+            f'<svg viewBox="0 0 {SIZE[0]:g} {SIZE[1]:g}" role="img" aria-label="{escape(title)}">',
+            f"<title>{escape(title)}</title>",
+            *_axes(chart, limits, place),
+            f'<clipPath id="{clip}">',
+            f'<rect x="0" y="{above - 2:g}" width="{SIZE[0]:g}" height="{height + 4:g}"/></clipPath>',
+            f'<g clip-path="url(#{clip})">',
+            *drawn,
+            "</g>",
+            *_marks(list(lines), ends),
+            "</svg>",
+        ]
+    )
+
+
+def _axes(chart: Chart, limits: tuple[XY, XY], place: Callable[[XY], XY]) -> Iterator[str]:
+    """Yields the elements of the grid, the numbers beside it and the name of the x axis."""
+    (left, right), (low, high) = limits
     for step in range(5):
-        y, at = low + (high - low) * step / 4, above + height * (1 - step / 4)
-        parts.append(f'<line class="grid" x1="{before:g}" x2="{SIZE[0] - after:g}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{before - 8:g}" y="{at + 4:.1f}" text-anchor="end">{escape(chart.y_words(y))}</text>')
+        y = low + (high - low) * step / 4
+        (start, at), (end, _) = place((left, y)), place((right, y))
+        yield f'<line class="grid" x1="{start:.1f}" x2="{end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
+        yield f'<text x="{start - 8:.1f}" y="{at + 4:.1f}" text-anchor="end">{escape(chart.y_words(y))}</text>'
     for step in range(5):
         x = left + (right - left) * step / 4
+        at, floor = place((x, low))
         anchor = ("start", "middle", "middle", "middle", "end")[step]
-        words = escape(chart.shown_x(x))
-        parts.append(
-            f'<text x="{before + width * step / 4:.1f}" y="{SIZE[1] - 26:g}" text-anchor="{anchor}">{words}</text>'
-        )
-    middle = before + width / 2
-    parts.append(f'<text x="{middle:g}" y="{SIZE[1] - 6:g}" text-anchor="middle">{escape(chart.x_label)}</text>')
-    parts.append(
-        f'<clipPath id="{_id(title)}"><rect x="{before:g}" y="0" width="{width + after:g}" '
-        f'height="{above + height + 4:g}"/></clipPath><g clip-path="url(#{_id(title)})">'
-    )
-    for number, points in enumerate(lines.values(), start=1):
-        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points))
-        parts.append(f'<polyline class="line{number}" points="{drawn}"/>')
-    parts.append("</g>")
-    ends = {letter: place((points[-1][0], min(points[-1][1], high))) for letter, points in lines.items() if points}
-    numbers = {letter: number for number, letter in enumerate(lines, start=1)}
-    lowest = -math.inf
-    for letter, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
-        lowest = max(y + 4, lowest + MARK)  # Marks stand below each other, so that each can be read.
-        where = f'x="{x + 5:.1f}" y="{lowest:.1f}"'
-        parts.append(f'<text class="mark line{numbers[letter]}" {where}>{escape(letter)}</text>')
-    return "\n".join([*parts, "</svg>"])
+        yield f'<text x="{at:.1f}" y="{floor + 18:.1f}" text-anchor="{anchor}">{escape(chart.shown_x(x))}</text>'
+    middle, floor = place(((left + right) / 2, low))
+    yield f'<text x="{middle:.1f}" y="{floor + 38:.1f}" text-anchor="middle">{escape(chart.x_label)}</text>'
 
 
-def _id(title: str) -> str:
-    return "clip-" + "".join(character if character.isalnum() else "-" for character in title)
+def _marks(letters: Sequence[str], ends: Mapping[str, XY]) -> Iterator[str]:
+    """Yields the letter of each line, beside its end. Letters of lines that end together stand above each other."""
+    marks: list[XY] = []
+    for letter, (x, y) in sorted(ends.items(), key=lambda end: -end[1][1]):
+        at = min([y + 4, *(other - MARK for start, other in marks if abs(start - x) < MARK)])
+        marks.append((x, at))
+        number = letters.index(letter) + 1
+        yield f'<text class="mark line{number}" x="{x + 5:.1f}" y="{at:.1f}">{escape(letter)}</text>'

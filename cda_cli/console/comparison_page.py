@@ -23,7 +23,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--edge); }
-table.numbers td, table.numbers th + th { text-align: right; white-space: nowrap; }
+table.numbers td, table.numbers th:not(:first-child) { text-align: right; white-space: nowrap; }
 th { font-weight: 600; } td, tbody th { font-weight: normal; } code { overflow-wrap: anywhere; }
 tbody th { white-space: pre; }
 svg { width: 100%; min-width: 26rem; max-width: 45rem; height: auto; } svg text { fill: var(--text); font-size: 12px; }
@@ -40,7 +40,7 @@ polyline.line6 { stroke-dasharray: 2 5; }
 
 def comparison_page(result: Result) -> str:
     """Returns the HTML of a comparison."""
-    title = "Comparison of " + " and ".join(run.path.name for run in result.runs)
+    title = "Comparison of " + ", ".join(run.path.resolve().name for run in result.runs)
     runs = "".join(
         f'<li><b class="run{number}">{letter}</b> <code>{escape(words)}</code></li>'
         for number, (letter, words) in enumerate(named_runs(result).items(), start=1)
@@ -62,18 +62,22 @@ def _section(section: Section) -> str:
     if section.rows:
         parts.append(_table(section))
     for chart in section.charts:
-        parts.append(f'<div class="scroll" tabindex="0">{draw_svg(chart, f"{section.title}: {chart.x_label}")}</div>')
+        title = f"{section.title}: {chart.x_label}"
+        parts.append(_scrolling(draw_svg(chart, title), title))
     return "\n".join([*parts, "</section>"])
 
 
 def _table(section: Section) -> str:
-    heads = "".join(f'<th scope="col">{escape(column)}</th>' for column in section.columns)
+    heads = "".join(f'<th scope="col">{escape(each)}</th>' if each else "<td></td>" for each in section.columns)
     rows = "\n".join(
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
         for row in section.rows
     )
     kind = "words" if section.has_words else "numbers"
-    return (
-        f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{heads}</tr></thead>\n'
-        f"<tbody>\n{rows}\n</tbody></table></div>"
-    )
+    table = f'<table class="{kind}"><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>'
+    return _scrolling(table, section.title)
+
+
+def _scrolling(content: str, label: str) -> str:
+    """`content` that may be wider than a phone: it scrolls by itself, by keyboard too."""
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">{content}</div>'
