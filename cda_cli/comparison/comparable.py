@@ -12,22 +12,24 @@ TOKENS_OF_DATA = ("tokenizer", "bos", "eos")  # settings of data that choose the
 
 
 class Fact(NamedTuple):
-    """One thing that must be the same for losses to compare. `is_same` is None if the records do not say."""
+    """Whether something is the same that must be for losses to compare; `is_same` is None if no record says so."""
 
-    name: str
     is_same: bool | None
     sentence: str
 
 
-def facts(runs: Sequence[RecordedRun]) -> list[Fact]:
-    return [_data(runs), _tokenizer(runs), *(fact(runs) for fact in _SIMPLE), _machine(runs)]
+def facts(runs: Sequence[RecordedRun]) -> dict[str, Fact]:
+    """The facts of `runs`, by what they are about."""
+    machine = Fact(None, "not recorded; speed, time and memory compare on one machine that did nothing else")
+    of_one_value = {name: fact.of(runs) for name, fact in FACTS.items()}
+    return {"data": _data(runs), "tokenizer": _tokenizer(runs), **of_one_value, "machine": machine}
 
 
 def seed_groups(runs: Sequence[RecordedRun]) -> list[str]:
     """The letters of the runs whose settings of model, data and optimizer are the same, and whose seeds are not."""
     groups: dict[str, dict[int, str]] = {}
     for letter, run in zip(LETTERS, runs, strict=False):
-        settings = repr([run.config.model, run.config.data, run.config.optim])
+        settings = repr([run.config.model, run.config.data, run.config.optim, run.began_from])
         groups.setdefault(settings, {}).setdefault(run.config.run.seed, letter)
     return ["".join(by_seed.values()) for by_seed in groups.values() if len(by_seed) > 1]
 
@@ -35,32 +37,31 @@ def seed_groups(runs: Sequence[RecordedRun]) -> list[str]:
 def _data(runs: Sequence[RecordedRun]) -> Fact:
     if all(run.text for run in runs) and _same(runs, lambda run: run.tokenizer):
         if all(run.text == runs[0].text for run in runs):
-            return Fact("data", True, "the checkpoints have the same training and validation text, by its digest")
+            return Fact(True, "the checkpoints have the same training and validation text, by its digest")
     elif _same(runs, lambda run: repr(run.config.data.model_dump(exclude=set(TOKENS_OF_DATA)))):
-        return Fact("data", True, "the settings name the same text; that its content was the same is not recorded")
-    return Fact("data", False, "they trained on different text, so a difference may be that of the text")
+        return Fact(True, "the settings name the same text; that its content was the same is not recorded")
+    return Fact(False, "they trained on different text, so a difference may be that of the text")
 
 
 def _tokenizer(runs: Sequence[RecordedRun]) -> Fact:
     if _same(runs, lambda run: run.tokenizer):
-        return Fact("tokenizer", True, "losses for each token compare, and so do bits per byte")
+        return Fact(True, "losses for each token compare, and so do bits per byte")
     values = _values(runs, lambda run: run.config.data.tokenizer)
-    return Fact("tokenizer", False, f"{values}; only bits per byte compare, and equal tokens are unequal text")
+    return Fact(False, f"{values}; only bits per byte compare, and equal tokens are unequal text")
 
 
-class _Simple(NamedTuple):
-    """A fact that follows from one value of each run. `same` and `other` say what follows; {} stands for the values."""
+class _OfOneValue(NamedTuple):
+    """A fact about one value of each run. `same` and `other` say what follows; {} stands for the values."""
 
-    name: str
     value: Callable[[RecordedRun], Hashable]
     same: str
     other: str
     written: Callable[[Any], str] = str
 
-    def __call__(self, runs: Sequence[RecordedRun]) -> Fact:
+    def of(self, runs: Sequence[RecordedRun]) -> Fact:
         is_same = _same(runs, self.value)
         words = self.written(self.value(runs[0])) if is_same else _values(runs, self.value, self.written)
-        return Fact(self.name, is_same, (self.same if is_same else self.other).format(words))
+        return Fact(is_same, (self.same if is_same else self.other).format(words))
 
 
 def _tokens_seen(run: RecordedRun) -> int:
@@ -71,57 +72,46 @@ def _ending(run: RecordedRun) -> str:
     return f"{run.summary.state} at step {run.summary.step:,} of {run.summary.steps:,}"
 
 
-_SIMPLE = (
-    _Simple(
-        "tokens",
+FACTS = {
+    "tokens": _OfOneValue(
         _tokens_seen,
         "{} each",
         "{}; read the losses at equal tokens, not those of the ends",
         lambda tokens: f"{tokens:,}" if tokens else "not recorded",
     ),
-    _Simple(
-        "seed",
+    "seed": _OfOneValue(
         lambda run: run.config.run.seed,
         "{}; how far another seed would move each loss is not known from these runs",
         "{}; a part of each difference is that of the seeds",
     ),
-    _Simple(
-        "state",
+    "state": _OfOneValue(
         lambda run: run.summary.state if run.summary.state == "finished" else _ending(run),
         "{}",
         "{}; a run that has not finished would still fall",
     ),
-    _Simple(
-        "schedule",
+    "schedule": _OfOneValue(
         lambda run: (run.config.optim.schedule, round(run.scheduled_tokens)),
         "{}",
         "{}; at equal tokens one is later in its schedule, which alone lowers its loss",
         lambda value: f"{value[0]} over {value[1]:,} tokens",
     ),
-    _Simple(
-        "context",
+    "context": _OfOneValue(
         lambda run: run.config.model.seq_len,
         "{} tokens",
         "{} tokens; on the same text the models are evaluated with the smallest of them",
     ),
-    _Simple(
-        "validation",
+    "validation": _OfOneValue(
         lambda run: run.validated,
         "{} each time",
         "{} each time; the losses in training are of unequal parts of the text",
     ),
-    _Simple(
-        "weights",
+    "weights": _OfOneValue(
         lambda run: run.began_from,
         "all began from {} weights",
         "{}; a run that begins from trained weights has seen more than its own tokens",
         lambda began_from: began_from or "random",
     ),
-)
-
-
-def _machine(runs: Sequence[RecordedRun]) -> Fact:
-    return Fact("machine", None, "not recorded; speed, time and memory compare on one machine that did nothing else")
+}
 
 
 def _same(runs: Sequence[RecordedRun], value: Callable[[RecordedRun], Hashable]) -> bool:

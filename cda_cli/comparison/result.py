@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ class Result:
     """
 
     runs: Sequence[RecordedRun]
-    facts: list[Fact]
+    facts: Mapping[str, Fact]
     seed_groups: list[str]
     differing: list[str]
     curves: Curves
@@ -42,7 +42,7 @@ class Result:
         """The document of `--json`."""
         return {
             "runs": [_run(letter, run) for letter, run in zip(self.letters, self.runs, strict=True)],
-            "comparable": [fact._asdict() for fact in self.facts],
+            "comparable": [{"name": name, **fact._asdict()} for name, fact in self.facts.items()],
             "seed_groups": [list(group) for group in self.seed_groups],
             "settings": {key: [run.summary.settings[key] for run in self.runs] for key in self.differing},
             "losses": self.curves.as_dict(),

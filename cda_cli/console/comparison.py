@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.text import Text
@@ -104,8 +104,8 @@ def sections(result: Result) -> list[Section]:
     ]
 
 
-def _facts(facts: Iterable[Fact]) -> list[tuple[str, ...]]:
-    return [(fact.name, SAME[fact.is_same], printable(fact.sentence)) for fact in facts]
+def _facts(facts: Mapping[str, Fact]) -> list[tuple[str, ...]]:
+    return [(name, SAME[fact.is_same], printable(fact.sentence)) for name, fact in facts.items()]
 
 
 def _settings(result: Result) -> Section:
@@ -275,6 +275,8 @@ def comparison_verdict(result: Result) -> list[str]:
             _difference(letter, comparison.difference(number), letter in like_first)
             for number, letter in enumerate(letters[1:], start=1)
         ]
+        if result.facts["data"].is_same is False:
+            found.append("They trained on different text, and this text may have trained one of them.")
         found.append("The intervals are over the text; another seed of a training is not in them.")
         bits = {letter: comparison.bits_per_byte(number).value for number, letter in enumerate(letters)}
         found += _over_seeds(result.seed_groups, bits)

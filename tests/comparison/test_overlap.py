@@ -36,7 +36,9 @@ def test_overlaps_have_closed_forms() -> None:
     """One head reads the first key, another halves two, another the last two; of each there are three rows."""
     rows = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]])
     heads = rows.unsqueeze(1).expand(-1, 3, -1)
-    assert overlaps(heads, heads).tolist() == [[3.0, 1.5, 0.0], [1.5, 3.0, 0.0], [0.0, 0.0, 3.0]]
+    torch.testing.assert_close(
+        overlaps(heads, heads), torch.tensor([[3.0, 1.5, 0.0], [1.5, 3.0, 0.0], [0.0, 0.0, 3.0]], dtype=torch.float64)
+    )
 
 
 def seen(model: Transformer, windows: int = 4) -> SharesWatcher:

@@ -70,7 +70,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, bool]]] = {
 def test_each_fact_says_what_is_not_the_same(tmp_path: Path, change: str) -> None:
     arguments, differ = CHANGES[change]
     runs = read_runs([write_run(tmp_path / "a", text=TEXT), write_run(tmp_path / "b", **{"text": TEXT, **arguments})])
-    found = {fact.name: fact.is_same for fact in facts(runs)}
+    found = {name: fact.is_same for name, fact in facts(runs).items()}
     assert {name: same for name, same in found.items() if same is False} == differ
     assert found["machine"] is None, "no record says on which machine a run was"
 
@@ -78,7 +78,7 @@ def test_each_fact_says_what_is_not_the_same(tmp_path: Path, change: str) -> Non
 def test_an_unfinished_run_is_told(tmp_path: Path) -> None:
     done = write_run(tmp_path / "done", text=TEXT)
     cut = write_run(tmp_path / "cut", [8.0, 6.0, 5.0], text=TEXT, flags={"optim.steps": 40})
-    found = {fact.name: fact for fact in facts(read_runs([done, cut]))}
+    found = facts(read_runs([done, cut]))
     assert found["state"].is_same is False
     assert "B interrupted at step 30 of 40" in found["state"].sentence
 
