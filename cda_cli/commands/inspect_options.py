@@ -6,6 +6,20 @@ from typing import Annotated
 
 import typer
 
+LayersOption = Annotated[str | None, typer.Option(help="Layers to report, such as 0,2-3; all where not given.")]
+HeadsOption = Annotated[str | None, typer.Option(help="Heads to report; the first is drawn as a heat map.")]
+ByOption = Annotated[
+    str, typer.Option(metavar="MEASURE", help="The measure of the map of all heads; docs/inspection.md lists them.")
+]
+MaxBatchesOption = Annotated[int, typer.Option(min=1, help="Sequences of the text to look at.")]
+CausalOption = Annotated[
+    bool,
+    typer.Option(
+        "--causal",
+        help="Also causal checks on the same text: the loss with 1, 2, 4 … keys for each query, beside that of "
+        "other choices of as many, and with each row as k·softmax(s/ε).",
+    ),
+]
 FailIfOption = Annotated[
     list[str] | None,
     typer.Option(

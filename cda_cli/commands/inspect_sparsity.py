@@ -5,13 +5,18 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from cda_cli.commands.causal_options import AblateOption
 from cda_cli.commands.figure_options import DEFAULT_STYLES, FiguresOption, StyleOption
-from cda_cli.commands.inspect_options import FailIfOption
+from cda_cli.commands.inspect_options import (
+    ByOption,
+    CausalOption,
+    FailIfOption,
+    HeadsOption,
+    LayersOption,
+    MaxBatchesOption,
+)
 from cda_cli.commands.options import (
     BackendOption,
     BestOption,
@@ -36,20 +41,11 @@ def inspect_sparsity(
     data: DataOption = None,
     encoding: EncodingOption = None,
     split: SplitOption = None,
-    layers: Annotated[str | None, typer.Option(help="Layers to report, such as 0,2-3; all where not given.")] = None,
-    heads: Annotated[str | None, typer.Option(help="Heads to report; the first is drawn as a heat map.")] = None,
-    by: Annotated[
-        str, typer.Option(metavar="MEASURE", help="The measure of the map of all heads; docs/inspection.md lists them.")
-    ] = "effective_support",
-    max_batches: Annotated[int, typer.Option(min=1, help="Sequences of the text to look at.")] = 16,
-    causal: Annotated[
-        bool,
-        typer.Option(
-            "--causal",
-            help="Also causal checks on the same text: the loss with 1, 2, 4 … keys for each query, beside that of "
-            "other choices of as many, and with each row as k·softmax(s/ε).",
-        ),
-    ] = False,
+    layers: LayersOption = None,
+    heads: HeadsOption = None,
+    by: ByOption = "effective_support",
+    max_batches: MaxBatchesOption = 16,
+    causal: CausalOption = False,
     ablate: AblateOption = None,
     figures: FiguresOption = None,
     styles: StyleOption = DEFAULT_STYLES,

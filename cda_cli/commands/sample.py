@@ -15,6 +15,7 @@ from cda_cli.commands.options import (
     EmaOption,
     JsonOption,
 )
+from cda_cli.commands.sample_checks import check_output, checked_batch_size
 
 
 def sample(
@@ -66,7 +67,7 @@ def sample(
     from cda_cli.restore import restore_on
     from cda_cli.signals import StopRequest
 
-    rows, given = sample_options.checked_batch_size(batch_size), [*(texts or ()), *(prompt or ())]
+    rows, given = checked_batch_size(batch_size), [*(texts or ()), *(prompt or ())]
     settings = PromptSettings(
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
@@ -88,7 +89,7 @@ def sample(
         return
     planned = plan_samples(read_prompts(given, prompts, sys.stdin, settings), seed)
     has_logprobs = any(each.prompt.settings.logprobs for each in planned)
-    sample_options.check_output({"--null": null, "--json": as_json, "--jsonl": json_lines}, has_logprobs)
+    check_output({"--null": null, "--json": as_json, "--jsonl": json_lines}, has_logprobs)
     with StopRequest() as stopping:
         restored, precision = load()
         tokens = encode_prompts(restored, planned, slide=context_shift is True)

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from cda_cli.errors import ConfigError
-
 PROMPTS, DRAWING, OUTPUT = "Prompts", "Drawing", "Output"
 AUTO = "auto"
 
@@ -112,24 +110,3 @@ BatchSizeOption = Annotated[
         "--batch-size", metavar=f"{AUTO}|N", help="Samples that go on together; auto: as many as fit the memory."
     ),
 ]
-
-
-def checked_batch_size(batch_size: str) -> int | None:
-    """Returns the number, or None for `auto`. Raises ConfigError for another word."""
-    if batch_size == AUTO:
-        return None
-    if not (batch_size.isdecimal() and int(batch_size) > 0):
-        raise ConfigError(f"--batch-size {batch_size!r} is not possible; give {AUTO}, or a number from 1 on")
-    return int(batch_size)
-
-
-def check_output(forms: dict[str, bool], logprobs: int | None) -> None:
-    """Raises ConfigError where several forms of output are asked for, or log-probabilities in one without them.
-
-    `forms` says which options are given.
-    """
-    given = [form for form, wanted in forms.items() if wanted]
-    if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} exclude each other; give one of them")
-    if logprobs and not (forms["--json"] or forms["--jsonl"]):
-        raise ConfigError("--logprobs is told in JSON alone; add --json or --jsonl")
