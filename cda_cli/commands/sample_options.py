@@ -10,7 +10,7 @@ import typer
 PROMPTS, DRAWING, OUTPUT = "Prompts", "Drawing", "Output"
 AUTO = "auto"
 
-TextsArgument = Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]", help="Texts to go on from.")]
+TextsArgument = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to go on from.")]
 PromptOption = Annotated[
     list[str] | None,
     typer.Option(
