@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DASH = "–"
 SAME = {True: "same", False: "differ", None: DASH}
 MOST_PAIRS = 5  # aligned heads that are shown of those with the largest overlap, and of those with the smallest
+MOST_ERRORS = 3  # runs for whose standard errors a line of 80 columns has room
 # Measures of attention, by their names in JSON: what the table calls them, and how it writes them.
 MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "sparsity_k": ("k", lambda value: f"{value:.3f}"),
@@ -37,6 +38,7 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "sink_mass": ("sink", share),
     "median_distance": ("median distance", lambda value: f"{value:.0f}"),
 }
+RECORDED = ("sparsity_k", "effective_support", "capped_share")  # those that train records have too
 BY_LAYER = ("effective_support", "gate_equivalent")
 
 
@@ -67,6 +69,7 @@ def show_comparison(result: Result) -> None:
             print_sentence(console, sentence)
         if section.rows:
             made = table(*section.columns)
+            made.columns[0].no_wrap = True
             for column in made.columns[1:]:
                 column.justify, column.overflow = ("left" if section.has_words else "right"), "fold"
             for row in section.rows:
@@ -149,15 +152,12 @@ def _speed(result: Result) -> Section:
 def _recorded_attention(result: Result) -> Section:
     """What the newest train records have of the layers, for runs whose models are not opened."""
     title = "Attention in the newest train records, means over layers"
-    names = [name for name in MEASURES if any(hasattr(layer, name) for run in result.runs for layer in run.layers)]
-    rows = [
-        (
-            MEASURES[name][0],
-            *(_mean(MEASURES[name][1], [getattr(layer, name) for layer in run.layers]) for run in result.runs),
-        )
-        for name in names
-    ]
-    return Section(title, () if rows else ("No run has such records.",), ("", *result.letters), rows)
+    rows = []
+    for name in RECORDED:
+        words, write = MEASURES[name]
+        means = (_mean(write, [getattr(layer, name) for layer in run.layers]) for run in result.runs)
+        rows.append((words, *means))
+    return Section(title, (), ("", *result.letters), rows)
 
 
 def _of_models(result: Result, models: Models) -> list[Section]:
@@ -210,14 +210,17 @@ def _causal(result: Result, models: Models) -> list[Section]:
         if not described:
             continue
         by_name = [{one.intervention.name: one for one in of_run} for of_run in of_runs]
-        rows = [(words, *(_cost(effects.get(name)) for effects in by_name)) for name, words in described.items()]
-        sentence = "Bits per byte more than the run as it is, ± standard error."
+        few = len(of_runs) <= MOST_ERRORS
+        rows = [(words, *(_cost(effects.get(name), few) for effects in by_name)) for name, words in described.items()]
+        sentence = "Bits per byte more than the run as it is" + (", ± standard error." if few else ".")
         found.append(Section(title, (sentence,), ("", *result.letters), rows, _cut_charts(result, of_runs)))
     return found
 
 
-def _cost(effect: Effect | None) -> str:
-    return DASH if effect is None else f"{effect.difference.value:+.4f} ± {effect.difference.error:.4f}"
+def _cost(effect: Effect | None, with_error: bool) -> str:
+    if effect is None:
+        return DASH
+    return f"{effect.difference.value:+.4f}" + (f" ± {effect.difference.error:.4f}" if with_error else "")
 
 
 def _cut_charts(result: Result, of_runs: Sequence[Sequence[Effect]]) -> list[Chart]:
@@ -300,7 +303,7 @@ def _difference(letter: str, difference: Estimate, is_seed: bool) -> str:
     half = max(high - value, value - low)
     told = f"{abs(value):.4f} ± {half:.4f} bits per byte {better} than A"
     missed = "1 in 20 such intervals would miss."
-    if low <= 0 <= high:
+    if half >= abs(value):
         return f"{letter} and A are not told apart: {letter} is {told}; {missed}{seed}"
     return f"{letter} is {told}; {missed}{seed}"
 

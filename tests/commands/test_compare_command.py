@@ -33,13 +33,15 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]
 
 @pytest.fixture(scope="session")
 def other(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished run with other weights: those of its embedding twice as large."""
+    """The finished run with another seed, and as its weights the same with the embedding twice as large."""
     path = tmp_path_factory.mktemp("other") / "run"
     shutil.copytree(finished, path, ignore=shutil.ignore_patterns("checkpoints"))
     [newest] = Run(finished).checkpoints()[-1:]
     saved = load(newest)
     weights = {name: each * 2 if "embedding" in name else each for name, each in saved.model.items()}
     assert any("embedding" in name for name in weights)
+    saved.state["config"]["run"]["seed"] = 1
+    Run(path).write_config(parse(saved.state["config"]))
     publish(path, step=saved.state["step"], model=weights, optimizer={}, rng={}, state=saved.state)
     return path
 
@@ -83,10 +85,19 @@ def test_models_are_compared_as_cda_eval_compares_them(cda: Cda, finished: Path,
     better = "better" if second["difference"] < 0 else "worse"
     told = f"B is {abs(second['difference']):.4f} ± {half:.4f} bits per byte {better} than A"
     assert told in document["verdict"][0]
-    assert document["verdict"][0].endswith("1 in 20 such intervals would miss.")
+    assert "1 in 20 such intervals would miss. They differ in the seed alone" in document["verdict"][0]
+    assert document["seed_groups"] == [["A", "B"]]
     assert document["head_overlap"][0]["any_two"] < 1
     assert len(document["attention"][0]["layers"]) == 2
     assert document["not_evaluated"] is None
+
+
+def test_runs_that_are_alike_are_not_told_apart(cda: Cda, finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    done = cda("compare", finished, copy, "--max-batches", 1)
+    assert "B and A are not told apart: B is 0.0000 ± 0.0000 bits per byte" in done.out
+    assert "All settings are the same." in done.out
 
 
 def test_a_check_without_meaning_for_one_run_is_left_out_of_it(cda: Cda, finished: Path, tmp_path: Path) -> None:
