@@ -10,7 +10,8 @@ from rich.text import Text
 
 from cda_cli.console.base import count, duration, memory, out, plus_minus, print_pairs, print_trimmed, share, table
 from cda_cli.console.charts import BOTH, COLOURS, Chart, draw_text
-from cda_cli.console.effects import TITLES
+from cda_cli.console.cut_chart import cut_chart
+from cda_cli.console.effects import TITLES, with_error
 from cda_cli.console.evaluation import difference_columns
 from cda_cli.console.text import heading, print_sentence, printable
 from cda_cli.settings_table import as_written
@@ -43,16 +44,18 @@ BY_LAYER = ("effective_support", "gate_equivalent")
 
 
 class Section(NamedTuple):
-    """A part of a comparison: sentences, a table and charts, of which each may be missing.
+    """A part of a comparison: sentences, a table, a chart of lines and a curve of cuts, of which each may be missing.
 
-    Columns but the first hold numbers, unless `has_words`.
+    Columns but the first hold numbers, unless `has_words`. `curve` has, by the letters of the runs and the number of
+    keys, what a cut costs.
     """
 
     title: str
     sentences: Sequence[str] = ()
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
-    charts: Sequence[Chart] = ()
+    chart: Chart | None = None
+    curve: Mapping[str, Mapping[int, Estimate]] | None = None
     has_words: bool = False
 
 
@@ -75,9 +78,11 @@ def show_comparison(result: Result) -> None:
             for row in section.rows:
                 made.add_row(*row)
             print_trimmed(console, made)
-        for chart in section.charts:
-            print_trimmed(console, draw_text(chart, console.width))
-            print_trimmed(console, _legend(chart))
+        if section.chart:
+            print_trimmed(console, draw_text(section.chart, console.width))
+            print_trimmed(console, _legend(section.chart))
+        if section.curve:
+            print_trimmed(console, cut_chart(section.curve, console.width))
 
 
 def _legend(chart: Chart) -> Text:
@@ -134,7 +139,7 @@ def _equal(result: Result, axis: Axis) -> Section:
         for letter, points in zip(result.letters, curves.points, strict=True)
     }
     chart = Chart("tokens" if in_tokens else "time", "bits per byte", lines, words, lambda value: f"{value:.3g}")
-    return Section(title, (), ("tokens" if in_tokens else "time", *result.letters), rows, [chart])
+    return Section(title, (), ("tokens" if in_tokens else "time", *result.letters), rows, chart)
 
 
 def _speed(result: Result) -> Section:
@@ -167,6 +172,7 @@ def _of_models(result: Result, models: Models) -> list[Section]:
         _evaluated(result, models),
         Section(attention, (), ("", *result.letters), _attention(means)),
         *_causal(result, models),
+        *_curves(result, models),
         *(_aligned(letter, overlap) for letter, overlap in zip(result.letters[1:], models.overlaps, strict=True)),
     ]
 
@@ -213,38 +219,26 @@ def _causal(result: Result, models: Models) -> list[Section]:
         few = len(of_runs) <= MOST_ERRORS
         rows = [(words, *(_cost(effects.get(name), few) for effects in by_name)) for name, words in described.items()]
         sentence = "Bits per byte more than the run as it is" + (", ± standard error." if few else ".")
-        found.append(Section(title, (sentence,), ("", *result.letters), rows, _cut_charts(result, of_runs)))
+        found.append(Section(title, (sentence,), ("", *result.letters), rows))
     return found
 
 
-def _cost(effect: Effect | None, with_error: bool) -> str:
+def _cost(effect: Effect | None, few: bool) -> str:
     if effect is None:
         return DASH
-    return f"{effect.difference.value:+.4f}" + (f" ± {effect.difference.error:.4f}" if with_error else "")
+    return with_error(effect.difference) if few else difference_columns(effect.difference)[0]
 
 
-def _cut_charts(result: Result, of_runs: Sequence[Sequence[Effect]]) -> list[Chart]:
-    """The cost against the keys or units that are kept, for each choice that has several numbers of them."""
-    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for letter, effects in zip(result.letters, of_runs, strict=True):
-        for effect in effects:
-            figures = effect.intervention.figures()
-            kept = figures.get("keys", figures.get("units"))
-            if kept is not None and not figures.get("drops"):
-                of_choice = lines.setdefault(figures["choice"], {each: [] for each in result.letters})
-                of_choice[letter].append((kept, effect.difference.value))
+def _curves(result: Result, models: Models) -> list[Section]:
+    """The cost against the keys that are kept: a section for each series of cuts that has several numbers of them."""
+    series: dict[str, dict[str, dict[int, Estimate]]] = {}
+    for letter, effects in zip(result.letters, models.effects, strict=True):
+        for name, curve in effects.curves().items():
+            series.setdefault(name, {})[letter] = {keys: effect.difference for keys, effect in curve.items()}
     return [
-        Chart(
-            f"{choice}: number kept",
-            "bits per byte more",
-            {letter: sorted(points) for letter, points in of_choice.items()},
-            lambda x: f"{x:.0f}",
-            lambda y: f"{y:.3g}",
-            is_log=True,
-            whole=True,
-        )
-        for choice, of_choice in lines.items()
-        if any(len(points) > 1 for points in of_choice.values())
+        Section(f"Bits per byte more than with all keys: {name}", curve=of_runs)
+        for name, of_runs in series.items()
+        if any(len(curve) > 1 for curve in of_runs.values())
     ]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
-from cda_cli.console.charts import draw_svg
+from cda_cli.console.charts import Chart, draw_svg
 from cda_cli.console.comparison import Section, comparison_verdict, named_runs, sections
 
 if TYPE_CHECKING:
     from cda_cli.comparison.result import Result
+    from cda_cli.evaluation import Estimate
 
 # The colours of lines are those of Okabe and Ito, Color Universal Design, 2008, with more light on a dark ground.
 STYLE = """
@@ -61,10 +63,15 @@ def _section(section: Section) -> str:
     parts += [f"<p>{escape(sentence)}</p>" for sentence in section.sentences]
     if section.rows:
         parts.append(_table(section))
-    for chart in section.charts:
-        title = f"{section.title}: {chart.x_label}"
-        parts.append(_scrolling(draw_svg(chart, title), title))
+    if chart := section.chart or (section.curve and _chart(section.curve)):
+        parts.append(_scrolling(draw_svg(chart, section.title), section.title))
     return "\n".join([*parts, "</section>"])
+
+
+def _chart(curve: Mapping[str, Mapping[int, Estimate]]) -> Chart:
+    """What cuts cost, as lines over the keys that are kept."""
+    lines = {letter: [(float(keys), each.value) for keys, each in of_run.items()] for letter, of_run in curve.items()}
+    return Chart("keys kept", "bits per byte more", lines, "{:.0f}".format, "{:.3g}".format, is_log=True, whole=True)
 
 
 def _table(section: Section) -> str:

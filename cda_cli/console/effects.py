@@ -43,7 +43,7 @@ def show_selection(found: Effects, width: int) -> None:
     section("Loss against keys kept: bits per byte more than with all keys", cut_chart(curves, width))
     rows = table("keys", *curves)
     for keys in sorted({keys for curve in curves.values() for keys in curve}):
-        rows.add_row(str(keys), *(_with_error(curve[keys]) if keys in curve else "" for curve in curves.values()))
+        rows.add_row(str(keys), *(with_error(curve[keys]) if keys in curve else "" for curve in curves.values()))
     console.print()
     print_trimmed(console, rows)
     for kind, title in TITLES.items():
@@ -100,7 +100,8 @@ def _controls(found: Effects) -> Table:
     return rows
 
 
-def _with_error(difference: Estimate) -> str:
+def with_error(difference: Estimate) -> str:
+    """A difference and its standard error, if it has one."""
     value, error, *_ = difference
     return f"{value:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
 
