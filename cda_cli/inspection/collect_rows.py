@@ -7,7 +7,6 @@ Shapes: H heads, t queries of a block, S keys (null keys first), M candidates of
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +21,7 @@ from cda_cli.model.observe import ObservedAttention
 
 ROW_BYTES = 24  # A row gets so many bytes at least, or else the last queries of the window are left out.
 HEAD_BYTES = 512  # what a head takes besides rows and thumbnail, at most: its description in the header
+ENOUGH = 0.99  # of the budget: a store of so many bytes is large enough
 KEY_BYTES = 0.5  # No more keys are collected than fit into the budget at so few bytes each.
 
 
@@ -32,7 +32,7 @@ class _Head:
     `rank` is a candidate's place among the weights of its row, the largest at 0, and `row` its query. `total` is Σλ.
     """
 
-    cells: Numbers  # the thumbnail
+    thumbnail: bytes
     encoded: dict[int, StoredHead]  # by the most keys of a row
     k: Numbers
     total: Numbers
@@ -119,12 +119,15 @@ class RowCollector:
         cells.scatter_reduce_(1, down, across, "amax")
 
     def store(self) -> RowStore:
-        """Returns the store, of `budget` bytes or fewer. Raises ConfigError if no layer of attention was seen."""
+        """Returns the store, of `budget` bytes or fewer, and forgets the rows.
+
+        Raises ConfigError if no layer of attention was seen.
+        """
         if not self._blocks:
             raise ConfigError("no attention was seen, so there are no rows to store")
         heads = {
             (layer, head): _Head(
-                _cell_codes(self._cells[layer][head]),
+                _thumbnail(self._cells[layer][head]),
                 {},
                 *map(np.concatenate, zip(*(block[head] for block in blocks), strict=True)),
             )
@@ -139,12 +142,24 @@ class RowCollector:
 
         def stored(index: int) -> RowStore:
             most = {key: max(1, int((mass >= thresholds[index]).sum())) for key, mass in marginal.items()}
-            return self._store({key: self._encoded(*key, head, most[key]) for key, head in heads.items()})
+            return RowStore(
+                self.tokens,
+                self.queries,
+                self.null_keys,
+                self.keep,
+                [self._encoded(*key, head, most[key]) for key, head in heads.items()],
+            )
 
-        return stored(_last_that(lambda index: len(stored(index).to_bytes()) <= self.budget, len(thresholds)))
-
-    def _store(self, heads: dict[tuple[int, int], StoredHead]) -> RowStore:
-        return RowStore(self.tokens, self.queries, self.null_keys, self.keep, heads.values())
+        best, fits, end = stored(0), 0, len(thresholds)
+        middle = end - 1  # Often everything fits.
+        while fits < middle and len(best.to_bytes()) < ENOUGH * self.budget:
+            candidate = stored(middle)
+            if len(candidate.to_bytes()) <= self.budget:
+                best, fits = candidate, middle
+            else:
+                end = middle
+            middle = (fits + end) // 2
+        return best
 
     def _encoded(self, layer: int, number: int, head: _Head, most_keys: int) -> StoredHead:
         if most_keys not in head.encoded:
@@ -156,22 +171,12 @@ class RowCollector:
             rows = RowArrays(count, head.k, rest, head.octave, head.distance[chosen], weight, weight >= CAPPED_WEIGHT)
             limits = float(head.k.min()), float(head.k.max())
             share = float((kept / head.total).mean())
-            streams = encode(rows, *limits), deflate(head.cells.tobytes())
-            head.encoded[most_keys] = StoredHead(layer, number, most_keys, share, *limits, *streams)
+            stream = encode(rows, *limits)
+            head.encoded[most_keys] = StoredHead(layer, number, most_keys, share, *limits, stream, head.thumbnail)
         return head.encoded[most_keys]
 
 
-def _cell_codes(cells: Tensor) -> Numbers:
-    """Thumbnails [n, n] as codes: the weights of rows with octave 0, and 0 for what is smaller."""
+def _thumbnail(cells: Tensor) -> bytes:
+    """The stream of a coarse map [n, n], as codes: the weights of rows with octave 0, and 0 for what is smaller."""
     steps = (STEPS + (cells.log2() * STEPS / OCTAVES).round()).clamp(0, STEPS)
-    codes: Numbers = torch.where(cells >= CAPPED_WEIGHT, 255, steps).to(torch.uint8).cpu().numpy()
-    return codes
-
-
-def _last_that(fits: Callable[[int], bool], count: int) -> int:
-    """Bisects for the last index below `count` that fits; index 0 does."""
-    first, end = 0, count
-    while end - first > 1:
-        middle = (first + end) // 2
-        first, end = (middle, end) if fits(middle) else (first, middle)
-    return first
+    return deflate(torch.where(cells >= CAPPED_WEIGHT, 255, steps).to(torch.uint8).cpu().numpy().tobytes())
