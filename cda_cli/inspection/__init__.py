@@ -3,6 +3,7 @@
 from cda_cli.inspection.collect_rows import RowCollector
 from cda_cli.inspection.concentration import effective_support
 from cda_cli.inspection.inspect import inspect, parse_selection
+from cda_cli.inspection.live_heads import LiveCollector, LiveHead
 from cda_cli.inspection.measures import MEASURES, NAMES, QUANTILES, check_measure
 from cda_cli.inspection.report import HeadReport, LayerReport, Report, named_figures
 from cda_cli.inspection.store import RowStore, StoredHead, StoredRow, parse_size
@@ -14,6 +15,8 @@ __all__ = [
     "QUANTILES",
     "HeadReport",
     "LayerReport",
+    "LiveCollector",
+    "LiveHead",
     "RecordWatcher",
     "Report",
     "ReportWatcher",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cda_cli.inspection.collect_rows import RowCollector
+from cda_cli.inspection.live_heads import LiveCollector
 from cda_cli.inspection.measures import MEASURES, QUANTILES, RECORDED, Measure
 from cda_cli.inspection.patterns import Distances, Sinks, median_distance
 from cda_cli.inspection.report import HeadReport, LayerReport, Report
@@ -72,13 +73,17 @@ class RecordWatcher(Watcher):
 class ReportWatcher(Watcher):
     """Adds up every measure. It also keeps the weights of the layer and head `keep` over the first window.
 
-    `largest_k` is the largest budget that a row may learn. `collector` sees all rows of the first window.
+    `largest_k` is the largest budget that a row may learn. `collector` and `live` see all rows of the first window.
     """
 
     def __init__(
-        self, largest_k: float = 1.0, keep: tuple[int, int] | None = None, collector: RowCollector | None = None
+        self,
+        largest_k: float = 1.0,
+        keep: tuple[int, int] | None = None,
+        collector: RowCollector | None = None,
+        live: LiveCollector | None = None,
     ) -> None:
-        self.largest_k, self.keep, self.collector = largest_k, keep, collector
+        self.largest_k, self.keep, self.collector, self.live = largest_k, keep, collector, live
         self.attention: dict[int, _AttentionLayer] = defaultdict(_AttentionLayer)
         self.units: dict[int, UnitCensus] = defaultdict(UnitCensus)
         self.stream: dict[int, ResidualStream] = defaultdict(ResidualStream)
@@ -108,8 +113,11 @@ class ReportWatcher(Watcher):
             self.units[seen.layer].add(seen)
             return
         self.attention[seen.layer].add(SeenRows(seen, self._tokens_BT))
-        if self.collector is not None and self._batches == 1:
-            self.collector.add(seen)
+        if self._batches == 1:
+            if self.collector is not None:
+                self.collector.add(seen)
+            if self.live is not None:
+                self.live.add(seen)
         if self.keep is not None and seen.layer == self.keep[0] and seen.position == sum(map(len, self._kept)):
             self._kept.append(seen.weights[0, self.keep[1]].float().cpu())
 

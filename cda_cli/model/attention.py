@@ -175,14 +175,23 @@ class Attention(nn.Module):
         return can_norm_and_rotate(self.backend, projected.device, projected.dtype, self.config.head_width)
 
     def _observe(
-        self, scale_BHT: Tensor, weights_BHtS: Tensor, budget_BHt: Tensor, value_BHSD: Tensor, last: int
+        self,
+        scale_BHT: Tensor,
+        weights_BHtS: Tensor,
+        budget_BHt: Tensor,
+        query_BHtD: Tensor,
+        key_BHSD: Tensor,
+        value_BHSD: Tensor,
+        last: int,
     ) -> None:
         assert self.observer is not None
         null, (t, S) = self.config.null_kv, weights_BHtS.shape[2:]
         row = last - (S - scale_BHT.shape[2])  # of the whole call: the first of this block
         rows = (weights_BHtS.detach(), budget_BHt.detach())
         output = (value_BHSD.detach(), self.to_out.weight.detach(), scale_BHT[:, :, row : row + t].detach())
-        self.observer(ObservedAttention(self.layer, *rows, null, last - null, *output))
+        # The factor that anneals ε on the query belongs to ε, and not to the scores.
+        scores_of = (query_BHtD.detach() * (self.eps / self.rule.eps), key_BHSD.detach())
+        self.observer(ObservedAttention(self.layer, *rows, null, last - null, *output, *scores_of))
 
 
 def _head_linear(config: ModelConfig, bias: float) -> nn.Linear:

@@ -25,6 +25,9 @@ class ObservedAttention(NamedTuple):
     What the keys of a head add to the residual stream is `output_scale` [B, H, T] (the gate, and 1/k where the layer
     divides by it) times the weights times `values` [B, H, S, D] times its columns of `to_out` [C, H · D],
     which is None where it is not known.
+
+    The scores of a row, of which ε is the temperature, are the products of its query, one of `queries` [B, H, T, D],
+    with `keys` [B, H, S, D]. They are None where the model does not tell them.
     """
 
     layer: int
@@ -35,6 +38,8 @@ class ObservedAttention(NamedTuple):
     values: Tensor
     to_out: Tensor | None
     output_scale: Tensor
+    queries: Tensor | None = None
+    keys: Tensor | None = None
 
 
 class ObservedFeedForward(NamedTuple):

@@ -21,7 +21,7 @@ from cda_cli.ops import Backend, Choice, choose_backend, for_each_query
 # that is 256 rows. An observer measures them in float64, where one copy takes 128 MiB.
 BLOCK_SCORES = 2**24
 
-ObserveBlock = Callable[[Tensor, Tensor, Tensor, int], None]
+ObserveBlock = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
 
 
 class Rows(NamedTuple):
@@ -119,8 +119,8 @@ class AttentionRule(ABC):
         """Computes what `attend` does, or `decode` with `visible_B`, by dense weights, block after block of queries.
 
         `edit`, if given, returns other weights for each block. `observe`, if given, gets the weights [B, H, t, S] of
-        each block, its k [B, H, t], the values [B, H, S, D], and the index, among the S keys, of the last one that its
-        first query sees.
+        each block, its k [B, H, t], the queries [B, H, t, D], times the scale of the scores, the keys and the values
+        [B, H, S, D], and the index, among the S keys, of the last one that its first query sees.
         """
         assert edit is None or (documents is None and visible_B is None), "an edit takes one mask for all rows"
         B, H, T, _ = query.shape
@@ -148,7 +148,7 @@ class AttentionRule(ABC):
                 null = self.config.null_kv
                 weights = edit(Rows(scores, budget_BHt, eps, mask, null, last, weights_under, scores_of))
             if observe is not None:
-                observe(weights, budget_BHt, value, last)
+                observe(weights, budget_BHt, self.scale * query_BHtD, key, value, last)
             outputs.append(weights.to(value.dtype) @ value)
         return torch.cat(outputs, 2)
 
