@@ -18,6 +18,7 @@ from cda_cli.errors import ConfigError
 from cda_cli.inspection import (
     NAMES,
     QUANTILES,
+    LiveCollector,
     Report,
     ReportWatcher,
     RowCollector,
@@ -30,6 +31,7 @@ from cda_cli.inspection import (
 from cda_cli.inspection.notebook import report_html
 from cda_cli.inspection.tables import Columns, Table
 from cda_cli.language_model import LanguageModel, load_language_model
+from cda_cli.ops import soft_topk
 from cda_cli.plurals import counted
 
 MARKS = ("p5", "p50", "p95")
@@ -39,11 +41,19 @@ class SparsityReport:
     """What a model selects on a text. docs/inspection.md explains each measure.
 
     `figures` has the measures over the whole text. `store` has the largest weights of each row of the first window,
-    whose tokens are `tokens`, as text. `source` says what was inspected.
+    whose tokens are `tokens`, as text. `source` says what was inspected. `live` has queries and keys of that window, if
+    their soft top-k are the weights.
     """
 
-    def __init__(self, figures: Report, store: RowStore, tokens: Sequence[str], source: Mapping[str, Any]) -> None:
-        self.figures, self.store, self.tokens, self.source = figures, store, tokens, source
+    def __init__(
+        self,
+        figures: Report,
+        store: RowStore,
+        tokens: Sequence[str],
+        source: Mapping[str, Any],
+        live: LiveCollector | None = None,
+    ) -> None:
+        self.figures, self.store, self.tokens, self.source, self.live = figures, store, tokens, source, live
 
     def __repr__(self) -> str:
         figures = self.figures
@@ -100,6 +110,27 @@ class SparsityReport:
     def row(self, layer: int, head: int, query: int) -> StoredRow:
         """Returns the kept keys of a row in order, their weights, whether each is capped, k, and the rest."""
         return self.store.row(layer, head, query)
+
+    def row_with(
+        self, layer: int, head: int, query: int, *, k: float | None = None, eps: float | None = None
+    ) -> NDArray[np.float32]:
+        """Computes a row with another k or ε than the model's: λ of all keys that the query sees, null keys first.
+
+        This is what the model would select if it were not trained for it. The weights are approximate, as queries and
+        keys have 8 bits. Raises ConfigError for a row that the store does not have, for a k or an ε that is not above
+        0, and where the weights are no soft top-k of the scores of a run.
+        """
+        row = self.row(layer, head, query)
+        if self.live is None:
+            raise ConfigError(
+                "only rows of a run with coordinate-descent attention can be computed with another k or ε"
+            )
+        scores = self.live.head(layer, head, self.store.queries, self.store.null_keys).scores(query)
+        k, eps = row.sparsity_k if k is None else k, self.source["attn_eps"] if eps is None else eps
+        try:
+            return soft_topk(torch.from_numpy(scores), k, eps=eps).float().numpy()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def check(self, condition: str) -> None:
         """Raises CheckFailedError, with the figure, unless the condition holds, such as "support.p95 < 64".
@@ -204,12 +235,13 @@ def inspect_model(
 def _inspect_ours(lm: LanguageModel, text: str, keep: float, budget: int) -> SparsityReport:
     config = lm.config.model
     collector = RowCollector(config.depth, budget, keep)
-    watcher = ReportWatcher(config.attn_k, collector=collector)
+    live = LiveCollector() if lm.model.attention_rule.uses_operator else None
+    watcher = ReportWatcher(config.attn_k, collector=collector, live=live)
     windows = _windows(lm.encoded(text).ids, config.seq_len)
     inspect(lm.model, windows, lm.device, lm.dtype, watcher)
     tokens = [lm.tokenizer.decode([int(token)]) for token in windows[0].inputs[0]]
     source = {"model": str(lm.path), "text": _digest(text), "attn_eps": lm.model.attention_eps}
-    return SparsityReport(watcher.report(), collector.store(), tokens, source)
+    return SparsityReport(watcher.report(), collector.store(), tokens, source, live)
 
 
 @torch.no_grad()

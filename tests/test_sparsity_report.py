@@ -82,6 +82,33 @@ def test_others_read_the_tables_as_arrow(report: SparsityReport) -> None:
     assert repr(report.units).startswith("<Table of 2 rows: layer, units, ")
 
 
+@pytest.mark.parametrize(
+    ("settings", "eps"),
+    [
+        (("model.attn_eps=0.5", "model.attn_k=3"), 0.5),
+        (("model.attn_eps=0.25", "model.eps_anneal_start=4", "model.kv_heads=1"), 2.0),
+    ],
+)
+def test_a_row_can_be_computed_with_another_k_and_epsilon(settings: tuple[str, ...], eps: float) -> None:
+    """From 8 bits, to 0.03 of a weight, also in the middle of annealing."""
+    lm = random_model(*settings)
+    lm.model.set_attention_eps(eps)
+    report = cda_cli.inspect(lm, TEXT, budget="100kB")
+    for query in (0, 11, 23):
+        row, weights = report.row(1, 0, query), report.row_with(1, 0, query)
+        np.testing.assert_allclose(weights[row.keys + 1], row.weights, atol=0.03)
+        assert len(weights) == query + 2
+    sharp, wide = report.row_with(1, 0, 23, eps=0.05), report.row_with(1, 0, 23, k=4)
+    assert (sharp.sum(), wide.sum()) == pytest.approx((row.sparsity_k, 4), rel=1e-3)
+    assert (sharp > 0.01).sum() < (weights > 0.01).sum()
+    with pytest.raises(ConfigError, match="eps"):
+        report.row_with(1, 0, 3, eps=0.0)
+    with pytest.raises(ConfigError, match="no query 24"):
+        report.row_with(1, 0, 24)
+    with pytest.raises(ConfigError, match="only rows of a run with coordinate-descent"):
+        cda_cli.inspect(random_model("model.attention=hard-topk"), TEXT, budget="100kB").row_with(0, 0, 3, k=2)
+
+
 def test_a_check_passes_or_says_the_figure(report: SparsityReport) -> None:
     report.check("support.p95 < 64")
     report.check("head[1.0].keys_95 >= keys_95.min")

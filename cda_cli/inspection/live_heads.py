@@ -46,6 +46,12 @@ class LiveHead(NamedTuple):
     queries: Quantised
     keys: Quantised
 
+    def scores(self, query: int) -> NDArray[np.float64]:
+        """The scores of the keys that a query sees, null keys first."""
+        seen = len(self.keys.steps) - len(self.queries.steps) + query + 1
+        steps = self.keys.steps[:seen].astype(np.float64) @ self.queries.steps[query]
+        return steps * self.keys.scale[:seen] * self.queries.scale[query]
+
     def to_bytes(self) -> bytes:
         """The steps of queries and keys, then the scales of both, little-endian float32."""
         scales = (each.scale.astype("<f4").tobytes() for each in (self.queries, self.keys))
