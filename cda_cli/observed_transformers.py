@@ -36,13 +36,17 @@ _observers: dict[nn.Module, Observer] = {}  # of each module of the models that 
 
 
 class Description(NamedTuple):
-    """What a model says of itself. `eps` is None where layers differ in it, or where it has none."""
+    """What a model says of itself. `eps` is None where layers differ in it, or where it has none.
+
+    `has_budget` says whether it has soft top-k, with a budget k, and not softmax.
+    """
 
     name: str
     layers: int
     context: int
     largest_k: float
     eps: float | None
+    has_budget: bool
 
 
 def describe(model: Any) -> Description:
@@ -59,6 +63,7 @@ def describe(model: Any) -> Description:
         config.max_position_embeddings,
         max(k) if isinstance(k, (list, tuple)) else k,
         eps if isinstance(eps, float) else None,
+        bool(settings),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from cda_cli.language_model import LanguageModel, load_language_model
 from cda_cli.ops import soft_topk
 from cda_cli.plurals import counted
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MARKS = ("p5", "p50", "p95")
 
 
@@ -42,7 +45,7 @@ class SparsityReport:
 
     `figures` has the measures over the whole text. `store` has the largest weights of each row of the first window,
     whose tokens are `tokens`, as text. `source` says what was inspected. `live` has queries and keys of that window, if
-    their soft top-k are the weights.
+    their soft top-k are the weights. `has_budget` says whether rows have a budget k, and do not sum to 1.
     """
 
     def __init__(
@@ -51,9 +54,11 @@ class SparsityReport:
         store: RowStore,
         tokens: Sequence[str],
         source: Mapping[str, Any],
+        has_budget: bool,
         live: LiveCollector | None = None,
     ) -> None:
-        self.figures, self.store, self.tokens, self.source, self.live = figures, store, tokens, source, live
+        self.figures, self.store, self.tokens, self.source = figures, store, tokens, source
+        self.has_budget, self.live = has_budget, live
 
     def __repr__(self) -> str:
         figures = self.figures
@@ -132,6 +137,19 @@ class SparsityReport:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
+    def plot(self, figure: str, *, layer: int = 0, head: int = 0, style: str = "paper") -> Figure:
+        """Draws a figure of `cda inspect-sparsity --figures`: "heads", "positions", "distances", "units" or "head-map".
+
+        The last one is of the `head` in `layer`, over the beginning of the text. Styles are "paper", "slides", "dark"
+        and "mono". Returns a figure of matplotlib, which is the extra `plot`. Raises ConfigError for another name, for
+        a figure of what was not measured, and without matplotlib.
+        """
+        from cda_cli.figures import HeadMap, Material, draw
+
+        source = f"{self.source['model']}: {self.figures.tokens:,} tokens in {counted(self.figures.windows, 'window')}."
+        head_map = HeadMap(layer, head, self.tokens[: self.store.queries], self._dense(layer, head))
+        return draw(figure, Material(source, self.figures, self.has_budget, head_map, None, []), style)
+
     def check(self, condition: str) -> None:
         """Raises CheckFailedError, with the figure, unless the condition holds, such as "support.p95 < 64".
 
@@ -165,6 +183,14 @@ class SparsityReport:
                 for head in self.figures.heads
             ]
         )
+
+    def _dense(self, layer: int, head: int) -> list[list[float]]:
+        """The kept weights of a head, [Q][S], null keys first, and 0 where nothing was kept."""
+        rows, null = self.store.rows(layer, head), self.store.null_keys
+        weights = np.zeros((self.store.queries, null + self.store.queries))
+        query = np.repeat(np.arange(self.store.queries), rows.length)
+        weights[query, null + query - rows.distance] = rows.weight
+        return weights.tolist()
 
     def _rows(self, place: tuple[int, int]) -> Columns:
         rows, query = self.store.rows(*place), np.arange(self.store.queries)
@@ -241,7 +267,8 @@ def _inspect_ours(lm: LanguageModel, text: str, keep: float, budget: int) -> Spa
     inspect(lm.model, windows, lm.device, lm.dtype, watcher)
     tokens = [lm.tokenizer.decode([int(token)]) for token in windows[0].inputs[0]]
     source = {"model": str(lm.path), "text": _digest(text), "attn_eps": lm.model.attention_eps}
-    return SparsityReport(watcher.report(), collector.store(), tokens, source, live)
+    has_budget = lm.model.attention_rule.has_budget
+    return SparsityReport(watcher.report(), collector.store(), tokens, source, has_budget, live)
 
 
 @torch.no_grad()
@@ -268,7 +295,7 @@ def _inspect_transformers(
         model.train(training)
     tokens = [tokenizer.decode([int(token)]) for token in windows[0].inputs[0]]
     source = {"model": described.name, "text": _digest(text), "attn_eps": described.eps}
-    return SparsityReport(watcher.report(), collector.store(), tokens, source)
+    return SparsityReport(watcher.report(), collector.store(), tokens, source, described.has_budget)
 
 
 def _windows(ids: NDArray[Any], context: int) -> list[Batch]:

@@ -102,7 +102,7 @@ CONFINED: dict[str, set[str]] = {
     "entmax": {"cda_cli.model.rules.entmax"},
     "transformers": {"cda_cli.interchange.hf", "cda_cli.observed_transformers", "cda_cli.transformers"},
     "gguf": {"cda_cli.interchange.gguf_file"},
-    "matplotlib": {"cda_cli.plots", "cda_cli.figures"},
+    "matplotlib": {"cda_cli.plots", "cda_cli.figures", "cda_cli.sparsity_report"},  # the last for a type
     "lm_eval": {"cda_cli.evaluation.tasks"},
 }
 HEAVY = {"torch", "datasets", "triton", "numpy", "yaml", "pydantic", "einops", "safetensors", "tokenizers", "tqdm"}

@@ -109,6 +109,31 @@ def test_a_row_can_be_computed_with_another_k_and_epsilon(settings: tuple[str, .
         cda_cli.inspect(random_model("model.attention=hard-topk"), TEXT, budget="100kB").row_with(0, 0, 3, k=2)
 
 
+@pytest.mark.parametrize("name", ["heads", "positions", "distances", "units", "head-map"])
+def test_its_figures_are_drawn(report: SparsityReport, name: str) -> None:
+    figure = report.plot(name, layer=1, style="slides")
+    assert figure.axes
+    assert figure.get_figwidth() > 1
+
+
+def test_a_map_has_the_kept_weights(report: SparsityReport) -> None:
+    (axes, *_) = report.plot("head-map", layer=1, head=1).axes
+    drawn = axes.collections[0].get_array().reshape(24, 25)
+    row = report.row(1, 1, 23)
+    np.testing.assert_allclose(drawn[23, row.keys + 1], row.weights)
+
+
+def test_what_cannot_be_drawn_is_one_sentence(report: SparsityReport) -> None:
+    with pytest.raises(ConfigError, match="the figure ablation has nothing to show here; --ablate heads measures it"):
+        report.plot("ablation")
+    with pytest.raises(ConfigError, match="no figure 'head'"):
+        report.plot("head")
+    with pytest.raises(ConfigError, match="no style 'papers'"):
+        report.plot("heads", style="papers")
+    with pytest.raises(ConfigError, match=r"no head 7\.0"):
+        report.plot("head-map", layer=7)
+
+
 def test_a_check_passes_or_says_the_figure(report: SparsityReport) -> None:
     report.check("support.p95 < 64")
     report.check("head[1.0].keys_95 >= keys_95.min")

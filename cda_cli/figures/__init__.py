@@ -5,6 +5,6 @@ pictures that are drawn from these rows alone. So `redraw` draws a figure again 
 """
 
 from cda_cli.figures.material import HeadMap, Material, gather
-from cda_cli.figures.write import FIGURES, Written, redraw, require_figures, write_figures
+from cda_cli.figures.write import FIGURES, Written, draw, redraw, require_figures, write_figures
 
-__all__ = ["FIGURES", "HeadMap", "Material", "Written", "gather", "redraw", "require_figures", "write_figures"]
+__all__ = ["FIGURES", "HeadMap", "Material", "Written", "draw", "gather", "redraw", "require_figures", "write_figures"]

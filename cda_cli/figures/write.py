@@ -121,8 +121,7 @@ class Written(NamedTuple):
 def require_figures(folder: Path, styles: Sequence[str]) -> None:
     """Raises ConfigError, before anything is computed, if figures cannot be written there or have no such style."""
     for style in styles:
-        if style not in STYLES:
-            raise ConfigError(f"there is no style {style!r} of figures: {did_you_mean(style, STYLES)}")
+        _style(style)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give --figures the name of a folder")
     require_matplotlib("--figures")
@@ -158,16 +157,39 @@ def write_figures(
     return written
 
 
+def draw(name: str, material: Material, style: str = "paper") -> Figure:
+    """Draws the figure of that name.
+
+    Raises ConfigError for another name or style, for a figure whose rows were not measured, and without matplotlib.
+    """
+    kind, look = _kind(name), _style(style)
+    require_matplotlib("a figure")
+    rows = kind.rows(material)
+    if not rows:
+        raise ConfigError(f"the figure {name} has nothing to show here{'; ' if kind.missing else ''}{kind.missing}")
+    return _drawn(kind, look, rows)
+
+
 def redraw(file: Path, style: str = "paper") -> Figure:
     """Draws a figure from the CSV file that `write_figures` wrote, for further changes by matplotlib.
 
     Raises ConfigError for a file of another name, and DataError for one that is not such a file.
     """
     file = Path(file)
-    if file.stem not in FIGURES:
-        raise ConfigError(f"there is no figure {file.stem!r}: {did_you_mean(file.stem, FIGURES)}")
-    kind = FIGURES[file.stem]
-    return _drawn(kind, STYLES[style], from_csv(file.read_text(encoding="utf-8"), kind.row))
+    kind = _kind(file.stem)
+    return _drawn(kind, _style(style), from_csv(file.read_text(encoding="utf-8"), kind.row))
+
+
+def _kind(name: str) -> FigureKind:
+    if name not in FIGURES:
+        raise ConfigError(f"there is no figure {name!r}: {did_you_mean(name, FIGURES)}")
+    return FIGURES[name]
+
+
+def _style(name: str) -> Style:
+    if name not in STYLES:
+        raise ConfigError(f"there is no style {name!r} of figures: {did_you_mean(name, STYLES)}")
+    return STYLES[name]
 
 
 def _drawn(kind: FigureKind, style: Style, rows: Sequence[Any]) -> Figure:
