@@ -1,0 +1,5 @@
+"""The page: a sparsity report as one HTML file, which works offline and asks for nothing from elsewhere."""
+
+from cda_cli.page.page import PageContent, bytes_for_rows, write_page
+
+__all__ = ["PageContent", "bytes_for_rows", "write_page"]

@@ -1,0 +1,76 @@
+// The map of a head: queries down, keys across, one pixel for each or for a block of them, which shows its maximum.
+
+import { frame, image, text } from "./charts.js";
+import { byId, svgElement } from "./dom.js";
+import { standalone } from "./download.js";
+import { T, weightOf } from "./store.js";
+import { CAPPED, palette, weightColours } from "./theme.js";
+
+const canvas = byId("map");
+const frameOfMap = byId("map-frame");
+const [lineOfQuery, lineOfKey] = ["map-query", "map-key"].map(byId);
+
+// Draws `rows` (HeadRows). Where several rows and keys share a pixel, the largest weight of them counts.
+export function drawMap(rows) {
+  const room = Math.floor(frameOfMap.clientWidth * devicePixelRatio) || T;
+  const side = Math.min(T, room);
+  const levels = new Uint8Array(side * side);
+  const place = Int32Array.from({ length: T }, (_, position) => Math.floor((position * side) / T));
+  for (let query = 0; query < T; query++) {
+    const start = place[query] * side;
+    for (let entry = rows.starts[query]; entry < rows.starts[query + 1]; entry++) {
+      const key = rows.keys[entry];
+      if (key < 0) continue; // A null key is no position of the text.
+      const at = start + place[key];
+      if (rows.levels[entry] >= levels[at]) levels[at] = Math.max(rows.levels[entry], 1);
+    }
+  }
+  const colours = weightColours().pixels;
+  const picture = new ImageData(side, side);
+  const pixels = new Uint32Array(picture.data.buffer);
+  for (let at = 0; at < pixels.length; at++) pixels[at] = colours[levels[at]];
+  canvas.width = canvas.height = side;
+  canvas.getContext("2d").putImageData(picture, 0, 0);
+}
+
+// Where the pointer is: {query, key}.
+export function placeOf(event) {
+  const box = canvas.getBoundingClientRect();
+  const position = (at, start, size) => Math.min(T - 1, Math.max(0, Math.floor((T * (at - start)) / size)));
+  return { query: position(event.clientY, box.top, box.height), key: position(event.clientX, box.left, box.width) };
+}
+
+// The lines of the query that is shown, and of the key, if any.
+export function markMap(query, key = null) {
+  lineOfQuery.hidden = query === null;
+  lineOfKey.hidden = key === null;
+  if (query !== null) lineOfQuery.style.top = `${(100 * (query + 0.5)) / T}%`;
+  if (key !== null) lineOfKey.style.left = `${(100 * (key + 0.5)) / T}%`;
+}
+
+export function mapSvg(title) {
+  const [size, left, top] = [480, 56, 28];
+  const { ink, quiet, line } = palette();
+  const drawing = frame(left + size + 12, top + size + 84, title);
+  drawing.append(text(title, left, 18, ink), image(canvas, left, top, size));
+  drawing.append(svgElement("rect", { x: left, y: top, width: size, height: size, fill: "none", stroke: line }));
+  for (let step = 0; step <= 4; step++) {
+    const at = Math.min(T - 1, Math.round((T * step) / 4));
+    const place = ((at + 0.5) * size) / T;
+    drawing.append(text(String(at), left - 5, top + place + 4, quiet, "end"));
+    drawing.append(text(String(at), left + place, top + size + 14, quiet, "middle"));
+  }
+  drawing.append(text("key", left + size / 2, top + size + 30, ink, "middle"));
+  drawing.append(text("query", 14, top + size / 2, ink, "middle", -90));
+  const { css } = weightColours();
+  const [width, y] = [Math.floor(size / 2 / 254), top + size + 46];
+  for (let level = 1; level < CAPPED; level++) {
+    drawing.append(svgElement("rect", { x: left + width * level, y, width: width + 0.5, height: 10, fill: css[level] }));
+  }
+  for (const level of [1, 102, 254]) {
+    drawing.append(text(weightOf(level).toPrecision(1), left + width * level, y + 24, quiet, "middle"));
+  }
+  drawing.append(svgElement("rect", { x: left + 320, y, width: 10, height: 10, fill: css[CAPPED], stroke: ink }));
+  drawing.append(text("λ, free", left + 262, y + 9, ink), text("λ = 1, capped", left + 336, y + 9, ink));
+  return standalone(drawing);
+}
