@@ -20,7 +20,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from cda_cli.config import preset_purpose, preset_values
 from cda_cli.console.settings import default_words
 from cda_cli.data import TASKS
-from cda_cli.runs.records import KINDS, VERSION, LayerRecord
+from cda_cli.runs.records import KINDS, VERSION, HeadAlarm, LayerRecord
 from cda_cli.settings import SECTIONS, preset_names
 from cda_cli.settings_table import TABLE
 
@@ -124,7 +124,9 @@ def metrics() -> str:
     lines = [RECORDS]
     for kind, record in KINDS.items():
         lines += ["", f"## {kind}", "", *record_table(record)]
-    return "\n".join([*lines, "", "## layers of a train record", "", *record_table(LayerRecord)]) + "\n"
+    for name, record in (("layers", LayerRecord), ("alarms", HeadAlarm)):
+        lines += ["", f"## {name} of a train record", "", *record_table(record)]
+    return "\n".join(lines) + "\n"
 
 
 def record_table(record: type[Any]) -> list[str]:

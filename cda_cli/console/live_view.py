@@ -21,7 +21,7 @@ from rich.text import Text
 
 from cda_cli.console.base import Trimmed, duration
 from cda_cli.console.layer_table import layer_table, measures
-from cda_cli.console.run_status import RunStatus, figures, header_rows
+from cda_cli.console.run_status import ALARMS, RunStatus, figures, header_rows
 from cda_cli.console.sparkline import sparkline
 
 WIDE = 150  # columns from which the layers stand beside the figures
@@ -103,7 +103,7 @@ class LiveView:
         lines: list[RenderableType] = []
         for name, value in shown.items():
             line = Text.assemble((f"{name:<{LABEL}}  ", "bold"), no_wrap=True, overflow="ellipsis")
-            line.append(value)
+            line.append(value, style="yellow" if name == ALARMS else "")
             if name in curves and space >= 4:
                 curve = sparkline(list(curves[name]), min(space, 60))
                 line.append(" " * (widest - len(value) + 2) + curve, style="cyan")

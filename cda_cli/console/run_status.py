@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cda_cli.console.base import count, duration, memory, plus_minus, share
 from cda_cli.console.layer_table import range_words
 from cda_cli.plurals import counted
-from cda_cli.runs.records import Record, RefusedRecord, TrainRecord, ValidationRecord
+from cda_cli.runs.records import HeadAlarm, Record, RefusedRecord, TrainRecord, ValidationRecord
 
 if TYPE_CHECKING:
     from cda_cli.training.display import Plan
+
+ALARMS = "heads"  # the name of their figure
+STATES = {"collapsed": "collapsed", "sink": "on the first key", "spread": "spread over all keys"}
+MOST_NAMED = 6
 
 
 @dataclass
@@ -110,6 +115,7 @@ def figures(status: RunStatus) -> dict[str, str]:
         "loss": f"{train.loss:.4f}, {train.bits_per_byte:.4f} bits per byte",
         "validation": _loss_words(validation) if validation else "–",
         "best": f"{best.loss:.4f} at step {best.step}" if best else "–",
+        **({ALARMS: alarm_words(train.alarms)} if train.alarms else {}),
         "learning rate": f"{train.lr:.2e}, gradient norm {train.grad_norm:.2f}{annealed}",
         "speed": f"{count(train.tokens_per_second)} tokens/s, waiting for data {share(train.data_wait)} of a step",
         "tokens": f"{count(train.tokens)}, memory {memory(train.memory_bytes)}",
@@ -123,6 +129,16 @@ def figures(status: RunStatus) -> dict[str, str]:
         computed, dense = share(train.mfu_computed), share(train.mfu_dense)
         rows["utilisation"] = f"{computed} of the FLOPs computed, {dense} of a dense model's (6N + 12LdT)"
     return rows
+
+
+def alarm_words(alarms: Sequence[HeadAlarm]) -> str:
+    """The heads that have stopped to select, by what they do instead, at most MOST_NAMED of each."""
+    parts = []
+    for state, words in STATES.items():
+        if heads := [f"{alarm.layer}.{alarm.head}" for alarm in alarms if alarm.state == state]:
+            more = f" and {len(heads) - MOST_NAMED} more" if len(heads) > MOST_NAMED else ""
+            parts.append(f"{words} {', '.join(heads[:MOST_NAMED])}{more}")
+    return "; ".join(parts)
 
 
 def validated_on(plan: Plan, validation: ValidationRecord) -> str:

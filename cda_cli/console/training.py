@@ -14,7 +14,9 @@ from cda_cli.console.base import duration, is_live, out, print_pairs, print_trim
 from cda_cli.console.layer_table import layer_table, measures
 from cda_cli.console.live_view import NOTICE, ROOMY, LiveView, ResizableLive
 from cda_cli.console.run_status import (
+    ALARMS,
     RunStatus,
+    alarm_words,
     figures,
     header_rows,
     next_commands,
@@ -27,6 +29,7 @@ from cda_cli.console.run_status import (
 from cda_cli.console.text import print_next, print_sentence, printable, write_text
 from cda_cli.runs.records import (
     CheckpointRecord,
+    HeadAlarm,
     Record,
     RefusedRecord,
     SampleRecord,
@@ -49,6 +52,7 @@ class TrainingDisplay:
         self._status: RunStatus | None = None
         self._live: ResizableLive | None = None
         self._held_back: dict[str, str] = {}
+        self._alarms: set[HeadAlarm] = set()  # that had a line
         self._saved: int | None = None  # the step of the latest checkpoint
 
     def busy(self, words: str) -> AbstractContextManager[object]:
@@ -87,6 +91,9 @@ class TrainingDisplay:
             case TrainRecord():
                 if not self._is_live:
                     self._lines(record, *train_words(record, plan.has_budget, self._dash))
+                    if new := [alarm for alarm in record.alarms if alarm not in self._alarms]:
+                        self._line(record, Text(f"{ALARMS} {alarm_words(new)}", style="yellow"))
+                    self._alarms |= set(new)
             case RefusedRecord():
                 self._line(record, Text(refused_words(record), style="yellow"))
             case ValidationRecord():

@@ -7,7 +7,7 @@ from cda_cli.inspection.live_heads import LiveCollector, LiveHead
 from cda_cli.inspection.measures import MEASURES, NAMES, QUANTILES, check_measure
 from cda_cli.inspection.report import HeadReport, LayerReport, Report, named_figures
 from cda_cli.inspection.store import RowStore, StoredHead, StoredRow, parse_size
-from cda_cli.inspection.watchers import RecordWatcher, ReportWatcher, Watcher
+from cda_cli.inspection.watchers import Recorded, RecordWatcher, ReportWatcher, Watcher
 
 __all__ = [
     "MEASURES",
@@ -18,6 +18,7 @@ __all__ = [
     "LiveCollector",
     "LiveHead",
     "RecordWatcher",
+    "Recorded",
     "Report",
     "ReportWatcher",
     "RowCollector",

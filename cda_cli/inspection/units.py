@@ -83,8 +83,8 @@ class UnitCensus:
         self.pairs += B * (T - 1)
 
     def frequency(self) -> list[float]:
-        """The share of the tokens on which each unit is in use, [F]."""
-        frequency: list[float] = (self.times.cpu() / self.tokens).tolist()
+        """The share of the tokens on which each unit is in use, [F]; empty without a token."""
+        frequency: list[float] = (self.times.cpu() / self.tokens).tolist() if self.tokens else []
         return frequency
 
     def figures(self) -> UnitFigures:

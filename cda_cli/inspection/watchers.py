@@ -9,10 +9,12 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cda_cli.inspection.alarms import head_alarms
 from cda_cli.inspection.collect_rows import RowCollector
 from cda_cli.inspection.live_heads import LiveCollector
 from cda_cli.inspection.measures import MEASURES, QUANTILES, RECORDED, Measure
@@ -24,7 +26,7 @@ from cda_cli.inspection.statistics import Histogram, RowMeans, doubling_range
 from cda_cli.inspection.units import UnitCensus, count_active
 from cda_cli.model import Transformer
 from cda_cli.model.observe import ObservedAttention, ObservedFeedForward, observing
-from cda_cli.runs.records import LayerRecord
+from cda_cli.runs.records import HeadAlarm, LayerRecord
 
 
 class Watcher(ABC):
@@ -35,6 +37,13 @@ class Watcher(ABC):
         """Within it, the watcher sees the forward passes of `model`."""
 
 
+class Recorded(NamedTuple):
+    """What each layer selects, and the heads that have stopped to select."""
+
+    layers: tuple[LayerRecord, ...]
+    alarms: tuple[HeadAlarm, ...]
+
+
 class RecordWatcher(Watcher):
     """Adds up what training records of each layer. Nothing in it waits for a GPU before `records`."""
 
@@ -42,6 +51,7 @@ class RecordWatcher(Watcher):
         self.attention: dict[int, RowMeans] = defaultdict(RowMeans)
         self.active: dict[int, Tensor] = {}
         self.units: dict[int, int] = {}
+        self.tokens = self.null_keys = 0  # of the latest window
 
     def watching(self, model: Transformer) -> AbstractContextManager[None]:
         return observing(model, self._see)
@@ -51,6 +61,7 @@ class RecordWatcher(Watcher):
             self.active[seen.layer], self.units[seen.layer] = count_active(seen.activations), seen.activations.shape[-1]
         else:
             _add(self.attention[seen.layer], SeenRows(seen), RECORDED)
+            self.tokens, self.null_keys = seen.position + seen.weights.shape[2], seen.null_keys
 
     def heads(self) -> dict[str, Tensor]:
         """Each measure of each head, float64 [L, H] on the CPU; 0 where no row has it, as of caps where none binds."""
@@ -59,8 +70,13 @@ class RecordWatcher(Watcher):
 
     def records(self) -> tuple[LayerRecord, ...]:
         """The means over the heads of each layer, and its share of active units."""
-        of_layers = {name: figures.mean(-1).tolist() for name, figures in self.heads().items()}
-        return tuple(
+        return self.recorded().layers
+
+    def recorded(self) -> Recorded:
+        """What training records. Windows must have one length for the alarms to have a meaning."""
+        heads = self.heads()
+        of_layers = {name: figures.mean(-1).tolist() for name, figures in heads.items()}
+        layers = tuple(
             LayerRecord(
                 layer=layer,
                 **{name: figures[place] for name, figures in of_layers.items()},
@@ -68,6 +84,7 @@ class RecordWatcher(Watcher):
             )
             for place, layer in enumerate(sorted(self.attention))
         )
+        return Recorded(layers, head_alarms(heads, self.tokens, self.null_keys))
 
 
 class ReportWatcher(Watcher):

@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from types import NoneType
 from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
-VERSION = 2  # of the schema; files that name none have the first
+VERSION = 3  # of the schema; files that name none have the first
 
 
 class About(NamedTuple):
@@ -49,6 +49,18 @@ class LayerRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadAlarm:
+    """A head that has stopped to select, by the means over the first sequence of the step (training.md)."""
+
+    layer: Annotated[int, About("", "Number of the layer, from 0.")]
+    head: Annotated[int, About("", "Number of the head in its layer, from 0.")]
+    state: Annotated[
+        str,
+        About("", "`collapsed`: on as few keys as k allows; `sink`: on the first key; `spread`: on all keys alike."),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainRecord(Record):
     """A training step: every `run.log_every` steps, after the last step, and before a stop that was asked for."""
 
@@ -79,6 +91,10 @@ class TrainRecord(Record):
         int, About("bytes", "Peak so far: what PyTorch held on a GPU, or else what the process had resident.")
     ]
     layers: Annotated[tuple[LayerRecord, ...], About("", "One object for each layer, see below.")]
+    alarms: Annotated[
+        tuple[HeadAlarm, ...],
+        About("", "One object for each head that has stopped to select, see below; none during the warm-up."),
+    ] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +179,15 @@ KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (TrainRecord, RefusedRecord, ValidationRecord, SampleRecord, CheckpointRecord, InitRecord, SchemaRecord)
 }
-_TYPES: dict[type[Any], dict[str, Any]] = {kind: get_type_hints(kind) for kind in (*KINDS.values(), LayerRecord)}
+_TYPES: dict[type[Any], dict[str, Any]] = {
+    kind: get_type_hints(kind) for kind in (*KINDS.values(), LayerRecord, HeadAlarm)
+}
 
 
 def to_json(record: Record) -> dict[str, Any]:
     """The object that stands for `record` in metrics.jsonl, with numbers that are not finite as they are."""
     defaults = {field.name: field.default for field in fields(record)}
-    values = {name: value for name, value in asdict(record).items() if value is not defaults[name]}
+    values = {name: value for name, value in asdict(record).items() if value != defaults[name]}
     return {"step": record.step, "kind": record.kind} | values
 
 
@@ -197,6 +215,8 @@ def numbers(record: Record) -> dict[str, float]:
                 found |= {f"{place}/{inner}": number for inner, number in layer.items()}
         elif name != "step" and isinstance(value, (int, float)):
             found[f"{record.kind}/{name}"] = value
+    if isinstance(record, TrainRecord):
+        found[f"{record.kind}/alarms"] = len(record.alarms)
     return found
 
 

@@ -94,7 +94,7 @@ def train(
         last = state.step == optim.steps
         if is_logged(state.step) or stop:
             speed.mark()
-            layers = pipeline.layers(batches, eps)
+            recorded = pipeline.recorded(batches, eps)
             report(
                 TrainRecord(
                     step=state.step,
@@ -109,7 +109,9 @@ def train(
                     data_wait=speed.data_wait,
                     **context.utilisation(speed.tokens_per_second),
                     memory_bytes=peak_memory(context.device),
-                    layers=layers,
+                    layers=recorded.layers,
+                    # At first all heads read as random weights make them.
+                    alarms=recorded.alarms if state.step > optim.warmup_steps else (),
                 )
             )
             since = Since()

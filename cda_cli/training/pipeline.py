@@ -15,8 +15,7 @@ from torch import Tensor
 
 from cda_cli.config import Config, annealed_eps
 from cda_cli.data import Batch
-from cda_cli.inspection import RecordWatcher, inspect
-from cda_cli.runs.records import LayerRecord
+from cda_cli.inspection import Recorded, RecordWatcher, inspect
 from cda_cli.training.accounting.speed import Speed
 from cda_cli.training.gradients import accumulate_gradients
 from cda_cli.training.schedule import due
@@ -93,12 +92,12 @@ class Pipeline:
                 gc.freeze()
             self._warm = True
 
-    def layers(self, batches: list[Batch], eps: float) -> tuple[LayerRecord, ...]:
+    def recorded(self, batches: list[Batch], eps: float) -> Recorded:
         """Returns what each layer selected in the last step, on its `batches` with its `eps`, and waits for it."""
         if self._inspection is None:
             self._state.model.set_attention_eps(eps)  # The next step may be launched, with its own ε.
         inspection = self._inspection or inspect_first(self._context, self._state, batches)
-        return inspection.layers()
+        return inspection.recorded()
 
 
 @contextmanager
@@ -169,9 +168,9 @@ class Inspection(NamedTuple):
     watcher: RecordWatcher
     stream: torch.cuda.Stream | None
 
-    def layers(self) -> tuple[LayerRecord, ...]:
+    def recorded(self) -> Recorded:
         with torch.cuda.stream(self.stream):
-            return self.watcher.records()
+            return self.watcher.recorded()
 
 
 def inspect_first(

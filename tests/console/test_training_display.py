@@ -14,7 +14,7 @@ from cda_cli.console import TrainingDisplay
 from cda_cli.console.live_view import NOTICE
 from cda_cli.console.reports import show_doctor, show_dry_run, show_forecast
 from cda_cli.diagnosis import Cache, Check, Diagnosis
-from cda_cli.runs.records import CheckpointRecord, Record, RefusedRecord, SampleRecord
+from cda_cli.runs.records import CheckpointRecord, HeadAlarm, Record, RefusedRecord, SampleRecord
 from cda_cli.training.accounting.memory_forecast import Forecast
 from cda_cli.training.display import Plan
 from cda_cli.training.run import DryRun
@@ -115,6 +115,24 @@ def test_utilisation_names_both_figures(screen: MakeScreen) -> None:
     assert "MFU 45.7% computed, 50.0% dense" in made.getvalue()
     assert "45.7% of the FLOPs computed, 50.0% of a dense model's (6N + 12LdT)" in made.getvalue()
     assert "utilisation" not in shown(screen())
+
+
+def test_heads_that_stop_to_select_are_named(screen: MakeScreen) -> None:
+    """In the live view and at the end, as long as they do; off a terminal in a line, once."""
+    states = [(layer, head, "spread") for layer in (0, 1) for head in range(4)] + [(2, 3, "sink")]
+    alarms = tuple(HeadAlarm(layer=layer, head=head, state=state) for layer, head, state in states)
+    words = "on the first key 2.3; spread over all keys 0.0, 0.1, 0.2, 0.3, 1.0, 1.1 and 2 more"
+    for terminal in (False, True):
+        made = screen(terminal=terminal, width=120)
+        display = TrainingDisplay()
+        display.start(PLAN, [])
+        for step, found in enumerate(((), alarms[:1], alarms[:1], (), alarms), start=10):
+            display.show(replace(TRAIN, step=step, alarms=found))
+        display.finish()
+        assert f"heads          {words}" in re.sub(r"\x1b\[[0-9;]*m", "", made.getvalue())
+        lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", made.getvalue()).splitlines() if "/20  heads" in line]
+        later = words.replace("0.0, ", "").replace("1.1 and 2 more", "1.1, 1.2 and 1 more")
+        assert lines == ([] if terminal else ["11/20  heads spread over all keys 0.0", f"14/20  heads {later}"])
 
 
 def test_a_run_without_figures_ends_quietly(screen: MakeScreen) -> None:

@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cda_cli import strict_json
-from cda_cli.runs.records import KINDS, About, LayerRecord, Record, ValidationRecord, from_json, numbers, to_json
+from cda_cli.runs.records import (
+    KINDS,
+    About,
+    HeadAlarm,
+    LayerRecord,
+    Record,
+    ValidationRecord,
+    from_json,
+    numbers,
+    to_json,
+)
 from tests.runs.records import LAYER, ONE_OF_EACH, TRAIN, VALIDATION, any_record
 
 # What version 1 wrote, field by field. Old files have these names and these values, so none may ever change.
@@ -86,6 +96,15 @@ def test_a_field_that_a_run_does_not_have_is_left_out() -> None:
     assert from_json(written(known)) == known
 
 
+def test_alarms_are_written_where_there_are_some() -> None:
+    """Trackers get their number, also where it is 0, so that a curve shows when they end."""
+    assert "alarms" not in to_json(TRAIN)
+    alarmed = dataclasses.replace(TRAIN, alarms=(HeadAlarm(layer=0, head=3, state="sink"),))
+    assert written(alarmed)["alarms"] == [{"layer": 0, "head": 3, "state": "sink"}]
+    assert from_json(written(alarmed)) == alarmed
+    assert numbers(alarmed)["train/alarms"] == 1
+
+
 @given(any_record(finite=True), st.dictionaries(st.text(min_size=20), st.none() | st.text() | st.integers()))
 def test_fields_of_a_later_version_are_ignored(record: Record, later: dict[str, Any]) -> None:
     assert from_json(written(record) | later) == record
@@ -130,11 +149,12 @@ def test_trackers_get_the_numbers() -> None:
     assert found["train/loss"] == 2.5
     assert found["train/layer 1/effective_support"] == 9.0
     assert not [name for name in found if name.rpartition("/")[2] in ("step", "kind", "layer", "seconds_left")]
-    assert len(found) == 9 + 2 * 5
+    assert found["train/alarms"] == 0
+    assert len(found) == 10 + 2 * 5
     assert all(isinstance(value, (int, float)) for value in found.values())
 
 
-@pytest.mark.parametrize("kind", [*KINDS.values(), LayerRecord], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*KINDS.values(), LayerRecord, HeadAlarm], ids=lambda kind: kind.__name__)
 def test_every_field_says_what_it_means(kind: type) -> None:
     assert kind.__doc__
     hints = get_type_hints(kind, include_extras=True)

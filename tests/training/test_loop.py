@@ -27,7 +27,7 @@ from cda_cli.storage import list_steps
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.run import run_training
 from cda_cli.training.schedule import due
-from tests.training.helpers import Memory, changed, losses, trained
+from tests.training.helpers import Memory, changed, losses, trained, with_settings
 
 CPU = torch.device("cpu")
 
@@ -150,6 +150,16 @@ def test_epsilon_anneals_and_is_recorded(whole: tuple[Memory, Path]) -> None:
     assert eps[3] == pytest.approx(2.0**0.5 * 0.1**0.5), "step 3 of the 6 over which it anneals"
     assert eps[6:] == pytest.approx([0.1] * 6)
     assert eps == sorted(eps, reverse=True)
+
+
+def test_alarms_are_recorded_once_the_warm_up_is_over(config: Config, tmp_path: Path) -> None:
+    """At a temperature so high that all scores are equal, every head reads all keys alike."""
+    even = with_settings(config, {"model.attn_eps": 1e6, "model.eps_anneal_start": None, "optim.warmup_steps": 2})
+    display = trained(changed(even, steps=3), tmp_path / "run")
+    lines = [record for record in display.records if isinstance(record, TrainRecord)]
+    heads = config.model.depth * config.model.heads
+    assert [len(line.alarms) for line in lines] == [0, 0, heads]
+    assert {alarm.state for alarm in lines[-1].alarms} == {"spread"}
 
 
 @pytest.fixture
