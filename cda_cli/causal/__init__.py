@@ -2,21 +2,22 @@
 
 words of a command line → `Wanted` → `prepare` makes the interventions and measures what they need → `Prepared.ways` of
 measuring the model → `Prepared.effects`, which are paired differences of the loss. `check_text` does so for a model in
-memory, and `Checks` for checkpoints.
+memory, `Checks` for checkpoints, and an `Examination` beside an inspection.
 """
 
-from cda_cli.causal.checks import TOLERANCE, Checks, Prepared, Wanted, check_text, prepare
+from cda_cli.causal.checks import Checks, Prepared, Wanted, check_text, prepare
 from cda_cli.causal.effects import Control, Effect, Effects, HeldOut
+from cda_cli.causal.examination import Examination
 from cda_cli.causal.heads import rank_correlation
 from cda_cli.causal.pictures import LINEAR_BELOW, curve_points, draw_cuts
 
 __all__ = [
     "LINEAR_BELOW",
-    "TOLERANCE",
     "Checks",
     "Control",
     "Effect",
     "Effects",
+    "Examination",
     "HeldOut",
     "Prepared",
     "Wanted",

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cda_cli.causal.cuts import LONGEST_CURVE, TOP, Cut, parse_cuts
 from cda_cli.causal.effects import Effect, Effects, choose_held_out
-from cda_cli.causal.gradients import gradients
 from cda_cli.causal.heads import ablations, count_ablations, measure_heads, parse_ablations
 from cda_cli.causal.interventions import Intervention
 from cda_cli.causal.substitutes import GATE, Gate, ScaledBudget, parse_substitutes
@@ -31,6 +30,7 @@ from cda_cli.evaluation import (
     measure,
     windows_as_units,
 )
+from cda_cli.inspection import gradients
 from cda_cli.model import Transformer
 from cda_cli.restore import Restored
 

@@ -14,17 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cda_cli.causal.gradients import gradients
 from cda_cli.causal.interventions import Intervention, doubled, edited
 from cda_cli.data import Batch
 from cda_cli.errors import ConfigError, did_you_mean
-from cda_cli.inspection import RecordWatcher, inspect
+from cda_cli.inspection import RecordWatcher, gradients, inspect
 from cda_cli.model import Transformer, editing
 
 HEADS, RANDOM, GRADIENT = "heads", "random", "gradient"
 # What may say how much a head matters, from what is inspected of it. Two more orders are RANDOM, the control, and
-# GRADIENT, E|∂L/∂ξ| for a factor ξ on the output of the head (Michel et al., Are Sixteen Heads Really Better than One?,
-# 1905.10650, equation 3).
+# GRADIENT, E|∂L/∂ξ| for a factor ξ on the output of the head.
 MEASURES = {"support": "effective_support", "capped": "capped_share", "k": "sparsity_k"}
 ORDERS = (*MEASURES, GRADIENT, RANDOM)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from cda_cli.commands.causal_options import AblateOption
 from cda_cli.commands.figure_options import DEFAULT_STYLES, FiguresOption, StyleOption
@@ -29,9 +27,6 @@ from cda_cli.commands.options import (
     JsonOption,
     SplitOption,
 )
-
-if TYPE_CHECKING:
-    from cda_cli.data import Batch
 
 
 def inspect_sparsity(
@@ -60,12 +55,12 @@ def inspect_sparsity(
     A map shows one measure of all chosen heads. The heat map shows the weights of the first of them, in the first of
     the chosen layers, over the beginning of the text. --json has every measure, also by position.
     """
-    from cda_cli.causal import TOLERANCE, Wanted, check_text
+    from cda_cli.causal import Examination, Wanted
     from cda_cli.conditions import check_conditions, parse_condition
     from cda_cli.console import note, print_json, progress, show_report, shows_progress
     from cda_cli.data import loss_of_text
     from cda_cli.figures import FIGURES, gather, require_figures, write_figures
-    from cda_cli.inspection import ReportWatcher, check_measure, inspect, named_figures, parse_selection
+    from cda_cli.inspection import GRADIENTS, ReportWatcher, check_measure, named_figures, parse_selection
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
 
@@ -83,26 +78,21 @@ def inspect_sparsity(
             note(remark)
         if causal:
             wanted = Wanted.of_selection(restored.model)._replace(head_orders=wanted.head_orders)
+        examination = Examination(causal or by in GRADIENTS, wanted)
         drawn = (chosen_layers[0], chosen_heads[0])
-        watcher, checked = ReportWatcher(restored.config.model.attn_k, keep=drawn), None
-        _, windows = text.batches(1, max_batches)
-        passes = wanted.passes(restored.config.model)
-        with progress("inspecting", windows * (1 + passes + bool(passes)), quiet=as_json) as bar:
+        watcher = ReportWatcher(restored.config.model.attn_k, keep=drawn)
+        windows = text.batches(1, max_batches)[1] * examination.passes(restored.config.model)
+        with progress("inspecting", windows, quiet=as_json) as bar:
 
             def advance(done: int) -> None:
                 bar(done)
                 stop.check("interrupted; nothing was written")
 
-            def open_batches() -> Iterator[Batch]:
-                return text.batches(1, max_batches)[0]
-
-            inspect(restored.model, open_batches(), restored.device, precision, watcher, advance)
-            if passes:
-                checked = check_text(
-                    restored.model, wanted, open_batches, restored.device, precision, TOLERANCE, advance
-                )
+            whole, checked = examination.run(
+                restored, precision, watcher, lambda: text.batches(1, max_batches)[0], advance
+            )
     assert watcher.kept is not None
-    report = watcher.report().only(chosen_layers, chosen_heads)
+    report = whole.only(chosen_layers, chosen_heads)
     source = {"checkpoint": str(restored.path), "data": text.description, "split": text.split}
     further = {"causal": checked.document()} if checked else {}
     document = {**source, "attn_eps": restored.model.attention_eps, **report.as_dict(), **further}

@@ -10,6 +10,8 @@ LABELS = {
     "capped_share": "capped keys / k",
     "gate_equivalent": "gate-equivalent rows",
     "sink_mass": "mass on a sink",
+    "importance": "importance E|∂L/∂ξ| (nats)",
+    "sparsity_k_gradient": "Σ ∂L/∂k (nats per key)",
     "median_distance": "median distance (tokens)",
     "support": "effective support (keys)",
     "capped": "capped keys / k",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cda_cli.figures.csv_rows import grouped
 from cda_cli.figures.labels import LABELS
 from cda_cli.figures.material import Material
+from cda_cli.inspection import GRADIENTS
 from cda_cli.inspection.seen_rows import CAPPED_WEIGHT
 from cda_cli.plots import COLUMN, Style, draw_map, drawable, new_figure
 from cda_cli.token_labels import visible
@@ -16,7 +17,10 @@ from cda_cli.token_labels import visible
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MEASURES = ("effective_support", "keys_95", "median_distance", "sink_mass", "gate_equivalent", "capped_share")
+MEASURES = (
+    *("effective_support", "keys_95", "median_distance", "sink_mass", "gate_equivalent", "capped_share"),
+    *GRADIENTS,  # where they were measured
+)
 OF_BUDGET = ("gate_equivalent", "capped_share")  # mean nothing where rows have no budget
 COLUMNS = 3
 LONGEST = 64  # tokens that can be labelled
@@ -36,8 +40,9 @@ class OfHead(NamedTuple):
 
 
 def head_rows(material: Material) -> list[OfHead]:
-    measures = [name for name in MEASURES if material.has_budget or name not in OF_BUDGET]
     heads = material.report.heads
+    known = [name for name in MEASURES if name in heads[0].measures]
+    measures = [name for name in known if material.has_budget or name not in OF_BUDGET]
     rows = [OfHead(name, head.layer, head.head, head.measures[name]) for name in measures for head in heads]
     empty = {name for name, of in grouped(rows, lambda row: row.measure).items() if all(map(math.isnan, _values(of)))}
     return [row for row in rows if row.measure not in empty]

@@ -52,11 +52,12 @@ OF_HEADS = (
     *(f"{name}_lift" for name in PATTERNS),
 )
 NAMES = (*MEASURES, *OF_HEADS)
+GRADIENTS = ("importance", "sparsity_k_gradient")  # of a head too, from backward passes, so only where asked for
 # Those whose quantiles over rows are reported.
 QUANTILES = ("sparsity_k", "effective_support", "keys_95")
 
 
 def check_measure(name: str) -> None:
     """Raises ConfigError if no measure of a head has this name."""
-    if name not in NAMES:
-        raise ConfigError(f"there is no measure {name!r}: {did_you_mean(name, NAMES)}")
+    if name not in (*NAMES, *GRADIENTS):
+        raise ConfigError(f"there is no measure {name!r}: {did_you_mean(name, (*NAMES, *GRADIENTS))}")

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from cda_cli.inspection.residual import ResidualFigures
 from cda_cli.inspection.statistics import Histogram, range_ends
 from cda_cli.inspection.units import UnitFigures
@@ -67,6 +69,12 @@ class Report:
             heads=[head for head in self.heads if head.layer in layers and head.head in heads],
             layers=[layer for layer in self.layers if layer.layer in layers],
         )
+
+    def adding(self, measures: Mapping[str, Tensor]) -> Report:
+        """Adds further measures of each head, [L, H]. Call it before `only`."""
+        added = [{name: of[head.layer, head.head].item() for name, of in measures.items()} for head in self.heads]
+        heads = [replace(head, measures={**head.measures, **of}) for head, of in zip(self.heads, added, strict=True)]
+        return replace(self, heads=heads)
 
     def all_heads(self) -> dict[str, dict[str, float]]:
         """The mean, the smallest and the largest of each measure over the heads, NaN aside; quantiles over all rows."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cda_cli.causal.gradients import gradients
 from cda_cli.causal.heads import parse_ablations, rank_correlation
 from cda_cli.data import evaluation_batches
 from cda_cli.errors import ConfigError
+from cda_cli.inspection import gradients
 from cda_cli.model import Transformer, editing
 from cda_cli.model.edits import EditLayer
 from tests.causal.models import CPU, RULES, SEQ_LEN, build, differences, effects_of, text
@@ -44,6 +44,11 @@ def test_the_heads_of_a_layer_make_up_its_output() -> None:
     torch.testing.assert_close(output(0) + output(1) + output(2), output(0, 1, 2))
     with torch.no_grad():
         assert torch.equal(output(0, 1, 2), attention(x))
+
+
+def raising(on: Tensor, change: float) -> EditLayer:
+    """Adds `change` to the k of the heads that `on` [L, H, 1] has."""
+    return lambda layer, k_BHT: k_BHT + change * on[layer]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -90,6 +95,8 @@ def test_the_gradients_are_those_of_finite_differences(rule: dict[str, Any]) -> 
     for layer, head in ((0, 0), (1, 2)):
         on = torch.zeros(2, 3, 1, dtype=torch.float64)
         on[layer, head] = 1
+        more = differences_for(budget=partial(raising, on))
+        assert found.head_budgets[layer, head].item() == pytest.approx(more.mean().item(), rel=1e-4, abs=1e-6)
         by_head = differences_for(heads=partial(scaling, on))
         assert found.heads[layer, head].item() == pytest.approx(by_head.abs().mean().item(), rel=1e-4)
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from cda_cli.inspection import MEASURES, NAMES
+from cda_cli.causal import Examination, Wanted
+from cda_cli.inspection import MEASURES, NAMES, ReportWatcher
+from cda_cli.restore import open_side, restore_on
+from cda_cli.signals import StopRequest
 from tests.commands.helpers import Cda, assert_refused, metrics
 
 COLUMNS = "head k support keys 95% capped/k gated sink distance reads"
@@ -77,6 +80,35 @@ def test_causal_checks_are_part_of_the_report(cda: Cda, finished: Path) -> None:
     assert max(map(len, chart)) <= 80
     for cut in found["cuts"]:
         assert f"{cut['difference']:+.4f} ± {cut['difference_error']:.4f}" in "\n".join(chart)
+
+
+def test_the_progress_ends_where_the_work_does(finished: Path) -> None:
+    """Each pass over the windows is counted before it begins."""
+    restored, dtype = restore_on(finished, "cpu", "float32", "auto")
+    with StopRequest() as stop:
+        text = open_side(restored, None, None, stop, False)
+    wanted = Wanted.of_selection(restored.model)._replace(head_orders=["random"])
+    for examination in (Examination(False, Wanted([], [])), Examination(True, wanted)):
+        done: list[int] = []
+        examination.run(restored, dtype, ReportWatcher(), lambda: text.batches(1, 2)[0], done.append)
+        assert sum(done) == 2 * examination.passes(restored.config.model)
+
+
+def test_importance_by_gradient_is_a_measure_where_it_is_asked_for(cda: Cda, finished: Path) -> None:
+    """The same as `cda eval --ablate` puts beside the cost of a head, and in the map."""
+    plain, found = inspected(cda, finished), inspected(cda, finished, "--by", "importance")
+    assert "importance" not in plain["heads"][0]
+    evaluated = json.loads(
+        cda("eval", finished, "--ablate", "heads", "--max-batches", 2, "--batch-size", 1, "--json").out
+    )
+    expected = [each["gradient"] for each in evaluated["ablations"]]
+    assert [head["importance"] for head in found["heads"]] == pytest.approx(expected)
+    assert found["all_heads"]["importance"]["max"] == pytest.approx(max(expected))
+    assert all(head["sparsity_k_gradient"] for head in found["heads"])
+    shown = cda("inspect-sparsity", finished, "--max-batches", 2, "--by", "importance").out
+    grid = shown[shown.index("importance: layers down") :].splitlines()[2:4]
+    numbers = [float(re.sub("[^0-9.]", "", word)) for line in grid for word in line.split()[1:]]
+    assert numbers == pytest.approx(expected, abs=0.006)
 
 
 def test_epsilon_is_the_one_in_use(cda: Cda, tiny: Path, finished: Path, tmp_path: Path) -> None:
@@ -178,7 +210,9 @@ def test_the_picture_fits_and_draws_null_keys(cda: Cda, finished: Path) -> None:
 def test_softmax_is_inspected_too(cda: Cda, tiny: Path, tmp_path: Path) -> None:
     """The control of every comparison: its rows sum to 1."""
     run = trained(cda, tiny, tmp_path / "run", "--attention", "softmax", "--fixed-k")
-    for head in inspected(cda, run)["heads"]:
+    for head in inspected(cda, run, "--by", "importance")["heads"]:
+        assert head["importance"] > 0
+        assert head["sparsity_k_gradient"] is None, "there is no budget to change"
         assert head["sparsity_k"] == 1
         assert head["row_sum"] == pytest.approx(1, abs=1e-6)
         assert head["effective_support"] > 1
