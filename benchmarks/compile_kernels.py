@@ -37,7 +37,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
 from cda_cli.ops.backends.triton_kernels import WIDEST_HEAD
-from cda_cli.ops.triton import attention_launches, heads_launches, row_launches
+from cda_cli.ops.decoding import MOST_QUERIES, DecodingInputs
+from cda_cli.ops.triton import attention_launches, decoding_launches, heads_launches, row_launches
 from cda_cli.ops.triton.fused_attention import FEW_QUERIES, fused_attention
 
 # Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, compute capabilities).
@@ -121,6 +122,22 @@ def decoding_calls(quick: bool) -> Iterator[Call]:
         yield _words(words), functools.partial(attend, query, key, key, causal, packed, False, False)
 
 
+def cache_calls(quick: bool) -> Iterator[Call]:
+    """Decoding over a cache, by the number of scores that a split keeps, and of the splits."""
+    axes: Axes = (DTYPES, WIDTHS, SHARING[:2], (1, MOST_QUERIES), (1, 2, 3, 8, 16), (LENGTH, 32 * LENGTH), (False, True))
+    if quick:
+        axes = (DTYPES[:1], (64,), SHARING[:1], (1,), (2, 8), (32 * LENGTH,), (True,))
+    for dtype, width, sharing, T, k, length, of_each in itertools.product(*axes):
+        words = (
+            f"{_name(dtype)} D={width}", f"a cache of {length}", f"queries: {T}", f"heads of a key head: {sharing}",
+            f"k ≤ {k}", "a length and k of each" if of_each else "",
+        )  # fmt: skip
+        query, key = torch.zeros(1, sharing, T, width, dtype=dtype), torch.zeros(1, 1, length, width, dtype=dtype)
+        lengths, budget = (torch.ones(1).long(), torch.ones(1, sharing, T)) if of_each else (None, float(k))
+        inputs = DecodingInputs(query, key, key, lengths, budget, k, 0.1, 1.0)
+        yield _words(words), functools.partial(decoding_launches.decode, inputs)
+
+
 def row_calls(quick: bool) -> Iterator[Call]:
     """Rows of every block, as long as it and shorter, and rows in parts."""
     blocks = [2048] if quick else [2**power for power in range(row_launches.REGISTER_LIMIT.bit_length())]
@@ -198,7 +215,7 @@ def selected(arch: int, quick: bool) -> list[Variant]:
     for launches in (attention_launches.leader_and_output, attention_launches.solve_and_output):
         launches.cache_clear()
     attention_launches.backward.cache_clear()
-    for calls in (attention_calls, decoding_calls, row_calls, heads_calls):
+    for calls in (attention_calls, decoding_calls, cache_calls, row_calls, heads_calls):
         for words, call in calls(quick):
             triton.knobs.runtime.jit_cache_hook = functools.partial(_note, found, arch, words)
             call()

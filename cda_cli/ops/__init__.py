@@ -2,20 +2,30 @@
 
     λ = argmax ⟨s, λ⟩ − ε Σ λ log λ   subject to   0 ≤ λ ≤ 1, Σ λ = k
 
-The two doors are `soft_topk` and `soft_topk_attention`; everything behind them is a backend. They take tensors and
-numbers, and import nothing of the rest of the package.
+The doors are `soft_topk`, `soft_topk_attention` and, for a few queries of a cache, `decode_attention`; everything
+behind them is a backend. They take tensors and numbers, and import nothing of the rest of the package.
 """
 
 from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from .attention_blocks import scores_at_once
 from .attention_inputs import AttentionInputs
 from .backends import BACKENDS, Backend, Choice, choose_backend
-from .checks import check_attention, check_finite, check_positive, check_rows, checked_spec, row_budgets
+from .checks import (
+    check_attention,
+    check_decoding,
+    check_finite,
+    check_positive,
+    check_rows,
+    checked_spec,
+    row_budgets,
+)
+from .decoding import DecodingInputs
 from .dense import for_each_query
 from .heads import Heads, can_norm_and_rotate, norm_and_rotate
 from .precision import autocast_dtype, settle_vector_functions
@@ -30,6 +40,7 @@ __all__ = [
     "SolverSettings",
     "can_norm_and_rotate",
     "choose_backend",
+    "decode_attention",
     "for_each_query",
     "norm_and_rotate",
     "reference_attention",
@@ -168,7 +179,7 @@ def soft_topk_attention(
         solver, n_iters, eps_init, eps_decay, backend: as for `soft_topk`. With "triton" the exact solver is fused, with
             no T × S tensor; the iterative one works through blocks of queries, as "torch" does, on the row kernels.
         largest_k: an upper bound of a `sparsity_k` that is a tensor. The kernels are faster if they know that it is at
-            most 2. A row whose k then exceeds 2 is NaN there, except in decoding.
+            most 2. A row whose k then exceeds 2 is NaN there.
         return_threshold: also return a [B, H, T], without gradient: weights are min(1, exp((scores + a)/ε)), where ε
             is the last of the annealing for the iterative solver; +inf where k covers all that the query sees.
 
@@ -201,3 +212,56 @@ def soft_topk_attention(
     dtype = autocast_dtype(value_BHSD) or value_BHSD.dtype
     output = output if output.dtype == dtype else output.to(dtype)
     return (output, threshold.detach()) if return_threshold and threshold is not None else output
+
+
+def decode_attention(
+    query_BHTD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    lengths_B: Tensor | None,
+    sparsity_k: float | Tensor,
+    *,
+    eps: float,
+    scale: float | None = None,
+    backend: Backend = "auto",
+    largest_k: float | None = None,
+) -> Tensor:
+    """Attention of the newest T ≤ 8 positions to a cache of keys: `soft_topk_attention` with a length for each row.
+
+    Args:
+        query_BHTD: [B, H, T, D]; key_BGSD, value_BGSD: [B, G, S, D] with H a multiple of G: each key head serves H/G
+            neighbouring query heads; float32, bf16, fp16 or float64. What lies behind the length of a row is never
+            read, or must be finite.
+        lengths_B: whole numbers [B] on the same device, between T and S: query t of row b sees the keys before
+            lengths_b − T + t + 1. One that sees no key gets output 0. None: each row has S keys.
+        sparsity_k, eps, scale: as for `soft_topk_attention`, with the exact solver.
+        backend: "triton" is one launch where k is at most 16, and so is "auto" on a GPU that can run it; the lengths
+            stay on the device, so a CUDA graph may hold the call. "torch" computes all scores in plain PyTorch.
+        largest_k: an upper bound of a `sparsity_k` that is a tensor. Without one, or above 16, "triton" writes all
+            scores and calls the row operator. A row whose k exceeds the bound may be NaN.
+
+    Returns:
+        Output [B, H, T, D], without a gradient, in the dtype that `soft_topk_attention` gives it. It is deterministic.
+
+    Raises:
+        ValueError: a setting, a shape or a device without meaning. TypeError: an argument of a wrong type or dtype.
+    """
+    check_decoding(query_BHTD, key_BGSD, value_BGSD, lengths_B)
+    check_positive("eps", eps)
+    head_width = query_BHTD.shape[-1]
+    chosen = choose_backend(backend, "exact", query_BHTD.device, query_BHTD.dtype, head_width)
+    if scale is None:
+        scale = head_width**-0.5
+    check_finite("scale", scale)
+    if largest_k is not None:
+        check_positive("largest_k", largest_k, infinite=True)
+    budget: float | Tensor
+    if isinstance(sparsity_k, Tensor):
+        budget = row_budgets(sparsity_k, query_BHTD, query_BHTD.shape[:3])
+    else:  # No tensor is made of it, which would be another launch.
+        check_positive("sparsity_k", sparsity_k, infinite=True)
+        budget = largest_k = min(float(sparsity_k), torch.finfo(torch.float32).max)
+    inputs = DecodingInputs(query_BHTD, key_BGSD, value_BGSD, lengths_B, budget, largest_k, eps, scale)
+    output = BACKENDS[chosen.name].decode(inputs)
+    dtype = autocast_dtype(value_BGSD) or value_BGSD.dtype
+    return output if output.dtype == dtype else output.to(dtype)

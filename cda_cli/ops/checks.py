@@ -8,6 +8,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
+from .decoding import MOST_QUERIES
 from .precision import arithmetic_dtype
 from .solve_spec import Solver, SolveSpec
 from .transforms import transformed
@@ -98,6 +99,23 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor
     _same_device("documents", documents, query.device)
     if documents.shape != (B, S) or T > S:
         raise ValueError(f"documents must be [B, S] = {(B, S)} with S ≥ T = {T}, not {tuple(documents.shape)}")
+
+
+def check_decoding(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None) -> None:
+    """Refuses all but what `check_attention` lets pass, with few queries, and whole numbers lengths [B]."""
+    check_attention(query, key, value, None)
+    B, _, T, _ = query.shape
+    if T > MOST_QUERIES:
+        raise ValueError(
+            f"decoding takes at most {MOST_QUERIES} queries of each head, not {T}; call soft_topk_attention"
+        )
+    if lengths is None:
+        return
+    if not isinstance(lengths, Tensor) or lengths.dtype not in WHOLE:
+        raise TypeError(f"lengths must be a tensor of whole numbers, not {_shown(lengths)}")
+    _same_device("lengths", lengths, query.device)
+    if lengths.shape != (B,):
+        raise ValueError(f"lengths must be [B] = {(B,)}, not {tuple(lengths.shape)}")
 
 
 def row_budgets(sparsity_k: float | Tensor, like: Tensor, shape: torch.Size) -> Tensor:

@@ -15,7 +15,7 @@ from cda_cli.errors import DeviceError
 from cda_cli.model import StaticCache, Transformer
 from cda_cli.model.observe import ObservedAttention, observing
 from cda_cli.model.rules import RULES, AttentionRule, attention_rule
-from cda_cli.ops import reference_soft_topk
+from cda_cli.ops import Backend, reference_soft_topk
 from cda_cli.training.setup import resolve_backend
 from tests.model.cases import build, tiny, tokens
 
@@ -51,8 +51,8 @@ DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
 each_rule = pytest.mark.parametrize("name", sorted(RULES))
 
 
-def rule_of(name: str) -> AttentionRule:
-    return attention_rule(tiny(attention=name, attn_k=K, attn_eps=EPS, dim_head=8))
+def rule_of(name: str, backend: Backend = "auto") -> AttentionRule:
+    return attention_rule(tiny(attention=name, attn_k=K, attn_eps=EPS, dim_head=8), backend)
 
 
 def problem(T: int, S: int, key_heads: int = 3) -> list[Tensor]:
@@ -91,6 +91,19 @@ def test_a_rule_is_its_definition(name: str, T: int, S: int, key_heads: int) -> 
     densely = rule.attend_densely(query, key, value, budget, lambda weights, k, values, last: seen.append(weights))
     torch.testing.assert_close(densely.double(), output, rtol=0, atol=2e-5)
     torch.testing.assert_close(torch.cat(seen, 2).double(), weights, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@each_rule
+def test_a_rule_decodes_rows_of_unequal_length(name: str, backend: Backend) -> None:
+    """Row by row it is what the rule attends to alone."""
+    lengths, rule = torch.tensor([9, 4]), rule_of(name, backend)
+    inputs = problem(1, 9, 1)
+    output = rule.decode(*inputs, K if rule.has_budget else 1.0, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        query, key, value = (x[row : row + 1] for x in inputs)
+        expected, _ = defined(name, query, key[:, :, :length], value[:, :, :length])
+        torch.testing.assert_close(output[row : row + 1].double(), expected[:1], rtol=0, atol=2e-5)
 
 
 @each_rule

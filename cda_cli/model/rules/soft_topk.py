@@ -8,7 +8,15 @@ from torch import Tensor
 from cda_cli.config import ModelConfig
 from cda_cli.model.layers import solver_settings
 from cda_cli.model.rules.base import AttentionRule, Products
-from cda_cli.ops import Backend, Choice, choose_backend, scores_at_once, soft_topk, soft_topk_attention
+from cda_cli.ops import (
+    Backend,
+    Choice,
+    choose_backend,
+    decode_attention,
+    scores_at_once,
+    soft_topk,
+    soft_topk_attention,
+)
 
 
 class SoftTopK(AttentionRule):
@@ -38,6 +46,21 @@ class SoftTopK(AttentionRule):
             backend=self.backend,
             largest_k=self.largest_budget,
             **self.solver,
+        )
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, visible_B: Tensor) -> Tensor:
+        if self.config.solver != "exact":
+            return super().decode(query, key, value, budget, visible_B)
+        return decode_attention(
+            query,
+            key,
+            value,
+            visible_B,
+            budget,
+            eps=self.eps,
+            scale=self.scale,
+            backend=self.backend,
+            largest_k=self.largest_budget,
         )
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention_inputs import AttentionInputs
+from ..decoding import DecodingInputs, dense_decoding
 from ..solve_spec import Solver, SolveSpec
 
 
@@ -43,3 +44,7 @@ class OperatorBackend(ABC):
 
         `largest_k` is an upper bound of the budget, where one is known.
         """
+
+    def decode(self, inputs: DecodingInputs) -> Tensor:
+        """Output [B, H, T, D] of a few queries, with the exact solver and without a gradient."""
+        return dense_decoding(inputs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention_inputs import AttentionInputs
+from ..decoding import MOST_QUERIES, DecodingInputs
 from ..precision import autocast_dtype
 from ..solve_spec import Solver, SolveSpec
 from ..transforms import transformed
@@ -39,13 +40,40 @@ class TritonBackend(TorchBackend):
             return super().attention(inputs, spec, largest_k, return_threshold)
         return _fused(inputs, spec.eps, largest_k, return_threshold)
 
+    def decode(self, inputs: DecodingInputs) -> Tensor:
+        if transformed():
+            return super().decode(inputs)
+        from ..triton.decoding_launches import can_decode, decode
+        from ..triton.fused_attention import decode_by_scores
+
+        query, key, value, scale = _as_kernels_take_them(*inputs[:3], inputs.scale)
+        inputs = inputs._replace(query=query, key=key, value=value, scale=scale)
+        return decode(inputs) if can_decode(inputs.largest_k, key.shape[2]) else decode_by_scores(inputs)
+
 
 def _fused(
     inputs: AttentionInputs, eps: float, largest_k: float | None, return_threshold: bool
 ) -> tuple[Tensor, Tensor | None]:
+    from ..triton.decoding_launches import can_decode, decode
     from ..triton.fused_attention import fused_attention, threshold
 
-    query, key, value, budget, documents, scale, causal = inputs
+    budget, documents, causal = inputs.budget, inputs.documents, inputs.causal
+    query, key, value, scale = _as_kernels_take_them(*inputs[:3], inputs.scale)
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, budget))
+    T, S = query.shape[2], key.shape[2]
+    few = T <= MOST_QUERIES and (causal or T == 1) and documents is None
+    if few and not (trained or return_threshold) and can_decode(largest_k, S):
+        return decode(DecodingInputs(query, key, value, None, budget, largest_k, eps, scale)), None
+    at_most_two = largest_k is not None and largest_k <= 2
+    budget = budget.contiguous()  # here, so that the compiler makes it contiguous as it computes it
+    output, stats, *_ = fused_attention(query, key, value, budget, documents, eps, scale, causal, at_most_two, trained)
+    return output, threshold(stats.detach(), eps, scale) if return_threshold else None
+
+
+def _as_kernels_take_them(
+    query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The same attention, with query, key and value of one dtype, contiguous in the last dimension, and scale > 0."""
     if not query.dtype == key.dtype == value.dtype:
         dtype = autocast_dtype(value)
         if dtype is None:
@@ -58,11 +86,7 @@ def _fused(
         # The kernels compare the products q·k themselves, and a negative scale would reverse their order.
         query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, budget))
-    at_most_two = largest_k is not None and largest_k <= 2
-    budget = budget.contiguous()  # here, so that the compiler makes it contiguous as it computes it
-    output, stats, *_ = fused_attention(query, key, value, budget, documents, eps, scale, causal, at_most_two, trained)
-    return output, threshold(stats.detach(), eps, scale) if return_threshold else None
+    return query, key, value, scale
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from ..attention_inputs import AttentionInputs
+from ..decoding import DecodingInputs
 from ..dense import differentiable_attention
 from ..documents import VisibleRanges, visible_ranges
 from ..precision import in_own_precision
@@ -76,6 +77,18 @@ def _few_queries(
         torch.zeros_like(shift),
     ))  # fmt: skip
     return output, stats.view(4, B, H, T)
+
+
+def decode_by_scores(inputs: DecodingInputs) -> Tensor:
+    """Output [B, H, T, D] for any k; of the inputs, the first three are as `fused_attention` takes them."""
+    query, key, value, *_ = inputs
+    last = inputs.visible().int().contiguous()
+    first = torch.zeros_like(last)
+    ranges = VisibleRanges(first, last, first, last)  # The last two are for a backward, and there is none.
+    budget = inputs.budgets().contiguous()
+    with torch.cuda.device_of(query):
+        output, _ = _few_queries(query, key, value, budget, ranges, inputs.eps, inputs.scale, True, True)
+    return output
 
 
 def _ranges(documents: Tensor | None, query: Tensor, causal: bool) -> VisibleRanges:

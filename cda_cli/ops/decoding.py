@@ -1,0 +1,65 @@
+"""Decoding: a few queries and the keys of a cache, of which each row of the batch may have another number.
+
+Shapes: B batch, H query heads, G key heads (H a multiple of G), T queries, S keys, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .precision import arithmetic_dtype, in_own_precision
+from .row_operator import soft_topk_rows
+from .solve_spec import SolveSpec
+
+MOST_QUERIES = 8
+
+
+class DecodingInputs(NamedTuple):
+    """query [B, H, T, D]; key, value [B, G, S, D]; lengths [B], whole numbers, or None where each row has S keys.
+
+    Query t sees the keys before lengths − T + t + 1. budget is the k of all queries, or [B, H, T] in the dtype of the
+    arithmetic; largest_k is an upper bound of it, where one is known.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    lengths: Tensor | None
+    budget: float | Tensor
+    largest_k: float | None
+    eps: float
+    scale: float
+
+    def visible(self) -> Tensor:
+        """The number of keys that each query sees, int64 [B, T]."""
+        T, S = self.query.shape[2], self.key.shape[2]
+        device = self.query.device
+        lengths = torch.full((len(self.query),), S, device=device) if self.lengths is None else self.lengths.long()
+        return (lengths.clamp(0, S).unsqueeze(1) + torch.arange(1 - T, 1, device=device)).clamp(min=0)
+
+    def budgets(self) -> Tensor:
+        """The k of each query, [B, H, T]."""
+        if isinstance(self.budget, Tensor):
+            return self.budget
+        dtype = arithmetic_dtype(self.query.dtype)
+        return torch.full(self.query.shape[:3], self.budget, device=self.query.device, dtype=dtype)
+
+
+@torch.no_grad()
+@in_own_precision
+def dense_decoding(inputs: DecodingInputs) -> Tensor:
+    """Output [B, H, T, D] in the dtype of `value`, by all scores, in plain PyTorch."""
+    query, key, value, *_, eps, scale = inputs
+    (B, H, T, D), (G, S), dtype = query.shape, key.shape[1:3], arithmetic_dtype(query.dtype)
+    # The queries of a group stand below each other, so that no key is repeated.
+    members = (scale * query.to(dtype)).reshape(B, G, H // G * T, D)
+    scores = (members @ key.to(dtype).transpose(-1, -2)).view(B, H, T, S)
+    hidden = torch.arange(S, device=query.device) >= inputs.visible()[..., None]
+    scores = scores.masked_fill(hidden.unsqueeze(1), -torch.inf)
+    weights, _ = soft_topk_rows(
+        scores.view(-1, S), inputs.budgets().reshape(-1), *SolveSpec("exact", eps).flat(), "torch"
+    )
+    return (weights.view(B, G, -1, S) @ value.to(dtype)).to(value.dtype).view(B, H, T, D)

@@ -1,0 +1,195 @@
+"""How the decoding kernels are launched: one launch a call, prepared once for each layout of the tensors.
+
+The grid depends on the shapes and the GPU alone, so a CUDA graph may hold the launch, whatever the lengths will be.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..decoding import DecodingInputs
+from .arrivals import arrivals
+from .attention_launches import LAYOUTS, Launch, Layout, heads_inside, padded
+from .decoding_query import decode_query_kernel
+from .decoding_tiles import decode_tile_kernel
+
+# The largest k of the kernels. A split keeps the scores that may be capped, fewer than k.
+LARGEST_K = 16
+# Splits at most: the merge takes the pieces of all of them at once.
+MOST_SPLITS = 128
+# Keys of a split whose members are solved in registers, at most.
+LONGEST = 2048
+# What one multiprocessor of the interpreter has in place of a GPU's.
+INTERPRETED_PROCESSORS = 4
+# float32 registers of a thread that one tensor may fill.
+REGISTERS = 32
+
+
+class Tile(NamedTuple):
+    """Keys of a block, how Triton compiles the loop over blocks, and programs that a multiprocessor should hold."""
+
+    keys: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def query_tile(width: int, dtype: torch.dtype) -> Tile:
+    """The tile of `decode_query_kernel`."""
+    if dtype == torch.float32 or width > 128:
+        return Tile(16, 4, 3, 4)
+    return Tile(32, 4, 3, 4) if width > 64 else Tile(64, 4, 3, 4)
+
+
+def member_tile(width: int, dtype: torch.dtype) -> Tile:
+    """The tile of `decode_tile_kernel`."""
+    if dtype == torch.float32:
+        return Tile(32, 4, 1, 2)
+    return Tile(32 if width > 128 else 64, 4, 3, 4 if width <= 64 else 2)
+
+
+def kept_scores(largest_k: float) -> int:
+    """C, the scores that a split keeps out of its sums: at least ⌈k⌉ − 1, a power of two or 0."""
+    needed = math.ceil(largest_k) - 1
+    return triton.next_power_of_2(needed) if needed > 0 else 0
+
+
+def splits_of(programs: int, blocks: int, slots: int) -> int:
+    """Splits for so many rows or tiles, each of so many blocks of keys, where `slots` programs run at a time.
+
+    The fewest splits whose waves of programs are filled to 85 % of the best share: each split costs a merge.
+    """
+    most = min(blocks, MOST_SPLITS, max(1, slots // programs * 4))
+    shares = [programs * n / slots / math.ceil(programs * n / slots) for n in range(1, most + 1)]
+    return 1 + next(n for n, share in enumerate(shares) if share >= 0.85 * max(shares))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class Decoding(NamedTuple):
+    """A launch, the float32 numbers of its parts, and the programs that merge."""
+
+    launch: Launch
+    parts: int
+    programs: int
+
+
+def can_decode(largest_k: float | None, keys: int) -> bool:
+    """Whether the kernels serve such a k, and so many keys."""
+    return largest_k is not None and largest_k <= LARGEST_K and keys <= MOST_SPLITS * LONGEST
+
+
+@functools.lru_cache(maxsize=LAYOUTS)
+def decoding(layout: Layout, lengths: torch.dtype | None, budgets: bool, kept: int) -> Decoding:
+    """The launch for a layout; `lengths` is the dtype of the lengths, if there are any."""
+    _, H, T, _, G, _ = layout.sizes
+    alone = H == G and T == 1 and kept <= 1
+    return (_one_query if alone else _members)(layout, lengths is not None, budgets, kept)
+
+
+def _numbers(layout: Layout, splits: int) -> tuple[int, ...]:
+    B, H, T, D, G, S = layout.sizes
+    steps = (*layout.query_steps, *layout.key_steps, *layout.value_steps, T * H * D, D, H * D)
+    return (*steps, G, H // G, T, S, B * H * T, splits)
+
+
+def _options(layout: Layout, this: Tile, kept: int, merged: int, splits: int, **others: Any) -> dict[str, Any]:
+    """The named arguments of both kernels, where `merged` rows are merged at a time."""
+    width = layout.query[-1]
+    pieces = triton.next_power_of_2(splits * (1 + kept))
+    added = max(1, REGISTERS * 32 * this.warps // (merged * padded(width)))
+    shape = {"D": width, "BLOCK_D": padded(width), "BLOCK_N": this.keys, "C": kept}
+    return shape | {"PIECES": pieces, "ADDED": min(pieces, added), "num_warps": this.warps} | others
+
+
+def _one_query(layout: Layout, lengths: bool, budgets: bool, kept: int) -> Decoding:
+    B, H, T, D, _, S = layout.sizes
+    this, rows = query_tile(D, layout.dtype), B * H * T
+    splits = splits_of(rows, triton.cdiv(S, this.keys), processors(layout.device) * this.programs)
+    options = _options(
+        layout, this, kept, 1, splits, LENGTHS=lengths, BUDGETS=budgets, STAGES=this.stages
+    )  # fmt: skip
+    launch = Launch(decode_query_kernel, (splits, rows), _numbers(layout, splits), options, layout)
+    return Decoding(launch, rows * splits * (2 + kept + (1 + kept) * D), rows)
+
+
+def _members(layout: Layout, lengths: bool, budgets: bool, kept: int) -> Decoding:
+    B, H, T, D, G, S = layout.sizes
+    this, rows, members = member_tile(D, layout.dtype), B * H * T, H // G * T
+    queries = min(16 if layout.dtype == torch.float32 else 64, max(16, triton.next_power_of_2(members)))
+    tiles, blocks = B * G * triton.cdiv(members, queries), triton.cdiv(S, this.keys)
+    splits = splits_of(tiles, blocks, processors(layout.device) * this.programs)
+    splits = max(splits, triton.cdiv(blocks, LONGEST // this.keys))
+    length = triton.next_power_of_2(triton.cdiv(blocks, splits) * this.keys)
+    scores_length = (blocks + 1) * this.keys
+    room = REGISTERS * 32 * this.warps
+    most = min(queries, triton.next_power_of_2(members))
+    merged = min(most, max(1, room // triton.next_power_of_2(splits * (1 + kept))))
+    options = _options(
+        layout, this, kept, merged, splits, BLOCK_M=queries, LENGTH=length, BLOCK_R=min(most, max(1, room // length)),
+        MERGED=merged, LENGTHS=lengths, BUDGETS=budgets, num_stages=this.stages,
+    )  # fmt: skip
+    numbers = (*_numbers(layout, splits), scores_length)
+    launch = Launch(decode_tile_kernel, (splits, tiles), numbers, options, layout)
+    return Decoding(launch, rows * (splits * (4 + kept + (1 + kept) * D) + scores_length), tiles)
+
+
+def decode(inputs: DecodingInputs) -> Tensor:
+    """Output [B, H, T, D], whose memory is [B, T, H, D], for inputs of which `can_decode` is true.
+
+    query, key and value have one dtype (float32, bf16, fp16), are contiguous in the last dimension, and scale > 0. A
+    row whose k is above `largest_k` may be NaN.
+    """
+    query, key, value, lengths, budget, largest_k, eps, scale = inputs
+    assert largest_k is not None
+    budgets = budget.contiguous() if isinstance(budget, Tensor) else None
+    number = largest_k if isinstance(budget, Tensor) else float(budget)
+    lengths = None if lengths is None else lengths.contiguous()
+    # The registration of an operator costs the host more than all else in a call, and is for the compiler alone.
+    run = _decode_operator if torch.compiler.is_compiling() else _decode
+    return run(query, key, value, lengths, budgets, number, largest_k, scale / eps * math.log2(math.e))
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    budgets: Tensor | None,
+    budget: float,
+    largest_k: float,
+    factor: float,
+) -> Tensor:
+    """What `decode` gives; `budgets` is None where every k is `budget`, and `factor` is that of `tiles`."""
+    output = heads_inside(query, query.shape[2])
+    if not output.numel():
+        return output
+    others = [x for x in (lengths, budgets) if x is not None]
+    layout = Layout.of(query, key, value, *others, causal=True, documents=None)
+    dtype = None if lengths is None else lengths.dtype
+    launch, parts, programs = decoding(layout, dtype, budgets is not None, kept_scores(largest_k))
+    with torch.cuda.device_of(query):
+        launch(
+            query, key, value, query if lengths is None else lengths, query if budgets is None else budgets, output,
+            query.new_empty(parts, dtype=torch.float32), arrivals.zeros(query.device, programs), budget, factor,
+        )  # fmt: skip
+    return output
+
+
+_decode_operator = torch.library.custom_op("cda::decode_attention", mutates_args=())(_decode)
+
+
+@_decode_operator.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return heads_inside(query, query.shape[2])
