@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from .attention_blocks import scores_at_once
@@ -28,7 +27,7 @@ from .checks import (
 from .decoding import DecodingInputs
 from .dense import for_each_query
 from .heads import Heads, can_norm_and_rotate, norm_and_rotate
-from .precision import autocast_dtype, settle_vector_functions
+from .precision import FLOAT32_MAX, autocast_dtype, settle_vector_functions
 from .reference import reference_attention, reference_gradients, reference_soft_topk
 from .solve_spec import Solver, SolverSettings
 
@@ -260,7 +259,7 @@ def decode_attention(
         budget = row_budgets(sparsity_k, query_BHTD, query_BHTD.shape[:3])
     else:  # No tensor is made of it, which would be another launch.
         check_positive("sparsity_k", sparsity_k, infinite=True)
-        budget = largest_k = min(float(sparsity_k), torch.finfo(torch.float32).max)
+        budget = largest_k = min(float(sparsity_k), FLOAT32_MAX)
     inputs = DecodingInputs(query_BHTD, key_BGSD, value_BGSD, lengths_B, budget, largest_k, eps, scale)
     output = BACKENDS[chosen.name].decode(inputs)
     dtype = autocast_dtype(value_BGSD) or value_BGSD.dtype

@@ -12,6 +12,8 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 # The functions of one argument that PyTorch takes from MKL's vector library (ATen/cpu/vml.h).
 VECTOR_FUNCTIONS = tuple(
     getattr(torch, name)

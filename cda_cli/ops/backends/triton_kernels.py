@@ -43,12 +43,16 @@ class TritonBackend(TorchBackend):
     def decode(self, inputs: DecodingInputs) -> Tensor:
         if transformed():
             return super().decode(inputs)
-        from ..triton.decoding_launches import can_decode, decode
+        from ..triton import decoding_launches  # Each further name would cost a call a microsecond.
+
+        query, key, value, lengths, budget, largest_k, eps, scale = inputs
+        query, key, value, scale = _as_kernels_take_them(query, key, value, scale)
+        inputs = DecodingInputs(query, key, value, lengths, budget, largest_k, eps, scale)
+        if decoding_launches.can_decode(largest_k, key.shape[2]):
+            return decoding_launches.decode(inputs)
         from ..triton.fused_attention import decode_by_scores
 
-        query, key, value, scale = _as_kernels_take_them(*inputs[:3], inputs.scale)
-        inputs = inputs._replace(query=query, key=key, value=value, scale=scale)
-        return decode(inputs) if can_decode(inputs.largest_k, key.shape[2]) else decode_by_scores(inputs)
+        return decode_by_scores(inputs)
 
 
 def _fused(
@@ -61,8 +65,8 @@ def _fused(
     query, key, value, scale = _as_kernels_take_them(*inputs[:3], inputs.scale)
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, budget))
     T, S = query.shape[2], key.shape[2]
-    few = T <= MOST_QUERIES and (causal or T == 1) and documents is None
-    if few and not (trained or return_threshold) and can_decode(largest_k, S):
+    decodes = not (trained or return_threshold) and documents is None and (causal or T == 1)
+    if decodes and T <= MOST_QUERIES and can_decode(largest_k, S):
         return decode(DecodingInputs(query, key, value, None, budget, largest_k, eps, scale)), None
     at_most_two = largest_k is not None and largest_k <= 2
     budget = budget.contiguous()  # here, so that the compiler makes it contiguous as it computes it

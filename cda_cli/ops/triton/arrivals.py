@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 
 import torch
+import triton
 from torch import Tensor
 
 RESERVED = 2**20  # numbers of 4 bytes that are reserved at a time
@@ -25,30 +26,36 @@ class Arrivals:
 
     def zeros(self, device: torch.device, count: int) -> Tensor:
         """At least `count` zeros for a launch on the current stream of `device`, the current device."""
-        stream, captured = 0, False
+        stream = 0
         if device.type == "cuda":
-            stream, captured = torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
-        found = None if captured else self._of_stream.get((device, stream))
-        if found is not None and len(found) >= count:
+            if torch.cuda.is_current_stream_capturing():
+                with self._lock:
+                    return self._of_graph(device, count)
+            stream = triton.runtime.driver.active.get_current_stream(device.index)
+        found = self._of_stream.get((device, stream))
+        # A graph can reserve nothing, so there must be enough before it is captured.
+        if found is not None and found.numel() >= count and 2 * self._left[device].numel() >= RESERVED:
             return found
         with self._lock:
-            return self._taken(device, count) if captured else self._for_stream(device, stream, count)
+            if len(self._left.get(device, ())) < RESERVED // 2 + count:
+                self._reserve(device, RESERVED + count)
+            found = self._of_stream[device, stream] = self._taken(device, count)
+            return found
 
-    def _for_stream(self, device: torch.device, stream: int, count: int) -> Tensor:
-        if len(self._left.get(device, ())) < count:
-            self._left[device] = torch.zeros(max(RESERVED, count), dtype=torch.int32, device=device)
-            self._kept.append(self._left[device])
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()  # Other streams will read them.
-        found = self._of_stream[device, stream] = self._taken(device, count)
-        return found
+    def _reserve(self, device: torch.device, count: int) -> None:
+        self._left[device] = torch.zeros(count, dtype=torch.int32, device=device)
+        self._kept.append(self._left[device])
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # Other streams will read them.
+
+    def _of_graph(self, device: torch.device, count: int) -> Tensor:
+        if len(self._left.get(device, ())) >= count:
+            return self._taken(device, count)
+        return torch.zeros(count, dtype=torch.int32, device=device)  # Each run of the graph sets them to zero.
 
     def _taken(self, device: torch.device, count: int) -> Tensor:
-        left = self._left.get(device)
-        if left is None or len(left) < count:  # A graph can reserve nothing. It then sets them to zero in each run.
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        self._left[device] = left[count:]
-        return left[:count]
+        taken, self._left[device] = self._left[device][:count], self._left[device][count:]
+        return taken
 
 
 arrivals = Arrivals()

@@ -27,6 +27,8 @@ MOST_SPLITS = 128
 LONGEST = 2048
 # What one multiprocessor of the interpreter has in place of a GPU's.
 INTERPRETED_PROCESSORS = 4
+# What a program takes to begin and to end, and what a split adds to the merge, in blocks of keys.
+OVERHEAD, MERGE = 4, 1 / 16
 # float32 registers of a thread that one tensor may fill.
 REGISTERS = 32
 
@@ -42,9 +44,9 @@ class Tile(NamedTuple):
 
 def query_tile(width: int, dtype: torch.dtype) -> Tile:
     """The tile of `decode_query_kernel`."""
-    if dtype == torch.float32 or width > 128:
-        return Tile(16, 4, 3, 4)
-    return Tile(32, 4, 3, 4) if width > 64 else Tile(64, 4, 3, 4)
+    if dtype == torch.float32 or width > 128 or width % 16:  # Triton reads rows of such a width number by number.
+        return Tile(16, 4, 3, 3)
+    return Tile(32, 4, 3, 3) if width > 64 else Tile(64, 4, 3, 3)
 
 
 def member_tile(width: int, dtype: torch.dtype) -> Tile:
@@ -54,6 +56,7 @@ def member_tile(width: int, dtype: torch.dtype) -> Tile:
     return Tile(32 if width > 128 else 64, 4, 3, 4 if width <= 64 else 2)
 
 
+@functools.cache
 def kept_scores(largest_k: float) -> int:
     """C, the scores that a split keeps out of its sums: at least ⌈k⌉ − 1, a power of two or 0."""
     needed = math.ceil(largest_k) - 1
@@ -63,11 +66,16 @@ def kept_scores(largest_k: float) -> int:
 def splits_of(programs: int, blocks: int, slots: int) -> int:
     """Splits for so many rows or tiles, each of so many blocks of keys, where `slots` programs run at a time.
 
-    The fewest splits whose waves of programs are filled to 85 % of the best share: each split costs a merge.
+    Those that end first, if a program takes as long as its blocks and OVERHEAD more, and each split adds to the merge.
     """
-    most = min(blocks, MOST_SPLITS, max(1, slots // programs * 4))
-    shares = [programs * n / slots / math.ceil(programs * n / slots) for n in range(1, most + 1)]
-    return 1 + next(n for n, share in enumerate(shares) if share >= 0.85 * max(shares))
+
+    def cost(splits: int) -> float:
+        waves = triton.cdiv(programs * splits, slots)
+        return waves * (triton.cdiv(blocks, splits) + OVERHEAD) + MERGE * splits
+
+    # Of the counts that leave a split as many blocks, the smallest.
+    counts = {triton.cdiv(blocks, each) for each in range(1, blocks + 1)}
+    return min((n for n in sorted(counts) if n <= MOST_SPLITS), key=cost)
 
 
 @functools.cache
