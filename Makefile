@@ -38,7 +38,7 @@ test-gpu: setup ## Run the tests of the operator, its kernels, the model, traini
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu needs a CUDA device")'
 	$(BIN)/python -m pytest -n 8 tests/ops tests/model tests/training tests/inspection tests/test_runtime.py tests/test_diagnosis.py
 
-compile-kernels: setup ## Compile every kernel variant for sm_80 and sm_90, without a GPU (two to three hours of one core)
+compile-kernels: setup ## Compile every kernel variant for sm_80 and sm_90, without a GPU (three to four hours of one core)
 	TRITON_INTERPRET=0 $(BIN)/python benchmarks/compile_kernels.py
 
 reliability: setup ## Try to break each promise of docs/reliability.md many times, and rewrite its table

@@ -190,6 +190,32 @@ def test_lengths_that_no_one_may_look_at_read_no_other_key(lengths: list[int]) -
     assert_right(this, torch.tensor([0, 40]), output)
 
 
+@pytest.mark.parametrize(("H", "k"), [(1, 2.0), (3, 4.0)])
+def test_lengths_may_change_between_the_runs_of_a_graph(H: int, k: float) -> None:
+    """The launch does not depend on them. Without a GPU there is no graph, and each run is a call."""
+    this = problem((2, H, 1, 140, 16), k, key_heads=1)
+    inputs = [tensor.to(DEVICE) for tensor in this[:3]]
+    lengths = torch.full((2,), 140, device=DEVICE)
+
+    def call() -> Tensor:
+        return decode_attention(*inputs, lengths, k, eps=this.eps, backend="triton")
+
+    run = call
+    if DEVICE == "cuda":
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = call()
+
+        def run() -> Tensor:
+            graph.replay()
+            return output
+
+    for now in ([140, 140], [1, 77], [128, 64]):
+        lengths.copy_(torch.tensor(now))
+        assert_right(this, torch.tensor(now), run().cpu())
+
+
 def test_other_scales_dtypes_and_strides() -> None:
     """A scale that is not above 0; keys and values that are slices of a longer cache, in another order."""
     for scale in (-0.4, 0.0):

@@ -25,10 +25,13 @@ LARGEST_K = 16
 MOST_SPLITS = 128
 # Keys of a split whose members are solved in registers, at most.
 LONGEST = 2048
-# What one multiprocessor of the interpreter has in place of a GPU's.
+# Multiprocessors for which the interpreter deals out splits.
 INTERPRETED_PROCESSORS = 4
 # What a program takes to begin and to end, and what a split adds to the merge, in blocks of keys.
 OVERHEAD, MERGE = 4, 1 / 16
+# Members of a tile, the fewest that matrix units take: further ones are another tile. So many of them are solved and
+# merged at a time: more would not fit the registers.
+QUERIES, ROWS = 16, 4
 # float32 registers of a thread that one tensor may fill.
 REGISTERS = 32
 
@@ -53,7 +56,7 @@ def member_tile(width: int, dtype: torch.dtype) -> Tile:
     """The tile of `decode_tile_kernel`."""
     if dtype == torch.float32:
         return Tile(32, 4, 1, 2)
-    return Tile(32 if width > 128 else 64, 4, 3, 4 if width <= 64 else 2)
+    return Tile(32 if width > 128 else 64, 4, 3, 3 if width <= 64 else 2)
 
 
 @functools.cache
@@ -125,9 +128,7 @@ def _one_query(layout: Layout, lengths: bool, budgets: bool, kept: int) -> Decod
     B, H, T, D, _, S = layout.sizes
     this, rows = query_tile(D, layout.dtype), B * H * T
     splits = splits_of(rows, triton.cdiv(S, this.keys), processors(layout.device) * this.programs)
-    options = _options(
-        layout, this, kept, 1, splits, LENGTHS=lengths, BUDGETS=budgets, STAGES=this.stages
-    )  # fmt: skip
+    options = _options(layout, this, kept, 1, splits, LENGTHS=lengths, BUDGETS=budgets, STAGES=this.stages)
     launch = Launch(decode_query_kernel, (splits, rows), _numbers(layout, splits), options, layout)
     return Decoding(launch, rows * splits * (2 + kept + (1 + kept) * D), rows)
 
@@ -135,17 +136,16 @@ def _one_query(layout: Layout, lengths: bool, budgets: bool, kept: int) -> Decod
 def _members(layout: Layout, lengths: bool, budgets: bool, kept: int) -> Decoding:
     B, H, T, D, G, S = layout.sizes
     this, rows, members = member_tile(D, layout.dtype), B * H * T, H // G * T
-    queries = min(16 if layout.dtype == torch.float32 else 64, max(16, triton.next_power_of_2(members)))
-    tiles, blocks = B * G * triton.cdiv(members, queries), triton.cdiv(S, this.keys)
+    tiles, blocks = B * G * triton.cdiv(members, QUERIES), triton.cdiv(S, this.keys)
     splits = splits_of(tiles, blocks, processors(layout.device) * this.programs)
     splits = max(splits, triton.cdiv(blocks, LONGEST // this.keys))
     length = triton.next_power_of_2(triton.cdiv(blocks, splits) * this.keys)
     scores_length = (blocks + 1) * this.keys
     room = REGISTERS * 32 * this.warps
-    most = min(queries, triton.next_power_of_2(members))
+    most = min(ROWS, triton.next_power_of_2(members))
     merged = min(most, max(1, room // triton.next_power_of_2(splits * (1 + kept))))
     options = _options(
-        layout, this, kept, merged, splits, BLOCK_M=queries, LENGTH=length, BLOCK_R=min(most, max(1, room // length)),
+        layout, this, kept, merged, splits, BLOCK_M=QUERIES, LENGTH=length, BLOCK_R=min(most, max(1, room // length)),
         MERGED=merged, LENGTHS=lengths, BUDGETS=budgets, num_stages=this.stages,
     )  # fmt: skip
     numbers = (*_numbers(layout, splits), scores_length)
