@@ -49,7 +49,7 @@ class Decoder:
         self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device)
         self._tokens_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._bucketed_logits = torch.compile(self._logits_of_step, dynamic=False) if compiled else self._logits_of_step
-        self._needs_buckets = compiled or self.device.type == "cuda"
+        self._has_graphs, self._needs_buckets = model.fits_cuda_graph, compiled or self.device.type == "cuda"
         self._steps: dict[tuple[int, int], _CapturedStep | None] = {}
         self._graph_pool: Any = None  # The graphs never run at the same time, so they share their memory.
 
@@ -96,7 +96,7 @@ class Decoder:
         self._prepare_draw(range(rows), drawn)
         if self._needs_buckets:
             bucket = _bucket(rows, 1, self._rows), _bucket(longest, LEAST_BUCKET, self._positions)
-            return self._replayed(*bucket) if self.device.type == "cuda" else self._step(*bucket)
+            return self._replayed(*bucket) if self._has_graphs else self._step(*bucket)
         if min(lengths) == max(lengths):  # Slices of the cache are quicker than lengths in a tensor.
             return self._draw_after(self._read(rows, self._cache.rows(slice(0, rows), lengths[0])))
         self._cache.lengths_B[:rows] = self._tensor(lengths)

@@ -128,6 +128,14 @@ class Transformer(nn.Module):
         return self.each_block()[0].attention.rule
 
     @property
+    def fits_cuda_graph(self) -> bool:
+        """Whether a CUDA graph can hold a pass: not with the operator in PyTorch, which branches on its results."""
+        block, device = self.each_block()[0], self.token_embedding.weight.device
+        rule, uses_operator = block.attention.rule, block.feed_forward.activation.uses_operator
+        kernels = not (rule.uses_operator or uses_operator) or rule.choose_backend(device).name == "triton"
+        return device.type == "cuda" and kernels
+
+    @property
     def attention_eps(self) -> float | None:
         """The current ε of the attention weights, or None if the rule has no ε."""
         return self.each_block()[0].attention.eps if self.attention_rule.has_eps else None
