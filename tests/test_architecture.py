@@ -55,7 +55,7 @@ ONLY: dict[str, set[str]] = {
     "signals": {"errors"},
     "conditions": {"errors"},
     "plots": {"errors", "storage"},
-    "page": {"errors", "inspection", "storage", "strict_json", "version"},
+    "page": {"errors", "inspection", "restore", "storage", "strict_json", "version"},
     "streams": {"errors"},
     "transformers": {"errors", "ops"},
     "observed_transformers": {"errors", "model", "ops", "transformers"},

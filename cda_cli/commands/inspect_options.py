@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +12,14 @@ HeadsOption = Annotated[str | None, typer.Option(help="Heads to report; the firs
 ByOption = Annotated[
     str, typer.Option(metavar="MEASURE", help="The measure of the map of all heads; docs/inspection.md lists them.")
 ]
-MaxBatchesOption = Annotated[int, typer.Option(min=1, help="Sequences of the text to look at.")]
+WindowsOption = Annotated[int, typer.Option(min=1, help="Sequences of the text to look at.")]
+FailIfOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CONDITION",
+        help="Exit with 3 if it holds, such as 'support.p95 > 64'; a figure has its name in --json. May be repeated.",
+    ),
+]
 CausalOption = Annotated[
     bool,
     typer.Option(
@@ -20,10 +28,12 @@ CausalOption = Annotated[
         "other choices of as many, and with each row as k·softmax(s/ε).",
     ),
 ]
-FailIfOption = Annotated[
-    list[str] | None,
+HtmlOption = Annotated[
+    Path | None,
     typer.Option(
-        metavar="CONDITION",
-        help="Exit with 3 if it holds, such as 'support.p95 > 64'; a figure has its name in --json. May be repeated.",
+        metavar="FILE", help="Write the report as one page that works offline, with what each token reads in each head."
     ),
+]
+BudgetOption = Annotated[
+    str, typer.Option(metavar="SIZE", help="The page takes at most so many bytes, such as 800kB or 12MB.")
 ]

@@ -5,16 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 
+from cda_cli.commands import inspect_options
 from cda_cli.commands.causal_options import AblateOption
 from cda_cli.commands.figure_options import DEFAULT_STYLES, FiguresOption, StyleOption
-from cda_cli.commands.inspect_options import (
-    ByOption,
-    CausalOption,
-    FailIfOption,
-    HeadsOption,
-    LayersOption,
-    MaxBatchesOption,
-)
 from cda_cli.commands.options import (
     BackendOption,
     BestOption,
@@ -36,18 +29,20 @@ def inspect_sparsity(
     data: DataOption = None,
     encoding: EncodingOption = None,
     split: SplitOption = None,
-    layers: LayersOption = None,
-    heads: HeadsOption = None,
-    by: ByOption = "effective_support",
-    max_batches: MaxBatchesOption = 16,
-    causal: CausalOption = False,
+    layers: inspect_options.LayersOption = None,
+    heads: inspect_options.HeadsOption = None,
+    by: inspect_options.ByOption = "effective_support",
+    max_batches: inspect_options.WindowsOption = 16,
+    causal: inspect_options.CausalOption = False,
     ablate: AblateOption = None,
     figures: FiguresOption = None,
     styles: StyleOption = DEFAULT_STYLES,
+    html: inspect_options.HtmlOption = None,
+    budget: inspect_options.BudgetOption = "12MB",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
-    fail_if: FailIfOption = None,
+    fail_if: inspect_options.FailIfOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """What each layer and head selects on real text: how many keys, the budget k and caps, where they are, and units.
@@ -56,11 +51,13 @@ def inspect_sparsity(
     the chosen layers, over the beginning of the text. --json has every measure, also by position.
     """
     from cda_cli.causal import Examination, Wanted
+    from cda_cli.commands.inspect_page import require_page, write_report_page
     from cda_cli.conditions import check_conditions, parse_condition
     from cda_cli.console import note, print_json, progress, show_report, shows_progress
     from cda_cli.data import loss_of_text
     from cda_cli.figures import FIGURES, gather, require_figures, write_figures
-    from cda_cli.inspection import GRADIENTS, ReportWatcher, check_measure, named_figures, parse_selection
+    from cda_cli.inspection import GRADIENTS, ReportWatcher, check_measure, named_figures, parse_selection, parse_size
+    from cda_cli.page import PageCollector
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
 
@@ -69,6 +66,8 @@ def inspect_sparsity(
     wanted = Wanted.parse((), (), ablate or ())
     if figures:
         require_figures(figures, styles)
+    if html:
+        require_page(html, budget)
     with StopRequest() as stop:
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
@@ -80,7 +79,9 @@ def inspect_sparsity(
             wanted = Wanted.of_selection(restored.model)._replace(head_orders=wanted.head_orders)
         examination = Examination(causal or by in GRADIENTS, wanted)
         drawn = (chosen_layers[0], chosen_heads[0])
-        watcher = ReportWatcher(restored.config.model.attn_k, keep=drawn)
+        paged = PageCollector(restored, text, parse_size(budget)) if html else None
+        collectors = (paged.rows, paged.live) if paged else ()
+        watcher = ReportWatcher(restored.config.model.attn_k, drawn, *collectors)
         windows = text.batches(1, max_batches)[1] * examination.passes(restored.config.model)
         with progress("inspecting", windows, quiet=as_json) as bar:
 
@@ -105,4 +106,6 @@ def inspect_sparsity(
         with progress("drawing", len(FIGURES), quiet=as_json) as drawing:
             written = write_figures(figures, material, styles, shlex.join(["cda", *sys.argv[1:]]), drawing)
         note(written.words)
+    if html and paged:
+        note(write_report_page(html, paged, report, restored, text, checked))
     check_conditions(conditions, named_figures(document))

@@ -130,18 +130,18 @@ def _head_columns(head: HeadReport, has_budget: bool) -> dict[str, str]:
         **(of_budget if has_budget else {}),
         "sink": _share(measures["sink_mass"]),
         "distance": f"{measures['median_distance']:.0f}",
-        "reads": head_type(head),
+        "reads": head_type(head) or DASH,
     }
 
 
-def head_type(head: HeadReport) -> str:
-    """The pattern of keys that a head reads most beyond chance, or a dash (docs/inspection.md)."""
+def head_type(head: HeadReport) -> str | None:
+    """The pattern of keys that a head reads most beyond chance, if any (docs/inspection.md)."""
     lifts = {
         name: head.measures[f"{name}_lift"]
         for name in HEAD_TYPES
         if head.measures[f"{name}_share"] >= TYPICAL_SHARE and head.measures[f"{name}_lift"] >= TYPICAL_LIFT
     }
-    return max(lifts, key=lambda name: lifts[name]) if lifts else DASH
+    return max(lifts, key=lambda name: lifts[name]) if lifts else None
 
 
 def _show_map(report: Report, by: str, console: Console) -> None:

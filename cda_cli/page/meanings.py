@@ -37,3 +37,6 @@ MEANINGS = {
     "duplicate_lift": "mass on earlier keys with the query's token, over chance at the same distances",
     "induction_lift": "mass on keys after such a token, over chance at the same distances",
 }
+# Causal checks add this one (docs/causal-checks.md).
+ABLATION = "ablation_difference"
+OF_ABLATION = "bits per byte more when the output of the head is replaced by its mean"

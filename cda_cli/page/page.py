@@ -22,7 +22,7 @@ from cda_cli.errors import ConfigError
 from cda_cli.inspection import LiveHead, Report, RowStore
 from cda_cli.inspection.row_codes import deflate
 from cda_cli.inspection.store import thumbnail_side
-from cda_cli.page.meanings import MEANINGS
+from cda_cli.page.meanings import ABLATION, MEANINGS, OF_ABLATION
 from cda_cli.storage import write_file
 from cda_cli.strict_json import dumps
 from cda_cli.version import __version__
@@ -91,9 +91,10 @@ def write_page(path: Path, content: PageContent) -> None:
 
 def page(content: PageContent) -> str:
     """The page as text."""
+    ablations = {(each["layer"], each["head"]): each for each in (content.causal or {}).get("ablations", ())}
     document = {
         **_rounded(content.report.as_dict()),
-        "meanings": MEANINGS,
+        "meanings": {**MEANINGS, **({ABLATION: OF_ABLATION} if ablations else {})},
         "labels": list(content.labels[: content.store.queries]),
         "rows": _described(content.store),
         "causal": content.causal,
@@ -101,7 +102,10 @@ def page(content: PageContent) -> str:
         "eps": content.eps,
     }
     for head in document["heads"]:
-        head["reads"] = content.reads.get((head["layer"], head["head"]))
+        place = (head["layer"], head["head"])
+        head["reads"] = content.reads.get(place)
+        if ablations:
+            head[ABLATION] = ablations[place]["difference"]
     script, style = joined_script(), _text("style.css")
     policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data: blob:"
     return Template(_text("template.html")).substitute(

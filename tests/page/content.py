@@ -9,6 +9,7 @@ import torch
 
 from cda_cli.config import ModelConfig
 from cda_cli.data import Tokens, evaluation_batches
+from cda_cli.evaluation import Estimate
 from cda_cli.inspection import LiveCollector, ReportWatcher, RowCollector, inspect
 from cda_cli.model import Transformer
 from cda_cli.page import PageContent
@@ -24,10 +25,11 @@ def cuts() -> dict[str, Any]:
     for choice, scale in (("top", 1.0), ("recent", 4.0)):
         for keys in (1, 4):
             value = scale * 0.2 / keys
-            figures = {"difference": value, "difference_lo": 0.9 * value, "difference_hi": 1.1 * value}
-            found.append({"choice": choice, "keys": keys, "drops": False, **figures})
-    heads = [{"layer": 1, "head": 2, "difference": 0.25, "difference_lo": 0.2, "difference_hi": 0.3}]
-    return {"cuts": found, "heads": heads}
+            difference = Estimate(value, 0.05 * value, 0.9 * value, 1.1 * value).as_dict("difference")
+            found.append({"choice": choice, "keys": keys, "drops": False, **difference})
+    interval = Estimate(0.25, 0.025, 0.2, 0.3).as_dict("difference")
+    ablations = [{"layer": layer, "head": head, **interval} for layer in range(LAYERS) for head in range(HEADS)]
+    return {"cuts": found, "ablations": ablations}
 
 
 def content(**changes: Any) -> PageContent:

@@ -19,7 +19,7 @@ from cda_cli.inspection.row_codes import RowArrays, deflate, encode, inflate
 from cda_cli.page import PageContent, bytes_for_rows, write_page
 from cda_cli.page.meanings import MEANINGS
 from cda_cli.page.page import page
-from tests.page.content import HEADS, LABELS, LAYERS, TOKENS, content
+from tests.page.content import HEADS, LABELS, LAYERS, TOKENS, content, cuts
 
 PARTS = {"script", "style", "title"}
 
@@ -142,8 +142,10 @@ def test_the_page_stays_within_its_budget(shown: PageContent, budget: int, tmp_p
         replace(figures, layer=0, head=head, by_position=by_position, distance_mass=ranges) for head in range(heads)
     ]
     report = replace(shown.report, heads=same)
-    path = tmp_path / "page.html"
-    write_page(path, replace(shown, report=report, store=store, labels=[" word"] * tokens))
+    [ablation, *_] = cuts()["ablations"]
+    causal = {**cuts(), "ablations": [{**ablation, "layer": 0, "head": head} for head in range(heads)]}
+    path, labels = tmp_path / "page.html", [" word"] * tokens
+    write_page(path, replace(shown, report=report, store=store, labels=labels, causal=causal, live=()))
     assert 0.75 * budget < path.stat().st_size <= budget
 
 

@@ -12,6 +12,8 @@ import { openText, rowTable, scrollToToken, showRow } from "./text.js";
 
 const FACTS = ["sparsity_k", "effective_support", "keys_95", "capped_share", "gate_equivalent", "sink_mass", "median_distance"];
 
+const whenIdle = window.requestIdleCallback ?? setTimeout; // which Safari lacks
+
 let rows = null; // HeadRows of the head that is open
 let live = null; // its LiveHead, if it has one
 let drawn = { position: 0, row: { keys: [], k: null, rest: 0 }, view: "keys" };
@@ -49,7 +51,7 @@ export async function showHead() {
   if (state.head !== name) return; // Another head was opened meanwhile.
   [rows, live] = found;
   redrawHead();
-  requestIdleCallback(() => neighbours(name).forEach(rowsOf));
+  whenIdle(() => neighbours(name).forEach(rowsOf));
 }
 
 export function redrawHead() {
@@ -141,10 +143,10 @@ function drawCharts() {
 
 // What the loss is without the head, where that was measured.
 function ablation(name) {
-  const found = report.causal?.heads?.find((each) => `${each.layer}.${each.head}` === name);
+  const found = report.causal?.ablations?.find((each) => `${each.layer}.${each.head}` === name);
   if (!found) return [];
-  const interval = `${short(found.difference)} (${short(found.difference_lo)} to ${short(found.difference_hi)})`;
-  return [pair("loss without it", interval, "bits per byte more when its output is replaced by its mean")];
+  const [low, high] = found.difference_interval.map(short);
+  return [pair("loss without it", `${short(found.difference)} (${low} to ${high})`, report.meanings.ablation_difference)];
 }
 
 const pair = (name, value, title) => element("div", { title }, element("dt", {}, name), element("dd", {}, value));

@@ -14,7 +14,8 @@ function lines() {
   for (const cut of report.causal?.cuts ?? []) {
     const name = cut.drops ? `${cut.choice}, the rest dropped` : cut.choice;
     if (!found.has(name)) found.set(name, { name, points: [] });
-    found.get(name).points.push({ x: cut.keys, y: cut.difference, low: cut.difference_lo, high: cut.difference_hi });
+    const [low, high] = cut.difference_interval;
+    found.get(name).points.push({ x: cut.keys, y: cut.difference, low, high });
   }
   for (const line of found.values()) line.points.sort((one, other) => one.x - other.x);
   return [...found.values()];

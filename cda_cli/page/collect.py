@@ -1,0 +1,46 @@
+"""Collects what a page shows of single rows, while a model is inspected."""
+
+from __future__ import annotations
+
+from cda_cli.inspection import LiveCollector, LiveHead, Report, RowCollector, RowStore
+from cda_cli.inspection.live_heads import live_bytes
+from cda_cli.page.page import bytes_for_rows
+from cda_cli.restore import Restored, TextSide
+
+MOST_LIVE = 12  # heads
+LIVE_SHARE = 6  # Live heads take at most one part in so many of the budget.
+
+
+class PageCollector:
+    """`rows` and `live` see the layers of the first window of a text, and `store` and `heads` are what a page takes.
+
+    All of it together fits into a page of `budget` bytes. There are live heads only if the page can compute the weights
+    of the rule. Raises ConfigError if the model is too large for the budget.
+    """
+
+    def __init__(self, restored: Restored, text: TextSide, budget: int) -> None:
+        config = restored.config.model
+        tokens = min(config.seq_len, len(text.sides[0].ids))
+        heads = config.depth * config.heads
+        of_live = live_bytes(tokens, config.null_kv, config.head_width) * 4 // 3
+        is_exact = restored.model.attention_rule.uses_operator and config.solver == "exact"
+        self.live_heads = min(MOST_LIVE, heads, budget // LIVE_SHARE // of_live) if is_exact else 0
+        self.live = LiveCollector() if self.live_heads else None
+        self.rows = RowCollector(config.depth, bytes_for_rows(budget - self.live_heads * of_live, heads, tokens))
+
+    def store(self, report: Report) -> RowStore:
+        """The rows of the heads in `report`."""
+        return self.rows.store().only((head.layer, head.head) for head in report.heads)
+
+    def heads(self, report: Report, store: RowStore) -> list[LiveHead]:
+        """The live heads: of each layer in turn the one that adds most to the residual stream."""
+        if self.live is None:
+            return []
+        by_length = sorted(report.heads, key=lambda head: -head.measures["written_norm"])
+        rank: dict[int, int] = {}
+        order = []
+        for head in by_length:
+            rank[head.layer] = rank.get(head.layer, -1) + 1
+            order.append((rank[head.layer], head.layer, head.head))
+        chosen = sorted((layer, head) for _, layer, head in sorted(order)[: self.live_heads])
+        return [self.live.head(*place, store.queries, store.null_keys) for place in chosen]
