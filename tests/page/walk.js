@@ -15,7 +15,8 @@ const $ = (selector) => document.querySelector(selector);
 const press = (key) =>
   document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
 const pause = () => new Promise((done) => setTimeout(done, 1));
-const button = (place, label) => [...document.querySelectorAll(`${place} button`)].find((each) => each.textContent === label);
+const button = (place, label) =>
+  [...document.querySelectorAll(`${place} button`)].find((each) => each.textContent === label);
 const address = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
 const table = () => [...$("#row-table").tBodies[0].rows].map((row) => [...row.cells].map((cell) => cell.textContent));
 
@@ -49,7 +50,11 @@ async function walk() {
   seen.rows = [];
   while (address().query !== "23") press("]");
   for (let query = 23; query >= 0; query--) {
-    seen.rows.unshift({ own: Number($("#text .own").dataset.position), table: table(), spoken: $("#row-summary").textContent });
+    seen.rows.unshift({
+      own: Number($("#text .own").dataset.position),
+      table: table(),
+      spoken: $("#row-summary").textContent,
+    });
     press("[");
   }
   seen.first = address().query;

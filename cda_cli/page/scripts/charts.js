@@ -23,7 +23,13 @@ export function lineChart({ width, height, lines, xLabel, yLabel, linear = null,
   const drawing = frame(width, height, label);
   for (const y of linear === null ? steps(0, high) : bentSteps(low, high, bend, linear)) {
     drawing.append(
-      svgElement("line", { x1: EDGE.left, x2: width - EDGE.right, y1: toY(y), y2: toY(y), stroke: y === 0 ? quiet : line }),
+      svgElement("line", {
+        x1: EDGE.left,
+        x2: width - EDGE.right,
+        y1: toY(y),
+        y2: toY(y),
+        stroke: y === 0 ? quiet : line,
+      }),
       text(short(y), EDGE.left - 6, toY(y) + 4, quiet, "end"),
     );
   }

@@ -46,7 +46,8 @@ export function percent(share) {
   return share === 0 ? "0" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}%`;
 }
 
-export const counted = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+export const counted = (number, one, several = `${one}s`) =>
+  `${number.toLocaleString("en")} ${number === 1 ? one : several}`;
 
 // The words of the page for a measure, of which JSON has the name.
 export const words = (name) => name.replaceAll("_", " ");

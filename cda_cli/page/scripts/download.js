@@ -6,11 +6,11 @@ import { palette } from "./theme.js";
 const SCALE = 2; // pixels of a PNG for each of the screen
 const FONT = "system-ui, sans-serif";
 
-export function say(message) {
+function say(message) {
   byId("status").textContent = message;
 }
 
-export function save(name, content, type) {
+function save(name, content, type) {
   const url = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
   element("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
@@ -18,7 +18,7 @@ export function save(name, content, type) {
 }
 
 // Fields that hold a comma, a quote or a line break are quoted (RFC 4180).
-export function csv(header, rows) {
+function csv(header, rows) {
   const field = (value) => {
     const text = value === null || value === undefined ? "" : String(value);
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
@@ -38,7 +38,7 @@ export function standalone(chart) {
   return new XMLSerializer().serializeToString(copy);
 }
 
-export async function toPng(svg) {
+async function toPng(svg) {
   const picture = new Image();
   const url = URL.createObjectURL(new Blob([svg], { type: "image/svg+xml" }));
   try {
@@ -55,7 +55,7 @@ export async function toPng(svg) {
 }
 
 // Puts a PNG into the clipboard, or saves it where the browser keeps pages from the clipboard.
-export async function copyPng(name, svg) {
+async function copyPng(name, svg) {
   const png = await toPng(svg);
   try {
     await navigator.clipboard.write([new ClipboardItem({ "image/png": png })]);

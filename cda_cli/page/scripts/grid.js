@@ -11,6 +11,8 @@ const grid = byId("grid");
 const across = new Set(report.heads.map((head) => head.head));
 let thumbnails = null; // the bytes of all of them, one after another
 let sheet = null; // a canvas with all of them
+const sheetStyle = new CSSStyleSheet();
+document.adoptedStyleSheets.push(sheetStyle);
 let shown = []; // names of heads in the order of the grid
 
 export async function openGrid() {
@@ -18,7 +20,8 @@ export async function openGrid() {
   const by = byId("by");
   by.append(...Object.keys(report.meanings).map((name) => element("option", { value: name }, name)));
   by.addEventListener("change", () => update({ by: by.value }));
-  for (const id of ["order", "show"]) byId(id).addEventListener("change", (event) => update({ [id]: event.target.value }));
+  for (const id of ["order", "show"])
+    byId(id).addEventListener("change", (event) => update({ [id]: event.target.value }));
   grid.addEventListener("click", (event) => choose(event.target.closest("[data-head]")));
   grid.addEventListener("keydown", (event) => event.key === "Enter" && choose(event.target.closest("[data-head]")));
   byId("heads-tools").append(exportButtons(() => `heads-${state.by}`, gridSvg, gridTable));
@@ -28,8 +31,10 @@ export async function openGrid() {
 // Draws what depends on the theme, and then the grid.
 export function drawSheet() {
   sheet = drawThumbnails();
-  grid.style.setProperty("--thumbnails", `url(${sheet.toDataURL()})`);
-  grid.style.setProperty("--sheet-size", `${100 * sheetWidth}% ${(100 * sheet.height) / SIDE}%`);
+  // A rule holds the picture once; a custom property would copy it into the style of every cell.
+  const size = `${100 * sheetWidth}% ${(100 * sheet.height) / SIDE}%`;
+  const picture = `background-image: url(${sheet.toDataURL()}); background-size: ${size}`;
+  sheetStyle.replaceSync(`#grid [role="gridcell"] span { ${picture} }`);
   drawGrid();
 }
 

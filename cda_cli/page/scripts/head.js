@@ -10,7 +10,15 @@ import { state, update } from "./state.js";
 import { heads, report, rowsOf, T } from "./store.js";
 import { openText, rowTable, scrollToToken, showRow } from "./text.js";
 
-const FACTS = ["sparsity_k", "effective_support", "keys_95", "capped_share", "gate_equivalent", "sink_mass", "median_distance"];
+const FACTS = [
+  "sparsity_k",
+  "effective_support",
+  "keys_95",
+  "capped_share",
+  "gate_equivalent",
+  "sink_mass",
+  "median_distance",
+];
 
 const whenIdle = window.requestIdleCallback ?? setTimeout; // which Safari lacks
 
@@ -30,7 +38,11 @@ export function openHeadPanel() {
   openLive();
   byId("view").addEventListener("change", () => update({ view: byId("view").value }));
   byId("map-tools").append(
-    exportButtons(() => `head-${state.head}-query-${drawn.position}`, () => mapSvg(`Head ${state.head}`), () => rowTable(drawn.position, drawn.row, drawn.view)),
+    exportButtons(
+      () => `head-${state.head}-query-${drawn.position}`,
+      () => mapSvg(`Head ${state.head}`),
+      () => rowTable(drawn.position, drawn.row, drawn.view),
+    ),
   );
   new ResizeObserver(() => rows && drawCharts()).observe(byId("head-charts"));
 }
@@ -135,7 +147,8 @@ function drawCharts() {
   const across = box.clientWidth > 540 ? 2 : 1;
   const width = Math.max(220, Math.floor(box.clientWidth / across) - 14);
   const made = charts().map((chart) => {
-    const picture = barChart({ ...chart, width, height: 150, label: `${chart.title}: ${chart.values.map((value, index) => `${chart.labels[index]} ${(chart.format ?? short)(value)}`).join(", ")}` });
+    const said = chart.values.map((value, index) => `${chart.labels[index]} ${(chart.format ?? short)(value)}`);
+    const picture = barChart({ ...chart, width, height: 150, label: `${chart.title}: ${said.join(", ")}` });
     return element("figure", {}, element("figcaption", {}, chart.title), picture);
   });
   box.replaceChildren(...made);
@@ -146,7 +159,9 @@ function ablation(name) {
   const found = report.causal?.ablations?.find((each) => `${each.layer}.${each.head}` === name);
   if (!found) return [];
   const [low, high] = found.difference_interval.map(short);
-  return [pair("loss without it", `${short(found.difference)} (${low} to ${high})`, report.meanings.ablation_difference)];
+  return [
+    pair("loss without it", `${short(found.difference)} (${low} to ${high})`, report.meanings.ablation_difference),
+  ];
 }
 
 const pair = (name, value, title) => element("div", { title }, element("dt", {}, name), element("dd", {}, value));

@@ -15,7 +15,11 @@ const lives = new Map(); // promises of LiveHead by the name of the head
 export const isLive = (name) => name in report.live;
 
 export function liveHead(name) {
-  if (!lives.has(name)) lives.set(name, inflate(`live-${name}`).then((bytes) => new LiveHead(bytes, report.live[name])));
+  if (!lives.has(name))
+    lives.set(
+      name,
+      inflate(`live-${name}`).then((bytes) => new LiveHead(bytes, report.live[name])),
+    );
   return lives.get(name);
 }
 
@@ -56,9 +60,9 @@ class LiveHead {
   }
 }
 
-// The weights min(1, exp((s + a)/ε)) that sum to k, exactly: with the m largest scores capped, the others share k − m as
-// a softmax, and m is the smallest number for which none of them exceeds 1 (docs/operator.md).
-export function softTopK(scores, eps, k) {
+// The weights min(1, exp((s + a)/ε)) that sum to k, exactly: with the m largest scores capped, the others share k − m
+// as a softmax, and m is the smallest number for which none of them exceeds 1 (docs/operator.md).
+function softTopK(scores, eps, k) {
   const order = [...scores.keys()].sort((one, other) => scores[other] - scores[one]);
   const weights = new Float64Array(scores.length);
   if (k >= scores.length) return { weights: weights.fill(1), order, capped: scores.length };

@@ -106,7 +106,7 @@ function onKey(event) {
     return;
   }
   const act = event.key.startsWith("Arrow") ? walk : KEYS[event.key];
-  if (!act || event.target.closest(".table") && act === walk) return;
+  if (!act || (event.target.closest(".table") && act === walk)) return;
   if (act(event) !== false) event.preventDefault();
 }
 
@@ -125,7 +125,10 @@ async function start() {
     chooseTheme(event.target.value);
     redrawAll();
   });
-  byId("find").addEventListener("keydown", (event) => event.key === "Enter" && find(event.target.value, event.shiftKey));
+  byId("find").addEventListener(
+    "keydown",
+    (event) => event.key === "Enter" && find(event.target.value, event.shiftKey),
+  );
   for (const [id, key] of Object.entries({ back: "Escape", "show-help": "?", earlier: "[", later: "]" })) {
     byId(id).addEventListener("click", () => KEYS[key]());
   }

@@ -65,7 +65,9 @@ export function mapSvg(title) {
   const { css } = weightColours();
   const [width, y] = [Math.floor(size / 2 / 254), top + size + 46];
   for (let level = 1; level < CAPPED; level++) {
-    drawing.append(svgElement("rect", { x: left + width * level, y, width: width + 0.5, height: 10, fill: css[level] }));
+    drawing.append(
+      svgElement("rect", { x: left + width * level, y, width: width + 0.5, height: 10, fill: css[level] }),
+    );
   }
   for (const level of [1, 102, 254]) {
     drawing.append(text(weightOf(level).toPrecision(1), left + width * level, y + 24, quiet, "middle"));

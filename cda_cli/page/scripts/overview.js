@@ -25,7 +25,13 @@ const restNames = Object.keys(report.meanings).filter((name) => /^rest_\d+$/.tes
 const meanRest = (name) => report.heads.reduce((sum, head) => sum + head[name], 0) / report.heads.length;
 
 export function openOverview() {
-  byId("curve-tools").append(exportButtons(() => (report.causal ? "loss-by-keys" : "mass-left-out"), () => standalone(box.querySelector("svg")), curveTable));
+  byId("curve-tools").append(
+    exportButtons(
+      () => (report.causal ? "loss-by-keys" : "mass-left-out"),
+      () => standalone(box.querySelector("svg")),
+      curveTable,
+    ),
+  );
   new ResizeObserver(drawOverview).observe(byId("curve"));
 }
 
@@ -35,16 +41,31 @@ export function drawOverview() {
   const found = lines();
   if (found.length) {
     byId("curve-title").textContent = "Loss against keys kept";
-    const label = found.map((line) => `${line.name}: ${line.points.map((point) => `${point.x} keys ${short(point.y)}`).join(", ")}`).join("; ");
+    const label = found
+      .map((line) => `${line.name}: ${line.points.map((point) => `${point.x} keys ${short(point.y)}`).join(", ")}`)
+      .join("; ");
     const axes = { xLabel: "keys kept for each query", yLabel: "bits per byte more than with all keys" };
-    box.replaceChildren(lineChart({ width, height, lines: found, linear: LINEAR_BELOW, label, ...axes }), legend(found));
+    box.replaceChildren(
+      lineChart({ width, height, lines: found, linear: LINEAR_BELOW, label, ...axes }),
+      legend(found),
+    );
   } else {
     byId("curve-title").textContent = "Mass that the largest keys leave out";
     const values = restNames.map(meanRest);
-    const label = restNames.map((name, index) => `${name.slice(5)} keys leave out ${percent(values[index])}`).join(", ");
+    const label = restNames
+      .map((name, index) => `${name.slice(5)} keys leave out ${percent(values[index])}`)
+      .join(", ");
     const labels = restNames.map((name) => name.slice(5));
     const hint = "How the loss depends on the keys was not measured: cda inspect-sparsity --causal does so.";
-    const chart = barChart({ width, height, labels, values, xLabel: "largest keys of each query", format: percent, label });
+    const chart = barChart({
+      width,
+      height,
+      labels,
+      values,
+      xLabel: "largest keys of each query",
+      format: percent,
+      label,
+    });
     box.replaceChildren(chart, element("p", { class: "hint" }, hint));
   }
 }
@@ -52,6 +73,8 @@ export function drawOverview() {
 function curveTable() {
   const found = lines();
   if (!found.length) return [["keys", "mass_left_out"], restNames.map((name) => [name.slice(5), meanRest(name)])];
-  const rows = found.flatMap((line) => line.points.map((point) => [line.name, point.x, point.y, point.low, point.high]));
+  const rows = found.flatMap((line) =>
+    line.points.map((point) => [line.name, point.x, point.y, point.low, point.high]),
+  );
   return [["choice", "keys", "difference", "difference_lo", "difference_hi"], rows];
 }

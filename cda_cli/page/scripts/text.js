@@ -24,7 +24,7 @@ export function openText(onHover, onChoose) {
 }
 
 // A token as a table shows it: what cannot be seen is escaped.
-export function quoted(position) {
+function quoted(position) {
   if (position < 0) return `null key ${-position}`;
   return JSON.stringify(report.labels[position]).slice(1, -1).replaceAll('\\"', '"').replaceAll(" ", "␣");
 }
@@ -38,13 +38,15 @@ export function showRow(position, row, view) {
     span.style.cssText = "";
   }
   const colours = weightColours();
-  coloured = row.keys.filter((key) => key.position >= 0).map((key) => {
-    const span = spans[key.position];
-    span.className = key.level === CAPPED ? "capped" : "free";
-    span.style.background = colours.css[key.level];
-    span.style.color = colours.inks[key.level];
-    return span;
-  });
+  coloured = row.keys
+    .filter((key) => key.position >= 0)
+    .map((key) => {
+      const span = spans[key.position];
+      span.className = key.level === CAPPED ? "capped" : "free";
+      span.style.background = colours.css[key.level];
+      span.style.color = colours.inks[key.level];
+      return span;
+    });
   const own = spans[position];
   own.classList.add("own");
   coloured.push(own);
@@ -65,19 +67,22 @@ export function scrollToToken(position) {
 const kind = (key) => (key.level === CAPPED ? "■ capped" : "● free");
 
 function fillTable(position, keys, total, view) {
-  byId("row-caption").textContent = view === "readers" ? `who reads ${position} “${quoted(position)}”` : `what ${position} “${quoted(position)}” reads`;
-  const rows = keys.slice(0, ROWS).map((key) =>
-    element(
-      "tr",
-      { class: key.level === CAPPED ? "capped" : "free" },
-      element("td", {}, key.position < 0 ? "∅" : String(key.position)),
-      element("td", { class: "token" }, quoted(key.position)),
-      element("td", {}, key.position < 0 ? "–" : String(Math.abs(position - key.position))),
-      element("td", {}, short(key.weight)),
-      element("td", {}, view === "readers" ? "–" : percent(key.weight / total)),
-      element("td", {}, kind(key)),
-    ),
-  );
+  byId("row-caption").textContent =
+    view === "readers" ? `who reads ${position} “${quoted(position)}”` : `what ${position} “${quoted(position)}” reads`;
+  const rows = keys
+    .slice(0, ROWS)
+    .map((key) =>
+      element(
+        "tr",
+        { class: key.level === CAPPED ? "capped" : "free" },
+        element("td", {}, key.position < 0 ? "∅" : String(key.position)),
+        element("td", { class: "token" }, quoted(key.position)),
+        element("td", {}, key.position < 0 ? "–" : String(Math.abs(position - key.position))),
+        element("td", {}, short(key.weight)),
+        element("td", {}, view === "readers" ? "–" : percent(key.weight / total)),
+        element("td", {}, kind(key)),
+      ),
+    );
   tableBody.replaceChildren(...rows);
 }
 
@@ -106,7 +111,8 @@ function summary(position, keys, row, total, view) {
     return `${which} ${short(key.weight)}${key.level === CAPPED ? " capped" : ""}`;
   });
   const most = `${named.join(", ")}${keys.length > SPOKEN ? ", …" : ""}`;
-  if (view === "readers") return `${counted(keys.length, "query").replace("querys", "queries")} of ${T - Math.max(position, 0)} read ${token}: ${most}`;
+  if (view === "readers")
+    return `${counted(keys.length, "query", "queries")} of ${T - position} read ${token}: ${most}`;
   const capped = keys.filter((key) => key.level === CAPPED).length;
   const figures = [`${capped} of them capped`];
   if (row.k !== null) figures.push(`k = ${short(row.k)}`);

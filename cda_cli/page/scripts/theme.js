@@ -25,7 +25,7 @@ export const CAPPED = 255; // the level of a weight that is exactly 1
 const system = matchMedia("(prefers-color-scheme: dark)");
 let chosen = "auto"; // or "light" or "dark"
 
-export const isDark = () => (chosen === "auto" ? system.matches : chosen === "dark");
+const isDark = () => (chosen === "auto" ? system.matches : chosen === "dark");
 export const palette = () => (isDark() ? DARK : LIGHT);
 
 export function chooseTheme(name) {
@@ -73,7 +73,9 @@ export function weightColours() {
 }
 
 function tabulated({ free, capped }) {
-  const colours = Array.from({ length: 256 }, (_, level) => (level === CAPPED ? channels(capped) : mixed(free, level / 254)));
+  const colours = Array.from({ length: 256 }, (_, level) =>
+    level === CAPPED ? channels(capped) : mixed(free, level / 254),
+  );
   const pixels = new Uint8ClampedArray(256 * 4);
   colours.forEach((colour, level) => pixels.set([...colour, 255], 4 * level));
   const css = colours.map((colour) => `rgb(${colour.join(" ")})`);
