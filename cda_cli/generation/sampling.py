@@ -91,6 +91,7 @@ class Sampler:
         self._bits: list[np.random.Philox | None] = [None] * rows
         self._uniform = torch.zeros(rows, UNIFORMS, dtype=torch.float64, device=device)
         self._count_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._true = torch.ones((), dtype=torch.bool, device=device)
         has_text = (rows, vocab_size if self._penalises else 0)
         self._read, self._generated = (torch.zeros(has_text, dtype=torch.bool, device=device) for _ in range(2))
 
@@ -135,8 +136,8 @@ class Sampler:
         self._count_B[rows] = count_B + 1
         if self._penalises:
             places = torch.arange(len(self._read), device=tokens.device)[rows]
-            self._read[places, tokens] = True
-            self._generated[places, tokens] = True
+            # A CUDA graph cannot hold the copy of a number of Python's to the device.
+            self._read[places, tokens] = self._generated[places, tokens] = self._true
         if not self._logprobs:
             return Drawn(tokens)
         logprob_BV = raw.log_softmax(-1)
