@@ -44,12 +44,15 @@ class Decoder:
         self.device = model.token_embedding.weight.device
         most = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
         self._dtype, self._rows, self._positions = dtype, rows, min(most, model.config.seq_len)
-        self._model = _with_matrices(model, dtype)
+        # FSDP gathers the weights of a layer for each pass. It has no copy of the model, and a graph would miss it.
+        is_sharded = any(type(parameter) is not nn.Parameter for parameter in model.parameters())
+        self._model = model if is_sharded else _with_matrices(model, dtype)
         self._cache = StaticCache(model, rows, dtype, self._positions)
         self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device)
         self._tokens_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._bucketed_logits = torch.compile(self._logits_of_step, dynamic=False) if compiled else self._logits_of_step
-        self._has_graphs, self._needs_buckets = model.fits_cuda_graph, compiled or self.device.type == "cuda"
+        self._has_graphs = model.fits_cuda_graph and not is_sharded
+        self._needs_buckets = compiled or self.device.type == "cuda"
         self._steps: dict[tuple[int, int], _CapturedStep | None] = {}
         self._graph_pool: Any = None  # The graphs never run at the same time, so they share their memory.
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from cda_cli.config import ModelConfig
 from cda_cli.errors import ConfigError
@@ -213,3 +216,17 @@ def test_bf16_runs_with_a_cache_of_its_own_dtype() -> None:
     model.register_forward_hook(lambda module, args, out: dtypes.add((out.dtype, args[1].cache.keys.dtype)))
     assert len(tokens(model, [1, 2], 25, WARM, dtype=torch.bfloat16)) == 25
     assert dtypes == {(torch.bfloat16, torch.bfloat16)}
+
+
+def test_a_model_in_shards_gives_the_same_text() -> None:
+    """As training with FSDP samples, where the model can neither be copied nor be read between the passes."""
+    model = build(**OPTIONS[0])
+    expected = tokens(model, [1, 2], 8, GREEDY, dtype=torch.bfloat16)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        unread = {block.attention.null_kv for block in model.each_block()}
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True, ignored_params=unread)
+        model(torch.tensor([[1]]))  # FSDP makes its buffers in a step of training.
+        assert tokens(model, [1, 2], 8, GREEDY, dtype=torch.bfloat16) == expected
+    finally:
+        dist.destroy_process_group()
