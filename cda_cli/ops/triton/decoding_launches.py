@@ -27,8 +27,8 @@ MOST_SPLITS = 128
 LONGEST = 2048
 # Multiprocessors for which the interpreter deals out splits.
 INTERPRETED_PROCESSORS = 4
-# What a program takes to begin and to end, and what a split adds to the merge, in blocks of keys.
-OVERHEAD, MERGE = 4, 1 / 16
+# What a program takes to begin and to end, and what a piece adds to the merge, in blocks of keys.
+OVERHEAD, MERGE = 4, 1 / 32
 # Members of a tile, the fewest that matrix units take: further ones are another tile. So many of them are solved and
 # merged at a time: more would not fit the registers.
 QUERIES, ROWS = 16, 4
@@ -56,7 +56,7 @@ def member_tile(width: int, dtype: torch.dtype) -> Tile:
     """The tile of `decode_tile_kernel`."""
     if dtype == torch.float32:
         return Tile(32, 4, 1, 2)
-    return Tile(32 if width > 128 else 64, 4, 3, 3 if width <= 64 else 2)
+    return Tile(32 if width > 128 else 64, 4, 3, 2)
 
 
 @functools.cache
@@ -66,15 +66,16 @@ def kept_scores(largest_k: float) -> int:
     return triton.next_power_of_2(needed) if needed > 0 else 0
 
 
-def splits_of(programs: int, blocks: int, slots: int) -> int:
+def splits_of(programs: int, blocks: int, slots: int, pieces: int) -> int:
     """Splits for so many rows or tiles, each of so many blocks of keys, where `slots` programs run at a time.
 
-    Those that end first, if a program takes as long as its blocks and OVERHEAD more, and each split adds to the merge.
+    Those that end first, if a program takes as long as its blocks and OVERHEAD more, and the `pieces` of each split add
+    to the merge.
     """
 
     def cost(splits: int) -> float:
         waves = triton.cdiv(programs * splits, slots)
-        return waves * (triton.cdiv(blocks, splits) + OVERHEAD) + MERGE * splits
+        return waves * (triton.cdiv(blocks, splits) + OVERHEAD) + MERGE * pieces * splits
 
     # Of the counts that leave a split as many blocks, the smallest.
     counts = {triton.cdiv(blocks, each) for each in range(1, blocks + 1)}
@@ -127,7 +128,7 @@ def _options(layout: Layout, this: Tile, kept: int, merged: int, splits: int, **
 def _one_query(layout: Layout, lengths: bool, budgets: bool, kept: int) -> Decoding:
     B, H, T, D, _, S = layout.sizes
     this, rows = query_tile(D, layout.dtype), B * H * T
-    splits = splits_of(rows, triton.cdiv(S, this.keys), processors(layout.device) * this.programs)
+    splits = splits_of(rows, triton.cdiv(S, this.keys), processors(layout.device) * this.programs, 1 + kept)
     options = _options(layout, this, kept, 1, splits, LENGTHS=lengths, BUDGETS=budgets, STAGES=this.stages)
     launch = Launch(decode_query_kernel, (splits, rows), _numbers(layout, splits), options, layout)
     return Decoding(launch, rows * splits * (2 + kept + (1 + kept) * D), rows)
@@ -137,7 +138,7 @@ def _members(layout: Layout, lengths: bool, budgets: bool, kept: int) -> Decodin
     B, H, T, D, G, S = layout.sizes
     this, rows, members = member_tile(D, layout.dtype), B * H * T, H // G * T
     tiles, blocks = B * G * triton.cdiv(members, QUERIES), triton.cdiv(S, this.keys)
-    splits = splits_of(tiles, blocks, processors(layout.device) * this.programs)
+    splits = splits_of(tiles, blocks, processors(layout.device) * this.programs, 1 + kept)
     splits = max(splits, triton.cdiv(blocks, LONGEST // this.keys))
     length = triton.next_power_of_2(triton.cdiv(blocks, splits) * this.keys)
     scores_length = (blocks + 1) * this.keys

@@ -106,14 +106,14 @@ def merge(
     for start in range(0, count, ADDED):
         some = start + tl.arange(0, ADDED)
         exist = (some < count)[:, None] & exists[None, :]
-        if start > 0:
-            added = load_vectors(vectors, rows, some, exist, P, D, BLOCK_D)
         score = tl.load(parts + (rows.to(tl.int64) * P)[None, :] + some[:, None], mask=exist, other=float("-inf"))
+        given = score != float("-inf")  # NaN is given.
+        if start > 0:
+            added = load_vectors(vectors, rows, some, given, P, D, BLOCK_D)
         power = (score - shift[None, :]) * factor + peak[None, :]
         weights = tl.where((some < active)[:, None], tl.exp2(power), capped_exp2(power))
         weights = tl.where(covered[None, :], 1.0, weights)
         # A split that keeps fewer than C scores leaves the vectors of the others unwritten.
-        given = score != float("-inf")  # NaN is given
         result += tl.sum(tl.where(given[:, :, None], weights[:, :, None] * added, 0.0), 0)
 
     channels = tl.arange(0, BLOCK_D)
