@@ -28,6 +28,7 @@ from cda_cli.inspection import (
     named_figures,
     parse_size,
 )
+from cda_cli.inspection.live_heads import follows_from_scores
 from cda_cli.inspection.notebook import report_html
 from cda_cli.inspection.tables import Columns, Table
 from cda_cli.language_model import LanguageModel, load_language_model
@@ -128,7 +129,8 @@ class SparsityReport:
         row = self.row(layer, head, query)
         if self.live is None:
             raise ConfigError(
-                "only rows of a run with coordinate-descent attention can be computed with another k or ε"
+                "only rows of a run with coordinate-descent attention and the exact solver can be computed with "
+                "another k or ε"
             )
         scores = self.live.head(layer, head, self.store.queries, self.store.null_keys).scores(query)
         k, eps = row.sparsity_k if k is None else k, self.source["attn_eps"] if eps is None else eps
@@ -261,7 +263,7 @@ def inspect_model(
 def _inspect_ours(lm: LanguageModel, text: str, keep: float, budget: int) -> SparsityReport:
     config = lm.config.model
     collector = RowCollector(config.depth, budget, keep)
-    live = LiveCollector() if lm.model.attention_rule.uses_operator else None
+    live = LiveCollector() if follows_from_scores(lm.model) else None
     watcher = ReportWatcher(config.attn_k, collector=collector, live=live)
     windows = _windows(lm.encoded(text).ids, config.seq_len)
     inspect(lm.model, windows, lm.device, lm.dtype, watcher)

@@ -107,6 +107,8 @@ def test_a_row_can_be_computed_with_another_k_and_epsilon(settings: tuple[str, .
         report.row_with(1, 0, 24)
     with pytest.raises(ConfigError, match="only rows of a run with coordinate-descent"):
         cda_cli.inspect(random_model("model.attention=hard-topk"), TEXT, budget="100kB").row_with(0, 0, 3, k=2)
+    with pytest.raises(ConfigError, match="and the exact solver"):
+        cda_cli.inspect(random_model("model.solver=iterative"), TEXT, budget="100kB").row_with(0, 0, 3, k=2)
 
 
 @pytest.mark.parametrize("name", ["heads", "positions", "distances", "units", "head-map"])

@@ -108,9 +108,12 @@ def _budget(report: Report, has_budget: bool) -> str:
 def _rest(report: Report) -> str:
     heads, layers = report.heads, report.layers
     sinks = sum(head.measures["sink_rate"] > SINK_RATE for head in heads)
-    used = sum(each.units.units_99 / each.units.units for each in layers) / len(layers)
-    dead = sum(each.units.dead_units for each in layers)
     rested = f"{sinks} of {counted(len(heads), 'head')} {'rests' if sinks == 1 else 'rest'} on a sink"
+    seen = [each.units for each in layers if each.units.units]  # not those of experts
+    if not seen:
+        return f"{rested}."
+    used = sum(unit.units_99 / unit.units for unit in seen) / len(seen)
+    dead = sum(unit.dead_units for unit in seen)
     units = f"{used:.1%} of the units make 99% of what the feed-forward adds, and {counted(dead, 'unit')} never did"
     return f"{rested}; {units}."
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cda_cli.model import Transformer
 from cda_cli.model.observe import ObservedAttention
 
 STEPS = 127  # of the largest component of a vector
@@ -56,6 +57,11 @@ class LiveHead(NamedTuple):
         """The steps of queries and keys, then the scales of both, little-endian float32."""
         scales = (each.scale.astype("<f4").tobytes() for each in (self.queries, self.keys))
         return b"".join([self.queries.steps.tobytes(), self.keys.steps.tobytes(), *scales])
+
+
+def follows_from_scores(model: Transformer) -> bool:
+    """Whether the weights of attention are the exact soft top-k of the scores, so that rows follow from live heads."""
+    return model.attention_rule.uses_operator and model.config.solver == "exact"
 
 
 def live_bytes(queries: int, null_keys: int, width: int) -> int:
