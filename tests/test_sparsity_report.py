@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pytest
 
 import cda_cli
-from cda_cli.errors import CheckFailedError, CheckpointError, ConfigError
+from cda_cli.errors import CheckFailedError, CheckpointError, ConfigError, StorageError
 from cda_cli.inspection import NAMES
 from cda_cli.inspection.notebook import report_html
 from cda_cli.language_model import LanguageModel
@@ -111,6 +114,20 @@ def test_a_row_can_be_computed_with_another_k_and_epsilon(settings: tuple[str, .
         cda_cli.inspect(random_model("model.solver=iterative"), TEXT, budget="100kB").row_with(0, 0, 3, k=2)
 
 
+def test_it_is_saved_as_one_page(report: SparsityReport, tmp_path: Path) -> None:
+    report.save(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    document = json.loads(re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[0])
+    assert document["labels"] == list(TEXT[:24])
+    assert len(document["live"]) == 4
+    assert document["eps"] == report.source["attn_eps"]
+    for layer, head in PLACES:
+        stream = base64.b64encode(report.store.heads[layer, head].rows).decode()
+        assert f'id="rows-{layer}.{head}">{stream}<' in page
+    with pytest.raises(StorageError):
+        report.save(tmp_path / "report.html" / "below.html")
+
+
 @pytest.mark.parametrize("name", ["heads", "positions", "distances", "units", "head-map"])
 def test_its_figures_are_drawn(report: SparsityReport, name: str) -> None:
     figure = report.plot(name, layer=1, style="slides")
@@ -199,6 +216,7 @@ def test_a_notebook_shows_it_without_scripts_and_styles(report: SparsityReport) 
     read.feed(html)
     assert not read.open
     assert read.names == {"div", "p", "b", "svg", "g", "path", "table", "thead", "tbody", "tr", "th", "td"}
+    assert all(sentence in read.text for sentence in report.verdict)
     assert not read.attributes & {"style", "class", "id", "href", "src"}
     for head in report.figures.heads:
         assert f"{head.layer}.{head.head}" in read.text
@@ -213,7 +231,7 @@ def test_a_large_model_takes_less_than_200_kb(report: SparsityReport) -> None:
         for layer in range(128)
         for head in range(128)
     ]
-    html = report_html(type(figures)(heads, figures.layers, figures.tokens, figures.windows), "<b>name</b>")
+    html = report_html(type(figures)(heads, figures.layers, figures.tokens, figures.windows), "<b>name</b>", ["It is."])
     assert len(html.encode()) < 200_000
     assert len(re.findall(r"M\d+ \d+h", html)) == 128 * 128
     assert html.count("<tr>") == 129

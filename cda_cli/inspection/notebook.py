@@ -29,10 +29,13 @@ COLUMNS = {
 SHARES = ("capped_share", "gate_equivalent", "sink_mass")
 
 
-def report_html(report: Report, name: str) -> str:
-    """Returns the report of the model called `name` as an element of HTML, of less than 200 kB."""
+def report_html(report: Report, name: str, verdict: Sequence[str]) -> str:
+    """Returns the report of the model called `name`, with the sentences of its verdict, as an element of HTML.
+
+    It has less than 200 kB.
+    """
     size = f"{counted(len(report.heads), 'head')}, {report.tokens:,} tokens in {counted(report.windows, 'window')}"
-    summary = f"<p><b>{html.escape(name)}</b>: {size}</p>"
+    summary = f"<p><b>{html.escape(name)}</b>: {size}</p><p>{html.escape(' '.join(verdict))}</p>"
     return f"<div>{summary}{_map(report.heads)}{_table(report)}</div>"
 
 

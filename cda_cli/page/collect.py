@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cda_cli.inspection import LiveCollector, LiveHead, Report, RowCollector, RowStore
-from cda_cli.inspection.live_heads import live_bytes
+from cda_cli.inspection.live_heads import follows_from_scores, live_bytes
 from cda_cli.page.page import bytes_for_rows
 from cda_cli.restore import Restored, TextSide
 
@@ -23,7 +23,7 @@ class PageCollector:
         tokens = min(config.seq_len, len(text.sides[0].ids))
         heads = config.depth * config.heads
         of_live = live_bytes(tokens, config.null_kv, config.head_width) * 4 // 3
-        is_exact = restored.model.attention_rule.uses_operator and config.solver == "exact"
+        is_exact = follows_from_scores(restored.model)
         self.live_heads = min(MOST_LIVE, heads, budget // LIVE_SHARE // of_live) if is_exact else 0
         self.live = LiveCollector() if self.live_heads else None
         self.rows = RowCollector(config.depth, bytes_for_rows(budget - self.live_heads * of_live, heads, tokens))
@@ -33,14 +33,17 @@ class PageCollector:
         return self.rows.store().only((head.layer, head.head) for head in report.heads)
 
     def heads(self, report: Report, store: RowStore) -> list[LiveHead]:
-        """The live heads: of each layer in turn the one that adds most to the residual stream."""
-        if self.live is None:
-            return []
-        by_length = sorted(report.heads, key=lambda head: -head.measures["written_norm"])
-        rank: dict[int, int] = {}
-        order = []
-        for head in by_length:
-            rank[head.layer] = rank.get(head.layer, -1) + 1
-            order.append((rank[head.layer], head.layer, head.head))
-        chosen = sorted((layer, head) for _, layer, head in sorted(order)[: self.live_heads])
-        return [self.live.head(*place, store.queries, store.null_keys) for place in chosen]
+        """The live heads of the page."""
+        return live_heads(report, store, self.live, self.live_heads) if self.live else []
+
+
+def live_heads(report: Report, store: RowStore, live: LiveCollector, most: int = MOST_LIVE) -> list[LiveHead]:
+    """At most so many live heads: of each layer in turn the one that adds most to the residual stream."""
+    by_length = sorted(report.heads, key=lambda head: -head.measures["written_norm"])
+    rank: dict[int, int] = {}
+    order = []
+    for head in by_length:
+        rank[head.layer] = rank.get(head.layer, -1) + 1
+        order.append((rank[head.layer], head.layer, head.head))
+    chosen = sorted((layer, head) for _, layer, head in sorted(order)[:most])
+    return [live.head(*place, store.queries, store.null_keys) for place in chosen]
