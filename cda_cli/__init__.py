@@ -56,6 +56,7 @@ def inspect(
     *,
     tokenizer: TextTokenizer | None = None,
     context: int | None = None,
+    causal: bool = False,
     keep: float = 0.99,
     budget: str | int = "12MB",
     device: str = "auto",
@@ -71,6 +72,9 @@ def inspect(
     All windows of the text make the figures. Of the first one the report also has the weights: of each row the largest,
     until they have the share `keep` of its mass, in `budget` bytes or fewer.
 
+    With `causal` a report of a run also has the causal checks of `cda inspect-sparsity --causal` on the same text, and
+    the gradients of each head.
+
     Raises `cda_cli.errors.CdaError`, in one sentence, as `load` does, and ConfigError for a text or a budget that is
     too small, and for a model whose attention cannot be seen.
     """
@@ -81,6 +85,7 @@ def inspect(
         text,
         tokenizer=tokenizer,
         context=context,
+        causal=causal,
         keep=keep,
         budget=budget,
         device=device,

@@ -62,6 +62,11 @@ class LanguageModel:
         return self._restored.path
 
     @property
+    def restored(self) -> Restored:
+        """All that was restored: the model, and what its checkpoint says."""
+        return self._restored
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self._restored.device

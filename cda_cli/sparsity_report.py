@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cda_cli.causal import Effects, Examination, Wanted
 from cda_cli.conditions import parse_condition, require
-from cda_cli.data import Batch, Tokens, evaluation_batches
+from cda_cli.data import Batch, Encoded, Tokens, evaluation_batches
 from cda_cli.errors import ConfigError
 from cda_cli.inspection import (
-    NAMES,
     QUANTILES,
     LiveCollector,
     Report,
@@ -24,7 +24,6 @@ from cda_cli.inspection import (
     RowCollector,
     RowStore,
     StoredRow,
-    inspect,
     named_figures,
     parse_size,
 )
@@ -46,7 +45,8 @@ class SparsityReport:
 
     `figures` has the measures over the whole text. `store` has the largest weights of each row of the first window,
     whose tokens are `tokens`, as text. `source` says what was inspected. `live` has queries and keys of that window, if
-    their soft top-k are the weights. `has_budget` says whether rows have a budget k, and do not sum to 1.
+    their soft top-k are the weights. `has_budget` says whether rows have a budget k, and do not sum to 1. `effects` are
+    those of causal checks.
     """
 
     def __init__(
@@ -57,9 +57,10 @@ class SparsityReport:
         source: Mapping[str, Any],
         has_budget: bool,
         live: LiveCollector | None = None,
+        effects: Effects | None = None,
     ) -> None:
         self.figures, self.store, self.tokens, self.source = figures, store, tokens, source
-        self.has_budget, self.live = has_budget, live
+        self.has_budget, self.live, self.effects = has_budget, live, effects
 
     def __repr__(self) -> str:
         figures = self.figures
@@ -72,14 +73,15 @@ class SparsityReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The document of `cda inspect-sparsity --json`; a figure that has no meaning is NaN."""
-        return {**self.source, **self.figures.as_dict()}
+        further = {"causal": self.effects.document()} if self.effects else {}
+        return {**self.source, **self.figures.as_dict(), **further}
 
     @property
     def verdict(self) -> list[str]:
         """Sentences with figures: how many keys hold a row, what the budget does, and where the rest goes."""
         from cda_cli.console import verdict
 
-        return verdict(self.figures, self.has_budget)
+        return verdict(self.figures, self.has_budget, self.effects)
 
     @property
     def heads(self) -> Table:
@@ -157,7 +159,7 @@ class SparsityReport:
 
         source = f"{self.source['model']}: {self.figures.tokens:,} tokens in {counted(self.figures.windows, 'window')}."
         head_map = HeadMap(layer, head, self.tokens[: self.store.queries], self._dense(layer, head))
-        return draw(figure, Material(source, self.figures, self.has_budget, head_map, None, []), style)
+        return draw(figure, Material(source, self.figures, self.has_budget, head_map, self.effects, []), style)
 
     def save(self, path: str | Path) -> None:
         """Writes the report as one page of HTML, as `cda inspect-sparsity --html` does: it works offline.
@@ -178,6 +180,7 @@ class SparsityReport:
             verdict=self.verdict,
             source={"model": name, "tokens": f"{figures.tokens:,} in {counted(figures.windows, 'window')}"},
             reads=reads,
+            causal=self.effects.document() if self.effects else None,
             live=live_heads(figures, self.store, self.live) if self.live else (),
             eps=self.source["attn_eps"],
         )
@@ -203,7 +206,8 @@ class SparsityReport:
 
         def differences() -> Columns:
             left, right = self._heads(), other._heads()
-            return {name: left[name] if name in ("layer", "head") else right[name] - left[name] for name in left}
+            both = [name for name in left if name in right]
+            return {name: left[name] if name in ("layer", "head") else right[name] - left[name] for name in both}
 
         return Table(lambda: iter([differences()]))
 
@@ -211,7 +215,7 @@ class SparsityReport:
         return _columns(
             [
                 {"layer": head.layer, "head": head.head}
-                | {name: head.measures[name] for name in NAMES}
+                | dict(head.measures)
                 | {f"{name}_{mark}": head.quantiles[name][mark] for name in QUANTILES for mark in MARKS}
                 for head in self.figures.heads
             ]
@@ -274,6 +278,7 @@ def inspect_model(
     *,
     tokenizer: TextTokenizer | None,
     context: int | None,
+    causal: bool,
     keep: float,
     budget: str | int,
     device: str,
@@ -283,25 +288,30 @@ def inspect_model(
     """Does what `cda_cli.inspect` says."""
     size = parse_size(budget)
     if isinstance(model, nn.Module):
+        if causal:
+            raise ConfigError(
+                "causal checks take a run; import a model of transformers with cda import, or leave it out"
+            )
         return _inspect_transformers(model, tokenizer, text, context, keep, size)
     if tokenizer is not None or context is not None:
         raise ConfigError("a run has its tokenizer and its context; leave tokenizer and context out")
     if not isinstance(model, LanguageModel):
         model = load_language_model(model, best=False, ema=False, device=device, dtype=dtype, backend=backend)
-    return _inspect_ours(model, text, keep, size)
+    return _inspect_ours(model, text, causal, keep, size)
 
 
-def _inspect_ours(lm: LanguageModel, text: str, keep: float, budget: int) -> SparsityReport:
-    config = lm.config.model
+def _inspect_ours(lm: LanguageModel, text: str, causal: bool, keep: float, budget: int) -> SparsityReport:
+    restored, config = lm.restored, lm.config.model
     collector = RowCollector(config.depth, budget, keep)
     live = LiveCollector() if follows_from_scores(lm.model) else None
     watcher = ReportWatcher(config.attn_k, collector=collector, live=live)
-    windows = _windows(lm.encoded(text).ids, config.seq_len)
-    inspect(lm.model, windows, lm.device, lm.dtype, watcher)
+    windows = _windows(lm.encoded(text), lm.tokenizer.ending, config.seq_len)
+    examination = Examination(causal, Wanted.of_selection(lm.model) if causal else Wanted.parse((), (), ()))
+    figures, effects = examination.run(restored, lm.dtype, watcher, lambda: windows)
     tokens = [lm.tokenizer.decode([int(token)]) for token in windows[0].inputs[0]]
     source = {"model": str(lm.path), "text": _digest(text), "attn_eps": lm.model.attention_eps}
     has_budget = lm.model.attention_rule.has_budget
-    return SparsityReport(watcher.report(), collector.store(), tokens, source, has_budget, live)
+    return SparsityReport(figures, collector.store(), tokens, source, has_budget, live, effects)
 
 
 @torch.no_grad()
@@ -316,7 +326,10 @@ def _inspect_transformers(
     described = describe(model)
     collector = RowCollector(described.layers, budget, keep)
     watcher = ReportWatcher(described.largest_k, collector=collector)
-    windows = _windows(np.array(tokenizer.encode(text)), min(context or described.context, described.context))
+    ids = np.array(tokenizer.encode(text))
+    encoded = Encoded(ids, np.zeros(len(ids), np.uint8))  # Without losses no bytes are counted, nor the last target.
+    ending = Encoded(*(each[-1:] for each in encoded))
+    windows = _windows(encoded, ending, min(context or described.context, described.context))
     training = model.training
     model.eval()
     try:
@@ -331,13 +344,14 @@ def _inspect_transformers(
     return SparsityReport(watcher.report(), collector.store(), tokens, source, described.has_budget)
 
 
-def _windows(ids: NDArray[Any], context: int) -> list[Batch]:
-    """The text in windows of one sequence each, whose inputs are all of its tokens; the last one reaches back."""
-    if not len(ids):
+def _windows(text: Encoded, ending: Encoded, context: int) -> list[Batch]:
+    """The text in windows of one sequence each, whose inputs are all of its tokens; the last one reaches back.
+
+    `ending` is the token that the last one predicts.
+    """
+    if not len(text.ids):
         raise ConfigError("the text is empty; give one token at least")
-    # A window ends before the last token, which it predicts. So another token stands there.
-    targets = Tokens(np.append(ids, ids[-1]), np.zeros(len(ids) + 1, np.uint8), text_bytes=0)
-    return list(evaluation_batches(targets, context, 1))
+    return list(evaluation_batches(Tokens(*Encoded.join([text, ending]), text_bytes=0), context, 1))
 
 
 def _digest(text: str) -> str:

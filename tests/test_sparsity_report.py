@@ -114,6 +114,22 @@ def test_a_row_can_be_computed_with_another_k_and_epsilon(settings: tuple[str, .
         cda_cli.inspect(random_model("model.solver=iterative"), TEXT, budget="100kB").row_with(0, 0, 3, k=2)
 
 
+def test_causal_checks_are_part_of_it(lm: LanguageModel, report: SparsityReport, tmp_path: Path) -> None:
+    """In the document, in checks, in the verdict, as a figure and on the page; and the gradients of each head."""
+    checked = cda_cli.inspect(lm, TEXT, causal=True, budget="100kB")
+    assert checked.as_dict()["heads"][0]["keys_95"] == report.as_dict()["heads"][0]["keys_95"]
+    checked.check("causal.top[16].difference < 1")
+    assert (checked.heads.numpy()["importance"] > 0).all()
+    assert "importance" not in report.diff(checked).columns
+    assert checked.effects is not None
+    assert checked.verdict[: len(checked.effects.verdict())] == checked.effects.verdict() != []
+    assert checked.plot("loss-against-keys").axes
+    checked.save(tmp_path / "report.html")
+    assert '"top[16]"' in (tmp_path / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="causal checks take a run"):
+        cda_cli.inspect(lm.model, TEXT, causal=True)
+
+
 def test_it_is_saved_as_one_page(report: SparsityReport, tmp_path: Path) -> None:
     report.save(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
