@@ -38,7 +38,8 @@ BASE = {
 MOST_NAMED = 6  # layers in a legend
 PAGE = 6.75  # inches, the width of a page of two columns in the style of papers
 COLUMN = 3.25 / PAGE
-DOTS = {".png": 300, ".svg": 600, ".pdf": 600}  # per inch: of a picture, and of the maps within one of lines
+DOTS = 300  # per inch, of a picture without lines
+MAP_PIXELS = 2700  # across a map that takes the width of a page, two thirds of it itself: 600 per inch of paper
 
 
 def _settings(font: float, ink: str, paper: str, grid: str, stroke: float = 1.0) -> dict[str, Any]:
@@ -194,23 +195,42 @@ def _ordered(style: Style, place: float) -> Any:
 
 
 def draw_map(
-    axes: Axes, style: Style, values: Sequence[Sequence[float]], ends: tuple[float, float] | None = None
+    axes: Axes,
+    style: Style,
+    width: float,
+    values: Sequence[Sequence[float]],
+    ends: tuple[float, float] | None = None,
 ) -> ScalarMappable:
-    """Draws a matrix, its first row at the top, and returns what a scale of its colours is made from.
+    """Draws a matrix, its first row at the top, and returns what `draw_scale` takes.
 
-    With `ends`, these are the first and the last colour, and the colours go by the square root of what lies above the
-    first, so that small values differ. NaN is a gap. Within a picture of lines the cells are one raster image, as they
-    would otherwise be thousands of shapes with seams between them.
+    `width` is the part of the width of a page that the map takes with its labels and its scale. With `ends`, these are
+    the first and the last colour, and the colours go by the square root of what lies above the first, so that small
+    values differ. NaN is a gap. The cells are one image, as they would otherwise be thousands of shapes with seams
+    between them. Its pixels divide the cells, so no format draws it anew.
     """
+    import matplotlib as mpl
     import numpy as np
-    from matplotlib.colors import PowerNorm
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize, PowerNorm
 
     cells = np.ma.masked_invalid(np.asarray(values, dtype=float))
-    norm = PowerNorm(0.5, *ends) if ends else None
-    drawn = axes.pcolormesh(cells, cmap=style.colormap, norm=norm, rasterized=True)
-    axes.invert_yaxis()
+    norm = PowerNorm(0.5, *ends) if ends else Normalize(cells.min(), cells.max())
+    drawn = ScalarMappable(norm, mpl.colormaps[style.colormap])
+    rows, columns = cells.shape
+    pixels = math.ceil(MAP_PIXELS * width / columns)
+    image = drawn.to_rgba(cells, bytes=True).repeat(pixels, 0).repeat(pixels, 1)
+    axes.imshow(image, aspect="auto", interpolation="none", extent=(0, columns, rows, 0))
     axes.grid(False)
     return drawn
+
+
+def draw_scale(figure: Figure, axes: Axes, drawn: ScalarMappable, label: str = "", shrink: float = 1.0) -> None:
+    """Draws the scale of the colours of a map beside it, in steps that are too small to be seen."""
+    from matplotlib.cm import ScalarMappable
+
+    bar = figure.colorbar(ScalarMappable(drawn.norm, drawn.cmap.resampled(64)), ax=axes, label=label, shrink=shrink)
+    assert bar.solids is not None
+    bar.solids.set(rasterized=False, edgecolor="face")
 
 
 def draw_curves(
@@ -300,5 +320,5 @@ def save(figure: Figure, path: Path, title: str = "", description: str = "") -> 
         ".pdf": {"Title": title, "Subject": description, "CreationDate": None},
     }[kind]
     content = io.BytesIO()
-    figure.savefig(content, format=kind[1:], dpi=DOTS[kind], metadata=named)
+    figure.savefig(content, format=kind[1:], dpi=DOTS, metadata=named)
     write_file(path, content.getvalue())

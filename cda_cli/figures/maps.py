@@ -11,7 +11,7 @@ from cda_cli.figures.labels import LABELS
 from cda_cli.figures.material import Material
 from cda_cli.inspection import GRADIENTS
 from cda_cli.inspection.seen_rows import CAPPED_WEIGHT
-from cda_cli.plots import COLUMN, Style, draw_map, drawable, new_figure
+from cda_cli.plots import COLUMN, Style, draw_map, draw_scale, drawable, new_figure
 from cda_cli.token_labels import visible
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ def draw_heads(style: Style, rows: Sequence[OfHead]) -> Figure:
     figure, all_axes = new_figure(style, 1, 0.28 * lines, lines, COLUMNS)
     for axes, (measure, of) in zip(all_axes, measures.items(), strict=False):
         layers = grouped(of, lambda row: row.layer)
-        drawn = draw_map(axes, style, [_values(each) for each in layers.values()])
+        drawn = draw_map(axes, style, 1 / COLUMNS, [_values(each) for each in layers.values()])
         name_cells(axes.set_xticks, [row.head for row in next(iter(layers.values()))])
         name_cells(axes.set_yticks, list(layers))
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
-        figure.colorbar(drawn, ax=axes)
+        draw_scale(figure, axes, drawn)
         axes.set_title(LABELS[measure], fontsize=style.settings["font.size"])
     for axes in all_axes[len(measures) :]:
         axes.remove()
@@ -109,7 +109,7 @@ def draw_weights(style: Style, rows: Sequence[Weight]) -> Figure:
         values[row.query][row.key + null] = row.weight
     side = 1 if len(queries) > IN_A_COLUMN else COLUMN
     figure, (axes,) = new_figure(style, side, 0.9 * side)
-    drawn = draw_map(axes, style, values, WEIGHTS)
+    drawn = draw_map(axes, style, side, values, WEIGHTS)
     axes.set_aspect("equal")
     cell = 0.75 * style.page * side * POINTS / len(keys)  # points
     marked = [(row.key + null + 0.5, row.query + 0.5) for row in rows if row.capped]
@@ -127,5 +127,5 @@ def draw_weights(style: Style, rows: Sequence[Weight]) -> Figure:
     axes.tick_params(axis="x", rotation=90)
     axes.set_xlabel("key")
     axes.set_ylabel("query")
-    figure.colorbar(drawn, ax=axes, shrink=0.6).set_label("weight λ")
+    draw_scale(figure, axes, drawn, "weight λ", shrink=0.6)
     return figure
