@@ -49,7 +49,7 @@ def query_tile(width: int, dtype: torch.dtype) -> Tile:
     """The tile of `decode_query_kernel`."""
     if dtype == torch.float32 or width > 128 or width % 16:  # Triton reads rows of such a width number by number.
         return Tile(16, 4, 3, 3)
-    return Tile(32, 4, 3, 3) if width > 64 else Tile(64, 4, 3, 3)
+    return Tile(64, 8, 3, 1) if width > 64 else Tile(64, 4, 3, 3)
 
 
 def member_tile(width: int, dtype: torch.dtype) -> Tile:
