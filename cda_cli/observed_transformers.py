@@ -36,31 +36,29 @@ _observers: dict[nn.Module, Observer] = {}  # of each module of the models that 
 
 
 class Description(NamedTuple):
-    """What a model says of itself. `eps` is None where layers differ in it, or where it has none.
+    """What a model says of itself.
 
+    `context` is None where it takes any number of tokens, and `eps` where layers differ in it, or it has none.
     `has_budget` says whether it has soft top-k, with a budget k, and not softmax.
     """
 
     name: str
     layers: int
-    context: int
+    context: int | None
     largest_k: float
     eps: float | None
     has_budget: bool
 
 
 def describe(model: Any) -> Description:
-    """Reads the configuration of a model of transformers. Raises ConfigError for another module."""
-    if not isinstance(model, PreTrainedModel):
-        raise ConfigError(
-            f"{type(model).__name__} cannot be inspected; give a run, an exported folder or a model of transformers"
-        )
+    """Reads the configuration of a model of transformers. Raises ConfigError as `observing` does."""
+    _check(model)
     config, settings = model.config.get_text_config(), getattr(model.config, NAME, None) or {}
     k, eps = settings.get("k", 1.0), settings.get("eps")
     return Description(
         getattr(model.config, "_name_or_path", "") or type(model).__name__,
         config.num_hidden_layers,
-        config.max_position_embeddings,
+        getattr(config, "max_position_embeddings", None),
         max(k) if isinstance(k, (list, tuple)) else k,
         eps if isinstance(eps, float) else None,
         bool(settings),
@@ -78,8 +76,7 @@ def observing(
     so not one of experts. What heads write is not known, so `to_out` is None. Raises ConfigError for a model whose
     attention cannot be seen; so does a forward pass.
     """
-    if not model._can_set_attn_implementation():
-        raise _unseen(type(model).__name__, "has an attention of its own, without transformers' interface")
+    _check(model)
     width = model.config.get_text_config().hidden_size
     with ExitStack() as undo:
         undo.enter_context(_attending(model, observer))
@@ -89,6 +86,15 @@ def observing(
             if matrix is not None:
                 undo.callback(matrix.register_forward_pre_hook(_units_hook(layer, observer)).remove)
         yield
+
+
+def _check(model: Any) -> None:
+    """Refuses what is no model of transformers, and one that never calls an attention function."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"{name} cannot be inspected; give a run, an exported folder or a model of transformers")
+    if not model._can_set_attn_implementation():
+        raise _unseen(name, "has an attention of its own, without transformers' interface")
 
 
 @contextmanager
@@ -165,6 +171,8 @@ def _attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if key.shape[2] != T or not (causal or mask is not None):
         raise _unseen(name, "has queries that see later keys, or keys of another text")
+    if mask is not None and mask.dtype != torch.bool:
+        raise _unseen(name, "makes a mask of its own")
     settings = Settings(**getattr(module.config, NAME)) if hasattr(module.config, NAME) else None
     key, value = for_each_query(key, H), for_each_query(value, H)
     scale = D**-0.5 if scaling is None else scaling
@@ -176,7 +184,7 @@ def _attention(
             scores = softcap * torch.tanh(scores / softcap)
         t = scores.shape[2]
         visible = torch.ones(t, T, dtype=torch.bool, device=scores.device).tril(first)
-        if mask is not None and mask.dtype == torch.bool:  # that of a window, or of a model that looks both ways
+        if mask is not None:  # that of a window, or of a model that looks both ways
             shown = mask[..., first : first + t, :T]
             if (shown & ~visible).any():
                 raise _unseen(name, "has queries that see later keys")

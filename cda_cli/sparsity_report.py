@@ -329,7 +329,12 @@ def _inspect_transformers(
     ids = np.array(tokenizer.encode(text))
     encoded = Encoded(ids, np.zeros(len(ids), np.uint8))  # Without losses no bytes are counted, nor the last target.
     ending = Encoded(*(each[-1:] for each in encoded))
-    windows = _windows(encoded, ending, min(context or described.context, described.context))
+    limits = [limit for limit in (context, described.context) if limit is not None]
+    if not limits:
+        raise ConfigError("the model takes any number of tokens; give context=, the tokens of a window")
+    if min(limits) < 1:
+        raise ConfigError(f"context is the tokens of a window, 1 or more, not {context}")
+    windows = _windows(encoded, ending, min(limits))
     training = model.training
     model.eval()
     try:

@@ -132,6 +132,15 @@ def test_what_cannot_be_seen_is_one_sentence() -> None:
         cda_cli.inspect(bert, "abc")
     with pytest.raises(ConfigError, match="Linear cannot be inspected; give a run"):
         cda_cli.inspect(torch.nn.Linear(2, 2), "abc", tokenizer=Letters())
+    llama = build("llama", dtype=torch.float32)
+    with pytest.raises(ConfigError, match="1 or more, not 0"):
+        cda_cli.inspect(llama, "abc", tokenizer=Letters(), context=0)
+    endless = build("recurrent_gemma", "sdpa", num_hidden_layers=1, dtype=torch.float32)
+    del endless.config.max_position_embeddings
+    with pytest.raises(ConfigError, match="any number of tokens; give context="):
+        cda_cli.inspect(endless, "abc", tokenizer=Letters())
+    with observing(llama, lambda seen: None), pytest.raises(ConfigError, match="makes a mask of its own"):
+        llama(input_ids=TOKENS, attention_mask=torch.zeros(1, 1, 23, 23), use_cache=False)
     with pytest.raises(ConfigError, match="leave tokenizer and context out"):
         cda_cli.inspect("run", "abc", context=3)
 
