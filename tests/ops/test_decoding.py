@@ -63,11 +63,11 @@ def assert_right(this: Problem, lengths: Tensor, output: Tensor) -> None:
 SHAPES = {  # B, H, T, S, D, and the key heads
     "one query": ((2, 1, 1, 140, 16), 1),
     "grouped heads": ((2, 3, 1, 140, 20), 1),
-    "several queries": ((2, 2, 8, 70, 16), 2),
+    "several queries": ((2, 1, 8, 70, 16), 1),
     "more queries than a program takes": ((1, 9, 2, 70, 16), 1),
 }
 BUDGETS: dict[str, float | tuple[float, ...]] = {
-    "k = 1": 1.0, "k = 2": 2.0, "k = 7": 7.0, "k = 16": 16.0, "any k": 40.0, "k of each query": (0.4, 1.0, 1.7, 2.0),
+    "k = 1": 1.0, "k = 2": 2.0, "k = 16": 16.0, "any k": 40.0, "k of each query": (0.4, 1.0, 1.7, 2.0),
 }  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_rows_of_unequal_length(name: str, budget: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["one query", "several queries"])
-@pytest.mark.parametrize("k", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("k", [1.0, 2.0, 5.0] if DEVICE == "cuda" else [2.0])
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision(dtype: torch.dtype, k: float, name: str) -> None:
     shape, key_heads = SHAPES[name]
@@ -125,7 +125,7 @@ def hard_rows(n: int) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("k", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("k", [2.0, 5.0])
 @pytest.mark.parametrize("name", hard_rows(64))
 def test_hard_rows(name: str, k: float) -> None:
     """A head for each row of scores: the keys are unit vectors, the queries are the scores."""
@@ -146,15 +146,15 @@ def test_the_door_of_attention_decodes_too(T: int) -> None:
     assert torch.equal(output, decoded(this))
 
 
-@pytest.mark.parametrize("H", [1, 6])
+@pytest.mark.parametrize("H", [1, 2])
 @pytest.mark.parametrize("k", [2.0, 3.0])
 def test_a_budget_without_meaning_or_beyond_the_bound_makes_its_query_nan(H: int, k: float) -> None:
     budgets = torch.tensor([-1.0, 0.0, torch.nan, 9.0, 1.0, k])
-    this = problem((6, H, 1, 30, 16), 1.0, key_heads=1)._replace(budget=budgets.view(6, 1, 1).expand(6, H, 1))
+    this = problem((6, H, 1, 20, 16), 1.0, key_heads=1)._replace(budget=budgets.view(6, 1, 1).expand(6, H, 1))
     inputs = DecodingInputs(*(x.to(DEVICE) for x in this[:3]), None, this.budget.to(DEVICE), k, this.eps, this.scale)
     output = decode(inputs).cpu()
     assert output[:4].isnan().all()
-    assert_right(Problem(*(x[4:] for x in this[:5]), *this[5:]), torch.tensor([30, 30]), output[4:])
+    assert_right(Problem(*(x[4:] for x in this[:5]), *this[5:]), torch.tensor([20, 20]), output[4:])
 
 
 @pytest.mark.parametrize("k", [1.0, 2.0, 3.0])
@@ -168,8 +168,7 @@ def test_a_nan_query_or_key_shows_in_the_output(k: float) -> None:
         assert output[0, 0].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1, 150, 20), (2, 2, 3, 150, 20)])
-@pytest.mark.parametrize("k", [2.0, 6.0])
+@pytest.mark.parametrize(("shape", "k"), [((2, 1, 1, 150, 20), 2.0), ((2, 1, 3, 150, 20), 6.0)])
 def test_nothing_is_read_that_was_not_written(
     fenced: list[Tensor], shape: tuple[int, int, int, int, int], k: float
 ) -> None:
@@ -190,10 +189,10 @@ def test_lengths_that_no_one_may_look_at_read_no_other_key(lengths: list[int]) -
     assert_right(this, torch.tensor([0, 40]), output)
 
 
-@pytest.mark.parametrize(("H", "k"), [(1, 2.0), (3, 4.0)])
-def test_lengths_may_change_between_the_runs_of_a_graph(H: int, k: float) -> None:
+@pytest.mark.parametrize("k", [2.0, 4.0])
+def test_lengths_may_change_between_the_runs_of_a_graph(k: float) -> None:
     """The launch does not depend on them. Without a GPU there is no graph, and each run is a call."""
-    this = problem((2, H, 1, 140, 16), k, key_heads=1)
+    this = problem((2, 1, 1, 140, 16), k)
     inputs = [tensor.to(DEVICE) for tensor in this[:3]]
     lengths = torch.full((2,), 140, device=DEVICE)
 
