@@ -89,7 +89,7 @@ class Attention(nn.Module):
                 observe = partial(self._observe, self._output_scale(budget, logits.get("gate"), query))
             watch = (observe, self.edit_rows)
             out_BHTD = self.rule.attend_densely(query, key, value, budget, *watch, documents, visible_B)
-        elif visible_B is not None:
+        elif cache is not None and documents is None and query.shape[2] == 1:
             out_BHTD = self.rule.decode(query, key, value, budget, visible_B)
         else:
             out_BHTD = self.rule.attend(query, key, value, budget, documents)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .precision import arithmetic_dtype, in_own_precision
 from .row_operator import soft_topk_rows
 from .solve_spec import SolveSpec
+from .solvers import SOLVERS
 
 MOST_QUERIES = 8
 
@@ -57,9 +58,13 @@ def dense_decoding(inputs: DecodingInputs) -> Tensor:
     # The queries of a group stand below each other, so that no key is repeated.
     members = (scale * query.to(dtype)).reshape(B, G, H // G * T, D)
     scores = (members @ key.to(dtype).transpose(-1, -2)).view(B, H, T, S)
-    hidden = torch.arange(S, device=query.device) >= inputs.visible()[..., None]
-    scores = scores.masked_fill(hidden.unsqueeze(1), -torch.inf)
-    weights, _ = soft_topk_rows(
-        scores.view(-1, S), inputs.budgets().reshape(-1), *SolveSpec("exact", eps).flat(), "torch"
-    )
+    if inputs.lengths is not None or T > 1:  # A single query of a row without a length sees every key.
+        hidden = torch.arange(S, device=query.device) >= inputs.visible()[..., None]
+        scores = scores.masked_fill(hidden.unsqueeze(1), -torch.inf)
+    rows, budget, spec = scores.view(-1, S), inputs.budgets().reshape(-1), SolveSpec("exact", eps)
+    if torch.compiler.is_compiling():  # The solver branches on its results.
+        weights, _ = soft_topk_rows(rows, budget, *spec.flat(), "torch")
+    else:  # A custom operator, which keeps what a gradient needs, would take longer than the work on a few rows.
+        code = SOLVERS["exact"]
+        weights, _ = code.solve(code.prepared(rows, dtype), budget, lambda: (rows > -torch.inf).sum(-1), spec)
     return (weights.view(B, G, -1, S) @ value.to(dtype)).to(value.dtype).view(B, H, T, D)

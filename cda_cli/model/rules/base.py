@@ -98,11 +98,16 @@ class AttentionRule(ABC):
         """
         return self.attend_densely(query, key, value, budget, documents=documents)
 
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, visible_B: Tensor) -> Tensor:
+    def decode(
+        self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, visible_B: Tensor | None
+    ) -> Tensor:
         """Computes attention [B, H, 1, D] of one query a row, which sees the first `visible_B` of the S keys.
 
-        The arguments are those of `attend`, and `visible_B` is int64 [B]. There is no gradient.
+        The arguments are those of `attend`, and `visible_B` is int64 [B], or None where each row sees all keys. There
+        is no gradient.
         """
+        if visible_B is None:
+            return self.attend(query, key, value, budget)
         return self.attend_densely(query, key, value, budget, visible_B=visible_B)
 
     def attend_densely(

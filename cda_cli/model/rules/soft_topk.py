@@ -48,7 +48,9 @@ class SoftTopK(AttentionRule):
             **self.solver,
         )
 
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, visible_B: Tensor) -> Tensor:
+    def decode(
+        self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, visible_B: Tensor | None
+    ) -> Tensor:
         if self.config.solver != "exact":
             return super().decode(query, key, value, budget, visible_B)
         return decode_attention(

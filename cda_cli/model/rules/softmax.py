@@ -24,7 +24,9 @@ class Softmax(AttentionRule):
     ) -> Tensor:
         return _sdpa(query, key, value, self.scale, documents)
 
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, visible_B: Tensor) -> Tensor:
+    def decode(
+        self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, visible_B: Tensor | None
+    ) -> Tensor:
         """A GPU has a kernel for the soft top-k, which with k = 1 and ε = 1 is softmax."""
         chosen = choose_backend(self.backend, self.config.solver, query.device, query.dtype, query.shape[-1])
         if chosen.name != "triton":

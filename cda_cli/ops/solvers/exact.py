@@ -93,6 +93,19 @@ def solve_exact(scores: Tensor, budget: Tensor, visible: Tensor, eps: float) -> 
     peak.masked_fill_(full, 1.0)
 
     rows = torch.nonzero(peak > 1).squeeze(-1)
+    if len(rows):
+        _cap(rows, scores, budget, weights, dual, eps)
+    everything = torch.nonzero(full).squeeze(-1)
+    if len(everything):
+        dual.shift[everything] = torch.finfo(scores.dtype).min
+        of_everything = scores[everything]
+        visible_or_nan = (of_everything > torch.finfo(scores.dtype).min).to(scores.dtype)
+        weights[everything] = torch.where(of_everything.isnan(), torch.nan, visible_or_nan)
+    return weights, dual
+
+
+def _cap(rows: Tensor, scores: Tensor, budget: Tensor, weights: Tensor, dual: Dual, eps: float) -> None:
+    """Takes further steps for `rows`, whose largest weight exceeds 1, and changes their weights and dual."""
     free_scores, mass, newest = (tensor.index_select(0, rows) for tensor in (scores, budget, weights))
     capped = torch.zeros_like(newest)
     while len(rows):
@@ -110,13 +123,6 @@ def solve_exact(scores: Tensor, budget: Tensor, visible: Tensor, eps: float) -> 
         rows, free_scores, mass, newest, capped = (
             tensor.index_select(0, again) for tensor in (rows, free_scores, mass, newest, capped)
         )
-
-    everything = torch.nonzero(full).squeeze(-1)
-    dual.shift[everything] = torch.finfo(scores.dtype).min
-    of_everything = scores[everything]
-    visible_or_nan = (of_everything > torch.finfo(scores.dtype).min).to(scores.dtype)
-    weights[everything] = torch.where(of_everything.isnan(), torch.nan, visible_or_nan)
-    return weights, dual
 
 
 def _free_part(free_scores: Tensor, mass: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
