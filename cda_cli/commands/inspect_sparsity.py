@@ -97,6 +97,8 @@ def inspect_sparsity(
     source = {"checkpoint": str(restored.path), "data": text.description, "split": text.split}
     further = {"causal": checked.document()} if checked else {}
     document = {**source, "attn_eps": restored.model.attention_eps, **report.as_dict(), **further}
+    if html and paged:  # first: who reads only the beginning of the report ends the command
+        note(write_report_page(html, paged, report, restored, text, checked))
     if as_json:
         print_json(document)
     else:
@@ -106,6 +108,4 @@ def inspect_sparsity(
         with progress("drawing", len(FIGURES), quiet=as_json) as drawing:
             written = write_figures(figures, material, styles, shlex.join(["cda", *sys.argv[1:]]), drawing)
         note(written.words)
-    if html and paged:
-        note(write_report_page(html, paged, report, restored, text, checked))
     check_conditions(conditions, named_figures(document))
