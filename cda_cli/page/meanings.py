@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+ABLATION = "ablation_difference"
 MEANINGS = {
     "sparsity_k": "the budget k, what the weights of a row sum to",
     "effective_support": "keys that a row spreads over: exp of the entropy of its weights",
@@ -36,7 +37,8 @@ MEANINGS = {
     "first_lift": "mass on the window's first key, over what equal weights would give",
     "duplicate_lift": "mass on earlier keys with the query's token, over chance at the same distances",
     "induction_lift": "mass on keys after such a token, over chance at the same distances",
+    # Those of gradients, and the one of ablations, are there where they were asked for.
+    "importance": "E |∂L/∂ξ| of a factor ξ on the output of the head",
+    "sparsity_k_gradient": "nats by which the loss changes if each row has one key more in its k, to first order",
+    ABLATION: "bits per byte more when the output of the head is replaced by its mean",
 }
-# Causal checks add this one (docs/causal-checks.md).
-ABLATION = "ablation_difference"
-OF_ABLATION = "bits per byte more when the output of the head is replaced by its mean"

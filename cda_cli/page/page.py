@@ -22,7 +22,7 @@ from cda_cli.errors import ConfigError
 from cda_cli.inspection import LiveHead, Report, RowStore
 from cda_cli.inspection.row_codes import deflate
 from cda_cli.inspection.store import thumbnail_side
-from cda_cli.page.meanings import ABLATION, MEANINGS, OF_ABLATION
+from cda_cli.page.meanings import ABLATION, MEANINGS
 from cda_cli.storage import write_file
 from cda_cli.strict_json import dumps
 from cda_cli.version import __version__
@@ -94,7 +94,7 @@ def page(content: PageContent) -> str:
     ablations = {(each["layer"], each["head"]): each for each in (content.causal or {}).get("ablations", ())}
     document = {
         **_rounded(content.report.as_dict()),
-        "meanings": {**MEANINGS, **({ABLATION: OF_ABLATION} if ablations else {})},
+        "meanings": MEANINGS,
         "labels": list(content.labels[: content.store.queries]),
         "rows": _described(content.store),
         "causal": content.causal,

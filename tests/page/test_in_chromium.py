@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from cda_cli.inspection import StoredRow
+from cda_cli.inspection import NAMES, StoredRow
 from cda_cli.ops import soft_topk
 from cda_cli.page import PageContent
 from cda_cli.page.page import page
@@ -75,6 +75,11 @@ def test_the_overview_has_all_heads_and_the_curve(seen: dict[str, Any], shown: P
     ]
     keys = {name: head.measures["keys_95"] for name, head in zip(names, shown.report.heads, strict=True)}
     assert seen["sorted"] == sorted(names, key=lambda name: -keys[name])
+
+
+def test_measures_that_no_head_has_are_left_out(seen: dict[str, Any], shown: PageContent) -> None:
+    """As those of gradients here."""
+    assert seen["measures"] == [*NAMES, "ablation_difference"]
 
 
 def test_arrows_walk_through_the_heads(seen: dict[str, Any]) -> None:

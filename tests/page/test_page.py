@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from cda_cli.errors import ConfigError
-from cda_cli.inspection import NAMES, RowStore, StoredHead
+from cda_cli.inspection import GRADIENTS, NAMES, RowStore, StoredHead
 from cda_cli.inspection.row_codes import RowArrays, deflate, encode, inflate
 from cda_cli.page import PageContent, bytes_for_rows, write_page
-from cda_cli.page.meanings import MEANINGS
+from cda_cli.page.meanings import ABLATION, MEANINGS
 from cda_cli.page.page import page
 from tests.page.content import HEADS, LABELS, LAYERS, TOKENS, content, cuts
 
@@ -102,7 +102,7 @@ def test_nothing_is_asked_for_from_elsewhere(parsed: Parsed) -> None:
 
 
 def test_every_measure_has_its_meaning() -> None:
-    assert tuple(MEANINGS) == NAMES
+    assert tuple(MEANINGS) == (*NAMES, *GRADIENTS, ABLATION)
 
 
 def test_ids_are_given_once_and_those_that_the_script_asks_for_are_there(parsed: Parsed) -> None:

@@ -32,6 +32,7 @@ async function walk() {
   press("Escape");
   seen.overview = { address: address(), focused: document.activeElement.dataset.head, headHidden: $("#head").hidden };
   seen.cells = [...document.querySelectorAll("#grid [role=gridcell]")].map((cell) => cell.getAttribute("aria-label"));
+  seen.measures = [...$("#by").options].map((option) => option.value);
   seen.tabStops = document.querySelectorAll('#grid [tabindex="0"]').length;
   seen.curve = [...document.querySelectorAll("#curve title")].map((title) => title.textContent);
   button("#curve-tools", "CSV").click();

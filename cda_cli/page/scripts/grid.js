@@ -4,7 +4,7 @@ import { frame, image, text } from "./charts.js";
 import { byId, element, short, svgElement, tiny, words } from "./dom.js";
 import { exportButtons, standalone } from "./download.js";
 import { state, update } from "./state.js";
-import { heads, inflate, report } from "./store.js";
+import { heads, inflate, measures, report } from "./store.js";
 import { inkOn, measureColour, palette, weightColours } from "./theme.js";
 
 const grid = byId("grid");
@@ -18,7 +18,7 @@ let shown = []; // names of heads in the order of the grid
 export async function openGrid() {
   thumbnails = await inflate("thumbnails");
   const by = byId("by");
-  by.append(...Object.keys(report.meanings).map((name) => element("option", { value: name }, name)));
+  by.append(...measures.map((name) => element("option", { value: name }, name)));
   by.addEventListener("change", () => update({ by: by.value }));
   for (const id of ["order", "show"])
     byId(id).addEventListener("change", (event) => update({ [id]: event.target.value }));
@@ -180,7 +180,6 @@ export function focusHead(name) {
 }
 
 function gridTable() {
-  const measures = Object.keys(report.meanings);
   const rows = [...heads.values()].map((head) => [head.layer, head.head, ...measures.map((name) => head[name])]);
   return [["layer", "head", ...measures], rows];
 }

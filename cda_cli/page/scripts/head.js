@@ -7,7 +7,7 @@ import { neighbours } from "./grid.js";
 import { isChanged, isLive, liveHead, openLive, showLive } from "./live.js";
 import { drawMap, mapSvg, markMap, placeOf } from "./map.js";
 import { state, update } from "./state.js";
-import { heads, report, rowsOf, T } from "./store.js";
+import { heads, measures, report, rowsOf, T } from "./store.js";
 import { openText, rowTable, scrollToToken, showRow } from "./text.js";
 
 const FACTS = [
@@ -56,7 +56,9 @@ export async function showHead() {
   byId("head-name").textContent = `Head ${name}`;
   byId("head-reads").textContent = head.reads ? `reads: ${head.reads}` : "";
   byId("head-facts").replaceChildren(
-    ...FACTS.map((fact) => pair(words(fact), short(head[fact]), report.meanings[fact])),
+    ...FACTS.filter((fact) => measures.includes(fact)).map((fact) =>
+      pair(words(fact), short(head[fact]), report.meanings[fact]),
+    ),
     ...ablation(name),
   );
   const found = await Promise.all([rowsOf(name), isLive(name) ? liveHead(name) : null]);

@@ -5,7 +5,7 @@ import { drawGrid, drawSheet, focusHead, markHead, neighbour, openGrid } from ".
 import { openHeadPanel, query, redrawHead, showHead, showQuery } from "./head.js";
 import { drawOverview, openOverview } from "./overview.js";
 import { onChange, readAddress, state, update } from "./state.js";
-import { heads, report, T } from "./store.js";
+import { heads, measures, report, T } from "./store.js";
 import { chooseTheme, onThemeChange } from "./theme.js";
 
 const help = byId("help");
@@ -33,7 +33,7 @@ function fromAddress() {
   if (!heads.has(found.head)) found.head = null;
   if (!(found.eps > 0)) found.eps = null;
   if (!(found.k > 0)) found.k = null;
-  if (!(found.by in report.meanings)) delete found.by;
+  if (!measures.includes(found.by)) delete found.by;
   if (found.query !== null) found.query = Math.min(Math.max(Math.round(found.query), 0), T - 1);
   return found;
 }

@@ -3,7 +3,7 @@
 import { barChart, legend, lineChart } from "./charts.js";
 import { byId, element, percent, short } from "./dom.js";
 import { exportButtons, standalone } from "./download.js";
-import { report } from "./store.js";
+import { measures, report } from "./store.js";
 
 const LINEAR_BELOW = 0.01; // bits per byte
 const box = byId("curve");
@@ -21,7 +21,7 @@ function lines() {
   return [...found.values()];
 }
 
-const restNames = Object.keys(report.meanings).filter((name) => /^rest_\d+$/.test(name));
+const restNames = measures.filter((name) => /^rest_\d+$/.test(name));
 const meanRest = (name) => report.heads.reduce((sum, head) => sum + head[name], 0) / report.heads.length;
 
 export function openOverview() {

@@ -9,6 +9,10 @@ const OCTAVES = 10;
 export const report = JSON.parse(byId("report").textContent);
 export const T = report.rows.queries; // tokens of the window that the page shows
 export const heads = new Map(report.heads.map((head) => [`${head.layer}.${head.head}`, head]));
+// The measures that some head has: not all models and inspections have all of them.
+export const measures = Object.keys(report.meanings).filter((name) =>
+  report.heads.some((head) => Number.isFinite(head[name])),
+);
 const stored = new Map(report.rows.heads.map((head) => [`${head.layer}.${head.head}`, head]));
 
 // A level is what colours a weight: 1 for 2^−10 and less, 254 for almost 1, and CAPPED for exactly 1.
