@@ -164,4 +164,8 @@ def test_what_is_saved_can_be_read(seen: dict[str, Any], shown: PageContent) -> 
     [image] = picture.iter("{http://www.w3.org/2000/svg}image")
     assert image.attrib["href"].startswith("data:image/png;base64,")
     words = [each.text for each in picture.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"Head 1.1", "query", "key", "λ = 1, capped"} <= set(words)
+    assert {"Head 1.1", "query", "key", "λ = 1, capped", "0.01"} <= set(words)
+    places = {
+        float(each.attrib["x"]) for each in picture.iter("{http://www.w3.org/2000/svg}rect") if "x" in each.attrib
+    }
+    assert len(places) > 250, "the scale does not show every shade"

@@ -191,7 +191,11 @@ function gridSvg() {
   const { share } = scale();
   const sorted = state.order !== "layer";
   const title = `${words(state.by)}: ${sorted ? "sorted" : "layers down, heads across"}`;
-  const drawing = frame(size * across.size + edge, size * Math.ceil(shown.length / across.size) + top, title);
+  const drawing = frame(
+    Math.max(size * across.size + edge, 300),
+    size * Math.ceil(shown.length / across.size) + top,
+    title,
+  );
   drawing.append(text(title, 4, 16, ink));
   shown.forEach((name, place) => {
     const [x, y] = [edge + size * (place % across.size), top + size * Math.floor(place / across.size)];

@@ -3,7 +3,7 @@
 import { frame, image, text } from "./charts.js";
 import { byId, svgElement } from "./dom.js";
 import { standalone } from "./download.js";
-import { T, weightOf } from "./store.js";
+import { levelOf, T } from "./store.js";
 import { CAPPED, palette, weightColours } from "./theme.js";
 
 const canvas = byId("map");
@@ -36,7 +36,8 @@ export function drawMap(rows) {
 // Where the pointer is: {query, key}.
 export function placeOf(event) {
   const box = canvas.getBoundingClientRect();
-  const position = (at, start, size) => Math.min(T - 1, Math.max(0, Math.floor((T * (at - start)) / size)));
+  // A click has whole pixels where a move has parts of them, and both shall mean the same place.
+  const position = (at, start, size) => Math.min(T - 1, Math.max(0, Math.floor((T * (Math.floor(at) - start)) / size)));
   return { query: position(event.clientY, box.top, box.height), key: position(event.clientX, box.left, box.width) };
 }
 
@@ -62,17 +63,25 @@ export function mapSvg(title) {
   }
   drawing.append(text("key", left + size / 2, top + size + 30, ink, "middle"));
   drawing.append(text("query", 14, top + size / 2, ink, "middle", -90));
-  const { css } = weightColours();
-  const [width, y] = [Math.floor(size / 2 / 254), top + size + 46];
-  for (let level = 1; level < CAPPED; level++) {
-    drawing.append(
-      svgElement("rect", { x: left + width * level, y, width: width + 0.5, height: 10, fill: css[level] }),
-    );
-  }
-  for (const level of [1, 102, 254]) {
-    drawing.append(text(weightOf(level).toPrecision(1), left + width * level, y + 24, quiet, "middle"));
-  }
-  drawing.append(svgElement("rect", { x: left + 320, y, width: 10, height: 10, fill: css[CAPPED], stroke: ink }));
-  drawing.append(text("λ, free", left + 262, y + 9, ink), text("λ = 1, capped", left + 336, y + 9, ink));
+  drawing.append(...scaleOfMap(left, top + size + 46));
   return standalone(drawing);
+}
+
+// The colours of free weights, on a log scale, and that of capped ones.
+function scaleOfMap(left, y) {
+  const { ink, quiet } = palette();
+  const { css } = weightColours();
+  const [wide, levels] = [240, CAPPED - 1];
+  const at = (level) => left + (wide * (level - 1)) / levels;
+  const parts = [];
+  for (let level = 1; level < CAPPED; level++) {
+    parts.push(svgElement("rect", { x: at(level), y, width: wide / levels + 0.5, height: 10, fill: css[level] }));
+  }
+  for (const weight of [0.001, 0.01, 0.1, 1]) {
+    parts.push(text(String(weight), at(levelOf(weight)), y + 24, quiet, "middle"));
+  }
+  const capped = { x: left + wide + 70, y, width: 10, height: 10, fill: css[CAPPED], stroke: ink };
+  parts.push(text("λ, free", left + wide + 12, y + 9, ink), svgElement("rect", capped));
+  parts.push(text("λ = 1, capped", left + wide + 88, y + 9, ink));
+  return parts;
 }

@@ -17,7 +17,6 @@ const stored = new Map(report.rows.heads.map((head) => [`${head.layer}.${head.he
 
 // A level is what colours a weight: 1 for 2^−10 and less, 254 for almost 1, and CAPPED for exactly 1.
 export const levelOf = (weight) => Math.min(Math.max(Math.round(STEPS * (1 + Math.log2(weight) / OCTAVES)), 1), STEPS);
-export const weightOf = (level) => (level === CAPPED ? 1 : 2 ** (OCTAVES * (level / STEPS - 1)));
 
 // The bytes of a script element of the page, which has them as base64 of raw deflate.
 export async function inflate(id) {
