@@ -88,7 +88,7 @@ def test_a_rule_is_its_definition(name: str, T: int, S: int, key_heads: int) -> 
     budget = K if rule.has_budget else 1.0
     seen: list[Tensor] = []
     torch.testing.assert_close(rule.attend(query, key, value, budget).double(), output, rtol=0, atol=2e-5)
-    densely = rule.attend_densely(query, key, value, budget, lambda weights, k, values, last: seen.append(weights))
+    densely = rule.attend_densely(query, key, value, budget, lambda weights, *_: seen.append(weights))
     torch.testing.assert_close(densely.double(), output, rtol=0, atol=2e-5)
     torch.testing.assert_close(torch.cat(seen, 2).double(), weights, rtol=0, atol=2e-5)
 
