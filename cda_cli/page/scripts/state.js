@@ -24,7 +24,8 @@ export function update(changes) {
   Object.assign(state, changes);
   if (Object.keys(state).every((name) => state[name] === before[name])) return;
   const address = addressOf(state);
-  if (address !== location.hash) history.replaceState(null, "", address || "#");
+  // In a notebook the page lies in a frame that has no address of its own.
+  if (address !== location.hash && location.protocol !== "about:") history.replaceState(null, "", address || "#");
   for (const listener of listeners) listener(before);
 }
 
