@@ -1,4 +1,4 @@
-"""Decoding of several queries that share their keys, and of any k up to 17: a tile of queries and a split of keys.
+"""Decoding of several queries that share their keys, and of any k up to 16: a tile of queries and a split of keys.
 
 The *members* of a tile are the queries of a group (the query heads that share a key head, times T). A program
 
