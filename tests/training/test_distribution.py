@@ -116,7 +116,7 @@ def plain(small: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Conf
     return config, run
 
 
-@pytest.mark.parametrize(("parallel", "batches"), [("ddp", 2), ("fsdp", 2), ("fsdp", 1)])
+@pytest.mark.parametrize(("parallel", "batches"), [("ddp", 1), ("fsdp", 2)])
 def test_compiled_it_is_the_same_run(
     nursery: Nursery, plain: tuple[Config, Path], tmp_path: Path, parallel: str, batches: int
 ) -> None:
