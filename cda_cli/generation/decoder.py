@@ -8,6 +8,7 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -133,7 +134,10 @@ class Decoder:
         if captured is None:
             graph = torch.cuda.CUDAGraph()
             # Other threads, such as one that prepares batches of training, may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
+            capture = torch.cuda.graph(
+                graph, pool=self._graph_pool, stream=_capture_stream(self.device), capture_error_mode="thread_local"
+            )
+            with torch.cuda.device(self.device), capture:
                 drawn = self._step(rows, longest)
             self._graph_pool = graph.pool()
             captured = self._steps[key] = _CapturedStep(graph, drawn)
@@ -151,6 +155,12 @@ class Decoder:
 
     def _tensor(self, numbers: Sequence[Any]) -> Tensor:
         return to_device(torch.tensor(numbers), self.device)
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which graphs are captured. That of PyTorch is on the device that was current first."""
+    return torch.cuda.Stream(device)
 
 
 def _bucket(count: int, least: int, most: int) -> int:

@@ -158,9 +158,9 @@ class Generation:
             row.drawn += 1
         if not self._on_gpu:
             return _Pass(rows, drawn, None)
-        arrived = torch.cuda.Event()
         on_host = Drawn._make(part.to("cpu", non_blocking=True) if part is not None else None for part in drawn)
-        arrived.record()
+        # PyTorch records an event on the current device, which need not be that of the model.
+        arrived = torch.cuda.current_stream(drawn.tokens_B.device).record_event()
         return _Pass(rows, on_host, arrived)
 
     def _known(self, of: _Pass) -> Iterator[Generated]:

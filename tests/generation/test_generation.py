@@ -68,6 +68,14 @@ def uncached(model: Transformer, prompt: list[int], count: int, how: SamplingSet
     return drawn
 
 
+@pytest.mark.parametrize("device", ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+def test_each_device_gives_the_tokens_of_whole_passes(device: str) -> None:
+    """A GPU need not be the current one. Its steps are CUDA graphs from the second one on."""
+    model = build(**OPTIONS[1])
+    expected = uncached(model, [1, 2, 3], 20, GREEDY)
+    assert tokens(model.to(device), [1, 2, 3], 20, GREEDY) == expected
+
+
 def test_the_seed_decides() -> None:
     model = build()
     drawn = [tokens(model, [1, 2, 3], 20, WARM, seed=seed) for seed in range(6)]
