@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from cda_cli.runtime import autocast, to_device
 LEAST_BUCKET = 256  # positions of the shortest context for which a CUDA graph is captured
 PREFILL_TOKENS = 16384  # read in one pass, of all rows together, but at least PREFILL_POSITIONS of each
 PREFILL_POSITIONS = 256
+MOST_BUCKETS = 256  # for which a step is compiled
 
 
 class _CapturedStep(NamedTuple):
@@ -51,7 +52,7 @@ class Decoder:
         self._cache = StaticCache(model, rows, dtype, self._positions)
         self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device)
         self._tokens_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self._bucketed_logits = torch.compile(self._logits_of_step, dynamic=False) if compiled else self._logits_of_step
+        self._bucketed_logits = _compiled(self._logits_of_step) if compiled else self._logits_of_step
         self._has_graphs = model.fits_cuda_graph and not is_sharded
         self._needs_buckets = compiled or self.device.type == "cuda"
         self._steps: dict[tuple[int, int], _CapturedStep | None] = {}
@@ -155,6 +156,17 @@ class Decoder:
 
     def _tensor(self, numbers: Sequence[Any]) -> Tensor:
         return to_device(torch.tensor(numbers), self.device)
+
+
+def _compiled(function: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
+    """Compiles `function` anew for each pair of numbers. By itself, PyTorch runs it uncompiled after eight of them."""
+    compiled = torch.compile(function, dynamic=False)
+
+    def run(rows: int, longest: int) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=MOST_BUCKETS):
+            return compiled(rows, longest)
+
+    return run
 
 
 @functools.cache
