@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from cda_cli.model import Transformer
 from cda_cli.runtime import available_memory
@@ -15,7 +16,8 @@ LOGITS_BYTES = 64  # for each token of the vocabulary: its logit, its probabilit
 def auto_batch_size(model: Transformer, dtype: torch.dtype, samples: int) -> int:
     """Returns the batch size for `samples` samples: at least 1, and at most MOST for its kind of device.
 
-    A sample takes its keys and values of the whole context, in `dtype`, and its logits.
+    A sample takes its keys and values of the whole context, in `dtype`, and its logits. Generation also copies the
+    weights of the linears, unless `dtype` is float32.
     """
     config, device = model.config, model.token_embedding.weight.device
     if device.type == "cuda":
@@ -24,5 +26,8 @@ def auto_batch_size(model: Transformer, dtype: torch.dtype, samples: int) -> int
         left = available_memory()
     slots = config.depth * config.key_heads * (config.null_kv + config.seq_len)
     row = 2 * slots * config.head_width * dtype.itemsize + LOGITS_BYTES * config.vocab_size
-    fitting = samples if left is None else int(SHARE * left) // row
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    weights = sum(parameter.numel() for linear in linears for parameter in linear.parameters())
+    copied = 0 if dtype == torch.float32 else weights * dtype.itemsize
+    fitting = samples if left is None else int(SHARE * (left - copied)) // row
     return max(1, min(samples, fitting, MOST[device.type]))

@@ -22,3 +22,12 @@ def test_a_context_that_takes_the_memory_goes_on_alone() -> None:
         model = Transformer(config)
     model.token_embedding.weight = torch.nn.Parameter(torch.zeros(31, 64))  # the device that its memory is on
     assert auto_batch_size(model, torch.float32, 8) == 1
+
+
+def test_a_copy_of_the_weights_leaves_less_memory() -> None:
+    """In float32 there is none."""
+    config = ModelConfig(vocab_size=31, seq_len=16, dim=64, depth=1, heads=2, ff_mult=2.0**34)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.token_embedding.weight = torch.nn.Parameter(torch.zeros(31, 64))  # the device that its memory is on
+    assert [auto_batch_size(model, dtype, 8) for dtype in (torch.float32, torch.bfloat16)] == [8, 1]
