@@ -15,7 +15,7 @@ def checked_batch_size(batch_size: str) -> int | None:
     return int(batch_size)
 
 
-def check_output(forms: dict[str, bool], logprobs: int | None) -> None:
+def check_output(forms: dict[str, bool], has_logprobs: bool) -> None:
     """Raises ConfigError where several forms of output are asked for, or log-probabilities in one without them.
 
     `forms` says which options are given.
@@ -23,5 +23,5 @@ def check_output(forms: dict[str, bool], logprobs: int | None) -> None:
     given = [form for form, wanted in forms.items() if wanted]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} exclude each other; give one of them")
-    if logprobs and not (forms["--json"] or forms["--jsonl"]):
+    if has_logprobs and not (forms["--json"] or forms["--jsonl"]):
         raise ConfigError("--logprobs is told in JSON alone; add --json or --jsonl")
