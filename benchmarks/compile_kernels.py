@@ -108,7 +108,7 @@ def attention_calls(quick: bool) -> Iterator[Call]:
         yield _words(words), functools.partial(attend, *inputs, causal, packed, at_most_two, trained)
 
 
-def decoding_calls(quick: bool) -> Iterator[Call]:
+def few_queries_calls(quick: bool) -> Iterator[Call]:
     axes: Axes = (DTYPES, WIDTHS, SHARING, (1, FEW_QUERIES), (True, False), (False, True))
     if quick:
         axes = (DTYPES[:1], (64,), SHARING[:1], (1,), (True,), (False,))
@@ -122,7 +122,7 @@ def decoding_calls(quick: bool) -> Iterator[Call]:
         yield _words(words), functools.partial(attend, query, key, key, causal, packed, False, False)
 
 
-def cache_calls(quick: bool) -> Iterator[Call]:
+def decoding_calls(quick: bool) -> Iterator[Call]:
     """Decoding over a cache, by the number of scores that a split keeps, and of the splits."""
     caches = ((LENGTH, False), (32 * LENGTH, True))
     axes: Axes = (DTYPES, WIDTHS, ((1, 1), (8, MOST_QUERIES)), (1, 2, 3, 5, 9, 16), caches)
@@ -220,7 +220,7 @@ def selected(arch: int, quick: bool) -> list[Variant]:
     for launches in (attention_launches.leader_and_output, attention_launches.solve_and_output):
         launches.cache_clear()
     attention_launches.backward.cache_clear()
-    for calls in (attention_calls, decoding_calls, cache_calls, row_calls, heads_calls):
+    for calls in (attention_calls, few_queries_calls, decoding_calls, row_calls, heads_calls):
         for words, call in calls(quick):
             triton.knobs.runtime.jit_cache_hook = functools.partial(_note, found, arch, words)
             call()

@@ -21,7 +21,7 @@ from ..documents import VisibleRanges, visible_ranges
 from ..precision import in_own_precision
 from ..solve_spec import SolveSpec
 from ..transforms import differentiated_again, gradients
-from .attention_decoding import few_scores_kernel
+from .attention_few_queries import few_scores_kernel
 from .attention_launches import (
     Layout,
     backward,

@@ -1,4 +1,4 @@
-"""The scores of a few queries against a long cache. A program takes a block of keys and a block of their queries."""
+"""The scores of a few queries against many keys. A program takes a block of keys and a block of their queries."""
 
 from __future__ import annotations
 
