@@ -15,9 +15,12 @@ G = TypeVar("G", bound=Hashable)
 
 
 def to_csv(rows: Sequence[Any]) -> str:
-    """Writes NamedTuples of one type, with their fields as header. NaN is an empty cell."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
+    """Writes NamedTuples of one type, with their fields as header. NaN is an empty cell.
+
+    Lines end as in RFC 4180. With another end the module `csv` does not quote a carriage return, which may be a token.
+    """
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
     writer.writerow(rows[0]._fields)
     writer.writerows([["" if cell != cell else cell for cell in row] for row in rows])
     return file.getvalue()
@@ -27,7 +30,7 @@ def from_csv(text: str, kind: type[R]) -> list[R]:
     """Reads what `to_csv` wrote. Raises DataError for another file."""
     types = get_type_hints(kind)
     header, *lines = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
-    if header != list(types):
+    if header != list(types) or not lines:
         raise DataError(f"this is no CSV file of that figure, whose columns are {', '.join(types)}; give that one")
     try:
         return [kind(*(_cell(cell, types[name]) for name, cell in zip(header, line, strict=True))) for line in lines]

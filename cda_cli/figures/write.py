@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cda_cli.errors import ConfigError, did_you_mean
+from cda_cli.errors import ConfigError, DataError, did_you_mean
 from cda_cli.figures.ablation import Ablated, ablated_rows, draw_ablated
 from cda_cli.figures.csv_rows import from_csv, to_csv
 from cda_cli.figures.lines import (
@@ -173,11 +173,20 @@ def draw(name: str, material: Material, style: str = "paper") -> Figure:
 def redraw(file: Path, style: str = "paper") -> Figure:
     """Draws a figure from the CSV file that `write_figures` wrote, for further changes by matplotlib.
 
-    Raises ConfigError for a file of another name, and DataError for one that is not such a file.
+    Raises ConfigError for a file of another name, and without matplotlib, and DataError for a file that is not there or
+    is not such a file.
     """
     file = Path(file)
-    kind = _kind(file.stem)
-    return _drawn(kind, _style(style), from_csv(file.read_text(encoding="utf-8"), kind.row))
+    kind, look = _kind(file.stem), _style(style)
+    require_matplotlib("a figure")
+    try:
+        # In bytes, since opening it as text would change the ends of lines, which may be tokens.
+        content = file.read_bytes().decode()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); give a file that --figures wrote") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8; give a file that --figures wrote") from error
+    return _drawn(kind, look, from_csv(content, kind.row))
 
 
 def _kind(name: str) -> FigureKind:

@@ -14,7 +14,7 @@ import pytest
 from cda_cli.commands.figure_options import STYLES as OFFERED
 from cda_cli.errors import ConfigError, DataError
 from cda_cli.figures import FIGURES, gather, redraw, write_figures
-from cda_cli.figures.csv_rows import to_csv
+from cda_cli.figures.csv_rows import from_csv, to_csv
 from cda_cli.figures.maps import Weight
 from cda_cli.inspection import ReportWatcher, inspect
 from cda_cli.plots import STYLES, save, styled
@@ -114,9 +114,9 @@ def test_styles_differ_in_colours_and_in_size(figures: tuple[Path, Any], style: 
 
 def test_any_token_can_be_a_label(tmp_path: Path) -> None:
     """A dollar is no formula, and a character that the font lacks is marked; neither is told on stderr."""
-    tokens = ["$x_1$", "漢", "\n", " the"]
+    tokens = ["$x_1$", "漢", "\n", "\r", " the"]
     found = [Weight(t, token, s, tokens[s], 1.0, 1) for t, token in enumerate(tokens) for s in range(t + 1)]
-    (tmp_path / "head-map.csv").write_text(to_csv(found), encoding="utf-8")
+    (tmp_path / "head-map.csv").write_bytes(to_csv(found).encode())
     with warnings.catch_warnings(), styled(STYLES["paper"]):
         warnings.simplefilter("error")
         save(redraw(tmp_path / "head-map.csv"), tmp_path / "head-map.svg")
@@ -163,8 +163,19 @@ def test_a_file_that_is_no_figure_is_refused(tmp_path: Path) -> None:
     for name, content, error in (
         ("heads.csv", "a,b\n1,2\n", DataError),
         ("heads.csv", "measure,layer,head,value\nk,x,0,1\n", DataError),
+        ("heads.csv", "measure,layer,head,value\n", DataError),
         ("other.csv", "", ConfigError),
     ):
         (tmp_path / name).write_text(content, encoding="utf-8")
         with pytest.raises(error):
             redraw(tmp_path / name)
+    (tmp_path / "units.csv").write_bytes(b"\xff")
+    for name, words in (("units.csv", "is not UTF-8"), ("distances.csv", "cannot be read")):
+        with pytest.raises(DataError, match=words):
+            redraw(tmp_path / name)
+
+
+@pytest.mark.parametrize("token", ["\r", "\n", "\r\n", '"', ",", "", "漢"])
+def test_any_token_reads_back_from_the_numbers(token: str) -> None:
+    found = [Weight(0, token, 0, token, 0.5, 0)]
+    assert from_csv(to_csv(found).encode().decode(), Weight) == found
