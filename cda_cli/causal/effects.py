@@ -130,15 +130,19 @@ class Effects(NamedTuple):
         """The ablation of each head by itself, and its effect."""
         return [(head, effect) for head, effect in self.of(HeadAblation) if head.measured]
 
+    @property
+    def gates(self) -> list[tuple[Gate, Effect]]:
+        """The gate control, if it was measured and some row sees more keys than its k."""
+        return [(gate, effect) for gate, effect in self.of(Gate) if not math.isnan(gate.equivalent_share)]
+
     def verdict(self) -> list[str]:
         """Sentences on how few keys suffice, on its controls, and on the gate control, where they were measured."""
         sentences = [words for top in self.held_out if top.choice == TOP for words in self._on_keys(top)]
-        for gate, effect in self.of(Gate):
-            if not math.isnan(gate.equivalent_share):
-                sentences.append(
-                    f"{gate.equivalent_share:.1%} of the rows that see more than k keys are a softmax times a gate k; "
-                    f"to make all of them so costs {_words(effect.difference)} bits per byte."
-                )
+        for gate, effect in self.gates:
+            sentences.append(
+                f"{gate.equivalent_share:.1%} of the rows that see more than k keys are a softmax times a gate k; "
+                f"to make all of them so costs {_words(effect.difference)} bits per byte."
+            )
         return sentences
 
     def _on_keys(self, top: HeldOut) -> list[str]:

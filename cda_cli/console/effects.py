@@ -39,6 +39,15 @@ def show_effects(effects: Sequence[Effects]) -> None:
 def show_selection(found: Effects, width: int) -> None:
     """Shows the loss against the keys kept as a chart, with the figures below it, and the other effects as tables."""
     curves = {name: {n: one.difference for n, one in curve.items()} for name, curve in found.curves().items()}
+    if curves:
+        _show_curves(curves, width)
+    for kind, title in TITLES.items():
+        if kind != "cuts":
+            _show_kind(found, kind, title)
+    _show_choices(found)
+
+
+def _show_curves(curves: Mapping[str, Mapping[int, Estimate]], width: int) -> None:
     console = out()
     section("Loss against keys kept: bits per byte more than with all keys", cut_chart(curves, width))
     rows = table("keys", *curves)
@@ -46,10 +55,6 @@ def show_selection(found: Effects, width: int) -> None:
         rows.add_row(str(keys), *(with_error(curve[keys]) if keys in curve else "" for curve in curves.values()))
     console.print()
     print_trimmed(console, rows)
-    for kind, title in TITLES.items():
-        if kind != "cuts":
-            _show_kind(found, kind, title)
-    _show_choices(found)
 
 
 def _show_kind(found: Effects, kind: str, title: str) -> None:

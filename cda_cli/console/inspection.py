@@ -78,11 +78,11 @@ def show_report(
 def verdict(report: Report, has_budget: bool, checked: Effects | None = None) -> list[str]:
     """Sentences with figures: how many keys hold a row, what the budget does, and where the rest goes.
 
-    What was checked comes first, and says of the budget what the measures alone would say.
+    What was checked comes first, and the gate control says of the budget what the measures alone would say.
     """
     measured = [
         _concentrated(report),
-        *([] if checked and has_budget else [_budget(report, has_budget)]),
+        *([] if checked and checked.gates else [_budget(report, has_budget)]),
         _rest(report),
     ]
     return [*(checked.verdict() if checked else []), *measured]

@@ -111,6 +111,14 @@ def test_importance_by_gradient_is_a_measure_where_it_is_asked_for(cda: Cda, fin
     assert numbers == pytest.approx(expected, abs=0.006)
 
 
+def test_heads_are_ablated_without_causal_checks(cda: Cda, finished: Path) -> None:
+    """Without cuts there is no curve, and without the gate control the verdict says of the budget what is measured."""
+    shown = cda("inspect-sparsity", finished, "--max-batches", 1, "--ablate", "heads")
+    assert (shown.code, shown.err) == (0, "")
+    assert re.findall(r"^without head (\d\.\d) ", shown.out, re.MULTILINE) == ["0.0", "0.1", "1.0", "1.1"]
+    assert "of the rows that see more than k keys cap none" in " ".join(shown.out.split())
+
+
 def test_epsilon_is_the_one_in_use(cda: Cda, tiny: Path, finished: Path, tmp_path: Path) -> None:
     """In the middle of annealing the weights are not those of attn_eps; validation takes the same ε as `cda eval`."""
     annealed = ("--set", "model.eps_anneal_start=4", "--set", "optim.schedule_steps=20", "--eps", 0.5)
