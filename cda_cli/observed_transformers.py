@@ -53,15 +53,15 @@ class Description(NamedTuple):
 def describe(model: Any) -> Description:
     """Reads the configuration of a model of transformers. Raises ConfigError as `observing` does."""
     _check(model)
-    config, settings = model.config.get_text_config(), getattr(model.config, NAME, None) or {}
-    k, eps = settings.get("k", 1.0), settings.get("eps")
+    config, settings = model.config.get_text_config(), _settings(model.config)
+    k, eps = (settings.k, settings.eps) if settings else (1.0, None)
     return Description(
         getattr(model.config, "_name_or_path", "") or type(model).__name__,
         config.num_hidden_layers,
         getattr(config, "max_position_embeddings", None),
         max(k) if isinstance(k, (list, tuple)) else k,
-        eps if isinstance(eps, float) else None,
-        bool(settings),
+        None if isinstance(eps, (list, tuple)) else eps,
+        settings is not None,
     )
 
 
@@ -119,6 +119,11 @@ def _attending(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
             AttentionInterface.register(NAME, attention)
 
 
+def _settings(config: Any) -> Settings | None:
+    """The settings of soft top-k, or None for a model with softmax."""
+    return Settings(**getattr(config, NAME)) if hasattr(config, NAME) else None
+
+
 def _config(module: nn.Module) -> Any:
     return getattr(module, "config", None)
 
@@ -173,7 +178,7 @@ def _attention(
         raise _unseen(name, "has queries that see later keys, or keys of another text")
     if mask is not None and mask.dtype != torch.bool:
         raise _unseen(name, "makes a mask of its own")
-    settings = Settings(**getattr(module.config, NAME)) if hasattr(module.config, NAME) else None
+    settings = _settings(module.config)
     key, value = for_each_query(key, H), for_each_query(value, H)
     scale = D**-0.5 if scaling is None else scaling
     outputs = []

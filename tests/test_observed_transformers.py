@@ -13,7 +13,7 @@ import cda_cli
 import cda_cli.transformers as soft_topk
 from cda_cli.errors import ConfigError
 from cda_cli.model.observe import ObservedAttention, ObservedFeedForward
-from cda_cli.observed_transformers import IMPLEMENTATION, observing
+from cda_cli.observed_transformers import IMPLEMENTATION, describe, observing
 from tests.transformers_models import DECODERS, build
 
 TOKENS = torch.randint(1, 61, (1, 23), generator=torch.Generator().manual_seed(0))
@@ -83,6 +83,15 @@ def test_soft_top_k_is_seen_as_it_runs() -> None:
         assert each.output_scale.unique().item() == pytest.approx(1 / k)
     torch.testing.assert_close(model(input_ids=TOKENS, use_cache=False).logits, expected)
     assert model.config._attn_implementation == soft_topk.NAME
+
+
+@pytest.mark.parametrize("eps", [1, 0.5, [0.5, 1.0]])
+def test_a_report_says_the_temperature_that_all_layers_have(eps: Any) -> None:
+    model = build("llama", dtype=torch.float32)
+    soft_topk.use(model, k=2, eps=eps)
+    described = describe(model)
+    assert described.eps == (None if isinstance(eps, list) else eps)
+    assert (described.largest_k, described.has_budget) == (2, True)
 
 
 @torch.no_grad()
