@@ -19,6 +19,7 @@ from cda_cli.errors import ConfigError
 from cda_cli.inspection import (
     QUANTILES,
     LiveCollector,
+    LiveHead,
     Report,
     ReportWatcher,
     RowCollector,
@@ -36,6 +37,8 @@ from cda_cli.plurals import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from cda_cli.page import PageContent
 
 MARKS = ("p5", "p50", "p95")
 
@@ -167,21 +170,18 @@ class SparsityReport:
         It takes about 4/3 of the bytes of the store, a few hundred kB besides, and live heads. Raises StorageError if
         the page cannot be written.
         """
-        from cda_cli.console import head_type
-        from cda_cli.page import PageContent, live_heads, write_page
+        from cda_cli.page import live_heads, write_page
 
         name, figures = str(self.source["model"]), self.figures
-        reads = {(head.layer, head.head): pattern for head in figures.heads if (pattern := head_type(head))}
-        content = PageContent(
-            title=f"What {name} selects",
+        content = page_content(
+            name,
+            {"model": name, "tokens": f"{figures.tokens:,} in {counted(figures.windows, 'window')}"},
             report=figures,
             store=self.store,
-            labels=self.tokens,
-            verdict=self.verdict,
-            source={"model": name, "tokens": f"{figures.tokens:,} in {counted(figures.windows, 'window')}"},
-            reads=reads,
-            causal=self.effects.document() if self.effects else None,
-            live=live_heads(figures, self.store, self.live) if self.live else (),
+            tokens=self.tokens,
+            has_budget=self.has_budget,
+            effects=self.effects,
+            live=live_heads(figures, self.store, self.live) if self.live else [],
             eps=self.source["attn_eps"],
         )
         write_page(Path(path), content)
@@ -251,6 +251,36 @@ class SparsityReport:
             "weight": rows.weight.astype(np.float32),
             "capped": rows.capped,
         }
+
+
+def page_content(
+    name: str,
+    source: Mapping[str, str],
+    *,
+    report: Report,
+    store: RowStore,
+    tokens: Sequence[str],
+    has_budget: bool,
+    effects: Effects | None,
+    live: Sequence[LiveHead],
+    eps: float | None,
+) -> PageContent:
+    """What a page shows of the model called `name`, whose weights over the first `tokens` are in `store`."""
+    from cda_cli.console import head_type, verdict
+    from cda_cli.page import PageContent
+
+    return PageContent(
+        title=f"What {name} selects",
+        report=report,
+        store=store,
+        labels=tokens,
+        verdict=verdict(report, has_budget, effects),
+        source=source,
+        reads={(head.layer, head.head): pattern for head in report.heads if (pattern := head_type(head))},
+        causal=effects.document() if effects else None,
+        live=live,
+        eps=eps,
+    )
 
 
 def _place(place: tuple[int, int], rows: int) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from cda_cli.causal import Effects
-from cda_cli.console import head_type, verdict
 from cda_cli.errors import ConfigError
 from cda_cli.inspection import Report, parse_size
-from cda_cli.page import PageCollector, PageContent, write_page
+from cda_cli.page import PageCollector, write_page
 from cda_cli.plurals import counted
 from cda_cli.restore import Restored, TextSide
+from cda_cli.sparsity_report import page_content
 from cda_cli.storage import recorded_sha256
 
 DIGEST = 12  # characters of a SHA-256 that tell one checkpoint from another
@@ -27,24 +27,22 @@ def write_report_page(
     path: Path, collector: PageCollector, report: Report, restored: Restored, text: TextSide, checked: Effects | None
 ) -> str:
     """Writes the page, and returns what to say of it."""
-    store, has_budget = collector.store(report), restored.model.attention_rule.has_budget
+    store = collector.store(report)
     digest = recorded_sha256(restored.path)[restored.weights_file][:DIGEST]
-    in_run = restored.path.parent.parent.name
-    reads = {(head.layer, head.head): head_type(head) for head in report.heads}
-    content = PageContent(
-        title=f"What {in_run or restored.path.name} selects",
+    source = {
+        "checkpoint": f"{restored.path} ({restored.weights_file} {digest})",
+        "text": f"{text.description}, {text.split}",
+        "tokens": f"{report.tokens:,} in {counted(report.windows, 'window')}",
+        "attention": restored.model.attention_description,
+    }
+    content = page_content(
+        restored.path.resolve().parent.parent.name or restored.path.name,
+        source,
         report=report,
         store=store,
-        labels=[restored.tokenizer.decode([int(token)]) for token in text.sides[0].ids[: store.queries]],
-        verdict=verdict(report, has_budget, checked),
-        source={
-            "checkpoint": f"{restored.path} ({restored.weights_file} {digest})",
-            "text": f"{text.description}, {text.split}",
-            "tokens": f"{report.tokens:,} in {counted(report.windows, 'window')}",
-            "attention": restored.model.attention_description,
-        },
-        reads={place: pattern for place, pattern in reads.items() if pattern is not None},
-        causal=checked.document() if checked else None,
+        tokens=[restored.tokenizer.decode([int(token)]) for token in text.sides[0].ids[: store.queries]],
+        has_budget=restored.model.attention_rule.has_budget,
+        effects=checked,
         live=collector.heads(report, store),
         eps=restored.model.attention_eps,
     )

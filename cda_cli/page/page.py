@@ -68,7 +68,7 @@ class PageContent:
 
     `labels` are the tokens of the window of `store`, as text. `verdict` are sentences, and `source` says by name what
     was inspected; `title` names it. `reads` has the pattern of keys that a head follows, by layer and head, where it
-    follows one. `causal` is what `cda_cli.causal.Effects.as_dict` returns. `live` are the heads of which the page
+    follows one. `causal` is what `cda_cli.causal.Effects.document` returns. `live` are the heads of which the page
     computes rows for other ε and k than the model's own, which is `eps`.
     """
 
