@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from cda_cli.figures.csv_rows import grouped
@@ -70,10 +70,9 @@ def draw_heads(style: Style, rows: Sequence[OfHead]) -> Figure:
     return figure
 
 
-def name_cells(set_ticks: object, numbers: Sequence[int]) -> None:
+def name_cells(set_ticks: Callable[..., object], numbers: Sequence[int]) -> None:
     """Names the middle of each cell, or of some of them where they are many."""
     every = math.ceil(len(numbers) / 8)
-    assert callable(set_ticks)
     set_ticks([place + 0.5 for place in range(0, len(numbers), every)], list(map(str, numbers[::every])))
 
 
