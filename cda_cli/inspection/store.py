@@ -144,6 +144,8 @@ class RowStore:
                 raise ValueError("it begins otherwise")
             streams = begin + int.from_bytes(content[len(MAGIC) : begin], "little")
             header = json.loads(content[begin:streams])
+            if not isinstance(header, dict) or not header["heads"]:
+                raise ValueError("it describes no heads")
             heads = []
             for described in header.pop("heads"):
                 for name in STREAMS:
@@ -156,7 +158,7 @@ class RowStore:
             if not all(isinstance(size, int) and 0 <= size <= LARGEST for size in sizes):
                 raise ValueError("its sizes are no numbers")
             return cls(**header, heads=heads)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _damaged() from error
 
     def _head(self, layer: int, head: int) -> StoredHead:

@@ -160,10 +160,21 @@ def test_a_budget_below_all_that_can_be_is_refused() -> None:
 
 
 @settings(max_examples=40)
-@given(content=st.binary(max_size=200) | st.just(b"CDAROWS\x01\x02\x00\x00\x00{}"))
+@given(content=st.binary(max_size=200))
 def test_other_bytes_are_no_store(content: bytes) -> None:
     with pytest.raises(DataError, match="no store of rows"):
         RowStore.from_bytes(content)
+
+
+SIZES = b'"tokens":1,"queries":1,"null_keys":0,"keep":1'
+
+
+@pytest.mark.parametrize(
+    "header", [b"{}", b"5", b"null", b"[" * 20_000, b'{"heads":[5]}', b'{"heads":[],' + SIZES + b"}"]
+)
+def test_another_header_is_that_of_no_store(header: bytes) -> None:
+    with pytest.raises(DataError, match="no store of rows"):
+        RowStore.from_bytes(b"CDAROWS\x01" + len(header).to_bytes(4, "little") + header)
 
 
 @settings(max_examples=20, deadline=None)
