@@ -40,9 +40,8 @@ class Condition:
         if not isinstance(side, str):
             return side
         if side not in figures:
-            raise ConfigError(
-                f"{self.text!r} names {side}, which the result does not have: {did_you_mean(side, figures)}"
-            )
+            near = did_you_mean(side, figures, otherwise="name a number of --json by its path")
+            raise ConfigError(f"{self.text!r} names {side}, which the result does not have: {near}")
         if math.isnan(figures[side]):
             raise CheckFailedError(f"{side} has no value here, so {self.text!r} cannot be checked; take more text")
         return figures[side]

@@ -174,7 +174,7 @@ WRONG: dict[str, tuple[Callable[[str, str], list[Any]], str]] = {
     "no models but cuts": (lambda a, b: [a, b, "--no-eval", "--cut", "top:1"], "--no-eval opens no model"),
     "no folder for the page": (lambda a, b: [a, b, "--html", "no/page.html"], "make no first"),
     "a folder as the page": (lambda a, b: [a, b, "--html", "."], "is a folder"),
-    "no such figure": (lambda a, b: [a, b, "--no-eval", "--fail-if", "loss > 1"], "which the result does not have"),
+    "no such figure": (lambda a, b: [a, b, "--no-eval", "--fail-if", "loss > 1"], "name a number of --json"),
 }
 
 
