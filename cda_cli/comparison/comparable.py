@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
-from cda_cli.comparison.recorded import RecordedRun
+from cda_cli.comparison.recorded import RecordedRun, have_one_tokenizer
 
 LETTERS = "ABCDEF"  # what the runs are called, in their order
 TOKENS_OF_DATA = ("tokenizer", "bos", "eos")  # settings of data that choose the tokens, and not the text
@@ -26,16 +26,22 @@ def facts(runs: Sequence[RecordedRun]) -> dict[str, Fact]:
 
 
 def seed_groups(runs: Sequence[RecordedRun]) -> list[str]:
-    """The letters of the runs whose settings of model, data and optimizer are the same, and whose seeds are not."""
+    """The letters of the runs that differ in their seeds alone.
+
+    Their settings of model, data and optimizer are the same, and so are their precision, their text, the weights that
+    they began from, and the step that they came to.
+    """
     groups: dict[str, dict[int, str]] = {}
     for letter, run in zip(LETTERS, runs, strict=False):
-        settings = repr([run.config.model, run.config.data, run.config.optim, run.began_from])
-        groups.setdefault(settings, {}).setdefault(run.config.run.seed, letter)
+        config = run.config
+        settings = (config.model, config.data, config.optim, config.run.dtype)
+        alike = repr((settings, run.text, run.began_from, run.summary.step))
+        groups.setdefault(alike, {}).setdefault(config.run.seed, letter)
     return ["".join(by_seed.values()) for by_seed in groups.values() if len(by_seed) > 1]
 
 
 def _data(runs: Sequence[RecordedRun]) -> Fact:
-    if all(run.text for run in runs) and _same(runs, lambda run: run.tokenizer):
+    if all(run.text for run in runs) and have_one_tokenizer(runs):
         if all(run.text == runs[0].text for run in runs):
             return Fact(True, "the checkpoints have the same training and validation text, by its digest")
     elif _same(runs, lambda run: repr(run.config.data.model_dump(exclude=set(TOKENS_OF_DATA)))):
@@ -44,7 +50,7 @@ def _data(runs: Sequence[RecordedRun]) -> Fact:
 
 
 def _tokenizer(runs: Sequence[RecordedRun]) -> Fact:
-    if _same(runs, lambda run: run.tokenizer):
+    if have_one_tokenizer(runs):
         return Fact(True, "losses for each token compare, and so do bits per byte")
     values = _values(runs, lambda run: run.config.data.tokenizer)
     return Fact(False, f"{values}; only bits per byte compare, and equal tokens are unequal text")

@@ -14,7 +14,7 @@ import torch
 
 from cda_cli.causal import Effects, Prepared, Wanted, prepare
 from cda_cli.comparison.overlap import HeadOverlap, SharesWatcher, head_overlap
-from cda_cli.comparison.recorded import RecordedRun
+from cda_cli.comparison.recorded import RecordedRun, have_one_tokenizer
 from cda_cli.data import Batch
 from cda_cli.errors import CheckpointError, ConfigError, DataError
 from cda_cli.evaluation import Plan, TextEvaluation, Way, evaluate_readings, open_readings
@@ -112,7 +112,7 @@ def plan_for(runs: Sequence[RecordedRun], plan: Plan) -> Plan:
     lengths = {run.config.model.seq_len for run in runs}
     if plan.context is None and len(lengths) > 1:
         plan = replace(plan, context=min(lengths))
-    if len({run.tokenizer for run in runs}) == 1:
+    if have_one_tokenizer(runs):
         return plan
     if plan.max_batches is not None:
         raise ConfigError("the runs have different tokenizers and are compared by document; leave --max-batches out")

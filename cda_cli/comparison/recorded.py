@@ -76,10 +76,13 @@ class RecordedRun:
             of_step = self.training[-1].tokens / self.training[-1].step
         return self.config.schedule_steps * of_step
 
-    @property
-    def tokenizer(self) -> str:
-        """What tells its tokenizer from others."""
-        return str((self.text or {}).get("tokenizer", self.config.data.tokenizer))
+
+def have_one_tokenizer(runs: Sequence[RecordedRun]) -> bool:
+    """Says so by the fingerprints in their checkpoints, or where a run has none, by the settings of all."""
+    fingerprints = {run.text.get("tokenizer") if run.text else None for run in runs}
+    if None not in fingerprints:
+        return len(fingerprints) == 1
+    return len({(run.config.data.tokenizer, run.config.data.bos, run.config.data.eos) for run in runs}) == 1
 
 
 def read_runs(paths: Sequence[Path]) -> list[RecordedRun]:

@@ -89,3 +89,16 @@ def test_runs_that_differ_in_their_seed_alone_are_grouped(tmp_path: Path) -> Non
         write_run(tmp_path / name, flags={"run.seed": seed, "model.attn_k": k}) for name, (seed, k) in seeds.items()
     ]
     assert result(read_runs(runs), None, "").seed_groups == ["AC", "BD"]
+
+
+def test_runs_that_came_to_unequal_steps_differ_in_more_than_their_seeds(tmp_path: Path) -> None:
+    whole = write_run(tmp_path / "whole")
+    cut = write_run(tmp_path / "cut", [8.0, 6.0], flags={"run.seed": 1, "optim.steps": 40})
+    assert result(read_runs([whole, cut]), None, "").seed_groups == []
+
+
+def test_a_run_without_a_checkpoint_has_the_tokenizer_of_its_settings(tmp_path: Path) -> None:
+    """The other run has a fingerprint, which is no name of a setting."""
+    trained = write_run(tmp_path / "trained", text={**TEXT, "tokenizer": "952b28df73e824ba"})
+    begun = write_run(tmp_path / "begun", [8.0])
+    assert facts(read_runs([trained, begun]))["tokenizer"].is_same is True
