@@ -57,7 +57,10 @@ def _tokenizer(runs: Sequence[RecordedRun]) -> Fact:
 
 
 class _OfOneValue(NamedTuple):
-    """A fact about one value of each run. `same` and `other` say what follows; {} stands for the values."""
+    """A fact about one value of each run, None where it is not recorded.
+
+    `same` and `other` say what follows; {} stands for the values.
+    """
 
     value: Callable[[RecordedRun], Hashable]
     same: str
@@ -67,11 +70,12 @@ class _OfOneValue(NamedTuple):
     def of(self, runs: Sequence[RecordedRun]) -> Fact:
         is_same = _same(runs, self.value)
         words = self.written(self.value(runs[0])) if is_same else _values(runs, self.value, self.written)
-        return Fact(is_same, (self.same if is_same else self.other).format(words))
+        sentence = (self.same if is_same else self.other).format(words)
+        return Fact(None if any(self.value(run) is None for run in runs) else is_same, sentence)
 
 
-def _tokens_seen(run: RecordedRun) -> int:
-    return int(run.training[-1].tokens) if run.training else 0
+def _tokens_seen(run: RecordedRun) -> int | None:
+    return int(run.training[-1].tokens) if run.training else None
 
 
 def _ending(run: RecordedRun) -> str:
@@ -81,9 +85,9 @@ def _ending(run: RecordedRun) -> str:
 FACTS = {
     "tokens": _OfOneValue(
         _tokens_seen,
-        "{} each",
+        "{}",
         "{}; read the losses at equal tokens, not those of the ends",
-        lambda tokens: f"{tokens:,}" if tokens else "not recorded",
+        lambda tokens: "not recorded" if tokens is None else f"{tokens:,}",
     ),
     "seed": _OfOneValue(
         lambda run: run.config.run.seed,
@@ -108,14 +112,14 @@ FACTS = {
     ),
     "validation": _OfOneValue(
         lambda run: run.validated,
-        "{} each time",
-        "{} each time; the losses in training are of unequal parts of the text",
+        "{}",
+        "{}; the losses in training are of unequal parts of the text",
+        lambda amount: f"{amount} each time" if amount else "none",
     ),
     "weights": _OfOneValue(
-        lambda run: run.began_from,
-        "all began from {} weights",
+        lambda run: run.began_from or "random weights",
+        "all began from {}",
         "{}; a run that begins from trained weights has seen more than its own tokens",
-        lambda began_from: began_from or "random",
     ),
 }
 

@@ -37,8 +37,8 @@ class RecordedRun:
     """The records of a run. A figure that it has none of is NaN.
 
     `training` and `validation` are its losses, oldest first, and `validated` says how much text its newest validation
-    had. Seconds are those of training steps, by their recorded speed: pauses to validate or save are not among them.
-    `layers` are those of the newest train record. `text` is the identity of the text and its tokens, by the
+    had, or is empty. Seconds are those of training steps, by their recorded speed: pauses to validate or save are not
+    among them. `layers` are those of the newest train record. `text` is the identity of the text and its tokens, by the
     newest checkpoint that can be read, or None. `began_from` tells the weights that it began from, if they were not
     random.
     """
@@ -126,8 +126,9 @@ def read_run(path: Path) -> RecordedRun:
                 each.bits_per_byte,
             )
             for each in validations
+            if each.step <= steps[-1]  # The tokens of a later one are not recorded yet.
         ],
-        validated=_amount(validations[-1]) if validations else "nothing",
+        validated=_amount(validations[-1]) if validations else "",
         layers=records[-1].layers if records else (),
         tokens_per_second=statistics.median(speeds) if speeds else math.nan,
         memory_bytes=max((record.memory_bytes for record in records), default=math.nan),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from cda_cli.comparison.comparable import facts
 from cda_cli.comparison.curves import curves
 from cda_cli.comparison.recorded import read_runs
 from cda_cli.comparison.result import result
+from cda_cli.runs.folder import Run
 from tests.comparison.runs import write_run
+from tests.runs.records import VALIDATION
 
 TEXT = {"tokenizer": "bytes", "content": ["a", "b"]}
 
@@ -50,8 +53,21 @@ def test_without_validations_in_each_run_the_training_losses_are_compared(tmp_pa
 
 def test_a_run_without_records_leaves_nothing_to_compare_at_equal_tokens(tmp_path: Path) -> None:
     """As one that `cda import` made."""
-    found = curves(read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "imported", [])]))
+    runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "imported", [])])
+    found = curves(runs)
     assert (found.tokens, found.seconds) == ([], [])
+    tokens = facts(runs)["tokens"]
+    assert tokens.is_same is None
+    assert tokens.sentence.startswith("A 4,000, B not recorded;")
+
+
+def test_a_validation_after_the_newest_train_record_leaves_the_others_to_compare(tmp_path: Path) -> None:
+    """As of a run that goes on, or was killed, between its train records."""
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    metrics = Run(runs[1]).open_metrics(40)
+    metrics.write(replace(VALIDATION, step=45, bits_per_byte=4.0))
+    metrics.close()
+    assert [each.at for each in curves(read_runs(runs)).tokens] == [1000.0, 2000.0, 3000.0, 4000.0]
 
 
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, bool]]] = {
