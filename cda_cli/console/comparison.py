@@ -247,12 +247,17 @@ def _aligned(letter: str, overlap: HeadOverlap | None) -> Section:
     if overlap is None:
         return Section(title, ("The runs have unlike tokens, or the text has a single window.",))
     same_layer = sum(pair.layer == pair.other_layer for pair in overlap.pairs)
-    sentences = (
+    sentences = [
         f"Aligned heads share {overlap.aligned:.1%} of what they read, and any two heads {overlap.any_two:.1%}; "
         f"{same_layer} of {len(overlap.pairs)} pairs are of the same layer.",
-    )
+    ]
     ordered = sorted(overlap.pairs, key=lambda pair: -pair.overlap)
-    shown = ordered if len(ordered) <= 2 * MOST_PAIRS else [*ordered[:MOST_PAIRS], *ordered[-MOST_PAIRS:]]
+    shown = ordered
+    if len(ordered) > 2 * MOST_PAIRS:
+        shown = [*ordered[:MOST_PAIRS], *ordered[-MOST_PAIRS:]]
+        sentences.append(
+            f"The table has the {MOST_PAIRS} pairs that share most, and the {MOST_PAIRS} that share least."
+        )
     rows = [
         (f"{pair.layer}.{pair.head}", f"{pair.other_layer}.{pair.other_head}", share(pair.overlap)) for pair in shown
     ]
@@ -274,6 +279,8 @@ def comparison_verdict(result: Result) -> list[str]:
         ]
         if result.facts["data"].is_same is False:
             found.append("They trained on different text, and this text may have trained one of them.")
+        if result.facts["tokens"].is_same is False:
+            found.append("They trained on unequal numbers of tokens, which may be a part of each difference.")
         found.append("The intervals are over the text; another seed of a training is not in them.")
         bits = {letter: comparison.bits_per_byte(number).value for number, letter in enumerate(letters)}
         found += _over_seeds(result.seed_groups, bits)

@@ -64,6 +64,17 @@ def test_records_alone_say_most_of_it(cda: Cda, recorded: tuple[str, str]) -> No
     assert max(map(len, done.out.splitlines())) <= 100
 
 
+def test_a_verdict_on_unequal_training_says_so(cda: Cda, finished: Path, tmp_path: Path) -> None:
+    shorter = tmp_path / "shorter"
+    shutil.copytree(finished, shorter)
+    lines = (shorter / "metrics.jsonl").read_text().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if json.loads(line).get("kind") == "train")
+    (shorter / "metrics.jsonl").write_text("".join(lines[:last] + lines[last + 1 :]))
+    words = "They trained on unequal numbers of tokens"
+    assert words in cda("compare", finished, shorter, "--max-batches", 1).out
+    assert words not in cda("compare", finished, shorter, "--no-eval").out, "no model is called better there"
+
+
 def test_json_has_the_same_without_the_models(cda: Cda, recorded: tuple[str, str]) -> None:
     document = json.loads(cda("compare", *recorded, "--no-eval", "--json").out)
     assert [run["name"] for run in document["runs"]] == ["A", "B"]
