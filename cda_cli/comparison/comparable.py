@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from cda_cli.comparison.recorded import RecordedRun, have_one_tokenizer
@@ -52,8 +53,9 @@ def _data(runs: Sequence[RecordedRun]) -> Fact:
 def _tokenizer(runs: Sequence[RecordedRun]) -> Fact:
     if have_one_tokenizer(runs):
         return Fact(True, "losses for each token compare, and so do bits per byte")
-    values = _values(runs, lambda run: run.config.data.tokenizer)
-    return Fact(False, f"{values}; only bits per byte compare, and equal tokens are unequal text")
+    name = attrgetter("config.data.tokenizer")  # A task has its own tokens, and bpe:N those of its text.
+    names = "" if _same(runs, name) else f"{_values(runs, name)}; "
+    return Fact(False, f"{names}only bits per byte compare, and equal tokens are unequal text")
 
 
 class _OfOneValue(NamedTuple):

@@ -118,3 +118,9 @@ def test_a_run_without_a_checkpoint_has_the_tokenizer_of_its_settings(tmp_path: 
     trained = write_run(tmp_path / "trained", text={**TEXT, "tokenizer": "952b28df73e824ba"})
     begun = write_run(tmp_path / "begun", [8.0])
     assert facts(read_runs([trained, begun]))["tokenizer"].is_same is True
+
+
+def test_tokenizers_of_one_name_are_not_told_apart_by_it(tmp_path: Path) -> None:
+    """As bpe:8192 of two texts."""
+    runs = [write_run(tmp_path / name, text={**TEXT, "tokenizer": name}) for name in ("a", "b")]
+    assert facts(read_runs(runs))["tokenizer"].sentence.startswith("only bits per byte compare")
