@@ -169,6 +169,7 @@ def test_checkpoints_are_scored_in_the_same_tasks(cda: Cda, sorting: Path, tmp_p
         (("--tasks", "task:sort", "--lengths", "0"), "task:sort has no example of length 0"),
         (("--tasks", "task:sorted"), "there is no task 'sorted': did you mean 'sort'?"),
         (("--lengths", "4"), "--lengths is about tasks; name them with --tasks"),
+        (("--tasks", "task:sort", "--num-fewshot", "2"), "--num-fewshot says nothing of synthetic tasks"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_in_a_sentence(

@@ -45,6 +45,9 @@ def find_tasks(names: Sequence[str], options: TaskOptions | None = None) -> Sele
         by_finder.setdefault(finder or find_harness_tasks, []).append(rest if finder else name)
     if options.lengths and find_synthetic_tasks not in by_finder:
         raise ConfigError("--lengths is about synthetic tasks; name one with --tasks, such as task:sort")
+    for option, value in {"--include": options.include, "--num-fewshot": options.num_fewshot}.items():
+        if value is not None and set(by_finder) == {find_synthetic_tasks}:
+            raise ConfigError(f"{option} says nothing of synthetic tasks; leave it out")
     selection = Selection()
     for finder, found in by_finder.items():
         selection.add(finder(found, options))
