@@ -72,7 +72,7 @@ class SparsityReport:
 
     def _repr_html_(self) -> str:
         """For a notebook: a static table and a map of the heads, without a script, of less than 200 kB."""
-        return report_html(self.figures, str(self.source["model"]), self.verdict)
+        return report_html(self.figures, str(self.source["model"]), self.verdict, self.has_budget)
 
     def as_dict(self) -> dict[str, Any]:
         """The document of `cda inspect-sparsity --json`; a figure that has no meaning is NaN."""
@@ -280,6 +280,7 @@ def page_content(
         causal=effects.document() if effects else None,
         live=live,
         eps=eps,
+        has_budget=has_budget,
     )
 
 

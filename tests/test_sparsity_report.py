@@ -245,6 +245,15 @@ def test_a_notebook_shows_it_without_scripts_and_styles(report: SparsityReport) 
         assert f"{head.measures['effective_support']:.2f}" in read.text
 
 
+def test_caps_are_left_out_where_rows_have_no_budget(tmp_path: Path) -> None:
+    report = cda_cli.inspect(random_model("model.attention=softmax"), TEXT, budget="100kB")
+    assert not re.search("capped|gated", report._repr_html_())
+    report.save(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    document = json.loads(re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[0])
+    assert not {"capped_share", "gate_equivalent"} & set(document["meanings"])
+
+
 def test_a_large_model_takes_less_than_200_kb(report: SparsityReport) -> None:
     """128 layers of 128 heads: the table has a row for each layer, and the map all heads."""
     (one, *_), figures = report.figures.heads, report.figures
@@ -253,7 +262,9 @@ def test_a_large_model_takes_less_than_200_kb(report: SparsityReport) -> None:
         for layer in range(128)
         for head in range(128)
     ]
-    html = report_html(type(figures)(heads, figures.layers, figures.tokens, figures.windows), "<b>name</b>", ["It is."])
+    html = report_html(
+        type(figures)(heads, figures.layers, figures.tokens, figures.windows), "<b>name</b>", ["It is."], True
+    )
     assert len(html.encode()) < 200_000
     assert len(re.findall(r"M\d+ \d+h", html)) == 128 * 128
     assert html.count("<tr>") == 129

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cda_cli.figures.csv_rows import grouped
 from cda_cli.figures.labels import LABELS
 from cda_cli.figures.material import Material
-from cda_cli.inspection import GRADIENTS
+from cda_cli.inspection import GRADIENTS, OF_BUDGET
 from cda_cli.inspection.seen_rows import CAPPED_WEIGHT
 from cda_cli.plots import COLUMN, Style, draw_map, draw_scale, drawable, new_figure
 from cda_cli.token_labels import visible
@@ -21,7 +21,6 @@ MEASURES = (
     *("effective_support", "keys_95", "median_distance", "sink_mass", "gate_equivalent", "capped_share"),
     *GRADIENTS,  # where they were measured
 )
-OF_BUDGET = ("gate_equivalent", "capped_share")  # mean nothing where rows have no budget
 COLUMNS = 3
 LONGEST = 64  # tokens that can be labelled
 IN_A_COLUMN = 24  # tokens at most

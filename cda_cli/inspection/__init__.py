@@ -5,7 +5,7 @@ from cda_cli.inspection.concentration import effective_support
 from cda_cli.inspection.gradients import gradients
 from cda_cli.inspection.inspect import inspect, parse_selection
 from cda_cli.inspection.live_heads import LiveCollector, LiveHead
-from cda_cli.inspection.measures import GRADIENTS, MEASURES, NAMES, QUANTILES, check_measure
+from cda_cli.inspection.measures import GRADIENTS, MEASURES, NAMES, OF_BUDGET, QUANTILES, check_measure
 from cda_cli.inspection.report import HeadReport, LayerReport, Report, named_figures
 from cda_cli.inspection.store import RowStore, StoredHead, StoredRow, parse_size
 from cda_cli.inspection.watchers import Recorded, RecordWatcher, ReportWatcher, Watcher
@@ -14,6 +14,7 @@ __all__ = [
     "GRADIENTS",
     "MEASURES",
     "NAMES",
+    "OF_BUDGET",
     "QUANTILES",
     "HeadReport",
     "LayerReport",

@@ -53,6 +53,7 @@ OF_HEADS = (
 )
 NAMES = (*MEASURES, *OF_HEADS)
 GRADIENTS = ("importance", "sparsity_k_gradient")  # of a head too, from backward passes, so only where asked for
+OF_BUDGET = ("capped_share", "gate_equivalent")  # of a head too, but mean nothing where rows have no budget k
 # Those whose quantiles over rows are reported.
 QUANTILES = ("sparsity_k", "effective_support", "keys_95")
 

@@ -9,6 +9,7 @@ import html
 import math
 from collections.abc import Sequence
 
+from cda_cli.inspection.measures import OF_BUDGET
 from cda_cli.inspection.report import HeadReport, Report
 from cda_cli.plurals import counted
 
@@ -29,14 +30,14 @@ COLUMNS = {
 SHARES = ("capped_share", "gate_equivalent", "sink_mass")
 
 
-def report_html(report: Report, name: str, verdict: Sequence[str]) -> str:
+def report_html(report: Report, name: str, verdict: Sequence[str], has_budget: bool) -> str:
     """Returns the report of the model called `name`, with the sentences of its verdict, as an element of HTML.
 
-    It has less than 200 kB.
+    It has less than 200 kB. `has_budget` says whether rows have a budget k.
     """
     size = f"{counted(len(report.heads), 'head')}, {report.tokens:,} tokens in {counted(report.windows, 'window')}"
     summary = f"<p><b>{html.escape(name)}</b>: {size}</p><p>{html.escape(' '.join(verdict))}</p>"
-    return f"<div>{summary}{_map(report.heads)}{_table(report)}</div>"
+    return f"<div>{summary}{_map(report.heads)}{_table(report, has_budget)}</div>"
 
 
 def _map(heads: Sequence[HeadReport]) -> str:
@@ -66,7 +67,7 @@ def _numbers(heads: Sequence[HeadReport]) -> tuple[set[int], set[int]]:
     return {head.layer for head in heads}, {head.head for head in heads}
 
 
-def _table(report: Report) -> str:
+def _table(report: Report, has_budget: bool) -> str:
     """A row for each head, or the means of each layer where there are many."""
     if len(report.heads) <= MOST_HEADS:
         first, rows = "head", [(f"{head.layer}.{head.head}", [head]) for head in report.heads]
@@ -74,9 +75,10 @@ def _table(report: Report) -> str:
         layers = sorted({head.layer for head in report.heads})
         first = "layer"
         rows = [(str(layer), [head for head in report.heads if head.layer == layer]) for layer in layers]
-    heading = "".join(f'<th scope="col">{name}</th>' for name in (first, *COLUMNS.values()))
+    columns = {measure: name for measure, name in COLUMNS.items() if has_budget or measure not in OF_BUDGET}
+    heading = "".join(f'<th scope="col">{name}</th>' for name in (first, *columns.values()))
     lines = [
-        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{_mean(heads, measure)}</td>" for measure in COLUMNS)}</tr>'
+        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{_mean(heads, measure)}</td>" for measure in columns)}</tr>'
         for name, heads in rows
     ]
     return f"<table><thead><tr>{heading}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

@@ -19,7 +19,7 @@ from string import Template
 from typing import Any
 
 from cda_cli.errors import ConfigError
-from cda_cli.inspection import LiveHead, Report, RowStore
+from cda_cli.inspection import OF_BUDGET, LiveHead, Report, RowStore
 from cda_cli.inspection.row_codes import deflate
 from cda_cli.inspection.store import thumbnail_side
 from cda_cli.page.meanings import ABLATION, MEANINGS
@@ -66,10 +66,10 @@ def bytes_for_rows(budget: int, heads: int, tokens: int) -> int:
 class PageContent:
     """What a page shows.
 
-    `labels` are the tokens of the window of `store`, as text. `verdict` are sentences, and `source` says by name what
-    was inspected; `title` names it. `reads` has the pattern of keys that a head follows, by layer and head, where it
-    follows one. `causal` is what `cda_cli.causal.Effects.document` returns. `live` are the heads of which the page
-    computes rows for other ε and k than the model's own, which is `eps`.
+    `has_budget` says whether rows have a budget k. `labels` are the tokens of the window of `store`, as text. `verdict`
+    are sentences, and `source` says by name what was inspected; `title` names it. `reads` has the pattern of keys that
+    a head follows, by layer and head, where it follows one. `causal` is what `cda_cli.causal.Effects.document` returns.
+    `live` are the heads of which the page computes rows for other ε and k than the model's own, which is `eps`.
     """
 
     title: str
@@ -82,6 +82,7 @@ class PageContent:
     causal: Mapping[str, Any] | None = None
     live: Sequence[LiveHead] = ()
     eps: float | None = None
+    has_budget: bool = True
 
 
 def write_page(path: Path, content: PageContent) -> None:
@@ -94,7 +95,7 @@ def page(content: PageContent) -> str:
     ablations = {(each["layer"], each["head"]): each for each in (content.causal or {}).get("ablations", ())}
     document = {
         **_rounded(content.report.as_dict()),
-        "meanings": MEANINGS,
+        "meanings": {n: said for n, said in MEANINGS.items() if content.has_budget or n not in OF_BUDGET},
         "labels": list(content.labels[: content.store.queries]),
         "rows": _described(content.store),
         "causal": content.causal,

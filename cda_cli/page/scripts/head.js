@@ -117,11 +117,12 @@ function preview(position, alt, key = null) {
 }
 
 function mapSummary(head) {
+  const caps = `, ${percent(head.capped_share)} of the budget in capped keys`;
   const reads = head.reads ? `; reads mostly ${head.reads} keys` : "";
   return (
     `Map of the weights of head ${state.head}, queries down and keys across: 95% of the mass of a row on ` +
-    `${short(head.keys_95)} keys, half of it within ${short(head.median_distance)} tokens, ` +
-    `${percent(head.capped_share)} of the budget in capped keys${reads}.`
+    `${short(head.keys_95)} keys, half of it within ${short(head.median_distance)} tokens` +
+    `${measures.includes("capped_share") ? caps : ""}${reads}.`
   );
 }
 

@@ -27,7 +27,7 @@ const meanRest = (name) => report.heads.reduce((sum, head) => sum + head[name], 
 export function openOverview() {
   byId("curve-tools").append(
     exportButtons(
-      () => (report.causal ? "loss-by-keys" : "mass-left-out"),
+      () => (lines().length ? "loss-by-keys" : "mass-left-out"),
       () => standalone(box.querySelector("svg")),
       curveTable,
     ),
