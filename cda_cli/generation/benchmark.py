@@ -30,7 +30,7 @@ class DecodeSpeed(NamedTuple):
     batch_size: int
     prompt_length: int
     new_tokens: int
-    time_to_first_token_ms: float  # of the whole batch, with the kernels compiled
+    time_to_first_token_ms: float  # of the whole batch: kernels are compiled, cache and copied weights are not there
     step_ms: float  # for one token of each row
     tokens_per_second: float  # of the whole batch, without the first token of each row
     step_bytes: int
