@@ -207,8 +207,8 @@ def decoding_table() -> None:
         times = {name: decoding_time(way, inputs) for name, way in ways.items()}
         best = min(time for name, time in times.items() if name.startswith("SDPA") and isinstance(time, float))
         shown = [f"{time:.1f}" if isinstance(time, float) else time for time in times.values()]
-        ours = times["k = 2"]
-        row(f"{B},{H},{S},{D}", *shown, f"{ours / best:.2f}" if isinstance(ours, float) else "–")
+        mine = times["k = 2"]
+        row(f"{B},{H},{S},{D}", *shown, f"{mine / best:.2f}" if isinstance(mine, float) else "–")
 
 
 def decoding(k: float) -> Callable[..., Tensor]:

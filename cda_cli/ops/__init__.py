@@ -229,10 +229,10 @@ def decode_attention(
 
     Args:
         query_BHTD: [B, H, T, D]; key_BGSD, value_BGSD: [B, G, S, D] with H a multiple of G: each key head serves H/G
-            neighbouring query heads; float32, bf16, fp16 or float64. What lies behind the length of a row is never
-            read, or must be finite.
-        lengths_B: whole numbers [B] on the same device, between T and S: query t of row b sees the keys before
-            lengths_b − T + t + 1. One that sees no key gets output 0. None: each row has S keys.
+            neighbouring query heads; float32, bf16, fp16 or float64. What lies behind the length of a row has no
+            effect, but must be finite: not every backend leaves it unread.
+        lengths_B: whole numbers [B] on the same device, at most S: query t of row b sees the keys before
+            lengths_b − T + t + 1. A query that sees no key gets output 0. None: each row has S keys.
         sparsity_k, eps, scale: as for `soft_topk_attention`, with the exact solver.
         backend: "triton" is one launch where k is at most 16, and so is "auto" on a GPU that can run it; the lengths
             stay on the device, so a CUDA graph may hold the call. "torch" computes all scores in plain PyTorch.
