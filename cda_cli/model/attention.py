@@ -89,7 +89,7 @@ class Attention(nn.Module):
                 observe = partial(self._observe, self._output_scale(budget, logits.get("gate"), query))
             watch = (observe, self.edit_rows)
             out_BHTD = self.rule.attend_densely(query, key, value, budget, *watch, documents, visible_B)
-        elif cache is not None and documents is None and query.shape[2] == 1:
+        elif visible_B is not None or self._decodes(query, cache, documents):
             out_BHTD = self.rule.decode(query, key, value, budget, visible_B)
         else:
             out_BHTD = self.rule.attend(query, key, value, budget, documents)
@@ -98,6 +98,12 @@ class Attention(nn.Module):
         if self.to_gate is not None:
             out_BHTD = out_BHTD * self._gate(logits["gate"]).unsqueeze(-1)
         return self.to_out(out_BHTD.transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def _decodes(query_BHTD: Tensor, cache: KeyValueCache | None, documents: Tensor | None) -> bool:
+        """Whether one query of each row sees all of its keys, and no gradient is asked for, which decoding lacks."""
+        alone = cache is not None and documents is None and query_BHTD.shape[2] == 1
+        return alone and not (torch.is_grad_enabled() and query_BHTD.requires_grad)
 
     @property
     def _head_linears(self) -> dict[str, nn.Linear]:

@@ -136,6 +136,16 @@ def test_it_is_trained_on(tmp_path: Path) -> None:
     assert all(torch.equal(weight.grad, before) for weight, before in zip(model.parameters(), gradients, strict=True))
 
 
+@pytest.mark.parametrize("name", ["learned k, gate", "softmax, tied"])
+def test_a_token_after_a_cache_has_the_gradient_of_the_whole(name: str, tmp_path: Path) -> None:
+    model = loaded(written(tmp_path, **MODELS[name])[1]).double()
+    tokens, weights = some_tokens(2, 5), [block.attention.to_qkv.weight for block in model.model.each_block()]
+    cache = model(tokens[:, :-1], use_cache=True).past_key_values
+    logits = (model(tokens).logits[:, -1:], model(tokens[:, -1:], past_key_values=cache).logits)
+    expected, found = (torch.autograd.grad(each.square().sum(), weights) for each in logits)
+    torch.testing.assert_close(found, expected)
+
+
 def test_saved_by_transformers_it_loads_again(tmp_path: Path) -> None:
     """Also what is only in the configuration: the ε of the step, and that weights are tied."""
     _, folder = written(tmp_path, **MODELS["modern"])
