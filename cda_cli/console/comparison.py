@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from cda_cli.comparison.overlap import HeadOverlap
     from cda_cli.comparison.result import Result
     from cda_cli.evaluation import Estimate
+    from cda_cli.evaluation.intervals import Units
 
 DASH = "–"
 SAME = {True: "same", False: "differ", None: DASH}
 MOST_PAIRS = 5  # aligned heads that are shown of those with the largest overlap, and of those with the smallest
+FEWEST_BLOCKS = 30  # With fewer, the interval of a bootstrap is clearly too narrow.
 MOST_ERRORS = 3  # runs for whose standard errors a line of 80 columns has room
 # Measures of attention, by their names in JSON: what the table calls them, and how it writes them.
 MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -274,7 +276,7 @@ def comparison_verdict(result: Result) -> list[str]:
         comparison = models.evaluation.comparison
         like_first = next((group for group in result.seed_groups if letters[0] in group), "")
         found += [
-            _difference(letter, comparison.difference(number), letter in like_first)
+            _difference(letter, comparison.difference(number), comparison.units, letter in like_first)
             for number, letter in enumerate(letters[1:], start=1)
         ]
         if result.facts["data"].is_same is False:
@@ -293,7 +295,7 @@ def comparison_verdict(result: Result) -> list[str]:
     return found
 
 
-def _difference(letter: str, difference: Estimate, is_seed: bool) -> str:
+def _difference(letter: str, difference: Estimate, units: Units, is_seed: bool) -> str:
     value, _, low, high = difference
     if math.isnan(value):
         return f"{letter} has no bits per byte that A has too, as the text has no bytes."
@@ -304,6 +306,8 @@ def _difference(letter: str, difference: Estimate, is_seed: bool) -> str:
     half = max(high - value, value - low)
     told = f"{abs(value):.4f} ± {half:.4f} bits per byte {better} than A"
     missed = "1 in 20 such intervals would miss."
+    if units.blocks < FEWEST_BLOCKS:
+        missed = f"from {units.blocks} {units.resampled} more than {missed}"
     if half >= abs(value):
         return f"{letter} and A are not told apart: {letter} is {told}; {missed}{seed}"
     return f"{letter} is {told}; {missed}{seed}"

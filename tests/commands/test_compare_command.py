@@ -96,7 +96,11 @@ def test_models_are_compared_as_cda_eval_compares_them(cda: Cda, finished: Path,
     better = "better" if second["difference"] < 0 else "worse"
     told = f"B is {abs(second['difference']):.4f} ± {half:.4f} bits per byte {better} than A"
     assert told in document["verdict"][0]
-    assert "1 in 20 such intervals would miss. They differ in the seed alone" in document["verdict"][0]
+    assert "more than 1 in 20 such intervals would miss. They differ in the seed alone" in document["verdict"][0]
+    assert evaluated["resampled"]["number"] < 30
+    of_many = cda("compare", finished, other, "--json", "--context", 2)
+    assert json.loads(of_many.out)["evaluation"]["resampled"]["number"] >= 30
+    assert "better than A; 1 in 20 such" in of_many.out or "worse than A; 1 in 20 such" in of_many.out
     assert document["seed_groups"] == [["A", "B"]]
     assert document["head_overlap"][0]["any_two"] < 1
     assert len(document["attention"][0]["layers"]) == 2
