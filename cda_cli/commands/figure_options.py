@@ -22,11 +22,11 @@ FiguresOption = Annotated[
     ),
 ]
 StyleOption = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--figure-style",
         metavar="STYLE",
-        help="The look of the figures: paper, slides, dark or mono. May be repeated.",
+        help="The look of the figures: paper, slides, dark or mono; paper where not given. May be repeated.",
         autocompletion=completion(STYLES),
         rich_help_panel=FIGURES,
     ),

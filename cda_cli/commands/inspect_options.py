@@ -35,5 +35,6 @@ HtmlOption = Annotated[
     ),
 ]
 BudgetOption = Annotated[
-    str, typer.Option(metavar="SIZE", help="The page takes at most so many bytes, such as 800kB or 12MB.")
+    str | None,
+    typer.Option(metavar="SIZE", help="The page takes at most so many bytes, such as 800kB; 12MB where not given."),
 ]

@@ -15,12 +15,20 @@ from cda_cli.storage import recorded_sha256
 
 DIGEST = 12  # characters of a SHA-256 that tell one checkpoint from another
 
+BUDGET = "12MB"
 
-def require_page(path: Path, budget: str) -> None:
-    """Raises ConfigError, before anything is computed, if no page of so many bytes can be written to `path`."""
-    parse_size(budget)
-    if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
+
+def checked_budget(path: Path | None, budget: str | None) -> int:
+    """Returns the bytes that the page at `path` may take.
+
+    Raises ConfigError, before anything is computed, if no such page can be written, or if there is to be none.
+    """
+    if path is None and budget is not None:
+        raise ConfigError("--budget is that of the page; add --html FILE")
+    size = parse_size(budget or BUDGET)
+    if path and (path.is_dir() or path.suffix.lower() not in (".html", ".htm")):
         raise ConfigError(f"--html {path} is no page; give a file whose name ends with .html")
+    return size
 
 
 def write_report_page(

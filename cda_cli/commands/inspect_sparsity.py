@@ -36,9 +36,9 @@ def inspect_sparsity(
     causal: inspect_options.CausalOption = False,
     ablate: AblateOption = None,
     figures: FiguresOption = None,
-    styles: StyleOption = DEFAULT_STYLES,
+    styles: StyleOption = None,
     html: inspect_options.HtmlOption = None,
-    budget: inspect_options.BudgetOption = "12MB",
+    budget: inspect_options.BudgetOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
@@ -51,12 +51,13 @@ def inspect_sparsity(
     the chosen layers, over the beginning of the text. --json has every measure, also by position.
     """
     from cda_cli.causal import Examination, Wanted
-    from cda_cli.commands.inspect_page import require_page, write_report_page
+    from cda_cli.commands.inspect_page import checked_budget, write_report_page
     from cda_cli.conditions import check_conditions, parse_condition
     from cda_cli.console import note, print_json, progress, show_report, shows_progress
     from cda_cli.data import loss_of_text
+    from cda_cli.errors import ConfigError
     from cda_cli.figures import FIGURES, gather, require_figures, write_figures
-    from cda_cli.inspection import GRADIENTS, ReportWatcher, check_measure, named_figures, parse_selection, parse_size
+    from cda_cli.inspection import GRADIENTS, ReportWatcher, check_measure, named_figures, parse_selection
     from cda_cli.page import PageCollector
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
@@ -64,10 +65,12 @@ def inspect_sparsity(
     check_measure(by)
     conditions = [parse_condition(text) for text in fail_if or ()]
     wanted = Wanted.parse((), (), ablate or ())
+    looks = styles or DEFAULT_STYLES
     if figures:
-        require_figures(figures, styles)
-    if html:
-        require_page(html, budget)
+        require_figures(figures, looks)
+    elif styles:
+        raise ConfigError("--figure-style is that of figures; add --figures DIR")
+    page_bytes = checked_budget(html, budget)
     with StopRequest() as stop:
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
@@ -79,7 +82,7 @@ def inspect_sparsity(
             wanted = Wanted.of_selection(restored.model)._replace(head_orders=wanted.head_orders)
         examination = Examination(causal or by in GRADIENTS, wanted)
         drawn = (chosen_layers[0], chosen_heads[0])
-        paged = PageCollector(restored, text, parse_size(budget)) if html else None
+        paged = PageCollector(restored, text, page_bytes) if html else None
         collectors = (paged.rows, paged.live) if paged else ()
         watcher = ReportWatcher(restored.config.model.attn_k, drawn, *collectors)
         windows = text.batches(1, max_batches)[1] * examination.passes(restored.config.model)
@@ -106,6 +109,6 @@ def inspect_sparsity(
     if figures:
         material = gather(report, restored, text, drawn, watcher.kept, checked)
         with progress("drawing", len(FIGURES), quiet=as_json) as drawing:
-            written = write_figures(figures, material, styles, shlex.join(["cda", *sys.argv[1:]]), drawing)
+            written = write_figures(figures, material, looks, shlex.join(["cda", *sys.argv[1:]]), drawing)
         note(written.words)
     check_conditions(conditions, named_figures(document))

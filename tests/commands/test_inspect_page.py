@@ -54,6 +54,8 @@ def test_the_page_has_the_heads_that_are_chosen(cda: Cda, finished: Path, tmp_pa
 
 def test_what_is_no_page_is_refused_before_anything_is_computed(cda: Cda, finished: Path, tmp_path: Path) -> None:
     assert_refused(cda("inspect-sparsity", finished, "--html", tmp_path / "report.pdf"), "ends with .html")
+    assert_refused(cda("inspect-sparsity", finished, "--budget", "3MB"), "add --html FILE")
+    assert_refused(cda("inspect-sparsity", finished, "--figure-style", "dark"), "add --figures DIR")
     assert_refused(cda("inspect-sparsity", finished, "--html", tmp_path), "ends with .html")
     page = ("--html", tmp_path / "report.html")
     assert_refused(cda("inspect-sparsity", finished, *page, "--budget", "much"), "is no size")
