@@ -71,7 +71,7 @@ def draw_text(chart: Chart, width: int) -> Text:
     (left, right), (low, high) = limits
     labels = [chart.y_words(high + (low - high) * row / (HEIGHT - 1)) for row in range(HEIGHT)]
     margin = max(map(len, labels))
-    columns = width - margin - 2
+    columns = max(2, width - margin - 2)
     grid: list[list[tuple[str, str]]] = [[(" ", "")] * columns for _ in range(HEIGHT)]
     for colour, (letter, points) in zip(COLOURS, chart.drawn.items(), strict=False):
         for column in range(columns):
@@ -89,7 +89,7 @@ def draw_text(chart: Chart, width: int) -> Text:
         drawn.append("\n")
     drawn.append(" " * margin + " +" + "-" * columns + "\n")
     first, last = chart.shown_x(left), chart.shown_x(right)
-    gap = columns - len(first) - len(last)
+    gap = max(0, columns - len(first) - len(last))
     return drawn.append(" " * (margin + 2) + first + f"{chart.x_label:^{gap}}" + last)
 
 
