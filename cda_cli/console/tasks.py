@@ -66,6 +66,7 @@ def _length_table(rows: Sequence[Sequence[TaskResult]]) -> Table:
     number = ["checkpoint"] if len(rows[0]) > 1 else []
     scores = ["exact\nmatch", "95 % interval", "token\naccuracy", "solver", "shuffled"]
     made = table("task", "length", *number, *scores)
+    made.columns[0].overflow = "fold"  # The parameters of a task are in its name.
     for results in rows:
         for checkpoint, one in enumerate(results, start=1):
             exact, low, high, tokens, solver, shuffled, shuffled_tokens = (
