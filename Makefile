@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A core has no work while its test waits for a process, so there are three workers for two cores.
+WORKERS := $(shell echo $$(( $$(nproc) * 3 / 2 )))
 
 .PHONY: help setup demo check test test-gpu compile-kernels reliability lint format bench bench-gpu docs clean
 
@@ -32,7 +34,7 @@ check: lint ## Check style and types, and run the tests that are quick, in about
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test: setup ## Run all tests
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-gpu: setup ## Run the tests of the operator, its kernels, the model, training and inspection on a GPU
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu needs a CUDA device")'

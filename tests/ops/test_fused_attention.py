@@ -59,7 +59,7 @@ def test_every_head_width(width: int, dtype: torch.dtype) -> None:
     assert_at_most_twice_plain(this, fused(this))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF] if DEVICE == "cuda" else [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF] if DEVICE == "cuda" else [torch.float32])
 @pytest.mark.parametrize("k", [1.0, 1.5, 2.0, 3.0, 8.0, 16.0, 40.0])
 def test_every_budget(k: float, dtype: torch.dtype) -> None:
     this = differentiable_problem((1, 2, 131, 131, 32), k, dtype=dtype)
