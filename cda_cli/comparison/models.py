@@ -19,7 +19,7 @@ from cda_cli.data import Batch
 from cda_cli.errors import CheckpointError, ConfigError, DataError
 from cda_cli.evaluation import Plan, TextEvaluation, Way, evaluate_readings, open_readings
 from cda_cli.evaluation.checkpoints import Reading
-from cda_cli.inspection import HeadReport, Report, ReportWatcher, inspect
+from cda_cli.inspection import OF_BUDGET, HeadReport, Report, ReportWatcher, inspect
 from cda_cli.inspection.measures import MEASURES
 from cda_cli.model import Transformer
 from cda_cli.restore import Restored, Saved, TextSide
@@ -28,7 +28,6 @@ from cda_cli.signals import StopRequest
 
 INSPECTED = 16  # windows of the text, as many as `cda inspect-sparsity` looks at
 SHOWN = (*MEASURES, "median_distance", "sink_mass", "sink_rate")  # the measures of which there are means over heads
-OF_BUDGET = ("sparsity_k", "gate_equivalent", "capped_share")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def _by_layer(report: Report) -> dict[int, list[HeadReport]]:
 def _means(heads: Sequence[HeadReport], has_budget: bool) -> dict[str, float]:
     figures = torch.tensor([[head.measures[name] for name in SHOWN] for head in heads], dtype=torch.float64)
     means = dict(zip(SHOWN, figures.nanmean(0).tolist(), strict=True))
-    return means if has_budget else means | dict.fromkeys(OF_BUDGET, math.nan)
+    return means if has_budget else means | dict.fromkeys(("sparsity_k", *OF_BUDGET), math.nan)
 
 
 def open_where_possible(
