@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
+from cda_cli.generation.decoder import linear_parameters
 from cda_cli.model import Transformer
 from cda_cli.runtime import available_memory
 
@@ -26,8 +26,7 @@ def auto_batch_size(model: Transformer, dtype: torch.dtype, samples: int) -> int
         left = available_memory()
     slots = config.depth * config.key_heads * (config.null_kv + config.seq_len)
     row = 2 * slots * config.head_width * dtype.itemsize + LOGITS_BYTES * config.vocab_size
-    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
-    weights = sum(parameter.numel() for linear in linears for parameter in linear.parameters())
+    weights = sum(parameter.numel() for parameter in linear_parameters(model))
     copied = 0 if dtype == torch.float32 else weights * dtype.itemsize
     fitting = samples if left is None else int(SHARE * (left - copied)) // row
     return max(1, min(samples, fitting, MOST[device.type]))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cda_cli.errors import ConfigError
+from cda_cli.generation.decoder import linear_parameters
 from cda_cli.generation.generate import Generation
 from cda_cli.generation.requests import Request, SamplingSettings
 from cda_cli.model import Transformer
@@ -98,8 +99,7 @@ def bytes_of_step(model: Transformer, dtype: torch.dtype, batch_size: int, lengt
     These are all weights, but of an embedding only a row for each token, and keys and values of `length` positions.
     """
     config = model.config
-    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
-    matrices = {id(each): each.numel() for linear in linears for each in linear.parameters()}
+    matrices = {id(each): each.numel() for each in linear_parameters(model)}
     embeddings = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
     others = sum(each.numel() for each in model.parameters() if id(each) not in {*matrices, *embeddings})
     rows = batch_size * config.dim * (1 if model.position_embedding is None else 2)

@@ -180,6 +180,12 @@ def _bucket(count: int, least: int, most: int) -> int:
     return min(most, least * 2 ** max(0, math.ceil(math.log2(count / least))))
 
 
+def linear_parameters(model: Transformer) -> list[nn.Parameter]:
+    """The weights and biases that `Decoder` has in its dtype."""
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return [parameter for linear in linears for parameter in linear.parameters()]
+
+
 def _with_matrices(model: Transformer, dtype: torch.dtype) -> Transformer:
     """Returns the model with the weights of its linears in `dtype`, so that autocast need not cast them in each pass.
 
