@@ -1,6 +1,6 @@
 """The activations of the feed-forward layer, by their names in the configuration (`model.ff`).
 
-To add one, write its class, add a line to `ACTIVATIONS` and its name to `ModelConfig.ff`, and test it.
+To add one, write its class, add a line to `ACTIVATIONS` and its name to `ModelSettings.ff`, and test it.
 
 Shapes: B batch, T positions, F units of the feed-forward layer (`ModelConfig.ff_units`).
 """

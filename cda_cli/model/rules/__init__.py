@@ -2,7 +2,7 @@
 
 A rule says how the scores of a layer become weights, and what else follows from that: the code that computes them, its
 matrix products, its scratch memory, and what is worth telling a person. To add a rule, write its file, add a line to
-`RULES` and its name to `ModelConfig.attention`, and test it.
+`RULES` and its name to `ModelSettings.attention`, and test it.
 """
 
 from __future__ import annotations
