@@ -15,7 +15,7 @@ from cda_cli.console import (
     show_keys,
     show_last_lines,
     show_last_tokens,
-    show_odds,
+    show_probabilities,
 )
 from cda_cli.errors import CdaError, UsageError, did_you_mean
 from cda_cli.generation import SamplingSettings
@@ -79,10 +79,10 @@ class SampleEditor:
     def _top(self, words: Sequence[str]) -> None:
         if words:
             [number] = _numbers("/top", words, most=1)
-            show_odds(self._draft.odds(number, TOP))
+            show_probabilities(self._draft.probabilities(number, TOP))
         else:
             last = range(max(1, min(LAST_TOKENS, len(self._draft.tokens) - 1)), 0, -1)
-            show_last_tokens([self._draft.odds(number, TOP_OF_EACH) for number in last])
+            show_last_tokens([self._draft.probabilities(number, TOP_OF_EACH) for number in last])
 
     def _keys(self, words: Sequence[str]) -> None:
         number, *layers = _numbers("/keys", words, most=2) or [1]

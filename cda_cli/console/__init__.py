@@ -23,7 +23,7 @@ from cda_cli.console.sample_editor import (
     show_keys,
     show_last_lines,
     show_last_tokens,
-    show_odds,
+    show_probabilities,
 )
 from cda_cli.console.sampling import SampleDocument, SampleLines, SampleText, show_sampling
 from cda_cli.console.settings import show_changed, show_presets, show_settings
@@ -60,8 +60,8 @@ __all__ = [
     "show_keys",
     "show_last_lines",
     "show_last_tokens",
-    "show_odds",
     "show_presets",
+    "show_probabilities",
     "show_report",
     "show_runs",
     "show_sampling",

@@ -12,7 +12,7 @@ from cda_cli.console.base import out, print_pairs, print_trimmed, share, table
 from cda_cli.console.text import print_sentence, write_text
 
 if TYPE_CHECKING:
-    from cda_cli.generation.draft import TokenOdds
+    from cda_cli.generation.draft import TokenProbabilities
     from cda_cli.generation.text import SampledText
     from cda_cli.inspection.read_keys import HeadRead
 
@@ -69,7 +69,7 @@ def show_last_lines(text: str) -> None:
     write_text(out(), "\n".join(text.split("\n")[-LAST_LINES:]) + "\n", style="dim")
 
 
-def show_last_tokens(tokens: Sequence[TokenOdds]) -> None:
+def show_last_tokens(tokens: Sequence[TokenProbabilities]) -> None:
     """Shows tokens by their numbers, each with its probability and the likeliest in its place."""
     made = table("token", "", "probability", "likeliest")
     made.columns[1].justify = made.columns[3].justify = "left"
@@ -79,13 +79,13 @@ def show_last_tokens(tokens: Sequence[TokenOdds]) -> None:
     print_trimmed(out(), made)
 
 
-def show_odds(odds: TokenOdds) -> None:
+def show_probabilities(place: TokenProbabilities) -> None:
     """Shows the likeliest tokens in the place of one, and that one."""
-    made = table(f"in place of token {odds.number}", "probability")
-    for token, probability in odds.likeliest:
-        made.add_row(token, share(probability), style="bold" if token == odds.token else None)
-    if odds.token not in dict(odds.likeliest):
-        made.add_row(f"… {odds.token}", share(odds.probability), style="bold")
+    made = table(f"in place of token {place.number}", "probability")
+    for token, probability in place.likeliest:
+        made.add_row(token, share(probability), style="bold" if token == place.token else None)
+    if place.token not in dict(place.likeliest):
+        made.add_row(f"… {place.token}", share(place.probability), style="bold")
     print_trimmed(out(), made)
 
 

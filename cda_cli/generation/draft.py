@@ -16,7 +16,7 @@ from cda_cli.runtime import autocast
 from cda_cli.signals import StopRequest
 
 
-class TokenOdds(NamedTuple):
+class TokenProbabilities(NamedTuple):
     """A token of a text and the likeliest ones in its place, with their probabilities.
 
     Tokens are written as Python would write them; one that ends a document is `eos`. The probabilities are those of the
@@ -93,12 +93,12 @@ class Draft:
         return tokens[:-number][-self.restored.model.config.seq_len :]
 
     def names(self, number: int) -> list[str]:
-        """The tokens `before(number)`, as TokenOdds has them."""
+        """The tokens `before(number)`, as TokenProbabilities has them."""
         before = self.before(number)
         return [self._name(token, before[:place]) for place, token in enumerate(before)]
 
     @torch.inference_mode()
-    def odds(self, number: int, most: int) -> TokenOdds:
+    def probabilities(self, number: int, most: int) -> TokenProbabilities:
         """Tells what might have stood in the place of a token: the `most` likeliest. Raises as `before` does."""
         before, token, device = self.before(number), self.tokens[-number], self.restored.device
         with autocast(device, self.dtype):
@@ -107,7 +107,7 @@ class Draft:
         likeliest = probabilities.topk(min(most, len(probabilities)))
         pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
         named = [(self._name(other, before), share) for other, share in pairs]
-        return TokenOdds(number, self._name(token, before), probabilities[token].item(), named)
+        return TokenProbabilities(number, self._name(token, before), probabilities[token].item(), named)
 
     def _name(self, token: int, before: list[int]) -> str:
         tokenizer = self.restored.tokenizer

@@ -121,7 +121,7 @@ class TextGeneration:
         )
 
     def __iter__(self) -> Iterator[SampledText]:
-        reasons, told = self._generation.reasons, 0
+        reasons, finished = self._generation.reasons, 0
         for generated in self._generation:
             if self._stop:
                 return
@@ -130,10 +130,10 @@ class TextGeneration:
             yield sampled
             if sampled.has_stopped:
                 self._generation.end(generated.request)
-            if len(reasons) > told:  # An end token is no token of its text, so others may have ended too.
-                yield from self._finished(list(reasons)[told:])
-                told = len(reasons)
-        yield from self._finished(list(reasons)[told:])
+            if len(reasons) > finished:  # An end token is no token of its text, so others may have ended too.
+                yield from self._finished(list(reasons)[finished:])
+                finished = len(reasons)
+        yield from self._finished(list(reasons)[finished:])
 
     def _finished(self, requests: Sequence[int]) -> Iterator[SampledText]:
         for request in requests:
