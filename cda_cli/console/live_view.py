@@ -21,12 +21,12 @@ from rich.text import Text
 
 from cda_cli.console.base import Trimmed, duration
 from cda_cli.console.layer_table import layer_table, measures
-from cda_cli.console.run_status import ALARMS, RunStatus, figures, header_rows
+from cda_cli.console.run_status import ALARMS, RunStatus, header_rows, metric_rows
 from cda_cli.console.sparkline import sparkline
 
-WIDE = 150  # columns from which the layers stand beside the figures
+WIDE = 150  # columns from which the layers stand beside the metrics
 ROOMY = 16  # rows from which there are a title, blank lines, and some lines of history above the view
-LABEL = 13  # columns of the name of a figure
+LABEL = 13  # columns of the name of a metric
 NOTICE = "stopping: this step is finished and saved first"
 
 
@@ -60,21 +60,21 @@ class LiveView:
         return Group(*above, *middle, *below)
 
     def _stacked(self, console: Console, options: ConsoleOptions, room: int) -> list[RenderableType]:
-        """Figures, and the layers below them in what is left of `room` rows."""
+        """Metrics, and the layers below them in what is left of `room` rows."""
         gap: list[RenderableType] = [""] * (options.max_height >= ROOMY)
-        shown = self._figures(options, max(1, room - 2 - 2 * len(gap)))
+        shown = self._metrics(options, max(1, room - 2 - 2 * len(gap)))
         rows = room - len(shown) - 2 * len(gap) - 1
         layers = [self._layers(console, options, rows), *gap] if self.status.train and rows > 0 else []
         return [*shown, *gap, *layers]
 
     def _beside(self, console: Console, options: ConsoleOptions, room: int) -> list[RenderableType]:
-        """Figures, and the layers to the right of them, in `room` rows."""
+        """Metrics, and the layers to the right of them, in `room` rows."""
         half = options.update_width((options.max_width - 4) // 2)
         columns = Table.grid(padding=(0, 4, 0, 0))
         columns.add_column(width=half.max_width, no_wrap=True)
         columns.add_column(no_wrap=True)
         layers = self._layers(console, half, max(1, room - 2)) if self.status.train else ""
-        columns.add_row(Group(*self._figures(half, room - 1)), layers)
+        columns.add_row(Group(*self._metrics(half, room - 1)), layers)
         return [columns, ""]
 
     def _title(self, width: int) -> list[RenderableType]:
@@ -88,14 +88,14 @@ class LiveView:
                 lines.append(row)
         return [*(Text(line, style="bold", no_wrap=True, overflow="ellipsis") for line in lines), ""]
 
-    def _figures(self, options: ConsoleOptions, rows: int) -> list[RenderableType]:
-        """A line for each figure, at most `rows` of them."""
+    def _metrics(self, options: ConsoleOptions, rows: int) -> list[RenderableType]:
+        """A line for each metric, at most `rows` of them."""
         plan = self.status.plan
-        shown = figures(self.status)
+        shown = metric_rows(self.status)
         if not shown:
             compiling = ", and the first step compiles the model" if plan.compiled else ""
             every = plan.config.run.log_every
-            words = f"figures come every {f'{every} steps' if every > 1 else 'step'}{compiling}"
+            words = f"metrics come every {f'{every} steps' if every > 1 else 'step'}{compiling}"
             return [Text(words, style="dim", no_wrap=True, overflow="ellipsis")]
         curves = {"loss": self.status.losses, "validation": self.status.validation_losses}
         widest = max(len(shown[name]) for name in curves)

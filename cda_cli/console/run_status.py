@@ -17,7 +17,7 @@ from cda_cli.runs.records import HeadAlarm, Record, RefusedRecord, TrainRecord, 
 if TYPE_CHECKING:
     from cda_cli.training.display import Plan
 
-ALARMS = "heads"  # the name of their figure
+ALARMS = "heads"  # the name of their row
 STATES = {"collapsed": "collapsed", "sink": "on the first key", "spread": "spread over all keys"}
 MOST_NAMED = 6
 
@@ -105,8 +105,8 @@ def plan_rows(plan: Plan) -> dict[str, str]:
     }
 
 
-def figures(status: RunStatus) -> dict[str, str]:
-    """The latest figures, the most important first. Empty before the first record of training."""
+def metric_rows(status: RunStatus) -> dict[str, str]:
+    """The latest metrics, the most important first. Empty before the first record of training."""
     train, validation, best = status.train, status.validation, status.best
     if train is None:
         return {}

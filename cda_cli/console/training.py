@@ -17,8 +17,8 @@ from cda_cli.console.run_status import (
     ALARMS,
     RunStatus,
     alarm_words,
-    figures,
     header_rows,
+    metric_rows,
     next_commands,
     plan_rows,
     refused_words,
@@ -119,7 +119,7 @@ class TrainingDisplay:
                 os.write(sys.stderr.fileno(), f"{NOTICE}\n".encode())
 
     def finish(self) -> None:
-        """Leaves the latest figures as a table, and says what to run next."""
+        """Leaves the latest metrics as a table, and says what to run next."""
         if self._live:
             self._live.stop()
         status = self._status
@@ -129,7 +129,7 @@ class TrainingDisplay:
         rows = {
             **self._held_back,
             "step": f"{status.step} of {status.plan.steps}, in {duration(status.elapsed)}",
-            **figures(status),
+            **metric_rows(status),
         }
         if status.validation:
             rows["validated on"] = validated_on(status.plan, status.validation)

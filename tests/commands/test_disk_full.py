@@ -54,7 +54,7 @@ def test_a_checkpoint_that_does_not_fit(cda: Cda, run: Path) -> None:
 
 
 def test_figures_that_do_not_fit(cda: Cda, run: Path) -> None:
-    """Half a line of figures is left at most, and the next run takes it away."""
+    """Half a log line is left at most, and the next run takes it away."""
     assert cda("eval", run, "--max-batches", 1).code == 0, "the tokens are in the cache now"
     done = limited((run / "metrics.jsonl").stat().st_size + 300, "train", "--out", run, "--steps", 8)
     assert_one_sentence(done, "metrics.jsonl cannot be written")

@@ -65,7 +65,7 @@ def test_plain_lines_off_a_terminal(cda: Cda, tiny: Path, tmp_path: Path) -> Non
     assert escapes(result.out) == []
     lines = result.out.splitlines()
     for step in range(1, 7):
-        assert sum(line.startswith(f"{step}/6  loss ") for line in lines) == 1, f"step {step} has no line of figures"
+        assert sum(line.startswith(f"{step}/6  loss ") for line in lines) == 1, f"step {step} has no log line"
     assert sum("validation loss" in line for line in lines) == 2
     assert f"6/6  saved {tmp_path}/run/checkpoints/step-00000006" in lines
 

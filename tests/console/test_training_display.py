@@ -85,7 +85,7 @@ def test_a_terminal_keeps_the_figures_at_the_end(screen: MakeScreen) -> None:
 def test_the_environment_decides_colour_alone(
     screen: MakeScreen, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    """A file is no terminal: it gets each line of figures, and nothing that moves a cursor."""
+    """A file is no terminal: it gets each log line, and nothing that moves a cursor."""
     made = screen()
     monkeypatch.setenv(name, value)
     text = shown(made)
@@ -136,7 +136,7 @@ def test_heads_that_stop_to_select_are_named(screen: MakeScreen) -> None:
 
 
 def test_a_run_without_figures_ends_quietly(screen: MakeScreen) -> None:
-    """An error before the first line of figures: no empty table, no hidden cursor."""
+    """An error before the first log line: no empty table, no hidden cursor."""
     made = screen(terminal=True)
     display = TrainingDisplay()
     display.start(PLAN, [])
