@@ -1,4 +1,4 @@
-"""Conditions on the figures of a result, such as `top[32].difference_hi > 0.01`, under which a check fails."""
+"""Conditions on the metrics of a result, such as `top[32].difference_hi > 0.01`, under which a check fails."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ CONDITION = re.compile(rf"\s*([^\s<>=!]+)\s*({'|'.join(COMPARISONS)})\s*([^\s<>=
 
 @dataclass(frozen=True)
 class Condition:
-    """Compares two sides, each a number or the name of a figure, by one of COMPARISONS."""
+    """Compares two sides, each a number or the name of a metric, by one of COMPARISONS."""
 
     text: str
     left: float | str
     comparison: str
     right: float | str
 
-    def holds(self, figures: Mapping[str, float]) -> bool:
-        """Says whether it holds. Raises ConfigError if a figure is unknown, and CheckFailedError if one is NaN."""
-        sides = [self._value(side, figures) for side in (self.left, self.right)]
+    def holds(self, metrics: Mapping[str, float]) -> bool:
+        """Says whether it holds. Raises ConfigError if a metric is unknown, and CheckFailedError if one is NaN."""
+        sides = [self._value(side, metrics) for side in (self.left, self.right)]
         return COMPARISONS[self.comparison](*sides)
 
-    def _value(self, side: float | str, figures: Mapping[str, float]) -> float:
+    def _value(self, side: float | str, metrics: Mapping[str, float]) -> float:
         if not isinstance(side, str):
             return side
-        if side not in figures:
-            near = did_you_mean(side, figures, otherwise="name a number of --json by its path")
+        if side not in metrics:
+            near = did_you_mean(side, metrics, otherwise="name a number of --json by its path")
             raise ConfigError(f"{self.text!r} names {side}, which the result does not have: {near}")
-        if math.isnan(figures[side]):
+        if math.isnan(metrics[side]):
             raise CheckFailedError(f"{side} has no value here, so {self.text!r} cannot be checked; take more text")
-        return figures[side]
+        return metrics[side]
 
 
 def parse_condition(text: str) -> Condition:
@@ -52,7 +52,7 @@ def parse_condition(text: str) -> Condition:
     found = CONDITION.fullmatch(text)
     sides = [_side(side) for side in found.group(1, 3)] if found else []
     if found is None or not any(isinstance(side, str) for side in sides):
-        raise ConfigError(f"{text!r} is no condition; write a figure, < or >, and a number, as in 'loss > 2'")
+        raise ConfigError(f"{text!r} is no condition; write a metric, < or >, and a number, as in 'loss > 2'")
     return Condition(text.strip(), sides[0], found[2], sides[1])
 
 
@@ -63,16 +63,16 @@ def _side(text: str) -> float | str:
         return text
 
 
-def figures_of(document: Mapping[str, Any]) -> dict[str, float]:
+def metrics_of(document: Mapping[str, Any]) -> dict[str, float]:
     """Names each number of a JSON document by its path, such as "loss" or "feed_forward[0].units".
 
     An element of a list that has a "name" is called by that: "top[32].difference". The ends of an interval, such as
     "loss_interval", are "loss_lo" and "loss_hi". A null is NaN.
     """
-    return dict(_figures(document, ""))
+    return dict(_metrics(document, ""))
 
 
-def _figures(value: Any, path: str) -> Iterator[tuple[str, float]]:
+def _metrics(value: Any, path: str) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _members(inner, path, key)
@@ -83,32 +83,32 @@ def _figures(value: Any, path: str) -> Iterator[tuple[str, float]]:
 def _members(value: Any, path: str, key: str) -> Iterator[tuple[str, float]]:
     before = f"{path}." if path else ""
     if not isinstance(value, (list, tuple)):
-        yield from _figures(value, before + key)
+        yield from _metrics(value, before + key)
     elif key.endswith("_interval"):
         for end, inner in zip(("lo", "hi"), value, strict=True):
-            yield from _figures(inner, f"{before}{key.removesuffix('interval')}{end}")
+            yield from _metrics(inner, f"{before}{key.removesuffix('interval')}{end}")
     else:
         for index, inner in enumerate(value):
             name = inner.get("name") if isinstance(inner, Mapping) else None
-            yield from _figures(inner, before + (name or f"{key}[{index}]"))
+            yield from _metrics(inner, before + (name or f"{key}[{index}]"))
 
 
 def check_conditions(conditions: Sequence[Condition], document: Mapping[str, Any]) -> None:
-    """Raises CheckFailedError, which exits with 3, if one of the conditions holds for the figures of `document`."""
-    figures = figures_of(document)
-    held = [condition for condition in conditions if condition.holds(figures)]
+    """Raises CheckFailedError, which exits with 3, if one of the conditions holds for the metrics of `document`."""
+    metrics = metrics_of(document)
+    held = [condition for condition in conditions if condition.holds(metrics)]
     if held:
-        raise CheckFailedError(f"failed, as {' and '.join(one.text for one in held)}: {_values(held, figures)}")
+        raise CheckFailedError(f"failed, as {' and '.join(one.text for one in held)}: {_values(held, metrics)}")
 
 
 def require(condition: Condition, document: Mapping[str, Any]) -> None:
-    """Raises CheckFailedError if the condition does not hold for the figures of `document`."""
-    figures = figures_of(document)
-    if not condition.holds(figures):
-        raise CheckFailedError(f"{condition.text} does not hold: {_values([condition], figures)}")
+    """Raises CheckFailedError if the condition does not hold for the metrics of `document`."""
+    metrics = metrics_of(document)
+    if not condition.holds(metrics):
+        raise CheckFailedError(f"{condition.text} does not hold: {_values([condition], metrics)}")
 
 
-def _values(conditions: Sequence[Condition], figures: Mapping[str, float]) -> str:
-    """What the figures are that these conditions name."""
-    named = {side: figures[side] for one in conditions for side in (one.left, one.right) if isinstance(side, str)}
+def _values(conditions: Sequence[Condition], metrics: Mapping[str, float]) -> str:
+    """The values of the metrics that these conditions name."""
+    named = {side: metrics[side] for one in conditions for side in (one.left, one.right) if isinstance(side, str)}
     return ", ".join(f"{name} is {value:.6g}" for name, value in named.items())

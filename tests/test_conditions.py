@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cda_cli.conditions import COMPARISONS, check_conditions, figures_of, parse_condition, require
+from cda_cli.conditions import COMPARISONS, check_conditions, metrics_of, parse_condition, require
 from cda_cli.errors import CheckFailedError, ConfigError
 
 DOCUMENT: dict[str, Any] = {
@@ -24,10 +24,10 @@ DOCUMENT: dict[str, Any] = {
 
 
 def test_every_number_has_a_name_and_nothing_else() -> None:
-    figures = figures_of(DOCUMENT)
-    missing = {name for name, value in figures.items() if math.isnan(value)}
+    metrics = metrics_of(DOCUMENT)
+    missing = {name for name, value in metrics.items() if math.isnan(value)}
     assert missing == {"top[32].difference_lo", "top[32].difference_hi"}
-    assert {name: value for name, value in figures.items() if name not in missing} == {
+    assert {name: value for name, value in metrics.items() if name not in missing} == {
         "loss": 1.5, "loss_lo": 1.4, "loss_hi": 1.6, "top[32].difference": 0.02, "checkpoints[0].loss": 1,
         "checkpoints[1].loss": 2, "checkpoints[1].top[1].keys": 1, "resampled.number": 40,
     }  # fmt: skip
@@ -41,7 +41,7 @@ def test_a_condition_compares_as_python_does(left: float, right: float, comparis
     assert between.holds({"left": left, "right": right}) == COMPARISONS[comparison](left, right)
 
 
-def test_what_holds_fails_with_its_figures() -> None:
+def test_what_holds_fails_with_its_metrics() -> None:
     check_conditions([parse_condition("loss > 2"), parse_condition("top[32].difference<0")], DOCUMENT)
     with pytest.raises(CheckFailedError, match=r"loss_hi > 1\.5 and 1 < loss: loss_hi is 1\.6, loss is 1\.5") as failed:
         check_conditions([parse_condition(text) for text in ("loss_hi > 1.5", "loss > 2", "1 < loss")], DOCUMENT)
@@ -56,13 +56,13 @@ def test_what_is_required_must_hold() -> None:
         require(parse_condition("top[32].difference_hi < 9"), DOCUMENT)
 
 
-def test_a_figure_without_a_value_passes_no_condition() -> None:
+def test_a_metric_without_a_value_passes_no_condition() -> None:
     """Every comparison with NaN is false, so the check would pass unseen."""
     with pytest.raises(CheckFailedError, match="has no value here"):
         check_conditions([parse_condition("top[32].difference_hi > 0.01")], DOCUMENT)
 
 
-def test_an_unknown_figure_is_refused_with_its_neighbour() -> None:
+def test_an_unknown_metric_is_refused_with_its_neighbour() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'top\[32\]\.difference'"):
         check_conditions([parse_condition("top[3].difference > 0.01")], DOCUMENT)
 

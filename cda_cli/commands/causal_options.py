@@ -51,7 +51,7 @@ FailIfOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="CONDITION",
-        help="Exit with 3 if it holds, such as 'top[32].difference_hi > 0.01'; a figure has its name in --json. May be "
+        help="Exit with 3 if it holds, such as 'top[32].difference_hi > 0.01'; a metric has its name in --json. May be "
         "repeated.",
     ),
 ]

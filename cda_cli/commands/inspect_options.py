@@ -17,7 +17,7 @@ FailIfOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="CONDITION",
-        help="Exit with 3 if it holds, such as 'support.p95 > 64'; a figure has its name in --json. May be repeated.",
+        help="Exit with 3 if it holds, such as 'support.p95 > 64'; a metric has its name in --json. May be repeated.",
     ),
 ]
 CausalOption = Annotated[

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cda_cli.conditions import figures_of
+from cda_cli.conditions import metrics_of
 from cda_cli.config import ModelConfig
 from cda_cli.data import Batch, Tokens, evaluation_batches
 from cda_cli.errors import ConfigError
@@ -273,7 +273,7 @@ def test_what_all_heads_have_together() -> None:
 
 def test_conditions_find_the_figures_of_all_heads_and_of_one() -> None:
     report = run(build()).report()
-    figures = figures_of(named_figures(report.as_dict()))
+    figures = metrics_of(named_figures(report.as_dict()))
     assert figures["support.p95"] == figures["all_heads.effective_support.p95"] > 1
     assert figures["k.mean"] == 2
     assert figures["head[1.0].keys_95"] == report.heads[2].measures["keys_95"]
