@@ -56,8 +56,8 @@ def export(
 
     check_push(push_to, dry_run)
     name, address = push_to or folder.resolve().name, None
-    with StopRequest() as stop, TemporaryDirectory() as trial:
-        target = Path(trial, "export") if dry_run else folder
+    with StopRequest() as stop, TemporaryDirectory() as scratch:
+        target = Path(scratch, "export") if dry_run else folder
         with stop.at_once("interrupted; nothing was written"):
             exported = export(checkpoint, target, format, name=name, license=license, best=best, ema=ema)
         if push_to and not dry_run:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def show_export(exported: Exported, address: str | None, planned: str | None) -> None:
-    """Shows the files of an export: where they are, or which of them a trial would send to the repository `planned`."""
+    """Shows the files of an export: where they are, or which of them would be sent to the repository `planned`."""
     console = out()
     files = table("file", "size")
     for name, size in exported.files.items():
@@ -40,7 +40,7 @@ COMMON_CONTEXT = 1024  # of training, where memory is that of one GPU, or less
 def show_import(imported: Imported) -> None:
     data = imported.config.data
     marks = {"begins with": data.bos, "ends with": data.eos}
-    said = ", ".join(f"a document {verb} {token}" for verb, token in marks.items() if token)
+    ends = ", ".join(f"a document {verb} {token}" for verb, token in marks.items() if token)
     rows = {
         "run": str(imported.run),
         "from": f"{imported.origin['source']} ({imported.origin['architecture']})",
@@ -48,7 +48,7 @@ def show_import(imported: Imported) -> None:
         "parameters": f"{count(imported.parameters)} ({imported.parameters:,})",
         "attention": imported.attention,
         "context": counted(imported.config.model.seq_len, "token"),
-        "tokenizer": ", ".join(filter(None, [f"{imported.config.model.vocab_size:,} tokens", said])),
+        "tokenizer": ", ".join(filter(None, [f"{imported.config.model.vocab_size:,} tokens", ends])),
     }
     console, run = out(), shlex.quote(str(imported.run))
     print_pairs(console, rows)
@@ -89,7 +89,7 @@ def show_forecast(result: DryRun) -> None:
 
 
 def show_dry_run(result: DryRun) -> None:
-    """Shows what a trial came to. Call `show_forecast` before it."""
+    """Shows what a dry run found. Call `show_forecast` before it."""
     rows = {} if result.loss is None else {"loss of a batch": f"{result.loss:.4f}"}
     if result.peak is None:
         rows["memory, measured"] = "not tried, as the forecast is more than the memory that is free"

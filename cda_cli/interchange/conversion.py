@@ -32,9 +32,9 @@ class Rows(NamedTuple):
 
 
 def table_of(tensors: Mapping[str, Rows], shapes: Mapping[str, Sequence[int]]) -> dict[str, Rows]:
-    """Each of our tensors, whose `shapes` are given, with those of the family that make it; an empty one may have none.
+    """Maps each of our tensors, whose `shapes` are given, to those of the family that make it.
 
-    Raises ConfigError for another tensor that the family has not.
+    An empty tensor may have none. Raises ConfigError for any other tensor that the family lacks.
     """
     table = {}
     for name, shape in shapes.items():
@@ -82,7 +82,7 @@ def to_ours(
 
 
 def _joined(name: str, rows: Rows, shape: tuple[int, ...], readers: Mapping[str, Read]) -> Tensor:
-    parts = [readers[their]() for their in rows.names]
+    parts = [readers[source]() for source in rows.names]
     if not all(part.is_floating_point() for part in parts):
         raise CheckpointError(
             f"{rows.names[0]} of the model is quantised as {parts[0].dtype}; give its original weights, or a GGUF file"
@@ -100,16 +100,16 @@ def _joined(name: str, rows: Rows, shape: tuple[int, ...], readers: Mapping[str,
 
 
 def to_theirs(tensors: Mapping[str, Rows], model: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the family, by their names, that `ours`, those of a checkpoint of `model`, make."""
+    """Returns the tensors of the family, by name, made from `ours`, the tensors of a checkpoint of `model`."""
     heads, keys = model.heads * model.head_width, model.key_heads * model.head_width
     theirs: dict[str, Tensor] = {}
     for name, rows in table_of(tensors, {name: tensor.shape for name, tensor in ours.items()}).items():
         parts = ours[name].split((heads, keys, keys)) if len(rows.names) > 1 else (ours[name],)
-        theirs |= {their: part.T if rows.transposed else part for their, part in zip(rows.names, parts, strict=True)}
+        theirs |= {target: part.T if rows.transposed else part for target, part in zip(rows.names, parts, strict=True)}
     return theirs
 
 
-def whole_names(names: Collection[str], prefix: str) -> dict[str, str]:
-    """The whole name of each tensor, by its name in a file that may leave out the `prefix` of all but the head."""
-    whole = any(name.startswith(prefix) for name in names)
-    return {name: name if whole or name == HEAD else prefix + name for name in names}
+def full_names(names: Collection[str], prefix: str) -> dict[str, str]:
+    """The full name of each tensor, by its name in a file that may leave out the `prefix` of all but the head."""
+    is_full = any(name.startswith(prefix) for name in names)
+    return {name: name if is_full or name == HEAD else prefix + name for name in names}

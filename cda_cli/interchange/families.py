@@ -330,7 +330,7 @@ def plain_family(model: ModelConfig) -> str | None:
 
 
 def _explicit(model: ModelConfig) -> ModelConfig:
-    """The same model with each number that it derives from others, or has by default, as one of its own."""
+    """Returns the same model, with an explicit value for each number that it would derive or have by default."""
     default_eps = LAYERNORM_EPS if model.norm == "layernorm" else RMSNORM_EPS
     numbers = {
         "kv_heads": model.key_heads,

@@ -109,7 +109,7 @@ def _config(name: str, metadata: Mapping[str, Any], stored: Mapping[str, gguf.Re
     config["tie_word_embeddings"] = "output.weight" not in stored
     config["attention_bias"] = "blk.0.attn_output.bias" in stored
     config["mlp_bias"] = "blk.0.ffn_up.bias" in stored
-    # A window that the file does not state is none.
+    # Without a window in the file, a query sees all keys before it.
     return {"model_type": name, "sliding_window": None} | config
 
 
@@ -119,30 +119,30 @@ def _readers(
     """What reads each tensor of the file, under the name of transformers if the family has one."""
     import gguf
 
-    # No more than the file can have: a damaged one may state any number.
+    # A damaged file may state more blocks than it can have.
     blocks = min(int(config.get("num_hidden_layers", config.get("n_layer", 0))), len(stored))
     kinds = {word: kind for kind, word in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[name], blocks)
     readers: dict[str, Read] = {}
     # The factors of the scaling of Llama 3 have become settings.
     scaled = config.get("rope_scaling", {}).get("rope_type") == "llama3"
-    left = {its: tensor for its, tensor in stored.items() if its != FACTORS or not scaled}
-    for their, transposed in _names(family, blocks):
-        base, _, part = their.rpartition(".")
-        its = f"{names.get_name(base)}.{part}"
-        if its in left:
-            heads = 0 if name != "llama" else _paired_heads(their, config)
-            readers[their] = partial(_read, left.pop(its), heads, transposed)
-    return readers | {its: partial(_read, tensor, 0, False) for its, tensor in left.items()}
+    left = {stored_name: tensor for stored_name, tensor in stored.items() if stored_name != FACTORS or not scaled}
+    for hf_name, transposed in _names(family, blocks):
+        base, _, part = hf_name.rpartition(".")
+        stored_name = f"{names.get_name(base)}.{part}"
+        if stored_name in left:
+            heads = 0 if name != "llama" else _paired_heads(hf_name, config)
+            readers[hf_name] = partial(_read, left.pop(stored_name), heads, transposed)
+    return readers | {stored_name: partial(_read, tensor, 0, False) for stored_name, tensor in left.items()}
 
 
 def _names(family: Family, blocks: int) -> list[tuple[str, bool]]:
     """The names of all tensors that a model of the family may have, and whether each is transposed."""
     each = {
-        their: rows.transposed
+        hf_name: rows.transposed
         for block in range(blocks)
         for rows in family.tensors.values()
-        for their in rows.of_block(str(block)).names
+        for hf_name in rows.of_block(str(block)).names
     }
     return list(each.items())
 

@@ -36,7 +36,7 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "normalise": ("none",),
     "output_gate": (False,),
 }
-# And where attention or feed-forward is sparse.
+# The package fixes these too, where attention or feed-forward is sparse.
 REQUIRED_IF_SPARSE: dict[str, tuple[Any, ...]] = {"solver": ("iterative",), "eps_init": (4.0,), "eps_decay": (0.7,)}
 
 LOADING = """\

@@ -10,7 +10,7 @@ from cda_cli.errors import ConfigError, StorageError, brief
 
 
 def check_push(repository: str | None, dry_run: bool) -> None:
-    """Raises ConfigError for a name that no repository can have, and for a trial without one."""
+    """Raises ConfigError for a name that no repository can have, and for a dry run without one."""
     if dry_run and repository is None:
         raise ConfigError("--dry-run lists what --push-to would send; give --push-to OWNER/NAME")
     if repository is None:

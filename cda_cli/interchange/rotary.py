@@ -44,21 +44,21 @@ def rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     base = rope.get("rope_theta", config.get("rope_theta", DEFAULT_BASE))
     settings = {"rotary_scaling": scaling, "rotary_base": float(base)}
-    said = {name: rope[key] for name, key in ROPE_KEYS[scaling].items() if rope.get(key) is not None}
+    given = {name: rope[key] for name, key in ROPE_KEYS[scaling].items() if rope.get(key) is not None}
     if scaling != "none":
         longest = config["max_position_embeddings"]
-        said.setdefault("rotary_original_len", longest)
-        said.setdefault("rotary_factor", longest / said["rotary_original_len"])
+        given.setdefault("rotary_original_len", longest)
+        given.setdefault("rotary_factor", longest / given["rotary_original_len"])
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        said.setdefault(
-            "rotary_attention_factor", _mscale(said, rope["mscale"]) / _mscale(said, rope["mscale_all_dim"])
+        given.setdefault(
+            "rotary_attention_factor", _mscale(given, rope["mscale"]) / _mscale(given, rope["mscale_all_dim"])
         )
-    return settings | said
+    return settings | given
 
 
-def _mscale(said: Mapping[str, Any], weight: float) -> float:
+def _mscale(given: Mapping[str, Any], weight: float) -> float:
     """YaRN's factor on queries and keys (arXiv 2309.00071, equation 22), with a weight of its logarithm."""
-    return 0.1 * weight * math.log(said["rotary_factor"]) + 1
+    return 0.1 * weight * math.log(given["rotary_factor"]) + 1
 
 
 def llama3_scaling(factors: Sequence[float], base: float) -> dict[str, Any] | None:
@@ -66,14 +66,14 @@ def llama3_scaling(factors: Sequence[float], base: float) -> dict[str, Any] | No
 
     The models of Meta differ in the largest factor alone.
     """
-    said = {"factor": round(max(factors), 4), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    keys = {"factor": round(max(factors), 4), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     length = 8192
     for pair, factor in enumerate(factors):
         turns = length * base ** (-pair / len(factors)) / (2 * math.pi)
         share = min(1.0, max(0.0, (turns - 1.0) / 3.0))
-        if not math.isclose(factor, 1 / ((1 - share) / said["factor"] + share), rel_tol=1e-4):
+        if not math.isclose(factor, 1 / ((1 - share) / keys["factor"] + share), rel_tol=1e-4):
             return None
-    return {"rope_type": "llama3", "original_max_position_embeddings": length} | said
+    return {"rope_type": "llama3", "original_max_position_embeddings": length} | keys
 
 
 def rotary_config(model: ModelConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from cda_cli.data import bpe_size, hub_folder, load_tokenizer
 from cda_cli.errors import CheckpointError, ConfigError
-from cda_cli.interchange.conversion import NOTHING, Read, Rows, whole_names
+from cda_cli.interchange.conversion import NOTHING, Read, Rows, full_names
 from cda_cli.interchange.families import family_of, model_settings, wanted_context
 from cda_cli.interchange.gguf_file import LICENCE, open_gguf
 from cda_cli.interchange.own_folder import PREFIX, is_own, own_model, own_tensors
@@ -82,7 +82,7 @@ def _of_folder(folder: Path, origin: dict[str, Any], seq_len: int | None, tokeni
     settings, tensors, prefix, derived = _described(config, seq_len)
     files = weight_files(folder)
     found = open_safetensors(files)
-    readers = {whole: found[name] for name, whole in whole_names(found, prefix).items()}
+    readers = {full: found[name] for name, full in full_names(found, prefix).items()}
     own = _chosen(tokenizer, config) if tokenizer else tokenizer_of_folder(folder, config)
     origin |= {
         "architecture": config["model_type"],

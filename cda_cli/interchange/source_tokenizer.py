@@ -54,24 +54,25 @@ def tokenizer_of_folder(folder: Path, config: Mapping[str, Any]) -> SourceTokeni
         text = (folder / TOKENIZER_FILE).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / TOKENIZER_FILE} cannot be read ({error}); {REMEDY}") from error
-    said = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    return tokenizer_of_text(text, str(folder / TOKENIZER_FILE), config, said)
+    options = folder / "tokenizer_config.json"
+    tokenizer_config = read_json(options) if options.is_file() else {}
+    return tokenizer_of_text(text, str(folder / TOKENIZER_FILE), config, tokenizer_config)
 
 
 def tokenizer_of_text(
-    text: str, name: str, config: Mapping[str, Any], said: Mapping[str, Any] = MappingProxyType({})
+    text: str, name: str, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any] = MappingProxyType({})
 ) -> SourceTokenizer:
     """The tokenizer of a tokenizer.json called `name`, with what config.json and tokenizer_config.json say of it.
 
     Raises CheckpointError where it is none.
     """
     made, first = _parsed(text, name)
-    bos = _word(said.get("bos_token")) or first
-    adds_bos = said.get("add_bos_token", first is not None)
-    eos = _word(said.get("eos_token"))
+    bos = _word(tokenizer_config.get("bos_token")) or first
+    adds_bos = tokenizer_config.get("add_bos_token", first is not None)
+    eos = _word(tokenizer_config.get("eos_token"))
     if eos is None or made.token_to_id(eos) is None:
         eos = _token(made, config.get("eos_token_id"))
-    return _finished(made, bos if adds_bos else None, eos)
+    return _with_special(made, bos if adds_bos else None, eos)
 
 
 def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> SourceTokenizer:
@@ -79,21 +80,21 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any]) -> SourceTokenizer:
 
     Raises CheckpointError for one of another kind than byte-level BPE (gpt2) and SentencePiece's BPE (llama).
     """
-    said = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    kind = said.get("model")
+    fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    kind = fields.get("model")
     build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(str(kind))
-    if build is None or not said.get("tokens"):
+    if build is None or not fields.get("tokens"):
         raise CheckpointError(f"cda has no tokenizer of the kind {kind!r}, which the GGUF file asks for; {REMEDY}")
     try:
-        made = build(said)
+        made = build(fields)
     except (LookupError, ValueError, TypeError) as error:
         raise CheckpointError(f"the tokenizer of the GGUF file is damaged ({error}); {REMEDY}") from error
     # As llama.cpp has it where the file does not say.
-    usual = kind == "llama" or SPLITS.get(str(said.get("pre"))) == _LLAMA3_SPLIT
-    tokens, adds_bos = said["tokens"], said.get("add_bos_token", usual)
-    ids = {name: said.get(f"{name}_token_id") for name in ("bos", "eos")}
+    usual = kind == "llama" or SPLITS.get(str(fields.get("pre"))) == _LLAMA3_SPLIT
+    tokens, adds_bos = fields["tokens"], fields.get("add_bos_token", usual)
+    ids = {name: fields.get(f"{name}_token_id") for name in ("bos", "eos")}
     words = {name: tokens[id] if id is not None and id < len(tokens) else None for name, id in ids.items()}
-    return _finished(made, words["bos"] if adds_bos else None, words["eos"])
+    return _with_special(made, words["bos"] if adds_bos else None, words["eos"])
 
 
 def fitted(source: SourceTokenizer, rows: int) -> SourceTokenizer:
@@ -130,8 +131,8 @@ def _parsed(text: str, name: str) -> tuple[tokenizers.Tokenizer, str | None]:
     return made, made.id_to_token(with_first[0]) if with_first != without else None
 
 
-def _finished(made: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> SourceTokenizer:
-    """With `bos` and `eos` as tokens that no text spells. A token that the vocabulary lacks is none."""
+def _with_special(made: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> SourceTokenizer:
+    """Makes special tokens of `bos` and `eos`, so that no text spells them; one that the vocabulary lacks is None."""
     known = [word if word is not None and made.token_to_id(word) is not None else None for word in (bos, eos)]
     _make_special(made, [word for word in known if word is not None])
     return SourceTokenizer(made.to_str(), *known)
@@ -143,9 +144,9 @@ def _make_special(made: tokenizers.Tokenizer, words: Sequence[str]) -> None:
     made.add_special_tokens([tokenizers.AddedToken(word, normalized=False, special=True) for word in words])
 
 
-def _word(said: Any) -> str | None:
+def _word(value: Any) -> str | None:
     """A token of tokenizer_config.json, which may be an object with options."""
-    word = said.get("content") if isinstance(said, dict) else said
+    word = value.get("content") if isinstance(value, dict) else value
     return word if isinstance(word, str) else None
 
 
@@ -154,18 +155,18 @@ def _token(made: tokenizers.Tokenizer, id: Any) -> str | None:
     return made.id_to_token(id) if isinstance(id, int) and id >= 0 else None
 
 
-def _byte_level(said: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _byte_level(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    kind = said.get("pre", "default")
+    kind = fields.get("pre", "default")
     if kind not in SPLITS:
         raise CheckpointError(f"cda does not know the pre-tokenizer {kind!r} of the GGUF file; {REMEDY}")
-    vocabulary = {token: id for id, token in enumerate(said["tokens"])}
-    merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in said["merges"])]
+    vocabulary = {token: id for id, token in enumerate(fields["tokens"])}
+    merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in fields["merges"])]
     split = SPLITS[kind]
     made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == _LLAMA3_SPLIT))
-    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=bool(said.get("add_space_prefix")), use_regex=split is None)
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=bool(fields.get("add_space_prefix")), use_regex=split is None)
     if split is not None:
         first: pre_tokenizers.PreTokenizer = pre_tokenizers.Split(tokenizers.Regex(split), behavior="isolated")
         made.pre_tokenizer = pre_tokenizers.Sequence([first, by_bytes])
@@ -176,31 +177,31 @@ def _byte_level(said: Mapping[str, Any]) -> tokenizers.Tokenizer:
     if split == _QWEN2_SPLIT:
         made.normalizer = normalizers.NFC()
     made.decoder = decoders.ByteLevel()
-    return _with_added(made, said)
+    return _with_added(made, fields)
 
 
-def _sentencepiece(said: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _sentencepiece(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """BPE over ▁words, whose pairs are joined in the order of their scores."""
     import tokenizers
     from tokenizers import decoders, models, normalizers
 
-    tokens = said["tokens"]
+    tokens = fields["tokens"]
     vocabulary = {token: id for id, token in enumerate(tokens)}
-    unknown = tokens[said.get("unknown_token_id", 0)]
-    merges = _merges_by_score(vocabulary, said)
+    unknown = tokens[fields.get("unknown_token_id", 0)]
+    merges = _merges_by_score(vocabulary, fields)
     made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True))
-    prefixed = bool(said.get("add_space_prefix", True))
+    prefixed = bool(fields.get("add_space_prefix", True))
     begin: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefixed else []
     made.normalizer = normalizers.Sequence([*begin, normalizers.Replace(" ", "▁")])
     strip: list[decoders.Decoder] = [decoders.Strip(" ", 1, 0)] if prefixed else []
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    return _with_added(made, said)
+    return _with_added(made, fields)
 
 
-def _merges_by_score(vocabulary: Mapping[str, int], said: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _merges_by_score(vocabulary: Mapping[str, int], fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The pairs of tokens that make a token, the likeliest first: SentencePiece joins the pair of the best score."""
     ranked = []
-    for token, score, kind in zip(said["tokens"], said["scores"], said["token_type"], strict=True):
+    for token, score, kind in zip(fields["tokens"], fields["scores"], fields["token_type"], strict=True):
         if kind in (CONTROL, BYTE):
             continue
         pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
@@ -210,11 +211,11 @@ def _merges_by_score(vocabulary: Mapping[str, int], said: Mapping[str, Any]) -> 
     return [pair for _, _, pair in sorted(ranked, key=lambda one: one[:2])]
 
 
-def _with_added(made: tokenizers.Tokenizer, said: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """With the tokens that the file marks as control tokens, and those that a text spells whole."""
+def _with_added(made: tokenizers.Tokenizer, fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Adds the tokens that the file marks: control tokens are special, and a text spells user-defined ones whole."""
     import tokenizers
 
-    kinds = list(zip(said["tokens"], said.get("token_type") or (), strict=False))
+    kinds = list(zip(fields["tokens"], fields.get("token_type") or (), strict=False))
     _make_special(made, [token for token, kind in kinds if kind == CONTROL])
     whole = [token for token, kind in kinds if kind == USER_DEFINED]
     made.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in whole])

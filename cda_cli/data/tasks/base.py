@@ -96,7 +96,7 @@ class Draws:
         return numbers.least + int(self.below(numbers.most - numbers.least + 1, 1)[0])
 
     def shares(self, count: int) -> NDArray[np.float64]:
-        """`count` numbers from 0, which none is, to 1."""
+        """`count` numbers above 0 and at most 1."""
         return (self.below(2**53, count) + 1) / 2**53
 
     def distinct(self, limit: int, count: int) -> Ints:

@@ -82,8 +82,8 @@ class Mqar(Task):
     def _gaps(self, places: int, count: int, draws: Draws) -> Ints:
         """`count` different places, drawn one after another by their weights.
 
-        The least of exponential variables with these rates are drawn so (Efraimidis and Spirakis, Information
-        Processing Letters 97, 2006).
+        Each place gets an exponential variable with its weight as rate, and the least of these are taken (Efraimidis
+        and Spirakis, Information Processing Letters 97, 2006).
         """
         rates = np.arange(1, places + 1) ** (self.power - 1)
         return np.argsort(-np.log(draws.shares(places)) / rates, kind="stable")[:count]
