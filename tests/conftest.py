@@ -4,7 +4,7 @@ import gc
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 # The tensors of the tests are small: a second thread only waits for the first, and starves whatever else runs.
@@ -89,6 +89,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Reads no SLOW file where only quick tests are asked for: to import transformers alone takes seconds."""
     quick = config.option.markexpr == "not slow"
     return True if quick and collection_path.relative_to(Path(__file__).parent).as_posix() in SLOW else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Looks for no garbage while the files of tests are imported.
+
+    They make half a million objects and hardly any garbage, and each worker would spend a quarter of the time on it.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
