@@ -189,11 +189,12 @@ def _attention(
             scores = softcap * torch.tanh(scores / softcap)
         t = scores.shape[2]
         visible = torch.ones(t, T, dtype=torch.bool, device=scores.device).tril(first)
+        seen = None
         if mask is not None:  # that of a window, or of a model that looks both ways
-            shown = mask[..., first : first + t, :T]
-            if (shown & ~visible).any():
+            seen = mask[0, 0, first : first + t, :T]
+            if (seen & ~visible).any():
                 raise _unseen(name, "has queries that see later keys")
-            visible = visible & shown
+            visible = seen
         k = 1.0
         if settings is None:
             weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
@@ -212,7 +213,7 @@ def _attention(
             )
         factor = 1 / k if settings is not None and settings.normalise else 1.0
         budget, output_scale = (weights.new_full((B, H, t), number) for number in (k, factor))
-        observer(ObservedAttention(layer, weights, budget, 0, first, value, None, output_scale))
+        observer(ObservedAttention(layer, weights, budget, 0, first, value, None, output_scale, visible=seen))
         outputs.append(factor * weights.to(value.dtype) @ value)
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 

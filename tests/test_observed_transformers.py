@@ -12,6 +12,7 @@ from torch import Tensor
 import cda_cli
 import cda_cli.transformers as soft_topk
 from cda_cli.errors import ConfigError
+from cda_cli.inspection.seen_rows import SeenRows
 from cda_cli.model.observe import ObservedAttention, ObservedFeedForward
 from cda_cli.observed_transformers import IMPLEMENTATION, describe, observing
 from tests.transformers_models import DECODERS, build
@@ -100,6 +101,9 @@ def test_a_window_hides_its_keys() -> None:
     for each in attention:
         assert not each.weights.tril(-5).any()
         torch.testing.assert_close(each.weights.sum(-1), torch.ones(1, 4, 23))
+        rows = SeenRows(each)
+        assert rows.real_keys.tolist() == [1, 2, 3, 4, *[5] * 19]
+        assert torch.equal(rows.distance >= 0, each.weights[0, 0] > 0)
 
 
 def test_a_report_of_a_model_of_transformers() -> None:

@@ -111,7 +111,7 @@ class Distances:
         self.pairs = self.pairs + B * by_distance((rows.distance >= 0).float(), position)
         around = (position, rows.distance.shape[1] - position - len(rows.position))
         self.first_mass = self.first_mass + F.pad(rows.real_share[..., 0].double().sum(0), around)
-        self.first_pairs = self.first_pairs + B * F.pad(torch.ones_like(rows.position), around)
+        self.first_pairs = self.first_pairs + B * F.pad(rows.visible[:, 0].double(), around)
         for name, pattern in OF_TOKENS.items():
             self.hits[name] = self.hits[name] + by_distance(pattern(rows).float(), position).sum(0)
         for name, pattern in POSITIONAL.items():
@@ -145,7 +145,7 @@ def median_distance(shares: Tensor) -> Tensor:
 
 
 class Sinks:
-    """Keys that most queries read: α_j = mean of p_tj over the queries t ≥ j (arXiv 2410.10781, with ε = 0.3).
+    """Keys that most queries read: α_j = mean of p_tj over the queries t that see j (arXiv 2410.10781, with ε = 0.3).
 
     The last keys have few queries, of which each reads itself. So only null keys and keys in the first half of a window
     can be sinks. A window is complete when the next one begins.
@@ -156,25 +156,27 @@ class Sinks:
         self.largest = ZERO  # Σ over windows of the largest α, [H]
         self.sinks = ZERO  # windows in which it is above SINK, [H]
         self._mass: Tensor | None = None  # of each key in the windows that are being added, [B, H, S]
+        self._seen_by: Tensor | None = None  # the queries that see each key in them, [S]
         self._null = 0
 
     def add(self, rows: SeenRows) -> None:
         if rows.seen.position == 0:
             self._close()
         mass = rows.share.sum(2, dtype=torch.float64)
-        self._mass = mass if self._mass is None else self._mass + mass
         self._null = rows.seen.null_keys
+        seen_by = F.pad(rows.visible.sum(0), (self._null, 0), value=len(rows.position))
+        self._mass = mass if self._mass is None else self._mass + mass
+        self._seen_by = seen_by if self._seen_by is None else self._seen_by + seen_by
 
     def _close(self) -> None:
-        if self._mass is None:
+        if self._mass is None or self._seen_by is None:
             return
         queries = self._mass.shape[-1] - self._null
-        seen_by = queries - torch.arange(-self._null, queries, device=self._mass.device).clamp(min=0)
-        largest = (self._mass / seen_by)[..., : self._null + (queries + 1) // 2].amax(-1)
+        largest = (self._mass / self._seen_by)[..., : self._null + (queries + 1) // 2].amax(-1)
         self.largest = self.largest + largest.sum(0)
         self.sinks = self.sinks + (largest > SINK).double().sum(0)
         self.windows += len(largest)
-        self._mass = None
+        self._mass = self._seen_by = None
 
     def means(self) -> dict[str, Tensor]:
         """The largest α of a window, and the share of the windows that have a sink, each [H] on the CPU."""

@@ -37,13 +37,24 @@ class SeenRows:
     @cached_property
     def real_keys(self) -> Tensor:
         """The number of keys that each query sees, without null keys, float64 [t]."""
-        return (self.position + 1).double()
+        if self.seen.visible is None:
+            return (self.position + 1).double()
+        return self.visible.sum(-1).double()
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Which keys each query sees, without null keys, bool [t, R]."""
+        if self.seen.visible is not None:
+            return self.seen.visible[:, self.seen.null_keys :]
+        R = self.weights.shape[-1] - self.seen.null_keys
+        return self.position.unsqueeze(1) >= torch.arange(R, device=self.position.device)
 
     @cached_property
     def distance(self) -> Tensor:
         """How far each query is from each key that is no null key, [t, R]; negative where the query does not see it."""
         R = self.weights.shape[-1] - self.seen.null_keys
-        return self.position.unsqueeze(1) - torch.arange(R, device=self.position.device)
+        distance = self.position.unsqueeze(1) - torch.arange(R, device=self.position.device)
+        return distance if self.seen.visible is None else distance.masked_fill(~self.visible, -1)
 
     @cached_property
     def bounded(self) -> Tensor:

@@ -28,6 +28,8 @@ class ObservedAttention(NamedTuple):
 
     The scores of a row, of which ε is the temperature, are the products of its query, one of `queries` [B, H, T, D],
     with `keys` [B, H, S, D]. They are None where the model does not tell them.
+
+    `visible`, bool [T, S], says which of these keys each query sees; it is None where a query sees all of them.
     """
 
     layer: int
@@ -40,6 +42,7 @@ class ObservedAttention(NamedTuple):
     output_scale: Tensor
     queries: Tensor | None = None
     keys: Tensor | None = None
+    visible: Tensor | None = None
 
 
 class ObservedFeedForward(NamedTuple):

@@ -13,7 +13,12 @@ DIM, WIDTH = 5, 3
 
 
 def seen_rows(
-    weights: Tensor, k: Tensor | float = 1.0, null: int = 0, tokens: Tensor | None = None, position: int = 0
+    weights: Tensor,
+    k: Tensor | float = 1.0,
+    null: int = 0,
+    tokens: Tensor | None = None,
+    position: int = 0,
+    visible: Tensor | None = None,
 ) -> SeenRows:
     """Makes rows of weights [B, H, t, S], or [t, S] of one head. All values of a key are its number, counted from 1."""
     weights = weights.reshape((1,) * (4 - weights.ndim) + tuple(weights.shape))
@@ -21,7 +26,7 @@ def seen_rows(
     budget = k.expand(B, H, t) if isinstance(k, Tensor) else torch.full((B, H, t), k)
     values = torch.arange(1.0, S + 1).view(S, 1).expand(B, H, S, DIM)
     to_out = torch.eye(WIDTH, H * DIM)
-    seen = ObservedAttention(0, weights, budget, null, position, values, to_out, torch.ones(B, H, t))
+    seen = ObservedAttention(0, weights, budget, null, position, values, to_out, torch.ones(B, H, t), visible=visible)
     keys = torch.arange(S - null).expand(B, -1) if tokens is None else tokens
     return SeenRows(seen, keys)
 

@@ -172,9 +172,11 @@ def test_sums_by_distance(size: int, first: int, block: int) -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
-def lifts(weights: Tensor, tokens: Tensor | None = None, null: int = 0) -> dict[str, float]:
+def lifts(
+    weights: Tensor, tokens: Tensor | None = None, null: int = 0, visible: Tensor | None = None
+) -> dict[str, float]:
     """How often the mass by chance each pattern has, of one head."""
-    rows, distances = seen_rows(weights, null=null, tokens=tokens), Distances()
+    rows, distances = seen_rows(weights, null=null, tokens=tokens, visible=visible), Distances()
     distances.add(rows)
     chances = {name: chance.item() for name, chance in distances.chances().items()}
     totals = {name: MEASURES[f"{name}_share"](rows).sum().item() for name in chances}
@@ -227,9 +229,29 @@ def test_distances_of_known_heads() -> None:
     assert median_distance(distances.shares()).tolist()[1] == 7
 
 
-def sink_of(weights: Tensor, null: int = 0) -> dict[str, list[float]]:
+@pytest.mark.parametrize("null", [0, 2])
+def test_a_sliding_window_hides_keys_from_every_measure(null: int) -> None:
+    """Equal weights over the latest five keys: what gives each query all earlier keys would find no such row."""
+    window = torch.ones(T, T, dtype=torch.bool).tril().triu(-4)
+    visible = torch.cat((torch.ones(T, null, dtype=torch.bool), window), 1)
+    weights = visible / visible.sum(-1, keepdim=True)
+    rows = seen_rows(6.0 * weights, 6.0, null, visible=visible)
+    is_bounded = visible.sum(-1) > 6
+    assert figures(rows, "gate_equivalent") == pytest.approx(
+        [1.0 if bounded else math.nan for bounded in is_bounded], nan_ok=True
+    )
+    sums = visible / visible.sum(-1, keepdim=True) * visible.sum(-1, keepdim=True).clamp(max=6)
+    assert figures(seen_rows(sums, 6.0, null, visible=visible), "row_sum_error") == pytest.approx([0] * T, abs=1e-5)
+    found = lifts(weights, torch.zeros(1, T, dtype=torch.long), null, visible)
+    assert found == pytest.approx(dict.fromkeys(("self", "previous", "first", "duplicate", "induction"), 1), rel=1e-5)
+    only_text = window / window.sum(-1, keepdim=True)
+    late = sink_of(only_text, visible=window)["sink_mass"]
+    assert late == [pytest.approx(sum(1 / n for n in range(1, 6)) / 5)], "the first key has five queries"
+
+
+def sink_of(weights: Tensor, null: int = 0, visible: Tensor | None = None) -> dict[str, list[float]]:
     sinks = Sinks()
-    sinks.add(seen_rows(weights, null=null))
+    sinks.add(seen_rows(weights, null=null, visible=visible))
     return {name: figure.tolist() for name, figure in sinks.means().items()}
 
 
