@@ -158,7 +158,7 @@ def on_device(
 class TextSide(NamedTuple):
     """The part `split` of a text, in the tokens of a model. Its `sides` are evaluated one after another.
 
-    `seq_len` is the context of the model.
+    `seq_len` is the context of the model, or another that was asked for.
     """
 
     sides: list[Tokens]
@@ -171,6 +171,15 @@ class TextSide(NamedTuple):
     def has_answers(self) -> bool:
         """Whether only some tokens are to be predicted: the answers to the examples of a task."""
         return any(side.is_target is not None for side in self.sides)
+
+    def in_windows_of(self, context: int | None) -> TextSide:
+        """The same text in windows of `context` tokens, or of the model's context if that is None.
+
+        Raises ConfigError for the examples of a task, each of which is a window.
+        """
+        if context is not None and self.has_answers:
+            raise ConfigError("a task has an example in each window; leave --context out")
+        return self._replace(seq_len=context or self.seq_len)
 
     def batches(self, batch_size: int, max_batches: int | None = None) -> tuple[Iterator[Batch], int]:
         """Returns the batches of its disjoint windows in order, and the number of windows in them.

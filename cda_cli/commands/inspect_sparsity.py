@@ -7,6 +7,7 @@ import sys
 
 from cda_cli.commands import inspect_options
 from cda_cli.commands.causal_options import AblateOption
+from cda_cli.commands.eval_options import ContextOption
 from cda_cli.commands.figure_options import DEFAULT_STYLES, FiguresOption, StyleOption
 from cda_cli.commands.options import (
     BackendOption,
@@ -32,6 +33,7 @@ def inspect_sparsity(
     layers: inspect_options.LayersOption = None,
     heads: inspect_options.HeadsOption = None,
     by: inspect_options.ByOption = "effective_support",
+    context: ContextOption = None,
     max_batches: inspect_options.WindowsOption = 16,
     causal: inspect_options.CausalOption = False,
     ablate: AblateOption = None,
@@ -72,10 +74,10 @@ def inspect_sparsity(
         raise ConfigError("--figure-style is that of figures; add --figures DIR")
     page_bytes = checked_budget(html, budget)
     with StopRequest() as stop:
-        restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
+        restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema, context=context)
         chosen_layers = parse_selection(layers, restored.config.model.depth, "--layers")
         chosen_heads = parse_selection(heads, restored.config.model.heads, "--heads")
-        text = open_side(restored, data, split, stop, shows_progress() and not as_json, encoding)
+        text = open_side(restored, data, split, stop, shows_progress() and not as_json, encoding).in_windows_of(context)
         if remark := loss_of_text(text.sides):
             note(remark)
         if causal:

@@ -2,7 +2,7 @@
 
 They say to first order what a head is worth, and what a larger budget would be.
 
-Shapes: L layers, H heads, B batch, T tokens, W windows.
+Shapes: L layers, H heads, B batch, T tokens, C width of the residual stream, W windows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from cda_cli.data import Batch
 from cda_cli.inspection.measures import GRADIENTS
 from cda_cli.model import Transformer, editing
-from cda_cli.token_losses import token_losses
+from cda_cli.model.loss import positions_of_a_piece
+from cda_cli.runtime import autocast, to_device
 
 
 class Gradients(NamedTuple):
@@ -45,31 +46,49 @@ def gradients(
     dtype: torch.dtype,
     advance: Callable[[int], None] = lambda windows: None,
 ) -> Gradients:
-    """Computes them in evaluation mode, by the code with which the model trains, and restores the mode of the model."""
+    """Computes them in evaluation mode, by the code with which the model trains, and restores the mode of the model.
+
+    Of the forward pass only the input of each block is kept, so that long windows fit.
+    """
     L, H = model.config.depth, model.config.heads
     budget, (heads, head_budgets) = [], torch.zeros(2, L, H, dtype=torch.float64, device=device)
-    training = model.training
+    before = model.training, model.activation_checkpointing
     model.eval()
+    model.activation_checkpointing = True
     try:
         for batch in batches:
             B = len(batch.inputs)
             log_k = torch.zeros(B, device=device, requires_grad=True)
             xi = torch.ones(L, B, 1, H, 1, device=device, requires_grad=True)
             more_k = torch.zeros(L, B, H, 1, device=device, requires_grad=True)
+            inputs, targets = (to_device(each, device) for each in (batch.inputs, batch.targets))
             with torch.enable_grad(), _changed(model, log_k, more_k, xi):
-                loss = token_losses(model, batch, device, dtype).sum()
+                with autocast(device, dtype):
+                    x_BTC = model.stream(inputs)
+                    by_x = _loss_by_stream(model, x_BTC.detach(), targets)
                 # Under a rule without a budget the loss does not depend on k.
                 by_k, by_more_k, by_head = torch.autograd.grad(
-                    loss, (log_k, more_k, xi), allow_unused=True, materialize_grads=True
+                    x_BTC, (log_k, more_k, xi), by_x, allow_unused=True, materialize_grads=True
                 )
             budget.append(by_k.double().cpu())
             heads += by_head.double().abs().sum(1)[:, 0, :, 0]
             head_budgets += by_more_k.double().sum((1, 3))
             advance(B)
     finally:
-        model.train(training)
+        model.train(before[0])
+        model.activation_checkpointing = before[1]
     total = torch.cat(budget)
     return Gradients(total, heads / len(total), head_budgets / len(total))
+
+
+def _loss_by_stream(model: Transformer, x_BTC: Tensor, targets_BT: Tensor) -> Tensor:
+    """The gradient of the sum of the losses by the last residual stream, piece by piece of positions."""
+    most = positions_of_a_piece(len(x_BTC), model.config.vocab_size)
+    found = []
+    for x, targets in zip(x_BTC.split(most, 1), targets_BT.split(most, 1), strict=True):
+        piece = x.detach().requires_grad_()
+        found += torch.autograd.grad(model.head(piece, targets).sum(), piece)
+    return torch.cat(found, 1)
 
 
 def _changed(model: Transformer, log_k_B: Tensor, more_k: Tensor, xi: Tensor) -> AbstractContextManager[None]:

@@ -28,6 +28,8 @@ from cda_cli.model import Transformer
 from cda_cli.model.observe import ObservedAttention, ObservedFeedForward, observing
 from cda_cli.runs.records import HeadAlarm, LayerRecord
 
+MOST_DRAWN = 64  # tokens of a map of weights, which labels them
+
 
 class Watcher(ABC):
     """Adds up what it sees of forward passes."""
@@ -88,7 +90,7 @@ class RecordWatcher(Watcher):
 
 
 class ReportWatcher(Watcher):
-    """Adds up every measure. It also keeps the weights of the layer and head `keep` over the first window.
+    """Adds up every measure. It also keeps the first weights of the layer and head `keep` over the first window.
 
     `largest_k` is the largest budget that a row may learn. `collector` and `live` see all rows of the first window.
     """
@@ -135,8 +137,9 @@ class ReportWatcher(Watcher):
                 self.collector.add(seen)
             if self.live is not None:
                 self.live.add(seen)
-        if self.keep is not None and seen.layer == self.keep[0] and seen.position == sum(map(len, self._kept)):
-            self._kept.append(seen.weights[0, self.keep[1]].float().cpu())
+        if self.keep is not None and seen.layer == self.keep[0] and self._batches == 1:
+            queries, keys = max(0, MOST_DRAWN - seen.position), seen.null_keys + MOST_DRAWN
+            self._kept.append(seen.weights[0, self.keep[1], :queries, :keys].float().cpu())
 
     def see_residual(self, layer: int, x_BTC: Tensor) -> None:
         """Adds the output of a layer."""
@@ -144,7 +147,7 @@ class ReportWatcher(Watcher):
 
     @property
     def kept(self) -> Tensor | None:
-        """The weights [T, S] of `keep` over the first window, or None if there is no `keep`."""
+        """The weights [T, S] of `keep` over the first MOST_DRAWN tokens, or None if there is no `keep`."""
         return torch.cat(self._kept) if self._kept else None
 
     def report(self) -> Report:

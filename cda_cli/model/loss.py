@@ -21,6 +21,7 @@ from cda_cli.targets import IGNORE
 
 PARTS = range(1024, 127, -1)  # numbers of logits that fit in the registers of a compiled kernel, largest first
 MULTIPLE = 64
+PIECE = 2**26  # logits that an evaluation has at a time: 256 MiB in float32
 
 
 def padded_vocabulary(V: int) -> int:
@@ -33,9 +34,21 @@ def padded_vocabulary(V: int) -> int:
     return next(P for P in count(V + -V % MULTIPLE, MULTIPLE) if _part(P) < P)
 
 
+def positions_of_a_piece(B: int, V: int) -> int:
+    """Returns how many positions of B sequences have at most PIECE logits, and 1 at least."""
+    return max(1, PIECE // (B * V))
+
+
 def vocabulary_loss(x_BTC: Tensor, to_logits: nn.Linear, targets_BT: Tensor) -> Tensor:
-    """Returns −log softmax of each target among `to_logits(x)`, nats, float32 [B, T]; 0 if a target is IGNORE."""
+    """Returns −log softmax of each target among `to_logits(x)`, nats, float32 [B, T]; 0 if a target is IGNORE.
+
+    Without gradients and a compiler, it takes the positions piece by piece, so that memory does not grow with T × V.
+    """
     V = to_logits.out_features
+    most = positions_of_a_piece(len(x_BTC), V)
+    if x_BTC.shape[1] > most and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        pieces = zip(x_BTC.split(most, 1), targets_BT.split(most, 1), strict=True)
+        return torch.cat([vocabulary_loss(x, to_logits, targets) for x, targets in pieces], 1)
     padding = padded_vocabulary(V) - V
     if padding and torch.compiler.is_compiling():
         # The compiler makes the zeros in the kernel that casts the weights.

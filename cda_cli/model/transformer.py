@@ -75,6 +75,13 @@ class Transformer(nn.Module):
 
         Raises ValueError if the positions exceed the context.
         """
+        x_BTC = self.stream(tokens_BT, cache, padding_B)
+        if wanted_B is not None:
+            x_BTC = x_BTC.take_along_dim(wanted_B.view(-1, 1, 1), 1)
+        return self.head(x_BTC, targets_BT)
+
+    def stream(self, tokens_BT: Tensor, cache: KeyValueCache | None = None, padding_B: Tensor | None = None) -> Tensor:
+        """Returns the residual stream after the last block, [B, T, C], for the arguments of `forward`."""
         start, T = (cache.length if cache is not None else 0), tokens_BT.shape[1]
         if isinstance(start, int) and start + T > self.config.seq_len:
             raise ValueError(f"{start + T} positions exceed the context of {self.config.seq_len}")
@@ -91,9 +98,7 @@ class Transformer(nn.Module):
                 x_BTC = block(x_BTC, cache, padding_B)
         if cache is not None:
             cache.advance(T)
-        if wanted_B is not None:
-            x_BTC = x_BTC.take_along_dim(wanted_B.view(-1, 1, 1), 1)
-        return self.head(x_BTC, targets_BT)
+        return x_BTC
 
     @property
     def activation_checkpointing(self) -> bool:

@@ -20,7 +20,7 @@ class PageCollector:
 
     def __init__(self, restored: Restored, text: TextSide, budget: int) -> None:
         config = restored.config.model
-        tokens = min(config.seq_len, len(text.sides[0].ids))
+        tokens = min(text.seq_len, len(text.sides[0].ids))
         heads = config.depth * config.heads
         of_live = live_bytes(tokens, config.null_kv, config.head_width) * 4 // 3
         is_exact = follows_from_scores(restored.model)

@@ -249,7 +249,8 @@ def test_k_beyond_every_row(cda: Cda, tiny: Path, tmp_path: Path) -> None:
 def test_another_text(cda: Cda, finished: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("Λ and λ: " * 200, encoding="utf-8")
-    assert inspected(cda, finished, "--data", other)["data"] == str(other)
+    found = inspected(cda, finished, "--data", other, "--context", 80)
+    assert (found["data"], found["tokens"], found["windows"]) == (str(other), 2 * 80, 2)
 
 
 @pytest.mark.parametrize(

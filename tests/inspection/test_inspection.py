@@ -16,6 +16,7 @@ from cda_cli.conditions import metrics_of
 from cda_cli.config import ModelConfig
 from cda_cli.data import Batch, Tokens, evaluation_batches
 from cda_cli.errors import ConfigError
+from cda_cli.evaluation import joined, measure
 from cda_cli.inspection import (
     NAMES,
     HeadReport,
@@ -23,6 +24,7 @@ from cda_cli.inspection import (
     ReportWatcher,
     RowCollector,
     effective_support,
+    gradients,
     inspect,
     named_figures,
     parse_selection,
@@ -180,6 +182,17 @@ def test_the_kept_weights_are_those_of_the_first_window() -> None:
     assert run(model).kept is None
 
 
+def test_of_a_long_window_the_first_weights_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them would be the square of the window."""
+    model = build(null_kv=1)
+    seen = [one for one in raw(model) if isinstance(one, ObservedAttention)]
+    monkeypatch.setattr("cda_cli.inspection.watchers.MOST_DRAWN", 7)
+    monkeypatch.setattr("cda_cli.model.rules.base.BLOCK_SCORES", 7 * 2 * 13 * 5)
+    kept = run(model, keep=(1, 0)).kept
+    assert kept is not None
+    torch.testing.assert_close(kept, seen[1].weights[0, 0, :7, :8], atol=1e-5, rtol=0)
+
+
 def test_the_store_has_the_rows_of_the_first_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all layers and heads, from whatever blocks; the windows of later batches are no part of it."""
     model = build(null_kv=1, learned_k=True)
@@ -213,6 +226,25 @@ def test_a_long_sequence_is_watched_in_parts(monkeypatch: pytest.MonkeyPatch, at
     assert all(map(same, found.report().heads, whole.report().heads))
     for part, all_rows in zip(found.report().layers, whole.report().layers, strict=True):
         assert part.units == pytest.approx(all_rows.units)
+
+
+@pytest.mark.parametrize("tied_embeddings", [True, False])
+def test_there_are_never_the_logits_of_a_whole_window(monkeypatch: pytest.MonkeyPatch, tied_embeddings: bool) -> None:
+    """They would be the window times the vocabulary. Losses and gradients take a part at a time."""
+    model = build(learned_k=True, tied_embeddings=tied_embeddings)
+    sizes: list[int] = []
+    whole = gradients(model, batches(), CPU, torch.float32)
+    losses = joined(measure(model, batches(), CPU, torch.float32))[0].nats
+    monkeypatch.setattr("cda_cli.model.loss.PIECE", 3 * 31 * 5)
+    with model.to_logits.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.numel())):
+        run(model)
+        found = gradients(model, batches(), CPU, torch.float32)
+        torch.testing.assert_close(joined(measure(model, batches(), CPU, torch.float32))[0].nats, losses)
+    assert max(sizes) == 3 * 31 * 5
+    for part, expected in zip(found, whole, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(part, expected, atol=1e-6, rtol=1e-4)
+    assert not model.activation_checkpointing
 
 
 @pytest.mark.parametrize("training", [True, False])
