@@ -17,10 +17,11 @@ from cda_cli.version import __version__
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cda_cli.inspected_models import InspectedModel, TextTokenizer
     from cda_cli.language_model import LanguageModel
     from cda_cli.ops import Backend
     from cda_cli.settings import Dtype
-    from cda_cli.sparsity_report import InspectedModel, SparsityReport, TextTokenizer
+    from cda_cli.sparsity_report import SparsityReport
 
 __all__ = ["__version__", "inspect", "load"]
 
@@ -78,7 +79,7 @@ def inspect(
     Raises `cda_cli.errors.CdaError`, in one sentence, as `load` does, and ConfigError for a text or a budget that is
     too small, and for a model whose attention cannot be seen.
     """
-    from cda_cli.sparsity_report import inspect_model
+    from cda_cli.inspected_models import inspect_model
 
     return inspect_model(
         model,

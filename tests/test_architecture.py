@@ -24,6 +24,7 @@ LAYERS: tuple[set[str], ...] = (
     {"__main__"},
     {"main"},
     {"commands"},
+    {"inspected_models"},
     {"sparsity_report"},
     {"language_model"},
     {"console", "figures", "interchange", "training", "comparison"},
@@ -39,7 +40,7 @@ LAYERS: tuple[set[str], ...] = (
 )
 # What these may import of the package besides themselves, and no more.
 ONLY: dict[str, set[str]] = {
-    "cda_cli": {"language_model", "ops", "settings", "sparsity_report", "version"},
+    "cda_cli": {"inspected_models", "language_model", "ops", "settings", "sparsity_report", "version"},
     "__main__": {"main"},
     "main": {"version", "commands", "console", "errors", "streams"},
     "console": {"plurals", "runs", "settings", "settings_table", "strict_json", "token_labels"},

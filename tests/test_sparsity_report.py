@@ -136,7 +136,7 @@ def test_it_is_saved_as_one_page(report: SparsityReport, tmp_path: Path) -> None
     document = json.loads(re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[0])
     assert document["labels"] == list(TEXT[:24])
     assert len(document["live"]) == 4
-    assert document["eps"] == report.source["attn_eps"]
+    assert document["eps"] == report.examined.eps
     for layer, head in PLACES:
         stream = base64.b64encode(report.store.heads[layer, head].rows).decode()
         assert f'id="rows-{layer}.{head}">{stream}<' in page

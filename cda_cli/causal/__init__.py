@@ -2,12 +2,12 @@
 
 words of a command line → `Wanted` → `prepare` makes the interventions and measures what they need → `Prepared.ways` of
 measuring the model → `Prepared.effects`, which are paired differences of the loss. `check_text` does so for a model in
-memory, `Checks` for checkpoints, and an `Examination` beside an inspection.
+memory, `Checks` for checkpoints, and an `Examination` beside an inspection, with all that was `Examined` as its result.
 """
 
 from cda_cli.causal.checks import Checks, Prepared, Wanted, check_text, prepare
 from cda_cli.causal.effects import Control, Effect, Effects, HeldOut
-from cda_cli.causal.examination import Examination
+from cda_cli.causal.examination import Examination, Examined
 from cda_cli.causal.heads import rank_correlation
 from cda_cli.causal.pictures import LINEAR_BELOW, curve_points, draw_cuts
 
@@ -18,6 +18,7 @@ __all__ = [
     "Effect",
     "Effects",
     "Examination",
+    "Examined",
     "HeldOut",
     "Prepared",
     "Wanted",

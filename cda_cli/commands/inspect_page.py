@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cda_cli.causal import Effects
+from cda_cli.causal import Examined
 from cda_cli.errors import ConfigError
-from cda_cli.inspection import Report, parse_size
+from cda_cli.inspection import parse_size
 from cda_cli.page import PageCollector, write_page
-from cda_cli.plurals import counted
 from cda_cli.restore import Restored, TextSide
 from cda_cli.sparsity_report import page_content
 from cda_cli.storage import recorded_sha256
@@ -32,27 +31,24 @@ def checked_budget(path: Path | None, budget: str | None) -> int:
 
 
 def write_report_page(
-    path: Path, collector: PageCollector, report: Report, restored: Restored, text: TextSide, checked: Effects | None
+    path: Path, collector: PageCollector, examined: Examined, restored: Restored, text: TextSide
 ) -> str:
     """Writes the page, and returns what to say of it."""
-    store = collector.store(report)
+    store = collector.store(examined.report)
     digest = recorded_sha256(restored.path)[restored.weights_file][:DIGEST]
     source = {
         "checkpoint": f"{restored.path} ({restored.weights_file} {digest})",
         "text": f"{text.description}, {text.split}",
-        "tokens": f"{report.tokens:,} in {counted(report.windows, 'window')}",
+        "inspected": examined.report.extent,
         "attention": restored.model.attention_description,
     }
     content = page_content(
         restored.path.resolve().parent.parent.name or restored.path.name,
         source,
-        report=report,
-        store=store,
-        tokens=[restored.tokenizer.decode([int(token)]) for token in text.sides[0].ids[: store.queries]],
-        has_budget=restored.model.attention_rule.has_budget,
-        effects=checked,
-        live=collector.heads(report, store),
-        eps=restored.model.attention_eps,
+        examined,
+        store,
+        [restored.tokenizer.decode([int(token)]) for token in text.sides[0].ids[: store.queries]],
+        collector.heads(examined.report, store),
     )
     write_page(path, content)
     return f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB"

@@ -94,22 +94,18 @@ def inspect_sparsity(
                 bar(done)
                 stop.check("interrupted; nothing was written")
 
-            whole, checked = examination.run(
-                restored, precision, watcher, lambda: text.batches(1, max_batches)[0], advance
-            )
+            whole = examination.run(restored, precision, watcher, lambda: text.batches(1, max_batches)[0], advance)
     assert watcher.kept is not None
-    report = whole.only(chosen_layers, chosen_heads)
-    source = {"checkpoint": str(restored.path), "data": text.description, "split": text.split}
-    further = {"causal": checked.document()} if checked else {}
-    document = {**source, "attn_eps": restored.model.attention_eps, **report.as_dict(), **further}
+    examined = whole._replace(report=whole.report.only(chosen_layers, chosen_heads))
+    document = examined.document({"checkpoint": str(restored.path), "data": text.description, "split": text.split})
     if html and paged:  # first: who reads only the beginning of the report ends the command
-        note(write_report_page(html, paged, report, restored, text, checked))
+        note(write_report_page(html, paged, examined, restored, text))
     if as_json:
         print_json(document)
     else:
-        show_report(report, restored, text, by, drawn, watcher.kept, checked)
+        show_report(examined, restored, text, by, drawn, watcher.kept)
     if figures:
-        material = gather(report, restored, text, drawn, watcher.kept, checked)
+        material = gather(examined, restored, text, drawn, watcher.kept)
         with progress("drawing", len(FIGURES), quiet=as_json) as drawing:
             written = write_figures(figures, material, looks, shlex.join(["cda", *sys.argv[1:]]), drawing)
         note(written.words)

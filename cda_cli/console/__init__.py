@@ -6,7 +6,7 @@ from cda_cli.console.comparison_page import comparison_page
 from cda_cli.console.decoding import show_decode_speed
 from cda_cli.console.effects import show_effects
 from cda_cli.console.evaluation import show_evaluation
-from cda_cli.console.inspection import head_type, show_report, verdict
+from cda_cli.console.inspection import show_report
 from cda_cli.console.reports import (
     show_doctor,
     show_dry_run,
@@ -38,7 +38,6 @@ __all__ = [
     "TrainingDisplay",
     "comparison_page",
     "comparison_verdict",
-    "head_type",
     "next_line",
     "note",
     "print_json",
@@ -69,5 +68,4 @@ __all__ = [
     "show_task_list",
     "show_tasks",
     "shows_progress",
-    "verdict",
 ]

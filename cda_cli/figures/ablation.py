@@ -32,7 +32,7 @@ class Ablated(NamedTuple):
 
 
 def ablated_rows(material: Material) -> list[Ablated]:
-    heads = material.effects.single_heads() if material.effects else []
+    heads = material.examined.effects.single_heads() if material.examined.effects else []
     return [
         Ablated(name, ablation.place["layer"], ablation.place["head"], value, *effect.difference[:2])
         for name in (heads[0][0].measured if heads else ())

@@ -39,9 +39,9 @@ class Kept(NamedTuple):
 
 
 def kept_rows(material: Material) -> list[Kept]:
-    if material.effects is None:
+    if material.examined.effects is None:
         return []
-    curves = curve_points(material.effects)
+    curves = curve_points(material.examined.effects)
     return [Kept(choice, int(x), y, low, high) for choice, points in curves.items() for x, y, low, high in points]
 
 
@@ -68,8 +68,8 @@ class AtPosition(NamedTuple):
 
 def position_rows(material: Material) -> list[AtPosition]:
     rows = []
-    for measure in [*(["sparsity_k"] if material.has_budget else []), "effective_support"]:
-        of_heads = zip(*(head.by_position[measure] for head in material.report.heads), strict=True)
+    for measure in [*(["sparsity_k"] if material.examined.has_budget else []), "effective_support"]:
+        of_heads = zip(*(head.by_position[measure] for head in material.examined.report.heads), strict=True)
         rows += [AtPosition(measure, *range_ends(index), *_quantiles(each)) for index, each in enumerate(of_heads)]
     return rows
 
@@ -110,7 +110,7 @@ class AtDistance(NamedTuple):
 
 def distance_rows(material: Material) -> list[AtDistance]:
     rows = []
-    for layer, heads in grouped(material.report.heads, lambda head: head.layer).items():
+    for layer, heads in grouped(material.examined.report.heads, lambda head: head.layer).items():
         for index, shares in enumerate(zip(*(head.distance_mass for head in heads), strict=True)):
             rows.append(AtDistance(layer, *range_ends(index), statistics.fmean(shares)))
     return rows
@@ -147,7 +147,7 @@ def training_rows(material: Material) -> list[AtStep]:
     if len(material.training) < 2:
         return []
     rows = [AtStep("loss", record.step, WHOLE, record.loss) for record in material.training]
-    of_budget = ["sparsity_k", "capped_share"] if material.has_budget else []
+    of_budget = ["sparsity_k", "capped_share"] if material.examined.has_budget else []
     for measure in ["effective_support", *of_budget]:
         for record in material.training:
             rows += [AtStep(measure, record.step, layer.layer, getattr(layer, measure)) for layer in record.layers]
@@ -192,7 +192,7 @@ STEPS = 200  # of the units of a layer, so that a wide layer makes no large file
 
 def unit_rows(material: Material) -> list[UnitQuantile]:
     rows = []
-    for layer in material.report.layers:
+    for layer in material.examined.report.layers:
         most_first = sorted(layer.unit_frequency, reverse=True)
         steps = min(STEPS, len(most_first) - 1)
         for step in range(steps + 1):

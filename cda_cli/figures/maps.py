@@ -39,9 +39,9 @@ class OfHead(NamedTuple):
 
 
 def head_rows(material: Material) -> list[OfHead]:
-    heads = material.report.heads
+    heads = material.examined.report.heads
     known = [name for name in MEASURES if name in heads[0].measures]
-    measures = [name for name in known if material.has_budget or name not in OF_BUDGET]
+    measures = [name for name in known if material.examined.has_budget or name not in OF_BUDGET]
     rows = [OfHead(name, head.layer, head.head, head.measures[name]) for name in measures for head in heads]
     empty = {name for name, of in grouped(rows, lambda row: row.measure).items() if all(map(math.isnan, _values(of)))}
     return [row for row in rows if row.measure not in empty]

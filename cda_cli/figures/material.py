@@ -7,9 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cda_cli.causal import Effects
-from cda_cli.inspection import Report
-from cda_cli.plurals import counted
+from cda_cli.causal import Examined
 from cda_cli.restore import Restored, TextSide
 from cda_cli.runs.folder import Run
 from cda_cli.runs.records import TrainRecord
@@ -27,29 +25,19 @@ class HeadMap(NamedTuple):
 
 
 class Material(NamedTuple):
-    """A report, whether its rows have a budget k, and what else was measured of the model.
+    """What was `examined` of a model, the weights of a head, and records of the run in `training`, oldest first.
 
-    `effects` are those of causal checks, or None. `training` are records of the run, oldest first. `source` says in a
-    sentence what was inspected.
+    `source` says in a sentence what was inspected.
     """
 
     source: str
-    report: Report
-    has_budget: bool
+    examined: Examined
     head_map: HeadMap
-    effects: Effects | None
     training: Sequence[TrainRecord]
 
 
-def gather(
-    report: Report,
-    restored: Restored,
-    text: TextSide,
-    drawn: tuple[int, int],
-    weights: Tensor,
-    effects: Effects | None = None,
-) -> Material:
-    """Gathers what figures of a `report` are made from.
+def gather(examined: Examined, restored: Restored, text: TextSide, drawn: tuple[int, int], weights: Tensor) -> Material:
+    """Gathers what figures are made from.
 
     `weights` [T, S] are those of the layer and head `drawn` over the first window of `text`. The records of training
     are those of the run that the checkpoint lies in, up to its step; there are none elsewhere.
@@ -57,7 +45,6 @@ def gather(
     tokens = [restored.tokenizer.decode([int(token)]) for token in text.sides[0].ids[: len(weights)]]
     run = Run(restored.path.resolve().parent.parent)
     training = [each for each in run.records(TrainRecord, most=MOST_RECORDS) if each.step <= restored.state["step"]]
-    windows = counted(report.windows, "window")
-    source = f"{restored.path} on {text.description}, {text.split}: {report.tokens:,} tokens in {windows}."
+    source = f"{restored.path} on {text.description}, {text.split}: {examined.report.extent}."
     head_map = HeadMap(*drawn, tokens, weights.tolist())
-    return Material(source, report, restored.model.attention_rule.has_budget, head_map, effects, training)
+    return Material(source, examined, head_map, training)

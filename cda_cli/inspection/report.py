@@ -12,8 +12,11 @@ from torch import Tensor
 from cda_cli.inspection.residual import ResidualFigures
 from cda_cli.inspection.statistics import Histogram, range_ends
 from cda_cli.inspection.units import UnitFigures
+from cda_cli.plurals import counted
 
 SHORT_NAMES = {"support": "effective_support", "k": "sparsity_k"}
+TYPICAL_SHARE, TYPICAL_LIFT = 0.2, 2.0  # A head reads a pattern that has so much of its mass, and so much lift.
+HEAD_TYPES = ("induction", "duplicate", "previous", "self", "first")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,16 @@ class HeadReport:
     @property
     def name(self) -> str:
         return f"head[{self.layer}.{self.head}]"
+
+    @property
+    def reads(self) -> str | None:
+        """The pattern of keys that the head reads most beyond chance, if any (docs/inspection.md)."""
+        lifts = {
+            name: self.measures[f"{name}_lift"]
+            for name in HEAD_TYPES
+            if self.measures[f"{name}_share"] >= TYPICAL_SHARE and self.measures[f"{name}_lift"] >= TYPICAL_LIFT
+        }
+        return max(lifts, key=lambda name: lifts[name]) if lifts else None
 
     def as_dict(self) -> dict[str, Any]:
         rest = {"quantiles": self.quantiles, "by_position": self.by_position, "distance_mass": self.distance_mass}
@@ -61,6 +74,11 @@ class Report:
     layers: list[LayerReport]
     tokens: int
     windows: int
+
+    @property
+    def extent(self) -> str:
+        """How much text was inspected, in words."""
+        return f"{self.tokens:,} tokens in {counted(self.windows, 'window')}"
 
     def only(self, layers: Collection[int], heads: Collection[int]) -> Report:
         """Keeps these layers and heads alone."""

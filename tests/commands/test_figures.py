@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from cda_cli.causal import Examination, Wanted
 from cda_cli.commands.figure_options import STYLES as OFFERED
 from cda_cli.errors import ConfigError, DataError
 from cda_cli.figures import FIGURES, gather, redraw, write_figures
 from cda_cli.figures.csv_rows import from_csv, to_csv
 from cda_cli.figures.maps import Weight
-from cda_cli.inspection import ReportWatcher, inspect
+from cda_cli.inspection import ReportWatcher
 from cda_cli.plots import STYLES, save, styled
 from cda_cli.restore import open_side, restore_on
 from cda_cli.signals import StopRequest
@@ -133,9 +134,9 @@ def test_what_was_not_measured_is_left_out_and_said(finished: Path, tmp_path: Pa
     with StopRequest() as stop:
         text = open_side(restored, None, None, stop, False)
     watcher = ReportWatcher(keep=(0, 0))
-    inspect(restored.model, text.batches(1, 1)[0], restored.device, dtype, watcher)
+    examined = Examination(False, Wanted([], [])).run(restored, dtype, watcher, lambda: text.batches(1, 1)[0])
     assert watcher.kept is not None
-    material = gather(watcher.report(), restored, text, (0, 0), watcher.kept)
+    material = gather(examined, restored, text, (0, 0), watcher.kept)
     written = write_figures(tmp_path / "figures", material, [], "a command")
     left_out = ("loss-against-keys", "ablation", "training")
     assert written.words.startswith(

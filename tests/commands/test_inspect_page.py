@@ -30,7 +30,7 @@ def test_the_page_of_a_run(cda: Cda, finished: Path, tmp_path: Path) -> None:
     page = path.read_text(encoding="utf-8")
     found, printed = document(page), json.loads(result.out)
     assert "<title>What run selects</title>" in page
-    assert f"text {printed['data']}, {printed['split']} · tokens 64 in 2 windows" in page
+    assert f"text {printed['data']}, {printed['split']} · inspected 64 tokens in 2 windows" in page
     assert len(found["labels"]) == found["rows"]["queries"] == 32
     assert [(cut["name"], cut["difference"]) for cut in found["causal"]["cuts"]] == [
         (cut["name"], cut["difference"]) for cut in printed["causal"]["cuts"]
