@@ -1,27 +1,36 @@
 """Trains the row Sort of ASEntmax's table of length generalisation, and scores it by length (docs/tasks.md).
 
-    python benchmarks/sort_table.py runs/sort                                           # as published: 312,500 steps
-    python benchmarks/sort_table.py runs/sort --steps 10000 --seeds 3 --jobs 9          # less of it, on one GPU
+    python benchmarks/sort_table.py runs/sort                          # as published: 312,500 steps, one run at a time
+    python benchmarks/sort_table.py runs/sort --seconds 290 --jobs 9   # as many steps as fit, all runs share one GPU
 
 Settings are those of deep-spin/asentmax, synthetic/configs/experiment/entmax/sort.yaml: two layers of width 256 with
-eight heads, batches of 128 with lengths from 32 to 64, AdamW with the loss on the answer alone, and a warm-up of 6.4 %
-of the steps. The positions differ from theirs, half of whose heads have none while the others have ALiBi: `--position`
-chooses none, or rotary ones. A run that was cut goes on with the same command, and one that is done and scored has its
-figures beside it, as JSON. With several jobs a GPU is shared.
+eight heads of 32, a feed-forward of 1024 (theirs is a GeGLU), 32 symbols, batches of 128 with lengths from 32 to 64,
+bf16, AdamW (0.9, 0.99) without weight decay, clipped at 1, the loss on the answer alone, a cosine after a warm-up of
+6.4 % of the steps, and entmax with α = 1.5. Half of their heads have ALiBi, which this model lacks; the other half have
+no positions, as all have here. They name no learning rate: the paper takes the best of several, and of three seeds.
+
+With `--seconds` a short run of each attention measures its speed, which decides the number of steps; what still trains
+near the end is stopped and scored as it is. Ctrl-C prints the table of what is scored. A run that was cut goes on with
+the same command and `--steps`; one that is scored has its figures beside it, as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
-from synthetic import cda, half_width, header, row
+from synthetic import half_width, header, row
 
 MODEL = {
     "seq_len": 131, "dim": 256, "depth": 2, "heads": 8, "dim_head": 32, "ff": "swiglu", "ff_width": 1024,
@@ -35,48 +44,152 @@ ARMS = {
     "entmax": ("--attention", "entmax"),
     "soft top-k, k = 2": ("--attention", "coordinate-descent", "--attn-k", "2"),
 }
-# The exact match at 2 and 4 times the longest length of training, in the paper and in a reproduction of it.
-PUBLISHED = {"softmax": ("0 and 0", "99 and 4"), "entmax": ("100 and 57.8", "–")}
+# The exact match at 2 and 4 times the longest length of training: in the paper, the best of three seeds and several
+# learning rates; and in a reproduction, of two seeds at the best learning rate, and at 4e-4.
+PUBLISHED = {"softmax": ("0 and 0", "95 ± 4 and 3 ± 1; at 4e-4: 0 to 3 and 0"), "entmax": ("100 and 57.8", "–")}
 LENGTHS = (64, 128, 256)
+PROBE_STEPS = 250
+STARTING_SECONDS = 20  # until all runs train, whose code the probes have compiled
+SCORING_SECONDS = 30  # of all runs at once, with the start of a process
+SHARE_OF_TIME = 0.85  # for which the steps are planned, because a speed changes
 
 
-def measure(name: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
-    """Trains one arm with one seed, unless it is trained, and returns what `cda eval --json` says of it."""
-    run = asked.out / f"{re.sub('[^a-z0-9]+', '-', name)}-{asked.position}-{asked.steps}-{seed}"
+class Jobs:
+    """The commands that run, in sessions of their own, so that a Ctrl-C reaches them through this class alone."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
+
+    def run(self, *arguments: object, may_be_stopped: bool = False) -> str:
+        """Runs `cda` and returns what it printed. Raises RuntimeError, with its stderr, if it fails."""
+        if self._ended:
+            raise RuntimeError("stopped")
+        command = [sys.executable, "-m", "cda_cli", *map(str, arguments)]
+        job = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._running.add(job)
+        out, err = job.communicate()
+        self._running.discard(job)
+        if job.returncode and not (may_be_stopped and job.returncode == 128 + signal.SIGINT):
+            raise RuntimeError(f"{' '.join(command[2:4])} ended with {job.returncode}: {err.strip()[-2000:]}")
+        return out
+
+    def stop(self) -> None:
+        """Asks all to stop: what trains saves its checkpoint first."""
+        for job in list(self._running):
+            job.send_signal(signal.SIGINT)
+
+    def end(self) -> None:
+        self._ended = True
+        self.stop()
+
+
+def train(jobs: Jobs, run: Path, name: str, seed: int, steps: int, asked: argparse.Namespace) -> None:
+    values = {f"model.{key}": value for key, value in MODEL.items()}
+    values |= {f"optim.{key}": value for key, value in OPTIM.items()}
+    values |= {"optim.lr": asked.lr, "optim.warmup_steps": round(WARMUP * steps)}
+    values |= {"model.position": asked.position, "run.compile": str(asked.compile).lower(), "run.seed": seed}
+    values |= {"run.eval_every": 0, "run.save_every": 0, "run.save_minutes": 5}
+    values["run.log_every"] = min(500, max(1, steps // 10))
+    sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    jobs.run(
+        "train", "--data", "task:sort", "--out", run, "--steps", steps, *ARMS[name], *sets, may_be_stopped=True
+    )  # fmt: skip
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for line in lines if (record := json.loads(line))["kind"] == "train"]
+
+
+def measure(jobs: Jobs, name: str, seed: int, steps: int, asked: argparse.Namespace) -> dict[str, Any] | None:
+    """Trains one arm with one seed, unless it is trained, and returns what `cda eval --json` says of it, with its last
+    step and its loss; or None, with a line on stderr, if that fails."""
+    run = folder(name, steps, seed, asked)
     result = run.with_suffix(".json")
     if result.exists():
         return cast(dict[str, Any], json.loads(result.read_text()))
-    values = {f"model.{key}": value for key, value in MODEL.items()}
-    values |= {f"optim.{key}": value for key, value in OPTIM.items()}
-    values |= {"optim.lr": asked.lr, "optim.warmup_steps": round(WARMUP * asked.steps)}
-    values |= {"model.position": asked.position, "run.compile": str(asked.compile).lower(), "run.seed": seed}
-    values |= {"run.eval_every": 0, "run.save_every": 0, "run.save_minutes": 5}
-    values["run.log_every"] = min(500, max(1, asked.steps // 10))
-    sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    cda("train", "--data", "task:sort", "--out", run, "--steps", asked.steps, *ARMS[name], *sets)
-    lengths = ("--lengths", ",".join(map(str, LENGTHS)), "--limit", asked.num_examples, "--batch-size", 100)
-    found = json.loads(cda("eval", run, "--tasks", "task:sort", *lengths, "--json"))
-    print(f"{name}, seed {seed}: {shares(found, 'exact_match')}", file=sys.stderr, flush=True)
-    result.write_text(json.dumps(found, indent=2))
+    try:
+        train(jobs, run, name, seed, steps, asked)
+        lengths = ("--lengths", ",".join(map(str, LENGTHS)), "--limit", asked.num_examples, "--batch-size", 100)
+        found = json.loads(jobs.run("eval", run, "--tasks", "task:sort", *lengths, "--json"))
+    except (RuntimeError, OSError, ValueError) as error:
+        print(f"{name}, seed {seed}: {error}", file=sys.stderr, flush=True)
+        return None
+    last = records(run)[-1]
+    found |= {"step": last["step"], "loss": last["loss"]}
+    said = f"step {last['step']:,}, loss {last['loss']:.4f}, exact match {shares(found, 'exact_match')}"
+    print(f"{name}, seed {seed}: {said}", file=sys.stderr, flush=True)
+    if last["step"] == steps:
+        result.write_text(json.dumps(found, indent=2))
     return cast(dict[str, Any], found)
+
+
+def folder(name: str, steps: int, seed: int, asked: argparse.Namespace) -> Path:
+    return cast(Path, asked.out) / f"{re.sub('[^a-z0-9]+', '-', name)}-{asked.position}-{steps}-{seed}"
+
+
+def steps_that_fit(jobs: Jobs, asked: argparse.Namespace, deadline: float) -> int:
+    """Measures the speed of each arm, all at once, and returns the number of steps for which the time suffices."""
+
+    def seconds_a_step(name: str) -> float:
+        train(jobs, Path(probes) / name, name, 0, PROBE_STEPS, asked)
+        speed = statistics.median(record["tokens_per_second"] for record in records(Path(probes) / name)[-4:])
+        seconds = OPTIM["batch_size"] * MODEL["seq_len"] / speed  # type: ignore[operator]
+        print(f"{name}: {1000 * seconds:.1f} ms a step, beside the others", file=sys.stderr, flush=True)
+        return seconds
+
+    with tempfile.TemporaryDirectory(dir=asked.out) as probes, ThreadPoolExecutor(len(asked.arms)) as pool:
+        try:
+            seconds = list(pool.map(seconds_a_step, asked.arms))
+        except BaseException:
+            jobs.end()
+            raise
+    # The arms took turns on the GPU, so that each had it for one in so many of these seconds.
+    for_all = max(asked.seeds * statistics.fmean(seconds), *seconds)
+    left = deadline - time.monotonic() - STARTING_SECONDS
+    return max(10, int(SHARE_OF_TIME * left / for_all) // 10 * 10)
 
 
 def shares(found: dict[str, Any], metric: str) -> list[float]:
     """A metric at each length, in %."""
-    return [100 * one["metrics"][f"{metric},none"] for one in found["tasks"].values()]
+    return [round(100 * one["metrics"][f"{metric},none"], 2) for one in found["tasks"].values()]
 
 
 def spread(values: list[float]) -> str:
-    """The mean, and half the width of its 95 % interval over the seeds."""
+    """The mean, and half the width of its 95 % interval over the seeds, with all values where they differ."""
     half = half_width(values)
-    return f"{statistics.fmean(values):.1f}" + (f" ± {half:.1f}" if half is not None else "")
+    each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(set(values)) > 1 else ""
+    return f"{statistics.fmean(values):.1f}" + (f" ± {half:.1f}" if half is not None else "") + each
+
+
+def table(found: dict[tuple[str, int], dict[str, Any] | None], asked: argparse.Namespace, steps: int) -> None:
+    title = f"Sort in % by length, {steps:,} steps, learning rate {asked.lr:g}, positions: {asked.position}"
+    columns = [f"{what}, {length}" for what in ("exact match", "tokens") for length in LENGTHS]
+    header(title, "attention", "seeds", "steps", "loss", *columns, "paper, 128 and 256", "its reproduction")
+    for name in asked.arms:
+        scored = [one for seed in range(asked.seeds) if (one := found.get((name, seed)))]
+        if not scored:
+            continue
+        cells: list[object] = [len(scored), ", ".join(sorted({f"{one['step']:,}" for one in scored}))]
+        cells.append(f"{statistics.fmean(one['loss'] for one in scored):.4f}")
+        for metric in ("exact_match", "token_accuracy"):
+            cells += [spread(list(each)) for each in zip(*(shares(one, metric) for one in scored), strict=True)]
+        row(name, *cells, *PUBLISHED.get(name, ("–", "–")))
+    if any_scored := next(filter(None, found.values()), None):
+        chance = [shares(any_scored, f"shuffled_{metric}") for metric in ("exact_match", "token_accuracy")]
+        row("by chance", "–", "–", "–", *(f"{value:.1f}" for values in chance for value in values), "–", "–")
 
 
 def main() -> None:
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a folder for the runs")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--steps", type=int, default=312_500)
+    parser.add_argument("--seconds", type=float, help="the time for all, which decides the steps in place of --steps")
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--position", choices=("none", "rotary"), default="none")
     parser.add_argument("--seeds", type=int, default=3)
@@ -85,22 +198,31 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
+    for name, value in (("OMP_NUM_THREADS", "1"), ("TORCHINDUCTOR_COMPILE_THREADS", "4")):
+        os.environ.setdefault(name, value)  # Several processes share the cores.
 
+    jobs, steps = Jobs(), asked.steps
+    found: dict[tuple[str, int], dict[str, Any] | None] = {}
     pairs = [(name, seed) for seed in range(asked.seeds) for name in asked.arms]
     with ThreadPoolExecutor(asked.jobs) as pool:
-        found = dict(zip(pairs, pool.map(lambda pair: measure(pair[0], pair[1], asked), pairs), strict=True))
-
-    title = f"Sort in % by length, {asked.steps:,} steps, positions: {asked.position}, seeds: {asked.seeds}"
-    columns = [f"{what}, {length}" for what in ("exact match", "tokens") for length in LENGTHS]
-    header(title, "attention", *columns, "paper, 128 and 256", "its reproduction")
-    for name in asked.arms:
-        cells = []
-        for metric in ("exact_match", "token_accuracy"):
-            by_seed = [shares(found[name, seed], metric) for seed in range(asked.seeds)]
-            cells += [spread(list(values)) for values in zip(*by_seed, strict=True)]
-        row(name, *cells, *PUBLISHED.get(name, ("–", "–")))
-    chance = [shares(found[pairs[0]], f"shuffled_{metric}") for metric in ("exact_match", "token_accuracy")]
-    row("by chance", *(f"{value:.1f}" for values in chance for value in values), "–", "–")
+        try:
+            deadline = started + asked.seconds - SCORING_SECONDS if asked.seconds else None
+            if deadline:
+                steps = steps_that_fit(jobs, asked, deadline)
+                print(f"{steps:,} steps each", file=sys.stderr, flush=True)
+            scoring = {pair: pool.submit(measure, jobs, *pair, steps, asked) for pair in pairs}
+            stopped = False
+            while not all(one.done() for one in scoring.values()):
+                time.sleep(0.5)
+                found |= {pair: one.result() for pair, one in scoring.items() if one.done()}
+                if deadline and not stopped and time.monotonic() > deadline:
+                    jobs.stop()
+                    stopped = True
+            found |= {pair: one.result() for pair, one in scoring.items()}
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            jobs.end()
+        table(found, asked, steps)
 
 
 if __name__ == "__main__":

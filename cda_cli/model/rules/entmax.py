@@ -29,4 +29,8 @@ class Entmax(AttentionRule):
                 "attention 'entmax' needs the package entmax; install it (pip install entmax), or choose another "
                 "model.attention"
             )
+        from entmax import entmax15
+
+        # Compiled code cannot look into its backward, and would run it, and the sort before it, kernel by kernel.
+        torch.compiler.allow_in_graph(entmax15)
         return super().choose_backend(device)
