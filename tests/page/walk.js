@@ -14,23 +14,34 @@ HTMLAnchorElement.prototype.click = function () {
 const $ = (selector) => document.querySelector(selector);
 const press = (key) =>
   document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
-const pause = () => new Promise((done) => setTimeout(done, 1));
 const button = (place, label) =>
   [...document.querySelectorAll(`${place} button`)].find((each) => each.textContent === label);
-const address = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+const pause = (time = 1) => new Promise((done) => setTimeout(done, time));
+const ADDRESS_TAKES = 200; // milliseconds, of which none pass by the clock
+async function address() {
+  await pause(ADDRESS_TAKES);
+  return Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+}
 const table = () => [...$("#row-table").tBodies[0].rows].map((row) => [...row.cells].map((cell) => cell.textContent));
 
 async function opened(head) {
-  while ($("#head-name").textContent !== `Head ${head}` || !$("#row-summary").textContent) await pause();
-  await pause();
+  while ($("#head-name").textContent !== `Head ${head}` || $("#head").ariaBusy !== "false") await pause();
 }
 
 async function walk() {
   while (!("ready" in document.documentElement.dataset)) await pause();
   await opened("0.2");
-  seen.linked = { address: address(), measure: $("#by").value, own: $("#text .own").dataset.position };
+  seen.linked = { address: await address(), measure: $("#by").value, own: $("#text .own").dataset.position };
   press("Escape");
-  seen.overview = { address: address(), focused: document.activeElement.dataset.head, headHidden: $("#head").hidden };
+  for (const theme of ["dark", "light"]) {
+    $("#theme").value = theme;
+    $("#theme").dispatchEvent(new Event("change"));
+  }
+  seen.overview = {
+    address: await address(),
+    focused: document.activeElement.dataset.head,
+    headHidden: $("#head").hidden,
+  };
   seen.cells = [...document.querySelectorAll("#grid [role=gridcell]")].map((cell) => cell.getAttribute("aria-label"));
   seen.measures = [...$("#by").options].map((option) => option.value);
   seen.tabStops = document.querySelectorAll('#grid [tabindex="0"]').length;
@@ -49,7 +60,7 @@ async function walk() {
   await opened("1.1");
   seen.facts = $("#head-facts").textContent;
   seen.rows = [];
-  while (address().query !== "23") press("]");
+  while ($("#text .own").dataset.position !== "23") press("]");
   for (let query = 23; query >= 0; query--) {
     seen.rows.unshift({
       own: Number($("#text .own").dataset.position),
@@ -58,7 +69,7 @@ async function walk() {
     });
     press("[");
   }
-  seen.first = address().query;
+  seen.first = (await address()).query;
   $("#view").focus();
   $("#view").blur();
   press("r");
@@ -68,7 +79,7 @@ async function walk() {
   seen.finding = document.activeElement.id;
   document.activeElement.value = "W3w4";
   press("Enter");
-  seen.found = { query: address().query, said: $("#found").textContent };
+  seen.found = { query: (await address()).query, said: $("#found").textContent };
   document.activeElement.blur();
   for (const label of ["SVG", "CSV"]) button("#map-tools", label).click();
   seen.saved.own = seen.saved[`head-1.1-query-${seen.found.query}.csv`];
@@ -77,9 +88,9 @@ async function walk() {
   $("#live-k").value = 2;
   $("#live-k").dispatchEvent(new Event("input"));
   button("#map-tools", "CSV").click();
-  seen.live = { address: address(), spoken: $("#row-summary").textContent };
+  seen.live = { address: await address(), spoken: $("#row-summary").textContent };
   $("#live-reset").click();
-  seen.reset = address();
+  seen.reset = await address();
   press("?");
   seen.help = $("#help").open;
   $("#help").close();

@@ -23,6 +23,21 @@ function furnish(node, attributes, children) {
   return node;
 }
 
+// Waits until what was changed so far is on the screen.
+export const painted = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+
+// A function that gives the width of an element. It is observed: asking the element each time would lay the page out in
+// the midst of drawing. What `draw` makes may change the size of the element, so it waits for the next frame.
+export function widthOf(node, draw) {
+  let width = 0;
+  new ResizeObserver(([box]) => {
+    if (width === box.contentRect.width) return;
+    width = box.contentRect.width;
+    if (width) requestAnimationFrame(draw);
+  }).observe(node);
+  return () => (width ||= node.clientWidth);
+}
+
 // Three significant digits, and a dash for what has no value.
 export function short(number) {
   if (number === null || number === undefined || !Number.isFinite(number)) return "–";

@@ -1,7 +1,7 @@
 // The panel of a head: its map, its measures by position, its distances, its ablation, and a row of it.
 
 import { barChart } from "./charts.js";
-import { byId, element, percent, short, words } from "./dom.js";
+import { byId, element, painted, percent, short, widthOf, words } from "./dom.js";
 import { exportButtons } from "./download.js";
 import { neighbours } from "./grid.js";
 import { isChanged, isLive, liveHead, openLive, showLive } from "./live.js";
@@ -25,6 +25,7 @@ const whenIdle = window.requestIdleCallback ?? setTimeout; // which Safari lacks
 let rows = null; // HeadRows of the head that is open
 let live = null; // its LiveHead, if it has one
 let drawn = { position: 0, row: { keys: [], k: null, rest: 0 }, view: "keys" };
+const chartsWidth = widthOf(byId("head-charts"), () => rows && state.head !== null && drawCharts());
 
 export function openHeadPanel() {
   openText(preview, (position) => update({ query: position }));
@@ -44,14 +45,38 @@ export function openHeadPanel() {
       () => rowTable(drawn.position, drawn.row, drawn.view),
     ),
   );
-  new ResizeObserver(() => rows && drawCharts()).observe(byId("head-charts"));
 }
 
 export const query = () => Math.min(state.query ?? T - 1, T - 1);
 
-// Opens the head that the address names, and gets its neighbours ready.
+// Opens the head that the address names: in one frame its map, which is looked at first, and in the next one the rest.
+// Then it gets the neighbours ready.
 export async function showHead() {
   const name = state.head;
+  byId("head").setAttribute("aria-busy", "true");
+  const found = await Promise.all([rowsOf(name), isLive(name) ? liveHead(name) : null]);
+  if (state.head !== name) return; // Another head was opened meanwhile.
+  [rows, live] = found;
+  showFacts(name);
+  showMap();
+  await painted();
+  if (state.head !== name) return;
+  drawCharts();
+  showQuery();
+  byId("head").setAttribute("aria-busy", "false");
+  unpackAhead(name);
+}
+
+// Unpacks the heads that are probably next, one at a time, while nothing else is to do.
+async function unpackAhead(name) {
+  for (const next of neighbours(name)) {
+    await new Promise((done) => whenIdle(done));
+    if (state.head !== name) return;
+    await rowsOf(next);
+  }
+}
+
+function showFacts(name) {
   const head = heads.get(name);
   byId("head-name").textContent = `Head ${name}`;
   byId("head-reads").textContent = head.reads ? `reads: ${head.reads}` : "";
@@ -61,19 +86,18 @@ export async function showHead() {
     ),
     ...ablation(name),
   );
-  const found = await Promise.all([rowsOf(name), isLive(name) ? liveHead(name) : null]);
-  if (state.head !== name) return; // Another head was opened meanwhile.
-  [rows, live] = found;
-  redrawHead();
-  whenIdle(() => neighbours(name).forEach(rowsOf));
 }
 
 export function redrawHead() {
-  if (!rows) return;
-  drawMap(rows);
-  byId("map").setAttribute("aria-label", mapSummary(heads.get(state.head)));
+  if (!rows || state.head === null) return;
+  showMap();
   drawCharts();
   showQuery();
+}
+
+function showMap() {
+  drawMap(rows);
+  byId("map").setAttribute("aria-label", mapSummary(heads.get(state.head)));
 }
 
 // The row that the address names.
@@ -146,15 +170,14 @@ function charts() {
 }
 
 function drawCharts() {
-  const box = byId("head-charts");
-  const across = box.clientWidth > 540 ? 2 : 1;
-  const width = Math.max(220, Math.floor(box.clientWidth / across) - 14);
+  const across = chartsWidth() > 540 ? 2 : 1;
+  const width = Math.max(220, Math.floor(chartsWidth() / across) - 14);
   const made = charts().map((chart) => {
     const said = chart.values.map((value, index) => `${chart.labels[index]} ${(chart.format ?? short)(value)}`);
     const picture = barChart({ ...chart, width, height: 150, label: `${chart.title}: ${said.join(", ")}` });
     return element("figure", {}, element("figcaption", {}, chart.title), picture);
   });
-  box.replaceChildren(...made);
+  byId("head-charts").replaceChildren(...made);
 }
 
 // What the loss is without the head, where that was measured.

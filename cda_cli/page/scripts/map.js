@@ -1,7 +1,7 @@
 // The map of a head: queries down, keys across, one pixel for each or for a block of them, which shows its maximum.
 
 import { frame, image, text } from "./charts.js";
-import { byId, svgElement } from "./dom.js";
+import { byId, svgElement, widthOf } from "./dom.js";
 import { standalone } from "./download.js";
 import { levelOf, T } from "./store.js";
 import { CAPPED, palette, weightColours } from "./theme.js";
@@ -10,12 +10,26 @@ const canvas = byId("map");
 const frameOfMap = byId("map-frame");
 const [lineOfQuery, lineOfKey] = ["map-query", "map-key"].map(byId);
 
+const frameWidth = widthOf(frameOfMap, () => mapped && drawMap(mapped));
+let mapped = null; // HeadRows of the head that is drawn
+let surface = { side: 0 }; // what a map is drawn on, the same for all heads
+
+// A level for each pixel, the pixels, and the place of each position among them.
+function surfaceOf(side) {
+  if (surface.side !== side) {
+    canvas.width = canvas.height = side;
+    const place = Int32Array.from({ length: T }, (_, position) => Math.floor((position * side) / T));
+    surface = { side, levels: new Uint8Array(side * side), picture: new ImageData(side, side), place };
+  }
+  surface.levels.fill(0);
+  return surface;
+}
+
 // Draws `rows` (HeadRows). Where several rows and keys share a pixel, the largest weight of them counts.
 export function drawMap(rows) {
-  const room = Math.floor(frameOfMap.clientWidth * devicePixelRatio) || T;
-  const side = Math.min(T, room);
-  const levels = new Uint8Array(side * side);
-  const place = Int32Array.from({ length: T }, (_, position) => Math.floor((position * side) / T));
+  mapped = rows;
+  const room = Math.floor(frameWidth() * devicePixelRatio) || T;
+  const { side, levels, picture, place } = surfaceOf(Math.min(T, room));
   for (let query = 0; query < T; query++) {
     const start = place[query] * side;
     for (let entry = rows.starts[query]; entry < rows.starts[query + 1]; entry++) {
@@ -26,10 +40,8 @@ export function drawMap(rows) {
     }
   }
   const colours = weightColours().pixels;
-  const picture = new ImageData(side, side);
   const pixels = new Uint32Array(picture.data.buffer);
   for (let at = 0; at < pixels.length; at++) pixels[at] = colours[levels[at]];
-  canvas.width = canvas.height = side;
   canvas.getContext("2d").putImageData(picture, 0, 0);
 }
 

@@ -1,12 +1,13 @@
 // What the report says of the whole model: loss against keys where that was measured, and the layers.
 
 import { barChart, legend, lineChart } from "./charts.js";
-import { byId, element, percent, short } from "./dom.js";
+import { byId, element, percent, short, widthOf } from "./dom.js";
 import { exportButtons, standalone } from "./download.js";
 import { measures, report } from "./store.js";
 
 const LINEAR_BELOW = 0.01; // bits per byte
 const box = byId("curve");
+const curveWidth = widthOf(box, drawOverview);
 
 // A line for each choice of keys: {name, points}.
 function lines() {
@@ -32,11 +33,10 @@ export function openOverview() {
       curveTable,
     ),
   );
-  new ResizeObserver(drawOverview).observe(byId("curve"));
 }
 
 export function drawOverview() {
-  const width = Math.max(280, Math.min(box.clientWidth, 760));
+  const width = Math.max(280, Math.min(curveWidth(), 760));
   const height = Math.round(Math.min(360, width * 0.62));
   const found = lines();
   if (found.length) {

@@ -11,22 +11,31 @@ const DEFAULTS = {
   k: null,
 };
 
+// Browsers take no more than some hundred addresses in half a minute, so a key that is held down leaves one.
+const QUIET = 150; // milliseconds without a change
+
 export const state = { ...DEFAULTS };
 const listeners = [];
+let writing = null; // the timer that will write the address
 
 export function onChange(listener) {
   listeners.push(listener);
 }
 
-// Takes what changed, writes the address and tells everybody.
+// Takes what changed, tells everybody, and writes the address.
 export function update(changes) {
   const before = { ...state };
   Object.assign(state, changes);
   if (Object.keys(state).every((name) => state[name] === before[name])) return;
+  for (const listener of listeners) listener(before);
+  clearTimeout(writing);
+  writing = setTimeout(writeAddress, QUIET);
+}
+
+function writeAddress() {
   const address = addressOf(state);
   // In a notebook the page lies in a frame that has no address of its own.
   if (address !== location.hash && location.protocol !== "about:") history.replaceState(null, "", address || "#");
-  for (const listener of listeners) listener(before);
 }
 
 export function readAddress() {

@@ -50,7 +50,7 @@ export function rowsOf(name) {
 // text, and null keys are negative.
 class HeadRows {
   constructor(bytes, { smallest_k, largest_k }) {
-    const octaves = bytes.subarray(2 * T, 3 * T);
+    this.octaves = bytes.subarray(2 * T, 3 * T);
     this.k = Float32Array.from(bytes.subarray(0, T), (code) => smallest_k * (largest_k / smallest_k) ** (code / 255));
     this.rests = bytes.subarray(T, 2 * T);
     const numbers = new Varints(bytes, 3 * T);
@@ -58,7 +58,6 @@ class HeadRows {
     for (let query = 0; query < T; query++) this.starts[query + 1] = this.starts[query] + numbers.next();
     const total = this.starts[T];
     this.keys = new Int32Array(total);
-    this.weights = new Float32Array(total);
     this.levels = new Uint8Array(total);
     for (let query = 0; query < T; query++) {
       let key = query + 1;
@@ -67,12 +66,11 @@ class HeadRows {
         this.keys[entry] = key;
       }
     }
-    const codes = bytes.subarray(numbers.at, numbers.at + total);
+    this.codes = bytes.subarray(numbers.at, numbers.at + total); // of the weights
     for (let query = 0; query < T; query++) {
-      const [scale, lower] = [2 ** -octaves[query], Math.round((octaves[query] * STEPS) / OCTAVES)];
+      const lower = Math.round((this.octaves[query] * STEPS) / OCTAVES);
       for (let entry = this.starts[query]; entry < this.starts[query + 1]; entry++) {
-        const code = codes[entry];
-        this.weights[entry] = code === CAPPED ? 1 : scale * WEIGHTS[code];
+        const code = this.codes[entry];
         this.levels[entry] = code === CAPPED ? CAPPED : Math.max(code - lower, 1);
       }
     }
@@ -82,7 +80,7 @@ class HeadRows {
   row(query) {
     const keys = [];
     for (let entry = this.starts[query]; entry < this.starts[query + 1]; entry++) {
-      keys.push(this.entry(entry, this.keys[entry]));
+      keys.push(this.entry(entry, query, this.keys[entry]));
     }
     const k = this.k[query];
     return { keys, k, rest: (this.rests[query] / 255) * Math.min(k, query + 1 + report.rows.null_keys) };
@@ -93,14 +91,16 @@ class HeadRows {
     const keys = [];
     for (let query = Math.max(position, 0); query < T; query++) {
       for (let entry = this.starts[query]; entry < this.starts[query + 1]; entry++) {
-        if (this.keys[entry] === position) keys.push(this.entry(entry, query));
+        if (this.keys[entry] === position) keys.push(this.entry(entry, query, query));
       }
     }
     return { keys, k: null, rest: null };
   }
 
-  entry(entry, position) {
-    return { position, level: this.levels[entry], weight: this.weights[entry] };
+  // An entry of the row of `query`, said of the token at `position`.
+  entry(entry, query, position) {
+    const [level, code] = [this.levels[entry], this.codes[entry]];
+    return { position, level, weight: level === CAPPED ? 1 : WEIGHTS[code] * 2 ** -this.octaves[query] };
   }
 }
 
@@ -114,7 +114,9 @@ class Varints {
   }
 
   next() {
-    let [number, shift, byte] = [0, 0, 0];
+    let number = 0;
+    let shift = 0;
+    let byte;
     do {
       byte = this.bytes[this.at++];
       number |= (byte & 127) << shift;

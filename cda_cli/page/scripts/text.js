@@ -64,26 +64,34 @@ export function scrollToToken(position) {
   if (top < box.scrollTop || bottom > box.scrollTop + box.clientHeight) box.scrollTop = top - box.clientHeight / 2;
 }
 
+const tableRows = []; // which get other words with each row that is shown, since new ones would take longer
+
+function tableRow(place) {
+  const cell = (_, column) => element("td", { class: column === 1 && "token" }, "–");
+  tableRows[place] ??= element("tr", {}, ...Array.from({ length: 6 }, cell));
+  return tableRows[place];
+}
+
 const kind = (key) => (key.level === CAPPED ? "■ capped" : "● free");
 
 function fillTable(position, keys, total, view) {
   byId("row-caption").textContent =
     view === "readers" ? `who reads ${position} “${quoted(position)}”` : `what ${position} “${quoted(position)}” reads`;
-  const rows = keys
-    .slice(0, ROWS)
-    .map((key) =>
-      element(
-        "tr",
-        { class: key.level === CAPPED ? "capped" : "free" },
-        element("td", {}, key.position < 0 ? "∅" : String(key.position)),
-        element("td", { class: "token" }, quoted(key.position)),
-        element("td", {}, key.position < 0 ? "–" : String(Math.abs(position - key.position))),
-        element("td", {}, short(key.weight)),
-        element("td", {}, view === "readers" ? "–" : percent(key.weight / total)),
-        element("td", {}, kind(key)),
-      ),
-    );
-  tableBody.replaceChildren(...rows);
+  keys.slice(0, ROWS).forEach((key, place) => {
+    const row = tableRow(place);
+    row.className = key.level === CAPPED ? "capped" : "free";
+    const texts = [
+      key.position < 0 ? "∅" : String(key.position),
+      quoted(key.position),
+      key.position < 0 ? "–" : String(Math.abs(position - key.position)),
+      short(key.weight),
+      view === "readers" ? "–" : percent(key.weight / total),
+      kind(key),
+    ];
+    texts.forEach((text, column) => (row.cells[column].firstChild.data = text));
+  });
+  tableBody.append(...tableRows.slice(0, keys.length).filter((row) => !row.isConnected));
+  for (const row of tableRows.slice(keys.length)) row.remove();
 }
 
 // The mass of a row as a bar: capped, free, and the rest that the page does not hold.
