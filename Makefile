@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # A core has no work while its test waits for a process, so there are three workers for two cores.
 WORKERS := $(shell echo $$(( $$(nproc) * 3 / 2 )))
+SCRIPTS := cda_cli/page/scripts tests/page/walk.js
+STYLE := cda_cli/page/style.css
 
 .PHONY: help setup demo check test test-gpu compile-kernels reliability lint format bench bench-gpu docs clean
 
@@ -46,14 +48,17 @@ compile-kernels: setup ## Compile every kernel variant for sm_80 and sm_90, with
 reliability: setup ## Try to break each promise of docs/reliability.md many times, and rewrite its table
 	$(BIN)/python -m tests.reliability
 
-lint: setup ## Check style, types and generated docs
+lint: setup ## Check the style of Python, JavaScript and CSS, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/oxlint --quiet $(SCRIPTS)
+	$(BIN)/oxfmt --check $(SCRIPTS) $(STYLE)
 
 format: setup ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/oxfmt $(SCRIPTS) $(STYLE)
 
 docs: setup ## Rewrite the generated parts of the docs
 	$(BIN)/python docs/generate.py
