@@ -60,7 +60,7 @@ format: setup ## Rewrite the code in the house style
 	$(BIN)/ruff format .
 	$(BIN)/oxfmt $(SCRIPTS) $(STYLE)
 
-docs: setup ## Rewrite the generated parts of the docs
+docs: setup ## Rewrite the generated parts of the docs, the sample page too
 	$(BIN)/python docs/generate.py
 
 bench: setup ## Measure speed on this CPU: tables for benchmarks/results

@@ -1,5 +1,6 @@
 """Writes the generated pages of the docs: cli.md from the help of the commands, configuration.md from the settings,
-metrics.md from the types of the records, and tasks.md from the synthetic tasks.
+metrics.md from the types of the records, and tasks.md from the synthetic tasks. sample-report.html keeps its figures,
+and gets template, style and script of the page as they are now.
 
     make docs
 
@@ -9,6 +10,7 @@ metrics.md from the types of the records, and tasks.md from the synthetic tasks.
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from cda_cli.config import preset_purpose, preset_values
 from cda_cli.console.settings import default_words
 from cda_cli.data import TASKS
+from cda_cli.page.page import in_template
 from cda_cli.runs.records import KINDS, VERSION, HeadAlarm, LayerRecord
 from cda_cli.settings import SECTIONS, preset_names
 from cda_cli.settings_table import TABLE
@@ -29,7 +32,13 @@ FOLDER = Path(__file__).parent
 
 def pages() -> dict[str, str]:
     """Name and text of each generated page."""
-    return {"cli.md": commands(), "configuration.md": configuration(), "metrics.md": metrics(), "tasks.md": tasks()}
+    return {
+        "cli.md": commands(),
+        "configuration.md": configuration(),
+        "metrics.md": metrics(),
+        "tasks.md": tasks(),
+        "sample-report.html": sample_report(),
+    }
 
 
 def commands() -> str:
@@ -203,6 +212,22 @@ def tasks() -> str:
         for parameter, field in task.model_fields.items():
             lines.append(f"| `{parameter}` | {field.default} | {field.description} |")
     return "\n".join(lines) + "\n"
+
+
+# Where a page has what its report fills in (cda_cli/page/template.html).
+PARTS = {
+    "title": "<title>(.*?)</title>",
+    "verdict": '<ul id="verdict">(.*?)</ul>',
+    "source": "<footer>\n<p>(.*?)</p>",
+    "kept": "<footer>\n<p>.*?</p>\n<p>(.*?)</p>",
+    "report": '<script type="application/json" id="report">(.*?)</script>',
+    "streams": '(<script type="text/plain".*</script>)\n<script type="module">',
+}
+
+
+def sample_report() -> str:
+    sample = (FOLDER / "sample-report.html").read_text(encoding="utf-8")
+    return in_template(**{part: re.findall(place, sample, re.DOTALL)[0] for part, place in PARTS.items()})
 
 
 if __name__ == "__main__":

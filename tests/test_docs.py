@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["cli.md", "configuration.md", "metrics.md", "tasks.md"])
-def test_generated_pages_are_current(name: str) -> None:
+def test_generated_pages_are_current() -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]()
-    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == pages[name], f"docs/{name} is old: run `make docs`"
+    old = [name for name, text in pages.items() if (ROOT / "docs" / name).read_text(encoding="utf-8") != text]
+    assert not old, f"run `make docs`, which changes {', '.join(old)}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -107,20 +107,22 @@ def page(content: PageContent) -> str:
         head["reads"] = content.reads.get(place)
         if ablations:
             head[ABLATION] = ablations[place]["difference"]
-    script, style = joined_script(), _text("style.css")
-    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data: blob:"
-    return Template(_text("template.html")).substitute(
-        policy=policy,
-        version=__version__,
+    return in_template(
         title=html.escape(content.title),
-        style=style,
         verdict="".join(f"<li>{html.escape(sentence)}</li>" for sentence in content.verdict),
         source=html.escape(" · ".join(f"{name} {said}" for name, said in content.source.items())),
         kept=html.escape(_kept(content.store)),
         report=_inert(dumps(document)),
         streams="\n".join(_streams(content)),
-        script=script,
     )
+
+
+def in_template(**parts: str) -> str:
+    """The template with these parts in it, which are HTML, and with the script and the style of this version."""
+    script, style = joined_script(), _text("style.css")
+    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data: blob:"
+    ours = {"policy": policy, "version": __version__, "style": style, "script": script}
+    return Template(_text("template.html")).substitute(ours | parts)
 
 
 def joined_script() -> str:
