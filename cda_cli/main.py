@@ -103,28 +103,30 @@ def run() -> None:
 
 
 def _explain(error: Exception) -> None:
-    """One sentence on stderr."""
+    """Explains an error in one sentence on stderr."""
     if isinstance(error, CdaError):
         if str(error):
-            _say(str(error), "" if isinstance(error, InterruptedRunError) else "error: ")
+            _print_error(str(error), "" if isinstance(error, InterruptedRunError) else "error: ")
     elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        _say(
+        _print_error(
             "the memory is used up; use a smaller --batch-size (in training with a larger --grad-accum), or a smaller "
             "--seq-len"
         )
     elif type(error).__name__ == "OutOfMemoryError":
-        _say(
+        _print_error(
             "the GPU's memory is used up; use a smaller --batch-size with a larger --grad-accum (with --parallel fsdp "
             "one that divides the number of processes, or more processes), or, of a run with CUDA graphs, --set "
             "run.cuda_graphs=false, so that validation can have the memory of a step"
         )
     elif isinstance(error, OSError) and error.filename:
-        _say(f"{error.filename}: {error.strerror}; check the path and the space and rights there")
+        _print_error(f"{error.filename}: {error.strerror}; check the path and the space and rights there")
     else:
-        _say(f"unexpected {type(error).__name__}: {error} (a fault of cda: run `cda --debug …` for the traceback)")
+        _print_error(
+            f"unexpected {type(error).__name__}: {error} (a fault of cda: run `cda --debug …` for the traceback)"
+        )
 
 
-def _say(sentence: str, label: str = "error: ") -> None:
+def _print_error(sentence: str, label: str = "error: ") -> None:
     from rich.console import Console
     from rich.text import Text
 

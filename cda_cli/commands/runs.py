@@ -23,9 +23,9 @@ def runs(
     What is missing or damaged is told below its run, as far as the names and sizes of the files show it.
     """
     from cda_cli.console import print_json, show_runs
-    from cda_cli.runs.summary import differing_settings, summarize_all
+    from cda_cli.runs.summary import differing_settings, summarise_all
 
-    found, problems = summarize_all(folders or [Path("runs")])
+    found, problems = summarise_all(folders or [Path("runs")])
     differing = differing_settings(found)
     if as_json:
         listed = [run._asdict() | {"path": str(run.path)} for run in found]

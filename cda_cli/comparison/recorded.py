@@ -15,7 +15,7 @@ from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.plurals import counted
 from cda_cli.runs.folder import Run
 from cda_cli.runs.records import InitRecord, LayerRecord, TrainRecord, ValidationRecord
-from cda_cli.runs.summary import Summary, summarize
+from cda_cli.runs.summary import Summary, summarise
 from cda_cli.storage import STATE_FILE, load
 
 MOST_RUNS = 6
@@ -100,7 +100,7 @@ def read_run(path: Path) -> RecordedRun:
     """Raises ConfigError where `path` is no run."""
     _check(path)
     run = Run(path)
-    config, summary = run.config(), summarize(path)
+    config, summary = run.config(), summarise(path)
     assert config is not None, "_check has looked for it"
     records = list(run.records(TrainRecord, most=MOST_POINTS))
     for newest in run.records(TrainRecord, newest_first=True, most=1):

@@ -22,12 +22,12 @@ REACH_SECONDS = 5.0
 LOGGERS = ("datasets", "huggingface_hub", "fsspec", "urllib3")
 
 
-class _Silence:
-    """Silences the libraries' progress bars and log lines. Uses may overlap; the last one to end restores them."""
+class _QuietLibraries:
+    """Silences the progress bars and log lines of libraries. Uses may overlap; the last one to end restores them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._asked = 0
+        self._uses = 0
         self._had_bars = False
         self._levels: dict[logging.Logger, int] = {}
 
@@ -35,8 +35,8 @@ class _Silence:
         import datasets
 
         with self._lock:
-            self._asked += 1
-            if self._asked == 1:
+            self._uses += 1
+            if self._uses == 1:
                 self._had_bars = not datasets.are_progress_bars_disabled()
                 datasets.disable_progress_bars()
                 self._levels = {logger: logger.level for logger in map(logging.getLogger, LOGGERS)}
@@ -47,25 +47,25 @@ class _Silence:
         import datasets
 
         with self._lock:
-            self._asked -= 1
-            if self._asked == 0:
+            self._uses -= 1
+            if self._uses == 0:
                 for logger, level in self._levels.items():
                     logger.setLevel(level)
                 if self._had_bars:
                     datasets.enable_progress_bars()
 
 
-_silence = _Silence()
+_quiet_libraries = _QuietLibraries()
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silences the progress bars and log lines of `datasets` and of what it reads with, and restores them."""
-    _silence.begin()
+    _quiet_libraries.begin()
     try:
         yield
     finally:
-        _silence.end()
+        _quiet_libraries.end()
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class Summary(NamedTuple):
     faults: list[str]
 
 
-def summarize(path: Path) -> Summary:
+def summarise(path: Path) -> Summary:
     """Raises CdaError, or OSError, where the folder is no run that can be read."""
     run = Run(path)
     running, config = run.is_running(), run.config()
@@ -71,7 +71,7 @@ def summarize(path: Path) -> Summary:
     )
 
 
-def summarize_all(folders: Sequence[Path]) -> tuple[list[Summary], dict[Path, str]]:
+def summarise_all(folders: Sequence[Path]) -> tuple[list[Summary], dict[Path, str]]:
     """The runs in and below `folders`, the lowest validation loss first, and what is wrong with other folders.
 
     Raises ConfigError where one of `folders` is not there.
@@ -83,7 +83,7 @@ def summarize_all(folders: Sequence[Path]) -> tuple[list[Summary], dict[Path, st
             raise ConfigError(f"there is no folder {folder}; give one that holds runs")
         for path in find_runs(folder, problems):
             try:
-                runs[path.resolve()] = summarize(path)
+                runs[path.resolve()] = summarise(path)
             except CdaError as error:
                 problems[path] = str(error)
             except OSError as error:

@@ -28,7 +28,7 @@ from cda_cli.training.gradients import clip_gradients
 from cda_cli.training.nonfinite import Refusals, StepResult
 from cda_cli.training.optimizer import GuardedOptimizer, learning_rate, set_learning_rate
 from cda_cli.training.pipeline import Pipeline, eps_of_step, restore_gc
-from cda_cli.training.schedule import Minutes, due
+from cda_cli.training.schedule import Timer, due
 from cda_cli.training.state import RunContext, TrainState
 
 SAMPLE_TOKENS = 200
@@ -53,8 +53,8 @@ def train(
     optimizer = GuardedOptimizer(state.optimizer, lambda: processes.gather_ahead(context.compiled))
     speed = Speed()
     pipeline = Pipeline(context, state, speed, optimizer.steps_at_launch)
-    since = Since()  # the last log line
-    minutes, refusals = Minutes(every.save_minutes), Refusals(run, optim.max_refused)
+    running = RunningLoss()
+    timer, refusals = Timer(every.save_minutes), Refusals(run, optim.max_refused)
     saved = state.step if state.position is not None else None
 
     def report(record: Record) -> None:
@@ -87,7 +87,7 @@ def train(
         state.validation_loss = None
         tokens = sum(batch.inputs.numel() for batch in batches)
         state.tokens += tokens
-        since.add(values.loss, batches)
+        running.add(values.loss, batches)
         speed.add(tokens)
         display.advance(state.step, speed.seconds_left(optim.steps - state.step))
 
@@ -98,8 +98,8 @@ def train(
             report(
                 TrainRecord(
                     step=state.step,
-                    loss=since.loss,
-                    bits_per_byte=since.bits_per_byte,
+                    loss=running.loss,
+                    bits_per_byte=running.bits_per_byte,
                     lr=rate,
                     eps=eps,
                     grad_norm=values.norm,
@@ -114,8 +114,8 @@ def train(
                     alarms=recorded.alarms if state.step > optim.warmup_steps else (),
                 )
             )
-            since = Since()
-        passed = every.save_minutes > 0 and processes.any(minutes.passed())
+            running = RunningLoss()
+        passed = every.save_minutes > 0 and processes.any(timer.has_passed())
         with speed.paused():
             # Validation and samples use the ε that a model restored from this step's checkpoint has.
             model.set_attention_eps(eps_of_step(config, state.step))
@@ -131,7 +131,7 @@ def train(
             if due(state.step, every.save_every) or passed or last or stop or patience.over:
                 path = save(context, state, run)
                 saved = state.step
-                minutes.restart()
+                timer.restart()
                 report(CheckpointRecord(step=state.step, path=str(path)))
     if patience.over and state.step < optim.steps:
         display.note(f"stopped early at step {state.step} of {optim.steps}: {patience.words()}")
@@ -147,7 +147,7 @@ def train(
         stop.check(stopped)
 
 
-class Since:
+class RunningLoss:
     """The losses since the last train record, and what they were taken over."""
 
     def __init__(self) -> None:

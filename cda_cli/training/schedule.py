@@ -10,14 +10,14 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-class Minutes:
-    """Tells whether so many minutes have passed since the last restart. For 0 minutes it never does."""
+class Timer:
+    """Tells whether so many minutes have passed since the last restart; 0 minutes never pass."""
 
     def __init__(self, minutes: float) -> None:
         self._seconds = 60 * minutes
         self._began = time.monotonic()
 
-    def passed(self) -> bool:
+    def has_passed(self) -> bool:
         return self._seconds > 0 and time.monotonic() - self._began >= self._seconds
 
     def restart(self) -> None:

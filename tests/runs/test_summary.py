@@ -13,7 +13,7 @@ from cda_cli.config import resolve
 from cda_cli.errors import ConfigError
 from cda_cli.runs.folder import Run
 from cda_cli.runs.records import CheckpointRecord, Record
-from cda_cli.runs.summary import DEPTH, Summary, differing_settings, find_runs, summarize, summarize_all
+from cda_cli.runs.summary import DEPTH, Summary, differing_settings, find_runs, summarise, summarise_all
 from cda_cli.storage import only_writer, step_folder
 from tests.runs.records import TRAIN, VALIDATION
 
@@ -39,7 +39,7 @@ def saved(step: int) -> CheckpointRecord:
 
 def test_a_run_is_summed_up(tmp_path: Path) -> None:
     records = [*validations(3.0, math.nan, 2.0, 2.5), replace(TRAIN, step=44, loss=1.75)]
-    run = summarize(make_run(tmp_path / "run", records, optim__steps=50))
+    run = summarise(make_run(tmp_path / "run", records, optim__steps=50))
     assert (run.state, run.step, run.steps) == ("interrupted", 44, 50)
     assert (run.best_loss, run.best_step, run.train_loss) == (2.0, 30, 1.75)
     assert repr(run.losses) == "[3.0, nan, 2.0, 2.5]"
@@ -47,14 +47,14 @@ def test_a_run_is_summed_up(tmp_path: Path) -> None:
 
 
 def test_a_run_without_records_has_no_losses(tmp_path: Path) -> None:
-    run = summarize(make_run(tmp_path / "run"))
+    run = summarise(make_run(tmp_path / "run"))
     assert (run.state, run.step, run.best_loss, run.best_step, run.train_loss) == ("interrupted", 0, None, None, None)
     assert run.losses == []
 
 
 def test_the_curve_of_a_run_with_hardly_any_validations_is_its_training_loss(tmp_path: Path) -> None:
     training = [replace(TRAIN, step=step, loss=float(step)) for step in range(1, 2001)]
-    run = summarize(make_run(tmp_path / "run", [*training, *validations(2.0, 1.0)]))
+    run = summarise(make_run(tmp_path / "run", [*training, *validations(2.0, 1.0)]))
     assert (run.train_loss, run.best_loss) == (2000.0, 1.0)
     assert 50 <= len(run.losses) <= 100, "thousands of records make the table slow"
     assert run.losses == sorted(run.losses)
@@ -75,16 +75,16 @@ def test_a_run_is_finished_once_its_last_step_is_saved_or_its_patience_is_over(
     tmp_path: Path, records: list[Record], flags: dict[str, object], state: str
 ) -> None:
     path = make_run(tmp_path / "run", records, optim__steps=50, **flags)
-    assert summarize(path).state == state
+    assert summarise(path).state == state
     with only_writer(path, pytest.fail):
-        assert summarize(path).state == "running"
-    assert summarize(path).state == state
+        assert summarise(path).state == "running"
+    assert summarise(path).state == state
 
 
 def test_a_checkpoint_counts_where_the_records_have_gone(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", optim__steps=50)
     step_folder(path, 50).mkdir(parents=True)
-    assert (summarize(path).state, summarize(path).step) == ("finished", 50)
+    assert (summarise(path).state, summarise(path).step) == ("finished", 50)
 
 
 def found(folder: Path) -> list[str]:
@@ -124,7 +124,7 @@ def test_what_is_damaged_or_foreign_is_named_and_hides_no_run(tmp_path: Path) ->
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "config.yaml").symlink_to(good / "config.yaml")
     (tmp_path / "none of ours").mkdir()
-    runs, problems = summarize_all([tmp_path])
+    runs, problems = summarise_all([tmp_path])
     assert [run.path for run in runs] == [good]
     words = {"foreign": "unknown section 'db'", "damaged": "is not valid YAML", "wrong": "optim.lr = -1"}
     words |= {"bare": "there is no config.yaml in it", "linked": "is a link"}
@@ -138,7 +138,7 @@ def test_damaged_records_are_passed_over(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", validations(3.0, 2.0))
     with (path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 30, "kind": "validation"}\n\xff\xfe\n[1]\n{"step": 40, "kind": "train", "loss": ')
-    assert summarize(path).best_loss == 2.0
+    assert summarise(path).best_loss == 2.0
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -150,20 +150,20 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_a_starting_run_is_named(tmp_path: Path) -> None:
     with only_writer(tmp_path / "new", pytest.fail):
-        assert summarize_all([tmp_path]) == ([], {tmp_path / "new": "a run is starting here"})
+        assert summarise_all([tmp_path]) == ([], {tmp_path / "new": "a run is starting here"})
 
 
 def test_the_best_comes_first(tmp_path: Path) -> None:
     """Those without a validation come last, by their names; each run once, though two folders lead to it."""
     for name, losses in {"a": [3.0], "b": [], "c": [1.0, 9.0], "d": [], "e": [math.nan, 2.0]}.items():
         make_run(tmp_path / name, validations(*losses))
-    runs, problems = summarize_all([tmp_path, tmp_path / "a"])
+    runs, problems = summarise_all([tmp_path, tmp_path / "a"])
     assert ([run.path.name for run in runs], problems) == (["c", "e", "a", "b", "d"], {})
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no folder .*nowhere; give one that holds runs"):
-        summarize_all([tmp_path / "nowhere"])
+        summarise_all([tmp_path / "nowhere"])
 
 
 def test_the_settings_that_differ_are_those_of_any_run(tmp_path: Path) -> None:
@@ -172,6 +172,6 @@ def test_the_settings_that_differ_are_those_of_any_run(tmp_path: Path) -> None:
         make_run(tmp_path / "b", optim__lr=0.5),
         make_run(tmp_path / "c", model__attn_k=8.0, run__track="wandb"),
     ]
-    runs: list[Summary] = [summarize(path) for path in paths]
+    runs: list[Summary] = [summarise(path) for path in paths]
     assert differing_settings(runs) == ["model.attn_k", "optim.lr", "run.track"]
     assert differing_settings(runs[:1]) == differing_settings([]) == []

@@ -11,7 +11,7 @@ from cda_cli.config import Config
 from cda_cli.runs.early_stop import Patience
 from cda_cli.runs.records import ValidationRecord
 from cda_cli.storage import list_steps
-from cda_cli.training.schedule import Minutes
+from cda_cli.training.schedule import Timer
 from tests.training.helpers import Memory, losses, trained
 
 
@@ -22,15 +22,15 @@ def with_run(config: Config, **run: object) -> Config:
 def test_minutes_pass_and_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    minutes, never = Minutes(0.5), Minutes(0)
+    timer, never = Timer(0.5), Timer(0)
     for seconds, passed in ((29.0, False), (30.0, True), (31.0, True)):
         now[0] = seconds
-        assert minutes.passed() is passed
-    minutes.restart()
-    assert not minutes.passed()
+        assert timer.has_passed() is passed
+    timer.restart()
+    assert not timer.has_passed()
     now[0] = 1e9
-    assert minutes.passed()
-    assert not never.passed()
+    assert timer.has_passed()
+    assert not never.has_passed()
 
 
 def test_patience_counts_validations_in_vain() -> None:
