@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import shutil
 import subprocess
@@ -177,10 +178,10 @@ def source(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def found_imports() -> Iterator[tuple[Path, str, Import]]:
-    for path in FILES:
-        for found in imports(source(path), package_of(path)):
-            yield path.relative_to(ROOT), unit_of(module_of(path)), found
+@functools.cache
+def found_imports() -> list[tuple[Path, str, Import]]:
+    pairs = ((path, found) for path in FILES for found in imports(source(path), package_of(path)))
+    return [(path.relative_to(ROOT), unit_of(module_of(path)), found) for path, found in pairs]
 
 
 def layer_of(unit: str) -> int:
