@@ -124,9 +124,9 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        from tests.interpreter import patch_language_once_a_launch
+        from tests.interpreter import spare_repetitions
 
-        patch_language_once_a_launch()
+        spare_repetitions()
 
 
 @pytest.fixture
