@@ -14,6 +14,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `cda` sets it, for tho
 # As `run.deterministic` sets it. Here other tests use cuBLAS first, which then reads it for the whole process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Inductor would compile a program for each set of vector instructions of the processor, to see that the compiler knows
+# them: 6 CPU seconds in an empty cache, which the kernels that it compiles next show as well.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 # Under nohup this process ignores SIGHUP, and so would every process that it starts: the tests of a hang-up would wait
 # for ever. New processes do not inherit a handler that does nothing, and with it this one still outlives its terminal.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
