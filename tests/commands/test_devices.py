@@ -40,14 +40,14 @@ def test_a_signal_to_any_process_stops_all(
     assert [record["step"] for record in metrics(run, "train")] == list(range(1, last + 1))
 
 
-def test_an_error_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
-    """Both processes meet it; the launcher returns its exit code, and adds nothing."""
-    command = in_subprocess("train", "--config", tiny, "--out", tmp_path / "run", "--devices", 2, "--data", "nowhere")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: there is no file nowhere; give --data a file, a glob, a folder, ")
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+def test_an_error_is_one_sentence(cda: Cda, tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Both processes meet it; the launcher, which is this process, returns its exit code, and adds nothing."""
+    launched = cda("train", "--config", tiny, "--out", tmp_path / "run", "--devices", 2, "--data", "nowhere")
+    assert launched == (2, "", "")
+    said = capfd.readouterr()
+    assert said.err.startswith("error: there is no file nowhere; give --data a file, a glob, a folder, ")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
 
 
 def test_what_cannot_be_shared_is_said_before_anything_starts(cda: Cda, tiny: Path, tmp_path: Path) -> None:

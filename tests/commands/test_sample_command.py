@@ -263,11 +263,10 @@ def test_the_space_after_the_prompt_is_kept(cda: Cda, tiny: Path, tmp_path: Path
     assert (before + after).strip()[:40] in sentence * 3
 
 
-def test_an_argument_that_is_no_utf8_leaves_valid_json(finished: Path) -> None:
+def test_an_argument_that_is_no_utf8_leaves_valid_json(cda: Cda, finished: Path) -> None:
     """Python carries such a byte as a lone surrogate, which has no place in a JSON document."""
-    arguments = [*map(os.fsencode, in_subprocess("sample", finished, "--json", *SHORT)), b"--prompt", b"a\xff"]
-    found = subprocess.run(arguments, capture_output=True, check=True)
-    assert json.loads(found.stdout.decode("utf-8"))["samples"][0]["prompt"] == "a?"
+    found = cda("sample", finished, "--json", *SHORT, "--prompt", os.fsdecode(b"a\xff"))
+    assert json.loads(found.out.encode("utf-8"))["samples"][0]["prompt"] == "a?"
 
 
 @pytest.mark.parametrize(

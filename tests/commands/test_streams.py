@@ -40,7 +40,7 @@ def test_what_the_parser_prints(arguments: list[str], redirections: str, code: i
     [
         (["eval"], "<&- >&- 2>&-", 0, ""),
         (["eval"], ">/dev/full", 2, f"error: {FULL}\n"),
-        (["eval", "--json"], ">/dev/full", 2, f"error: {FULL}\n"),
+        (["runs", "--json"], ">/dev/full", 2, f"error: {FULL}\n"),
         (["sample"], "<&-", 2, "error: stdin is empty; give --prompt TEXT, --prompts FILE, or text on stdin\n"),
     ],
 )
