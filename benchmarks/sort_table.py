@@ -9,15 +9,17 @@ bf16, AdamW (0.9, 0.99) without weight decay, clipped at 1, the loss on the answ
 6.4 % of the steps, and entmax with α = 1.5. Half of their heads have ALiBi, which this model lacks; the other half have
 no positions, as all have here. They name no learning rate: the paper takes the best of several, and of three seeds.
 
-With `--seconds` a short run of each attention measures its speed, which decides the number of steps; what still trains
-near the end is stopped and scored as it is. Ctrl-C prints the table of what is scored. A run that was cut goes on with
+With `--seconds` short runs measure the speed, which decides the number of steps; what still trains near the end is
+stopped and scored as it is. Ctrl-C prints the table of what is scored. A run that was cut goes on with
 the same command and `--steps`; one that is scored has its figures beside it, as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -28,7 +30,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from synthetic import half_width, header, row
 
@@ -51,7 +53,18 @@ LENGTHS = (64, 128, 256)
 PROBE_STEPS = 250
 STARTING_SECONDS = 20  # until all runs train, whose code the probes have compiled
 SCORING_SECONDS = 30  # of all runs at once, with the start of a process
-SHARE_OF_TIME = 0.85  # for which the steps are planned, because a speed changes
+SHARE_OF_TIME = 0.9  # for which the steps are planned, because a speed changes
+
+
+class Trial(NamedTuple):
+    """A run: its arm, its learning rate and its seed."""
+
+    name: str
+    lr: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, learning rate {self.lr:g}, seed {self.seed}"
 
 
 class Jobs:
@@ -86,16 +99,16 @@ class Jobs:
         self.stop()
 
 
-def train(jobs: Jobs, run: Path, name: str, seed: int, steps: int, asked: argparse.Namespace) -> None:
+def train(jobs: Jobs, run: Path, trial: Trial, steps: int, asked: argparse.Namespace) -> None:
     values = {f"model.{key}": value for key, value in MODEL.items()}
     values |= {f"optim.{key}": value for key, value in OPTIM.items()}
-    values |= {"optim.lr": asked.lr, "optim.warmup_steps": round(WARMUP * steps)}
-    values |= {"model.position": asked.position, "run.compile": str(asked.compile).lower(), "run.seed": seed}
+    values |= {"optim.lr": trial.lr, "optim.warmup_steps": round(WARMUP * steps)}
+    values |= {"model.position": asked.position, "run.compile": str(asked.compile).lower(), "run.seed": trial.seed}
     values |= {"run.eval_every": 0, "run.save_every": 0, "run.save_minutes": 5}
     values["run.log_every"] = min(500, max(1, steps // 10))
     sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
     jobs.run(
-        "train", "--data", "task:sort", "--out", run, "--steps", steps, *ARMS[name], *sets, may_be_stopped=True
+        "train", "--data", "task:sort", "--out", run, "--steps", steps, *ARMS[trial.name], *sets, may_be_stopped=True
     )  # fmt: skip
 
 
@@ -104,53 +117,54 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [record for line in lines if (record := json.loads(line))["kind"] == "train"]
 
 
-def measure(jobs: Jobs, name: str, seed: int, steps: int, asked: argparse.Namespace) -> dict[str, Any] | None:
-    """Trains one arm with one seed, unless it is trained, and returns what `cda eval --json` says of it, with its last
-    step and its loss; or None, with a line on stderr, if that fails."""
-    run = folder(name, steps, seed, asked)
-    result = run.with_suffix(".json")
+def measure(jobs: Jobs, trial: Trial, steps: int, asked: argparse.Namespace) -> dict[str, Any] | None:
+    """Trains a run, unless it is trained, and returns what `cda eval --json` says of it, with its last step and its
+    loss; or None, with a line on stderr, if that fails."""
+    run = folder(trial, steps, asked.out)
+    result = run.with_name(f"{run.name}.json")
     if result.exists():
         return cast(dict[str, Any], json.loads(result.read_text()))
     try:
-        train(jobs, run, name, seed, steps, asked)
+        train(jobs, run, trial, steps, asked)
         lengths = ("--lengths", ",".join(map(str, LENGTHS)), "--limit", asked.num_examples, "--batch-size", 100)
         found = json.loads(jobs.run("eval", run, "--tasks", "task:sort", *lengths, "--json"))
     except (RuntimeError, OSError, ValueError) as error:
-        print(f"{name}, seed {seed}: {error}", file=sys.stderr, flush=True)
+        print(f"{trial}: {error}", file=sys.stderr, flush=True)
         return None
     last = records(run)[-1]
     found |= {"step": last["step"], "loss": last["loss"]}
     said = f"step {last['step']:,}, loss {last['loss']:.4f}, exact match {shares(found, 'exact_match')}"
-    print(f"{name}, seed {seed}: {said}", file=sys.stderr, flush=True)
+    print(f"{trial}: {said}", file=sys.stderr, flush=True)
     if last["step"] == steps:
         result.write_text(json.dumps(found, indent=2))
     return cast(dict[str, Any], found)
 
 
-def folder(name: str, steps: int, seed: int, asked: argparse.Namespace) -> Path:
-    return cast(Path, asked.out) / f"{re.sub('[^a-z0-9]+', '-', name)}-{asked.position}-{steps}-{seed}"
+def folder(trial: Trial, steps: int, out: Path) -> Path:
+    return out / re.sub("[^a-z0-9.]+", "-", f"{trial.name}-{trial.lr:g}-{steps}-{trial.seed}")
 
 
-def steps_that_fit(jobs: Jobs, asked: argparse.Namespace, deadline: float) -> int:
-    """Measures the speed of each arm, all at once, and returns the number of steps for which the time suffices."""
+def steps_that_fit(jobs: Jobs, trials: list[Trial], asked: argparse.Namespace, deadline: float) -> int:
+    """Measures the speed of as many runs at once as will train at once, and returns the steps that the time allows."""
+    at_once = trials[: asked.jobs]
+    turns = math.ceil(len(trials) / asked.jobs)
 
-    def seconds_a_step(name: str) -> float:
-        train(jobs, Path(probes) / name, name, 0, PROBE_STEPS, asked)
-        speed = statistics.median(record["tokens_per_second"] for record in records(Path(probes) / name)[-4:])
+    def seconds_a_step(trial: Trial) -> float:
+        run = folder(trial, PROBE_STEPS, Path(probes))
+        train(jobs, run, trial, PROBE_STEPS, asked)
+        speed = statistics.median(record["tokens_per_second"] for record in records(run)[-4:])
         seconds = OPTIM["batch_size"] * MODEL["seq_len"] / speed  # type: ignore[operator]
-        print(f"{name}: {1000 * seconds:.1f} ms a step, beside the others", file=sys.stderr, flush=True)
+        print(f"{trial}: {1000 * seconds:.1f} ms a step, beside the others", file=sys.stderr, flush=True)
         return seconds
 
-    with tempfile.TemporaryDirectory(dir=asked.out) as probes, ThreadPoolExecutor(len(asked.arms)) as pool:
+    with tempfile.TemporaryDirectory(dir=asked.out) as probes, ThreadPoolExecutor(asked.jobs) as pool:
         try:
-            seconds = list(pool.map(seconds_a_step, asked.arms))
+            slowest = max(pool.map(seconds_a_step, at_once))
         except BaseException:
             jobs.end()
             raise
-    # The arms took turns on the GPU, so that each had it for one in so many of these seconds.
-    for_all = max(asked.seeds * statistics.fmean(seconds), *seconds)
-    left = deadline - time.monotonic() - STARTING_SECONDS
-    return max(10, int(SHARE_OF_TIME * left / for_all) // 10 * 10)
+    left = deadline - time.monotonic() - turns * STARTING_SECONDS
+    return max(10, int(SHARE_OF_TIME * left / turns / slowest) // 10 * 10)
 
 
 def shares(found: dict[str, Any], metric: str) -> list[float]:
@@ -165,22 +179,32 @@ def spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.1f}" + (f" ± {half:.1f}" if half is not None else "") + each
 
 
-def table(found: dict[tuple[str, int], dict[str, Any] | None], asked: argparse.Namespace, steps: int) -> None:
-    title = f"Sort in % by length, {steps:,} steps, learning rate {asked.lr:g}, positions: {asked.position}"
+def table(found: dict[Trial, dict[str, Any] | None], asked: argparse.Namespace, steps: int) -> None:
+    title = f"Sort in % by length, {steps:,} steps, positions: {asked.position}"
     columns = [f"{what}, {length}" for what in ("exact match", "tokens") for length in LENGTHS]
-    header(title, "attention", "seeds", "steps", "loss", *columns, "paper, 128 and 256", "its reproduction")
-    for name in asked.arms:
-        scored = [one for seed in range(asked.seeds) if (one := found.get((name, seed)))]
+    header(
+        title,
+        "attention",
+        "learning rate",
+        "seeds",
+        "steps",
+        "loss",
+        *columns,
+        "paper, 128 and 256",
+        "its reproduction",
+    )
+    for name, lr in itertools.product(asked.arms, asked.lr):
+        scored = [one for seed in range(asked.seeds) if (one := found.get(Trial(name, lr, seed)))]
         if not scored:
             continue
-        cells: list[object] = [len(scored), ", ".join(sorted({f"{one['step']:,}" for one in scored}))]
+        cells: list[object] = [f"{lr:g}", len(scored), ", ".join(sorted({f"{one['step']:,}" for one in scored}))]
         cells.append(f"{statistics.fmean(one['loss'] for one in scored):.4f}")
         for metric in ("exact_match", "token_accuracy"):
             cells += [spread(list(each)) for each in zip(*(shares(one, metric) for one in scored), strict=True)]
         row(name, *cells, *PUBLISHED.get(name, ("–", "–")))
     if any_scored := next(filter(None, found.values()), None):
         chance = [shares(any_scored, f"shuffled_{metric}") for metric in ("exact_match", "token_accuracy")]
-        row("by chance", "–", "–", "–", *(f"{value:.1f}" for values in chance for value in values), "–", "–")
+        row("by chance", *"––––", *(f"{value:.1f}" for values in chance for value in values), "–", "–")
 
 
 def main() -> None:
@@ -190,7 +214,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--steps", type=int, default=312_500)
     parser.add_argument("--seconds", type=float, help="the time for all, which decides the steps in place of --steps")
-    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--lr", nargs="+", type=float, default=[4e-4], help="learning rates, each with all seeds")
     parser.add_argument("--position", choices=("none", "rotary"), default="none")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -202,23 +226,23 @@ def main() -> None:
         os.environ.setdefault(name, value)  # Several processes share the cores.
 
     jobs, steps = Jobs(), asked.steps
-    found: dict[tuple[str, int], dict[str, Any] | None] = {}
-    pairs = [(name, seed) for seed in range(asked.seeds) for name in asked.arms]
+    found: dict[Trial, dict[str, Any] | None] = {}
+    trials = [Trial(name, lr, seed) for seed in range(asked.seeds) for name in asked.arms for lr in asked.lr]
     with ThreadPoolExecutor(asked.jobs) as pool:
         try:
             deadline = started + asked.seconds - SCORING_SECONDS if asked.seconds else None
             if deadline:
-                steps = steps_that_fit(jobs, asked, deadline)
+                steps = steps_that_fit(jobs, trials, asked, deadline)
                 print(f"{steps:,} steps each", file=sys.stderr, flush=True)
-            scoring = {pair: pool.submit(measure, jobs, *pair, steps, asked) for pair in pairs}
+            scoring = {trial: pool.submit(measure, jobs, trial, steps, asked) for trial in trials}
             stopped = False
             while not all(one.done() for one in scoring.values()):
                 time.sleep(0.5)
-                found |= {pair: one.result() for pair, one in scoring.items() if one.done()}
+                found |= {trial: one.result() for trial, one in scoring.items() if one.done()}
                 if deadline and not stopped and time.monotonic() > deadline:
                     jobs.stop()
                     stopped = True
-            found |= {pair: one.result() for pair, one in scoring.items()}
+            found |= {trial: one.result() for trial, one in scoring.items()}
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             jobs.end()
