@@ -118,7 +118,7 @@ def _with_context(config: ModelConfig, context: int | None, path: Path) -> Model
     if config.position == "learned":
         raise ConfigError(
             f"{path} has learned positions for {config.seq_len} tokens, and {context} are asked for; give --context "
-            f"{config.seq_len} or less, or smaller --lengths"
+            f"{config.seq_len} or less"
         )
     return config.model_copy(update={"seq_len": context, "rotary_original_len": config.rotary_trained_len})
 

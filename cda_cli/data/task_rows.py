@@ -48,12 +48,13 @@ def task_tokenizer(task: Task) -> JsonTokenizer:
     return found
 
 
-def check_task_tokenizer(task: Task, tokenizer: Tokenizer) -> None:
-    """Raises DataError if `tokenizer` is not that of `task`."""
+def check_task_tokenizer(task: Task, tokenizer: Tokenizer, model: str = "the model") -> None:
+    """Raises DataError, in which `model` is called so, if its `tokenizer` is not that of `task`."""
     if tokenizer.fingerprint != task_tokenizer(task).fingerprint:
+        of_any_length = task.spec_of(task.model_dump(mode="json", exclude_defaults=True, exclude={"length"}))
         raise DataError(
-            f"the model was not trained on the {task.vocab} symbols of {PREFIX}{task.registered}; give the vocab of "
-            f"its own task, or train one with --data '{task.spec}'"
+            f"{model} was not trained on the {task.vocab} symbols of {PREFIX}{task.registered}; give the vocab of "
+            f"its own task, or train one with --data '{of_any_length}'"
         )
 
 

@@ -150,6 +150,20 @@ def test_eval_scores_tasks_by_length(cda: Cda, sorting: Path, tmp_path: Path) ->
     ]  # fmt: skip
 
 
+def test_a_model_that_cannot_take_a_task_is_refused_before_any_is_scored(
+    cda: Cda, sorting: Path, finished: Path, settings: Path, tmp_path: Path
+) -> None:
+    start = ("train", "--config", settings, "--data", SORT, "--steps", 1, "--set", "model.position=learned")
+    assert cda(*start, "--out", tmp_path / "learned").code == 0
+    asked = ("--tasks", "task:sort", "--lengths", "12,20", "--results", tmp_path / "kept")
+    assert_refused(cda("eval", sorting, finished, *asked), f"{finished}", "was not trained on the 8 symbols")
+    assert_refused(
+        cda("eval", sorting, tmp_path / "learned", *asked),
+        "has learned positions for 32 tokens, and task:sort?length=20&vocab=8 takes 42; give smaller --lengths",
+    )
+    assert not (tmp_path / "kept").exists()
+
+
 def test_checkpoints_are_scored_in_the_same_tasks(cda: Cda, sorting: Path, tmp_path: Path) -> None:
     """Those of the first, in one table and one picture."""
     arguments = ("eval", sorting, sorting, "--results", tmp_path / "kept", "--limit", 5, "--tasks", "task:sort")
@@ -157,6 +171,11 @@ def test_checkpoints_are_scored_in_the_same_tasks(cda: Cda, sorting: Path, tmp_p
     assert found.code == 0, found.err
     one, other = json.loads(found.out)["checkpoints"]
     assert one == other
+    figure = "checkpoints[1].tasks.task:sort?length=12&vocab=8.metrics.solver_exact_match,none"
+    assert cda(*arguments, "--fail-if", f"{figure} < 1").code == 0
+    failed = cda(*arguments, "--json", "--fail-if", f"{figure} <= 1")
+    assert (failed.code, json.loads(failed.out)) == (3, json.loads(found.out))
+    assert f"{figure} is 1" in failed.err
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     rows = [line.split() for line in cda(*arguments).out.splitlines() if line.startswith("task:sort")]
     assert [row[:3] for row in rows] == [["task:sort?vocab=8", "12", "1"], ["task:sort?vocab=8", "12", "2"]]

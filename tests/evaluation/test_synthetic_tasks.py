@@ -196,6 +196,8 @@ def test_a_length_that_a_task_has_not_is_refused() -> None:
         find_tasks(["task:needle"], TaskOptions(lengths=[4]))
     with pytest.raises(DataError, match="task:sort has no example of length 0"):
         find_tasks(["task:sort"], TaskOptions(lengths=[0]))
+    with pytest.raises(ConfigError, match=r"takes 2,000,000,000 tokens.*; give smaller --lengths"):
+        find_tasks(["task:sort"], TaskOptions(lengths=[999_999_999]))
 
 
 def test_lengths_and_pictures_are_of_synthetic_tasks(tmp_path: Path) -> None:

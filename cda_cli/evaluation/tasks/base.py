@@ -13,7 +13,7 @@ import torch
 from cda_cli.data import Task
 from cda_cli.errors import ConfigError
 from cda_cli.evaluation.loglikelihood import Loglikelihood, TokenPair, loglikelihoods
-from cda_cli.restore import Restored
+from cda_cli.restore import Restored, Saved
 
 Advance = Callable[[int], None]  # gets the number of requests that were done
 
@@ -81,6 +81,15 @@ class EvaluationTask(ABC):
     def identity(self) -> dict[str, Any]:
         """Returns, as plain JSON, all that decides the result but the model: the data, the settings, the version."""
 
+    def check(self, saved: Saved) -> None:
+        """Raises CdaError if the model of a checkpoint cannot take the examples at all."""
+        model = saved.config.model
+        if model.position == "learned" and self.context > model.seq_len:
+            raise ConfigError(
+                f"{saved.path} has learned positions for {model.seq_len} tokens, and {self.name} takes {self.context}; "
+                "give smaller --lengths, or train with rotary positions"
+            )
+
     @abstractmethod
     def run(self, scorer: Scorer) -> TaskResult:
         """Scores a model. Raises CdaError."""
@@ -121,6 +130,11 @@ class Selection:
         """Raises ConfigError, naming `option`, if no task has examples of a length."""
         if not any(task.length is not None for task in self.tasks.values()):
             raise ConfigError(f"{option} draws synthetic tasks by length; name one with --tasks, such as task:sort")
+
+    def check(self, saved: Saved) -> None:
+        """Raises CdaError if the model of a checkpoint cannot take the examples of one of the tasks."""
+        for task in self.tasks.values():
+            task.check(saved)
 
     def add(self, other: Selection) -> None:
         self.tasks |= other.tasks

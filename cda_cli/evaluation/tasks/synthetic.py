@@ -19,9 +19,11 @@ from cda_cli.data.tasks import PREFIX
 from cda_cli.errors import ConfigError
 from cda_cli.evaluation.intervals import wilson_interval
 from cda_cli.evaluation.tasks.base import EvaluationTask, Scorer, Selection, TaskOptions, TaskResult
+from cda_cli.restore import Saved
 from cda_cli.runtime import autocast
 
 EXAMPLES = 1000  # of each length, as in the published tables
+LONGEST = 2**20  # tokens of an example; a batch of longer ones fills the memory
 
 Ints = NDArray[np.int64]
 
@@ -48,6 +50,10 @@ class SyntheticTask(EvaluationTask):
     def identity(self) -> dict[str, Any]:
         return {"kind": "synthetic", "task": self._task.spec, "seed": VALIDATION_SEED, "examples": self._examples}
 
+    def check(self, saved: Saved) -> None:
+        super().check(saved)
+        check_task_tokenizer(self._task, saved.tokenizer, str(saved.path))
+
     def run(self, scorer: Scorer) -> TaskResult:
         check_task_tokenizer(self._task, scorer.restored.tokenizer)
         advance = scorer.progress(self.name, self._examples)
@@ -73,13 +79,18 @@ class SyntheticTask(EvaluationTask):
 def find_synthetic_tasks(names: Sequence[str], options: TaskOptions) -> Selection:
     """Makes a task of each name, at each of the lengths; without any, at the longest of the task.
 
-    Raises DataError if there is no such task or length.
+    Raises DataError if there is no such task or length, and ConfigError for examples that are too long.
     """
     selection = Selection()
     for name in names:
         task = parse_task(PREFIX + name, options.own)
         for length in options.lengths or [task.length.most]:
             found = SyntheticTask(task_of_length(task, length), options.limit or EXAMPLES)
+            if found.context > LONGEST:
+                raise ConfigError(
+                    f"an example of {found.name} takes {found.context:,} tokens, and at most {LONGEST:,} are scored; "
+                    "give smaller --lengths"
+                )
             selection.tasks[found.name] = found
     return selection
 
