@@ -19,7 +19,8 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-CONDITION = re.compile(rf"\s*([^\s<>=!]+)\s*({'|'.join(COMPARISONS)})\s*([^\s<>=!]+)\s*")
+SIDE = "((?:[^\\s<>=!]|(?<![<>=!])=(?!=))+)"  # A name may have a single =, as task:sort?length=64 has.
+CONDITION = re.compile(rf"\s*{SIDE}\s*({'|'.join(COMPARISONS)})\s*{SIDE}\s*")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ DOCUMENT: dict[str, Any] = {
     "cuts": [{"name": "top[32]", "difference": 0.02, "difference_interval": [math.nan, None]}],
     "checkpoints": [{"loss": 1}, {"loss": 2, "cuts": [{"name": "top[1]", "keys": 1}]}],
     "resampled": {"number": 40},
+    "tasks": {"task:sort?length=8": {"metrics": {"acc,none": 0.5}}},
 }
 
 
@@ -30,6 +31,7 @@ def test_every_number_has_a_name_and_nothing_else() -> None:
     assert {name: value for name, value in metrics.items() if name not in missing} == {
         "loss": 1.5, "loss_lo": 1.4, "loss_hi": 1.6, "top[32].difference": 0.02, "checkpoints[0].loss": 1,
         "checkpoints[1].loss": 2, "checkpoints[1].top[1].keys": 1, "resampled.number": 40,
+        "tasks.task:sort?length=8.metrics.acc,none": 0.5,
     }  # fmt: skip
 
 
@@ -43,6 +45,7 @@ def test_a_condition_compares_as_python_does(left: float, right: float, comparis
 
 def test_what_holds_fails_with_its_metrics() -> None:
     check_conditions([parse_condition("loss > 2"), parse_condition("top[32].difference<0")], DOCUMENT)
+    check_conditions([parse_condition("tasks.task:sort?length=8.metrics.acc,none<=0.4")], DOCUMENT)
     with pytest.raises(CheckFailedError, match=r"loss_hi > 1\.5 and 1 < loss: loss_hi is 1\.6, loss is 1\.5") as failed:
         check_conditions([parse_condition(text) for text in ("loss_hi > 1.5", "loss > 2", "1 < loss")], DOCUMENT)
     assert failed.value.exit_code == 3

@@ -55,7 +55,9 @@ def evaluate(
     if tasks is not None:
         how: dict[str, Any] = {"best": best, "ema": ema, "device": device, "dtype": dtype, "backend": backend}
         how |= {"batch_size": batch_size, "as_json": as_json}
-        eval_tasks.evaluate_on_tasks(checkpoints, tasks, lengths, include, num_fewshot, limit, results, plot, **how)
+        eval_tasks.evaluate_on_tasks(
+            checkpoints, tasks, lengths, include, num_fewshot, limit, results, plot, fail_if or (), **how
+        )
         return
 
     from cda_cli.causal import Checks, Wanted, draw_cuts

@@ -12,7 +12,7 @@ from cda_cli.errors import UsageError
 
 LIST = "list"
 # The parameters of `cda eval` that say something with --tasks and without.
-OF_BOTH = {"checkpoints", "best", "ema", "plot", "batch_size", "device", "dtype", "backend", "as_json"}
+OF_BOTH = {"checkpoints", "best", "ema", "plot", "fail_if", "batch_size", "device", "dtype", "backend", "as_json"}
 
 
 def check_options(ctx: typer.Context, tasks: str | None) -> None:
@@ -37,6 +37,7 @@ def evaluate_on_tasks(
     limit: int | None,
     results: Path | None,
     plot: Path | None,
+    fail_if: Sequence[str],
     *,
     batch_size: int,
     as_json: bool,
@@ -46,6 +47,7 @@ def evaluate_on_tasks(
     dtype: str,
     backend: str,
 ) -> None:
+    from cda_cli.conditions import check_conditions, parse_condition
     from cda_cli.console import note, print_json, progress_in_turn, show_task_list, show_tasks
     from cda_cli.evaluation.tasks import (
         Scorer,
@@ -66,6 +68,7 @@ def evaluate_on_tasks(
     if not names:
         raise UsageError("--tasks names no task; give it a name, or `list`")
     wanted = parse_lengths(lengths) if lengths is not None else ()
+    conditions = [parse_condition(text) for text in fail_if]
     if plot:
         require_plot(plot)
     with StopRequest() as stop:
@@ -73,8 +76,11 @@ def evaluate_on_tasks(
             if names == [LIST]:
                 listed = list_tasks(include)
             else:
-                own = own_task(look_at(checkpoints[0], best=best).config)
+                saved = [look_at(path, best=best) for path in checkpoints]
+                own = own_task(saved[0].config)
                 selection = find_tasks(names, TaskOptions(include, num_fewshot, limit, wanted, own))
+                for each in saved:
+                    selection.check(each)
                 if plot:
                     selection.require_lengths("--plot")
         if names == [LIST]:
@@ -91,10 +97,12 @@ def evaluate_on_tasks(
                 scorer = Scorer(restored, precision, batch_size, begin)
                 scored = evaluate_tasks(selection, scorer, folder, stop, note)
                 found.append(TaskResults(restored.path, restored.averaged, folder, scored))
+    documents = [one.as_dict() for one in found]
+    document = documents[0] if len(documents) == 1 else {"checkpoints": documents}
     if as_json:
-        documents = [one.as_dict() for one in found]
-        print_json(documents[0] if len(documents) == 1 else {"checkpoints": documents})
+        print_json(document)
     else:
         show_tasks(found)
     if plot:
         draw_lengths(plot, [one.results for one in found])
+    check_conditions(conditions, document)
