@@ -88,10 +88,10 @@ def stretches_as_units(bytes_of_windows: Sequence[Tensor]) -> list[Units]:
 def ratio_error(sums: Tensor, counts: Tensor) -> float:
     """Returns the standard error of the ratio Σ sums / Σ counts over observations [U].
 
-    It is NaN for a single observation. Source: Cochran, Sampling Techniques, equation 6.13.
+    It is NaN where only a single observation counts anything. Source: Cochran, Sampling Techniques, equation 6.13.
     """
     observations, total = len(sums), counts.sum()
-    if observations < 2 or not total:
+    if (counts > 0).sum() < 2:
         return math.nan
     residual = sums - sums.sum() / total * counts
     return (math.sqrt(observations / (observations - 1)) * residual.norm() / total).item()

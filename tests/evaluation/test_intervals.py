@@ -123,6 +123,8 @@ def test_every_window_is_in_a_block(windows: int) -> None:
 def test_a_single_observation_has_no_interval() -> None:
     found = Comparison([drawn(1, 0)], windows_as_units(1)).loss()
     assert all(map(math.isnan, found[1:]))
+    early = torch.tensor([5.0, 0.0, 0.0])  # with a stride, only the first window predicts from little
+    assert math.isnan(ratio_error(early, (early > 0).double()))
 
 
 def test_overlapping_windows_make_one_observation_together() -> None:
