@@ -86,9 +86,8 @@ def compare(
     models, not_evaluated = None, "--no-eval leaves them out"
     if evaluate is not False:
         from cda_cli.causal import Wanted
-        from cda_cli.comparison.models import compare_models, open_where_possible, plan_for, windows_to_read
+        from cda_cli.comparison.models import compare_models, open_where_possible, plan_for, remarks, windows_to_read
         from cda_cli.console import note, progress, shows_progress
-        from cda_cli.data import loss_of_text
         from cda_cli.evaluation import Plan
         from cda_cli.restore import open_side, restore_on
         from cda_cli.signals import StopRequest
@@ -100,7 +99,7 @@ def compare(
             open_text = partial(open_side, data=data, split=split, stop=stop, show_progress=shown, encoding=encoding)
             readings, not_evaluated = open_where_possible(recorded, plan, open_text, best=best, required=asked)
             if readings:
-                if remark := loss_of_text(readings[0].text.sides):
+                for remark in remarks(plan, readings):
                     note(remark)
                 restore = partial(
                     restore_on, device=device, dtype=dtype, backend=backend, ema=ema, context=plan.context

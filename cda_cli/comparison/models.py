@@ -15,17 +15,19 @@ import torch
 from cda_cli.causal import Effects, Prepared, Wanted, prepare
 from cda_cli.comparison.overlap import HeadOverlap, SharesWatcher, head_overlap
 from cda_cli.comparison.recorded import RecordedRun, have_one_tokenizer
-from cda_cli.data import Batch
+from cda_cli.data import Batch, loss_of_text
 from cda_cli.errors import CheckpointError, ConfigError, DataError
 from cda_cli.evaluation import Plan, TextEvaluation, Way, evaluate_readings, open_readings
 from cda_cli.evaluation.checkpoints import Reading
 from cda_cli.inspection import OF_BUDGET, HeadReport, Report, ReportWatcher, inspect
 from cda_cli.inspection.measures import MEASURES
 from cda_cli.model import Transformer
+from cda_cli.plurals import counted
 from cda_cli.restore import Restored, Saved, TextSide
 from cda_cli.runs.folder import Run
 from cda_cli.signals import StopRequest
 
+FAR = 4  # times the context of training: windows that are longer take so long that this is said first
 INSPECTED = 16  # windows of the text, as many as `cda inspect-sparsity` looks at
 SHOWN = (*MEASURES, "median_distance", "sink_mass", "sink_rate")  # the measures of which there are means over heads
 
@@ -196,6 +198,20 @@ def compare_models(
         for seen, count, same in list(zip(looks.seen, heads, is_same, strict=True))[1:]
     ]
     return Models(evaluation, effects, looks.reports, overlaps, looks.parameters, looks.have_budget)
+
+
+def remarks(plan: Plan, readings: Sequence[Reading]) -> list[str]:
+    """What is to be said before anything is read: of the text, and of windows far longer than those of training."""
+    said = loss_of_text(readings[0].text.sides)
+    found = [said] if said else []
+    trained = min(each.saved.config.model.seq_len for each in readings)
+    if plan.context is not None and plan.context >= FAR * trained:
+        windows = counted(sum(len(each.windows) for each in readings), "window")
+        found.append(
+            f"{windows} of {plan.context:,} tokens, {plan.context // trained} times as many as in training: attention "
+            "to each token takes as many times as long; --max-batches reads less"
+        )
+    return found
 
 
 def windows_to_read(readings: Sequence[Reading], wanted: Wanted) -> int:

@@ -99,6 +99,9 @@ def test_models_are_compared_as_cda_eval_compares_them(cda: Cda, finished: Path,
     assert "more than 1 in 20 such intervals would miss. They differ in the seed alone" in document["verdict"][0]
     assert evaluated["resampled"]["number"] < 30
     of_many = cda("compare", finished, other, "--json", "--context", 2)
+    assert of_many.err == ""
+    long = cda("compare", finished, other, "--json", "--context", 160, "--max-batches", 1)
+    assert "windows of 160 tokens, 5 times as many as in training" in long.err
     assert json.loads(of_many.out)["evaluation"]["resampled"]["number"] >= 30
     assert "better than A; 1 in 20 such" in of_many.out or "worse than A; 1 in 20 such" in of_many.out
     assert document["seed_groups"] == [["A", "B"]]
