@@ -37,14 +37,25 @@ LAYERS: tuple[set[str], ...] = (
     {"conditions", "config_views", "storage", "runtime", "signals", "streams", "transformers"},
     {"config"},
     {"settings_table"},
-    {"ops", "errors", "plurals", "settings", "targets", "strict_json", "strict_yaml", "token_labels", "version"},
+    {
+        "ops",
+        "errors",
+        "plurals",
+        "scales",
+        "settings",
+        "targets",
+        "strict_json",
+        "strict_yaml",
+        "token_labels",
+        "version",
+    },
 )
 # What these may import of the package besides themselves, and no more.
 ONLY: dict[str, set[str]] = {
     "cda_cli": {"inspected_models", "language_model", "ops", "settings", "sparsity_report", "version"},
     "__main__": {"main"},
     "main": {"version", "commands", "console", "errors", "streams"},
-    "console": {"plurals", "runs", "settings", "settings_table", "strict_json", "token_labels"},
+    "console": {"plurals", "runs", "scales", "settings", "settings_table", "strict_json", "token_labels"},
     "diagnosis": {"data", "ops", "runtime"},
     "token_losses": {"data", "runtime"},  # below training and evaluation, which both take their loss from it
     "data": {"config", "errors", "plurals", "settings", "storage", "targets"},
@@ -84,6 +95,7 @@ OUTSIDE: dict[str, set[str]] = {
     "plots": {"matplotlib", "numpy"},
     "figures": {"matplotlib", "torch"},
     "token_labels": set(),
+    "scales": set(),
     "page": set(),
     "runtime": {"torch"},
     "storage": {"torch", "safetensors"},

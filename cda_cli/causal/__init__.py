@@ -9,10 +9,9 @@ from cda_cli.causal.checks import Checks, Prepared, Wanted, check_text, prepare
 from cda_cli.causal.effects import Control, Effect, Effects, HeldOut
 from cda_cli.causal.examination import Examination, Examined
 from cda_cli.causal.heads import rank_correlation
-from cda_cli.causal.pictures import LINEAR_BELOW, curve_points, draw_cuts
+from cda_cli.causal.pictures import curve_points, draw_cuts
 
 __all__ = [
-    "LINEAR_BELOW",
     "Checks",
     "Control",
     "Effect",

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from cda_cli.causal.effects import Effects
 from cda_cli.plots import Point, plot_lines
-
-LINEAR_BELOW = 0.01  # bits per byte: differences that are smaller keep their sign, and their noise stays small
+from cda_cli.scales import LINEAR_BELOW
 
 
 def curve_points(effects: Effects) -> dict[str, list[Point]]:

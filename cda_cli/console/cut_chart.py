@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from cda_cli.console.base import can_show
+from cda_cli.scales import LINEAR_BELOW
 
 if TYPE_CHECKING:
     from cda_cli.evaluation import Estimate
@@ -20,7 +21,6 @@ COLOURS = ("bold cyan", "yellow", "green", "magenta", "blue", "red", "white")
 LABEL_WIDTH = 8
 LARGEST_CELL = 8
 ROWS = 14  # at most, but for an axis of many powers of ten
-LINEAR_BELOW = 0.01  # The axis is linear up to here, and logarithmic above, so that the noise around 0 stays small.
 
 
 def cut_chart(lines: Mapping[str, Mapping[int, Estimate]], width: int) -> Text:

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from cda_cli.console.heat_map import COLOURS, SHADES
+from cda_cli.scales import CIVIDIS
 
 LAYER_WIDTH = 5
 NUMBER_WIDTH = 4
 BAR_WIDTH = 32  # columns of the scale of colours
-# The colours of cividis at equal steps, from low to high (Nuñez et al., PLOS ONE 2018): people with any common colour
-# blindness see them in order, as they also differ in lightness.
-CIVIDIS = ("#00224e", "#1a386f", "#434e6c", "#61656f", "#7d7c78", "#9b9476", "#bcae6c", "#dec958", "#fee838")
 
 
 def head_grid(

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from cda_cli.causal import LINEAR_BELOW, curve_points
+from cda_cli.causal import curve_points
 from cda_cli.figures.csv_rows import grouped
 from cda_cli.figures.labels import LABELS
 from cda_cli.figures.material import Material
@@ -23,6 +23,7 @@ from cda_cli.plots import (
     new_figure,
     plain_log_axis,
 )
+from cda_cli.scales import LINEAR_BELOW
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

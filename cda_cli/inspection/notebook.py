@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from cda_cli.inspection.measures import OF_BUDGET
 from cda_cli.inspection.report import HeadReport, Report
 from cda_cli.plurals import counted
+from cda_cli.scales import CIVIDIS
 
 CELL = 14  # pixels
 MOST_HEADS = 64  # A table with more rows than this has a row for each layer.
 MEASURE = "effective_support"  # of the map
-# Cividis in nine steps, which people see alike who do and who do not tell red from green.
-COLOURS = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55")
 COLUMNS = {
     "sparsity_k": "k",
     "effective_support": "support",
@@ -48,12 +47,12 @@ def _map(heads: Sequence[HeadReport]) -> str:
     values = [head.measures[MEASURE] for head in heads]
     lowest, highest = min(values), max(values)
     layers, places = ({number: at for at, number in enumerate(sorted(numbers))} for numbers in _numbers(heads))
-    paths = [""] * len(COLOURS)
+    paths = [""] * len(CIVIDIS)
     for head, value in zip(heads, values, strict=True):
         step = math.log(value / lowest) / math.log(highest / lowest) if highest > lowest > 0 else 0.0
-        paths[min(len(COLOURS) - 1, int(step * len(COLOURS)))] += f"M{places[head.head]} {layers[head.layer]}h.9"
+        paths[min(len(CIVIDIS) - 1, int(step * len(CIVIDIS)))] += f"M{places[head.head]} {layers[head.layer]}h.9"
     drawn = "".join(
-        f'<path stroke="{colour}" d="{path}"/>' for colour, path in zip(COLOURS, paths, strict=True) if path
+        f'<path stroke="{colour}" d="{path}"/>' for colour, path in zip(CIVIDIS, paths, strict=True) if path
     )
     legend = f"effective support, from {lowest:.1f} (dark) to {highest:.1f} keys (bright); layers down, heads across"
     across, down = len(places), len(layers)
