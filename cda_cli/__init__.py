@@ -68,7 +68,7 @@ def inspect(
 
     `model` is what `load` takes, or what it returned. It may also be a decoder of Hugging Face transformers, with
     softmax or soft top-k (`cda_cli.transformers`), which stays on its device and in its dtype. Then `tokenizer` is its
-    tokenizer, and `context` the tokens of a window, if those are fewer than the model takes.
+    tokenizer. `context` is the tokens of a window, if those are fewer than the model takes.
 
     All windows of the text make the figures. Of the first one the report also has the weights: of each row the largest,
     until they have the share `keep` of its mass, in `budget` bytes or fewer.

@@ -52,19 +52,23 @@ def inspect_model(
                 "causal checks take a run; import a model of transformers with cda import, or leave it out"
             )
         return _inspect_transformers(model, tokenizer, text, context, keep, size)
-    if tokenizer is not None or context is not None:
-        raise ConfigError("a run has its tokenizer and its context; leave tokenizer and context out")
+    if tokenizer is not None:
+        raise ConfigError("a run has its tokenizer; leave tokenizer out")
     if not isinstance(model, LanguageModel):
         model = load_language_model(model, best=False, ema=False, device=device, dtype=dtype, backend=backend)
-    return _inspect_ours(model, text, causal, keep, size)
+    return _inspect_ours(model, text, context, causal, keep, size)
 
 
-def _inspect_ours(lm: LanguageModel, text: str, causal: bool, keep: float, budget: int) -> SparsityReport:
+def _inspect_ours(
+    lm: LanguageModel, text: str, context: int | None, causal: bool, keep: float, budget: int
+) -> SparsityReport:
     restored, config = lm.restored, lm.config.model
+    if context is not None and context > config.seq_len:
+        raise ConfigError(f"the model takes {config.seq_len} tokens, and context is {context}; give that or less")
     collector = RowCollector(config.depth, budget, keep)
     live = LiveCollector() if follows_from_scores(lm.model) else None
     watcher = ReportWatcher(config.attn_k, collector=collector, live=live)
-    windows = _windows(lm.encoded(text), lm.tokenizer.ending, config.seq_len)
+    windows = _windows(lm.encoded(text), lm.tokenizer.ending, config.seq_len if context is None else context)
     examination = Examination(causal, Wanted.of_selection(lm.model) if causal else Wanted([], []))
     examined = examination.run(restored, lm.dtype, watcher, lambda: windows)
     tokens = [lm.tokenizer.decode([int(token)]) for token in windows[0].inputs[0]]
@@ -89,8 +93,6 @@ def _inspect_transformers(
     limits = [limit for limit in (context, described.context) if limit is not None]
     if not limits:
         raise ConfigError("the model takes any number of tokens; give context=, the tokens of a window")
-    if min(limits) < 1:
-        raise ConfigError(f"context is the tokens of a window, 1 or more, not {context}")
     windows = _windows(encoded, ending, min(limits))
     training = model.training
     model.eval()
@@ -111,6 +113,8 @@ def _windows(text: Encoded, ending: Encoded, context: int) -> list[Batch]:
 
     `ending` is the token that the last one predicts.
     """
+    if context < 1:
+        raise ConfigError(f"context is the tokens of a window, 1 or more, not {context}")
     if not len(text.ids):
         raise ConfigError("the text is empty; give one token at least")
     return list(evaluation_batches(Tokens(*Encoded.join([text, ending]), text_bytes=0), context, 1))

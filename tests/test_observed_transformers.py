@@ -154,8 +154,8 @@ def test_what_cannot_be_seen_is_one_sentence() -> None:
         cda_cli.inspect(endless, "abc", tokenizer=Letters())
     with observing(llama, lambda seen: None), pytest.raises(ConfigError, match="makes a mask of its own"):
         llama(input_ids=TOKENS, attention_mask=torch.zeros(1, 1, 23, 23), use_cache=False)
-    with pytest.raises(ConfigError, match="leave tokenizer and context out"):
-        cda_cli.inspect("run", "abc", context=3)
+    with pytest.raises(ConfigError, match="leave tokenizer out"):
+        cda_cli.inspect("run", "abc", tokenizer=Letters())
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ def test_all_tokens_of_the_text_are_inputs(lm: LanguageModel, report: SparsityRe
     assert (report.figures.tokens, report.figures.windows) == (3 * 24, 3)
     assert "".join(report.tokens) == TEXT[:24]
     whole = cda_cli.inspect(lm, TEXT[:24], budget="100kB")
+    short = cda_cli.inspect(lm, TEXT[:24], context=12, budget="100kB").figures
+    assert (short.tokens, short.windows) == (24, 2)
     assert (whole.figures.tokens, whole.figures.windows) == (24, 1)
     assert repr(whole) == "<SparsityReport of random: 4 heads, 24 tokens in 1 window>"
     for layer, head in PLACES:
