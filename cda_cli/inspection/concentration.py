@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cda_cli.inspection.seen_rows import SeenRows, shares
+from cda_cli.inspection.seen_rows import ENOUGH, SeenRows, shares
 
 ROUNDING = 1e-6  # of a sum of float32 shares: a row that holds a mass up to it holds it
 
@@ -35,7 +35,7 @@ def participation(rows: SeenRows) -> Tensor:
 
 def keys_95(rows: SeenRows) -> Tensor:
     """The smallest number of keys that hold 95 % of the mass of a row, [B, H, t]."""
-    return (rows.mass_of_largest < 0.95 - ROUNDING).sum(-1).double() + 1
+    return (rows.mass_of_largest < ENOUGH - ROUNDING).sum(-1).double() + 1
 
 
 def rest_after(keys: int) -> Callable[[SeenRows], Tensor]:

@@ -33,6 +33,15 @@ def test_the_support_of_m_equal_weights_is_m(m: int, others: int, weight: float)
         assert figures(rows, f"rest_{keys}") == pytest.approx([max(0, 1 - keys / m)], abs=1e-5)
 
 
+@pytest.mark.parametrize("most", [200, 600])
+def test_keys_that_hold_the_mass_are_found_among_many(most: int) -> None:
+    """Whether a few keys hold it in all rows, or in some only."""
+    rows = torch.stack([torch.cat((torch.ones(m), torch.zeros(700 - m))) / m for m in (1, 100, most)])
+    found = seen_rows(rows[:, torch.randperm(700, generator=torch.Generator().manual_seed(0))], position=699)
+    assert figures(found, "keys_95") == [1, 95, 0.95 * most]
+    assert figures(found, "rest_64") == pytest.approx([0, 0.36, 1 - 64 / most], abs=1e-5)
+
+
 def test_the_support_of_one_weight_is_1_and_of_none_0() -> None:
     rows = torch.stack((torch.eye(7)[3], torch.zeros(7), torch.full((7,), 1e-30), torch.eye(7)[0] * 1e-9))
     torch.testing.assert_close(effective_support(rows), torch.tensor([1.0, 0.0, 7.0, 1.0]), atol=1e-5, rtol=0)
