@@ -108,6 +108,7 @@ def test_the_rows_are_those_of_the_store(seen: dict[str, Any], shown: PageConten
     for query, found in enumerate(seen["rows"]):
         row = shown.store.row(1, 1, query)
         assert found["own"] == query
+        assert found["inView"], f"token {query} is scrolled away"
         assert sorted((at, token, kind) for at, token, _, _, _, kind in found["table"]) == sorted(expected_table(row))
         weights = sorted(float(each[3].replace("−", "-")) for each in found["table"])
         assert weights == pytest.approx(sorted(row.weights), rel=0.06, abs=6e-4)

@@ -24,6 +24,11 @@ async function address() {
 }
 const table = () => [...$("#row-table").tBodies[0].rows].map((row) => [...row.cells].map((cell) => cell.textContent));
 
+function isInside(node, box) {
+  const [inner, outer] = [node, box].map((each) => each.getBoundingClientRect());
+  return inner.top >= outer.top && inner.bottom <= outer.bottom;
+}
+
 async function opened(head) {
   while ($("#head-name").textContent !== `Head ${head}` || $("#head").ariaBusy !== "false") await pause();
 }
@@ -60,12 +65,14 @@ async function walk() {
   await opened("1.1");
   seen.facts = $("#head-facts").textContent;
   seen.rows = [];
+  Object.assign($("#text").style, { minHeight: "0", maxHeight: "40px" }); // of more lines
   while ($("#text .own").dataset.position !== "23") press("]");
   for (let query = 23; query >= 0; query--) {
     seen.rows.unshift({
       own: Number($("#text .own").dataset.position),
       table: table(),
       spoken: $("#row-summary").textContent,
+      inView: isInside($("#text .own"), $("#text")),
     });
     press("[");
   }

@@ -3,7 +3,7 @@
 import { element, short, svgElement } from "./dom.js";
 import { palette } from "./theme.js";
 
-const EDGE = { left: 52, right: 12, top: 10, bottom: 38 };
+const EDGE = { left: 60, right: 12, top: 10, bottom: 38 };
 const MARKERS = ["circle", "square", "triangle", "diamond", "plus", "cross", "star"];
 
 // Loss against keys, or any other lines over numbers that double. A line is {name, points: [{x, y, low, high}]}. The y

@@ -44,7 +44,7 @@ export function drawOverview() {
     const label = found
       .map((line) => `${line.name}: ${line.points.map((point) => `${point.x} keys ${short(point.y)}`).join(", ")}`)
       .join("; ");
-    const axes = { xLabel: "keys kept for each query", yLabel: "bits per byte more than with all keys" };
+    const axes = { xLabel: "keys kept for each query", yLabel: "bits per byte above all keys" };
     box.replaceChildren(
       lineChart({ width, height, lines: found, linear: LINEAR_BELOW, label, ...axes }),
       legend(found),

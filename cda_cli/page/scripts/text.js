@@ -59,9 +59,8 @@ export function showRow(position, row, view) {
 
 // Brings a token into view, without moving the page.
 export function scrollToToken(position) {
-  const [span, box] = [spans[position], textBox];
-  const [top, bottom] = [span.offsetTop - box.offsetTop, span.offsetTop - box.offsetTop + span.offsetHeight];
-  if (top < box.scrollTop || bottom > box.scrollTop + box.clientHeight) box.scrollTop = top - box.clientHeight / 2;
+  const [span, box] = [spans[position], textBox].map((each) => each.getBoundingClientRect());
+  if (span.top < box.top || span.bottom > box.bottom) textBox.scrollTop += span.top - box.top - box.height / 2;
 }
 
 const tableRows = []; // which get other words with each row that is shown, since new ones would take longer
