@@ -34,7 +34,7 @@ def write_report_page(
     path: Path, collector: PageCollector, examined: Examined, restored: Restored, text: TextSide
 ) -> str:
     """Writes the page, and returns what to say of it."""
-    store = collector.store(examined.report)
+    store = collector.rows.store()
     digest = recorded_sha256(restored.path)[restored.weights_file][:DIGEST]
     source = {
         "checkpoint": f"{restored.path} ({restored.weights_file} {digest})",

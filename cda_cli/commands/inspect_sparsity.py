@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from itertools import product
 
 from cda_cli.commands import inspect_options
 from cda_cli.commands.causal_options import AblateOption
@@ -84,7 +85,8 @@ def inspect_sparsity(
             wanted = Wanted.of_selection(restored.model)._replace(head_orders=wanted.head_orders)
         examination = Examination(causal or by in GRADIENTS, wanted)
         drawn = (chosen_layers[0], chosen_heads[0])
-        paged = PageCollector(restored, text, page_bytes) if html else None
+        shown = list(product(chosen_layers, chosen_heads))
+        paged = PageCollector(restored, text, page_bytes, shown) if html else None
         collectors = (paged.rows, paged.live) if paged else ()
         watcher = ReportWatcher(restored.config.model.attn_k, drawn, *collectors)
         windows = text.batches(1, max_batches)[1] * examination.passes(restored.config.model)

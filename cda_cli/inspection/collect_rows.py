@@ -7,6 +7,7 @@ Shapes: H heads, t queries of a block, S keys (null keys first), M candidates of
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,15 +52,17 @@ class RowCollector:
     """Sees the blocks of rows of the first sequence of a batch, for each of `layers` layers in order.
 
     Of each row it takes the largest weights, until they have the share `keep` of its mass. The store will take `budget`
-    bytes or fewer.
+    bytes or fewer. It has the heads `only`, each by layer and head, or all of them.
     """
 
-    def __init__(self, layers: int, budget: int, keep: float = 0.99) -> None:
+    def __init__(
+        self, layers: int, budget: int, keep: float = 0.99, only: Collection[tuple[int, int]] | None = None
+    ) -> None:
         if not 0 < keep <= 1:
             raise ConfigError(f"keep is the share of the mass that is kept, above 0 and at most 1, not {keep}")
-        self.layers, self.budget, self.keep = layers, budget, keep
+        self.layers, self.budget, self.keep, self.only = layers, budget, keep, only
         self.tokens = self.queries = self.null_keys = self.most_keys = 0
-        self._blocks: dict[int, list[list[list[Numbers]]]] = {}  # by layer: for each block, its heads
+        self._blocks: dict[tuple[int, int], list[list[Numbers]]] = {}  # by layer and head
         self._cells: dict[int, Tensor] = {}
 
     def add(self, seen: ObservedAttention) -> None:
@@ -69,14 +72,19 @@ class RowCollector:
         t = min(seen.weights.shape[2], self.queries - seen.position)
         if t <= 0:
             return
-        weights = seen.weights[0, :, :t].float()
-        self._blocks.setdefault(seen.layer, []).append(self._largest(weights, seen.sparsity_k[0, :, :t], seen))
+        weights, k = seen.weights[0, :, :t].float(), seen.sparsity_k[0, :, :t]
         self._add_cells(weights, seen)
+        chosen = [head for head in range(len(weights)) if self.only is None or (seen.layer, head) in self.only]
+        if self.only is not None:
+            weights, k = weights[chosen], k[chosen]
+        for head, block in zip(chosen, self._largest(weights, k, seen), strict=True):
+            self._blocks.setdefault((seen.layer, head), []).append(block)
 
     def _begin(self, seen: ObservedAttention) -> None:
         H, S = seen.weights.shape[1], seen.weights.shape[-1]
         self.null_keys, self.tokens = seen.null_keys, S - seen.null_keys
-        heads, cells = self.layers * H, thumbnail_side(self.tokens) ** 2
+        heads = self.layers * H if self.only is None else len(self.only)
+        cells = thumbnail_side(self.tokens) ** 2
         for_rows = self.budget - heads * (HEAD_BYTES + cells)
         self.queries = min(self.tokens, for_rows // (heads * ROW_BYTES))
         if self.queries < 1:
@@ -127,12 +135,9 @@ class RowCollector:
             raise ConfigError("no attention was seen, so there are no rows to store")
         heads = {
             (layer, head): _Head(
-                _thumbnail(self._cells[layer][head]),
-                {},
-                *map(np.concatenate, zip(*(block[head] for block in blocks), strict=True)),
+                _thumbnail(self._cells[layer][head]), {}, *map(np.concatenate, zip(*blocks, strict=True))
             )
-            for layer, blocks in sorted(self._blocks.items())
-            for head in range(len(blocks[0]))
+            for (layer, head), blocks in sorted(self._blocks.items())
         }
         self._blocks.clear()
         marginal = {key: head.marginal_mass() for key, head in heads.items()}

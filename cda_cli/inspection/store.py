@@ -105,11 +105,6 @@ class RowStore:
         except ValueError as error:
             raise _damaged() from error
 
-    def only(self, places: Iterable[tuple[int, int]]) -> RowStore:
-        """Keeps these heads alone, each by layer and head."""
-        chosen = [self._head(*place) for place in places]
-        return RowStore(self.tokens, self.queries, self.null_keys, self.keep, chosen)
-
     def header(self) -> dict[str, Any]:
         """What it says in front of the streams, as JSON; each stream by its place among them and its length."""
         heads, place = [], 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from cda_cli.inspection import LiveCollector, LiveHead, Report, RowCollector, RowStore
 from cda_cli.inspection.live_heads import follows_from_scores, live_bytes
 from cda_cli.page.page import bytes_for_rows
@@ -12,25 +14,22 @@ LIVE_SHARE = 6  # Live heads take at most one part in so many of the budget.
 
 
 class PageCollector:
-    """`rows` and `live` see the layers of the first window of a text, and `store` and `heads` are what a page takes.
+    """`rows` and `live` see the layers of the first window of a text; `rows.store()` and `heads` are what a page takes.
 
-    All of it together fits into a page of `budget` bytes. There are live heads only if the page can compute the weights
-    of the rule. Raises ConfigError if the model is too large for the budget.
+    The page shows the heads `shown`, each by layer and head. All of it together fits into a page of `budget` bytes.
+    There are live heads only if the page can compute the weights of the rule. Raises ConfigError if the model is too
+    large for the budget.
     """
 
-    def __init__(self, restored: Restored, text: TextSide, budget: int) -> None:
+    def __init__(self, restored: Restored, text: TextSide, budget: int, shown: Collection[tuple[int, int]]) -> None:
         config = restored.config.model
         tokens = min(text.seq_len, len(text.sides[0].ids))
-        heads = config.depth * config.heads
         of_live = live_bytes(tokens, config.null_kv, config.head_width) * 4 // 3
         is_exact = follows_from_scores(restored.model)
-        self.live_heads = min(MOST_LIVE, heads, budget // LIVE_SHARE // of_live) if is_exact else 0
+        self.live_heads = min(MOST_LIVE, len(shown), budget // LIVE_SHARE // of_live) if is_exact else 0
         self.live = LiveCollector() if self.live_heads else None
-        self.rows = RowCollector(config.depth, bytes_for_rows(budget - self.live_heads * of_live, heads, tokens))
-
-    def store(self, report: Report) -> RowStore:
-        """The rows of the heads in `report`."""
-        return self.rows.store().only((head.layer, head.head) for head in report.heads)
+        for_rows = bytes_for_rows(budget - self.live_heads * of_live, len(shown), tokens)
+        self.rows = RowCollector(config.depth, for_rows, only=shown)
 
     def heads(self, report: Report, store: RowStore) -> list[LiveHead]:
         """The live heads of the page."""

@@ -92,13 +92,15 @@ def write_page(path: Path, content: PageContent) -> None:
 
 def page(content: PageContent) -> str:
     """The page as text."""
+    shown = {(head.layer, head.head) for head in content.report.heads}
     ablations = {(each["layer"], each["head"]): each for each in (content.causal or {}).get("ablations", ())}
+    ablations = {place: each for place, each in ablations.items() if place in shown}
     document = {
         **_rounded(content.report.as_dict()),
         "meanings": {n: said for n, said in MEANINGS.items() if content.has_budget or n not in OF_BUDGET},
         "labels": list(content.labels[: content.store.queries]),
         "rows": _described(content.store),
-        "causal": content.causal,
+        "causal": content.causal and {**content.causal, "ablations": [*ablations.values()]},
         "live": {f"{head.layer}.{head.head}": head.queries.steps.shape[1] for head in content.live},
         "eps": content.eps,
     }

@@ -44,8 +44,12 @@ def test_the_page_of_a_run(cda: Cda, finished: Path, tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_heads_that_are_chosen(cda: Cda, finished: Path, tmp_path: Path) -> None:
+    """They have the whole budget, in which all heads would have no room."""
     path = tmp_path / "report.html"
-    assert cda("inspect-sparsity", finished, "--max-batches", 1, "--heads", 1, "--html", path).code == 0
+    page = ("--max-batches", 1, "--html", path, "--budget", "145kB")
+    assert_refused(cda("inspect-sparsity", finished, *page), "give a larger --budget")
+    assert cda("inspect-sparsity", finished, *page, "--heads", 1).code == 0
+    assert path.stat().st_size <= 145_000
     found = document(path.read_text(encoding="utf-8"))
     assert [(head["layer"], head["head"]) for head in found["heads"]] == [(0, 1), (1, 1)]
     assert [(head["layer"], head["head"]) for head in found["rows"]["heads"]] == [(0, 1), (1, 1)]

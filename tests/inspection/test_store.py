@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import pytest
 import torch
@@ -31,10 +33,17 @@ def soft_rows(H: int, T: int, null: int, seed: int, eps: float = 0.2) -> tuple[T
 
 
 def collected(
-    weights: Tensor, k: Tensor, null: int, budget: int, keep: float = 0.99, layers: int = 1, block: int = 5
+    weights: Tensor,
+    k: Tensor,
+    null: int,
+    budget: int,
+    keep: float = 0.99,
+    layers: int = 1,
+    block: int = 5,
+    only: Collection[tuple[int, int]] | None = None,
 ) -> RowStore:
     """The store of `layers` layers which all have the same rows, seen in blocks."""
-    collector = RowCollector(layers, budget, keep)
+    collector = RowCollector(layers, budget, keep, only)
     nothing = torch.zeros(0)
     for layer in range(layers):
         for start in range(0, weights.shape[1], block):
@@ -111,6 +120,10 @@ def test_bytes_go_to_the_heads_in_which_they_keep_most() -> None:
     assert small.heads[0, 0].kept == pytest.approx(1)
     assert small.heads[0, 1].kept < 0.8
     assert len(small.to_bytes()) > 28_000
+    alone = collected(weights, k, 0, 30_000, block=T, only=[(0, 1)])
+    assert list(alone.heads) == [(0, 1)]
+    assert small.heads[0, 1].kept < alone.heads[0, 1].kept, "the other head has its share of the bytes"
+    assert len(alone.to_bytes()) <= 30_000
 
 
 def test_rows_of_a_long_window_are_left_out_where_the_bytes_do_not_reach() -> None:
