@@ -38,9 +38,9 @@ check: lint ## Check style and types, and run the tests that are quick, in about
 test: setup ## Run all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test-gpu: setup ## Run the tests of the operator, its kernels, the model, training and inspection on a GPU
+test-gpu: setup ## Run the tests of the operator, its kernels, the model, generation, training and inspection on a GPU
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu needs a CUDA device")'
-	$(BIN)/python -m pytest -n 8 tests/ops tests/model tests/training tests/inspection tests/test_runtime.py tests/test_diagnosis.py
+	$(BIN)/python -m pytest -n 8 tests/ops tests/model tests/generation tests/training tests/inspection tests/test_runtime.py tests/test_diagnosis.py
 
 compile-kernels: setup ## Compile every kernel variant for sm_80 and sm_90, without a GPU (three to four hours of one core)
 	TRITON_INTERPRET=0 $(BIN)/python benchmarks/compile_kernels.py

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cda_cli.config import ModelConfig
 from cda_cli.generation import Generated, Generation, Request, SamplingSettings
 from cda_cli.model import Transformer
+from tests.devices import DEVICES
 from tests.model.cases import FAMILIES, TINY, cases
 
 VOCABULARY = TINY["vocab_size"]
@@ -39,6 +40,22 @@ REQUESTS = st.lists(
 )
 
 
+# Of unequal lengths, some of which grow past 256 and past the context of the model below, with every setting. There are
+# more of them than rows, so rows leave and others enter.
+UNEQUAL = [
+    Request([1, 2, 3], 9, SamplingSettings(temperature=0.0), 0, logprobs=2),
+    Request([5] * 251, 14, SamplingSettings(temperature=1.3), 1),
+    Request([7, 8], 12, SamplingSettings(0.9, repetition_penalty=1.4, presence_penalty=0.8), 2, logprobs=3),
+    Request([4, 9] * 136, 6, SamplingSettings(0.8, top_k=9, top_p=0.9, min_p=0.02), 3),
+    Request([6], 5, SamplingSettings(temperature=0.0, presence_penalty=0.5), 4),
+]
+DECODED = [
+    {"attention": "softmax"},
+    {"attention": "coordinate-descent", "learned_k": True, "position": "rotary", "qk_norm": True, "null_kv": 1},
+    {"attention": "coordinate-descent", "solver": "iterative", "ff": "coordinate-descent", "norm": "rmsnorm"},
+]
+
+
 def build(config: ModelConfig) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(config).eval()
@@ -59,7 +76,7 @@ def texts(model: Transformer, requests: list[Request], **options: Any) -> list[l
 
 
 @pytest.mark.parametrize("options", [*({"case": number} for number in range(0, 24, 3)), *RULES], ids=str)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(requests=REQUESTS, batch_size=st.integers(1, 8), order=st.randoms(use_true_random=False))
 def test_each_request_gets_the_tokens_that_it_gets_alone(
     options: dict[str, Any], requests: list[Request], batch_size: int, order: Any
@@ -75,7 +92,7 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(
         assert [found] == texts(model, [requests[number]]), f"request {number}"
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(requests=REQUESTS, batch_size=st.integers(2, 8))
 def test_rows_without_a_request_change_nothing(requests: list[Request], batch_size: int) -> None:
     """A compiled step, like a CUDA graph, takes a round number of rows, and reads their lengths on the device."""
@@ -83,3 +100,19 @@ def test_rows_without_a_request_change_nothing(requests: list[Request], batch_si
     with torch.compiler.set_stance("force_eager"):  # Compiling takes long, and is PyTorch's.
         together = texts(model, requests, batch_size=batch_size, compiled=True)
     assert together == texts(model, requests)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", DECODED, ids=str)
+def test_a_batch_on_any_device_gives_the_tokens_of_plain_steps(options: dict[str, Any], device: str) -> None:
+    """On a GPU steps are CUDA graphs, one for each power of two of rows and of positions, captured on its device."""
+    model = build(ModelConfig(**TINY | {"seq_len": 275, "dim_head": 16} | options))
+    alone = [generated(model, [request])[0] for request in UNEQUAL]
+    together = generated(model.to(device), UNEQUAL, batch_size=3)
+    for number, expected in enumerate(alone):
+        found = together[number]
+        assert [each.token for each in found] == [each.token for each in expected], f"request {number}"
+        assert len(found) == UNEQUAL[number].max_new_tokens
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            assert dict(ours.alternatives) == pytest.approx(dict(theirs.alternatives), abs=1e-4)
