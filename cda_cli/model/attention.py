@@ -20,7 +20,7 @@ from cda_cli.model.left_padding import padding_first, padding_or_text
 from cda_cli.model.observe import ObservedAttention, Observer
 from cda_cli.model.rotary import RotaryPositions, RotaryTables, rotate
 from cda_cli.model.rules import EditRows, attention_rule
-from cda_cli.ops import Backend, can_norm_and_rotate, norm_and_rotate
+from cda_cli.ops import Backend, can_run_kernels, norm_and_rotate
 
 # When a compiled block is recomputed in the backward, PyTorch 2.11 keeps what an autograd.Function has saved.
 COMPILED_RECOMPUTE_KEEPS_SAVED = torch.__version__ < "2.13"
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         recomputed = self.is_recomputed and torch.is_grad_enabled() and torch.compiler.is_compiling()
         if COMPILED_RECOMPUTE_KEEPS_SAVED and recomputed:
             return False
-        return can_norm_and_rotate(self.backend, projected.device, projected.dtype, self.config.head_width)
+        return can_run_kernels(self.backend, projected.device, projected.dtype, self.config.head_width)
 
     def _observe(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attention_blocks import scores_at_once
 from .attention_inputs import AttentionInputs
-from .backends import BACKENDS, Backend, Choice, choose_backend
+from .backends import BACKENDS, Backend, Choice, can_run_kernels, choose_backend
 from .checks import (
     check_attention,
     check_decoding,
@@ -26,7 +26,7 @@ from .checks import (
 )
 from .decoding import DecodingInputs
 from .dense import for_each_query
-from .heads import Heads, can_norm_and_rotate, norm_and_rotate
+from .heads import Heads, norm_and_rotate
 from .precision import FLOAT32_MAX, autocast_dtype, settle_vector_functions
 from .reference import reference_attention, reference_gradients, reference_soft_topk
 from .solve_spec import Solver, SolverSettings
@@ -37,7 +37,7 @@ __all__ = [
     "Heads",
     "Solver",
     "SolverSettings",
-    "can_norm_and_rotate",
+    "can_run_kernels",
     "choose_backend",
     "decode_attention",
     "for_each_query",

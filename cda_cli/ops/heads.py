@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-from .backends import Backend, choose_backend
-from .transforms import transformed
 
 
 class Heads(NamedTuple):
@@ -18,16 +14,6 @@ class Heads(NamedTuple):
     key: Tensor
     value: Tensor
     rest: Tensor
-
-
-def can_norm_and_rotate(backend: Backend, device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether `norm_and_rotate` can run for a model whose backend is `backend`; no transform may be active.
-
-    Raises ValueError where the backend is "triton" and cannot run.
-    """
-    if backend not in ("auto", "triton") or transformed():
-        return False
-    return choose_backend(backend, "exact", device, dtype, head_width).name == "triton"
 
 
 def norm_and_rotate(
@@ -45,7 +31,7 @@ def norm_and_rotate(
     `projected` has the H = `heads` queries first, then the K = `key_heads` keys, and as many values. The norm adds
     `eps` to the mean square; its gains are [D]. The tables `cos` and `sin` are [at least T, D], float32, in which
     channels i and i + D/2 make a pair, `sin` carries the sign, and both may hold a factor; D is even. The arithmetic is
-    float32, and the result, rounded once, has the dtype of `projected`. See `can_norm_and_rotate`.
+    float32, and the result, rounded once, has the dtype of `projected`. See `can_run_kernels`.
     """
     from .triton.heads_launches import norm_and_rotate as launch
 

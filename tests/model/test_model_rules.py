@@ -106,6 +106,16 @@ def test_a_rule_decodes_rows_of_unequal_length(name: str, backend: Backend) -> N
         torch.testing.assert_close(output[row : row + 1].double(), expected[:1], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("solver", ["exact", "iterative"])
+def test_softmax_decodes_heads_that_are_too_wide_for_a_kernel(solver: str) -> None:
+    """Softmax has nothing to do with the backend of the operator, nor with its solver."""
+    rule = attention_rule(tiny(attention="softmax", dim_head=272, solver=solver), "triton")
+    query, key, value = (torch.randn(2, 3, length, 272) for length in (1, 4, 4))
+    output = rule.decode(query, key, value, 1.0, torch.tensor([4, 2]))
+    expected = torch.nn.functional.scaled_dot_product_attention(query[1:], key[1:, :, :2], value[1:, :, :2])
+    torch.testing.assert_close(output[1:], expected)
+
+
 @each_rule
 def test_its_gradient_is_that_of_its_definition(name: str) -> None:
     """It equals differences of the definition in float64, along a direction for each of query, key and value."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cda_cli.model.rules.base import AttentionRule, Products, visible
-from cda_cli.ops import choose_backend, decode_attention, for_each_query
+from cda_cli.ops import can_run_kernels, decode_attention, for_each_query
 
 
 class Softmax(AttentionRule):
@@ -28,8 +28,7 @@ class Softmax(AttentionRule):
         self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, visible_B: Tensor | None
     ) -> Tensor:
         """A GPU has a kernel for the soft top-k, which with k = 1 and ε = 1 is softmax."""
-        chosen = choose_backend(self.backend, self.config.solver, query.device, query.dtype, query.shape[-1])
-        if chosen.name != "triton":
+        if not can_run_kernels(self.backend, query.device, query.dtype, query.shape[-1]):
             return super().decode(query, key, value, budget, visible_B)
         eps = self.eps if self.has_eps else 1.0
         return decode_attention(query, key, value, visible_B, 1.0, eps=eps, scale=self.scale, backend="triton")

@@ -11,12 +11,13 @@ import torch
 
 from ..solve_spec import Solver
 from ..solvers import SOLVERS
+from ..transforms import transformed
 from .base import OperatorBackend
 from .colt5 import Colt5Backend
 from .pytorch import TorchBackend
 from .triton_kernels import TritonBackend
 
-__all__ = ["BACKENDS", "Backend", "Choice", "OperatorBackend", "choose_backend"]
+__all__ = ["BACKENDS", "Backend", "Choice", "OperatorBackend", "can_run_kernels", "choose_backend"]
 
 Backend = Literal["auto", "torch", "triton", "colt5"]
 
@@ -50,6 +51,19 @@ def choose_backend(
     if obstacle is not None:
         raise ValueError(BACKENDS[backend].refusal(obstacle))
     return Choice(backend, "asked for")
+
+
+def can_run_kernels(backend: Backend, device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether a layer may use the kernels of backend "triton" in place of PyTorch's code, which does the same.
+
+    `backend` is that of the model. Where "triton" is asked for and cannot run, the operator refuses it, if the model
+    has the operator. In a transform of torch.func no kernel may run.
+    """
+    if backend not in ("auto", "triton") or transformed():
+        return False
+    if backend == "auto":
+        return choose_backend(backend, "exact", device, dtype, head_width).name == "triton"
+    return BACKENDS["triton"].supports("exact", device, dtype, head_width) is None
 
 
 def _choose_automatically(solver: Solver, device: torch.device, dtype: torch.dtype, head_width: int) -> Choice:
