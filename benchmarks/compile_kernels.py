@@ -38,8 +38,10 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from cda_cli.ops.backends.triton_kernels import WIDEST_HEAD
 from cda_cli.ops.decoding import MOST_QUERIES, DecodingInputs
+from cda_cli.ops.decoding_step import HeadBudgets
 from cda_cli.ops.triton import attention_launches, decoding_launches, heads_launches, row_launches
 from cda_cli.ops.triton.fused_attention import FEW_QUERIES, fused_attention
+from cda_cli.ops.triton.step_launches import add_and_norm, heads_of_step
 
 # Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, compute capabilities).
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -160,6 +162,14 @@ def heads_calls(quick: bool) -> Iterator[Call]:
         yield _words(words), functools.partial(norm_and_rotate, projected, K)
 
 
+def step_calls(quick: bool) -> Iterator[Call]:
+    """The heads of a step of decoding, and a norm with the sum before it."""
+    axes: Axes = (DTYPES[:1], (64,), (True,)) if quick else (DTYPES, WIDTHS, (True, False))
+    for dtype, width, normed in itertools.product(*axes):
+        words = f"{_name(dtype)} D={width}", "norms, rotation and k" if normed else ""
+        yield _words(words), functools.partial(step, torch.zeros(1, 4, width, dtype=dtype), normed)
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, packed: bool, at_most_two: bool, trained: bool
 ) -> None:
@@ -192,6 +202,17 @@ def norm_and_rotate(projected: Tensor, key_heads: int) -> None:
     torch.autograd.grad(outputs, projected, [torch.zeros_like(output) for output in outputs])
 
 
+def step(projected: Tensor, normed: bool) -> None:
+    keys = torch.zeros(1, 1, LENGTH, projected.shape[-1], dtype=projected.dtype)
+    gain, angles, x = torch.ones(projected.shape[-1]), torch.zeros(LENGTH, projected.shape[-1]), projected.flatten(1)
+    others: dict[str, Any] = {}
+    if normed:
+        others = {"gains": (gain, gain), "tables": (angles, angles), "budgets": HeadBudgets(gain, 2.0)}
+    settings: dict[str, Any] = {"gains": None, "eps": 0.0, "tables": None, "query_scale": None, "budgets": None}
+    heads_of_step(projected, keys, keys, torch.ones(1).long(), 1, null_keys=1, **settings | others)
+    add_and_norm(x.float(), x if normed else None, x[0], x[0], 1e-6, normed, projected.dtype)
+
+
 def _inputs(dtype: torch.dtype, width: int, memory: str) -> tuple[Tensor, Tensor, Tensor]:
     """query [1, 4, LENGTH, width], key and value, new ones."""
     H, G = 4, 2 if memory == "grouped" else 4
@@ -220,7 +241,7 @@ def selected(arch: int, quick: bool) -> list[Variant]:
     for launches in (attention_launches.leader_and_output, attention_launches.solve_and_output):
         launches.cache_clear()
     attention_launches.backward.cache_clear()
-    for calls in (attention_calls, few_queries_calls, decoding_calls, row_calls, heads_calls):
+    for calls in (attention_calls, few_queries_calls, decoding_calls, row_calls, heads_calls, step_calls):
         for words, call in calls(quick):
             triton.knobs.runtime.jit_cache_hook = functools.partial(_note, found, arch, words)
             call()

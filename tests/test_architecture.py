@@ -111,6 +111,7 @@ CONFINED: dict[str, set[str]] = {
     "cda_cli.ops.triton": {
         "cda_cli.ops.triton",
         "cda_cli.ops.backends.triton_kernels",
+        "cda_cli.ops.decoding_step",
         "cda_cli.ops.heads",
         "cda_cli.ops.solvers",
     },

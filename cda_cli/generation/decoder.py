@@ -189,7 +189,8 @@ def linear_parameters(model: Transformer) -> list[nn.Parameter]:
 def _with_matrices(model: Transformer, dtype: torch.dtype) -> Transformer:
     """Returns the model with the weights of its linears in `dtype`, so that autocast need not cast them in each pass.
 
-    All else is shared with `model`.
+    Those of a learned k and of a gate are packed with those of queries, keys and values. All else is shared with
+    `model`.
     """
     if dtype == torch.float32:
         return model
@@ -199,4 +200,6 @@ def _with_matrices(model: Transformer, dtype: torch.dtype) -> Transformer:
         if isinstance(module, nn.Linear):
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    for block in copied.each_block():
+        block.attention.pack_projection()
     return copied

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from cda_cli.config import ModelConfig
 from cda_cli.model.cache import CachedStep, KeyValueCache
 from cda_cli.model.edits import EditLayer
-from cda_cli.model.head_projection import head_logits, project_heads
+from cda_cli.model.head_projection import PackedProjection, head_logits, project_heads
 from cda_cli.model.layers import make_head_norm
 from cda_cli.model.left_padding import padding_first, padding_or_text
 from cda_cli.model.observe import ObservedAttention, Observer
-from cda_cli.model.rotary import RotaryPositions, RotaryTables, rotate
+from cda_cli.model.rotary import RotaryPositions, rotate
 from cda_cli.model.rules import EditRows, attention_rule
-from cda_cli.ops import Backend, can_run_kernels, norm_and_rotate
+from cda_cli.ops import Backend, HeadBudgets, can_run_kernels, heads_of_step, norm_and_rotate
 
 # When a compiled block is recomputed in the backward, PyTorch 2.11 keeps what an autograd.Function has saved.
 COMPILED_RECOMPUTE_KEEPS_SAVED = torch.__version__ < "2.13"
@@ -71,13 +71,22 @@ class Attention(nn.Module):
         if self.query_scale is not None:
             self.query_scale.fill_(self.rule.eps / self.eps)
 
+    def pack_projection(self) -> None:
+        """Packs all that is projected for the heads into one matrix, for a model that is not trained."""
+        if self._head_linears:
+            self.to_qkv = PackedProjection(self.to_qkv, self._head_linears, self.config.head_width)
+
     def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None, padding_B: Tensor | None = None) -> Tensor:
         projected = project_heads(x_BTC, self.to_qkv, self._head_linears, self.config.head_width)
-        query, key, value, packed = self._prepare_heads(projected, cache, padding_B)
+        if isinstance(cache, CachedStep) and self._has_kernels_of_step(projected):
+            query, key, value, packed, learned_BHT = self._heads_of_step(projected, cache)
+        else:
+            query, key, value, packed = self._prepare_heads(projected, cache, padding_B)
+            learned_BHT = None
         documents = None if padding_B is None else padding_or_text(padding_B, key.shape[2])
         visible_B = cache.visible_B if cache is not None else None
         logits = head_logits(x_BTC, packed, self._head_linears)
-        budget = self._budget(logits.get("k"))
+        budget = self._budget(logits.get("k")) if learned_BHT is None else learned_BHT
         if self.edit_budget is not None:
             if not isinstance(budget, Tensor):
                 dtype = torch.promote_types(query.dtype, torch.float32)
@@ -138,23 +147,19 @@ class Attention(nn.Module):
         Null keys come first and cached ones next. In a padded row, its padding stands in front of all of them.
         """
         H, K, norms = self.heads, self.key_heads, (self.query_norm, self.key_norm)
-        step = cache if isinstance(cache, CachedStep) else None
         # Heads move in front of positions only at the end. Norm, rotation and their gradients thus keep the order of
         # the memory: they compile to few kernels, and the three gradients lie where the matrix product reads them.
         tables = None
         if self.rotary is not None:
             start, T = cache.length if cache is not None else 0, projected_BTGD.shape[1]
+            step = cache if isinstance(cache, CachedStep) else None
             tables = self.rotary.at(start, T, padding_B) if step is None else step.rotary_tables(self.rotary)
-        if norms[0] and norms[1] and tables and padding_B is None and self._has_kernels(projected_BTGD):
+        one_after_another = padding_B is None and not isinstance(cache, CachedStep)
+        if norms[0] and norms[1] and tables and one_after_another and self._has_kernels(projected_BTGD):
             # Rotation is linear, so a factor on the gain is a factor on the query, without a pass over the query.
             gain = norms[0].weight if self.query_scale is None else norms[0].weight * self.query_scale
             gains = gain, norms[1].weight
-            if step is not None:
-                # The kernels have one position after another, which are here those of one row after another.
-                projected_BTGD = projected_BTGD.transpose(0, 1)
-                tables = RotaryTables(*(table.squeeze(1) for table in tables))
-            turned = norm_and_rotate(projected_BTGD, *gains, *tables, H, K, norms[0].eps)
-            query, key, value, packed = turned if step is None else (each.transpose(0, 1) for each in turned)
+            query, key, value, packed = norm_and_rotate(projected_BTGD, *gains, *tables, H, K, norms[0].eps)
         else:
             query, key, value, packed = projected_BTGD.split((H, K, K, projected_BTGD.shape[2] - H - 2 * K), dim=2)
             if norms[0] and norms[1]:
@@ -173,12 +178,42 @@ class Attention(nn.Module):
             key, value = (padding_first(heads, self.config.null_kv, padding_B) for heads in (key, value))
         return query, key, value, packed
 
+    def _heads_of_step(
+        self, projected_B1GD: Tensor, step: CachedStep
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """What `_prepare_heads` does, by one kernel, and the learned k [B, H, 1], if its logits are packed."""
+        norm, other = self.query_norm, self.key_norm
+        packed = projected_B1GD[:, :, self.heads + 2 * self.key_heads :]
+        most, linear = self.config.attn_k, self.to_learned_k
+        budgets = HeadBudgets(linear.bias, most) if linear is not None and packed.shape[2] else None
+        keys, values = step.layer(self.layer)
+        query, budget = heads_of_step(
+            projected_B1GD.squeeze(1),
+            keys,
+            values,
+            step.length,
+            self.heads,
+            null_keys=step.cache.null_keys,
+            gains=(norm.weight, other.weight) if norm is not None and other is not None else None,
+            eps=norm.eps if norm is not None else 0.0,
+            tables=(self.rotary.cos, self.rotary.sin) if self.rotary is not None else None,
+            query_scale=self.query_scale,
+            budgets=budgets,
+        )
+        budget = budget.unsqueeze(2) if budget is not None else None
+        return query.unsqueeze(2), keys, values, packed, budget
+
     def _has_kernels(self, projected: Tensor) -> bool:
         """Whether Triton kernels can compute norm and rotation."""
         recomputed = self.is_recomputed and torch.is_grad_enabled() and torch.compiler.is_compiling()
         if COMPILED_RECOMPUTE_KEEPS_SAVED and recomputed:
             return False
         return can_run_kernels(self.backend, projected.device, projected.dtype, self.config.head_width)
+
+    def _has_kernels_of_step(self, projected: Tensor) -> bool:
+        """Whether a Triton kernel can do so for one position a row. It has no gradient, and the compiler needs none."""
+        is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return is_plain and self._has_kernels(projected)
 
     def _observe(
         self,

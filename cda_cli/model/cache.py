@@ -105,11 +105,15 @@ class CachedStep(KeyValueCache):
         self._tables: RotaryTables | None = None
 
     def append(self, layer: int, key_BKTD: Tensor, value_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        rows = len(self.length)
-        keys, values = self.cache.keys[layer, :rows], self.cache.values[layer, :rows]
+        keys, values = self.layer(layer)
         keys[self.place_B, :, self.slot_B] = key_BKTD.squeeze(2).to(keys.dtype)
         values[self.place_B, :, self.slot_B] = value_BKTD.squeeze(2).to(values.dtype)
-        return keys[:, :, : self.slots], values[:, :, : self.slots]
+        return keys, values
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Returns the keys and the values of a layer, [B, K, S, D] each, in which the new position is to be stored."""
+        rows = len(self.length)
+        return self.cache.keys[layer, :rows, :, : self.slots], self.cache.values[layer, :rows, :, : self.slots]
 
     def rotary_tables(self, rotary: RotaryPositions) -> RotaryTables:
         """Returns the tables of the new positions, [B, 1, D], which all layers have in common."""

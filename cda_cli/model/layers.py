@@ -5,11 +5,12 @@ Shapes: B batch, H heads, T positions, D head width.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
-from cda_cli.ops import SolverSettings
+from cda_cli.ops import WIDEST_STREAM, Backend, SolverSettings, add_and_norm, can_run_kernels
 
 LAYERNORM_EPS, RMSNORM_EPS = 1e-5, 1e-6  # added to the variance, and to the mean square
 
@@ -18,6 +19,22 @@ def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(config.dim, config.norm_eps or LAYERNORM_EPS)
     return RMSNorm(config.dim, config.norm_eps or RMSNORM_EPS)
+
+
+def add_then_norm(x: Tensor, branch: Tensor | None, norm: nn.Module, backend: Backend) -> tuple[Tensor, Tensor]:
+    """Returns x + branch, and its norm by a layer of `make_norm`: without a gradient by one kernel, where there is one.
+
+    The kernel rounds the norm to the dtype of autocast, which a linear would do.
+    """
+    assert isinstance(norm, (nn.LayerNorm, RMSNorm))
+    fits = x.shape[-1] <= WIDEST_STREAM and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not fits or not can_run_kernels(backend, x.device, x.dtype, 0):
+        total = x if branch is None else x + branch
+        return total, norm(total)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+    return add_and_norm(x, branch, norm.weight, bias, norm.eps, isinstance(norm, nn.LayerNorm), dtype)
 
 
 def make_dropout(config: ModelConfig) -> nn.Module:

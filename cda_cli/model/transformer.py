@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.attention import Attention
-from cda_cli.model.cache import KeyValueCache
+from cda_cli.model.cache import CachedStep, KeyValueCache
 from cda_cli.model.feed_forward import FeedForward
-from cda_cli.model.layers import make_dropout, make_norm
+from cda_cli.model.layers import add_then_norm, make_dropout, make_norm
 from cda_cli.model.left_padding import row_positions
 from cda_cli.model.loss import vocabulary_loss
 from cda_cli.model.rules import AttentionRule
@@ -43,7 +43,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: Backend = "auto") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, backend
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         learned = config.position == "learned"
         self.position_embedding = nn.Embedding(config.seq_len, config.dim) if learned else None
@@ -75,6 +75,8 @@ class Transformer(nn.Module):
 
         Raises ValueError if the positions exceed the context.
         """
+        if isinstance(cache, CachedStep):
+            return self._logits_of_step(tokens_BT, cache)
         x_BTC = self.stream(tokens_BT, cache, padding_B)
         if wanted_B is not None:
             x_BTC = x_BTC.take_along_dim(wanted_B.view(-1, 1, 1), 1)
@@ -85,10 +87,7 @@ class Transformer(nn.Module):
         start, T = (cache.length if cache is not None else 0), tokens_BT.shape[1]
         if isinstance(start, int) and start + T > self.config.seq_len:
             raise ValueError(f"{start + T} positions exceed the context of {self.config.seq_len}")
-        x_BTC = self.token_embedding(tokens_BT)
-        if self.position_embedding is not None:
-            x_BTC = x_BTC + self.position_embedding.weight[row_positions(start, T, padding_B)]
-        x_BTC = self.dropout(x_BTC)
+        x_BTC = self.dropout(self._embedded(tokens_BT, start, padding_B))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Without dropout a block draws no random numbers, so the checkpoint need not keep their state.
@@ -99,6 +98,24 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(T)
         return x_BTC
+
+    def _embedded(self, tokens_BT: Tensor, start: int | Tensor, padding_B: Tensor | None = None) -> Tensor:
+        x_BTC: Tensor = self.token_embedding(tokens_BT)
+        if self.position_embedding is None:
+            return x_BTC
+        return x_BTC + self.position_embedding.weight[row_positions(start, tokens_BT.shape[1], padding_B)]
+
+    def _logits_of_step(self, tokens_B1: Tensor, cache: CachedStep) -> Tensor:
+        """What `forward` does with one position of each row, without dropout and a gradient, in fewer kernels."""
+        x_B1C, branch = self._embedded(tokens_B1, cache.length), None
+        for block in self.each_block():
+            x_B1C, normed = add_then_norm(x_B1C, branch, block.attention_norm, self.backend)
+            branch = block.attention(normed, cache)
+            x_B1C, normed = add_then_norm(x_B1C, branch, block.feed_forward_norm, self.backend)
+            branch = block.feed_forward(normed)
+        cache.advance(1)
+        _, normed = add_then_norm(x_B1C, branch, self.norm, self.backend)
+        return cast(Tensor, self.to_logits(normed))
 
     @property
     def activation_checkpointing(self) -> bool:

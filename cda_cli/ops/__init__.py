@@ -25,6 +25,7 @@ from .checks import (
     row_budgets,
 )
 from .decoding import DecodingInputs
+from .decoding_step import WIDEST_STREAM, HeadBudgets, add_and_norm, heads_of_step
 from .dense import for_each_query
 from .heads import Heads, norm_and_rotate
 from .precision import FLOAT32_MAX, autocast_dtype, settle_vector_functions
@@ -32,15 +33,19 @@ from .reference import reference_attention, reference_gradients, reference_soft_
 from .solve_spec import Solver, SolverSettings
 
 __all__ = [
+    "WIDEST_STREAM",
     "Backend",
     "Choice",
+    "HeadBudgets",
     "Heads",
     "Solver",
     "SolverSettings",
+    "add_and_norm",
     "can_run_kernels",
     "choose_backend",
     "decode_attention",
     "for_each_query",
+    "heads_of_step",
     "norm_and_rotate",
     "reference_attention",
     "reference_gradients",

@@ -17,6 +17,11 @@ from tests.model.cases import TINY
 DEVICE = DEVICES[-1]
 LENGTHS = [5, 1, 8]
 NORMED: dict[str, Any] = {"position": "rotary", "qk_norm": True, "attention": "coordinate-descent", "dim_head": 16}
+OPTIONS: list[tuple[dict[str, Any], bool]] = [
+    ({"null_kv": 1, "learned_k": True, "norm": "rmsnorm", "nope_layers": [1]}, False),
+    ({"eps_anneal_start": 2.0, "qk_norm": False, "position": "learned", "dim_head": 5, "output_gate": True}, False),
+    ({"kv_heads": 1, "learned_k": True, "output_gate": True, "attn_bias": "all", "eps_anneal_start": 2.0}, True),
+]
 
 
 def build(backend: Backend, **options: Any) -> Transformer:
@@ -43,13 +48,16 @@ def by_steps(model: Transformer, cache: StaticCache) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("options", [{"null_kv": 1, "learned_k": True}, {"eps_anneal_start": 2.0}], ids=str)
+@pytest.mark.parametrize(("options", "packed"), OPTIONS, ids=str)
 @torch.no_grad()
-def test_each_row_is_as_it_is_alone_and_uncached(backend: Backend, options: dict[str, Any]) -> None:
-    """By the kernels too, which take the rows of a step for positions."""
+def test_each_row_is_as_it_is_alone_and_uncached(backend: Backend, options: dict[str, Any], packed: bool) -> None:
+    """By the kernels of a step too, and with a matrix that also has the columns of a learned k and of a gate."""
     plain, model = build("torch", **options), build(backend, **options)
     plain.set_attention_eps(0.7)
     model.set_attention_eps(0.7)
+    if packed:
+        for block in model.each_block():
+            block.attention.pack_projection()
     for place, logits in enumerate(by_steps(model, StaticCache(model, 4, torch.float32)), 1):
         for row, prompt in enumerate(prompts()):
             expected = plain(prompt[:, : LENGTHS[row] + place])[0, -1]
