@@ -39,6 +39,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from cda_cli.ops.backends.triton_kernels import WIDEST_HEAD
 from cda_cli.ops.decoding import MOST_QUERIES, DecodingInputs
 from cda_cli.ops.decoding_step import HeadBudgets
+from cda_cli.ops.solve_spec import SolveSpec
 from cda_cli.ops.triton import attention_launches, decoding_launches, heads_launches, row_launches
 from cda_cli.ops.triton.fused_attention import FEW_QUERIES, fused_attention
 from cda_cli.ops.triton.step_launches import add_and_norm, heads_of_step
@@ -137,7 +138,7 @@ def decoding_calls(quick: bool) -> Iterator[Call]:
         )  # fmt: skip
         query, key = torch.zeros(1, sharing, T, width, dtype=dtype), torch.zeros(1, 1, length, width, dtype=dtype)
         lengths, budget = (torch.ones(1).long(), torch.ones(1, sharing, T)) if of_each else (None, float(k))
-        inputs = DecodingInputs(query, key, key, lengths, budget, k, 0.1, 1.0)
+        inputs = DecodingInputs(query, key, key, lengths, budget, k, SolveSpec("exact", 0.1), 1.0)
         yield _words(words), functools.partial(decode, inputs)
 
 

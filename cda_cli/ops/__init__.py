@@ -227,6 +227,10 @@ def decode_attention(
     *,
     eps: float,
     scale: float | None = None,
+    solver: Solver = "exact",
+    n_iters: int = 20,
+    eps_init: float = 4.0,
+    eps_decay: float = 0.7,
     backend: Backend = "auto",
     largest_k: float | None = None,
 ) -> Tensor:
@@ -238,9 +242,10 @@ def decode_attention(
             effect, but must be finite: not every backend leaves it unread.
         lengths_B: whole numbers [B] on the same device, at most S: query t of row b sees the keys before
             lengths_b − T + t + 1. A query that sees no key gets output 0. None: each row has S keys.
-        sparsity_k, eps, scale: as for `soft_topk_attention`, with the exact solver.
-        backend: "triton" is one launch where k is at most 16, and so is "auto" on a GPU that can run it; the lengths
-            stay on the device, so a CUDA graph may hold the call. "torch" computes all scores in plain PyTorch.
+        sparsity_k, eps, scale, solver, n_iters, eps_init, eps_decay: as for `soft_topk_attention`.
+        backend: "triton" is one launch where k is at most 16 and the solver exact, and so is "auto" on a GPU that can
+            run it; the lengths stay on the device, so a CUDA graph may hold the call. "torch" computes all scores in
+            plain PyTorch.
         largest_k: an upper bound of a `sparsity_k` that is a tensor. Without one, or above 16, "triton" writes all
             scores and calls the row operator. A row whose k exceeds the bound may be NaN.
 
@@ -251,9 +256,9 @@ def decode_attention(
         ValueError: a setting, a shape or a device without meaning. TypeError: an argument of a wrong type or dtype.
     """
     check_decoding(query_BHTD, key_BGSD, value_BGSD, lengths_B)
-    check_positive("eps", eps)
+    spec = checked_spec(solver, eps, n_iters, eps_init, eps_decay)
     head_width = query_BHTD.shape[-1]
-    chosen = choose_backend(backend, "exact", query_BHTD.device, query_BHTD.dtype, head_width)
+    chosen = choose_backend(backend, solver, query_BHTD.device, query_BHTD.dtype, head_width)
     if scale is None:
         scale = head_width**-0.5
     check_finite("scale", scale)
@@ -265,7 +270,7 @@ def decode_attention(
     else:  # No tensor is made of it, which would be another launch.
         check_positive("sparsity_k", sparsity_k, infinite=True)
         budget = largest_k = min(float(sparsity_k), FLOAT32_MAX)
-    inputs = DecodingInputs(query_BHTD, key_BGSD, value_BGSD, lengths_B, budget, largest_k, eps, scale)
+    inputs = DecodingInputs(query_BHTD, key_BGSD, value_BGSD, lengths_B, budget, largest_k, spec, scale)
     output = BACKENDS[chosen.name].decode(inputs)
     dtype = autocast_dtype(value_BGSD) or value_BGSD.dtype
     return output if output.dtype == dtype else output.to(dtype)

@@ -5,6 +5,7 @@ Shapes: B batch, H query heads, G key heads (H a multiple of G), T queries, S ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class DecodingInputs(NamedTuple):
     lengths: Tensor | None
     budget: float | Tensor
     largest_k: float | None
-    eps: float
+    spec: SolveSpec
     scale: float
 
     def visible(self) -> Tensor:
@@ -49,11 +50,24 @@ class DecodingInputs(NamedTuple):
         return torch.full(self.query.shape[:3], self.budget, device=self.query.device, dtype=dtype)
 
 
+# Weights [R, S] of scores [R, S], −inf where masked, and budgets [R], in the dtype of the scores.
+SolveRows = Callable[[Tensor, Tensor, SolveSpec], Tensor]
+
+
+def solve_in_pytorch(rows: Tensor, budget: Tensor, spec: SolveSpec) -> Tensor:
+    """A few rows. A custom operator, which keeps what a gradient needs, would take longer than the work on them."""
+    if torch.compiler.is_compiling():  # The solvers branch on their results.
+        return soft_topk_rows(rows, budget, *spec.flat(), "torch")[0]
+    code = SOLVERS[spec.solver]
+    weights, _ = code.solve(code.prepared(rows, budget.dtype), budget, lambda: (rows > -torch.inf).sum(-1), spec)
+    return weights
+
+
 @torch.no_grad()
 @in_own_precision
-def dense_decoding(inputs: DecodingInputs) -> Tensor:
-    """Output [B, H, T, D] in the dtype of `value`, by all scores, in plain PyTorch."""
-    query, key, value, *_, eps, scale = inputs
+def dense_decoding(inputs: DecodingInputs, solve: SolveRows = solve_in_pytorch) -> Tensor:
+    """Output [B, H, T, D] in the dtype of `value`, by all scores, in plain PyTorch but for `solve`."""
+    query, key, value, *_, spec, scale = inputs
     (B, H, T, D), (G, S), dtype = query.shape, key.shape[1:3], arithmetic_dtype(query.dtype)
     # The queries of a group stand below each other, so that no key is repeated.
     members = (scale * query.to(dtype)).reshape(B, G, H // G * T, D)
@@ -61,10 +75,5 @@ def dense_decoding(inputs: DecodingInputs) -> Tensor:
     if inputs.lengths is not None or T > 1:  # A single query of a row without a length sees every key.
         hidden = torch.arange(S, device=query.device) >= inputs.visible()[..., None]
         scores = scores.masked_fill(hidden.unsqueeze(1), -torch.inf)
-    rows, budget, spec = scores.view(-1, S), inputs.budgets().reshape(-1), SolveSpec("exact", eps)
-    if torch.compiler.is_compiling():  # The solver branches on its results.
-        weights, _ = soft_topk_rows(rows, budget, *spec.flat(), "torch")
-    else:  # A custom operator, which keeps what a gradient needs, would take longer than the work on a few rows.
-        code = SOLVERS["exact"]
-        weights, _ = code.solve(code.prepared(rows, dtype), budget, lambda: (rows > -torch.inf).sum(-1), spec)
+    weights = solve(scores.view(-1, S), inputs.budgets().reshape(-1), spec)
     return (weights.view(B, G, -1, S) @ value.to(dtype)).to(value.dtype).view(B, H, T, D)

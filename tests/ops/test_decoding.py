@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cda_cli.ops import decode_attention, soft_topk_attention
 from cda_cli.ops.decoding import DecodingInputs
+from cda_cli.ops.solve_spec import SolveSpec
 from cda_cli.ops.triton.decoding_launches import LARGEST_K, decode
 from tests.ops.attention_problems import Problem, expect, plain, problem
 from tests.ops.cases import DEVICE, UNIT, assert_within, random_rows
@@ -33,7 +34,7 @@ def decoded(this: Problem, lengths: Tensor | None = None, backend: str = "triton
     """What the door gives, on the CPU."""
     query, key, value = (tensor.to(DEVICE) for tensor in this[:3])
     numbers = {"eps": this.eps, "scale": this.scale, "largest_k": this.budget.max().item()} | changed
-    if lengths is not None and backend == "triton" and numbers["largest_k"] <= LARGEST_K:
+    if lengths is not None and backend == "triton" and numbers["largest_k"] and numbers["largest_k"] <= LARGEST_K:
         behind = torch.arange(key.shape[2]) >= lengths.unsqueeze(1)
         key, value = (x.masked_fill(behind[:, None, :, None].to(DEVICE), torch.nan) for x in (key, value))
     lengths = None if lengths is None else lengths.to(DEVICE)
@@ -83,6 +84,19 @@ def test_rows_of_unequal_length(name: str, budget: str, backend: str) -> None:
     this = this._replace(budget=k.repeat(count // len(k) + 1)[:count].view(shape[:3]) if k.dim() else k)
     lengths = torch.tensor([shape[3], shape[2]])[: shape[0]]
     assert_right(this, lengths, decoded(this, lengths, backend))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("width", [16, 272])
+def test_the_iterative_solver(backend: str, width: int) -> None:
+    """Each row has the weights that it has alone. No tile holds heads of 272 channels."""
+    this = problem((2, 4, 1, 40, width), 3.0, key_heads=2, eps=0.1)
+    how: dict[str, Any] = {"solver": "iterative", "n_iters": 12}
+    output = decoded(this, torch.tensor([33, 2]), backend, largest_k=None, **how)
+    for row, length in enumerate((33, 2)):
+        one = of_row(this, row, length)
+        alone = soft_topk_attention(*one[:3], 3.0, eps=0.1, scale=this.scale, **how)
+        torch.testing.assert_close(output[row : row + 1], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["one query", "several queries"])
@@ -151,7 +165,8 @@ def test_the_door_of_attention_decodes_too(T: int) -> None:
 def test_a_budget_without_meaning_or_beyond_the_bound_makes_its_query_nan(H: int, k: float) -> None:
     budgets = torch.tensor([-1.0, 0.0, torch.nan, 9.0, 1.0, k])
     this = problem((6, H, 1, 20, 16), 1.0, key_heads=1)._replace(budget=budgets.view(6, 1, 1).expand(6, H, 1))
-    inputs = DecodingInputs(*(x.to(DEVICE) for x in this[:3]), None, this.budget.to(DEVICE), k, this.eps, this.scale)
+    inputs = DecodingInputs(*(x.to(DEVICE) for x in this[:3]), None, this.budget.to(DEVICE), k,
+                            SolveSpec("exact", this.eps), this.scale)  # fmt: skip
     output = decode(inputs).cpu()
     assert output[:4].isnan().all()
     assert_right(Problem(*(x[4:] for x in this[:5]), *this[5:]), torch.tensor([20, 20]), output[4:])

@@ -51,8 +51,6 @@ class SoftTopK(AttentionRule):
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, visible_B: Tensor | None
     ) -> Tensor:
-        if self.config.solver != "exact":
-            return super().decode(query, key, value, budget, visible_B)
         return decode_attention(
             query,
             key,
@@ -63,6 +61,7 @@ class SoftTopK(AttentionRule):
             scale=self.scale,
             backend=self.backend,
             largest_k=self.largest_budget,
+            **self.solver,
         )
 
     @property

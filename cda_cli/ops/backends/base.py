@@ -46,5 +46,5 @@ class OperatorBackend(ABC):
         """
 
     def decode(self, inputs: DecodingInputs) -> Tensor:
-        """Output [B, H, T, D] of a few queries, with the exact solver and without a gradient."""
-        return dense_decoding(inputs)
+        """Output [B, H, T, D] of a few queries, without a gradient."""
+        return dense_decoding(inputs, lambda scores, budget, spec: self.rows(scores, budget, None, spec))

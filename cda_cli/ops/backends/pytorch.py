@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..attention_blocks import blockwise_attention
 from ..attention_inputs import AttentionInputs
+from ..decoding import DecodingInputs, dense_decoding
 from ..dense import differentiable_attention, for_each_query
 from ..row_operator import differentiable_rows, soft_topk_rows
 from ..solve_spec import SolveSpec
@@ -36,3 +37,6 @@ class TorchBackend(OperatorBackend):
         key, value = for_each_query(key, query.shape[1]), for_each_query(value, query.shape[1])
         output, threshold, _ = blockwise_attention(query, key, value, *others, *spec.flat(), self.name)
         return output, threshold
+
+    def decode(self, inputs: DecodingInputs) -> Tensor:
+        return dense_decoding(inputs)

@@ -12,6 +12,7 @@ from ..decoding import MOST_QUERIES, DecodingInputs
 from ..precision import autocast_dtype
 from ..solve_spec import Solver, SolveSpec
 from ..transforms import transformed
+from .base import OperatorBackend
 from .pytorch import TorchBackend
 
 # The kernels need bf16 in the matrix units and asynchronous copies (Ampere and later).
@@ -38,17 +39,17 @@ class TritonBackend(TorchBackend):
     ) -> tuple[Tensor, Tensor | None]:
         if spec.solver not in FUSED or transformed():
             return super().attention(inputs, spec, largest_k, return_threshold)
-        return _fused(inputs, spec.eps, largest_k, return_threshold)
+        return _fused(inputs, spec, largest_k, return_threshold)
 
     def decode(self, inputs: DecodingInputs) -> Tensor:
-        if transformed():
-            return super().decode(inputs)
+        if transformed() or inputs.query.shape[-1] > WIDEST_HEAD:
+            return OperatorBackend.decode(self, inputs)
         from ..triton import decoding_launches  # Each further name would cost a call a microsecond.
 
-        query, key, value, lengths, budget, largest_k, eps, scale = inputs
+        query, key, value, lengths, budget, largest_k, spec, scale = inputs
         query, key, value, scale = _as_kernels_take_them(query, key, value, scale)
-        inputs = DecodingInputs(query, key, value, lengths, budget, largest_k, eps, scale)
-        if decoding_launches.can_decode(largest_k, key.shape[2]):
+        inputs = DecodingInputs(query, key, value, lengths, budget, largest_k, spec, scale)
+        if spec.solver in FUSED and decoding_launches.can_decode(largest_k, key.shape[2]):
             return decoding_launches.decode(inputs)
         from ..triton.fused_attention import decode_by_scores
 
@@ -56,7 +57,7 @@ class TritonBackend(TorchBackend):
 
 
 def _fused(
-    inputs: AttentionInputs, eps: float, largest_k: float | None, return_threshold: bool
+    inputs: AttentionInputs, spec: SolveSpec, largest_k: float | None, return_threshold: bool
 ) -> tuple[Tensor, Tensor | None]:
     from ..triton.decoding_launches import can_decode, decode
     from ..triton.fused_attention import fused_attention, threshold
@@ -67,11 +68,13 @@ def _fused(
     T, S = query.shape[2], key.shape[2]
     decodes = not (trained or return_threshold) and documents is None and (causal or T == 1)
     if decodes and T <= MOST_QUERIES and can_decode(largest_k, S):
-        return decode(DecodingInputs(query, key, value, None, budget, largest_k, eps, scale)), None
+        return decode(DecodingInputs(query, key, value, None, budget, largest_k, spec, scale)), None
     at_most_two = largest_k is not None and largest_k <= 2
     budget = budget.contiguous()  # here, so that the compiler makes it contiguous as it computes it
-    output, stats, *_ = fused_attention(query, key, value, budget, documents, eps, scale, causal, at_most_two, trained)
-    return output, threshold(stats.detach(), eps, scale) if return_threshold else None
+    output, stats, *_ = fused_attention(
+        query, key, value, budget, documents, spec.eps, scale, causal, at_most_two, trained
+    )
+    return output, threshold(stats.detach(), spec.eps, scale) if return_threshold else None
 
 
 def _as_kernels_take_them(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .decoding_pieces import visible_keys
 from .tiles import SIZES, load_tile, product, sees, visible_range
 
 
@@ -14,6 +15,7 @@ def few_scores_kernel(
     key,
     first_ptr,
     last_ptr,
+    lengths,
     scores,
     scale,
     stride_qb,
@@ -32,14 +34,19 @@ def few_scores_kernel(
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
+    LENGTHS: tl.constexpr,
 ):
-    """Writes scores [B, H, T, S] float32 = scale·q·k, −inf where the query does not see the key."""
+    """Writes scores [B, H, T, S] float32 = scale·q·k, −inf where the query does not see the key.
+
+    With LENGTHS, lengths [B] says how many keys a row of the batch has, of S.
+    """
     pair = tl.program_id(1)
     batch, head = pair // key_heads, pair % key_heads
     member = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)  # among the group·T queries, heads first
     query_head, rows = head * group + member // T, member % T
     exists = member < group * T
-    first, last = visible_range(rows, T, S, first_ptr + batch * T, last_ptr + batch * T, CAUSAL, RANGES)
+    keys = visible_keys(lengths, batch, S, LENGTHS)
+    first, last = visible_range(rows, T, keys, first_ptr + batch * T, last_ptr + batch * T, CAUSAL, RANGES)
     channels = tl.arange(0, BLOCK_D)
     place_q = batch.to(tl.int64) * stride_qb + query_head.to(tl.int64) * stride_qh + rows * stride_qt
     inside = exists[:, None] & (channels < D)[None, :]

@@ -157,17 +157,17 @@ def _members(layout: Layout, lengths: bool, budgets: bool, kept: int) -> Decodin
 def decode(inputs: DecodingInputs) -> Tensor:
     """Output [B, H, T, D], whose memory is [B, T, H, D], for inputs of which `can_decode` is true.
 
-    query, key and value have one dtype (float32, bf16, fp16), are contiguous in the last dimension, and scale > 0. A
-    row whose k is above `largest_k` may be NaN.
+    query, key and value have one dtype (float32, bf16, fp16) and are contiguous in the last dimension, scale > 0, and
+    the solver is the exact one. A row whose k is above `largest_k` may be NaN.
     """
-    query, key, value, lengths, budget, largest_k, eps, scale = inputs
+    query, key, value, lengths, budget, largest_k, spec, scale = inputs
     assert largest_k is not None
     budgets = budget.contiguous() if isinstance(budget, Tensor) else None
     number = largest_k if isinstance(budget, Tensor) else float(budget)
     lengths = None if lengths is None else lengths.contiguous()
     # The registration of an operator costs the host more than all else in a call, and is for the compiler alone.
     run = _decode_operator if torch.compiler.is_compiling() else _decode
-    return run(query, key, value, lengths, budgets, number, largest_k, scale / eps * math.log2(math.e))
+    return run(query, key, value, lengths, budgets, number, largest_k, scale / spec.eps * math.log2(math.e))
 
 
 def _decode(

@@ -32,27 +32,19 @@ from .attention_launches import (
     solve_and_output,
 )
 from .row_launches import exact_forward
+from .row_solvers import KERNELS
 from .tiles import BEYOND
 
 # So few queries are not worth a program for each block of them.
 FEW_QUERIES = 4
 
 
-@in_own_precision  # Autocast would round its product.
-def _few_queries(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    budget: Tensor,
-    ranges: VisibleRanges,
-    eps: float,
-    scale: float,
-    causal: bool,
-    documents: bool,
-) -> tuple[Tensor, Tensor]:
-    """Output and statistics as `fused_attention` gives them.
+def few_scores(
+    query: Tensor, key: Tensor, ranges: VisibleRanges | None, lengths: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """The scores [B, H, T, S] float32 of a few queries, −inf where a query does not see the key.
 
-    The scores [B, H, T, S] are few here. The row kernels solve them, and one product with the values gives the output.
+    A query sees the keys of its range, or the `lengths` [B] of its row, or all.
     """
     B, H, T, D = query.shape
     G, S = key.shape[1:3]
@@ -61,13 +53,34 @@ def _few_queries(
     # Exact float32 products run outside the matrix units and keep both operands in registers.
     most, keys = (16, 32) if query.dtype == torch.float32 else (64, 64)
     queries = min(most, max(16, triton.next_power_of_2(members)))
+    first, last = (query, query) if ranges is None else (ranges.first, ranges.last)
     few_scores_kernel[triton.cdiv(S, keys), B * G, triton.cdiv(members, queries)](
-        query, key, ranges.first, ranges.last, scores, scale, *query.stride()[:3], *key.stride()[:3], G, H // G, T, S,
-        D=D, BLOCK_D=padded(D), BLOCK_M=queries, BLOCK_N=keys,
-        CAUSAL=causal, RANGES=documents, num_warps=4,
+        query, key, first, last, query if lengths is None else lengths, scores, scale, *query.stride()[:3],
+        *key.stride()[:3], G, H // G, T, S, D=D, BLOCK_D=padded(D), BLOCK_M=queries, BLOCK_N=keys, CAUSAL=causal,
+        RANGES=ranges is not None, LENGTHS=lengths is not None, num_warps=4,
     )  # fmt: skip
+    return scores
+
+
+@in_own_precision  # Autocast would round its product.
+def _few_queries(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    budget: Tensor,
+    ranges: VisibleRanges | None,
+    eps: float,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output and statistics as `fused_attention` gives them.
+
+    The scores [B, H, T, S] are few here. The row kernels solve them, and one product with the values gives the output.
+    """
+    (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
+    scores = few_scores(query, key, ranges, None, scale, causal)
     weights, (shift, peak) = exact_forward(scores.view(-1, S), budget.view(-1), eps)
-    weights = weights.to(value.dtype).view(B, G, members, S)
+    weights = weights.to(value.dtype).view(B, G, -1, S)
     output = heads_inside(query, T).copy_((weights @ value).view(B, H, T, D))
     covered = shift <= torch.finfo(shift.dtype).min
     stats = torch.stack((
@@ -79,16 +92,15 @@ def _few_queries(
     return output, stats.view(4, B, H, T)
 
 
+@in_own_precision
 def decode_by_scores(inputs: DecodingInputs) -> Tensor:
-    """Output [B, H, T, D] for any k; of the inputs, the first three are as `fused_attention` takes them."""
-    query, key, value, *_ = inputs
-    last = inputs.visible().int().contiguous()
-    first = torch.zeros_like(last)
-    ranges = VisibleRanges(first, last, first, last)  # The last two are for a backward, and there is none.
-    budget = inputs.budgets().contiguous()
+    """Output [B, H, T, D] for any k and solver; the first three inputs are as `fused_attention` takes them."""
+    query, key, value, lengths, *_, spec, scale = inputs
+    (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
     with torch.cuda.device_of(query):
-        output, _ = _few_queries(query, key, value, budget, ranges, inputs.eps, inputs.scale, True, True)
-    return output
+        scores = few_scores(query, key, None, lengths, scale, True).view(-1, S)
+        weights, _ = KERNELS[spec.solver].solve(scores, inputs.budgets().reshape(-1), lambda: scores, spec)
+    return (weights.to(value.dtype).view(B, G, -1, S) @ value).view(B, H, T, D)
 
 
 def _ranges(documents: Tensor | None, query: Tensor, causal: bool) -> VisibleRanges:
@@ -132,7 +144,8 @@ def fused_attention(
     ranges = _ranges(documents, query, causal)
     with torch.cuda.device_of(query):
         if query.shape[2] <= FEW_QUERIES and not trained:
-            output, stats = _few_queries(query, key, value, budget, ranges, eps, scale, causal, documents is not None)
+            seen = None if documents is None else ranges
+            output, stats = _few_queries(query, key, value, budget, seen, eps, scale, causal)
             return output, stats, leaders, free_output
         layout = Layout.of(query, key, value, budget, causal=causal, documents=documents)
         factor = _factor(eps, scale)
