@@ -27,8 +27,10 @@ MOST_SPLITS = 128
 LONGEST = 2048
 # Multiprocessors for which the interpreter deals out splits.
 INTERPRETED_PROCESSORS = 4
-# What a program takes to begin and to end, and what a piece adds to the merge, in blocks of keys.
-OVERHEAD, MERGE = 4, 1 / 32
+# What a program takes to begin and to end, in blocks of keys.
+OVERHEAD = 4
+# Keys that each multiprocessor has to read of one row, from which on one large program is faster than many small ones.
+LONG_SPLIT = 2048
 # Members of a tile, the fewest that matrix units take: further ones are another tile. So many of them are solved and
 # merged at a time: more would not fit the registers.
 QUERIES, ROWS = 16, 4
@@ -37,19 +39,30 @@ REGISTERS = 32
 
 
 class Tile(NamedTuple):
-    """Keys of a block, how Triton compiles the loop over blocks, and programs that a multiprocessor should hold."""
+    """Keys of a block, how Triton compiles the loop over blocks, and programs that a multiprocessor should hold.
+
+    `merge` is what a piece adds to the merge, in blocks of keys.
+    """
 
     keys: int
     warps: int
     stages: int
     programs: int
+    merge: float = 1 / 32
 
 
-def query_tile(width: int, dtype: torch.dtype) -> Tile:
-    """The tile of `decode_query_kernel`."""
-    if dtype == torch.float32 or width > 128 or width % 16:  # Triton reads rows of such a width number by number.
-        return Tile(16, 4, 3, 3)
-    return Tile(64, 8, 3, 1) if width > 64 else Tile(64, 4, 3, 3)
+def query_tile(layout: Layout, kept: int) -> Tile:
+    """The tile of `decode_query_kernel`, as timed on an H200 (docs/log.md)."""
+    B, H, T, width, _, S = layout.sizes
+    if layout.dtype == torch.float32 or width > 128 or width % 16:
+        return Tile(16, 4, 3, 3)  # Triton reads rows of such a width number by number.
+    if width > 64:
+        return Tile(64, 8, 3, 1)
+    if not kept:
+        return Tile(64, 4, 3, 3)
+    rows, count = B * H * T, processors(layout.device)
+    # One warp adds up its pieces without a barrier, which counts where a split is short.
+    return Tile(128, 8, 3, 1) if rows <= count and rows * S >= LONG_SPLIT * count else Tile(16, 1, 3, 12, 1 / 10)
 
 
 def member_tile(width: int, dtype: torch.dtype) -> Tile:
@@ -66,16 +79,15 @@ def kept_scores(largest_k: float) -> int:
     return triton.next_power_of_2(needed) if needed > 0 else 0
 
 
-def splits_of(programs: int, blocks: int, slots: int, pieces: int) -> int:
+def splits_of(programs: int, blocks: int, slots: int, merge: float) -> int:
     """Splits for so many rows or tiles, each of so many blocks of keys, where `slots` programs run at a time.
 
-    Those that end first, if a program takes as long as its blocks and OVERHEAD more, and the `pieces` of each split add
-    to the merge.
+    Those that end first, if a program takes as long as its blocks and OVERHEAD more, and each split adds `merge`.
     """
 
     def cost(splits: int) -> float:
         waves = triton.cdiv(programs * splits, slots)
-        return waves * (triton.cdiv(blocks, splits) + OVERHEAD) + MERGE * pieces * splits
+        return waves * (triton.cdiv(blocks, splits) + OVERHEAD) + merge * splits
 
     # Of the counts that leave a split as many blocks, the smallest.
     counts = {triton.cdiv(blocks, each) for each in range(1, blocks + 1)}
@@ -127,8 +139,9 @@ def _options(layout: Layout, this: Tile, kept: int, merged: int, splits: int, **
 
 def _one_query(layout: Layout, lengths: bool, budgets: bool, kept: int) -> Decoding:
     B, H, T, D, _, S = layout.sizes
-    this, rows = query_tile(D, layout.dtype), B * H * T
-    splits = splits_of(rows, triton.cdiv(S, this.keys), processors(layout.device) * this.programs, 1 + kept)
+    this, rows = query_tile(layout, kept), B * H * T
+    merge = this.merge * (1 + kept)
+    splits = splits_of(rows, triton.cdiv(S, this.keys), processors(layout.device) * this.programs, merge)
     options = _options(layout, this, kept, 1, splits, LENGTHS=lengths, BUDGETS=budgets, STAGES=this.stages)
     launch = Launch(decode_query_kernel, (splits, rows), _numbers(layout, splits), options, layout)
     return Decoding(launch, rows * splits * (2 + kept + (1 + kept) * D), rows)
@@ -138,7 +151,7 @@ def _members(layout: Layout, lengths: bool, budgets: bool, kept: int) -> Decodin
     B, H, T, D, G, S = layout.sizes
     this, rows, members = member_tile(D, layout.dtype), B * H * T, H // G * T
     tiles, blocks = B * G * triton.cdiv(members, QUERIES), triton.cdiv(S, this.keys)
-    splits = splits_of(tiles, blocks, processors(layout.device) * this.programs, 1 + kept)
+    splits = splits_of(tiles, blocks, processors(layout.device) * this.programs, this.merge * (1 + kept))
     splits = max(splits, triton.cdiv(blocks, LONGEST // this.keys))
     length = triton.next_power_of_2(triton.cdiv(blocks, splits) * this.keys)
     scores_length = (blocks + 1) * this.keys
