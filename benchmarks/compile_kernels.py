@@ -42,7 +42,7 @@ from cda_cli.ops.decoding_step import HeadBudgets
 from cda_cli.ops.solve_spec import SolveSpec
 from cda_cli.ops.triton import attention_launches, decoding_launches, heads_launches, row_launches
 from cda_cli.ops.triton.fused_attention import FEW_QUERIES, fused_attention
-from cda_cli.ops.triton.step_launches import add_and_norm, heads_of_step
+from cda_cli.ops.triton.step_launches import add_and_norm, draw_token, heads_of_step
 
 # Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, compute capabilities).
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -211,6 +211,7 @@ def step(projected: Tensor, normed: bool) -> None:
         others = {"gains": (gain, gain), "tables": (angles, angles), "budgets": HeadBudgets(gain, 2.0)}
     settings: dict[str, Any] = {"gains": None, "eps": 0.0, "tables": None, "query_scale": None, "budgets": None}
     heads_of_step(projected, keys, keys, torch.ones(1).long(), 1, null_keys=1, **settings | others)
+    draw_token(x, gain[:1].double(), gain[:1] > 0, gain[None].double(), torch.ones(1).long())
     add_and_norm(x.float(), x if normed else None, x[0], x[0], 1e-6, normed, projected.dtype)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cda_cli.generation.requests import Request, SamplingSettings
+from cda_cli.ops import can_run_kernels, draw_token
 
 UNIFORMS = 1024  # random numbers of a row that are on the device at a time
 
@@ -33,6 +34,11 @@ class Filters(NamedTuple):
     top_k_B: Tensor | None
     top_p_B: Tensor | None
     min_p_B: Tensor | None
+
+    @property
+    def are_unused(self) -> bool:
+        """Whether nothing is filtered, whatever the temperature."""
+        return self.top_k_B is None and self.top_p_B is None and self.min_p_B is None
 
 
 def filtered_probabilities(logits_BV: Tensor, filters: Filters) -> Tensor:
@@ -121,28 +127,36 @@ class Sampler:
 
     def draw(self, logits_BV: Tensor, rows: slice | Tensor) -> Drawn:
         """Draws a token for each of `rows`, whose logits these are."""
-        logits = raw = logits_BV.float()
+        logits = logits_BV
         if self._penalises:
-            logits = self._settings.penalised(logits, rows, self._read[rows], self._generated[rows])
-        count_B = self._count_B[rows]
-        if all(self._greedy):
-            tokens = logits.argmax(-1)
-        else:
-            probabilities = filtered_probabilities(logits, self._settings.filters(rows))
-            uniform_B = self._uniform[rows].gather(1, (count_B % UNIFORMS).unsqueeze(1)).squeeze(1)
-            tokens = draw(probabilities, uniform_B)
-            if any(self._greedy):
-                tokens = torch.where(self._settings.greedy_B[rows], logits.argmax(-1), tokens)
-        self._count_B[rows] = count_B + 1
+            logits = self._settings.penalised(logits.float(), rows, self._read[rows], self._generated[rows])
+        tokens = self._drawn(logits, rows)
         if self._penalises:
             places = torch.arange(len(self._read), device=tokens.device)[rows]
             # A CUDA graph cannot hold the copy of a number of Python's to the device.
             self._read[places, tokens] = self._generated[places, tokens] = self._true
         if not self._logprobs:
             return Drawn(tokens)
-        logprob_BV = raw.log_softmax(-1)
+        logprob_BV = logits_BV.float().log_softmax(-1)
         likeliest = logprob_BV.topk(self._alternatives)
         return Drawn(tokens, logprob_BV.gather(1, tokens[:, None]).squeeze(1), likeliest.indices, likeliest.values)
+
+    def _drawn(self, logits_BV: Tensor, rows: slice | Tensor) -> Tensor:
+        """Draws a token for each row after penalties, and counts it."""
+        filters, count_B = self._settings.filters(rows), self._count_B[rows]
+        if all(self._greedy):
+            tokens = logits_BV.argmax(-1)
+        elif filters.are_unused and can_run_kernels("auto", logits_BV.device, logits_BV.dtype, 0):
+            greedy_B = self._settings.greedy_B[rows]
+            tokens = draw_token(logits_BV, filters.temperature_B, greedy_B, self._uniform[rows], count_B)
+        else:
+            probabilities = filtered_probabilities(logits_BV.float(), filters)
+            uniform_B = self._uniform[rows].gather(1, (count_B % UNIFORMS).unsqueeze(1)).squeeze(1)
+            tokens = draw(probabilities, uniform_B)
+            if any(self._greedy):
+                tokens = torch.where(self._settings.greedy_B[rows], logits_BV.argmax(-1), tokens)
+        self._count_B[rows] = count_B + 1
+        return tokens
 
 
 class _Settings:

@@ -25,7 +25,7 @@ from .checks import (
     row_budgets,
 )
 from .decoding import DecodingInputs
-from .decoding_step import WIDEST_STREAM, HeadBudgets, add_and_norm, heads_of_step
+from .decoding_step import WIDEST_STREAM, HeadBudgets, add_and_norm, draw_token, heads_of_step
 from .dense import for_each_query
 from .heads import Heads, norm_and_rotate
 from .precision import FLOAT32_MAX, autocast_dtype, settle_vector_functions
@@ -44,6 +44,7 @@ __all__ = [
     "can_run_kernels",
     "choose_backend",
     "decode_attention",
+    "draw_token",
     "for_each_query",
     "heads_of_step",
     "norm_and_rotate",

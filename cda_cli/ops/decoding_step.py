@@ -1,7 +1,7 @@
-"""What a model does around attention in a step of decoding, in which each row has one position, by one kernel each.
+"""What a step of decoding does around attention, in which each row has one position, by one kernel each.
 
-Shapes: B rows, C width of the residual stream, H query heads, K key heads, G heads of a projection, S slots of a cache,
-D head width.
+Shapes: B rows, V vocabulary, C width of the residual stream, H query heads, K key heads, G heads of a projection, S
+slots of a cache, D head width.
 """
 
 from __future__ import annotations
@@ -78,3 +78,15 @@ def heads_of_step(
         query_scale=query_scale,
         budgets=budgets,
     )
+
+
+def draw_token(logits: Tensor, temperature: Tensor, greedy: Tensor, uniform: Tensor, count: Tensor) -> Tensor:
+    """Returns the token of each row of `logits` [B, V], int64 [B]: the likeliest where `greedy` [B], else a drawn one.
+
+    Its share of the softmax of logits/temperature, in the order of the tokens, holds the row's number of `uniform` [B,
+    n] at `count` mod n. `temperature` [B] and `uniform`, numbers of [0, 1), are float64, as the arithmetic; `count` [B]
+    is int64. See `can_run_kernels`.
+    """
+    from .triton.step_launches import draw_token as launch
+
+    return launch(logits, temperature, greedy, uniform, count)

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from cda_cli.errors import ConfigError
 from cda_cli.generation import SamplingSettings, filtered_distribution
+from cda_cli.generation.sampling import Filters, draw, filtered_probabilities
+from cda_cli.ops import draw_token
+from tests.devices import DEVICES
 
 LOGITS = st.lists(st.integers(-400, 400), min_size=1, max_size=30, unique=True).map(
     lambda values: [value / 40 for value in values]
@@ -145,3 +148,20 @@ def test_a_setting_without_meaning_is_one_sentence(settings: SamplingSettings, s
 def test_settings_at_their_ends_are_allowed() -> None:
     SamplingSettings(0.0, top_k=1, top_p=1.0, min_p=1.0).check()
     SamplingSettings(100.0, top_k=10**9, top_p=1e-9, min_p=1e-9).check()
+
+
+@pytest.mark.parametrize(("V", "dtype"), [(23, torch.float32), (5000, torch.bfloat16)], ids=str)
+def test_a_kernel_draws_the_token_of_its_definition(V: int, dtype: torch.dtype) -> None:
+    """The likeliest and drawn ones, from tokens of equal share and of none, with other random numbers in each row."""
+    generator = torch.Generator().manual_seed(V)
+    logits = (3 * torch.randn(6, 1, V, generator=generator)).round().to(dtype).expand(6, 2, V)[:, 0]
+    logits = logits.masked_fill(torch.rand(6, V, generator=generator) < 0.2, -torch.inf)
+    temperature = torch.tensor([1.0, 0.3, 1.7, 0.8, 1e-9, 1.0], dtype=torch.float64)
+    greedy, count = torch.tensor([False] * 5 + [True]), torch.tensor([0, 1, 2, 3, 4, 9])
+    uniform = torch.rand(6, 4, dtype=torch.float64, generator=generator)
+    uniform[0, 0], uniform[3, 3] = 0.0, 1 - 2.0**-52
+    shares = filtered_probabilities(logits.float(), Filters(temperature, None, None, None))
+    expected = draw(shares, uniform.gather(1, (count % 4)[:, None]).squeeze(1))
+    expected[5] = logits[5].argmax()
+    tensors = (logits, temperature, greedy, uniform, count)
+    assert draw_token(*(tensor.to(DEVICES[-1]) for tensor in tensors)).tolist() == expected.tolist()

@@ -1,4 +1,4 @@
-"""The kernels around attention in a step of decoding, in which every row of the batch has one position.
+"""The kernels around attention in a step of decoding, in which every row of the batch has one position, and the draw.
 
 A step computes little, so its time is that of its launches. Each of these kernels takes the place of several.
 """
@@ -85,3 +85,40 @@ def step_heads_kernel(
     else:
         place = row * stride_vb + (head - H - K) * stride_vh + (position + null_keys) * stride_vs
         _store_halves(values + place, first, second, channels, HALF, D)
+
+
+@triton.jit
+def _weights(logits, columns, V, best, temperature):
+    values = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+    return tl.exp((values - best).to(tl.float64) / temperature)
+
+
+@triton.jit(do_not_specialize=("stride", "V"))
+def draw_kernel(
+    logits, temperatures, greedy, uniforms, counts, tokens, stride, V, UNIFORMS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The token of a row: the first whose sum of exponentials, with those before it, passes the uniform share."""
+    row, columns = tl.program_id(0), tl.arange(0, BLOCK)
+    logits += row.to(tl.int64) * stride
+    best, token = tl.full([], float("-inf"), tl.float32), tl.full([], 0, tl.int32)
+    for start in range(0, V, BLOCK):
+        values = tl.load(logits + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
+        largest, place = tl.max(values, 0, return_indices=True)
+        token = tl.where(largest > best, start + place, token)
+        best = tl.maximum(best, largest)
+    if tl.load(greedy + row).to(tl.int32) == 0:
+        temperature = tl.load(temperatures + row)
+        total = tl.full([], 0.0, tl.float64)
+        for start in range(0, V, BLOCK):
+            total += tl.sum(_weights(logits, start + columns, V, best, temperature), 0)
+        threshold = tl.load(uniforms + row * UNIFORMS + tl.load(counts + row) % UNIFORMS) * total
+        before, found = tl.full([], 0.0, tl.float64), tl.full([], 0, tl.int32) + V
+        for start in range(0, V, BLOCK):
+            weights = _weights(logits, start + columns, V, best, temperature)
+            # Sums are added in parallel, so they may fall by a rounding error where a weight is 0.
+            passes = (before + tl.cumsum(weights, 0) > threshold) & (weights > 0)
+            found = tl.minimum(found, tl.min(tl.where(passes, start + columns, V), 0))
+            token = tl.maximum(token, tl.max(tl.where(weights > 0, start + columns, 0), 0))
+            before += tl.sum(weights, 0)
+        token = tl.minimum(token, found)  # It is the last one with a weight, if rounding leaves none.
+    tl.store(tokens + row, token.to(tl.int64))

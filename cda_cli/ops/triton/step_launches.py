@@ -7,7 +7,9 @@ import triton
 from torch import Tensor
 
 from ..decoding_step import HeadBudgets, StepHeads
-from .step_kernels import add_norm_kernel, step_heads_kernel
+from .step_kernels import add_norm_kernel, draw_kernel, step_heads_kernel
+
+BLOCK_LOGITS = 4096  # of which a program takes so many at a time, in float64
 
 
 def add_and_norm(
@@ -59,3 +61,18 @@ def heads_of_step(
                 SCALES=query_scale is not None, BUDGETS=budgets is not None, num_warps=1,
             )  # fmt: skip
     return StepHeads(query, budget)
+
+
+def draw_token(logits: Tensor, temperature: Tensor, greedy: Tensor, uniform: Tensor, count: Tensor) -> Tensor:
+    """`ops.draw_token`."""
+    B, V = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    tokens = count.new_empty(B)
+    block = min(BLOCK_LOGITS, triton.next_power_of_2(V))
+    with torch.cuda.device_of(logits):
+        draw_kernel[(B,)](
+            logits, temperature, greedy, uniform.contiguous(), count, tokens, logits.stride(0), V,
+            UNIFORMS=uniform.shape[1], BLOCK=block, num_warps=min(8, max(1, block // 256)),
+        )  # fmt: skip
+    return tokens
