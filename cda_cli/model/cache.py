@@ -99,15 +99,17 @@ class CachedStep(KeyValueCache):
         self.cache, self.slots = cache, cache.null_keys + longest
         # A row that has no request may be longer than the others, and goes on with them.
         self.length = cache.lengths_B[:rows].clamp_(max=longest - 1)
-        self.slot_B = self.length + cache.null_keys
-        self.visible_B = self.slot_B + 1
-        self.place_B = torch.arange(rows, device=self.length.device)
+        self.visible_B: Tensor = self.length + (cache.null_keys + 1)
+        self._places: tuple[Tensor, Tensor] | None = None  # rows and slots of the new positions
         self._tables: RotaryTables | None = None
 
     def append(self, layer: int, key_BKTD: Tensor, value_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.layer(layer)
-        keys[self.place_B, :, self.slot_B] = key_BKTD.squeeze(2).to(keys.dtype)
-        values[self.place_B, :, self.slot_B] = value_BKTD.squeeze(2).to(values.dtype)
+        if self._places is None:
+            self._places = torch.arange(len(keys), device=keys.device), self.visible_B - 1
+        rows_B, slot_B = self._places
+        keys[rows_B, :, slot_B] = key_BKTD.squeeze(2).to(keys.dtype)
+        values[rows_B, :, slot_B] = value_BKTD.squeeze(2).to(values.dtype)
         return keys, values
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ def row_positions(start: int | Tensor, T: int, padding_B: Tensor | None) -> slic
     `start` may be int64 [B]; such rows have no padding.
     """
     if isinstance(start, Tensor):
-        return start.unsqueeze(1) + torch.arange(T, device=start.device)
+        return start.unsqueeze(1) + torch.arange(T, device=start.device) if T > 1 else start.unsqueeze(1)
     if padding_B is None:
         return slice(start, start + T)
     return (torch.arange(start, start + T, device=padding_B.device) - padding_B.unsqueeze(1)).clamp(min=0)

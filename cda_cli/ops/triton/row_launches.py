@@ -31,6 +31,7 @@ from .rows_iterative import (
 )
 
 REGISTER_LIMIT = 16384  # the largest n of a row that is held in registers
+FEW_ROWS = 128  # They leave most multiprocessors idle, so a program may have more threads than it can keep busy.
 PART = 4096  # float32 entries of a longer row that are read at a time; twice as many in half precision
 
 
@@ -83,7 +84,7 @@ def iterative_forward(
                 *tensors, R, n, len(eps_steps), last_eps, BLOCK=_part(rows), num_warps=8
             )
         elif R:
-            grid, options = _tile(R, n, entries_per_thread=64)
+            grid, options = _tile(R, n, entries_per_thread=64 if R > FEW_ROWS else 8)
             iterative_forward_kernel[grid](*tensors, R, n, len(eps_steps), last_eps, **options)
     return weights, history
 
