@@ -89,24 +89,26 @@ class Generation:
         """Ends a request: no further token of it comes, and its reason is "stop"."""
         self.reasons[request] = "stop"
 
-    @torch.inference_mode()
     def _generated(self) -> Iterator[Generated]:
-        self._decoder = Decoder(self.model, self.requests, self._batch_size, self.dtype, self._compiled)
+        with torch.inference_mode():
+            self._decoder = Decoder(self.model, self.requests, self._batch_size, self.dtype, self._compiled)
         on_the_way: deque[_Pass] = deque()
         while self._rows or self._waiting or on_the_way:
-            self._leave()
-            newest: _Pass | None = None
-            if entering := self._enter():
-                newest = self._prefill(entering)
-            elif full := [row for row in self._rows if row.length == self._context]:
-                if not on_the_way:  # Their newest tokens must be known.
-                    newest = self._prefill(full)
-            elif self._rows:
-                newest = self._step()
+            newest = self._next_pass(all_known=not on_the_way)
             if newest:
                 on_the_way.append(newest)
             while on_the_way and (newest is None or len(on_the_way) > (ON_THE_WAY if self._on_gpu else 0)):
                 yield from self._known(on_the_way.popleft())
+
+    @torch.inference_mode()  # not around the generator, which would leave and enter this mode with each token
+    def _next_pass(self, all_known: bool) -> _Pass | None:
+        """Launches a pass for all rows, or for those that enter or are full. There may be none before all is known."""
+        self._leave()
+        if entering := self._enter():
+            return self._prefill(entering)
+        if full := [row for row in self._rows if row.length == self._context]:
+            return self._prefill(full) if all_known else None  # Their newest tokens must be known.
+        return self._step() if self._rows else None
 
     def _leave(self) -> None:
         """Takes away the rows that have ended; the last ones move to their places."""
