@@ -42,14 +42,16 @@ class TritonBackend(TorchBackend):
         return _fused(inputs, spec, largest_k, return_threshold)
 
     def decode(self, inputs: DecodingInputs) -> Tensor:
-        if transformed() or inputs.query.shape[-1] > WIDEST_HEAD:
-            return OperatorBackend.decode(self, inputs)
         from ..triton import decoding_launches  # Each further name would cost a call a microsecond.
 
+        in_one = inputs.spec.solver in FUSED and decoding_launches.can_decode(inputs.largest_k, inputs.key.shape[2])
+        # The compiler takes the row operator and makes the rest itself.
+        if transformed() or inputs.query.shape[-1] > WIDEST_HEAD or (torch.compiler.is_compiling() and not in_one):
+            return OperatorBackend.decode(self, inputs)
         query, key, value, lengths, budget, largest_k, spec, scale = inputs
         query, key, value, scale = _as_kernels_take_them(query, key, value, scale)
         inputs = DecodingInputs(query, key, value, lengths, budget, largest_k, spec, scale)
-        if spec.solver in FUSED and decoding_launches.can_decode(largest_k, key.shape[2]):
+        if in_one:
             return decoding_launches.decode(inputs)
         from ..triton.fused_attention import decode_by_scores
 
