@@ -115,8 +115,11 @@ def _traced_peak(config: Config, device: torch.device, dtype: torch.dtype, scrat
 
 
 def _saved_compiled(config: Config, device: torch.device, dtype: torch.dtype) -> _SavedBytes:
-    one, two = (_saved(config, device, dtype, depth) for depth in (1, 2))
-    return _SavedBytes(one.activations + (config.model.depth - 1) * (two.activations - one.activations), one.logits)
+    one, further = _saved(config, device, dtype, 1), config.model.depth - 1
+    if not further:
+        return one
+    two = _saved(config, device, dtype, 2)
+    return _SavedBytes(one.activations + further * (two.activations - one.activations), one.logits)
 
 
 def _saved(config: Config, device: torch.device, dtype: torch.dtype, compiled_depth: int | None = None) -> _SavedBytes:
