@@ -41,7 +41,10 @@ def reference_soft_topk(scores: Tensor, sparsity_k: float | Tensor, eps: float, 
     for _ in range(200):
         middle = (low + high) / 2
         mass = (relative + middle.unsqueeze(-1)).clamp(max=0).exp().sum(-1)
+        before = low, high
         low, high = torch.where(mass < budget, middle, low), torch.where(mass < budget, high, middle)
+        if torch.equal(low, before[0]) and torch.equal(high, before[1]):
+            break  # no number lies between them
     exponent = relative + ((low + high) / 2).unsqueeze(-1)
     weights = exponent.clamp(max=0).exp()
     weights = torch.where(full.unsqueeze(-1), visible.double(), weights)
