@@ -1,4 +1,4 @@
-"""Spares Triton's interpreter what it does again and again, which is most of its time in these tests.
+"""Spares Triton's interpreter what it does again and again, which is half of its time in these tests.
 
 Every result stays the same, and whatever could fail still does. All of it holds for Triton 3.6 and 3.7.
 """
