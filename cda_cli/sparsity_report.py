@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cda_cli.causal import Effects, Examined
 from cda_cli.conditions import parse_condition, require
 from cda_cli.errors import ConfigError
-from cda_cli.inspection import QUANTILES, LiveCollector, LiveHead, Report, RowStore, StoredRow, named_figures
+from cda_cli.inspection import QUANTILES, LiveCollector, Report, RowStore, StoredRow, named_metrics
 from cda_cli.inspection.notebook import report_html
 from cda_cli.inspection.tables import Columns, Table
 from cda_cli.inspection.watchers import MOST_DRAWN
@@ -22,8 +22,6 @@ from cda_cli.plurals import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from cda_cli.page import PageContent
 
 MARKS = ("p5", "p50", "p95")
 
@@ -47,7 +45,7 @@ class SparsityReport:
         self.examined, self.store, self.tokens, self.source, self.live = examined, store, tokens, source, live
 
     @property
-    def figures(self) -> Report:
+    def measures(self) -> Report:
         """The measures over the whole text."""
         return self.examined.report
 
@@ -57,12 +55,12 @@ class SparsityReport:
         return self.examined.effects
 
     def __repr__(self) -> str:
-        heads = counted(len(self.figures.heads), "head")
-        return f"<SparsityReport of {self.source['model']}: {heads}, {self.figures.extent}>"
+        heads = counted(len(self.measures.heads), "head")
+        return f"<SparsityReport of {self.source['model']}: {heads}, {self.measures.extent}>"
 
     def _repr_html_(self) -> str:
         """For a notebook: a static table and a map of the heads, without a script, of less than 200 kB."""
-        return report_html(self.figures, str(self.source["model"]), self.verdict, self.examined.has_budget)
+        return report_html(self.measures, str(self.source["model"]), self.verdict, self.examined.has_budget)
 
     def as_dict(self) -> dict[str, Any]:
         """The document of `cda inspect-sparsity --json`; a figure that has no meaning is NaN."""
@@ -83,7 +81,7 @@ class SparsityReport:
         """A row for each layer: how far its heads differ, and the residual stream after it."""
         rows = [
             {"layer": each.layer, "head_divergence": each.head_divergence, **each.residual._asdict()}
-            for each in self.figures.layers
+            for each in self.measures.layers
         ]
         for row in rows:
             row["massive_channels"] = len(row["massive_channels"])
@@ -93,7 +91,7 @@ class SparsityReport:
     def units(self) -> Table:
         """A row for each feed-forward layer."""
         return Table(
-            lambda: iter([_columns([{"layer": each.layer, **each.units._asdict()} for each in self.figures.layers])])
+            lambda: iter([_columns([{"layer": each.layer, **each.units._asdict()} for each in self.measures.layers])])
         )
 
     @property
@@ -149,7 +147,7 @@ class SparsityReport:
 
         weights = self._first_weights(layer, head)
         head_map = HeadMap(layer, head, self.tokens[: len(weights)], weights)
-        source = f"{self.source['model']}: {self.figures.extent}."
+        source = f"{self.source['model']}: {self.measures.extent}."
         return draw(figure, Material(source, self.examined, head_map, []), style)
 
     def save(self, path: str | Path) -> None:
@@ -158,11 +156,11 @@ class SparsityReport:
         It takes about 4/3 of the bytes of the store, a few hundred kB besides, and live heads. Raises StorageError if
         the page cannot be written.
         """
-        from cda_cli.page import live_heads, write_page
+        from cda_cli.page import live_heads, page_content, write_page
 
         name = str(self.source["model"])
-        source = {"model": name, "inspected": self.figures.extent}
-        live = live_heads(self.figures, self.store, self.live) if self.live else []
+        source = {"model": name, "inspected": self.measures.extent}
+        live = live_heads(self.measures, self.store, self.live) if self.live else []
         write_page(Path(path), page_content(name, source, self.examined, self.store, self.tokens, live))
 
     def check(self, condition: str) -> None:
@@ -170,14 +168,14 @@ class SparsityReport:
 
         The figures have the names that `cda inspect-sparsity --fail-if` knows. Raises ConfigError for another one.
         """
-        require(parse_condition(condition), named_figures(self.as_dict()))
+        require(parse_condition(condition), named_metrics(self.as_dict()))
 
     def diff(self, other: SparsityReport) -> Table:
         """Returns a table with a row for each head: each measure of `other` minus that of this report.
 
         Raises ConfigError unless both are of one text, with the same heads.
         """
-        places, others = ([(head.layer, head.head) for head in each.figures.heads] for each in (self, other))
+        places, others = ([(head.layer, head.head) for head in each.measures.heads] for each in (self, other))
         if places != others:
             raise ConfigError("the models have other layers and heads, so no head has its counterpart")
         if self.source["text"] != other.source["text"]:
@@ -196,7 +194,7 @@ class SparsityReport:
                 {"layer": head.layer, "head": head.head}
                 | dict(head.measures)
                 | {f"{name}_{mark}": head.quantiles[name][mark] for name in QUANTILES for mark in MARKS}
-                for head in self.figures.heads
+                for head in self.measures.heads
             ]
         )
 
@@ -230,32 +228,6 @@ class SparsityReport:
             "weight": rows.weight.astype(np.float32),
             "capped": rows.capped,
         }
-
-
-def page_content(
-    name: str,
-    source: Mapping[str, str],
-    examined: Examined,
-    store: RowStore,
-    tokens: Sequence[str],
-    live: Sequence[LiveHead],
-) -> PageContent:
-    """What a page shows of the model called `name`, whose weights over the first `tokens` are in `store`."""
-    from cda_cli.page import PageContent
-
-    return PageContent(
-        title=f"What {name} selects",
-        report=examined.report,
-        store=store,
-        labels=tokens,
-        verdict=examined.verdict,
-        source=source,
-        reads={(head.layer, head.head): head.reads for head in examined.report.heads if head.reads},
-        causal=examined.effects.document() if examined.effects else None,
-        live=live,
-        eps=examined.eps,
-        has_budget=examined.has_budget,
-    )
 
 
 def _place(place: tuple[int, int], rows: int) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def test_a_report_of_a_model_of_transformers() -> None:
     model = build("qwen3", "sdpa", dtype=torch.float32).train()
     report = cda_cli.inspect(model, "thequickbrownfox" * 3, tokenizer=Letters(), context=20, budget="100kB")
     assert report.tokens[:4] == ["t", "h", "e", "q"]
-    assert (report.figures.tokens, report.figures.windows) == (60, 3)
+    assert (report.measures.tokens, report.measures.windows) == (60, 3)
     heads = report.heads.numpy()
     assert len(heads["head"]) == 8
     missing = {name for name, column in heads.items() if (column != column).all()}

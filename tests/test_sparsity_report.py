@@ -35,12 +35,12 @@ def report(lm: LanguageModel) -> SparsityReport:
 
 
 def test_all_tokens_of_the_text_are_inputs(lm: LanguageModel, report: SparsityReport) -> None:
-    assert (report.figures.tokens, report.figures.windows) == (3 * 24, 3)
+    assert (report.measures.tokens, report.measures.windows) == (3 * 24, 3)
     assert "".join(report.tokens) == TEXT[:24]
     whole = cda_cli.inspect(lm, TEXT[:24], budget="100kB")
-    short = cda_cli.inspect(lm, TEXT[:24], context=12, budget="100kB").figures
+    short = cda_cli.inspect(lm, TEXT[:24], context=12, budget="100kB").measures
     assert (short.tokens, short.windows) == (24, 2)
-    assert (whole.figures.tokens, whole.figures.windows) == (24, 1)
+    assert (whole.measures.tokens, whole.measures.windows) == (24, 1)
     assert repr(whole) == "<SparsityReport of random: 4 heads, 24 tokens in 1 window>"
     for layer, head in PLACES:
         assert whole.row(layer, head, 23).keys.tolist() == report.row(layer, head, 23).keys.tolist()
@@ -50,9 +50,9 @@ def test_tables_have_the_figures(report: SparsityReport) -> None:
     heads = report.heads.numpy()
     assert list(zip(heads["layer"], heads["head"], strict=True)) == PLACES
     for name in NAMES:
-        np.testing.assert_array_equal(heads[name], [head.measures[name] for head in report.figures.heads])
-    assert heads["keys_95_p95"].tolist() == [head.quantiles["keys_95"]["p95"] for head in report.figures.heads]
-    assert report.units.numpy()["units_99"].tolist() == [each.units.units_99 for each in report.figures.layers]
+        np.testing.assert_array_equal(heads[name], [head.measures[name] for head in report.measures.heads])
+    assert heads["keys_95_p95"].tolist() == [head.quantiles["keys_95"]["p95"] for head in report.measures.heads]
+    assert report.units.numpy()["units_99"].tolist() == [each.units.units_99 for each in report.measures.layers]
     assert report.layers.numpy()["layer"].tolist() == [0, 1]
     document = report.as_dict()
     assert document["heads"][3]["sink_mass"] == heads["sink_mass"][3]
@@ -242,7 +242,7 @@ def test_a_notebook_shows_it_without_scripts_and_styles(report: SparsityReport) 
     assert read.names == {"div", "p", "b", "svg", "g", "path", "table", "thead", "tbody", "tr", "th", "td"}
     assert all(sentence in read.text for sentence in report.verdict)
     assert not read.attributes & {"style", "class", "id", "href", "src"}
-    for head in report.figures.heads:
+    for head in report.measures.heads:
         assert f"{head.layer}.{head.head}" in read.text
         assert f"{head.measures['effective_support']:.2f}" in read.text
 
@@ -258,7 +258,7 @@ def test_caps_are_left_out_where_rows_have_no_budget(tmp_path: Path) -> None:
 
 def test_a_large_model_takes_less_than_200_kb(report: SparsityReport) -> None:
     """128 layers of 128 heads: the table has a row for each layer, and the map all heads."""
-    (one, *_), figures = report.figures.heads, report.figures
+    (one, *_), figures = report.measures.heads, report.measures
     heads = [
         type(one)(layer, head, {**one.measures, "effective_support": 1.0 + layer * head}, {}, {}, [])
         for layer in range(128)

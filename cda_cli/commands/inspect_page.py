@@ -7,9 +7,8 @@ from pathlib import Path
 from cda_cli.causal import Examined
 from cda_cli.errors import ConfigError
 from cda_cli.inspection import parse_size
-from cda_cli.page import PageCollector, write_page
+from cda_cli.page import PageCollector, page_content, write_page
 from cda_cli.restore import Restored, TextSide
-from cda_cli.sparsity_report import page_content
 from cda_cli.storage import recorded_sha256
 
 DIGEST = 12  # characters of a SHA-256 that tell one checkpoint from another

@@ -60,7 +60,7 @@ def inspect_sparsity(
     from cda_cli.data import loss_of_text
     from cda_cli.errors import ConfigError
     from cda_cli.figures import FIGURES, gather, require_figures, write_figures
-    from cda_cli.inspection import GRADIENTS, ReportWatcher, check_measure, named_figures, parse_selection
+    from cda_cli.inspection import GRADIENTS, ReportWatcher, check_measure, named_metrics, parse_selection
     from cda_cli.page import PageCollector
     from cda_cli.restore import open_side, restore_on
     from cda_cli.signals import StopRequest
@@ -68,9 +68,9 @@ def inspect_sparsity(
     check_measure(by)
     conditions = [parse_condition(text) for text in fail_if or ()]
     wanted = Wanted.parse((), (), ablate or ())
-    looks = styles or DEFAULT_STYLES
+    chosen_styles = styles or DEFAULT_STYLES
     if figures:
-        require_figures(figures, looks)
+        require_figures(figures, chosen_styles)
     elif styles:
         raise ConfigError("--figure-style is that of figures; add --figures DIR")
     page_bytes = checked_budget(html, budget)
@@ -109,6 +109,6 @@ def inspect_sparsity(
     if figures:
         material = gather(examined, restored, text, drawn, watcher.kept)
         with progress("drawing", len(FIGURES), quiet=as_json) as drawing:
-            written = write_figures(figures, material, looks, shlex.join(["cda", *sys.argv[1:]]), drawing)
+            written = write_figures(figures, material, chosen_styles, shlex.join(["cda", *sys.argv[1:]]), drawing)
         note(written.words)
-    check_conditions(conditions, named_figures(document))
+    check_conditions(conditions, named_metrics(document))

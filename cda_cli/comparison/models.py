@@ -121,7 +121,7 @@ def plan_for(runs: Sequence[RecordedRun], plan: Plan) -> Plan:
 
 
 @dataclass
-class _Looks:
+class _Inspections:
     """Looks at the attention of each model while it is there to be evaluated."""
 
     readings: Sequence[Reading]
@@ -187,17 +187,17 @@ def compare_models(
 
     `advance` gets numbers of windows, `windows_to_read` in all. Raises InterruptedRunError once a stop was asked for.
     """
-    looks = _Looks(readings, plan.context or readings[0].text.seq_len, wanted, stop)
-    evaluation = evaluate_readings(plan, readings, restore, stop, advance, further=looks.ways)
-    measured = zip(looks.prepared, evaluation.sums, evaluation.units, strict=True)
+    inspections = _Inspections(readings, plan.context or readings[0].text.seq_len, wanted, stop)
+    evaluation = evaluate_readings(plan, readings, restore, stop, advance, further=inspections.ways)
+    measured = zip(inspections.prepared, evaluation.sums, evaluation.units, strict=True)
     effects = [prepared.effects(sums, units, None) for prepared, sums, units in measured]
-    first, heads = looks.seen[0], [reading.saved.config.model.heads for reading in readings]
+    first, heads = inspections.seen[0], [reading.saved.config.model.heads for reading in readings]
     is_same = [reading.saved.tokenizer.fingerprint == readings[0].saved.tokenizer.fingerprint for reading in readings]
     overlaps = [
         head_overlap(first, seen, (heads[0], count)) if same else None
-        for seen, count, same in list(zip(looks.seen, heads, is_same, strict=True))[1:]
+        for seen, count, same in list(zip(inspections.seen, heads, is_same, strict=True))[1:]
     ]
-    return Models(evaluation, effects, looks.reports, overlaps, looks.parameters, looks.have_budget)
+    return Models(evaluation, effects, inspections.reports, overlaps, inspections.parameters, inspections.have_budget)
 
 
 def remarks(plan: Plan, readings: Sequence[Reading]) -> list[str]:

@@ -304,13 +304,13 @@ def _difference(letter: str, difference: Estimate, units: Units, is_seed: bool) 
     if math.isnan(low):
         return f"{letter} is {abs(value):.4f} bits per byte {better} than A; one observation has no interval.{seed}"
     half = max(high - value, value - low)
-    told = f"{abs(value):.4f} ± {half:.4f} bits per byte {better} than A"
+    amount = f"{abs(value):.4f} ± {half:.4f} bits per byte {better} than A"
     missed = "1 in 20 such intervals would miss."
     if units.blocks < FEWEST_BLOCKS:
         missed = f"from {units.blocks} {units.resampled} more than {missed}"
     if half >= abs(value):
-        return f"{letter} and A are not told apart: {letter} is {told}; {missed}{seed}"
-    return f"{letter} is {told}; {missed}{seed}"
+        return f"{letter} and A are not told apart: {letter} is {amount}; {missed}{seed}"
+    return f"{letter} is {amount}; {missed}{seed}"
 
 
 def _over_seeds(groups: Sequence[str], bits: Mapping[str, float]) -> list[str]:

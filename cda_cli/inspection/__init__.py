@@ -6,7 +6,7 @@ from cda_cli.inspection.gradients import gradients
 from cda_cli.inspection.inspect import inspect, parse_selection
 from cda_cli.inspection.live_heads import LiveCollector, LiveHead
 from cda_cli.inspection.measures import GRADIENTS, MEASURES, NAMES, OF_BUDGET, QUANTILES, check_measure
-from cda_cli.inspection.report import HeadReport, LayerReport, Report, named_figures
+from cda_cli.inspection.report import HeadReport, LayerReport, Report, named_metrics
 from cda_cli.inspection.store import RowStore, StoredHead, StoredRow, parse_size
 from cda_cli.inspection.watchers import Recorded, RecordWatcher, ReportWatcher, Watcher
 
@@ -33,7 +33,7 @@ __all__ = [
     "effective_support",
     "gradients",
     "inspect",
-    "named_figures",
+    "named_metrics",
     "parse_selection",
     "parse_size",
 ]

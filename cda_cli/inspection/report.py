@@ -121,7 +121,7 @@ class Report:
         }
 
 
-def named_figures(document: Mapping[str, Any]) -> dict[str, Any]:
+def named_metrics(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document of a report, for conditions: what `all_heads` has is also found without that word.
 
     Of the measures, `support` stands for `effective_support`, and `k` for `sparsity_k`.

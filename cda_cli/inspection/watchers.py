@@ -47,7 +47,7 @@ class Recorded(NamedTuple):
 
 
 class RecordWatcher(Watcher):
-    """Adds up what training records of each layer. Nothing in it waits for a GPU before `records`."""
+    """Adds up what training records of each layer. Nothing in it waits for a GPU before `recorded`."""
 
     def __init__(self) -> None:
         self.attention: dict[int, RowMeans] = defaultdict(RowMeans)
@@ -69,10 +69,6 @@ class RecordWatcher(Watcher):
         """Each measure of each head, float64 [L, H] on the CPU; 0 where no row has it, as of caps where none binds."""
         means = torch.stack([means.mean().nan_to_num(0.0) for _, means in sorted(self.attention.items())], 1)
         return dict(zip(RECORDED, means, strict=True))
-
-    def records(self) -> tuple[LayerRecord, ...]:
-        """The means over the heads of each layer, and its share of active units."""
-        return self.recorded().layers
 
     def recorded(self) -> Recorded:
         """What training records. Windows must have one length for the alarms to have a meaning."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
+from cda_cli.causal import Examined
 from cda_cli.inspection import LiveCollector, LiveHead, Report, RowCollector, RowStore
 from cda_cli.inspection.live_heads import follows_from_scores, live_bytes
-from cda_cli.page.page import bytes_for_rows
+from cda_cli.page.page import PageContent, bytes_for_rows
 from cda_cli.restore import Restored, TextSide
 
 MOST_LIVE = 12  # heads
@@ -46,3 +47,27 @@ def live_heads(report: Report, store: RowStore, live: LiveCollector, most: int =
         order.append((rank[head.layer], head.layer, head.head))
     chosen = sorted((layer, head) for _, layer, head in sorted(order)[:most])
     return [live.head(*place, store.queries, store.null_keys) for place in chosen]
+
+
+def page_content(
+    name: str,
+    source: Mapping[str, str],
+    examined: Examined,
+    store: RowStore,
+    tokens: Sequence[str],
+    live: Sequence[LiveHead],
+) -> PageContent:
+    """What a page shows of the model called `name`, whose weights over the first `tokens` are in `store`."""
+    return PageContent(
+        title=f"What {name} selects",
+        report=examined.report,
+        store=store,
+        labels=tokens,
+        verdict=examined.verdict,
+        source=source,
+        reads={(head.layer, head.head): head.reads for head in examined.report.heads if head.reads},
+        causal=examined.effects.document() if examined.effects else None,
+        live=live,
+        eps=examined.eps,
+        has_budget=examined.has_budget,
+    )

@@ -85,7 +85,7 @@ def test_alarms_come_with_the_records_of_the_same_pass() -> None:
     watcher = RecordWatcher()
     inspect(build(attn_eps=1e6, attn_k=1.0), batches(7), CPU, torch.float32, watcher)
     layers, alarms = watcher.recorded()
-    assert layers == watcher.records()
+    assert layers == watcher.recorded().layers
     assert [(alarm.layer, alarm.head, alarm.state) for alarm in alarms] == [
         (layer, head, "spread") for layer in range(2) for head in range(2)
     ]

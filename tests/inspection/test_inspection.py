@@ -26,7 +26,7 @@ from cda_cli.inspection import (
     effective_support,
     gradients,
     inspect,
-    named_figures,
+    named_metrics,
     parse_selection,
 )
 from cda_cli.inspection.units import contributions, units_in_use
@@ -305,7 +305,7 @@ def test_what_all_heads_have_together() -> None:
 
 def test_conditions_find_the_figures_of_all_heads_and_of_one() -> None:
     report = run(build()).report()
-    figures = metrics_of(named_figures(report.as_dict()))
+    figures = metrics_of(named_metrics(report.as_dict()))
     assert figures["support.p95"] == figures["all_heads.effective_support.p95"] > 1
     assert figures["k.mean"] == 2
     assert figures["head[1.0].keys_95"] == report.heads[2].measures["keys_95"]
@@ -316,20 +316,20 @@ def test_what_training_records_are_means_over_the_heads_of_a_layer() -> None:
     model, watcher = build(learned_k=True), RecordWatcher()
     report = run(model).report()
     inspect(model, batches(7), CPU, torch.float32, watcher)
-    for layer, values in enumerate(map(asdict, watcher.records())):
+    for layer, values in enumerate(map(asdict, watcher.recorded().layers)):
         heads = [head for head in report.heads if head.layer == layer]
         assert values.pop("layer") == layer
         assert 0.5 < values.pop("active_units") <= 1
         assert set(values) == {"sparsity_k", "effective_support", "capped_share", "distance_back"}
         for name, value in values.items():
             assert value == pytest.approx(sum(head.measures[name] for head in heads) / 2, rel=1e-5)
-    assert len(watcher.records()) == 2
+    assert len(watcher.recorded().layers) == 2
 
 
 def test_a_record_of_heads_that_must_cap_everything_has_no_share() -> None:
     watcher = RecordWatcher()
     inspect(build(attn_k=99.0), batches(), CPU, torch.float32, watcher)
-    assert [layer.capped_share for layer in watcher.records()] == [0, 0]
+    assert [layer.capped_share for layer in watcher.recorded().layers] == [0, 0]
 
 
 def test_active_units_are_those_above_a_thousandth() -> None:
@@ -338,7 +338,7 @@ def test_active_units_are_those_above_a_thousandth() -> None:
     inspect(model, batches(7), CPU, torch.float32, watcher)
     seen = [one.activations for one in raw(model) if isinstance(one, ObservedFeedForward)]
     expected = [(activations.abs() > 1e-3).double().mean().item() for activations in seen]
-    assert [layer.active_units for layer in watcher.records()] == pytest.approx(expected)
+    assert [layer.active_units for layer in watcher.recorded().layers] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("changes", [{}, {"output_gate": True}, {"normalise": "k"}, {"null_kv": 2, "kv_heads": 1}])
