@@ -194,7 +194,7 @@ def test_layers_and_heads_are_chosen(
 
 
 @pytest.mark.parametrize("option", ["--layers", "--heads"])
-@pytest.mark.parametrize("value", ["2", "0,7", "1-0", "x", "", "-1", "0--1"])
+@pytest.mark.parametrize("value", ["2", "x"])
 def test_layers_that_are_not_there(cda: Cda, finished: Path, option: str, value: str) -> None:
     assert_refused(cda("inspect-sparsity", finished, f"{option}={value}"), option)
 
