@@ -100,15 +100,16 @@ def inspect_sparsity(
     assert watcher.kept is not None
     examined = whole._replace(report=whole.report.only(chosen_layers, chosen_heads))
     document = examined.document({"checkpoint": str(restored.path), "data": text.description, "split": text.split})
-    if html and paged:  # first: who reads only the beginning of the report ends the command
+    # Files come first: who reads only the beginning of the report ends the command.
+    if html and paged:
         note(write_report_page(html, paged, examined, restored, text))
-    if as_json:
-        print_json(document)
-    else:
-        show_report(examined, restored, text, by, drawn, watcher.kept)
     if figures:
         material = gather(examined, restored, text, drawn, watcher.kept)
         with progress("drawing", len(FIGURES), quiet=as_json) as drawing:
             written = write_figures(figures, material, chosen_styles, shlex.join(["cda", *sys.argv[1:]]), drawing)
         note(written.words)
+    if as_json:
+        print_json(document)
+    else:
+        show_report(examined, restored, text, by, drawn, watcher.kept)
     check_conditions(conditions, named_metrics(document))
