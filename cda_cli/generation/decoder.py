@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cda_cli.generation.requests import Request
 from cda_cli.generation.sampling import Drawn, Sampler
-from cda_cli.model import KeyValueCache, StaticCache, Transformer
+from cda_cli.model import KeyReads, KeySelection, KeyValueCache, StaticCache, Transformer
 from cda_cli.runtime import autocast, to_device
 
 LEAST_BUCKET = 256  # positions of the shortest context for which a CUDA graph is captured
@@ -37,11 +37,18 @@ class _CapturedStep(NamedTuple):
 class Decoder:
     """A model, the cache of a batch of rows, and what draws their tokens. `dtype` is that of the matrix products.
 
-    Steps are `compiled` by torch.compile if that is wanted, which takes some time at first.
+    Steps are `compiled` by torch.compile if that is wanted, which takes some time at first. They read the keys of
+    `selection`, or all.
     """
 
     def __init__(
-        self, model: Transformer, requests: Sequence[Request], rows: int, dtype: torch.dtype, compiled: bool
+        self,
+        model: Transformer,
+        requests: Sequence[Request],
+        rows: int,
+        dtype: torch.dtype,
+        compiled: bool,
+        selection: KeySelection | None = None,
     ) -> None:
         self.device = model.token_embedding.weight.device
         most = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
@@ -49,11 +56,13 @@ class Decoder:
         # FSDP gathers the weights of a layer for each pass. It has no copy of the model, and a graph would miss it.
         is_sharded = any(type(parameter) is not nn.Parameter for parameter in model.parameters())
         self._model = model if is_sharded else _with_matrices(model, dtype)
-        self._cache = StaticCache(model, rows, dtype, self._positions)
+        self._cache = StaticCache(model, rows, dtype, self._positions, selection)
+        self._pages = self._cache.pages
         self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device)
         self._tokens_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._bucketed_logits = _compiled(self._logits_of_step) if compiled else self._logits_of_step
-        self._has_graphs = model.fits_cuda_graph and not is_sharded
+        fits_graph = self._pages is None or self._pages.fits_cuda_graph
+        self._has_graphs = model.fits_cuda_graph and fits_graph and not is_sharded
         self._needs_buckets = compiled or self.device.type == "cuda"
         self._steps: dict[tuple[int, int], _CapturedStep | None] = {}
         self._graph_pool: Any = None  # The graphs never run at the same time, so they share their memory.
@@ -74,6 +83,8 @@ class Decoder:
         `drawn` is the number of tokens that were drawn so far for each. A long text is read in several passes.
         """
         last_logits: list[Tensor | None] = [None] * len(rows)
+        if self._pages is not None:
+            self._pages.count_rows(0)
         start, longest = 0, max(map(len, texts))
         while start < longest:
             # Rows that have more to read go on together. Causal attention never sees the padding behind a shorter one.
@@ -98,6 +109,8 @@ class Decoder:
         It may draw for further rows, which come last and mean nothing.
         """
         rows, longest = len(lengths), max(lengths) + 1
+        if self._pages is not None:
+            self._pages.count_rows(rows)
         self._prepare_draw(range(rows), drawn)
         if self._needs_buckets:
             bucket = _bucket(rows, 1, self._rows), _bucket(longest, LEAST_BUCKET, self._positions)
@@ -106,6 +119,10 @@ class Decoder:
             return self._draw_after(self._read(rows, self._cache.rows(slice(0, rows), lengths[0])))
         self._cache.lengths_B[:rows] = self._tensor(lengths)
         return self._step(rows, longest)
+
+    def reads(self) -> KeyReads | None:
+        """What the steps read, if not all keys."""
+        return None if self._pages is None else self._pages.reads()
 
     def _step(self, rows: int, longest: int) -> Drawn:
         return self._draw_after(self._bucketed_logits(rows, longest))

@@ -19,7 +19,7 @@ from cda_cli.errors import ConfigError
 from cda_cli.generation.decoder import Decoder
 from cda_cli.generation.requests import Generated, Request, SamplingSettings
 from cda_cli.generation.sampling import Drawn
-from cda_cli.model import Transformer
+from cda_cli.model import KeyReads, KeySelection, Transformer
 
 Reason = Literal["length", "eos", "stop", "context"]
 
@@ -55,8 +55,9 @@ class Generation:
 
     Each request gets the tokens that it gets alone, in any order and with any `batch_size`, but for rounding errors.
     `dtype` is that of the matrix products. On a GPU a step is a CUDA graph. `compiled` makes torch.compile compile the
-    step, which takes up to a minute at first. Raises ConfigError, at once, for an empty prompt, one that is longer than
-    the context, and settings without meaning.
+    step, which takes up to a minute at first. A step reads the keys of `selection`, or all; where their number depends
+    on the keys, it is no CUDA graph. Raises ConfigError, at once, for an empty prompt, one that is longer than the
+    context, settings without meaning, and a selection whose loss the attention of the model does not bound.
     """
 
     def __init__(
@@ -69,13 +70,16 @@ class Generation:
         end_tokens: Collection[int] = (),
         slide: bool = True,
         compiled: bool = False,
+        selection: KeySelection | None = None,
     ) -> None:
+        if selection is not None:
+            _check_selection(model)
         for request in requests:
             _check(request, model.config.seq_len)
         self.model, self.requests, self.dtype = model, list(requests), dtype
         self.reasons: dict[int, Reason] = {}
         self._context, self._end_tokens, self._slide = model.config.seq_len, frozenset(end_tokens), slide
-        self._compiled = compiled
+        self._compiled, self._selection = compiled, selection
         self._batch_size = max(1, min(batch_size, len(self.requests)))
         self._waiting = deque(range(len(self.requests)))
         self._rows: list[_Row] = []  # row i of the cache belongs to entry i
@@ -85,13 +89,19 @@ class Generation:
     def __iter__(self) -> Iterator[Generated]:
         return self._stream
 
+    def reads(self) -> KeyReads | None:
+        """What the steps so far read, once there was a token, if not all keys."""
+        return self._decoder.reads()
+
     def end(self, request: int) -> None:
         """Ends a request: no further token of it comes, and its reason is "stop"."""
         self.reasons[request] = "stop"
 
     def _generated(self) -> Iterator[Generated]:
         with torch.inference_mode():
-            self._decoder = Decoder(self.model, self.requests, self._batch_size, self.dtype, self._compiled)
+            self._decoder = Decoder(
+                self.model, self.requests, self._batch_size, self.dtype, self._compiled, self._selection
+            )
         on_the_way: deque[_Pass] = deque()
         while self._rows or self._waiting or on_the_way:
             newest = self._next_pass(all_known=not on_the_way)
@@ -198,6 +208,14 @@ def _check(request: Request, context: int) -> None:
     if len(request.prompt) > context:
         raise ConfigError(
             f"the prompt has {len(request.prompt)} tokens and the model's context {context}; shorten the prompt to fit"
+        )
+
+
+def _check_selection(model: Transformer) -> None:
+    if not model.attention_rule.has_threshold:
+        raise ConfigError(
+            f"--max-keys knows what it leaves out for softmax, and for the soft top-k of the exact solver, but not for "
+            f"{model.attention_description}; leave it out"
         )
 
 

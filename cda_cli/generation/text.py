@@ -13,6 +13,7 @@ from cda_cli.generation.generate import Generation, Reason
 from cda_cli.generation.prompts import Sample
 from cda_cli.generation.requests import Generated, Request
 from cda_cli.generation.stop_strings import StopStrings
+from cda_cli.model import KeyReads, KeySelection
 from cda_cli.restore import Restored
 from cda_cli.signals import StopRequest
 
@@ -93,7 +94,7 @@ class TextGeneration:
     It yields the sample that has one more token, and once more when that has ended. `prompts` are the tokens of each
     sample's prompt (see `encode_prompts`). A text ends after its number of tokens, before an end token, or before a
     stop string. Where the context is full, the model goes on with its newer half, or without `slide` the text ends.
-    `dtype` is that of the matrix products.
+    `dtype` is that of the matrix products. Each token reads the keys of `selection`, or all.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class TextGeneration:
         stop: StopRequest,
         batch_size: int = 1,
         slide: bool = True,
+        selection: KeySelection | None = None,
     ) -> None:
         tokenizer, seq_len = restored.tokenizer, restored.model.config.seq_len
         pairs = zip(samples, prompts, strict=True)
@@ -118,7 +120,12 @@ class TextGeneration:
             dtype=dtype,
             end_tokens=(tokenizer.separator,),
             slide=slide,
+            selection=selection,
         )
+
+    def reads(self) -> KeyReads | None:
+        """What was read of the keys so far, if not all."""
+        return self._generation.reads()
 
     def __iter__(self) -> Iterator[SampledText]:
         reasons, finished = self._generation.reasons, 0

@@ -3,13 +3,19 @@
 from cda_cli.model.activations import feed_forward_activation
 from cda_cli.model.cache import KeyValueCache, StaticCache
 from cda_cli.model.edits import editing
+from cda_cli.model.key_pages import KeyReads
 from cda_cli.model.loss import padded_vocabulary
+from cda_cli.model.page_choice import FIRST_AND_NEWEST, PAGE, KeySelection
 from cda_cli.model.published import from_published
 from cda_cli.model.rules import AttentionRule, Rows, attention_rule, model_backend
 from cda_cli.model.transformer import Transformer, expected_tensors, load_state_tensors, state_tensors
 
 __all__ = [
+    "FIRST_AND_NEWEST",
+    "PAGE",
     "AttentionRule",
+    "KeyReads",
+    "KeySelection",
     "KeyValueCache",
     "Rows",
     "StaticCache",

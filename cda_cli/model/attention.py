@@ -98,8 +98,8 @@ class Attention(nn.Module):
                 observe = partial(self._observe, self._output_scale(budget, logits.get("gate"), query))
             watch = (observe, self.edit_rows)
             out_BHTD = self.rule.attend_densely(query, key, value, budget, *watch, documents, visible_B)
-        elif visible_B is not None or self._decodes(query, cache, documents):
-            out_BHTD = self.rule.decode(query, key, value, budget, visible_B)
+        elif cache is not None and (visible_B is not None or self._decodes(query, documents)):
+            out_BHTD = cache.decode(self.layer, self.rule, query, key, value, budget)
         else:
             out_BHTD = self.rule.attend(query, key, value, budget, documents)
         if self.divides_by_k:
@@ -109,9 +109,9 @@ class Attention(nn.Module):
         return self.to_out(out_BHTD.transpose(1, 2).flatten(2))
 
     @staticmethod
-    def _decodes(query_BHTD: Tensor, cache: KeyValueCache | None, documents: Tensor | None) -> bool:
+    def _decodes(query_BHTD: Tensor, documents: Tensor | None) -> bool:
         """Whether one query of each row sees all of its keys, and no gradient is asked for, which decoding lacks."""
-        alone = cache is not None and documents is None and query_BHTD.shape[2] == 1
+        alone = documents is None and query_BHTD.shape[2] == 1
         return alone and not (torch.is_grad_enabled() and query_BHTD.requires_grad)
 
     @property

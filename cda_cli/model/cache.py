@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cda_cli.model.key_pages import KeyPages
+from cda_cli.model.page_choice import KeySelection
+from cda_cli.model.rules import AttentionRule
+
 if TYPE_CHECKING:
     from cda_cli.model.rotary import RotaryPositions, RotaryTables
     from cda_cli.model.transformer import Transformer
@@ -22,10 +26,27 @@ class KeyValueCache(ABC):
     length: int | Tensor  # The positions before the new ones: one number for all rows, or int64 [B].
     visible_B: Tensor | None = None  # The number of keys that each row sees, int64 [B], if not all of `append`.
     holds_null_keys = False  # Otherwise each attention layer puts its own in front.
+    rows: slice | Tensor  # The places of the rows in the whole cache.
+    pages: KeyPages | None = None  # What chooses the keys that a query reads, if that is not all.
 
     @abstractmethod
     def append(self, layer: int, key_BKTD: Tensor, value_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         """Stores T new positions of a layer. Returns the keys and the values of that layer, [B, K, S, D] each."""
+
+    def decode(
+        self,
+        layer: int,
+        rule: AttentionRule,
+        query_BHTD: Tensor,
+        key_BKSD: Tensor,
+        value_BKSD: Tensor,
+        budget: float | Tensor,
+    ) -> Tensor:
+        """Computes attention [B, H, 1, D] of one query of each row to what `append` returned."""
+        if self.pages is not None:
+            inputs = (query_BHTD, key_BKSD, value_BKSD, budget, self.visible_B)
+            return self.pages.decode(layer, self.rows, rule, *inputs)
+        return rule.decode(query_BHTD, key_BKSD, value_BKSD, budget, self.visible_B)
 
     def advance(self, positions: int) -> None:
         """Counts the positions that every layer has stored."""
@@ -37,10 +58,18 @@ class StaticCache:
 
     The null keys of each layer stand in the first slots, and the position p of a row in slot null keys + p. Rows thus
     need no padding in front, whatever their lengths: `lengths_B`, int64, positions of each row on the device. There is
-    room for `positions` of each row, or for the model's whole context.
+    room for `positions` of each row, or for the model's whole context. A query of a single position reads the keys of
+    `selection`, if that is given and does not hold all slots.
     """
 
-    def __init__(self, model: Transformer, batch_size: int, dtype: torch.dtype, positions: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        batch_size: int,
+        dtype: torch.dtype,
+        positions: int | None = None,
+        selection: KeySelection | None = None,
+    ) -> None:
         config, device = model.config, model.token_embedding.weight.device
         self.null_keys = config.null_kv
         slots = config.null_kv + (config.seq_len if positions is None else positions)
@@ -52,6 +81,7 @@ class StaticCache:
             null_key, null_value = block.attention.null_kv.detach()
             self.keys[layer, :, :, : self.null_keys] = null_key
             self.values[layer, :, :, : self.null_keys] = null_value
+        self.pages = None if selection is None or selection.holds(slots) else KeyPages(selection, self.keys)
 
     def rows(self, rows: slice | Tensor = slice(None), length: int = 0) -> CachedRows:
         """Returns the cache of some rows (a slice or their indices), each of which has `length` positions so far."""
@@ -69,6 +99,8 @@ class StaticCache:
         """Copies a row into another one."""
         for tensor, dim in ((self.keys, 1), (self.values, 1), (self.lengths_B, 0)):
             tensor.select(dim, target).copy_(tensor.select(dim, source))
+        if self.pages is not None:
+            self.pages.move_row(source, target)
 
 
 class CachedRows(KeyValueCache):
@@ -78,7 +110,7 @@ class CachedRows(KeyValueCache):
     length: int
 
     def __init__(self, cache: StaticCache, rows: slice | Tensor, length: int) -> None:
-        self.cache, self.rows, self.length = cache, rows, length
+        self.cache, self.rows, self.length, self.pages = cache, rows, length, cache.pages
 
     def append(self, layer: int, key_BKTD: Tensor, value_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         first = self.cache.null_keys + self.length
@@ -86,7 +118,10 @@ class CachedRows(KeyValueCache):
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.rows, :, first:stop] = key_BKTD.to(keys.dtype)
         values[self.rows, :, first:stop] = value_BKTD.to(values.dtype)
-        return keys[self.rows, :, :stop], values[self.rows, :, :stop]
+        stored = keys[self.rows, :, :stop]
+        if self.pages is not None:
+            self.pages.update(layer, self.rows, stored, first, stop)
+        return stored, values[self.rows, :, :stop]
 
 
 class CachedStep(KeyValueCache):
@@ -101,6 +136,7 @@ class CachedStep(KeyValueCache):
         self.length = cache.lengths_B[:rows].clamp_(max=longest - 1)
         self.visible_B: Tensor = self.length + (cache.null_keys + 1)
         self._places: tuple[Tensor, Tensor] | None = None  # rows and slots of the new positions
+        self.rows, self.pages = slice(0, rows), cache.pages
         self._tables: RotaryTables | None = None
 
     def append(self, layer: int, key_BKTD: Tensor, value_BKTD: Tensor) -> tuple[Tensor, Tensor]:

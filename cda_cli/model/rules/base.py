@@ -71,6 +71,7 @@ class AttentionRule(ABC):
 
     has_budget = False  # Each row has a budget k and sums to it. Rows of the other rules sum to 1.
     has_eps = True  # The weights depend on ε.
+    has_threshold = False  # The weights of a row are min(1, exp((s + a)/ε)) for some a, and sum to its budget.
     uses_operator = False  # `cda_cli.ops` computes the weights, with a solver and a backend.
     code = "PyTorch, dense weights"  # The code that computes the weights if the operator does not, in words.
 

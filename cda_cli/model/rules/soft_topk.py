@@ -65,6 +65,11 @@ class SoftTopK(AttentionRule):
         )
 
     @property
+    def has_threshold(self) -> bool:  # type: ignore[override]  # a constant in the rules without solvers
+        """True for the exact solver alone: the iterative one is near the weights that this says."""
+        return self.config.solver == "exact"
+
+    @property
     def divides_by_eps(self) -> bool:
         """True for the exact solver alone: the iterative one starts from eps_init, which does not change with ε."""
         return self.config.solver == "exact"

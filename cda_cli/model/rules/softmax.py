@@ -14,6 +14,7 @@ class Softmax(AttentionRule):
     """The weights are softmax(scores), by PyTorch's fused attention. `attn_eps` and `attn_k` have no effect."""
 
     has_eps = False
+    has_threshold = True
     code = "PyTorch SDPA"
 
     def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
