@@ -92,6 +92,24 @@ class KeyPages:
 
         Where these are all pages, it calls `rule.decode`.
         """
+        read = self.choose(layer, rows, rule, query_BHTD, key_BKSD, budget, visible_B)
+        if read is None:
+            return rule.decode(query_BHTD, key_BKSD, value_BKSD, budget, visible_B)
+        values = value_BKSD.take_along_dim(read.slots.unsqueeze(-1), 2).to(self._dtype)
+        with torch.autocast(values.device.type, enabled=False):
+            return (read.weights @ values).to(value_BKSD.dtype).view(query_BHTD.shape)
+
+    def choose(
+        self,
+        layer: int,
+        rows: slice | Tensor,
+        rule: AttentionRule,
+        query_BHTD: Tensor,
+        key_BKSD: Tensor,
+        budget: float | Tensor,
+        visible_B: Tensor | None,
+    ) -> Read | None:
+        """Chooses what `decode` reads, with its weights, and counts it; None: all keys."""
         (B, H), (K, S), device = query_BHTD.shape[:2], key_BKSD.shape[1:3], query_BHTD.device
         keys_B = torch.full((B,), S, device=device) if visible_B is None else visible_B
         of_each = budget if isinstance(budget, Tensor) else torch.full((), budget, device=device)
@@ -100,11 +118,8 @@ class KeyPages:
             of_group = of_each.to(self._dtype).expand(B, H, 1).reshape(B, K, -1)
             limits = self._limits[layer, rows, :, : page_count(S)]
             read = PageChoice(rule, query, key_BKSD, keys_B, of_group, limits).read(self.selection)
-            self._count(keys_B, read)
-            if read is not None:
-                values = value_BKSD.take_along_dim(read.slots.unsqueeze(-1), 2).to(self._dtype)
-                return (read.weights @ values).to(value_BKSD.dtype).view(query_BHTD.shape)
-        return rule.decode(query_BHTD, key_BKSD, value_BKSD, budget, visible_B)
+        self._count(keys_B, read)
+        return read
 
     def _count(self, keys_B: Tensor, read: Read | None) -> None:
         is_counted = torch.arange(len(keys_B), device=keys_B.device) < self._counted

@@ -1,0 +1,260 @@
+"""Measures what decoding gains and loses by reading some pages of keys, with trained models.
+
+    python benchmarks/key_pages.py runs/pages --steps 500          # trains two models there first, unless it did
+    python benchmarks/key_pages.py RUN RUN --data TEXT             # of trained runs
+
+A model reads 8 k, 32 k and 128 k tokens of its validation text, or of TEXT, into its cache, in chunks. It goes on with
+the 64 tokens that follow, one at a time: with all keys, with at most N of them, and with as many as a tolerance of the
+mass left out takes. Each way reads the same tokens, after the same cache.
+
+- keys read: the share of the cache, as a median over heads and tokens and as the 95th percentile, also by layer;
+- mass left out: the largest share of a row's weight, as the bound says and as it is;
+- output error: ‖o − o_all‖/‖o_all‖ of attention, over all heads, tokens and layers, with the queries of all keys;
+- loss: that of the 64 tokens, in nats, and its difference to that with all keys;
+- step: the median time of one token, by a CUDA graph where the number of pages does not depend on the keys, and
+  without one. The steps draw no token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from synthetic import cda, header, row
+from torch import Tensor, nn
+
+from cda_cli.model import KeySelection, StaticCache, Transformer
+from cda_cli.model.key_pages import KeyPages
+from cda_cli.model.page_choice import Read
+from cda_cli.model.rules import AttentionRule
+from cda_cli.restore import Restored, open_side, restore
+from cda_cli.runtime import autocast, pick_dtype
+from cda_cli.signals import StopRequest
+
+LENGTHS = (8192, 32768, 131072)
+FOLLOWING = 64
+CHUNK = 2048
+TIMED = 20
+SELECTIONS = {
+    "N = 256": KeySelection(256),
+    "N = 1024": KeySelection(1024),
+    "N = 4096": KeySelection(4096),
+    "τ = 0.5": KeySelection(None, 0.5),
+    "τ = 0.1": KeySelection(None, 0.1),
+    "τ = 0.01": KeySelection(None, 0.01),
+}
+# Small models of 6 layers with 8 heads, whose positions turn slowly, so that texts longer than those of training serve.
+MODEL = ("model.seq_len=8192", "model.depth=6", "model.rotary_base=1000000", "optim.batch_size=4", "optim.grad_accum=1")
+QUIET = ("run.eval_every=0", "run.save_every=0", "run.compile=false", "optim.warmup_steps=50")
+ARMS = {
+    "softmax": ("--attention", "softmax", "--set", "model.learned_k=false"),
+    "soft-topk": (
+        "--attention", "coordinate-descent", "--set", "model.attn_eps=0.1", "--set", "model.eps_anneal_start=1.0",
+    ),
+}  # fmt: skip
+
+
+class WatchedPages(KeyPages):
+    """While `is_watching`, also compares the output and the weights of each layer with those of all keys."""
+
+    def watch(self, layers: int) -> None:
+        self.is_watching = True
+        self.read: list[list[Tensor]] = [[] for _ in range(layers)]  # shares of the keys, a tensor [K] for each token
+        self.mass_left_out: list[Tensor] = []  # the bound, and the true share
+        self.squares: list[Tensor] = []  # of o − o_all, and of o_all
+
+    def decode(
+        self,
+        layer: int,
+        rows: slice | Tensor,
+        rule: AttentionRule,
+        query_BHTD: Tensor,
+        key_BKSD: Tensor,
+        value_BKSD: Tensor,
+        budget: float | Tensor,
+        visible_B: Tensor | None,
+    ) -> Tensor:
+        if not self.is_watching:
+            return super().decode(layer, rows, rule, query_BHTD, key_BKSD, value_BKSD, budget, visible_B)
+        assert visible_B is not None
+        read = self.choose(layer, rows, rule, query_BHTD, key_BKSD, budget, visible_B)
+        of_all = rule.decode(query_BHTD, key_BKSD, value_BKSD, budget, visible_B)
+        if read is None:
+            self.read[layer].append(torch.ones(key_BKSD.shape[1], device=of_all.device))
+            return of_all
+        with torch.autocast(of_all.device.type, enabled=False):
+            values = value_BKSD.take_along_dim(read.slots.unsqueeze(-1), 2).float()
+            output = (read.weights @ values).view(query_BHTD.shape)
+            left_out = _left_out(read, rule, query_BHTD.float(), key_BKSD.float(), budget, visible_B)
+        self.read[layer].append((read.seen.sum(-1) / visible_B.unsqueeze(1)).flatten())
+        self.mass_left_out.append(torch.stack((read.mass_left_out.amax(), left_out)))
+        self.squares.append(torch.stack(((output - of_all).square().sum(), of_all.float().square().sum())))
+        return output.to(of_all.dtype)
+
+
+def _left_out(
+    read: Read, rule: AttentionRule, query_BHTD: Tensor, key_BKSD: Tensor, budget: float | Tensor, visible_B: Tensor
+) -> Tensor:
+    """The largest share of a row's weight, among those of all keys, that is on keys that are not read."""
+    K, S, D = key_BKSD.shape[1:]
+    scores = rule.scale * query_BHTD.view(1, K, -1, D) @ key_BKSD.mT
+    seen = torch.arange(S, device=scores.device) < visible_B.view(-1, 1, 1, 1)
+    budgets = torch.as_tensor(budget, dtype=scores.dtype, device=scores.device).expand(query_BHTD.shape[:3])
+    weights = rule.weights(scores, budgets.reshape(scores.shape[:3]), seen.expand_as(scores))
+    kept = (weights.take_along_dim(read.slots.unsqueeze(2), 3) * read.seen.unsqueeze(2)).sum(-1)
+    return (1 - kept / weights.sum(-1)).clamp(min=0).amax()
+
+
+class Line(NamedTuple):
+    """A model with a cache of `length` keys, and how it goes on: the losses [FOLLOWING], and milliseconds of a step.
+
+    `captured` is that of a CUDA graph, if there can be one.
+    """
+
+    losses: Tensor
+    eager: float
+    captured: float | None
+
+    @property
+    def step(self) -> float:
+        return self.captured or self.eager
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="trained runs, or with --steps a folder for two new ones")
+    parser.add_argument("--steps", type=int, help="train softmax and soft top-k so long, unless they are there")
+    parser.add_argument("--data", help="text; the run's own validation text where not given")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="keys in the cache")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of new runs")
+    asked = parser.parse_args()
+    runs = asked.runs
+    if asked.steps:
+        with ThreadPoolExecutor(len(ARMS)) as pool:
+            runs = list(pool.map(lambda name: trained(name, asked.runs[0], asked), ARMS))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    header("Decoding that reads some pages of keys", "run, keys, way", "keys read, median / 95 %",
+           "mass left out, bound / true", "output error", "loss", "Δ loss", "step, ms", "CUDA graph, ms",
+           "time, × all keys")  # fmt: skip
+    of_layers = [each for run in runs for each in measured(run, device, asked)]
+    depth = max(len(read) for _, read in of_layers)
+    header("Keys read by layer, median / 95 %", "run, keys, way", *(f"layer {layer}" for layer in range(depth)))
+    for name, read in of_layers:
+        row(name, *(spread(torch.stack(of_layer)) for of_layer in read))
+
+
+def trained(name: str, folder: Path, asked: argparse.Namespace) -> Path:
+    """Trains one arm, unless it is trained, and returns its run."""
+    run: Path = folder / name
+    if not run.exists():
+        sets = [part for each in (*MODEL, *QUIET, *asked.set) for part in ("--set", each)]
+        data = ("--data", asked.data) if asked.data else ()
+        cda("train", "--preset", "small", "--out", run, "--steps", asked.steps, *data, *ARMS[name], *sets)
+        print(f"{name} is trained", file=sys.stderr, flush=True)
+    return run
+
+
+@torch.inference_mode()
+def measured(run: Path, device: torch.device, asked: argparse.Namespace) -> Iterator[tuple[str, list[list[Tensor]]]]:
+    """Prints a line for each length and way. Yields the name of each, and what was read by layer."""
+    longest = max(asked.lengths) + FOLLOWING + 1
+    restored, dtype = restore(run, device, context=longest), pick_dtype("auto", device)
+    model = restored.model
+    cast_matrices(model, dtype)
+    tokens = text_of(restored, asked.data, longest)
+    cache = StaticCache(model, 1, dtype, longest)
+    pages, start = WatchedPages(KeySelection(None), cache.keys), 0
+    for length in sorted(asked.lengths):
+        cache.pages = pages
+        for first in range(start, length, CHUNK):
+            stop = min(length, first + CHUNK)
+            with autocast(device, dtype):
+                model(tokens[:, first:stop], cache.rows(slice(0, 1), first), wanted_B=tokens.new_zeros(1))
+        start, following = length, tokens[0, length : length + FOLLOWING + 1]
+        cache.pages = None
+        dense = line(model, cache, dtype, length, following)
+        row(f"{run.name}, {length:,}, all keys", "100 %", "0", "0", *figures(dense, dense))
+        for way, selection in SELECTIONS.items():
+            pages.selection, cache.pages = selection, pages
+            pages.watch(model.config.depth)
+            name, found = f"{run.name}, {length:,}, {way}", line(model, cache, dtype, length, following)
+            read = torch.stack([each for of_layer in pages.read for each in of_layer])
+            masses = torch.stack(pages.mass_left_out).amax(0).tolist() if pages.mass_left_out else [0.0, 0.0]
+            squares = torch.stack(pages.squares).sum(0).tolist() if pages.squares else [0.0, 1.0]
+            mass, error = " / ".join(f"{each:.2g}" for each in masses), f"{(squares[0] / squares[1]) ** 0.5:.1e}"
+            row(name, spread(read), mass, error, *figures(found, dense))
+            yield name, pages.read
+
+
+def line(model: Transformer, cache: StaticCache, dtype: torch.dtype, length: int, following: Tensor) -> Line:
+    """Reads the tokens that follow, with the keys that the pages of the cache select, and then times a step."""
+
+    def step(place: int = 0) -> Tensor:
+        with autocast(following.device, dtype):
+            logits = model(following[place].view(1, 1), cache.step(1, length + FOLLOWING + 1))
+        return F.cross_entropy(logits[0].float(), following[place + 1].view(1))
+
+    cache.lengths_B.fill_(length)
+    losses = torch.stack([step(place) for place in range(FOLLOWING)])
+    pages, captured = cache.pages, None
+    if isinstance(pages, WatchedPages):
+        pages.is_watching = False
+    cache.lengths_B.fill_(length)
+    eager = milliseconds(step, following.device)
+    if model.fits_cuda_graph and (pages is None or pages.fits_cuda_graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        captured = milliseconds(graph.replay, following.device)
+    return Line(losses, eager, captured)
+
+
+def milliseconds(step: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(TIMED):
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def figures(found: Line, dense: Line) -> list[object]:
+    difference = (found.losses - dense.losses).mean().item()
+    captured = "–" if found.captured is None else f"{found.captured:.3f}"
+    return [found.losses.mean().item(), f"{difference:+.4f}", found.eager, captured, f"{found.step / dense.step:.2f}"]
+
+
+def spread(shares: Tensor) -> str:
+    median, most = shares.float().flatten().quantile(torch.tensor([0.5, 0.95], device=shares.device)).tolist()
+    return f"{median:.1%} / {most:.1%}"
+
+
+def cast_matrices(model: Transformer, dtype: torch.dtype) -> None:
+    """Holds the weights of linears in `dtype`, as decoding does."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+
+
+def text_of(restored: Restored, data: str | None, count: int) -> Tensor:
+    """The first tokens of the text, [1, count]."""
+    with StopRequest() as stop:
+        side = open_side(restored, data, None, stop, show_progress=False).sides[0]
+    if len(side) < count:
+        sys.exit(f"the text has {len(side):,} tokens, and {count:,} are read; give --data a longer one")
+    return torch.as_tensor(side.ids[:count].astype("int64"), device=restored.device).unsqueeze(0)
+
+
+if __name__ == "__main__":
+    main()
