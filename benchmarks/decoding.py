@@ -61,7 +61,7 @@ def gpu_table(device: torch.device, dtype: torch.dtype, *, compiled: bool) -> No
         softmax = None
         for attention in ATTENTION:
             model = fresh(preset, attention, device)
-            lengths = {"prompt_length": LENGTH, "new_tokens": LENGTH}
+            lengths: dict[str, Any] = {"prompt_length": LENGTH, "new_tokens": LENGTH}
             speed = bench_decode(model, dtype, bandwidth, batch_size=batch_size, compiled=compiled, **lengths)
             softmax = softmax or speed.step_ms
             row(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cda_cli.commands.key_options import MaxKeysOption, ToleranceOption, checked_selection
 from cda_cli.commands.options import (
     BackendOption,
     BestOption,
@@ -37,6 +38,8 @@ def bench_decode(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile a step by torch.compile, which takes up to a minute at first.")
     ] = False,
+    max_keys: MaxKeysOption = None,
+    tolerance: ToleranceOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
@@ -49,11 +52,15 @@ def bench_decode(
     time to the first token includes that of a cache, and of a copy of the weights where --dtype is not float32.
     """
     from cda_cli.console import print_json, show_decode_speed
+    from cda_cli.errors import ConfigError
     from cda_cli.generation.benchmark import bench_decode, memory_bandwidth
     from cda_cli.restore import restore_on
     from cda_cli.runtime import describe_device
     from cda_cli.signals import StopRequest
 
+    selection = checked_selection(max_keys, tolerance)
+    if compiled and selection:
+        raise ConfigError("--compile and --max-keys exclude each other; give one of them")
     with StopRequest() as stop:
         restored, precision = restore_on(checkpoint, device, dtype, backend, best=best, ema=ema)
         with stop.at_once("interrupted; nothing was written"):
@@ -67,6 +74,7 @@ def bench_decode(
                     prompt_length=prompt_length or min(DEFAULT_LENGTH, half),
                     new_tokens=new_tokens or min(DEFAULT_LENGTH, half),
                     compiled=compiled,
+                    selection=selection,
                 )
                 for size in batch_size or [1]
             ]

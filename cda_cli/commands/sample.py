@@ -6,6 +6,7 @@ import sys
 from time import perf_counter
 
 from cda_cli.commands import sample_options
+from cda_cli.commands.key_options import MaxKeysOption, ToleranceOption, checked_selection
 from cda_cli.commands.options import (
     BackendOption,
     BestOption,
@@ -42,6 +43,8 @@ def sample(
     json_lines: sample_options.JsonLinesOption = False,
     logprobs: sample_options.LogprobsOption = None,
     batch_size: sample_options.BatchSizeOption = sample_options.AUTO,
+    max_keys: MaxKeysOption = None,
+    tolerance: ToleranceOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
@@ -68,6 +71,7 @@ def sample(
     from cda_cli.signals import StopRequest
 
     rows, given = checked_batch_size(batch_size), [*(texts or ()), *(prompt or ())]
+    selection = checked_selection(max_keys, tolerance)
     settings = PromptSettings(
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
@@ -83,7 +87,7 @@ def sample(
     settings.check()
     load = partial(restore_on, checkpoint, device, dtype, backend, best=best, ema=ema)
     if not given and prompts is None and sys.stdin.isatty():
-        if null or as_json or json_lines or not sys.stdout.isatty():
+        if null or as_json or json_lines or selection or not sys.stdout.isatty():
             raise ConfigError("there is no prompt; give --prompt TEXT, --prompts FILE, or text on stdin")
         edit(load, settings, seed)
         return
@@ -95,7 +99,7 @@ def sample(
         tokens = encode_prompts(restored, planned, slide=context_shift is True)
         generation = TextGeneration(
             restored, planned, tokens, dtype=precision, stop=stopping, slide=context_shift is not False,
-            batch_size=rows or auto_batch_size(restored.model, precision, len(planned)),
+            batch_size=rows or auto_batch_size(restored.model, precision, len(planned)), selection=selection,
         )  # fmt: skip
         output: SampleDocument | SampleLines | SampleText
         if as_json:
@@ -112,4 +116,4 @@ def sample(
                 advance(sampled.has_ended)
         seconds = perf_counter() - start
         output.finish(stopping)
-    show_sampling(generation.samples, seconds)
+    show_sampling(generation.samples, seconds, generation.reads())

@@ -29,3 +29,10 @@ def show_decode_speed(about: Mapping[str, str], speeds: Sequence[DecodeSpeed]) -
             share(speed.bandwidth_utilization),
         )
     section("Decoding: the time of a step, and the bytes that it must read", found)
+    of_keys = table("batch", "keys", "read", "mass left out")
+    for speed in speeds:
+        if speed.keys is not None and speed.keys_read is not None and speed.mass_left_out is not None:
+            read = f"{speed.keys_read:,.0f} ({share(speed.keys_read / speed.keys)})"
+            of_keys.add_row(f"{speed.batch_size:,}", f"{speed.keys:,.0f}", read, f"≤ {share(speed.mass_left_out)}")
+    if of_keys.rows:
+        section("Keys that a head reads for a token, and the share of a row's weight on the others", of_keys)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from cda_cli.console.base import count, is_live, out, print_json, print_json_line
+from cda_cli.console.base import count, is_live, out, print_json, print_json_line, share
 from cda_cli.console.text import note, print_sentence, write_text
 from cda_cli.plurals import counted
 
 if TYPE_CHECKING:
     from cda_cli.generation.text import SampledText
+    from cda_cli.model import KeyReads
     from cda_cli.signals import StopRequest
 
 
@@ -104,11 +105,21 @@ class SampleDocument:
         print_json({"checkpoint": self._checkpoint, "samples": [sample.as_dict() for sample in self._samples]})
 
 
-def show_sampling(samples: Sequence[SampledText], seconds: float) -> None:
-    """Says on stderr, if that is a terminal, how fast samples came and why they ended."""
-    console = Console(stderr=True)
+def show_sampling(samples: Sequence[SampledText], seconds: float, reads: KeyReads | None) -> None:
+    """Says on stderr, if that is a terminal, how fast samples came and why they ended.
+
+    It always says what was read of the keys, if not all.
+    """
+    console, told = Console(stderr=True), []
     if is_live(console):
         tokens, reasons = sum(len(sample.ids) for sample in samples), Counter(each.finish_reason for each in samples)
         ended = ", ".join(f"{number} by {reason}" for reason, number in reasons.most_common())
         speed = f"{count(tokens / max(seconds, 1e-9))} tokens/s"
-        print_sentence(console, f"{counted(tokens, 'token')}, {speed}; ended: {ended}", style="dim")
+        told.append(f"{counted(tokens, 'token')}, {speed}; ended: {ended}")
+    if reads is not None:
+        told.append(
+            f"a head read {reads.keys_read:,.0f} of {reads.keys:,.0f} keys for a token, and left out at most "
+            f"{share(reads.mass_left_out)} of a row's weight"
+        )
+    if told:
+        print_sentence(console, "; ".join(told), style="dim")

@@ -17,7 +17,7 @@ from cda_cli.errors import ConfigError
 from cda_cli.generation.decoder import linear_parameters
 from cda_cli.generation.generate import Generation
 from cda_cli.generation.requests import Request, SamplingSettings
-from cda_cli.model import Transformer
+from cda_cli.model import PAGE, KeyReads, KeySelection, Transformer
 from cda_cli.plurals import counted
 
 WAVES = 4  # batches that enter one after another; the first one captures CUDA graphs, and is not timed
@@ -38,6 +38,9 @@ class DecodeSpeed(NamedTuple):
     bandwidth_gb_per_s: float  # bytes of a step in the time of a step
     bandwidth_utilization: float  # the part of the measured bandwidth
     ceiling_tokens_per_second: float  # at the measured bandwidth
+    keys: float | None = None  # of the cache, null keys included, on average over the steps; None: all were read
+    keys_read: float | None = None  # of them, by a head for a token
+    mass_left_out: float | None = None  # the largest share of a row's weight that was on the others, as a bound
 
 
 def bench_decode(
@@ -49,8 +52,11 @@ def bench_decode(
     prompt_length: int = 128,
     new_tokens: int = 128,
     compiled: bool = False,
+    selection: KeySelection | None = None,
 ) -> DecodeSpeed:
     """Times a `Generation` of random prompts, drawn at temperature 0.8. `bandwidth` is in bytes per second.
+
+    A step reads the keys of `selection`, or all.
 
     Each row of the batch gets `new_tokens` after a prompt of `prompt_length`. Raises ConfigError if that does not fit
     the context of the model, or leaves no step to time.
@@ -64,32 +70,38 @@ def bench_decode(
             f"context of {context}; give a shorter --prompt-length or fewer --new-tokens"
         )
 
-    def arrivals(waves: int, new_tokens: int) -> list[float]:
-        """Seconds from the start until each token of each wave has come to all of its rows."""
+    def arrivals(waves: int, new_tokens: int) -> tuple[list[float], KeyReads | None]:
+        """Seconds from the start until each token of each wave has come to all of its rows, and what was read."""
         requests = _requests(waves * batch_size, prompt_length, new_tokens, model.config.vocab_size)
         _synchronize(model.token_embedding.weight.device)
         began, times = time.perf_counter(), []
-        generation = Generation(model, requests, batch_size=batch_size, dtype=dtype, compiled=compiled)
+        generation = Generation(
+            model, requests, batch_size=batch_size, dtype=dtype, compiled=compiled, selection=selection
+        )
         for number, _ in enumerate(generation, 1):
             if number % batch_size == 0:
                 times.append(time.perf_counter() - began)
-        return times
+        return times, generation.reads()
 
-    times = arrivals(WAVES, new_tokens)
+    times, reads = arrivals(WAVES, new_tokens)
     waves = [times[start : start + new_tokens] for start in range(new_tokens, len(times), new_tokens)]
     step = statistics.median((wave[-1] - wave[0]) / (new_tokens - 1) for wave in waves)
-    step_bytes = bytes_of_step(model, dtype, batch_size, prompt_length + new_tokens / 2)
+    positions = prompt_length + new_tokens / 2
+    if reads is not None:  # The bounds of a page are as long as a key and a value, but in float32.
+        positions = reads.keys_read - model.config.null_kv + 4 / dtype.itemsize * reads.keys / PAGE
+    step_bytes = bytes_of_step(model, dtype, batch_size, positions)
     return DecodeSpeed(
         batch_size,
         prompt_length,
         new_tokens,
-        time_to_first_token_ms=1e3 * statistics.median(arrivals(1, 1)[0] for _ in range(WAVES - 1)),
+        time_to_first_token_ms=1e3 * statistics.median(arrivals(1, 1)[0][0] for _ in range(WAVES - 1)),
         step_ms=1e3 * step,
         tokens_per_second=batch_size / step,
         step_bytes=step_bytes,
         bandwidth_gb_per_s=step_bytes / step / 1e9,
         bandwidth_utilization=step_bytes / step / bandwidth,
         ceiling_tokens_per_second=batch_size * bandwidth / step_bytes,
+        **(reads._asdict() if reads is not None else {}),
     )
 
 
