@@ -52,6 +52,16 @@ def test_what_does_not_fit_the_context_is_refused(
     assert_refused(result, *words)
 
 
+def test_with_a_tolerance_it_tells_what_was_read(cda: Cda, finished: Path) -> None:
+    """A short text, behind a null key, is one page, of which all is read: 6 positions in one step, 7 in the next."""
+    result = cda("bench-decode", finished, *SHORT, "--max-keys", "auto", "--json")
+    assert result.code == 0, result.err
+    [measured] = json.loads(result.out)["measurements"]
+    assert measured["keys_read"] == measured["keys"] == pytest.approx(1 + 6.5)
+    assert measured["mass_left_out"] == 0
+    assert_refused(cda("bench-decode", finished, *SHORT, "--max-keys", 128, "--compile"), "exclude", "--max-keys")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_step_reads_each_weight_and_each_cached_position_once(tied: bool) -> None:
     """Matrices and cache in bf16, all else in float32; of an embedding, a row for each token of the batch."""

@@ -166,3 +166,28 @@ def test_a_terminal_is_told_the_speed_and_a_pipe_gets_the_samples(
 )
 def test_what_cannot_be_asked(cda: Cda, finished: Path, arguments: tuple[object, ...], words: list[str]) -> None:
     assert_refused(cda("sample", finished, *arguments), *words)
+
+
+def test_with_fewer_keys_it_tells_how_many_were_read(cda: Cda, finished: Path) -> None:
+    """A short text is one page, of which all is read; and more keys than the context has are all keys."""
+    expected = cda("sample", finished, "def ", *FEW)
+    auto = cda("sample", finished, "def ", *FEW, "--max-keys", "auto", "--tolerance", 0.1)
+    assert (auto.code, auto.out) == (0, expected.out)
+    assert re.search(r"a head read (\d+) of \1 keys for a token, and left out at most 0.0% of a row's weight", auto.err)
+    assert cda("sample", finished, "def ", *FEW, "--max-keys", 128) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--max-keys", "127"), ("auto", "from 128 on")),
+        (("--max-keys", "few"), ("auto", "from 128 on")),
+        (("--max-keys", "256", "--tolerance", 0.1), ("--max-keys auto", "leave --tolerance out")),
+        (("--tolerance", 0.1), ("--max-keys auto", "leave --tolerance out")),
+        (("--max-keys", "auto", "--tolerance", 1), ("below 1", "not 1.0")),
+    ],
+)
+def test_a_choice_of_keys_without_meaning_is_refused(
+    cda: Cda, finished: Path, options: tuple[object, ...], words: tuple[str, ...]
+) -> None:
+    assert_refused(cda("sample", finished, "x", *options), *words)
