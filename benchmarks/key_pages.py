@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from cda_cli.model import KeySelection, StaticCache, Transformer
 from cda_cli.model.key_pages import KeyPages
-from cda_cli.model.page_choice import Read
+from cda_cli.model.page_choice import Read, take_slots
 from cda_cli.model.rules import AttentionRule
 from cda_cli.restore import Restored, open_side, restore
 from cda_cli.runtime import autocast, pick_dtype
@@ -91,7 +91,7 @@ class WatchedPages(KeyPages):
             self.read[layer].append(torch.ones(key_BKSD.shape[1], device=of_all.device))
             return of_all
         with torch.autocast(of_all.device.type, enabled=False):
-            values = value_BKSD.take_along_dim(read.slots.unsqueeze(-1), 2).float()
+            values = take_slots(value_BKSD, read.slots).float()
             output = (read.weights @ values).view(query_BHTD.shape)
             left_out = _left_out(read, rule, query_BHTD.float(), key_BKSD.float(), budget, visible_B)
         self.read[layer].append((read.seen.sum(-1) / visible_B.unsqueeze(1)).flatten())

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cda_cli.model.page_choice import PAGE, KeySelection, PageChoice, Read, page_count
+from cda_cli.model.page_choice import PAGE, KeySelection, PageChoice, Read, page_count, take_slots
 from cda_cli.model.rules import AttentionRule
 
 
@@ -71,7 +71,7 @@ class KeyPages:
         """Looks at all keys of these pages up to the newest: an earlier text, which lies behind it, has no effect."""
         slots = pages_BN.unsqueeze(-1) * PAGE + torch.arange(PAGE, device=pages_BN.device)
         slots = slots.minimum(newest_B.view(-1, 1, 1)).flatten(1)  # The newest key stands for those behind it.
-        keys = key_BKSD.take_along_dim(slots[:, None, :, None], 2).unflatten(2, (-1, PAGE))
+        keys = take_slots(key_BKSD, slots.unsqueeze(1)).unflatten(2, (-1, PAGE))
         smallest, largest = torch.aminmax(keys, dim=3)
         places = torch.arange(self._limits.shape[1], device=pages_BN.device)[rows].unsqueeze(1)
         limits_BKNE = torch.cat((largest, smallest), -1).to(self._dtype)
@@ -95,7 +95,7 @@ class KeyPages:
         read = self.choose(layer, rows, rule, query_BHTD, key_BKSD, budget, visible_B)
         if read is None:
             return rule.decode(query_BHTD, key_BKSD, value_BKSD, budget, visible_B)
-        values = value_BKSD.take_along_dim(read.slots.unsqueeze(-1), 2).to(self._dtype)
+        values = take_slots(value_BKSD, read.slots).to(self._dtype)
         with torch.autocast(values.device.type, enabled=False):
             return (read.weights @ values).to(value_BKSD.dtype).view(query_BHTD.shape)
 

@@ -72,6 +72,16 @@ def page_count(slots: Slots) -> Slots:
     return -(-slots // PAGE)
 
 
+def take_slots(heads_BKSD: Tensor, slots_BKN: Tensor) -> Tensor:
+    """Returns what stands in these slots, [B, K, N, D], for slots [B, K, N] or [B, 1, N].
+
+    An index copies whole heads, where `gather` would look up each number.
+    """
+    B, K = heads_BKSD.shape[:2]
+    rows = torch.arange(B, device=slots_BKN.device).view(B, 1, 1)
+    return heads_BKSD[rows, torch.arange(K, device=slots_BKN.device).view(K, 1), slots_BKN]
+
+
 class PageChoice:
     """One query of each row and head, query [B, K, R, D], times the scale of the scores, to choose pages for.
 
@@ -132,7 +142,7 @@ class PageChoice:
         slots = (pages.unsqueeze(-1) * PAGE + torch.arange(PAGE, device=pages.device)).flatten(2)
         seen = slots < self.keys_B.view(-1, 1, 1)
         slots = slots.clamp(max=S - 1)
-        scores = self.query @ self.key.take_along_dim(slots.unsqueeze(-1), 2).to(self.query.dtype).mT
+        scores = self.query @ take_slots(self.key, slots).to(self.query.dtype).mT
         weights = self.rule.weights(scores, self.budget, seen.unsqueeze(2).expand_as(scores))
         # ε·log λ − s is the threshold where a weight is free, and no more than that where it is capped.
         threshold = (self.eps * weights.log() - scores).amax(-1)
