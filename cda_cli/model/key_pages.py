@@ -63,10 +63,6 @@ class KeyPages:
         pages = torch.arange(first // PAGE, page_count(stop), device=key_BKSD.device)
         self._update(layer, rows, key_BKSD, pages.expand(len(key_BKSD), -1), pages.new_full((1,), stop - 1))
 
-    def update_newest(self, layer: int, rows: slice | Tensor, key_BKSD: Tensor, newest_B: Tensor) -> None:
-        """Takes in the key of one slot of each of `rows`, which is the newest of the row."""
-        self._update(layer, rows, key_BKSD, (newest_B // PAGE).unsqueeze(1), newest_B)
-
     def _update(self, layer: int, rows: slice | Tensor, key_BKSD: Tensor, pages_BN: Tensor, newest_B: Tensor) -> None:
         """Looks at all keys of these pages up to the newest: an earlier text, which lies behind it, has no effect."""
         slots = pages_BN.unsqueeze(-1) * PAGE + torch.arange(PAGE, device=pages_BN.device)
@@ -109,9 +105,13 @@ class KeyPages:
         budget: float | Tensor,
         visible_B: Tensor | None,
     ) -> Read | None:
-        """Chooses what `decode` reads, with its weights, and counts it; None: all keys."""
+        """Takes in the newest key of each row, chooses what `decode` reads, with its weights, and counts it.
+
+        None: all keys.
+        """
         (B, H), (K, S), device = query_BHTD.shape[:2], key_BKSD.shape[1:3], query_BHTD.device
         keys_B = torch.full((B,), S, device=device) if visible_B is None else visible_B
+        self._update(layer, rows, key_BKSD, (page_count(keys_B) - 1).unsqueeze(1), keys_B - 1)
         of_each = budget if isinstance(budget, Tensor) else torch.full((), budget, device=device)
         with torch.autocast(device.type, enabled=False):
             query = (rule.scale * query_BHTD.to(self._dtype)).view(B, K, H // K, -1)
