@@ -84,7 +84,7 @@ class Decoder:
         """
         last_logits: list[Tensor | None] = [None] * len(rows)
         if self._pages is not None:
-            self._pages.count_rows(0)
+            self._pages.begin_prefill()
         start, longest = 0, max(map(len, texts))
         while start < longest:
             # Rows that have more to read go on together. Causal attention never sees the padding behind a shorter one.
@@ -110,7 +110,7 @@ class Decoder:
         """
         rows, longest = len(lengths), max(lengths) + 1
         if self._pages is not None:
-            self._pages.count_rows(rows)
+            self._pages.begin_step(rows)
         self._prepare_draw(range(rows), drawn)
         if self._needs_buckets:
             bucket = _bucket(rows, 1, self._rows), _bucket(longest, LEAST_BUCKET, self._positions)

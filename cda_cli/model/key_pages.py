@@ -36,7 +36,8 @@ class KeyPages:
         self.selection = selection
         self._dtype, device = torch.promote_types(keys_LBKSD.dtype, torch.float32), keys_LBKSD.device
         self._limits = torch.zeros(L, B, K, page_count(S), 2 * D, dtype=self._dtype, device=device)
-        self._counted = torch.zeros((), dtype=torch.int64, device=device)  # rows
+        self._reads_all = False
+        self._counted = torch.full((), B, device=device)  # rows
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # keys that were read, all keys, rows
         self._largest = torch.zeros((), dtype=self._dtype, device=device)
 
@@ -45,8 +46,13 @@ class KeyPages:
         """Whether the number of pages follows from the selection alone."""
         return self.selection.max_keys is not None
 
-    def count_rows(self, rows: int) -> None:
-        """Says how many rows, from the first on, `reads` tells of from now on: the others have no request."""
+    def begin_prefill(self) -> None:
+        """Says that prompts are read, with all keys: also the last of a prompt, if it is alone."""
+        self._reads_all = True
+
+    def begin_step(self, rows: int) -> None:
+        """Says that a text goes on in the first `rows` rows, of which `reads` tells; the others have no request."""
+        self._reads_all = False
         self._counted.fill_(rows)
 
     def reads(self) -> KeyReads:
@@ -88,6 +94,8 @@ class KeyPages:
 
         Where these are all pages, it calls `rule.decode`.
         """
+        if self._reads_all:
+            return rule.decode(query_BHTD, key_BKSD, value_BKSD, budget, visible_B)
         read = self.choose(layer, rows, rule, query_BHTD, key_BKSD, budget, visible_B)
         if read is None:
             return rule.decode(query_BHTD, key_BKSD, value_BKSD, budget, visible_B)

@@ -9,7 +9,7 @@ import torch
 
 from cda_cli.config import ModelConfig
 from cda_cli.errors import ConfigError
-from cda_cli.generation import Generation, Request, SamplingSettings
+from cda_cli.generation import Generation, Request, SamplingSettings, decoder
 from cda_cli.model import PAGE, KeyReads, KeySelection, Transformer
 from tests.model.cases import TINY
 
@@ -69,8 +69,12 @@ def test_without_tolerance_every_bit_is_as_with_all_keys(options: dict[str, Any]
 
 @each_rule
 @pytest.mark.parametrize("selection", [KeySelection(128), KeySelection(None, 0.9)], ids=str)
-def test_each_request_reads_what_it_reads_alone(options: dict[str, Any], selection: KeySelection) -> None:
-    """Though rows move, and though a row had a longer text before."""
+def test_each_request_reads_what_it_reads_alone(
+    options: dict[str, Any], selection: KeySelection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though rows move, a row had a longer text before, and a prompt is read in other parts, one of a single token."""
+    monkeypatch.setattr(decoder, "PREFILL_POSITIONS", 1)
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", LENGTHS[0] - 1)
     model = build(options)
     together, reads = generated(model, requests(), selection, batch_size=2)
     assert reads is not None
