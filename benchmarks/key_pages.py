@@ -4,13 +4,13 @@
     python benchmarks/key_pages.py RUN RUN --data TEXT             # of trained runs
 
 A model reads 8 k, 32 k and 128 k tokens of its validation text, or of TEXT, into its cache, in chunks. It goes on with
-the 64 tokens that follow, one at a time: with all keys, with at most N of them, and with as many as a tolerance of the
+the 32 tokens that follow, one at a time: with all keys, with at most N of them, and with as many as a tolerance of the
 mass left out takes. Each way reads the same tokens, after the same cache.
 
 - keys read: the share of the cache, as a median over heads and tokens and as the 95th percentile, also by layer;
 - mass left out: the largest share of a row's weight, as the bound says and as it is;
 - output error: ‖o − o_all‖/‖o_all‖ of attention, over all heads, tokens and layers, with the queries of all keys;
-- loss: that of the 64 tokens, in nats, and its difference to that with all keys;
+- loss: that of the 32 tokens, in nats, and its difference to that with all keys;
 - time: the median of a step of one row, and of several that all have this text, beside that with all keys. On a GPU it
   is that of a CUDA graph, but with a tolerance, whose steps cannot be one. The steps draw no token.
 
@@ -43,15 +43,14 @@ from cda_cli.runtime import autocast, pick_dtype
 from cda_cli.signals import StopRequest
 
 LENGTHS = (8192, 32768, 131072)
-FOLLOWING = 64
+FOLLOWING = 32
 CHUNK = 2048
-TIMED = 10
+TIMED = 5
 SELECTIONS = {
     "N = 256": KeySelection(256),
     "N = 1024": KeySelection(1024),
     "N = 4096": KeySelection(4096),
-    "τ = 0.5": KeySelection(None, 0.5),
-    "τ = 0.01": KeySelection(None, 0.01),
+    "τ = 0.1": KeySelection(None, 0.1),
 }
 # Small models of 6 layers with 8 heads, whose positions turn slowly, so that texts longer than those of training serve.
 MODEL = ("model.seq_len=8192", "model.depth=6", "model.rotary_base=1000000", "optim.batch_size=4", "optim.grad_accum=1")
