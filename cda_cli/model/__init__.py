@@ -8,7 +8,14 @@ from cda_cli.model.loss import padded_vocabulary
 from cda_cli.model.page_choice import FIRST_AND_NEWEST, PAGE, KeySelection
 from cda_cli.model.published import from_published
 from cda_cli.model.rules import AttentionRule, Rows, attention_rule, model_backend
-from cda_cli.model.transformer import Transformer, expected_tensors, load_state_tensors, state_tensors
+from cda_cli.model.transformer import (
+    Transformer,
+    expected_tensors,
+    fits_cuda_graph,
+    load_state_tensors,
+    state_tensors,
+    uses_soft_topk,
+)
 
 __all__ = [
     "FIRST_AND_NEWEST",
@@ -24,9 +31,11 @@ __all__ = [
     "editing",
     "expected_tensors",
     "feed_forward_activation",
+    "fits_cuda_graph",
     "from_published",
     "load_state_tensors",
     "model_backend",
     "padded_vocabulary",
     "state_tensors",
+    "uses_soft_topk",
 ]

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cda_cli.config import ModelConfig
+from cda_cli.model.activations import feed_forward_activation
 from cda_cli.model.attention import Attention
 from cda_cli.model.cache import CachedStep, KeyValueCache
 from cda_cli.model.feed_forward import FeedForward
 from cda_cli.model.layers import add_then_norm, make_dropout, make_norm
 from cda_cli.model.left_padding import row_positions
 from cda_cli.model.loss import vocabulary_loss
-from cda_cli.model.rules import AttentionRule
-from cda_cli.ops import Backend
+from cda_cli.model.rules import AttentionRule, attention_rule
+from cda_cli.ops import Backend, Choice
 
 
 class Block(nn.Module):
@@ -151,11 +152,9 @@ class Transformer(nn.Module):
 
     @property
     def fits_cuda_graph(self) -> bool:
-        """Whether a CUDA graph can hold a pass: not with the operator in PyTorch, which branches on its results."""
-        block, device = self.each_block()[0], self.token_embedding.weight.device
-        rule, uses_operator = block.attention.rule, block.feed_forward.activation.uses_operator
-        kernels = not (rule.uses_operator or uses_operator) or rule.choose_backend(device).name == "triton"
-        return device.type == "cuda" and kernels
+        """Whether a CUDA graph can hold a pass on the device of the model."""
+        device = self.token_embedding.weight.device
+        return fits_cuda_graph(self.config, self.attention_rule.choose_backend(device), device)
 
     @property
     def attention_eps(self) -> float | None:
@@ -187,6 +186,16 @@ class Transformer(nn.Module):
         for block in self.each_block():
             for linear in (block.attention.to_out, block.feed_forward.proj_out):
                 linear.weight.data /= math.sqrt(2 * self.config.depth)
+
+
+def uses_soft_topk(config: ModelConfig) -> bool:
+    """Whether any layer selects with the soft top-k operator."""
+    return attention_rule(config).uses_operator or feed_forward_activation(config).uses_operator
+
+
+def fits_cuda_graph(config: ModelConfig, choice: Choice, device: torch.device) -> bool:
+    """Whether a CUDA graph can hold a pass: not with the operator in PyTorch, which branches on its results."""
+    return device.type == "cuda" and (choice.name == "triton" or not uses_soft_topk(config))
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cda_cli.config import Config, DataConfig, ModelConfig
+from cda_cli.config import Config, DataConfig
 from cda_cli.data import (
     Prefetched,
     Preparation,
@@ -35,9 +35,11 @@ from cda_cli.model import (
     Transformer,
     attention_rule,
     feed_forward_activation,
+    fits_cuda_graph,
     load_state_tensors,
     model_backend,
     state_tensors,
+    uses_soft_topk,
 )
 from cda_cli.ops import Choice
 from cda_cli.restore import check_weights, load_weights
@@ -247,11 +249,6 @@ def config_warnings(config: Config) -> list[str]:
     return attention_rule(config.model).warnings() + feed_forward_activation(config.model).warnings()
 
 
-def uses_soft_topk(model: ModelConfig) -> bool:
-    """Whether any layer selects with the soft top-k operator."""
-    return attention_rule(model).uses_operator or feed_forward_activation(model).uses_operator
-
-
 def describe_backend(config: Config, choice: Choice) -> str:
     """Says which code computes the attention and the feed-forward, and why."""
     model = config.model
@@ -295,14 +292,10 @@ def uses_cuda_graphs(
     processes: Processes,
     note: Callable[[str], None],
 ) -> bool:
-    """Whether CUDA graphs hold forward and backward: if that is possible, and unless the settings forbid it.
-
-    A graph cannot hold the operator in PyTorch, which branches on its results.
-    """
+    """Whether CUDA graphs hold forward and backward: if that is possible, and unless the settings forbid it."""
     if config.run.cuda_graphs is False:
         return False
-    kernels = not uses_soft_topk(config.model) or choice.name == "triton"
-    possible = device.type == "cuda" and is_compiled and processes.count == 1 and kernels
+    possible = fits_cuda_graph(config.model, choice, device) and is_compiled and processes.count == 1
     if config.run.cuda_graphs and not possible:
         note("CUDA graphs are off: they take one process, a GPU, torch.compile, and the operator's backend triton")
     return possible
