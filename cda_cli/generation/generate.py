@@ -114,10 +114,14 @@ class Generation:
     def _next_pass(self, all_known: bool) -> _Pass | None:
         """Launches a pass for all rows, or for those that enter or are full. There may be none before all is known."""
         self._leave()
+        has_room = bool(self._waiting) and len(self._rows) < self._batch_size
+        full = [row for row in self._rows if row.length == self._context]
+        if not all_known and (has_room or full):
+            return None  # No token should wait for a prefill, which takes long, and full rows are read again.
         if entering := self._enter():
             return self._prefill(entering)
-        if full := [row for row in self._rows if row.length == self._context]:
-            return self._prefill(full) if all_known else None  # Their newest tokens must be known.
+        if full:
+            return self._prefill(full)
         return self._step() if self._rows else None
 
     def _leave(self) -> None:
