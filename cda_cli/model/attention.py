@@ -77,7 +77,8 @@ class Attention(nn.Module):
             self.to_qkv = PackedProjection(self.to_qkv, self._head_linears, self.config.head_width)
 
     def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None, padding_B: Tensor | None = None) -> Tensor:
-        projected = project_heads(x_BTC, self.to_qkv, self._head_linears, self.config.head_width)
+        linears = self._head_linears
+        projected = project_heads(x_BTC, self.to_qkv, linears, self.config.head_width)
         if isinstance(cache, CachedStep) and self._has_kernels_of_step(projected):
             query, key, value, packed, learned_BHT = self._heads_of_step(projected, cache)
         else:
@@ -85,8 +86,11 @@ class Attention(nn.Module):
             learned_BHT = None
         documents = None if padding_B is None else padding_or_text(padding_B, key.shape[2])
         visible_B = cache.visible_B if cache is not None else None
-        logits = head_logits(x_BTC, packed, self._head_linears)
-        budget = self._budget(logits.get("k")) if learned_BHT is None else learned_BHT
+        logits = partial(head_logits, x_BTC, packed, linears)
+        if learned_BHT is None and "k" in linears:
+            learned_BHT = self._one_to_k(logits("k"))
+        budget = self._constant_budget if learned_BHT is None else learned_BHT
+        gate_logits = logits("gate") if "gate" in linears else None
         if self.edit_budget is not None:
             if not isinstance(budget, Tensor):
                 dtype = torch.promote_types(query.dtype, torch.float32)
@@ -95,7 +99,7 @@ class Attention(nn.Module):
         if self.observer is not None or self.edit_rows is not None:
             observe = None
             if self.observer is not None:
-                observe = partial(self._observe, self._output_scale(budget, logits.get("gate"), query))
+                observe = partial(self._observe, self._output_scale(budget, gate_logits, query))
             watch = (observe, self.edit_rows)
             out_BHTD = self.rule.attend_densely(query, key, value, budget, *watch, documents, visible_B)
         elif cache is not None and (visible_B is not None or self._decodes(query, documents)):
@@ -104,8 +108,8 @@ class Attention(nn.Module):
             out_BHTD = self.rule.attend(query, key, value, budget, documents)
         if self.divides_by_k:
             out_BHTD = out_BHTD / (budget.unsqueeze(-1) if isinstance(budget, Tensor) else budget)
-        if self.to_gate is not None:
-            out_BHTD = out_BHTD * self._gate(logits["gate"]).unsqueeze(-1)
+        if gate_logits is not None:
+            out_BHTD = out_BHTD * self._gate(gate_logits).unsqueeze(-1)
         return self.to_out(out_BHTD.transpose(1, 2).flatten(2))
 
     @staticmethod
@@ -120,10 +124,9 @@ class Attention(nn.Module):
         linears = {"k": self.to_learned_k, "gate": self.to_gate}
         return {name: linear for name, linear in linears.items() if linear is not None}
 
-    def _budget(self, logits_BHT: Tensor | None) -> float | Tensor:
-        """The k of each row: a number, or [B, H, T] where it is learned."""
-        if logits_BHT is not None:
-            return self._one_to_k(logits_BHT)
+    @property
+    def _constant_budget(self) -> float:
+        """The k of each row where it is not learned."""
         return self.config.attn_k if self.rule.has_budget else 1.0
 
     def _gate(self, logits: Tensor) -> Tensor:

@@ -46,19 +46,15 @@ def _packed(to_qkv: nn.Linear, head_linears: Mapping[str, nn.Linear], head_width
     return weight, F.pad(bias, (0, len(weight) - len(bias))) if bias is not None else None
 
 
-def head_logits(x_BTC: Tensor, packed_BTGD: Tensor, head_linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-    """Returns the outputs [B, H, T] of `head_linears`, by their names.
+def head_logits(x_BTC: Tensor, packed_BTGD: Tensor, head_linears: Mapping[str, nn.Linear], name: str) -> Tensor:
+    """Returns the output [B, H, T] of one of `head_linears`.
 
     `packed_BTGD` are the heads that `project_heads` returned behind the values. There are none if it packed nothing.
     """
-    logits: dict[str, Tensor] = {}
-    first = 0
-    for name, linear in head_linears.items():
-        H = linear.out_features
-        if packed_BTGD.shape[2]:
-            outputs_BTH = packed_BTGD.flatten(2)[..., first : first + H] + linear.bias
-        else:
-            outputs_BTH = linear(x_BTC)
-        logits[name] = outputs_BTH.transpose(1, 2)
-        first += H
-    return logits
+    linear = head_linears[name]
+    if not packed_BTGD.shape[2]:
+        outputs_BTH = linear(x_BTC)
+    else:
+        first = list(head_linears).index(name) * linear.out_features
+        outputs_BTH = packed_BTGD.flatten(2)[..., first : first + linear.out_features] + linear.bias
+    return outputs_BTH.transpose(1, 2)
