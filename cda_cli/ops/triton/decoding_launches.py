@@ -56,13 +56,14 @@ def query_tile(layout: Layout, kept: int) -> Tile:
     B, H, T, width, _, S = layout.sizes
     if layout.dtype == torch.float32 or width > 128 or width % 16:
         return Tile(16, 4, 3, 3)  # Triton reads rows of such a width number by number.
+    rows, count = B * H * T, processors(layout.device)
+    is_long = rows <= count and rows * S >= LONG_SPLIT * count
     if width > 64:
-        return Tile(64, 8, 3, 1)
+        return Tile(64, 8, 3, 1) if is_long else Tile(16, 2, 3, 6, 1 / 10)
     if not kept:
         return Tile(64, 4, 3, 3)
-    rows, count = B * H * T, processors(layout.device)
     # One warp adds up its pieces without a barrier, which counts where a split is short.
-    return Tile(128, 8, 3, 1) if rows <= count and rows * S >= LONG_SPLIT * count else Tile(16, 1, 3, 12, 1 / 10)
+    return Tile(128, 8, 3, 1) if is_long else Tile(16, 1, 3, 12, 1 / 10)
 
 
 def member_tile(width: int, dtype: torch.dtype) -> Tile:

@@ -31,7 +31,7 @@ from .rows_iterative import (
 )
 
 REGISTER_LIMIT = 16384  # the largest n of a row that is held in registers
-FEW_ROWS = 128  # They leave most multiprocessors idle, so a program may have more threads than it can keep busy.
+FEW_ROWS = 512  # Programs of so many rows leave multiprocessors idle, so each takes one row, and more warps.
 PART = 4096  # float32 entries of a longer row that are read at a time; twice as many in half precision
 
 
@@ -84,7 +84,7 @@ def iterative_forward(
                 *tensors, R, n, len(eps_steps), last_eps, BLOCK=_part(rows), num_warps=8
             )
         elif R:
-            grid, options = _tile(R, n, entries_per_thread=64 if R > FEW_ROWS else 8)
+            grid, options = _tile(R, n, entries_per_thread=64) if R > FEW_ROWS else _tile(R, n, 16, least_entries=1)
             iterative_forward_kernel[grid](*tensors, R, n, len(eps_steps), last_eps, **options)
     return weights, history
 
@@ -113,13 +113,15 @@ def iterative_backward(
     return grad_scores, grad_budget
 
 
-def _tile(R: int, n: int, entries_per_thread: int) -> tuple[tuple[int], dict[str, int | bool]]:
+def _tile(
+    R: int, n: int, entries_per_thread: int, least_entries: int = 512
+) -> tuple[tuple[int], dict[str, int | bool]]:
     """The grid, and for a program: rows, entries of a row, whether all of these exist, and warps.
 
-    A program has at least 512 entries, or 32 rows. With these numbers the kernel spills no registers on sm_90.
+    A program has at least `least_entries`, or 32 rows. With these numbers the kernel spills no registers on sm_90.
     """
     block: int = triton.next_power_of_2(n)
-    rows = min(32, max(1, 512 // block))
+    rows = min(32, max(1, least_entries // block))
     whole = n == block and R % rows == 0
     warps = min(16, max(1, rows * block // (32 * (entries_per_thread if whole else min(entries_per_thread, 32)))))
     return (triton.cdiv(R, rows),), {"ROWS": rows, "BLOCK": block, "WHOLE": whole, "num_warps": warps}
