@@ -74,7 +74,7 @@ class Saved(NamedTuple):
     tokenizer: Tokenizer
 
 
-def look_at(path: Path, *, best: bool = False) -> Saved:
+def open_saved(path: Path, *, best: bool = False) -> Saved:
     """Reads a checkpoint as `restore` does, but for the weights. Raises CheckpointError if there is no such one."""
     checkpoint = load(locate_checkpoint(path, best=best), parts=())
     return Saved(checkpoint.path, saved_config(checkpoint), tokenizer_of(checkpoint))

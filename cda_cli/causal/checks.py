@@ -62,7 +62,7 @@ class Wanted(NamedTuple):
             raise ConfigError(f"{option} compares cuts; add some, such as --cut top:1..64 --cut recent:1..64")
 
     @property
-    def foretells(self) -> bool:
+    def predicts(self) -> bool:
         """Whether the effect of one is also predicted from a derivative."""
         return any(isinstance(each, ScaledBudget) for each in self.interventions)
 
@@ -74,12 +74,12 @@ class Wanted(NamedTuple):
     def passes(self, config: ModelConfig) -> int:
         """Counts the passes over the text that they take, of a model as `config` describes it."""
         heads = count_ablations(self.head_orders, config.depth * config.heads)
-        first = 2 * bool(self.head_orders) + self.foretells + self.counts_gates
+        first = 2 * bool(self.head_orders) + self.predicts + self.counts_gates
         return len(self.interventions) + heads + first
 
 
 class Prepared(NamedTuple):
-    """Interventions that are ready for a model, and Σ k·∂L/∂k of each window [W], nats, where one of them foretells."""
+    """Interventions that are ready for a model, and Σ k·∂L/∂k of each window [W], nats, to predict an effect."""
 
     interventions: list[Intervention]
     budget_gradient: Tensor | None
@@ -91,19 +91,19 @@ class Prepared(NamedTuple):
     def effects(self, sums: Sequence[Sums], units: Units, tolerance: float | None) -> Effects:
         """Compares the sums of the model as it is, the first, with those of each of `ways`."""
         scaled = [each for each in self.interventions if isinstance(each, ScaledBudget)]
-        comparison = Comparison([*sums, *(self._foretold(sums[0], each) for each in scaled)], units)
-        foretold = dict(zip(map(id, scaled), range(len(sums), len(sums) + len(scaled)), strict=True))
+        comparison = Comparison([*sums, *(self._predicted(sums[0], each) for each in scaled)], units)
+        predictions = dict(zip(map(id, scaled), range(len(sums), len(sums) + len(scaled)), strict=True))
         effects = []
         for way, each in enumerate(self.interventions, start=1):
             effect = Effect(each, comparison.evaluation(way), comparison.difference(way))
-            if (other := foretold.get(id(each))) is not None:
-                predicted, unpredicted = comparison.difference(other), comparison.difference(way, other)
-                effect = effect._replace(predicted=predicted, unpredicted=unpredicted)
+            if (other := predictions.get(id(each))) is not None:
+                predicted, residual = comparison.difference(other), comparison.difference(way, other)
+                effect = effect._replace(predicted=predicted, residual=residual)
             effects.append(effect)
         held_out, controls = ([], []) if tolerance is None else choose_held_out(comparison, effects, tolerance)
         return Effects(comparison, effects, held_out, controls)
 
-    def _foretold(self, whole: Sums, scaled: ScaledBudget) -> Sums:
+    def _predicted(self, whole: Sums, scaled: ScaledBudget) -> Sums:
         assert self.budget_gradient is not None
         return replace(whole, nats=whole.nats + (scaled.factor - 1) * self.budget_gradient)
 
@@ -130,7 +130,7 @@ def prepare(
     if wanted.head_orders:
         statistics = measure_heads(model, open_batches, device, dtype, advance)
         ready += ablations(list(dict.fromkeys(wanted.head_orders)), statistics)
-    gradient = gradients(model, open_batches(), device, dtype, advance).budget if wanted.foretells else None
+    gradient = gradients(model, open_batches(), device, dtype, advance).budget if wanted.predicts else None
     return Prepared(ready, gradient)
 
 

@@ -123,7 +123,7 @@ class Cut(Intervention):
     def applied(self, model: Transformer) -> AbstractContextManager[nn.Module]:
         return edited(model, rows=self)
 
-    def figures(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         return {"choice": self.choice, "keys": self.keys, "drops": self.drops}
 
     @property
@@ -169,7 +169,7 @@ class UnitCut(Intervention):
         out = [block.feed_forward.proj_out.weight for block in model.each_block()]
         return edited(model, units=partial(self._edit, out))
 
-    def figures(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         return {"choice": self.series, "units": self.units}
 
     @property

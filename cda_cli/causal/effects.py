@@ -33,19 +33,19 @@ CONTROLS = {
 class Effect(NamedTuple):
     """What is measured under an intervention, and how far its bits per byte are above those of the model as it is.
 
-    `predicted` is the difference that a derivative foretells, and `unpredicted` how far the measured one is above that.
+    `predicted` is the difference that a derivative predicts, and `residual` is the measured one minus that.
     """
 
     intervention: Intervention
     evaluation: Evaluation
     difference: Estimate
     predicted: Estimate | None = None
-    unpredicted: Estimate | None = None
+    residual: Estimate | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Its figures, by the names in JSON."""
-        found = {"name": self.intervention.name, **self.intervention.figures()}
-        for name in ("difference", "predicted", "unpredicted"):
+        found = {"name": self.intervention.name, **self.intervention.fields()}
+        for name in ("difference", "predicted", "residual"):
             if estimate := getattr(self, name):
                 found |= estimate.as_dict(name)
         return {**found, **self.evaluation._asdict()}

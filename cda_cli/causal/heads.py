@@ -64,7 +64,7 @@ class HeadAblation(Intervention):
     def applied(self, model: Transformer) -> AbstractContextManager[nn.Module]:
         return edited(model, heads=self._edit)
 
-    def figures(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         return {**self.place, **self.measured}
 
     def columns(self) -> dict[str, str]:

@@ -42,7 +42,7 @@ class Intervention(ABC):
         """What a table shows of it, besides its effect, by the heads of the columns."""
         return {}
 
-    def figures(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """What it counted, or what defines it, by the names in JSON."""
         return {}
 

@@ -101,7 +101,7 @@ class Gate(OfBudget):
     def columns(self) -> dict[str, str]:
         return {"gate-equivalent": f"{self.equivalent_share:.2%}"}
 
-    def figures(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         return {"gate_equivalent_rows": self.equivalent_share}
 
 

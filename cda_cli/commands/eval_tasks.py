@@ -61,7 +61,7 @@ def evaluate_on_tasks(
         results_folder,
     )
     from cda_cli.plots import require_plot
-    from cda_cli.restore import look_at, own_task, restore_on
+    from cda_cli.restore import open_saved, own_task, restore_on
     from cda_cli.signals import StopRequest
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -76,7 +76,7 @@ def evaluate_on_tasks(
             if names == [LIST]:
                 listed = list_tasks(include)
             else:
-                saved = [look_at(path, best=best) for path in checkpoints]
+                saved = [open_saved(path, best=best) for path in checkpoints]
                 own = own_task(saved[0].config)
                 selection = find_tasks(names, TaskOptions(include, num_fewshot, limit, wanted, own))
                 for each in saved:

@@ -29,7 +29,7 @@ from cda_cli.evaluation.intervals import (
 )
 from cda_cli.evaluation.losses_file import CHECKPOINT, CheckpointLines, LossesFile
 from cda_cli.evaluation.sums import AS_IT_IS, Sums, Way, joined, measure
-from cda_cli.restore import Restored, Saved, TextSide, look_at
+from cda_cli.restore import Restored, Saved, TextSide, open_saved
 from cda_cli.signals import StopRequest
 from cda_cli.storage import STATE_FILE, recorded_sha256
 
@@ -98,9 +98,10 @@ def open_readings(
     """Opens the text for each of the checkpoints at `paths`: with the settings of the first one's data, in the tokens
     of each.
 
-    Raises ConfigError where their windows or documents would not be the same, and what `look_at` and `open_text` raise.
+    Raises ConfigError where their windows or documents would not be the same, and what `open_saved` and `open_text`
+    raise.
     """
-    first, *others = (look_at(path, best=best) for path in paths)
+    first, *others = (open_saved(path, best=best) for path in paths)
     readings = [_reading(first, open_text(first), plan)]
     for saved in others:
         _check_comparable(first, saved, plan)

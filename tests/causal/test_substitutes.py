@@ -85,7 +85,7 @@ def test_capped_and_free_weights_make_up_the_whole(rule: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("rule", [SOFT_TOPK[0], SOFT_TOPK[2]])
-def test_the_derivative_foretells_a_small_change_of_k(rule: dict[str, Any]) -> None:
+def test_the_derivative_predicts_a_small_change_of_k(rule: dict[str, Any]) -> None:
     """To first order, so the slope over both sides is nearer still. No row caps anything, so none meets a kink."""
     model = even_heads(**rule, attn_eps=1.0, attn_k=2.3)
     found = effects_of(model, text(70), substitutes=["k*1.01,0.99"])
@@ -96,13 +96,13 @@ def test_the_derivative_foretells_a_small_change_of_k(rule: dict[str, Any]) -> N
     slope = (up.difference.value - down.difference.value) / 2
     assert abs(up.predicted.value) > 1e-4
     assert slope == pytest.approx(up.predicted.value, rel=0.01)
-    assert up.unpredicted is not None
-    assert up.unpredicted.value == pytest.approx(up.difference.value - up.predicted.value)
-    assert {"predicted", "predicted_interval", "unpredicted_interval"} <= set(up.as_dict())
+    assert up.residual is not None
+    assert up.residual.value == pytest.approx(up.difference.value - up.predicted.value)
+    assert {"predicted", "predicted_interval", "residual_interval"} <= set(up.as_dict())
 
 
 def test_where_nothing_is_capped_k_is_only_a_gain() -> None:
-    """So it has no effect, and is foretold none, if the output is divided by it. A null key leaves no row unbounded."""
+    """So it has no effect, and no predicted one, if the output is divided by it. A null key leaves no row unbounded."""
     model = even_heads(normalise="k", null_kv=1, attn_eps=1.0, attn_k=1.5)
     (found,) = effects_of(model, text(70), substitutes=["k*0.9"]).effects
     assert found.predicted is not None

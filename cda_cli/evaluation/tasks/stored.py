@@ -47,12 +47,12 @@ def evaluate_tasks(
     scorer: Scorer,
     folder: Path,
     stop: StopRequest,
-    say: Callable[[str], object] = lambda sentence: None,
+    note: Callable[[str], object] = lambda sentence: None,
 ) -> dict[str, TaskResult]:
     """Scores a model in all tasks of `selection`, and returns results and summaries by name.
 
-    What `folder` has is read, and each other result is written as its task ends; `say` is told what was read. Raises
-    InterruptedRunError when a stop is asked for. The tasks that have ended are then in the folder.
+    What `folder` has is read, and each other result is written as its task ends; `note` gets a sentence on what was
+    read. Raises InterruptedRunError when a stop is asked for. The tasks that have ended are then in the folder.
     """
     model = _model_identity(scorer)
     results: dict[str, TaskResult] = {}
@@ -72,7 +72,7 @@ def evaluate_tasks(
         read += known is not None
         results[name] = result
     if read:
-        say(f"{counted(read, 'result')} of an earlier evaluation came from {folder}")
+        note(f"{counted(read, 'result')} of an earlier evaluation came from {folder}")
     return results | {name: summarise(results) for name, summarise in selection.summaries.items()}
 
 

@@ -61,8 +61,8 @@ class SyntheticTask(EvaluationTask):
         for first in range(0, self._examples, scorer.batch_size):
             examples = task_examples(self._task, first, min(scorer.batch_size, self._examples - first))
             solved = np.stack([self._task.solve(hidden) for hidden in examples.hidden])
-            said = _likeliest(scorer, examples.tokens)
-            answers.append((examples.answer, examples.answer_in(said), examples.answer_in(solved)))
+            predicted = _likeliest(scorer, examples.tokens)
+            answers.append((examples.answer, examples.answer_in(predicted), examples.answer_in(solved)))
             advance(len(examples.tokens))
         metrics = _metrics(*map(np.concatenate, zip(*answers, strict=True)))
         return TaskResult(
@@ -112,9 +112,9 @@ def _likeliest(scorer: Scorer, tokens: Ints) -> Ints:
     return np.pad(found, ((0, 0), (1, 0)))
 
 
-def _metrics(right: Ints, said: Ints, solved: Ints) -> dict[str, float | None]:
+def _metrics(right: Ints, predicted: Ints, solved: Ints) -> dict[str, float | None]:
     """The metrics of answers [E, A]: the right ones, those of the model and those of the solver."""
-    is_right = said == right
+    is_right = predicted == right
     by_chance = np.roll(right, 1, axis=0) == right if len(right) > 1 else None
     exact_match = float(is_right.all(1).mean())
     low, high = wilson_interval(exact_match, len(right))
