@@ -23,6 +23,7 @@ from cda_cli.commands import (
     presets,
     runs,
     sample,
+    sweep,
     train,
 )
 from cda_cli.commands.usage import Command, Group
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_model.import_model,
     "inspect-sparsity": inspect_sparsity.inspect_sparsity,
     "compare": compare.compare,
+    "sweep": sweep.sweep,
     "export": export.export,
     "runs": runs.runs,
     "config": config.config,

@@ -26,7 +26,7 @@ LAYERS: tuple[set[str], ...] = (
     {"main"},
     {"commands"},
     {"inspected_models"},
-    {"sparsity_report"},
+    {"sparsity_report", "sweep"},
     {"language_model"},
     {"console", "figures", "interchange", "training", "comparison"},
     {"page"},

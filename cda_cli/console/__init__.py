@@ -27,6 +27,7 @@ from cda_cli.console.sample_editor import (
 )
 from cda_cli.console.sampling import SampleDocument, SampleLines, SampleText, show_sampling
 from cda_cli.console.settings import show_changed, show_presets, show_settings
+from cda_cli.console.sweep import SweepDisplay, show_sweep, sweep_markdown
 from cda_cli.console.tasks import show_task_list, show_tasks
 from cda_cli.console.text import note
 from cda_cli.console.training import TrainingDisplay
@@ -35,6 +36,7 @@ __all__ = [
     "SampleDocument",
     "SampleLines",
     "SampleText",
+    "SweepDisplay",
     "TrainingDisplay",
     "comparison_page",
     "comparison_verdict",
@@ -65,7 +67,9 @@ __all__ = [
     "show_runs",
     "show_sampling",
     "show_settings",
+    "show_sweep",
     "show_task_list",
     "show_tasks",
     "shows_progress",
+    "sweep_markdown",
 ]

@@ -1,0 +1,68 @@
+"""`cda sweep`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cda_cli.commands.options import JsonOption
+
+
+def sweep(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="YAML with the settings of all runs, arms and seeds (docs/sweeps.md)."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of all its runs.", show_default="runs/NAME-OF-FILE")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once, over all devices.", show_default="1 for each device")
+    ] = None,
+    devices: Annotated[
+        str | None, typer.Option(metavar="cuda:0,cuda:1", help="Devices to spread the runs over.")
+    ] = None,
+    run: Annotated[bool, typer.Option("--run/--no-run", help="Train what is missing, or show what is there.")] = True,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the result as Markdown.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Arms × seeds, each an ordinary run in OUT/ARM/seed-N; then tables, with differences to the control by seed.
+
+    The same command goes on where it was stopped, and tries again what failed. What failed stays in the result, and
+    the command then exits with 1.
+    """
+    from cda_cli.console import SweepDisplay, print_json, show_sweep, sweep_markdown
+    from cda_cli.errors import ConfigError, TrainingError
+    from cda_cli.storage import write_file
+    from cda_cli.sweep.jobs import make_slots
+    from cda_cli.sweep.plan import Sweep
+    from cda_cli.sweep.result import collect
+    from cda_cli.sweep.run import count_parameters, run_sweep
+    from cda_cli.sweep.spec import read_spec
+
+    slots = make_slots(jobs, devices)
+    if markdown and not markdown.parent.is_dir():
+        raise ConfigError(f"--markdown {markdown} has no folder to lie in; make {markdown.parent} first")
+    planned = Sweep(read_spec(file), file, out or Path("runs") / file.stem)
+    planned.check(count_parameters)
+    if run:
+        with SweepDisplay() as display:
+            run_sweep(planned, slots, display)
+    result = collect(planned, shlex.join(["cda", *sys.argv[1:]]))
+    if markdown:
+        write_file(markdown, sweep_markdown(result).encode())
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        show_sweep(result)
+    if failed := result.of_state("failed"):
+        raise TrainingError(
+            f"{len(failed)} of {len(result.runs)} runs failed, such as {failed[0].folder}; its log says more, and the "
+            "same command tries again"
+        )

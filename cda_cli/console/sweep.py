@@ -1,0 +1,218 @@
+"""A sweep: its jobs as they run, and its tables, for a terminal and as Markdown."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from cda_cli.console.base import (
+    Trimmed,
+    count,
+    duration,
+    is_live,
+    memory,
+    out,
+    print_pairs,
+    print_trimmed,
+    share,
+    table,
+)
+from cda_cli.console.text import heading, print_sentence, printable
+from cda_cli.plurals import counted
+
+if TYPE_CHECKING:
+    from cda_cli.sweep.attempts import Attempt
+    from cda_cli.sweep.jobs import Running
+    from cda_cli.sweep.result import ArmResult, Result
+    from cda_cli.sweep.student_t import Mean
+
+DASH = "–"
+
+
+class SweepDisplay:
+    """Shows the jobs on stderr: those that run, drawn anew, and a line for each that ended; off a terminal lines alone.
+
+    Stdout stays free for the result.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+        self._live = Live(console=self._console, transient=True, auto_refresh=False, redirect_stdout=False)
+        self._drawn = is_live(self._console)
+
+    def __enter__(self) -> SweepDisplay:
+        if self._drawn:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._live.stop()
+
+    def started(self, running: Running) -> None:
+        if not self._drawn:
+            where = f" on {running.device}" if running.device else ""
+            self._say(f"{running.job.name}: started{where}")
+
+    def ended(self, attempt: Attempt, running: Running) -> None:
+        record = running.record
+        words = f"finished, loss {record.loss:.4f}" if record and not attempt.error else attempt.error or "finished"
+        self._say(f"{attempt.job}: {words} ({duration(attempt.seconds)})", "red" if attempt.error else "")
+
+    def refresh(self, running: Sequence[Running], waiting: int) -> None:
+        if not self._drawn:
+            return
+        rows = table("run", "step", "loss", "tokens/s", "left")
+        for each in running:
+            rows.add_row(printable(each.job.name), *_progress(each))
+        title = Text(f"{counted(len(running), 'job')} running, {waiting:,} waiting", style="bold")
+        parts: list[RenderableType] = [title, Trimmed(rows)]
+        self._live.update(Group(*parts), refresh=True)
+
+    def _say(self, words: str, style: str = "") -> None:
+        self._console.print(Text(printable(words), style=style), soft_wrap=True)
+
+
+def _progress(running: Running) -> list[str]:
+    record, steps = running.record, running.job.config.optim.steps
+    if record is None:
+        return [f"0/{steps}", DASH, DASH, DASH]
+    speed = count(record.tokens_per_second) if record.tokens_per_second > 0 else DASH
+    return [f"{record.step}/{steps}", f"{record.loss:.4f}", speed, duration(record.seconds_left)]
+
+
+class Section(NamedTuple):
+    """A part of the result: sentences and a table, of which each may be missing."""
+
+    title: str
+    sentences: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+
+def show_sweep(result: Result) -> None:
+    """Prints where the figures come from, and each section."""
+    console = out()
+    print_pairs(console, provenance(result))
+    for section in sections(result):
+        heading(console, section.title)
+        if section.rows:
+            made = table(*section.columns)
+            for row in section.rows:
+                made.add_row(*map(printable, row))
+            print_trimmed(console, made)
+        for sentence in section.sentences:
+            print_sentence(console, printable(sentence))
+
+
+def sweep_markdown(result: Result) -> str:
+    """The same as a page of Markdown."""
+    lines = [f"# {result.sweep.file.stem}", ""]
+    lines += [f"- {name}: {value}" for name, value in provenance(result).items()]
+    for section in sections(result):
+        lines += ["", f"## {section.title}", ""]
+        if section.rows:
+            lines += [_row(section.columns), _row(["---", *["---:"] * (len(section.columns) - 1)])]
+            lines += [_row(row) for row in section.rows]
+        lines += ["", *section.sentences] if section.sentences and section.rows else section.sentences
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def provenance(result: Result) -> dict[str, str]:
+    """Where the figures come from, in words."""
+    found = result.provenance
+    spec = result.sweep.spec
+    commits = ", ".join(found["commits"]) or ", ".join(f"version {version}" for version in found["versions"])
+    return {
+        "command": found["command"],
+        "seeds": ", ".join(map(str, found["seeds"])),
+        "commit": commits or DASH,
+        "machine": "; ".join([*found["machines"], *found["devices"]]) or DASH,
+        "hours": f"{found['hours']:.2f}",
+        "held equal": spec.equal if spec.equal != "parameters" else "tokens and parameters",
+    }
+
+
+def sections(result: Result) -> Iterator[Section]:
+    """The tables, and what could not go into them."""
+    yield _losses(result)
+    yield _costs(result)
+    if problems := list(_problems(result)):
+        yield Section("Not in the tables", problems)
+
+
+def _losses(result: Result) -> Section:
+    control = result.sweep.spec.control
+    columns = ["arm", "seeds", "bits/byte", "deviation", f"− {control}", "95 % interval", "support"]
+    rows = []
+    for arm in result.arms:
+        mean, difference = arm.mean("bits_per_byte"), arm.difference("bits_per_byte")
+        rows.append(
+            [
+                arm.name,
+                f"{mean.seeds}/{len(arm.runs)}",
+                _number(mean.value, ".4f"),
+                _number(mean.deviation, ".4f"),
+                *_difference(difference),
+                _number(arm.mean("effective_support").value, ".1f"),
+            ]
+        )
+    return Section("Validation loss, means over seeds", _explanations(result), columns, rows)
+
+
+def _explanations(result: Result) -> list[str]:
+    if len(result.arms) == 1:
+        return []
+    return [
+        "Differences are paired by seed. Their interval is Student's, over seeds; it leaves out the choice of the text."
+    ]
+
+
+def _costs(result: Result) -> Section:
+    columns = ["arm", "tokens", "time", "tokens/s", "memory", "active units"]
+    return Section("Cost of a run, means over seeds", (), columns, [_cost(arm) for arm in result.arms])
+
+
+def _cost(arm: ArmResult) -> list[str]:
+    means = {name: arm.mean(name).value for name in ("tokens", "seconds", "tokens_per_second", "memory_bytes")}
+    tokens, seconds, speed, size = (means[name] for name in means)
+    units = arm.mean("active_units").value
+    return [
+        arm.name,
+        count(tokens) if math.isfinite(tokens) else DASH,
+        duration(seconds) if math.isfinite(seconds) else DASH,
+        count(speed) if math.isfinite(speed) else DASH,
+        memory(size) if math.isfinite(size) else DASH,
+        share(units) if math.isfinite(units) else DASH,
+    ]
+
+
+def _problems(result: Result) -> Iterator[str]:
+    for run in result.runs:
+        if run.state == "failed":
+            yield f"{run.arm}, seed {run.seed}, failed: {run.error}"
+    unfinished = [run for run in result.runs if run.state in ("running", "unfinished")]
+    if unfinished:
+        names = ", ".join(f"{run.arm} seed {run.seed}" for run in unfinished)
+        yield f"{counted(len(unfinished), 'run has', 'runs have')} not finished: {names}"
+
+
+def _difference(difference: Mean) -> list[str]:
+    interval = DASH
+    if math.isfinite(difference.low):
+        interval = f"{difference.low:+.4f} … {difference.high:+.4f}"
+    return [_number(difference.value, "+.4f"), interval]
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else DASH

@@ -1,0 +1,90 @@
+"""The attempts of a sweep's jobs: a line of JSON for each process that ended, in the folder of the sweep."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cda_cli.version import __version__
+
+FILE = "attempts.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A process of a job: how it ended, and where it ran.
+
+    `began` is in UTC, by ISO 8601. `exit_code` is below 0 if a signal ended it. `error` is the last line of its log, or
+    empty if it did not fail. `commit` is that of the code, or empty where that is not in a git checkout.
+    """
+
+    job: str
+    command: str
+    began: str
+    seconds: float
+    exit_code: int
+    error: str
+    machine: str
+    device: str
+    version: str = __version__
+    commit: str = ""
+
+
+def append(folder: Path, attempt: Attempt) -> None:
+    with (folder / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(attempt)) + "\n")
+
+
+def read(folder: Path) -> list[Attempt]:
+    """The attempts, oldest first. A line that a kill has cut short is left out."""
+    try:
+        lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError):
+            found.append(Attempt(**json.loads(line)))
+    return found
+
+
+def latest(attempts: Iterable[Attempt]) -> dict[str, Attempt]:
+    """The latest attempt of each job, by its name."""
+    return {attempt.job: attempt for attempt in attempts}
+
+
+def machine() -> str:
+    """The processor and the cores that this process may use."""
+    model = platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def commit() -> str:
+    """The commit of the code that runs, with a + where files differ from it; empty outside of a git checkout."""
+    here = Path(__file__).parent
+    revision = _git(here, "rev-parse", "--short=12", "HEAD")
+    return revision + "+" * bool(revision and _git(here, "status", "--porcelain", "--untracked-files=no"))
+
+
+def _git(folder: Path, *words: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def distinct(values: Sequence[str]) -> list[str]:
+    """Each value once, in the order in which they came first."""
+    return list(dict.fromkeys(value for value in values if value))

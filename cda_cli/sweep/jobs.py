@@ -1,0 +1,172 @@
+"""Runs jobs as processes, as many at once as there are slots, until all have ended or a stop is asked for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Protocol
+
+from cda_cli.errors import ConfigError
+from cda_cli.runs.folder import Run
+from cda_cli.runs.records import TrainRecord
+from cda_cli.signals import StopRequest
+from cda_cli.sweep.attempts import Attempt, append
+from cda_cli.sweep.plan import TrainJob
+
+POLL = 0.1  # seconds between two looks at the processes
+READ = 1.0  # seconds between two looks at their records
+LAST_BYTES = 4096  # of a log, in which its last line is looked for
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a process. `device` is None for that of its settings."""
+
+    device: str | None = None
+
+
+def make_slots(jobs: int | None, devices: str | None) -> list[Slot]:
+    """The places of `jobs` processes at once, by default one on each of the `devices`, which have commas between.
+
+    Raises ConfigError.
+    """
+    names = [name.strip() for name in devices.split(",")] if devices is not None else [None]
+    if not all(name is None or name for name in names):
+        raise ConfigError(f"--devices {devices!r} names no device; give such as cuda:0,cuda:1")
+    count = jobs or len(names)
+    if count < len(names):
+        raise ConfigError(f"--jobs {count} would leave devices of --devices {devices} idle; give {len(names)} or more")
+    return [Slot(names[number % len(names)]) for number in range(count)]
+
+
+@dataclass
+class Running:
+    """A job with its process. `record` is its newest train record."""
+
+    job: TrainJob
+    device: str | None
+    process: subprocess.Popen[bytes]
+    log_start: int
+    began: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    record: TrainRecord | None = None
+
+    def look(self) -> None:
+        self.record = next(Run(self.job.folder).records(TrainRecord, newest_first=True), None)
+
+    def last_line(self) -> str:
+        """The last line that its process has said."""
+        with self.job.log.open("rb") as log:
+            log.seek(max(self.log_start, self.job.log.stat().st_size - LAST_BYTES))
+            lines = log.read().decode("utf-8", errors="replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        return said[-1].removeprefix("error: ") if said else ""
+
+    def attempt(self, machine: str, commit: str) -> Attempt:
+        """What its process came to, once that has ended."""
+        code = self.process.returncode
+        error = ""
+        if code < 0:
+            error = f"ended by {signal.Signals(-code).name}"
+        elif code:
+            error = self.last_line() or f"exit code {code}"
+        elif not self.job.is_done():
+            error = "it ended before its last step"
+        return Attempt(
+            job=self.job.name,
+            command=self.job.command(),
+            began=self.began.isoformat(timespec="seconds"),
+            seconds=round((datetime.now(timezone.utc) - self.began).total_seconds(), 3),
+            exit_code=code,
+            error=error,
+            machine=machine,
+            device=self.device or self.job.config.run.device,
+            commit=commit,
+        )
+
+
+class Display(Protocol):
+    """Shows a person how the jobs come on."""
+
+    def started(self, running: Running) -> None: ...
+
+    def ended(self, attempt: Attempt, running: Running) -> None: ...
+
+    def refresh(self, running: Sequence[Running], waiting: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs jobs in the slots, and records how each ended in the folder `out`."""
+
+    slots: Sequence[Slot]
+    out: Path
+    display: Display
+    stop: StopRequest
+    machine: str
+    commit: str
+
+    def run(self, jobs: Sequence[TrainJob]) -> None:
+        """Runs those of the `jobs` that are not done. A job that fails does not keep the others from running.
+
+        Once a stop is asked for, it starts no more, passes the request on, and returns when all have saved.
+        """
+        waiting = [job for job in jobs if not job.is_done()]
+        running: dict[int, Running] = {}
+        asked, looked = False, 0.0
+        while running or (waiting and not self.stop):
+            for number, slot in enumerate(self.slots):
+                free = [job for job in waiting if not job.is_held()] if number not in running and not self.stop else []
+                if free:
+                    waiting.remove(free[0])
+                    running[number] = self._start(free[0], slot)
+            if self.stop and not asked:
+                asked = True
+                for each in running.values():
+                    # Not SIGINT, to which a process that is still importing answers with a traceback.
+                    each.process.send_signal(signal.SIGTERM)
+            time.sleep(POLL)
+            for number, each in list(running.items()):
+                if each.process.poll() is not None:
+                    del running[number]
+                    self._end(each)
+            if time.monotonic() >= looked + READ:
+                looked = time.monotonic()
+                for each in running.values():
+                    each.look()
+            self.display.refresh(list(running.values()), len(waiting))
+
+    def _start(self, job: TrainJob, slot: Slot) -> Running:
+        job.prepare()
+        with job.log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "cda_cli", *job.arguments(slot.device)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_environment(len(self.slots)),
+                # Ctrl-C of the terminal reaches this process alone, which passes it on once.
+                start_new_session=True,
+            )
+            running = Running(job, slot.device, process, log.tell())
+        self.display.started(running)
+        return running
+
+    def _end(self, running: Running) -> None:
+        running.look()
+        attempt = running.attempt(self.machine, self.commit)
+        append(self.out, attempt)
+        self.display.ended(attempt, running)
+
+
+def _environment(processes: int) -> Mapping[str, str]:
+    """Shares the cores among the processes, which would otherwise take all of them each."""
+    cores = len(os.sched_getaffinity(0))
+    shared = {"OMP_NUM_THREADS": str(max(1, cores // processes))} if processes > 1 else {}
+    return {**shared, **os.environ}

@@ -1,0 +1,172 @@
+"""What the runs of a sweep recorded: figures of each run, means over seeds, and paired differences to the control."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from cda_cli.comparison.recorded import RecordedRun, read_run
+from cda_cli.errors import CdaError
+from cda_cli.sweep import attempts
+from cda_cli.sweep.attempts import Attempt, distinct
+from cda_cli.sweep.plan import Sweep, TrainJob
+from cda_cli.sweep.student_t import LEVEL, Mean, mean_of
+
+METRIC = "bits_per_byte"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run. `state` is finished, failed, running or unfinished, and `error` says why it failed.
+
+    `figures` are those of a run that has finished, by name.
+    """
+
+    arm: str
+    seed: int
+    folder: str
+    command: str
+    state: str
+    error: str
+    figures: Mapping[str, float]
+
+    def figure(self, name: str) -> float:
+        """NaN where the run has none."""
+        return self.figures.get(name, math.nan)
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """The runs of an arm, and those of the control."""
+
+    name: str
+    runs: Sequence[RunResult]
+    control: Sequence[RunResult] | None
+
+    def mean(self, name: str) -> Mean:
+        """The mean of a figure over the seeds that have it."""
+        return mean_of([value for run in self.runs if math.isfinite(value := run.figure(name))])
+
+    def difference(self, name: str) -> Mean:
+        """How far a figure is above that of the control, paired by seed."""
+        pairs = zip(self.runs, self.control or (), strict=False)
+        found = [own.figure(name) - other.figure(name) for own, other in pairs]
+        return mean_of([value for value in found if math.isfinite(value)])
+
+
+@dataclass(frozen=True)
+class Result:
+    """All arms of a sweep, in the order of the file, and the attempts that they took."""
+
+    sweep: Sweep
+    arms: Sequence[ArmResult]
+    attempts: Sequence[Attempt]
+    command: str
+
+    @cached_property
+    def runs(self) -> list[RunResult]:
+        return [run for arm in self.arms for run in arm.runs]
+
+    def of_state(self, state: str) -> list[RunResult]:
+        return [run for run in self.runs if run.state == state]
+
+    @property
+    def hours(self) -> float:
+        """Those of all processes together."""
+        return sum(attempt.seconds for attempt in self.attempts) / 3600
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the figures come from."""
+        return {
+            "command": self.command,
+            "seeds": list(self.sweep.spec.seeds),
+            "commits": distinct([attempt.commit for attempt in self.attempts]),
+            "versions": distinct([attempt.version for attempt in self.attempts]),
+            "machines": distinct([attempt.machine for attempt in self.attempts]),
+            "devices": distinct([attempt.device for attempt in self.attempts]),
+            "hours": self.hours,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document of `--json`."""
+        return {
+            "file": str(self.sweep.file),
+            "out": str(self.sweep.out),
+            "equal": self.sweep.spec.equal,
+            "control": self.sweep.spec.control,
+            "level": LEVEL,
+            **self.provenance,
+            "arms": [_arm(arm) for arm in self.arms],
+            "failed": len(self.of_state("failed")),
+        }
+
+
+def collect(sweep: Sweep, command: str) -> Result:
+    """Reads what the runs of a sweep have recorded so far."""
+    known = attempts.read(sweep.out)
+    latest = attempts.latest(known)
+    runs = {
+        arm: [_run(arm, seed, sweep.job(arm, seed), latest) for seed in sweep.spec.seeds] for arm in sweep.spec.arms
+    }
+    control = sweep.spec.control
+    arms = [ArmResult(arm, own, runs[control] if arm != control else None) for arm, own in runs.items()]
+    return Result(sweep, arms, known, command)
+
+
+def _run(arm: str, seed: int, job: TrainJob, latest: Mapping[str, Attempt]) -> RunResult:
+    state, error, figures = "finished", "", {}
+    if job.is_done():
+        try:
+            figures = figures_of_run(read_run(job.folder))
+        except CdaError as found:
+            state, error = "failed", str(found)
+    elif job.is_held():
+        state = "running"
+    else:
+        last = latest.get(job.name)
+        error = last.error if last else ""
+        state = "failed" if error else "unfinished"
+    return RunResult(arm, seed, str(job.folder), job.command(), state, error, figures)
+
+
+def figures_of_run(run: RecordedRun) -> dict[str, float]:
+    """The figures of a run by name, those of its last validation among them; NaN where it recorded none.
+
+    Measures of attention are means over the layers of the last train record.
+    """
+    best = min(run.validation, key=lambda point: point.loss, default=None)
+    last = run.validation[-1] if run.validation else None
+    layers: Mapping[str, Callable[[Any], float]] = {
+        "effective_support": lambda layer: layer.effective_support,
+        "sparsity_k": lambda layer: layer.sparsity_k,
+        "active_units": lambda layer: layer.active_units,
+    }
+    return {
+        "loss": last.loss if last else math.nan,
+        "bits_per_byte": last.bits_per_byte if last else math.nan,
+        "best_loss": best.loss if best else math.nan,
+        "best_bits_per_byte": best.bits_per_byte if best else math.nan,
+        "tokens": run.tokens,
+        "steps": run.training[-1].step if run.training else math.nan,
+        "seconds": run.seconds,
+        "tokens_per_second": run.tokens_per_second,
+        "memory_bytes": run.memory_bytes,
+        **{name: statistics.fmean(map(of, run.layers)) if run.layers else math.nan for name, of in layers.items()},
+    }
+
+
+def _arm(arm: ArmResult) -> dict[str, Any]:
+    names = arm.runs[0].figures if arm.runs else {}
+    for run in arm.runs:
+        names = run.figures or names
+    return {
+        "name": arm.name,
+        "runs": [asdict(run) for run in arm.runs],
+        "means": {name: arm.mean(name).as_dict() for name in names},
+        "differences": {name: arm.difference(name).as_dict() for name in names} if arm.control else {},
+    }

@@ -1,0 +1,34 @@
+"""Runs a whole sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cda_cli.config import Config
+from cda_cli.signals import StopRequest
+from cda_cli.storage import only_writer
+from cda_cli.sweep.attempts import commit, machine
+from cda_cli.sweep.jobs import Display, Runner, Slot
+from cda_cli.sweep.plan import Sweep
+
+LOCKED = ".sweep"  # a hidden folder in that of the sweep, which is no run, and so has no lock of its own
+
+
+def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
+    """Trains what is missing.
+
+    Raises InterruptedRunError once it was stopped, and StorageError if another process runs this sweep.
+    """
+    with StopRequest() as stop, only_writer(sweep.out / LOCKED, lambda _: None):
+        Runner(slots, sweep.out, display, stop, machine(), commit()).run(sweep.jobs())
+        stop.check("stopped, and what was running is saved; the same command goes on")
+
+
+def count_parameters(config: Config) -> int:
+    """Counts the weights of the model of a configuration, without making them."""
+    import torch
+
+    from cda_cli.model import Transformer
+
+    with torch.device("meta"):
+        return Transformer(config.model).parameter_count()

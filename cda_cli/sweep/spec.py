@@ -1,0 +1,147 @@
+"""The file of a sweep, as docs/sweeps.md describes it: the settings of a `--config` file, and arms that change some."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cda_cli.config import Config, Layer, parse, preset_file, read_yaml
+from cda_cli.errors import ConfigError, did_you_mean, requirement
+from cda_cli.settings import DEFAULT_PRESET, SECTIONS
+
+NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an arm, which is the name of a folder and a column of a table
+
+Equal = Literal["tokens", "parameters"]
+
+
+class Part(BaseModel):
+    """A part of the file. Its scalars are text, which pydantic reads as numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Settings(Part):
+    """Settings of runs, by section, as a `--config` file has them."""
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = Field(default_factory=dict)
+    optim: dict[str, Any] = Field(default_factory=dict)
+    run: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def layer(self) -> Layer:
+        return {section: getattr(self, section) for section in SECTIONS}
+
+
+class Arm(Settings):
+    """What an arm changes in the settings of all."""
+
+
+class Spec(Settings):
+    """The file of a sweep. Its own settings are those of all arms; the seed is that of each run."""
+
+    preset: str = DEFAULT_PRESET
+    arms: dict[str, Arm] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    control: str = ""
+    equal: Equal = "tokens"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_is_control(cls, values: dict[str, Any]) -> dict[str, Any]:
+        arms = values.get("arms")
+        return {"control": next(iter(arms), ""), **values} if isinstance(arms, dict) else values
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _may_be_empty(cls, arms: Any) -> Any:
+        """An arm without changes, `softmax:`, is null in YAML."""
+        return {name: arm or {} for name, arm in arms.items()} if isinstance(arms, dict) else arms
+
+    @field_validator("arms")
+    @classmethod
+    def _are_names(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
+        for name in arms:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"an arm has the name of a folder, of letters, digits and . _ + -, not {name!r}")
+        return arms
+
+    @field_validator("seeds")
+    @classmethod
+    def _are_distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is given twice; give each once")
+        return seeds
+
+    @model_validator(mode="after")
+    def _names_arms(self) -> Spec:
+        self.require_arm("control", self.control)
+        return self
+
+    def require_arm(self, key: str, name: str) -> None:
+        """Raises ValueError if `key` names an arm that there is not."""
+        if name not in self.arms:
+            raise ValueError(f"{key}: there is no arm {name!r}: {did_you_mean(name, self.arms)}")
+
+
+def read_spec(file: Path) -> Spec:
+    """Reads the file of a sweep, and checks the settings of each arm. Raises ConfigError, which names file and key."""
+    if not file.exists():
+        raise ConfigError(f"there is no file {file}; give the YAML file of a sweep, as docs/sweeps.md shows one")
+    try:
+        spec = Spec.model_validate(read_yaml(file, "mend it, or give another file"))
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {_sentence(error)}") from error
+    for name, arm in spec.arms.items():
+        try:
+            settings(spec, arm.layer)
+        except ConfigError as error:
+            place = "" if _is_of_all_arms(spec, str(error)) else f"arms.{name}: "
+            raise ConfigError(f"{file}: {place}{error}") from error
+    return spec
+
+
+def settings(spec: Spec, *changes: Layer) -> Config:
+    """The settings of a run: the preset, then those of all arms, then `changes`, the later winning.
+
+    Raises ConfigError.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for layer in (read_yaml(preset_file(spec.preset)), spec.layer, *changes):
+        for section, values in layer.items():
+            merged.setdefault(section, {}).update(values)
+    return parse({"preset": spec.preset, **merged})
+
+
+def _is_of_all_arms(spec: Spec, fault: str) -> bool:
+    """Whether the settings of all arms are refused in the same words without those of any arm."""
+    try:
+        settings(spec)
+    except ConfigError as error:
+        return str(error) == fault
+    return False
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first fault that pydantic found, as one sentence with the key."""
+    fault = error.errors()[0]
+    path = [str(part) for part in fault["loc"]]
+    where, message = ".".join(path), requirement(fault["msg"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key '{where}': {did_you_mean(path[-1], _keys(path[0] if path[1:] else ''))}"
+    if fault["type"] == "missing":
+        return f"the key '{where}' is missing; docs/sweeps.md shows a whole file"
+    if fault["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where} = {fault['input']!r} is not possible: {message}; docs/sweeps.md says what is"
+
+
+def _keys(name: str) -> list[str]:
+    """The keys of the part `name` of the file, or of the file itself."""
+    return [field.alias or key for key, field in PARTS.get(name, Spec).model_fields.items()]
+
+
+PARTS: dict[str, type[Part]] = {"arms": Arm}

@@ -1,0 +1,195 @@
+"""`cda sweep`: its file, its runs as processes, and its tables."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cda_cli.sweep import attempts
+from cda_cli.sweep.attempts import Attempt
+from cda_cli.sweep.plan import Sweep
+from cda_cli.sweep.spec import read_spec
+from tests.commands.helpers import Cda, assert_refused, steps_saved
+from tests.comparison.runs import write_run
+
+ROOT = Path(__file__).parent.parent.parent
+
+FILE = """\
+optim: {steps: 40}
+arms:
+  plain: {model: {attention: softmax}}
+  sparse:
+seeds: [0, 1, 2]
+"""
+MEASURED = ("seconds", "tokens_per_second", "memory_bytes")  # no two runs are equal in these
+
+# In the process of a run, asks the sweep to stop when the checkpoint of step 2 is written, and goes on once the run is
+# asked too, so that it is cut in the midst.
+STOP_AT_STEP_2 = """
+import os, signal, sys
+def hook(event, arguments):
+    if event == "open" and "step-00000002" in str(arguments[0]) and not done:
+        done.append(True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        os.kill(os.getppid(), signal.SIGINT)
+        signal.sigwait([signal.SIGTERM])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        signal.raise_signal(signal.SIGTERM)
+done = []
+sys.addaudithook(hook)
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a sweep in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "sweep.yaml"
+    file.write_text(FILE)
+    return file
+
+
+def attempt(job: str, error: str = "") -> Attempt:
+    return Attempt(
+        job=job, command="cda train", began="2020-02-02T02:02:02+00:00", seconds=1800.0, exit_code=int(bool(error)),
+        error=error, machine="a computer", device="cpu", version="1", commit="abc",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def trained(sweep: Path) -> Path:
+    """The folder of a sweep whose last run failed."""
+    out = sweep.parent / "runs" / "sweep"
+    bits = {"plain": (4.5, 4.7, 4.3), "sparse": (4.4, 4.55, None)}
+    for arm, values in bits.items():
+        for seed, value in enumerate(values):
+            if value is not None:
+                write_run(out / arm / f"seed-{seed}", [8.0, 6.0, 5.0, value], text={})
+            attempts.append(out, attempt(f"{arm}, seed {seed}", "" if value else "it burst; use a smaller --lr"))
+    return out
+
+
+def test_a_sweep_that_was_stopped_and_goes_on_gives_the_tables_of_one_that_was_not(
+    cda: Cda, tiny: Path, finished: Path, sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep.write_text(f"{tiny.read_text()}arms: {{only: }}\nseeds: [0]\n")
+    shutil.copytree(finished, "uncut/only/seed-0")
+    hook = sweep.parent / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(STOP_AT_STEP_2)
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{hook}:{ROOT}")
+        stopped = cda("sweep", sweep, "--out", "cut")
+    assert stopped.code == 130, stopped.err
+    assert stopped.err.endswith("the same command goes on\n")
+    assert steps_saved(Path("cut/only/seed-0")) == [2], "the run was not cut in the midst"
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    resumed, uncut = (json.loads(cda("sweep", sweep, "--out", out, "--json").out) for out in ("cut", "uncut"))
+    assert figures(resumed) == figures(uncut)
+    assert [each.exit_code for each in attempts.read(Path("cut"))] == [143, 0]
+
+
+def figures(document: dict[str, Any]) -> dict[str, float]:
+    """Those of the only run that no clock measures."""
+    [run] = document["arms"][0]["runs"]
+    assert run["state"] == "finished"
+    return {name: value for name, value in run["figures"].items() if name not in MEASURED}
+
+
+def test_tables_have_means_and_paired_differences(cda: Cda, sweep: Path, trained: Path) -> None:
+    done = cda("sweep", "sweep.yaml", "--no-run", "--markdown", "table.md")
+    assert done.code == 1, "a run failed"
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
+    for line in (
+        "plain 3/3 4.5000 0.2000 – – 6.6",
+        "sparse 2/3 4.4750 0.1061 -0.1250 -0.4427 … +0.1927 6.6",
+        "sparse, seed 2, failed: it burst; use a smaller --lr",
+        "hours 3.00",
+        "commit abc",
+    ):
+        assert line in lines, f"{line!r} is not in:\n{done.out}"
+    assert max(len(line) for line in done.out.splitlines() if not line.endswith(".")) <= 80
+    page = Path("table.md").read_text()
+    assert "| sparse | 2/3 | 4.4750 | 0.1061 | -0.1250 | -0.4427 … +0.1927 | 6.6 |" in page
+    assert "- machine: a computer; cpu" in page
+    document = json.loads(cda("sweep", sweep, "--no-run", "--json").out)
+    assert document["failed"] == 1
+    assert document["arms"][1]["differences"]["bits_per_byte"]["mean"] == pytest.approx(-0.125)
+    assert document["arms"][1]["runs"][2]["error"] == "it burst; use a smaller --lr"
+
+
+def test_what_did_not_run_yet_is_no_failure(cda: Cda, sweep: Path, trained: Path) -> None:
+    sweep.write_text(FILE.replace("[0, 1, 2]", "[0, 1, 7]"))
+    done = cda("sweep", sweep, "--no-run")
+    assert (done.code, done.err) == (0, "")
+    assert "2 runs have not finished: plain seed 7, sparse seed 7" in done.out
+
+
+def test_a_run_that_began_with_other_settings_is_refused(cda: Cda, sweep: Path, trained: Path) -> None:
+    """A table that mixed them would be of neither file."""
+    Sweep(read_spec(sweep), sweep, trained).jobs()[0].prepare()
+    assert cda("sweep", sweep, "--no-run").code == 1
+    sweep.write_text(f"{FILE}run: {{log_every: 5}}\n")
+    assert cda("sweep", sweep, "--no-run").code == 1, "how often it logs changes no loss"
+    sweep.write_text(FILE.replace("{steps: 40}", "{steps: 40, lr: 0.5}"))
+    assert_refused(cda("sweep", sweep), "optim.lr 0.003", "now has 0.5", "another --out")
+
+
+WRONG: dict[str, tuple[str, str]] = {
+    "no arms": ("seeds: [0]", "the key 'arms' is missing"),
+    "no mapping": ("[1]", "does not hold"),
+    "no YAML": ("arms: [", "line 1"),
+    "a wrong key": (f"{FILE}contrl: plain", "unknown key 'contrl': did you mean 'control'?"),
+    "a wrong key of an arm": (
+        FILE.replace("sparse:", "sparse: {modl: {}}"),
+        "'arms.sparse.modl': did you mean 'model'?",
+    ),
+    "a wrong setting": (FILE.replace("steps", "stps"), "sweep.yaml: unknown setting 'optim.stps'"),
+    "a wrong setting of an arm": (
+        FILE.replace("attention: softmax", "attention: sofmax"),
+        "sweep.yaml: arms.plain: model.attention = 'sofmax' is not possible",
+    ),
+    "no seed": (FILE.replace("[0, 1, 2]", "[0, one]"), "seeds.1 = 'one' is not possible"),
+    "a seed twice": (FILE.replace("[0, 1, 2]", "[0, 0]"), "seeds: a seed is given twice"),
+    "no such control": (f"{FILE}control: plein", "control: there is no arm 'plein': did you mean 'plain'?"),
+    "no name of a folder": (FILE.replace("sparse:", "../up:"), "an arm has the name of a folder"),
+    "unequal tokens": (
+        FILE.replace("sparse:", "sparse: {optim: {steps: 80}}"),
+        "arms differ in their tokens, which are held equal (plain 81,920, sparse 163,840)",
+    ),
+    "unequal parameters": (
+        FILE.replace("sparse:", "sparse: {model: {ff_mult: 2}}") + "equal: parameters",
+        "arms differ in their parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_in_the_file_is_told_with_its_place(cda: Cda, sweep: Path, case: str) -> None:
+    content, words = WRONG[case]
+    sweep.write_text(content)
+    assert_refused(cda("sweep", sweep), words)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--devices", "cuda:0,"], "names no device"),
+        (["--devices", "cuda:0,cuda:1", "--jobs", 1], "would leave devices"),
+        (["--markdown", "no/table.md"], "make no first"),
+    ],
+)
+def test_wrong_options_are_refused(cda: Cda, sweep: Path, options: list[Any], words: str) -> None:
+    assert_refused(cda("sweep", sweep, *options), words)
+
+
+def test_the_example_of_the_docs_is_a_sweep() -> None:
+    file = ROOT / "docs" / "sweep.yaml"
+    planned = Sweep(read_spec(file), file, Path("out"))
+    planned.check(lambda config: 0)
+    assert len(planned.jobs()) == 9
