@@ -145,10 +145,25 @@ def provenance(result: Result) -> dict[str, str]:
 
 def sections(result: Result) -> Iterator[Section]:
     """The tables, and what could not go into them."""
+    if result.sweep.spec.tune:
+        yield _tuning(result)
     yield _losses(result)
     yield _costs(result)
     if problems := list(_problems(result)):
         yield Section("Not in the tables", problems)
+
+
+def _tuning(result: Result) -> Section:
+    rows, sentences = [], []
+    for arm in result.arms:
+        for each in arm.tuned:
+            loss = _number(each.loss, ".4f") if not each.error else "failed"
+            rows.append([f"{arm.name}, {each.point.name}", loss, "chosen" if each.is_chosen else ""])
+            if each.error:
+                sentences.append(f"{arm.name}, {each.point.name}, failed: {each.error}")
+        for key, end in arm.at_ends():
+            sentences.append(f"{arm.name} came out with the {end} {key} of its grid; one beyond it may be better.")
+    return Section("Tuning, validation loss", sentences, ["arm", "loss", ""], rows)
 
 
 def _losses(result: Result) -> Section:

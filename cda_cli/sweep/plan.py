@@ -1,25 +1,27 @@
-"""The runs of a sweep, and where they lie in its folder.
+"""The runs of a sweep, and where they lie in its folder OUT.
 
-OUT/ARM/seed-N          the run of an arm and a seed
-OUT/ARM/seed-N.yaml     its settings
-OUT/ARM/seed-N.log      what it said
-OUT/attempts.jsonl      how each process ended (see `attempts`)
+- `OUT/ARM/seed-N` is the run of an arm and a seed; beside it are its settings, `seed-N.yaml`, and what it said,
+  `seed-N.log`.
+- `OUT/ARM/tune/POINT` is the run of an arm with a point of its grid.
+- `OUT/attempts.jsonl` tells how each process ended (see `attempts`).
 """
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cda_cli.config import Config, Layer, dump_yaml, flat, parse, read_yaml
 from cda_cli.errors import CdaError, ConfigError
 from cda_cli.runs.folder import Run
+from cda_cli.runs.records import ValidationRecord
 from cda_cli.runs.summary import summarise
 from cda_cli.settings_table import as_written
 from cda_cli.storage import write_file
-from cda_cli.sweep.spec import Spec, settings
+from cda_cli.sweep.spec import Point, Spec, settings
 
 MOST_UNEQUAL = 0.01  # of the parameters of the smallest arm, where these are held equal
 # Settings of `run` that change what a run finds. All others may change from one attempt to the next.
@@ -70,6 +72,11 @@ class TrainJob:
         except (CdaError, OSError):
             return False
 
+    def loss(self) -> float:
+        """The loss of its last validation, nats per token; NaN if it has not finished."""
+        validation = next(Run(self.folder).records(ValidationRecord, newest_first=True), None)
+        return validation.loss if validation and self.is_done() else math.nan
+
     def is_held(self) -> bool:
         """Whether a process writes into its folder, such as one that has outlived its sweep."""
         return Run(self.folder).is_running()
@@ -87,24 +94,59 @@ class Sweep:
     file: Path
     out: Path
 
-    def job(self, arm: str, seed: int) -> TrainJob:
-        """The run of an arm and a seed."""
-        config = settings(self.spec, self.spec.arms[arm].layer, _of_seed(seed))
-        return TrainJob(f"{arm}, seed {seed}", self.out / arm / f"seed-{seed}", config)
+    def stages(self) -> Iterator[list[TrainJob]]:
+        """The runs in stages, each to be asked for once those before it have ended."""
+        yield self.tuning_jobs()
+        yield self.jobs()
 
     def jobs(self) -> list[TrainJob]:
-        """All runs that the tables are made from, seed by seed, so that early ones make pairs."""
-        return [self.job(arm, seed) for seed in self.spec.seeds for arm in self.spec.arms]
+        """The runs that are compared, seed by seed, so that early ones make pairs.
+
+        An arm has none before a run of its tuning has finished.
+        """
+        chosen = {arm: self.chosen(arm) for arm in self.spec.arms}
+        arms = [arm for arm, point in chosen.items() if point or not self.spec.tune]
+        return [self.job(arm, seed, chosen[arm]) for seed in self.spec.seeds for arm in arms]
+
+    def job(self, arm: str, seed: int, chosen: Point | None) -> TrainJob:
+        """The run of an arm and a seed, with the point that was chosen for the arm."""
+        config = settings(self.spec, self.spec.arms[arm].layer, chosen.layer if chosen else {}, _of_seed(seed))
+        return TrainJob(f"{arm}, seed {seed}", self.out / arm / f"seed-{seed}", config)
+
+    def tuning_jobs(self) -> list[TrainJob]:
+        """The runs of all grids, without those of arms that have gone on: these would change what was chosen."""
+        arms = [arm for arm in self.spec.arms if not self._has_gone_on(arm)]
+        return [self.tuning_job(arm, point) for arm in arms for point in self.spec.points(arm)]
+
+    def tuning_job(self, arm: str, point: Point) -> TrainJob:
+        """The run of an arm with a point of its grid."""
+        assert self.spec.tune
+        config = settings(self.spec, self.spec.arms[arm].layer, point.layer, _of_seed(self.spec.tune.seed))
+        return TrainJob(f"{arm}, {point.name}", self.out / arm / "tune" / point.folder, config)
+
+    def chosen(self, arm: str) -> Point | None:
+        """The point with the lowest validation loss of those that have finished; None if there is none."""
+        losses = [(self.tuning_job(arm, point).loss(), point) for point in self.spec.points(arm)]
+        finished = [(loss, point) for loss, point in losses if math.isfinite(loss)]
+        return min(finished, key=lambda each: each[0])[1] if finished else None
+
+    def _has_gone_on(self, arm: str) -> bool:
+        chosen = self.chosen(arm)
+        return any(self.job(arm, seed, chosen).settings_file.exists() for seed in self.spec.seeds)
 
     def check(self, count_parameters: Callable[[Config], int]) -> None:
         """Raises ConfigError where arms differ in what is held equal, or runs began with other settings."""
-        configs = {arm: settings(self.spec, own.layer) for arm, own in self.spec.arms.items()}
-        _require_equal(self.file, "tokens", {arm: tokens_of(config) for arm, config in configs.items()}, 0)
+        configs = {}
+        for arm, own in self.spec.arms.items():
+            for point in self.spec.points(arm) or [Point("", {})]:
+                configs[", ".join(filter(None, (arm, point.name)))] = settings(self.spec, own.layer, point.layer)
+        _require_equal(self.file, "tokens", {name: tokens_of(config) for name, config in configs.items()}, 0)
         if self.spec.equal == "parameters":
-            counts = {arm: count_parameters(config) for arm, config in configs.items()}
+            counts = {name: count_parameters(config) for name, config in configs.items()}
             _require_equal(self.file, "parameters", counts, MOST_UNEQUAL)
-        for job in self.jobs():
-            job.check()
+        for stage in self.stages():
+            for job in stage:
+                job.check()
 
 
 def tokens_of(config: Config) -> int:

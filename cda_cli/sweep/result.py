@@ -13,7 +13,8 @@ from cda_cli.comparison.recorded import RecordedRun, read_run
 from cda_cli.errors import CdaError
 from cda_cli.sweep import attempts
 from cda_cli.sweep.attempts import Attempt, distinct
-from cda_cli.sweep.plan import Sweep, TrainJob
+from cda_cli.sweep.plan import Sweep
+from cda_cli.sweep.spec import Point
 from cda_cli.sweep.student_t import LEVEL, Mean, mean_of
 
 METRIC = "bits_per_byte"
@@ -40,12 +41,30 @@ class RunResult:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """A run of a grid: its point, the validation loss that it came to, and whether it was chosen.
+
+    A run that has not finished has the loss NaN, and a failed one an error.
+    """
+
+    point: Point
+    loss: float
+    error: str
+    is_chosen: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields in JSON."""
+        return {"point": self.point.name, "loss": self.loss, "error": self.error, "chosen": self.is_chosen}
+
+
+@dataclass(frozen=True)
 class ArmResult:
-    """The runs of an arm, and those of the control."""
+    """The runs of an arm, those of the control, and those of its tuning."""
 
     name: str
     runs: Sequence[RunResult]
     control: Sequence[RunResult] | None
+    tuned: Sequence[Tuned]
 
     def mean(self, name: str) -> Mean:
         """The mean of a figure over the seeds that have it."""
@@ -56,6 +75,16 @@ class ArmResult:
         pairs = zip(self.runs, self.control or (), strict=False)
         found = [own.figure(name) - other.figure(name) for own, other in pairs]
         return mean_of([value for value in found if math.isfinite(value)])
+
+    def at_ends(self) -> list[tuple[str, str]]:
+        """The keys whose chosen value is the "smallest" or the "largest" number of the grid, which may end too soon."""
+        found = []
+        for chosen in (each.point for each in self.tuned if each.is_chosen):
+            for key, value in chosen.numbers.items():
+                tried = [each.point.numbers.get(key, math.nan) for each in self.tuned]
+                if min(tried) < max(tried) and value in (min(tried), max(tried)):
+                    found.append((key, "smallest" if value == min(tried) else "largest"))
+        return found
 
 
 @dataclass(frozen=True)
@@ -110,17 +139,30 @@ def collect(sweep: Sweep, command: str) -> Result:
     """Reads what the runs of a sweep have recorded so far."""
     known = attempts.read(sweep.out)
     latest = attempts.latest(known)
-    runs = {
-        arm: [_run(arm, seed, sweep.job(arm, seed), latest) for seed in sweep.spec.seeds] for arm in sweep.spec.arms
-    }
+    tuned = {arm: _tuned(sweep, arm, latest) for arm in sweep.spec.arms}
+    runs = {arm: [_run(sweep, arm, seed, tuned[arm], latest) for seed in sweep.spec.seeds] for arm in sweep.spec.arms}
     control = sweep.spec.control
-    arms = [ArmResult(arm, own, runs[control] if arm != control else None) for arm, own in runs.items()]
+    arms = [ArmResult(arm, own, runs[control] if arm != control else None, tuned[arm]) for arm, own in runs.items()]
     return Result(sweep, arms, known, command)
 
 
-def _run(arm: str, seed: int, job: TrainJob, latest: Mapping[str, Attempt]) -> RunResult:
+def _tuned(sweep: Sweep, arm: str, latest: Mapping[str, Attempt]) -> list[Tuned]:
+    found, chosen = [], sweep.chosen(arm)
+    for point in sweep.spec.points(arm):
+        job = sweep.tuning_job(arm, point)
+        last = latest.get(job.name)
+        error = last.error if last and not job.is_done() and not job.is_held() else ""
+        found.append(Tuned(point, job.loss(), error, point == chosen))
+    return found
+
+
+def _run(sweep: Sweep, arm: str, seed: int, tuned: Sequence[Tuned], latest: Mapping[str, Attempt]) -> RunResult:
     state, error, figures = "finished", "", {}
-    if job.is_done():
+    chosen = next((each.point for each in tuned if each.is_chosen), None)
+    job = sweep.job(arm, seed, chosen)
+    if tuned and all(each.error for each in tuned):
+        state, error = "failed", f"no run of its tuning has finished, and the last one failed: {tuned[-1].error}"
+    elif job.is_done():
         try:
             figures = figures_of_run(read_run(job.folder))
         except CdaError as found:
@@ -166,6 +208,7 @@ def _arm(arm: ArmResult) -> dict[str, Any]:
         names = run.figures or names
     return {
         "name": arm.name,
+        "tuning": [each.as_dict() for each in arm.tuned],
         "runs": [asdict(run) for run in arm.runs],
         "means": {name: arm.mean(name).as_dict() for name in names},
         "differences": {name: arm.difference(name).as_dict() for name in names} if arm.control else {},

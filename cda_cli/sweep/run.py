@@ -20,8 +20,10 @@ def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
     Raises InterruptedRunError once it was stopped, and StorageError if another process runs this sweep.
     """
     with StopRequest() as stop, only_writer(sweep.out / LOCKED, lambda _: None):
-        Runner(slots, sweep.out, display, stop, machine(), commit()).run(sweep.jobs())
-        stop.check("stopped, and what was running is saved; the same command goes on")
+        runner = Runner(slots, sweep.out, display, stop, machine(), commit())
+        for jobs in sweep.stages():
+            runner.run(jobs)
+            stop.check("stopped, and what was running is saved; the same command goes on")
 
 
 def count_parameters(config: Config) -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cda_cli.config import Config, Layer, parse, preset_file, read_yaml
 from cda_cli.errors import ConfigError, did_you_mean, requirement
 from cda_cli.settings import DEFAULT_PRESET, SECTIONS
+from cda_cli.settings_table import as_written
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an arm, which is the name of a folder and a column of a table
 
@@ -36,8 +39,41 @@ class Settings(Part):
         return {section: getattr(self, section) for section in SECTIONS}
 
 
+Grid = dict[str, list[str | None]]
+
+
 class Arm(Settings):
-    """What an arm changes in the settings of all."""
+    """What an arm changes in the settings of all. Its `grid` stands in for that of the tuning."""
+
+    grid: Grid | None = None
+
+
+class Tune(Part):
+    """The settings of each arm that are chosen on the seed `seed`: by key, the values to try, in all combinations."""
+
+    seed: int = Field(ge=0)
+    grid: Grid = Field(min_length=1)
+
+
+class Point(NamedTuple):
+    """A point of a grid, with its name, such as "optim.lr=1e-3"."""
+
+    name: str
+    layer: Layer
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Its values that are numbers, by key."""
+        found = {}
+        for section, values in self.layer.items():
+            for name, value in values.items():
+                with contextlib.suppress(TypeError, ValueError):
+                    found[f"{section}.{name}"] = float(value)
+        return found
+
+    @property
+    def folder(self) -> str:
+        return self.name.replace(", ", ",").replace("/", "-")
 
 
 class Spec(Settings):
@@ -48,6 +84,7 @@ class Spec(Settings):
     seeds: list[int] = Field(min_length=1)
     control: str = ""
     equal: Equal = "tokens"
+    tune: Tune | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -81,6 +118,30 @@ class Spec(Settings):
         self.require_arm("control", self.control)
         return self
 
+    @model_validator(mode="after")
+    def _tunes_fairly(self) -> Spec:
+        if self.tune is None:
+            if own := [name for name, arm in self.arms.items() if arm.grid]:
+                raise ValueError(f"arms.{own[0]}.grid is tried only with the key tune, which names the seed; add it")
+            return self
+        if self.tune.seed in self.seeds:
+            raise ValueError(
+                f"tune.seed {self.tune.seed} is among the seeds, whose result would then favour what was chosen on it; "
+                "choose another"
+            )
+        counts = {name: len(self.points(name)) for name in self.arms}
+        if len(set(counts.values())) > 1:
+            words = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(f"arms are tuned with unequal numbers of runs ({words}); give their grids as many points")
+        return self
+
+    def points(self, arm: str) -> list[Point]:
+        """The points of the grid of an arm; none without tuning."""
+        if self.tune is None:
+            return []
+        grid = self.arms[arm].grid or self.tune.grid
+        return [_point(dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
+
     def require_arm(self, key: str, name: str) -> None:
         """Raises ValueError if `key` names an arm that there is not."""
         if name not in self.arms:
@@ -101,7 +162,20 @@ def read_spec(file: Path) -> Spec:
         except ConfigError as error:
             place = "" if _is_of_all_arms(spec, str(error)) else f"arms.{name}: "
             raise ConfigError(f"{file}: {place}{error}") from error
+        for point in spec.points(name):
+            try:
+                settings(spec, arm.layer, point.layer)
+            except ConfigError as error:
+                raise ConfigError(f"{file}: {f'arms.{name}.' if arm.grid else 'tune.'}grid: {error}") from error
     return spec
+
+
+def _point(values: dict[str, str | None]) -> Point:
+    layer: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        layer.setdefault(section, {})[name] = value
+    return Point(", ".join(f"{key}={as_written(value)}" for key, value in values.items()), layer)
 
 
 def settings(spec: Spec, *changes: Layer) -> Config:
@@ -144,4 +218,4 @@ def _keys(name: str) -> list[str]:
     return [field.alias or key for key, field in PARTS.get(name, Spec).model_fields.items()]
 
 
-PARTS: dict[str, type[Part]] = {"arms": Arm}
+PARTS: dict[str, type[Part]] = {"arms": Arm, "tune": Tune}

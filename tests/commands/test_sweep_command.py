@@ -139,6 +139,56 @@ def test_a_run_that_began_with_other_settings_is_refused(cda: Cda, sweep: Path, 
     assert_refused(cda("sweep", sweep), "optim.lr 0.003", "now has 0.5", "another --out")
 
 
+@pytest.fixture
+def tuned(sweep: Path) -> Path:
+    """The folder of a sweep whose arms are tuned, but for a run that failed."""
+    sweep.write_text(f"{FILE}tune: {{seed: 9, grid: {{optim.lr: [1e-3, 1e-2, 1e-1]}}}}\n")
+    out = sweep.parent / "runs" / "sweep"
+    for arm, losses in {"plain": (3.0, 2.0, 2.5), "sparse": (2.0, 2.2, None)}.items():
+        for rate, loss in zip(("1e-3", "1e-2", "1e-1"), losses, strict=True):
+            if loss is not None:
+                write_run(out / arm / "tune" / f"optim.lr={rate}", [8.0, 6.0, 5.0, loss], text={})
+            attempts.append(out, attempt(f"{arm}, optim.lr={rate}", "" if loss else "it burst"))
+    return out
+
+
+def test_each_arm_goes_on_with_what_its_tuning_chose(cda: Cda, sweep: Path, tuned: Path) -> None:
+    planned = Sweep(read_spec(sweep), sweep, tuned)
+    tuning, jobs = planned.stages()
+    assert {job.config.run.seed for job in tuning} == {9}
+    assert [job.config.optim.lr for job in tuning] == [1e-3, 1e-2, 1e-1] * 2
+    assert {job.name.partition(",")[0]: job.config.optim.lr for job in jobs} == {"plain": 1e-2, "sparse": 1e-3}
+    done = cda("sweep", sweep, "--no-run")
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
+    for line in (
+        "plain, optim.lr=1e-3 3.0000",
+        "plain, optim.lr=1e-2 2.0000 chosen",
+        "sparse, optim.lr=1e-1 failed",
+        "sparse, optim.lr=1e-1, failed: it burst",
+        "sparse came out with the smallest optim.lr of its grid; one beyond it may be better.",
+    ):
+        assert line in lines, f"{line!r} is not in:\n{done.out}"
+    assert "plain came out" not in done.out
+
+
+def test_a_failed_tuning_is_not_tried_again_once_its_arm_has_gone_on(sweep: Path, tuned: Path) -> None:
+    """Its loss might change what was chosen, and with it the runs that there are."""
+    planned = Sweep(read_spec(sweep), sweep, tuned)
+    planned.jobs()[1].prepare()
+    assert {job.name.partition(",")[0] for job in planned.tuning_jobs()} == {"plain"}
+
+
+def test_an_arm_whose_tuning_failed_has_failed(cda: Cda, sweep: Path) -> None:
+    sweep.write_text(f"{FILE}tune: {{seed: 9, grid: {{optim.lr: [9]}}}}\n")
+    out = sweep.parent / "runs" / "sweep"
+    out.mkdir(parents=True)
+    for arm in ("plain", "sparse"):
+        attempts.append(out, attempt(f"{arm}, optim.lr=9", "it burst"))
+    done = cda("sweep", sweep, "--no-run")
+    assert done.code == 1
+    assert "plain, seed 0, failed: no run of its tuning has finished, and the last one failed: it burst" in done.out
+
+
 WRONG: dict[str, tuple[str, str]] = {
     "no arms": ("seeds: [0]", "the key 'arms' is missing"),
     "no mapping": ("[1]", "does not hold"),
@@ -157,6 +207,22 @@ WRONG: dict[str, tuple[str, str]] = {
     "a seed twice": (FILE.replace("[0, 1, 2]", "[0, 0]"), "seeds: a seed is given twice"),
     "no such control": (f"{FILE}control: plein", "control: there is no arm 'plein': did you mean 'plain'?"),
     "no name of a folder": (FILE.replace("sparse:", "../up:"), "an arm has the name of a folder"),
+    "tuned on a seed of the table": (
+        f"{FILE}tune: {{seed: 1, grid: {{optim.lr: [1]}}}}",
+        "tune.seed 1 is among the seeds",
+    ),
+    "an unequal budget of tuning": (
+        FILE.replace("sparse:", "sparse: {grid: {optim.lr: [1, 2]}}") + "tune: {seed: 9, grid: {optim.lr: [1]}}",
+        "unequal numbers of runs (plain 1, sparse 2)",
+    ),
+    "a wrong setting of a grid": (
+        f"{FILE}tune: {{seed: 9, grid: {{optim.lr: [1e9]}}}}",
+        "tune.grid: optim.lr = 1000000000.0 is not possible",
+    ),
+    "a grid that changes what is equal": (
+        f"{FILE}tune: {{seed: 9, grid: {{optim.batch_size: [8, 16]}}}}",
+        "arms differ in their tokens",
+    ),
     "unequal tokens": (
         FILE.replace("sparse:", "sparse: {optim: {steps: 80}}"),
         "arms differ in their tokens, which are held equal (plain 81,920, sparse 163,840)",

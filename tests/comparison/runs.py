@@ -35,7 +35,7 @@ def write_run(
             replace(TRAIN, step=step, tokens=tokens, bits_per_byte=value, tokens_per_second=tokens_per_second)
         )
         if validated:
-            metrics.write(replace(VALIDATION, step=step, bits_per_byte=value))
+            metrics.write(replace(VALIDATION, step=step, loss=value, bits_per_byte=value))
     metrics.close()
     if text is not None:
         publish(path, step=10 * len(bits), model={}, optimizer={}, rng={}, state={"data": dict(text)})
