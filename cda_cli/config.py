@@ -136,6 +136,12 @@ class OptimConfig(Section, OptimSettings):
 class RunConfig(Section, RunSettings):
     """The settings of the run itself."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> RunConfig:
+        if self.fork and self.init_from is None:
+            raise ValueError("run.fork goes on from the run that run.init_from names, and it names none; set that too")
+        return self
+
 
 class Config(Section):
     """A whole run. `preset` is the one that its settings began from, or None where that is not known."""

@@ -299,6 +299,13 @@ class RunSettings(Table):
     init_ema: Annotated[
         bool, Setting("Start from the moving average of those weights, where their checkpoint has one.")
     ] = True
+    fork: Annotated[
+        bool,
+        Setting(
+            "Also take over the step, the optimizer, the random numbers and the place in the data of init_from: the "
+            "run goes on from there with its own settings."
+        ),
+    ] = False
     device: Annotated[str, Setting("Device: auto, cpu, cuda, cuda:1 …", flag="--device")] = "auto"
     dtype: Annotated[Dtype, Setting("Precision of the matrix products.", flag="--dtype")] = "auto"
     threads: Annotated[

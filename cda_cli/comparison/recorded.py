@@ -106,9 +106,9 @@ def read_run(path: Path) -> RecordedRun:
     for newest in run.records(TrainRecord, newest_first=True, most=1):
         if not records or records[-1].step < newest.step:
             records.append(newest)
-    steps, tokens, seconds = _clock(records)
-    validations = list(run.records(ValidationRecord))
     first = next(run.records(InitRecord), None)
+    steps, tokens, seconds = _clock(records, first.step if first else 0)
+    validations = list(run.records(ValidationRecord))
     speeds = [record.tokens_per_second for record in records if record.tokens_per_second > 0]
     return RecordedRun(
         summary=summary,
@@ -146,12 +146,14 @@ def _check(path: Path) -> None:
         raise ConfigError(f"{path} holds no run; give the folder that `cda train --out` names")
 
 
-def _clock(records: Sequence[TrainRecord]) -> tuple[list[float], list[float], list[float]]:
+def _clock(records: Sequence[TrainRecord], begun: int) -> tuple[list[float], list[float], list[float]]:
     """Steps, tokens and seconds at the start and at each record, from the speeds that the records have.
 
-    A record without a speed takes that of the record before.
+    A record without a speed takes that of the record before. A fork has `begun` with steps of another run, whose tokens
+    it counts and whose seconds it does not.
     """
-    steps, tokens, seconds, speed = [0.0], [0.0], [0.0], math.nan
+    before = records[0].tokens * begun / records[0].step if records else 0.0
+    steps, tokens, seconds, speed = [float(begun)], [before], [0.0], math.nan
     for record in records:
         if record.tokens_per_second > 0:
             speed = record.tokens_per_second

@@ -18,7 +18,7 @@ from cda_cli.plurals import counted
 from cda_cli.restore import Restored, restore
 from cda_cli.runs.records import InitRecord
 from cda_cli.settings_table import as_written
-from cda_cli.storage import AVERAGE, WEIGHTS, recorded_sha256
+from cda_cli.storage import AVERAGE, WEIGHTS, Checkpoint, load, recorded_sha256
 
 POSITIONS = "position_embedding.weight"
 
@@ -34,13 +34,15 @@ class Carried(NamedTuple):
 class InitialWeights(NamedTuple):
     """The weights that a run starts from, with the tokenizer and the vocabulary that they know.
 
-    `config` has the settings that they were trained with. `record` says which weights they are.
+    `config` has the settings that they were trained with. `record` says which weights they are. Of a fork, `source` is
+    their checkpoint, with the optimizer and the random states but without the weights.
     """
 
     carried: Carried
     config: Config
     tokenizer: Tokenizer
     record: InitRecord
+    source: Checkpoint | None
 
     def remarks(self, model: ModelConfig) -> list[str]:
         """Returns sentences on what the run with this model starts from, and on what did not carry over."""
@@ -52,6 +54,10 @@ class InitialWeights(NamedTuple):
             if value != before[name]
         ]
         remarks = [f"starting from {which} of {record.path}, step {record.from_step}"]
+        if self.source:
+            remarks = [
+                f"going on from {record.path}, step {record.from_step}, as a fork with its optimizer and its data"
+            ]
         if changes:
             remarks.append(f"settings of the model that differ from theirs: {', '.join(changes)}")
         if self.carried.new:
@@ -66,15 +72,18 @@ def read_initial_weights(path: Path, config: Config) -> InitialWeights:
 
     Raises CheckpointError if it is damaged, and ConfigError if the model has another shape or another tokenizer.
     """
-    digests = recorded_sha256(path)
-    file = AVERAGE if config.run.init_ema and AVERAGE in digests else WEIGHTS
+    digests, fork = recorded_sha256(path), config.run.fork
+    file = AVERAGE if config.run.init_ema and AVERAGE in digests and not fork else WEIGHTS
     restored = restore(path, torch.device("cpu"), ema=file == AVERAGE)
     # A head that was tied to the embedding may go on by itself.
     tensors = state_tensors(restored.model) if config.model.tied_embeddings else restored.model.state_dict()
     carried = carry_over(tensors, restored.config.model, config.model)
     tokenizer = _own_tokenizer(config.data, restored)
-    record = InitRecord(step=0, path=str(path), from_step=restored.state["step"], file=file, sha256=digests[file])
-    return InitialWeights(carried, restored.config, tokenizer, record)
+    step = restored.state["step"]
+    begun = step if fork else 0
+    record = InitRecord(step=begun, path=str(path), from_step=step, file=file, sha256=digests[file])
+    source = load(path, parts=("optimizer", "rng")) if fork else None
+    return InitialWeights(carried, restored.config, tokenizer, record, source)
 
 
 def carry_over(tensors: Mapping[str, Tensor], before: ModelConfig, now: ModelConfig) -> Carried:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,20 +54,56 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     parameters that are no matrices. Muon's steps are scaled to the size of AdamW's, so that both share one learning
     rate and weight decay.
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
-    matrices = [p for p in named.values() if p.ndim == 2]
-    hidden = [p for name, p in named.items() if p.ndim == 2 and name.startswith("blocks.")]
-    with_muon = hidden if config.optimizer == "muon" else []
-    taken = {id(p) for p in with_muon}
+    named, names = dict(model.named_parameters()), parameter_names(model, config)
     groups = [
-        {"params": [p for p in matrices if id(p) not in taken], "weight_decay": config.weight_decay},
-        {"params": [p for p in named.values() if p.ndim != 2], "weight_decay": 0.0},
+        {"params": [named[name] for name in names.decayed], "weight_decay": config.weight_decay},
+        {"params": [named[name] for name in names.others], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-    if not with_muon:
+    if not names.muon:
         return adamw
+    with_muon = [named[name] for name in names.muon]
     muon = torch.optim.Muon(with_muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     return MuonAndAdamW(muon, adamw)
+
+
+class ParameterNames(NamedTuple):
+    """Which parameters Muon takes, which of AdamW's decay, and its others, each in the order of the optimizer."""
+
+    muon: list[str]
+    decayed: list[str]
+    others: list[str]
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """Those of each of the `MuonAndAdamW.parts`."""
+        return {"muon": self.muon, "adamw": [*self.decayed, *self.others]}
+
+
+def parameter_names(model: nn.Module, config: OptimConfig) -> ParameterNames:
+    """Says what `build_optimizer` does with each parameter. The model may be on the meta device."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    matrices = [name for name, p in named.items() if p.ndim == 2]
+    muon = [name for name in matrices if name.startswith("blocks.")] if config.optimizer == "muon" else []
+    decayed = [name for name in matrices if name not in muon]
+    return ParameterNames(muon, decayed, [name for name, p in named.items() if p.ndim != 2])
+
+
+def carry_moments(
+    optimizer: Optimizer, names: ParameterNames, state: Mapping[str, Any], before: ParameterNames
+) -> None:
+    """Loads the moments that a state dict has of the parameters with the same names; the others begin without.
+
+    `names` are those of `optimizer`, and `before` those of the model of the state dict.
+    """
+    parts = optimizer.parts if isinstance(optimizer, MuonAndAdamW) else {"adamw": optimizer}
+    states = state if isinstance(optimizer, MuonAndAdamW) else {"adamw": state}
+    fitted = {}
+    for part, one in parts.items():
+        known = {before.parts[part][index]: moments for index, moments in states[part]["state"].items()}
+        moments = {index: known[name] for index, name in enumerate(names.parts[part]) if name in known}
+        fitted[part] = {"state": moments, "param_groups": one.state_dict()["param_groups"]}
+    restore_optimizer(optimizer, fitted if isinstance(optimizer, MuonAndAdamW) else fitted["adamw"])
 
 
 def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cda_cli.config import Config
+from cda_cli.config import Config, flat
 from cda_cli.data import Tokenizer
 from cda_cli.errors import CheckpointError, ConfigError
+from cda_cli.plurals import counted
 from cda_cli.runs.folder import Run, began_from
+from cda_cli.settings_table import as_written
 from cda_cli.storage import Checkpoint, load, locate
 
 
@@ -68,6 +70,29 @@ def check_same_run(before: Config, now: Config, where: Path, *, same_text: bool 
         _refuse(where, "run.seed", before.run.seed, now.run.seed)
     if before.optim.optimizer != now.optim.optimizer:
         _refuse(where, "optim.optimizer", before.optim.optimizer, now.optim.optimizer)
+
+
+def check_fork(source: Checkpoint, before: Config, now: Config) -> None:
+    """Raises ConfigError if a run with the settings `now` cannot go on from `source`, a checkpoint of a run `before`.
+
+    Its data must come in the same order, for the same optimizer; the model may be another.
+    """
+    if not source.state["optimizer"]:
+        raise ConfigError(f"{source.path} is a model that came without an optimizer; leave run.fork out")
+    flat_before, flat_now = flat(before), flat(now)
+    same = ("model.seq_len", "run.seed", "optim.optimizer", *(key for key in flat_now if key.startswith("data.")))
+    for key in same:
+        if key not in ("data.source", "data.tokenizer") and flat_before[key] != flat_now[key]:
+            raise ConfigError(
+                f"a fork goes on with the data and the optimizer of {source.path}, which had {key} "
+                f"{as_written(flat_before[key])} and not {as_written(flat_now[key])}; give it the same, or leave "
+                "run.fork out"
+            )
+    if now.optim.steps <= source.state["step"]:
+        raise ConfigError(
+            f"{source.path} has done {counted(source.state['step'], 'step')}, and the fork is to have "
+            f"{now.optim.steps:,} with these; raise --steps"
+        )
 
 
 def check_same_model(before: Config, now: Config, where: Path) -> None:

@@ -37,6 +37,7 @@ from cda_cli.training.nonfinite import StepResult
 from cda_cli.training.optimizer import GuardedOptimizer
 from cda_cli.training.pipeline import draw
 from cda_cli.training.resume import (
+    check_fork,
     check_same_beginning,
     check_same_model,
     check_same_run,
@@ -353,6 +354,10 @@ def _set_up(
         else:  # An imported model has been trained on no text here.
             check_same_model(before, config, run.path)
             check_same_tokens(tokenizer_of(checkpoint), data.tokenizer, run.path)
+    if initial and initial.source:
+        check_fork(initial.source, initial.config, config)
+        known = initial.source.state.get("data")
+        check_same_text(known, data.identity, data.description, initial.source.path)
     remarks = initial.remarks(config.model) if initial else []
     for sentence in [*remarks, *config_warnings(config), *filter(None, [data.remark])]:
         display.note(sentence)

@@ -50,7 +50,13 @@ from cda_cli.training.average import WeightAverage
 from cda_cli.training.distributed.processes import ALONE, Processes
 from cda_cli.training.gradients import GradientGraphs
 from cda_cli.training.initial_weights import InitialWeights
-from cda_cli.training.optimizer import Optimizer, build_optimizer, restore_optimizer
+from cda_cli.training.optimizer import (
+    Optimizer,
+    build_optimizer,
+    carry_moments,
+    parameter_names,
+    restore_optimizer,
+)
 from cda_cli.training.state import Batches, RunContext, RunData, TrainState
 
 
@@ -170,10 +176,14 @@ def build(
     wrapped = processes.wrap(model, config, dtype, is_compiled)
     captured = uses_cuda_graphs(config, backend, device, is_compiled, processes, note)
     optimizer = build_optimizer(model, config.optim)
-    saved: Mapping[str, Any] = checkpoint.state if checkpoint else {"step": 0, "tokens": 0, "position": None}
+    source = initial.source if initial else None
+    begun = checkpoint or source
+    saved: Mapping[str, Any] = begun.state if begun else {"step": 0, "tokens": 0, "position": None}
     if checkpoint and checkpoint.state["optimizer"]:  # an imported model comes without
         load_optimizer(optimizer, checkpoint)
-    processes.set_random_states(checkpoint.rng if checkpoint else None, config.run.seed, saved["step"], device)
+    elif initial and source:
+        fork_optimizer(optimizer, model, config, source, initial.config)
+    processes.set_random_states(begun.rng if begun else None, config.run.seed, saved["step"], device)
     average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
     if average and checkpoint:
         if checkpoint.ema:
@@ -225,6 +235,19 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"the optimizer in {checkpoint.path} is not that of its model ({error}); use an earlier checkpoint"
         ) from error
+
+
+def fork_optimizer(
+    optimizer: Optimizer, model: Transformer, config: Config, source: Checkpoint, before: Config
+) -> None:
+    """Puts the moments of another run's checkpoint into `optimizer`, where the model has the same parameters.
+
+    `before` are the settings of that run, and `config` those of this one.
+    """
+    with torch.device("meta"):
+        names_before = parameter_names(Transformer(before.model), before.optim)
+    state = unpack_optimizer(source.optimizer, source.state["optimizer"])
+    carry_moments(optimizer, parameter_names(model, config.optim), state, names_before)
 
 
 def with_absolute_paths(config: Config) -> Config:

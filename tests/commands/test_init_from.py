@@ -8,11 +8,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
+from cda_cli.comparison.recorded import read_run
 from cda_cli.config import ModelConfig, parse
+from cda_cli.model import Transformer
 from cda_cli.runs.folder import Run
-from cda_cli.storage import Checkpoint, load, locate
+from cda_cli.storage import Checkpoint, load, locate, unpack_optimizer
+from cda_cli.training.optimizer import parameter_names
 from tests.commands.helpers import Cda, assert_refused, contents, metrics, run_cda
 
 STILL = ("--lr", "1e-30", "--set", "optim.weight_decay=0")  # steps that change no weight
@@ -263,3 +267,64 @@ def test_a_dry_run_says_what_carries_over(cda: Cda, finished: Path, other_text: 
 
 def test_settings_of_an_earlier_version_name_no_weights() -> None:
     assert parse({"run": {"seed": 3}}).run.init_from is None
+
+
+def test_a_fork_that_changes_nothing_is_the_run_itself(cda: Cda, finished: Path, tiny: Path, tmp_path: Path) -> None:
+    """To the bit: it has the steps, the optimizer, the random numbers and the order of the data."""
+    source = finished / "checkpoints" / "step-00000004"
+    done = cda("train", "--config", tiny, "--init-from", source, "--set", "run.fork=true", "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert f"going on from {source}, step 4, as a fork" in " ".join(done.out.split())
+    fork, whole = newest(tmp_path / "run"), newest(finished)
+    assert_equal(fork.model, whole.model)
+    assert_equal(fork.optimizer, whole.optimizer)
+    assert fork.state["tokens"] == whole.state["tokens"]
+    assert [record["step"] for record in metrics(tmp_path / "run", "train")] == [5, 6]
+    assert metrics(tmp_path / "run", "init")[0]["step"] == 4
+    assert read_run(tmp_path / "run").training[-1].seconds == pytest.approx(
+        2 * 128 / read_run(tmp_path / "run").tokens_per_second, rel=0.9
+    ), "the time of the source is not its own"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_fork_may_have_another_model(cda: Cda, tiny: Path, tmp_path: Path, optimizer: str) -> None:
+    """Parameters that both have keep their moments, and new ones begin without."""
+    kind = ("--set", f"optim.optimizer={optimizer}")
+    given = ("train", "--config", tiny, *kind, "--eval-every", 0)
+    trunk = ("--steps", 2, "--set", "optim.schedule_steps=3", "--set", "model.qk_norm=false")
+    assert cda(*given, *trunk, "--out", tmp_path / "trunk").code == 0
+    fork = ("--init-from", tmp_path / "trunk", "--set", "run.fork=true", "--steps", 3, "--set", "model.qk_norm=true")
+    done = cda(*given, *fork, "--out", tmp_path / "fork")
+    assert done.code == 0, done.err
+    saved = newest(tmp_path / "fork")
+    config = Run(tmp_path / "fork").config()
+    assert config is not None
+    with torch.device("meta"):
+        names = parameter_names(Transformer(config.model), config.optim)
+    state = unpack_optimizer(saved.optimizer, saved.state["optimizer"])
+    moments = (state if optimizer == "muon" else {"adamw": state})["adamw"]["state"]
+    steps = {name: int(moments[index]["step"]) for index, name in enumerate(names.parts["adamw"])}
+    new = {name for name in steps if "query_norm" in name or "key_norm" in name}
+    assert new
+    assert steps == {name: 1 if name in new else 3 for name in steps}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--seed", 1], "run.seed 0 and not 1"),
+        (["--steps", 4], "has done 4 steps"),
+        (["--set", "optim.optimizer=muon"], "optim.optimizer adamw and not muon"),
+        (["--seq-len", 16], "model.seq_len 32 and not 16"),
+    ],
+)
+def test_a_fork_with_other_data_is_refused(
+    cda: Cda, finished: Path, tiny: Path, tmp_path: Path, change: list[object], words: str
+) -> None:
+    source = finished / "checkpoints" / "step-00000004"
+    fork = ("train", "--config", tiny, "--init-from", source, "--set", "run.fork=true", "--out", tmp_path / "run")
+    assert_refused(cda(*fork, *change), words)
+
+
+def test_a_fork_of_nothing_is_refused(cda: Cda, tmp_path: Path) -> None:
+    assert_refused(cda("train", "--set", "run.fork=true", "--out", tmp_path / "run"), "run.init_from names")
