@@ -195,7 +195,9 @@ def _explanations(result: Result) -> list[str]:
 
 def _costs(result: Result) -> Section:
     columns = ["arm", "tokens", "time", "tokens/s", "memory", "active units"]
-    return Section("Cost of a run, means over seeds", (), columns, [_cost(arm) for arm in result.arms])
+    rows = [_cost(arm) for arm in (*([result.trunk] if result.trunk else []), *result.arms)]
+    note = ["The time of a fork is that after its trunk."] if result.trunk else []
+    return Section("Cost of a run, means over seeds", note, columns, rows)
 
 
 def _cost(arm: ArmResult) -> list[str]:

@@ -117,7 +117,7 @@ class Runner:
 
         Once a stop is asked for, it starts no more, passes the request on, and returns when all have saved.
         """
-        waiting = [job for job in jobs if not job.is_done()]
+        waiting = [job for job in jobs if not job.is_done() and not job.is_blocked()]
         running: dict[int, Running] = {}
         asked, looked = False, 0.0
         while running or (waiting and not self.stop):

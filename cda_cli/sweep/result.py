@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +13,8 @@ from cda_cli.comparison.recorded import RecordedRun, read_run
 from cda_cli.errors import CdaError
 from cda_cli.sweep import attempts
 from cda_cli.sweep.attempts import Attempt, distinct
-from cda_cli.sweep.plan import Sweep
-from cda_cli.sweep.spec import Point
+from cda_cli.sweep.plan import Sweep, TrainJob
+from cda_cli.sweep.spec import TRUNK, Point
 from cda_cli.sweep.student_t import LEVEL, Mean, mean_of
 
 METRIC = "bits_per_byte"
@@ -89,10 +89,11 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Result:
-    """All arms of a sweep, in the order of the file, and the attempts that they took."""
+    """All arms of a sweep, in the order of the file, their trunk, and the attempts that they took."""
 
     sweep: Sweep
     arms: Sequence[ArmResult]
+    trunk: ArmResult | None
     attempts: Sequence[Attempt]
     command: str
 
@@ -131,6 +132,7 @@ class Result:
             "level": LEVEL,
             **self.provenance,
             "arms": [_arm(arm) for arm in self.arms],
+            "trunk": _arm(self.trunk) if self.trunk else None,
             "failed": len(self.of_state("failed")),
         }
 
@@ -139,30 +141,34 @@ def collect(sweep: Sweep, command: str) -> Result:
     """Reads what the runs of a sweep have recorded so far."""
     known = attempts.read(sweep.out)
     latest = attempts.latest(known)
+    trunk = [_state(TRUNK, job, latest) for job in sweep.trunk_jobs()]
     tuned = {arm: _tuned(sweep, arm, latest) for arm in sweep.spec.arms}
     runs = {arm: [_run(sweep, arm, seed, tuned[arm], latest) for seed in sweep.spec.seeds] for arm in sweep.spec.arms}
     control = sweep.spec.control
     arms = [ArmResult(arm, own, runs[control] if arm != control else None, tuned[arm]) for arm, own in runs.items()]
-    return Result(sweep, arms, known, command)
+    return Result(sweep, arms, ArmResult(TRUNK, trunk, None, ()) if trunk else None, known, command)
 
 
 def _tuned(sweep: Sweep, arm: str, latest: Mapping[str, Attempt]) -> list[Tuned]:
     found, chosen = [], sweep.chosen(arm)
     for point in sweep.spec.points(arm):
         job = sweep.tuning_job(arm, point)
-        last = latest.get(job.name)
-        error = last.error if last and not job.is_done() and not job.is_held() else ""
-        found.append(Tuned(point, job.loss(), error, point == chosen))
+        found.append(Tuned(point, job.loss(), _state(arm, job, latest).error, point == chosen))
     return found
 
 
 def _run(sweep: Sweep, arm: str, seed: int, tuned: Sequence[Tuned], latest: Mapping[str, Attempt]) -> RunResult:
-    state, error, figures = "finished", "", {}
     chosen = next((each.point for each in tuned if each.is_chosen), None)
-    job = sweep.job(arm, seed, chosen)
+    found = _state(arm, sweep.job(arm, seed, chosen), latest)
     if tuned and all(each.error for each in tuned):
-        state, error = "failed", f"no run of its tuning has finished, and the last one failed: {tuned[-1].error}"
-    elif job.is_done():
+        error = f"no run of its tuning has finished, and the last one failed: {tuned[-1].error}"
+        return replace(found, state="failed", error=error)
+    return found
+
+
+def _state(arm: str, job: TrainJob, latest: Mapping[str, Attempt]) -> RunResult:
+    state, error, figures = "finished", "", {}
+    if job.is_done():
         try:
             figures = figures_of_run(read_run(job.folder))
         except CdaError as found:
@@ -170,10 +176,12 @@ def _run(sweep: Sweep, arm: str, seed: int, tuned: Sequence[Tuned], latest: Mapp
     elif job.is_held():
         state = "running"
     else:
-        last = latest.get(job.name)
+        last = latest.get(job.trunk.name if job.trunk and job.is_blocked() else job.name)
         error = last.error if last else ""
         state = "failed" if error else "unfinished"
-    return RunResult(arm, seed, str(job.folder), job.command(), state, error, figures)
+        if error and job.is_blocked():
+            error = f"its trunk failed: {error}"
+    return RunResult(arm, job.config.run.seed, str(job.folder), job.command(), state, error, figures)
 
 
 def figures_of_run(run: RecordedRun) -> dict[str, float]:

@@ -15,6 +15,7 @@ from cda_cli.errors import ConfigError, did_you_mean, requirement
 from cda_cli.settings import DEFAULT_PRESET, SECTIONS
 from cda_cli.settings_table import as_written
 
+TRUNK = "trunk"  # the name of its folder
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an arm, which is the name of a folder and a column of a table
 
 Equal = Literal["tokens", "parameters"]
@@ -43,9 +44,19 @@ Grid = dict[str, list[str | None]]
 
 
 class Arm(Settings):
-    """What an arm changes in the settings of all. Its `grid` stands in for that of the tuning."""
+    """What an arm changes in the settings of all, or where it is a fork, in those of the trunk.
 
+    Its `grid` stands in for that of the tuning.
+    """
+
+    begins: Literal["trunk"] | None = Field(None, alias="from")
     grid: Grid | None = None
+
+
+class Trunk(Settings):
+    """What forks begin from: a run for each seed, of a `share` of the steps, and what it changes in the settings."""
+
+    share: float = Field(0.8, gt=0, lt=1)
 
 
 class Tune(Part):
@@ -85,6 +96,7 @@ class Spec(Settings):
     control: str = ""
     equal: Equal = "tokens"
     tune: Tune | None = None
+    trunk: Trunk | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -102,8 +114,10 @@ class Spec(Settings):
     @classmethod
     def _are_names(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
         for name in arms:
-            if not NAME.fullmatch(name):
-                raise ValueError(f"an arm has the name of a folder, of letters, digits and . _ + -, not {name!r}")
+            if not NAME.fullmatch(name) or name == TRUNK:
+                raise ValueError(
+                    f"an arm has the name of a folder, of letters, digits and . _ + -, other than {TRUNK}, not {name!r}"
+                )
         return arms
 
     @field_validator("seeds")
@@ -116,6 +130,15 @@ class Spec(Settings):
     @model_validator(mode="after")
     def _names_arms(self) -> Spec:
         self.require_arm("control", self.control)
+        return self
+
+    @model_validator(mode="after")
+    def _forks_a_trunk(self) -> Spec:
+        forks = [name for name, arm in self.arms.items() if arm.begins]
+        if forks and not self.trunk:
+            raise ValueError(f"arms.{forks[0]}.from names the trunk, which the key trunk describes; add it")
+        if self.trunk and not forks:
+            raise ValueError("trunk: no arm begins from it; give one `from: trunk`")
         return self
 
     @model_validator(mode="after")
@@ -134,6 +157,11 @@ class Spec(Settings):
             words = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ValueError(f"arms are tuned with unequal numbers of runs ({words}); give their grids as many points")
         return self
+
+    def layers(self, arm: str) -> list[Layer]:
+        """What an arm changes in the settings of all, its trunk's changes first."""
+        own = self.arms[arm]
+        return [*([self.trunk.layer] if self.trunk and own.begins else []), own.layer]
 
     def points(self, arm: str) -> list[Point]:
         """The points of the grid of an arm; none without tuning."""
@@ -158,13 +186,13 @@ def read_spec(file: Path) -> Spec:
         raise ConfigError(f"{file}: {_sentence(error)}") from error
     for name, arm in spec.arms.items():
         try:
-            settings(spec, arm.layer)
+            settings(spec, *spec.layers(name))
         except ConfigError as error:
             place = "" if _is_of_all_arms(spec, str(error)) else f"arms.{name}: "
             raise ConfigError(f"{file}: {place}{error}") from error
         for point in spec.points(name):
             try:
-                settings(spec, arm.layer, point.layer)
+                settings(spec, *spec.layers(name), point.layer)
             except ConfigError as error:
                 raise ConfigError(f"{file}: {f'arms.{name}.' if arm.grid else 'tune.'}grid: {error}") from error
     return spec
@@ -218,4 +246,4 @@ def _keys(name: str) -> list[str]:
     return [field.alias or key for key, field in PARTS.get(name, Spec).model_fields.items()]
 
 
-PARTS: dict[str, type[Part]] = {"arms": Arm, "tune": Tune}
+PARTS: dict[str, type[Part]] = {"arms": Arm, "tune": Tune, "trunk": Trunk}

@@ -154,7 +154,7 @@ def tuned(sweep: Path) -> Path:
 
 def test_each_arm_goes_on_with_what_its_tuning_chose(cda: Cda, sweep: Path, tuned: Path) -> None:
     planned = Sweep(read_spec(sweep), sweep, tuned)
-    tuning, jobs = planned.stages()
+    _, tuning, jobs = planned.stages()
     assert {job.config.run.seed for job in tuning} == {9}
     assert [job.config.optim.lr for job in tuning] == [1e-3, 1e-2, 1e-1] * 2
     assert {job.name.partition(",")[0]: job.config.optim.lr for job in jobs} == {"plain": 1e-2, "sparse": 1e-3}
@@ -187,6 +187,26 @@ def test_an_arm_whose_tuning_failed_has_failed(cda: Cda, sweep: Path) -> None:
     done = cda("sweep", sweep, "--no-run")
     assert done.code == 1
     assert "plain, seed 0, failed: no run of its tuning has finished, and the last one failed: it burst" in done.out
+
+
+def test_forks_go_on_from_the_trunk_of_their_seed(cda: Cda, sweep: Path) -> None:
+    forked = FILE.replace("plain: {", "plain: {from: trunk, ").replace("[0, 1, 2]", "[0, 1]")
+    sweep.write_text(f"{forked}trunk: {{share: 0.75, model: {{dim: 64}}}}\n")
+    out = sweep.parent / "runs" / "sweep"
+    planned = Sweep(read_spec(sweep), sweep, out)
+    trunks, _, jobs = planned.stages()
+    assert [(job.config.optim.steps, job.config.optim.schedule_steps) for job in trunks] == [(30, 40)] * 2
+    of_plain, of_sparse = jobs[0].config, jobs[1].config
+    assert (of_plain.run.init_from, of_plain.run.fork) == (str(out / "trunk" / "seed-0"), True)
+    assert (of_plain.model.dim, of_plain.optim.steps) == (64, 40)
+    assert (of_sparse.run.init_from, of_sparse.run.fork, of_sparse.model.dim) == (None, False, 128)
+    write_run(out / "trunk" / "seed-0", [8.0, 6.0, 5.0], text={})
+    attempts.append(out, attempt("trunk, seed 1", "it burst"))
+    assert [job.is_blocked() for job in planned.jobs()] == [False, False, True, False]
+    done = cda("sweep", sweep, "--no-run")
+    assert "plain, seed 1, failed: its trunk failed: it burst" in done.out
+    assert "3 runs have not finished: plain seed 0, sparse seed 0, sparse seed 1" in done.out
+    assert done.code == 1
 
 
 WRONG: dict[str, tuple[str, str]] = {
@@ -223,6 +243,8 @@ WRONG: dict[str, tuple[str, str]] = {
         f"{FILE}tune: {{seed: 9, grid: {{optim.batch_size: [8, 16]}}}}",
         "arms differ in their tokens",
     ),
+    "a fork of nothing": (FILE.replace("sparse:", "sparse: {from: trunk}"), "arms.sparse.from names the trunk"),
+    "a trunk without a fork": (f"{FILE}trunk: {{share: 0.5}}", "trunk: no arm begins from it"),
     "unequal tokens": (
         FILE.replace("sparse:", "sparse: {optim: {steps: 80}}"),
         "arms differ in their tokens, which are held equal (plain 81,920, sparse 163,840)",
