@@ -145,6 +145,9 @@ def provenance(result: Result) -> dict[str, str]:
 
 def sections(result: Result) -> Iterator[Section]:
     """The tables, and what could not go into them."""
+    if result.decisions:
+        words = [sentence for decision in result.decisions for sentence in decision.words()]
+        yield Section("Pre-registered comparison", [*words, *result.registration])
     if result.sweep.spec.tune:
         yield _tuning(result)
     yield _losses(result)

@@ -13,8 +13,9 @@ from cda_cli.comparison.recorded import RecordedRun, read_run
 from cda_cli.errors import CdaError
 from cda_cli.sweep import attempts
 from cda_cli.sweep.attempts import Attempt, distinct
+from cda_cli.sweep.claims import Decision, decide, registration
 from cda_cli.sweep.plan import Sweep, TrainJob
-from cda_cli.sweep.spec import TRUNK, Point
+from cda_cli.sweep.spec import FIGURES, TRUNK, Point
 from cda_cli.sweep.student_t import LEVEL, Mean, mean_of
 
 METRIC = "bits_per_byte"
@@ -101,6 +102,17 @@ class Result:
     def runs(self) -> list[RunResult]:
         return [run for arm in self.arms for run in arm.runs]
 
+    @cached_property
+    def decisions(self) -> list[Decision]:
+        """What the runs say of each claim of the file."""
+        by_name = {arm.name: arm.runs for arm in self.arms}
+        return decide(self.sweep.spec, lambda arm, metric: [run.figure(metric) for run in by_name[arm]])
+
+    @cached_property
+    def registration(self) -> list[str]:
+        """When the claims were registered, in sentences; none without claims."""
+        return registration(self.sweep.spec, self.sweep.out) if self.sweep.spec.compare else []
+
     def of_state(self, state: str) -> list[RunResult]:
         return [run for run in self.runs if run.state == state]
 
@@ -131,6 +143,8 @@ class Result:
             "control": self.sweep.spec.control,
             "level": LEVEL,
             **self.provenance,
+            "compare": [decision.as_dict() for decision in self.decisions],
+            "registration": self.registration,
             "arms": [_arm(arm) for arm in self.arms],
             "trunk": _arm(self.trunk) if self.trunk else None,
             "failed": len(self.of_state("failed")),
@@ -196,7 +210,7 @@ def figures_of_run(run: RecordedRun) -> dict[str, float]:
         "sparsity_k": lambda layer: layer.sparsity_k,
         "active_units": lambda layer: layer.active_units,
     }
-    return {
+    found = {
         "loss": last.loss if last else math.nan,
         "bits_per_byte": last.bits_per_byte if last else math.nan,
         "best_loss": best.loss if best else math.nan,
@@ -208,6 +222,7 @@ def figures_of_run(run: RecordedRun) -> dict[str, float]:
         "memory_bytes": run.memory_bytes,
         **{name: statistics.fmean(map(of, run.layers)) if run.layers else math.nan for name, of in layers.items()},
     }
+    return {name: found[name] for name in FIGURES}
 
 
 def _arm(arm: ArmResult) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from cda_cli.config import Config
 from cda_cli.signals import StopRequest
 from cda_cli.storage import only_writer
 from cda_cli.sweep.attempts import commit, machine
+from cda_cli.sweep.claims import register
 from cda_cli.sweep.jobs import Display, Runner, Slot
 from cda_cli.sweep.plan import Sweep
 
@@ -20,6 +21,7 @@ def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
     Raises InterruptedRunError once it was stopped, and StorageError if another process runs this sweep.
     """
     with StopRequest() as stop, only_writer(sweep.out / LOCKED, lambda _: None):
+        register(sweep.spec, sweep.out)
         runner = Runner(slots, sweep.out, display, stop, machine(), commit())
         for jobs in sweep.stages():
             runner.run(jobs)

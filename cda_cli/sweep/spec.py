@@ -15,6 +15,11 @@ from cda_cli.errors import ConfigError, did_you_mean, requirement
 from cda_cli.settings import DEFAULT_PRESET, SECTIONS
 from cda_cli.settings_table import as_written
 
+# The figures of a run that has finished, by their names in JSON.
+FIGURES = (
+    "loss", "bits_per_byte", "best_loss", "best_bits_per_byte", "tokens", "steps", "seconds", "tokens_per_second",
+    "memory_bytes", "effective_support", "sparsity_k", "active_units",
+)  # fmt: skip
 TRUNK = "trunk"  # the name of its folder
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an arm, which is the name of a folder and a column of a table
 
@@ -66,6 +71,30 @@ class Tune(Part):
     grid: Grid = Field(min_length=1)
 
 
+class Claim(Part):
+    """What the file claims of an arm before any run, on a figure of the runs, and with what margin.
+
+    The figure of the control is `of_control`, or the same. `spread` is the deviation that is expected of the paired
+    differences.
+    """
+
+    arm: str
+    kind: Literal["non-inferior", "superior"] = Field(alias="claim")
+    margin: float = Field(gt=0)
+    metric: str = "bits_per_byte"
+    control: str = ""
+    of_control: str | None = None
+    better: Literal["lower", "higher"] = "lower"
+    spread: float | None = Field(None, gt=0)
+
+    @field_validator("metric", "of_control")
+    @classmethod
+    def _is_a_figure(cls, name: str | None) -> str | None:
+        if name is not None and name not in FIGURES:
+            raise ValueError(f"there is no figure {name!r} of a run: {did_you_mean(name, FIGURES)}")
+        return name
+
+
 class Point(NamedTuple):
     """A point of a grid, with its name, such as "optim.lr=1e-3"."""
 
@@ -97,12 +126,18 @@ class Spec(Settings):
     equal: Equal = "tokens"
     tune: Tune | None = None
     trunk: Trunk | None = None
+    compare: list[Claim] = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod
     def _first_is_control(cls, values: dict[str, Any]) -> dict[str, Any]:
-        arms = values.get("arms")
-        return {"control": next(iter(arms), ""), **values} if isinstance(arms, dict) else values
+        """The control is the first arm, and that of all claims, where the file does not say otherwise."""
+        arms, claims = values.get("arms"), values.get("compare")
+        control = values.get("control") or next(iter(arms if isinstance(arms, dict) else ()), "")
+        given = [claims] if isinstance(claims, dict) else claims
+        if isinstance(given, list):
+            given = [{"control": control, **claim} if isinstance(claim, dict) else claim for claim in given]
+        return {**values, "control": control} | ({"compare": given} if given else {})
 
     @field_validator("arms", mode="before")
     @classmethod
@@ -129,7 +164,12 @@ class Spec(Settings):
 
     @model_validator(mode="after")
     def _names_arms(self) -> Spec:
-        self.require_arm("control", self.control)
+        self._require_arm("control", self.control)
+        for claim in self.compare:
+            self._require_arm("compare.arm", claim.arm)
+            self._require_arm("compare.control", claim.control)
+            if claim.arm == claim.control:
+                raise ValueError(f"compare: {claim.arm} is its own control; name another arm")
         return self
 
     @model_validator(mode="after")
@@ -170,7 +210,7 @@ class Spec(Settings):
         grid = self.arms[arm].grid or self.tune.grid
         return [_point(dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
 
-    def require_arm(self, key: str, name: str) -> None:
+    def _require_arm(self, key: str, name: str) -> None:
         """Raises ValueError if `key` names an arm that there is not."""
         if name not in self.arms:
             raise ValueError(f"{key}: there is no arm {name!r}: {did_you_mean(name, self.arms)}")
@@ -246,4 +286,4 @@ def _keys(name: str) -> list[str]:
     return [field.alias or key for key, field in PARTS.get(name, Spec).model_fields.items()]
 
 
-PARTS: dict[str, type[Part]] = {"arms": Arm, "tune": Tune, "trunk": Trunk}
+PARTS: dict[str, type[Part]] = {"arms": Arm, "compare": Claim, "tune": Tune, "trunk": Trunk}

@@ -11,8 +11,10 @@ import pytest
 
 from cda_cli.sweep import attempts
 from cda_cli.sweep.attempts import Attempt
+from cda_cli.sweep.claims import Decision, register, registration
 from cda_cli.sweep.plan import Sweep
-from cda_cli.sweep.spec import read_spec
+from cda_cli.sweep.spec import Claim, read_spec
+from cda_cli.sweep.student_t import Mean
 from tests.commands.helpers import Cda, assert_refused, steps_saved
 from tests.comparison.runs import write_run
 
@@ -189,6 +191,56 @@ def test_an_arm_whose_tuning_failed_has_failed(cda: Cda, sweep: Path) -> None:
     assert "plain, seed 0, failed: no run of its tuning has finished, and the last one failed: it burst" in done.out
 
 
+CLAIMS = """compare:
+  - {arm: sparse, claim: non-inferior, margin: 0.25}
+  - {arm: sparse, claim: superior, margin: 0.05, metric: loss}
+"""
+
+
+def test_claims_are_registered_and_decided(cda: Cda, sweep: Path, trained: Path) -> None:
+    write_run(trained / "sparse" / "seed-2", [8.0, 6.0, 5.0, 4.0], text={})
+    sweep.write_text(FILE + CLAIMS)
+    spec = read_spec(sweep)
+    assert registration(spec, trained) == ["No run has begun, so nothing is registered."]
+    register(spec, trained)
+    done = cda("sweep", sweep, "--no-run")
+    for line in (
+        "Claim: sparse is worse than plain by less than 0.25 (bits_per_byte; non-inferior).",
+        "Holds: difference -0.1833, 95 % interval -0.4419 … +0.0752, over 3 seeds.",
+        "By the measured deviation 0.1041 of differences it takes 4 seeds, if they are equal.",
+        "Claim: sparse is better than plain, and 0.05 would matter (loss; superior).",
+        "Not decided: difference -0.1833, 95 % interval -0.4419 … +0.0752, over 3 seeds.",
+        "By the measured deviation 0.1041 of differences it takes 36 seeds, if it is better by 0.05.",
+    ):
+        assert line in done.out.splitlines(), f"{line!r} is not in:\n{done.out}"
+    assert "before the first run." in done.out
+    sweep.write_text(FILE.replace("[0, 1, 2]", "[0, 1, 2, 3]") + CLAIMS)
+    assert "The runs began with 3 seeds, and there are 4 now" in cda("sweep", sweep, "--no-run").out
+    sweep.write_text(FILE + CLAIMS.replace("0.25", "0.5"))
+    register(read_spec(sweep), trained)
+    assert "The claims were changed after the runs began" in cda("sweep", sweep, "--no-run").out
+    document = json.loads(cda("sweep", sweep, "--no-run", "--json").out)
+    assert [claim["verdict"] for claim in document["compare"]] == ["holds", "not decided"]
+
+
+@pytest.mark.parametrize(
+    ("claim", "low", "high", "verdict"),
+    [
+        ("non-inferior", -0.2, 0.09, "holds"),
+        ("non-inferior", -0.2, 0.11, "not decided"),
+        ("non-inferior", 0.11, 0.2, "refuted"),
+        ("superior", -0.2, -0.01, "holds"),
+        ("superior", -0.2, 0.01, "not decided"),
+        ("superior", -0.09, 0.2, "refuted"),
+    ],
+)
+@pytest.mark.parametrize("better", ["lower", "higher"])
+def test_the_whole_interval_decides(claim: str, low: float, high: float, verdict: str, better: str) -> None:
+    said = Claim.model_validate({"arm": "a", "control": "b", "claim": claim, "margin": 0.1, "better": better})
+    ends = (low, high) if better == "lower" else (-high, -low)
+    assert Decision(said, Mean(sum(ends) / 2, 0.1, *ends, 3)).verdict == verdict
+
+
 def test_forks_go_on_from_the_trunk_of_their_seed(cda: Cda, sweep: Path) -> None:
     forked = FILE.replace("plain: {", "plain: {from: trunk, ").replace("[0, 1, 2]", "[0, 1]")
     sweep.write_text(f"{forked}trunk: {{share: 0.75, model: {{dim: 64}}}}\n")
@@ -245,6 +297,22 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "a fork of nothing": (FILE.replace("sparse:", "sparse: {from: trunk}"), "arms.sparse.from names the trunk"),
     "a trunk without a fork": (f"{FILE}trunk: {{share: 0.5}}", "trunk: no arm begins from it"),
+    "a claim of no figure": (
+        f"{FILE}compare: {{arm: sparse, claim: superior, margin: 1, metric: los}}",
+        "compare.0.metric: there is no figure 'los' of a run: did you mean 'loss'?",
+    ),
+    "a claim without a margin": (
+        f"{FILE}compare: {{arm: sparse, claim: superior, margin: none}}",
+        "compare.0.margin = 'none' is not possible",
+    ),
+    "a claim of no arm": (
+        f"{FILE}compare: {{arm: spars, claim: superior, margin: 1}}",
+        "compare.arm: there is no arm 'spars': did you mean 'sparse'?",
+    ),
+    "a wrong key of a claim": (
+        f"{FILE}compare: {{arm: sparse, clam: superior, margin: 1}}",
+        "the key 'compare.0.claim' is missing",
+    ),
     "unequal tokens": (
         FILE.replace("sparse:", "sparse: {optim: {steps: 80}}"),
         "arms differ in their tokens, which are held equal (plain 81,920, sparse 163,840)",
