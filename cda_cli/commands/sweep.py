@@ -43,14 +43,14 @@ def sweep(
     from cda_cli.sweep.jobs import make_slots
     from cda_cli.sweep.plan import Sweep
     from cda_cli.sweep.result import collect
-    from cda_cli.sweep.run import count_parameters, run_sweep
+    from cda_cli.sweep.run import check_sweep, run_sweep
     from cda_cli.sweep.spec import read_spec
 
     slots = make_slots(jobs, devices)
     if markdown and not markdown.parent.is_dir():
         raise ConfigError(f"--markdown {markdown} has no folder to lie in; make {markdown.parent} first")
     planned = Sweep(read_spec(file), file, out or Path("runs") / file.stem)
-    planned.check(count_parameters)
+    check_sweep(planned)
     if run:
         with SweepDisplay() as display:
             run_sweep(planned, slots, display)

@@ -80,9 +80,9 @@ class SweepDisplay:
 
 
 def _progress(running: Running) -> list[str]:
-    record, steps = running.record, running.job.config.optim.steps
+    record, steps = running.record, running.job.steps
     if record is None:
-        return [f"0/{steps}", DASH, DASH, DASH]
+        return [f"0/{steps}" if steps else DASH, DASH, DASH, DASH]
     speed = count(record.tokens_per_second) if record.tokens_per_second > 0 else DASH
     return [f"{record.step}/{steps}", f"{record.loss:.4f}", speed, duration(record.seconds_left)]
 
@@ -151,6 +151,10 @@ def sections(result: Result) -> Iterator[Section]:
     if result.sweep.spec.tune:
         yield _tuning(result)
     yield _losses(result)
+    if result.sweep.spec.eval:
+        yield _evaluated(result)
+    for choice, numbers in result.cuts.items():
+        yield _cuts(result, choice, numbers)
     yield _costs(result)
     if problems := list(_problems(result)):
         yield Section("Not in the tables", problems)
@@ -170,22 +174,42 @@ def _tuning(result: Result) -> Section:
 
 
 def _losses(result: Result) -> Section:
-    control = result.sweep.spec.control
-    columns = ["arm", "seeds", "bits/byte", "deviation", f"− {control}", "95 % interval", "support"]
-    rows = []
-    for arm in result.arms:
-        mean, difference = arm.mean("bits_per_byte"), arm.difference("bits_per_byte")
-        rows.append(
-            [
-                arm.name,
-                f"{mean.seeds}/{len(arm.runs)}",
-                _number(mean.value, ".4f"),
-                _number(mean.deviation, ".4f"),
-                *_difference(difference),
-                _number(arm.mean("effective_support").value, ".1f"),
-            ]
-        )
+    columns = [*_columns(result), "support"]
+    rows = [[*_loss(result, arm, ""), _number(arm.mean("effective_support").value, ".1f")] for arm in result.arms]
     return Section("Validation loss, means over seeds", _explanations(result), columns, rows)
+
+
+def _evaluated(result: Result) -> Section:
+    rows = [_loss(result, arm, "eval.") for arm in result.arms]
+    return Section("Loss of the evaluation, means over seeds", (), _columns(result), rows)
+
+
+def _columns(result: Result) -> list[str]:
+    return ["arm", "seeds", "bits/byte", "deviation", f"− {result.sweep.spec.control}", "95 % interval"]
+
+
+def _loss(result: Result, arm: ArmResult, prefix: str) -> list[str]:
+    mean, difference = arm.mean(f"{prefix}bits_per_byte"), arm.difference(f"{prefix}bits_per_byte")
+    is_control = arm.name == result.sweep.spec.control
+    return [
+        arm.name,
+        f"{mean.seeds}/{len(arm.runs)}",
+        _number(mean.value, ".4f"),
+        _number(mean.deviation, ".4f"),
+        *([DASH, DASH] if is_control else _difference(difference)),
+    ]
+
+
+def _cuts(result: Result, choice: str, numbers: Sequence[int]) -> Section:
+    """Bits per byte with fewer keys, and below each arm how far that is above the control with all keys."""
+    whole, rows = "eval.bits_per_byte", []
+    for arm in result.arms:
+        names = [whole, *(f"eval.{choice}[{number}].bits_per_byte" for number in numbers)]
+        rows.append([arm.name, *(_number(arm.mean(name).value, ".4f") for name in names)])
+        rows.append(["", *(_number(arm.difference(name, whole).value, "+.4f") for name in names)])
+    control = result.sweep.spec.control
+    note = f"Below each arm: how far it is above {control} with all keys, paired by seed; --json has the intervals."
+    return Section(f"Bits per byte by keys kept ({choice})", [note], ["arm", "all", *map(str, numbers)], rows)
 
 
 def _explanations(result: Result) -> list[str]:
@@ -235,4 +259,5 @@ def _difference(difference: Mean) -> list[str]:
 
 
 def _number(value: float, form: str) -> str:
-    return format(value, form) if math.isfinite(value) else DASH
+    digits = int(form[-2])
+    return format(round(value, digits) + 0.0, form) if math.isfinite(value) else DASH

@@ -14,7 +14,7 @@ from cda_cli import strict_json
 from cda_cli.plurals import counted
 from cda_cli.storage import write_file
 from cda_cli.sweep.spec import Claim, Spec
-from cda_cli.sweep.student_t import POWER, Mean, mean_of, seeds_needed
+from cda_cli.sweep.student_t import MOST_SEEDS, POWER, Mean, mean_of, seeds_needed
 
 FILE = "registered.json"
 
@@ -79,7 +79,7 @@ class Decision:
         if not math.isnan(self.deviation):
             needed = self.seeds_needed
             source = "expected" if math.isnan(difference.deviation) else "measured"
-            takes = counted(needed, "seed") if needed else "too many seeds to train"
+            takes = counted(needed, "seed") if needed else f"more than {MOST_SEEDS:,} seeds"
             found.append(f"By the {source} deviation {self.deviation:.4f} of differences it takes {takes}, {supposed}.")
         return found
 

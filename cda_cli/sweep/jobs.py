@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from cda_cli.errors import ConfigError
-from cda_cli.runs.folder import Run
 from cda_cli.runs.records import TrainRecord
 from cda_cli.signals import StopRequest
 from cda_cli.sweep.attempts import Attempt, append
-from cda_cli.sweep.plan import TrainJob
+from cda_cli.sweep.work import Job
 
 POLL = 0.1  # seconds between two looks at the processes
 READ = 1.0  # seconds between two looks at their records
@@ -50,7 +49,7 @@ def make_slots(jobs: int | None, devices: str | None) -> list[Slot]:
 class Running:
     """A job with its process. `record` is its newest train record."""
 
-    job: TrainJob
+    job: Job
     device: str | None
     process: subprocess.Popen[bytes]
     log_start: int
@@ -58,7 +57,7 @@ class Running:
     record: TrainRecord | None = None
 
     def look(self) -> None:
-        self.record = next(Run(self.job.folder).records(TrainRecord, newest_first=True), None)
+        self.record = self.job.record()
 
     def last_line(self) -> str:
         """The last line that its process has said."""
@@ -77,7 +76,7 @@ class Running:
         elif code:
             error = self.last_line() or f"exit code {code}"
         elif not self.job.is_done():
-            error = "it ended before its last step"
+            error = "it ended before it was done"
         return Attempt(
             job=self.job.name,
             command=self.job.command(),
@@ -112,7 +111,7 @@ class Runner:
     machine: str
     commit: str
 
-    def run(self, jobs: Sequence[TrainJob]) -> None:
+    def run(self, jobs: Sequence[Job]) -> None:
         """Runs those of the `jobs` that are not done. A job that fails does not keep the others from running.
 
         Once a stop is asked for, it starts no more, passes the request on, and returns when all have saved.
@@ -142,13 +141,13 @@ class Runner:
                     each.look()
             self.display.refresh(list(running.values()), len(waiting))
 
-    def _start(self, job: TrainJob, slot: Slot) -> Running:
+    def _start(self, job: Job, slot: Slot) -> Running:
         job.prepare()
-        with job.log.open("ab") as log:
+        with job.log.open("ab") as log, job.output.open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "cda_cli", *job.arguments(slot.device)],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=log,
                 env=_environment(len(self.slots)),
                 # Ctrl-C of the terminal reaches this process alone, which passes it on once.
@@ -160,6 +159,8 @@ class Runner:
 
     def _end(self, running: Running) -> None:
         running.look()
+        if running.process.returncode == 0:
+            running.job.finish()
         attempt = running.attempt(self.machine, self.commit)
         append(self.out, attempt)
         self.display.ended(attempt, running)

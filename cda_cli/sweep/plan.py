@@ -1,7 +1,7 @@
 """The runs of a sweep, and where they lie in its folder OUT.
 
 - `OUT/ARM/seed-N` is the run of an arm and a seed; beside it are its settings, `seed-N.yaml`, and what it said,
-  `seed-N.log`.
+  `seed-N.log`. `seed-N.eval.json` is its evaluation.
 - `OUT/trunk/seed-N` is the run that the forks of a seed begin from.
 - `OUT/ARM/tune/POINT` is the run of an arm with a point of its grid.
 - `OUT/attempts.jsonl` tells how each process ended (see `attempts`).
@@ -10,89 +10,16 @@
 from __future__ import annotations
 
 import math
-import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cda_cli.config import Config, dump_yaml, flat, parse, read_yaml
-from cda_cli.errors import CdaError, ConfigError
-from cda_cli.runs.folder import Run
-from cda_cli.runs.records import ValidationRecord
-from cda_cli.runs.summary import summarise
-from cda_cli.settings_table import as_written
-from cda_cli.storage import write_file
+from cda_cli.config import Config
+from cda_cli.errors import ConfigError
 from cda_cli.sweep.spec import TRUNK, Point, Spec, settings
+from cda_cli.sweep.work import EvalJob, Job, TrainJob
 
 MOST_UNEQUAL = 0.01  # of the parameters of the smallest arm, where these are held equal
-# Settings of `run` that change what a run finds. All others may change from one attempt to the next.
-DECIDE = ("run.seed", "run.init_from", "run.fork", "run.dtype", "run.eval_batches", "run.eval_every", "run.patience")
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """A run of the sweep. `name` says which, in words. A fork begins from its `trunk`, once that has finished."""
-
-    name: str
-    folder: Path
-    config: Config
-    trunk: TrainJob | None = None
-
-    @property
-    def settings_file(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.yaml")
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.log")
-
-    def arguments(self, device: str | None) -> list[str]:
-        """Of `cda`, which trains the run or goes on with it."""
-        words = ["train", "--config", str(self.settings_file), "--out", str(self.folder)]
-        return [*words, "--device", device] if device else words
-
-    def check(self) -> None:
-        """Raises ConfigError if the run began with settings that would have given another result."""
-        if not self.settings_file.exists():
-            return
-        before, now = flat(parse(read_yaml(self.settings_file, "remove it"))), flat(self.config)
-        for key, value in now.items():
-            if before[key] != value and (not key.startswith("run.") or key in DECIDE):
-                # The trunk lies in the folder of the sweep, by whatever path that is named.
-                if self.trunk and key == "run.init_from":
-                    continue
-                raise ConfigError(
-                    f"{self.folder} began with {key} {as_written(before[key])}, and the file now has "
-                    f"{as_written(value)}; put it back, choose another --out, or remove {self.folder.parent}"
-                )
-
-    def prepare(self) -> None:
-        """Writes what its process reads."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        write_file(self.settings_file, dump_yaml(self.config).encode())
-
-    def is_done(self) -> bool:
-        try:
-            return summarise(self.folder).state == "finished"
-        except (CdaError, OSError):
-            return False
-
-    def is_blocked(self) -> bool:
-        """Whether it has nothing to begin from."""
-        return self.trunk is not None and not self.trunk.is_done()
-
-    def loss(self) -> float:
-        """The loss of its last validation, nats per token; NaN if it has not finished."""
-        validation = next(Run(self.folder).records(ValidationRecord, newest_first=True), None)
-        return validation.loss if validation and self.is_done() else math.nan
-
-    def is_held(self) -> bool:
-        """Whether a process writes into its folder, such as one that has outlived its sweep."""
-        return Run(self.folder).is_running()
-
-    def command(self) -> str:
-        """For a person to copy."""
-        return shlex.join(["cda", *self.arguments(None)])
 
 
 @dataclass(frozen=True)
@@ -103,11 +30,12 @@ class Sweep:
     file: Path
     out: Path
 
-    def stages(self) -> Iterator[list[TrainJob]]:
+    def stages(self) -> Iterator[Sequence[Job]]:
         """The runs in stages, each to be asked for once those before it have ended."""
         yield self.trunk_jobs()
         yield self.tuning_jobs()
         yield self.jobs()
+        yield self.evaluations()
 
     def jobs(self) -> list[TrainJob]:
         """The runs that are compared, seed by seed, so that early ones make pairs.
@@ -121,6 +49,15 @@ class Sweep:
     def job(self, arm: str, seed: int, chosen: Point | None) -> TrainJob:
         """The run of an arm and a seed, with the point that was chosen for the arm."""
         return self._run_of(arm, seed, chosen, f"seed {seed}", Path(f"seed-{seed}"))
+
+    def evaluations(self) -> list[EvalJob]:
+        """Those of the runs that are compared."""
+        return [self.evaluation(job) for job in self.jobs()] if self.spec.eval else []
+
+    def evaluation(self, job: TrainJob) -> EvalJob:
+        """That of a run."""
+        assert self.spec.eval
+        return EvalJob(f"{job.name}, evaluation", job.folder, job.config, job, self.spec.eval)
 
     def tuning_jobs(self) -> list[TrainJob]:
         """The runs of all grids, without those of arms that have gone on: these would change what was chosen."""
@@ -174,9 +111,8 @@ class Sweep:
         if self.spec.equal == "parameters":
             counts = {name: count_parameters(config) for name, config in configs.items()}
             _require_equal(self.file, "parameters", counts, MOST_UNEQUAL)
-        for stage in self.stages():
-            for job in stage:
-                job.check()
+        for job in (*self.trunk_jobs(), *self.tuning_jobs(), *self.jobs()):
+            job.check()
 
 
 def tokens_of(config: Config) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,15 +11,18 @@ from functools import cached_property
 from typing import Any
 
 from cda_cli.comparison.recorded import RecordedRun, read_run
-from cda_cli.errors import CdaError
+from cda_cli.conditions import metrics_of
+from cda_cli.errors import CdaError, ConfigError, did_you_mean
 from cda_cli.sweep import attempts
 from cda_cli.sweep.attempts import Attempt, distinct
 from cda_cli.sweep.claims import Decision, decide, registration
-from cda_cli.sweep.plan import Sweep, TrainJob
-from cda_cli.sweep.spec import FIGURES, TRUNK, Point
+from cda_cli.sweep.plan import Sweep
+from cda_cli.sweep.spec import EVALUATED, FIGURES, TRUNK, Point
 from cda_cli.sweep.student_t import LEVEL, Mean, mean_of
+from cda_cli.sweep.work import EvalJob, TrainJob
 
-METRIC = "bits_per_byte"
+WHOLE = f"{EVALUATED}bits_per_byte"
+CUT = re.compile(rf"{re.escape(EVALUATED)}([\w-]+)\[(\d+)\]\.bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -60,21 +64,21 @@ class Tuned:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """The runs of an arm, those of the control, and those of its tuning."""
+    """The runs of an arm, those of the control, which may be the same, and those of its tuning."""
 
     name: str
     runs: Sequence[RunResult]
-    control: Sequence[RunResult] | None
+    control: Sequence[RunResult]
     tuned: Sequence[Tuned]
 
     def mean(self, name: str) -> Mean:
         """The mean of a figure over the seeds that have it."""
         return mean_of([value for run in self.runs if math.isfinite(value := run.figure(name))])
 
-    def difference(self, name: str) -> Mean:
-        """How far a figure is above that of the control, paired by seed."""
-        pairs = zip(self.runs, self.control or (), strict=False)
-        found = [own.figure(name) - other.figure(name) for own, other in pairs]
+    def difference(self, name: str, of_control: str | None = None) -> Mean:
+        """How far a figure is above that of the control, or another of that, paired by seed."""
+        pairs = zip(self.runs, self.control, strict=True)
+        found = [own.figure(name) - other.figure(of_control or name) for own, other in pairs]
         return mean_of([value for value in found if math.isfinite(value)])
 
     def at_ends(self) -> list[tuple[str, str]]:
@@ -99,14 +103,34 @@ class Result:
     command: str
 
     @cached_property
+    def cuts(self) -> dict[str, list[int]]:
+        """The numbers of keys that the evaluations kept, the most first, by the choice of the keys."""
+        found: dict[str, set[int]] = {}
+        for run in self.runs:
+            for name in run.figures:
+                if cut := CUT.fullmatch(name):
+                    found.setdefault(cut[1], set()).add(int(cut[2]))
+        return {choice: sorted(numbers, reverse=True) for choice, numbers in found.items()}
+
+    @cached_property
     def runs(self) -> list[RunResult]:
         return [run for arm in self.arms for run in arm.runs]
 
     @cached_property
     def decisions(self) -> list[Decision]:
         """What the runs say of each claim of the file."""
+        self._require_figures()
         by_name = {arm.name: arm.runs for arm in self.arms}
         return decide(self.sweep.spec, lambda arm, metric: [run.figure(metric) for run in by_name[arm]])
+
+    def _require_figures(self) -> None:
+        """Raises ConfigError where a claim names a figure that the evaluations do not have."""
+        known = {name for run in self.runs for name in run.figures if name.startswith(EVALUATED)}
+        for claim in self.sweep.spec.compare:
+            for name in (claim.metric, claim.of_control or claim.metric):
+                if known and name.startswith(EVALUATED) and name not in known:
+                    near = did_you_mean(name, known, otherwise="`--json` names those that there are")
+                    raise ConfigError(f"{self.sweep.file}: compare: no evaluation has the figure {name!r}: {near}")
 
     @cached_property
     def registration(self) -> list[str]:
@@ -159,8 +183,8 @@ def collect(sweep: Sweep, command: str) -> Result:
     tuned = {arm: _tuned(sweep, arm, latest) for arm in sweep.spec.arms}
     runs = {arm: [_run(sweep, arm, seed, tuned[arm], latest) for seed in sweep.spec.seeds] for arm in sweep.spec.arms}
     control = sweep.spec.control
-    arms = [ArmResult(arm, own, runs[control] if arm != control else None, tuned[arm]) for arm, own in runs.items()]
-    return Result(sweep, arms, ArmResult(TRUNK, trunk, None, ()) if trunk else None, known, command)
+    arms = [ArmResult(arm, own, runs[control], tuned[arm]) for arm, own in runs.items()]
+    return Result(sweep, arms, ArmResult(TRUNK, trunk, trunk, ()) if trunk else None, known, command)
 
 
 def _tuned(sweep: Sweep, arm: str, latest: Mapping[str, Attempt]) -> list[Tuned]:
@@ -173,11 +197,24 @@ def _tuned(sweep: Sweep, arm: str, latest: Mapping[str, Attempt]) -> list[Tuned]
 
 def _run(sweep: Sweep, arm: str, seed: int, tuned: Sequence[Tuned], latest: Mapping[str, Attempt]) -> RunResult:
     chosen = next((each.point for each in tuned if each.is_chosen), None)
-    found = _state(arm, sweep.job(arm, seed, chosen), latest)
+    job = sweep.job(arm, seed, chosen)
+    found = _state(arm, job, latest)
+    if sweep.spec.eval and found.state == "finished":
+        return _evaluated(found, sweep.evaluation(job), latest)
     if tuned and all(each.error for each in tuned):
         error = f"no run of its tuning has finished, and the last one failed: {tuned[-1].error}"
         return replace(found, state="failed", error=error)
     return found
+
+
+def _evaluated(found: RunResult, job: EvalJob, latest: Mapping[str, Attempt]) -> RunResult:
+    """The result of a run that has finished, with the figures of its evaluation."""
+    if job.is_done():
+        return replace(found, figures={**found.figures, **metrics_of({"eval": job.document()})})
+    last = latest.get(job.name)
+    if last and last.error:
+        return replace(found, state="failed", error=f"its evaluation failed: {last.error}")
+    return replace(found, state="unfinished")
 
 
 def _state(arm: str, job: TrainJob, latest: Mapping[str, Attempt]) -> RunResult:
@@ -234,5 +271,6 @@ def _arm(arm: ArmResult) -> dict[str, Any]:
         "tuning": [each.as_dict() for each in arm.tuned],
         "runs": [asdict(run) for run in arm.runs],
         "means": {name: arm.mean(name).as_dict() for name in names},
-        "differences": {name: arm.difference(name).as_dict() for name in names} if arm.control else {},
+        "differences": {name: arm.difference(name).as_dict() for name in names},
+        "above_whole_control": {name: arm.difference(name, WHOLE).as_dict() for name in names if CUT.fullmatch(name)},
     }

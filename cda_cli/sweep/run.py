@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cda_cli.config import Config
+from cda_cli.errors import ConfigError
 from cda_cli.signals import StopRequest
 from cda_cli.storage import only_writer
 from cda_cli.sweep.attempts import commit, machine
@@ -26,6 +27,18 @@ def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
         for jobs in sweep.stages():
             runner.run(jobs)
             stop.check("stopped, and what was running is saved; the same command goes on")
+
+
+def check_sweep(sweep: Sweep) -> None:
+    """Raises ConfigError, before anything is trained, for what could not come to a result."""
+    sweep.check(count_parameters)
+    if sweep.spec.eval and sweep.spec.eval.cut:
+        from cda_cli.causal import Wanted
+
+        try:
+            Wanted.parse(sweep.spec.eval.cut, (), ())
+        except ConfigError as error:
+            raise ConfigError(f"{sweep.file}: eval.cut: {error}") from error
 
 
 def count_parameters(config: Config) -> int:

@@ -20,6 +20,7 @@ FIGURES = (
     "loss", "bits_per_byte", "best_loss", "best_bits_per_byte", "tokens", "steps", "seconds", "tokens_per_second",
     "memory_bytes", "effective_support", "sparsity_k", "active_units",
 )  # fmt: skip
+EVALUATED = "eval."  # begins the names of figures of an evaluation
 TRUNK = "trunk"  # the name of its folder
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an arm, which is the name of a folder and a column of a table
 
@@ -71,6 +72,24 @@ class Tune(Part):
     grid: Grid = Field(min_length=1)
 
 
+class Evaluation(Part):
+    """What `cda eval` measures of each run that has finished, by its options."""
+
+    cut: list[str] = Field(default_factory=list)
+    max_batches: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    context: int | None = Field(None, ge=1)
+    data: str | None = None
+
+    def options(self) -> list[str]:
+        """The options of `cda eval`."""
+        found = [word for cut in self.cut for word in ("--cut", cut)]
+        for name in ("max_batches", "batch_size", "context", "data"):
+            if (value := getattr(self, name)) is not None:
+                found += [f"--{name.replace('_', '-')}", str(value)]
+        return found
+
+
 class Claim(Part):
     """What the file claims of an arm before any run, on a figure of the runs, and with what margin.
 
@@ -86,13 +105,6 @@ class Claim(Part):
     of_control: str | None = None
     better: Literal["lower", "higher"] = "lower"
     spread: float | None = Field(None, gt=0)
-
-    @field_validator("metric", "of_control")
-    @classmethod
-    def _is_a_figure(cls, name: str | None) -> str | None:
-        if name is not None and name not in FIGURES:
-            raise ValueError(f"there is no figure {name!r} of a run: {did_you_mean(name, FIGURES)}")
-        return name
 
 
 class Point(NamedTuple):
@@ -126,6 +138,7 @@ class Spec(Settings):
     equal: Equal = "tokens"
     tune: Tune | None = None
     trunk: Trunk | None = None
+    eval: Evaluation | None = None
     compare: list[Claim] = Field(default_factory=list)
 
     @model_validator(mode="before")
@@ -168,9 +181,20 @@ class Spec(Settings):
         for claim in self.compare:
             self._require_arm("compare.arm", claim.arm)
             self._require_arm("compare.control", claim.control)
+            for name in filter(None, (claim.metric, claim.of_control)):
+                self._require_figure(name)
             if claim.arm == claim.control:
                 raise ValueError(f"compare: {claim.arm} is its own control; name another arm")
         return self
+
+    def _require_figure(self, name: str) -> None:
+        """Raises ValueError where no run can have it. The result of an evaluation says what figures that has."""
+        if name in FIGURES or (self.eval and name.startswith(EVALUATED)):
+            return
+        remedy = did_you_mean(name, FIGURES)
+        if name.startswith(EVALUATED):
+            remedy = "it is one of an evaluation, which the key eval asks for; add it"
+        raise ValueError(f"compare: there is no figure {name!r} of a run: {remedy}")
 
     @model_validator(mode="after")
     def _forks_a_trunk(self) -> Spec:
@@ -286,4 +310,4 @@ def _keys(name: str) -> list[str]:
     return [field.alias or key for key, field in PARTS.get(name, Spec).model_fields.items()]
 
 
-PARTS: dict[str, type[Part]] = {"arms": Arm, "compare": Claim, "tune": Tune, "trunk": Trunk}
+PARTS: dict[str, type[Part]] = {"arms": Arm, "compare": Claim, "eval": Evaluation, "tune": Tune, "trunk": Trunk}

@@ -16,17 +16,9 @@ from cda_cli.sweep.plan import Sweep
 from cda_cli.sweep.spec import Claim, read_spec
 from cda_cli.sweep.student_t import Mean
 from tests.commands.helpers import Cda, assert_refused, steps_saved
+from tests.commands.sweeps import FILE, ROOT
 from tests.comparison.runs import write_run
 
-ROOT = Path(__file__).parent.parent.parent
-
-FILE = """\
-optim: {steps: 40}
-arms:
-  plain: {model: {attention: softmax}}
-  sparse:
-seeds: [0, 1, 2]
-"""
 MEASURED = ("seconds", "tokens_per_second", "memory_bytes")  # no two runs are equal in these
 
 # In the process of a run, asks the sweep to stop when the checkpoint of step 2 is written, and goes on once the run is
@@ -156,7 +148,7 @@ def tuned(sweep: Path) -> Path:
 
 def test_each_arm_goes_on_with_what_its_tuning_chose(cda: Cda, sweep: Path, tuned: Path) -> None:
     planned = Sweep(read_spec(sweep), sweep, tuned)
-    _, tuning, jobs = planned.stages()
+    _, tuning, jobs, _ = planned.stages()
     assert {job.config.run.seed for job in tuning} == {9}
     assert [job.config.optim.lr for job in tuning] == [1e-3, 1e-2, 1e-1] * 2
     assert {job.name.partition(",")[0]: job.config.optim.lr for job in jobs} == {"plain": 1e-2, "sparse": 1e-3}
@@ -241,12 +233,45 @@ def test_the_whole_interval_decides(claim: str, low: float, high: float, verdict
     assert Decision(said, Mean(sum(ends) / 2, 0.1, *ends, 3)).verdict == verdict
 
 
+def test_evaluations_give_the_loss_against_the_keys_kept(cda: Cda, sweep: Path, trained: Path) -> None:
+    claim = "{arm: sparse, claim: non-inferior, margin: 9, metric: 'eval.top[4].bits_per_byte', of_control: eval.loss}"
+    sweep.write_text(f"{FILE}eval: {{cut: ['top:4,8'], max_batches: 2}}\ncompare: {claim}\n")
+    planned = Sweep(read_spec(sweep), sweep, trained)
+    jobs = {job.name: job for job in planned.evaluations()}
+    first = jobs["plain, seed 0, evaluation"]
+    words = ["eval", str(first.folder), "--cut", "top:4,8", "--max-batches", "2", "--device", "cuda:1", "--json"]
+    assert first.arguments("cuda:1") == words
+    for seed in (0, 1):
+        for arm, loss in (("plain", 4.0), ("sparse", 4.1)):
+            job = jobs[f"{arm}, seed {seed}, evaluation"]
+            assert not job.is_done()
+            cuts = [{"name": f"top[{keys}]", "bits_per_byte": loss + seed + 1 / keys} for keys in (4, 8)]
+            job.output.write_text(json.dumps({"loss": loss + seed, "bits_per_byte": loss + seed, "cuts": cuts}))
+            job.finish()
+            assert job.is_done()
+    attempts.append(trained, attempt("plain, seed 2, evaluation", "no space"))
+    done = cda("sweep", sweep, "--no-run")
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
+    for line in (
+        "sparse 2/3 4.6000 0.7071 +0.1000 +0.1000 … +0.1000",
+        "arm all 8 4",
+        "sparse 4.6000 4.7250 4.8500",
+        "+0.1000 +0.2250 +0.3500",
+        "Holds: difference +0.3500, 95 % interval +0.3500 … +0.3500, over 2 seeds.",
+        "plain, seed 2, failed: its evaluation failed: no space",
+    ):
+        assert line in lines, f"{line!r} is not in:\n{done.out}"
+    assert "plain 3/3 4.5000" in " ".join(done.out.split()), "a run whose evaluation failed has still trained"
+    sweep.write_text(sweep.read_text().replace("eval.loss", "eval.los"))
+    assert_refused(cda("sweep", sweep, "--no-run"), "no evaluation has the figure 'eval.los': did you mean")
+
+
 def test_forks_go_on_from_the_trunk_of_their_seed(cda: Cda, sweep: Path) -> None:
     forked = FILE.replace("plain: {", "plain: {from: trunk, ").replace("[0, 1, 2]", "[0, 1]")
     sweep.write_text(f"{forked}trunk: {{share: 0.75, model: {{dim: 64}}}}\n")
     out = sweep.parent / "runs" / "sweep"
     planned = Sweep(read_spec(sweep), sweep, out)
-    trunks, _, jobs = planned.stages()
+    trunks, _, jobs, _ = planned.stages()
     assert [(job.config.optim.steps, job.config.optim.schedule_steps) for job in trunks] == [(30, 40)] * 2
     of_plain, of_sparse = jobs[0].config, jobs[1].config
     assert (of_plain.run.init_from, of_plain.run.fork) == (str(out / "trunk" / "seed-0"), True)
@@ -259,93 +284,3 @@ def test_forks_go_on_from_the_trunk_of_their_seed(cda: Cda, sweep: Path) -> None
     assert "plain, seed 1, failed: its trunk failed: it burst" in done.out
     assert "3 runs have not finished: plain seed 0, sparse seed 0, sparse seed 1" in done.out
     assert done.code == 1
-
-
-WRONG: dict[str, tuple[str, str]] = {
-    "no arms": ("seeds: [0]", "the key 'arms' is missing"),
-    "no mapping": ("[1]", "does not hold"),
-    "no YAML": ("arms: [", "line 1"),
-    "a wrong key": (f"{FILE}contrl: plain", "unknown key 'contrl': did you mean 'control'?"),
-    "a wrong key of an arm": (
-        FILE.replace("sparse:", "sparse: {modl: {}}"),
-        "'arms.sparse.modl': did you mean 'model'?",
-    ),
-    "a wrong setting": (FILE.replace("steps", "stps"), "sweep.yaml: unknown setting 'optim.stps'"),
-    "a wrong setting of an arm": (
-        FILE.replace("attention: softmax", "attention: sofmax"),
-        "sweep.yaml: arms.plain: model.attention = 'sofmax' is not possible",
-    ),
-    "no seed": (FILE.replace("[0, 1, 2]", "[0, one]"), "seeds.1 = 'one' is not possible"),
-    "a seed twice": (FILE.replace("[0, 1, 2]", "[0, 0]"), "seeds: a seed is given twice"),
-    "no such control": (f"{FILE}control: plein", "control: there is no arm 'plein': did you mean 'plain'?"),
-    "no name of a folder": (FILE.replace("sparse:", "../up:"), "an arm has the name of a folder"),
-    "tuned on a seed of the table": (
-        f"{FILE}tune: {{seed: 1, grid: {{optim.lr: [1]}}}}",
-        "tune.seed 1 is among the seeds",
-    ),
-    "an unequal budget of tuning": (
-        FILE.replace("sparse:", "sparse: {grid: {optim.lr: [1, 2]}}") + "tune: {seed: 9, grid: {optim.lr: [1]}}",
-        "unequal numbers of runs (plain 1, sparse 2)",
-    ),
-    "a wrong setting of a grid": (
-        f"{FILE}tune: {{seed: 9, grid: {{optim.lr: [1e9]}}}}",
-        "tune.grid: optim.lr = 1000000000.0 is not possible",
-    ),
-    "a grid that changes what is equal": (
-        f"{FILE}tune: {{seed: 9, grid: {{optim.batch_size: [8, 16]}}}}",
-        "arms differ in their tokens",
-    ),
-    "a fork of nothing": (FILE.replace("sparse:", "sparse: {from: trunk}"), "arms.sparse.from names the trunk"),
-    "a trunk without a fork": (f"{FILE}trunk: {{share: 0.5}}", "trunk: no arm begins from it"),
-    "a claim of no figure": (
-        f"{FILE}compare: {{arm: sparse, claim: superior, margin: 1, metric: los}}",
-        "compare.0.metric: there is no figure 'los' of a run: did you mean 'loss'?",
-    ),
-    "a claim without a margin": (
-        f"{FILE}compare: {{arm: sparse, claim: superior, margin: none}}",
-        "compare.0.margin = 'none' is not possible",
-    ),
-    "a claim of no arm": (
-        f"{FILE}compare: {{arm: spars, claim: superior, margin: 1}}",
-        "compare.arm: there is no arm 'spars': did you mean 'sparse'?",
-    ),
-    "a wrong key of a claim": (
-        f"{FILE}compare: {{arm: sparse, clam: superior, margin: 1}}",
-        "the key 'compare.0.claim' is missing",
-    ),
-    "unequal tokens": (
-        FILE.replace("sparse:", "sparse: {optim: {steps: 80}}"),
-        "arms differ in their tokens, which are held equal (plain 81,920, sparse 163,840)",
-    ),
-    "unequal parameters": (
-        FILE.replace("sparse:", "sparse: {model: {ff_mult: 2}}") + "equal: parameters",
-        "arms differ in their parameters",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_in_the_file_is_told_with_its_place(cda: Cda, sweep: Path, case: str) -> None:
-    content, words = WRONG[case]
-    sweep.write_text(content)
-    assert_refused(cda("sweep", sweep), words)
-    assert not Path("runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--devices", "cuda:0,"], "names no device"),
-        (["--devices", "cuda:0,cuda:1", "--jobs", 1], "would leave devices"),
-        (["--markdown", "no/table.md"], "make no first"),
-    ],
-)
-def test_wrong_options_are_refused(cda: Cda, sweep: Path, options: list[Any], words: str) -> None:
-    assert_refused(cda("sweep", sweep, *options), words)
-
-
-def test_the_example_of_the_docs_is_a_sweep() -> None:
-    file = ROOT / "docs" / "sweep.yaml"
-    planned = Sweep(read_spec(file), file, Path("out"))
-    planned.check(lambda config: 0)
-    assert len(planned.jobs()) == 9

@@ -1,0 +1,197 @@
+"""What a process of a sweep does: it trains a run, or evaluates one."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cda_cli import strict_json
+from cda_cli.config import Config, dump_yaml, flat, parse, read_yaml
+from cda_cli.errors import CdaError, ConfigError
+from cda_cli.runs.folder import Run
+from cda_cli.runs.records import TrainRecord, ValidationRecord
+from cda_cli.runs.summary import summarise
+from cda_cli.settings_table import as_written
+from cda_cli.storage import write_file
+from cda_cli.sweep.spec import Evaluation
+
+# Settings of `run` that change what a run finds. All others may change from one attempt to the next.
+DECIDE = ("run.seed", "run.init_from", "run.fork", "run.dtype", "run.eval_batches", "run.eval_every", "run.patience")
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """What one process does, for a run in `folder` with the settings `config`. `name` says what, in words."""
+
+    name: str
+    folder: Path
+    config: Config
+
+    @property
+    def log(self) -> Path:
+        """The file of what its process says."""
+        return self.beside("log")
+
+    @property
+    @abstractmethod
+    def output(self) -> Path:
+        """The file of the stdout of its process."""
+
+    @abstractmethod
+    def arguments(self, device: str | None) -> list[str]:
+        """Those of `cda`. The same ones go on with what a process has left."""
+
+    @abstractmethod
+    def is_done(self) -> bool: ...
+
+    @abstractmethod
+    def is_blocked(self) -> bool:
+        """Whether what it begins from is not done."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Writes what its process reads."""
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps it takes, if it trains."""
+        return None
+
+    def record(self) -> TrainRecord | None:
+        """The newest record of what it trains."""
+        return None
+
+    def is_held(self) -> bool:
+        """Whether a process does it already, such as one that has outlived its sweep."""
+        return False
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Keeps what its process gave, once that has ended well."""
+
+    def command(self) -> str:
+        """For a person to copy."""
+        return shlex.join(["cda", *self.arguments(None)])
+
+    def beside(self, ending: str) -> Path:
+        """A file beside the folder of the run."""
+        return self.folder.with_name(f"{self.folder.name}.{ending}")
+
+
+@dataclass(frozen=True)
+class TrainJob(Job):
+    """A run of the sweep. `name` says which, in words. A fork begins from its `trunk`, once that has finished."""
+
+    trunk: TrainJob | None = None
+
+    @property
+    def settings_file(self) -> Path:
+        return self.beside("yaml")
+
+    @property
+    def output(self) -> Path:
+        return self.log
+
+    def arguments(self, device: str | None) -> list[str]:
+        words = ["train", "--config", str(self.settings_file), "--out", str(self.folder)]
+        return [*words, "--device", device] if device else words
+
+    def check(self) -> None:
+        """Raises ConfigError if the run began with settings that would have given another result."""
+        if not self.settings_file.exists():
+            return
+        before, now = flat(parse(read_yaml(self.settings_file, "remove it"))), flat(self.config)
+        for key, value in now.items():
+            if before[key] != value and (not key.startswith("run.") or key in DECIDE):
+                # The trunk lies in the folder of the sweep, by whatever path that is named.
+                if self.trunk and key == "run.init_from":
+                    continue
+                raise ConfigError(
+                    f"{self.folder} began with {key} {as_written(before[key])}, and the file now has "
+                    f"{as_written(value)}; put it back, choose another --out, or remove {self.folder.parent}"
+                )
+
+    def prepare(self) -> None:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        write_file(self.settings_file, dump_yaml(self.config).encode())
+
+    def is_done(self) -> bool:
+        try:
+            return summarise(self.folder).state == "finished"
+        except (CdaError, OSError):
+            return False
+
+    def is_blocked(self) -> bool:
+        return self.trunk is not None and not self.trunk.is_done()
+
+    def loss(self) -> float:
+        """The loss of its last validation, nats per token; NaN if it has not finished."""
+        validation = next(Run(self.folder).records(ValidationRecord, newest_first=True), None)
+        return validation.loss if validation and self.is_done() else math.nan
+
+    @property
+    def steps(self) -> int:
+        return self.config.optim.steps
+
+    def record(self) -> TrainRecord | None:
+        return next(Run(self.folder).records(TrainRecord, newest_first=True), None)
+
+    def finish(self) -> None:
+        """The run has kept all of it."""
+
+    def is_held(self) -> bool:
+        return Run(self.folder).is_running()
+
+
+@dataclass(frozen=True)
+class EvalJob(Job):
+    """An evaluation of a `run` that has finished, as the file `wants` it."""
+
+    run: TrainJob
+    wants: Evaluation
+
+    @property
+    def log(self) -> Path:
+        return self.beside("eval.log")
+
+    @property
+    def output(self) -> Path:
+        return self.beside("eval.part")
+
+    @property
+    def result(self) -> Path:
+        return self.beside("eval.json")
+
+    def arguments(self, device: str | None) -> list[str]:
+        run = self.config.run
+        where = {"--device": device or run.device, "--dtype": run.dtype}
+        chosen = [word for option, value in where.items() if value != "auto" for word in (option, value)]
+        return ["eval", str(self.folder), *self.wants.options(), *chosen, "--json"]
+
+    def is_done(self) -> bool:
+        return bool(self.document())
+
+    def document(self) -> Mapping[str, Any]:
+        """What `cda eval --json` gave for these very options; empty before that."""
+        try:
+            kept = json.loads(self.result.read_text(encoding="utf-8"))
+            return kept["result"] if kept["options"] == self.wants.options() else {}
+        except (OSError, ValueError, LookupError, TypeError):
+            return {}
+
+    def is_blocked(self) -> bool:
+        return not self.run.is_done()
+
+    def prepare(self) -> None:
+        self.output.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        found = json.loads(self.output.read_text(encoding="utf-8"))
+        write_file(self.result, strict_json.dumps({"options": self.wants.options(), "result": found}).encode())
+        self.output.unlink()

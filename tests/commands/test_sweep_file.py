@@ -1,0 +1,115 @@
+"""The file of a sweep: what is wrong in it is told with its place, before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cda_cli.sweep.plan import Sweep
+from cda_cli.sweep.spec import read_spec
+from tests.commands.helpers import Cda, assert_refused
+from tests.commands.sweeps import FILE, ROOT
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a sweep in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "sweep.yaml"
+
+
+WRONG: dict[str, tuple[str, str]] = {
+    "no arms": ("seeds: [0]", "the key 'arms' is missing"),
+    "no mapping": ("[1]", "does not hold"),
+    "no YAML": ("arms: [", "line 1"),
+    "a wrong key": (f"{FILE}contrl: plain", "unknown key 'contrl': did you mean 'control'?"),
+    "a wrong key of an arm": (
+        FILE.replace("sparse:", "sparse: {modl: {}}"),
+        "'arms.sparse.modl': did you mean 'model'?",
+    ),
+    "a wrong setting": (FILE.replace("steps", "stps"), "sweep.yaml: unknown setting 'optim.stps'"),
+    "a wrong setting of an arm": (
+        FILE.replace("attention: softmax", "attention: sofmax"),
+        "sweep.yaml: arms.plain: model.attention = 'sofmax' is not possible",
+    ),
+    "no seed": (FILE.replace("[0, 1, 2]", "[0, one]"), "seeds.1 = 'one' is not possible"),
+    "a seed twice": (FILE.replace("[0, 1, 2]", "[0, 0]"), "seeds: a seed is given twice"),
+    "no such control": (f"{FILE}control: plein", "control: there is no arm 'plein': did you mean 'plain'?"),
+    "no name of a folder": (FILE.replace("sparse:", "../up:"), "an arm has the name of a folder"),
+    "tuned on a seed of the table": (
+        f"{FILE}tune: {{seed: 1, grid: {{optim.lr: [1]}}}}",
+        "tune.seed 1 is among the seeds",
+    ),
+    "an unequal budget of tuning": (
+        FILE.replace("sparse:", "sparse: {grid: {optim.lr: [1, 2]}}") + "tune: {seed: 9, grid: {optim.lr: [1]}}",
+        "unequal numbers of runs (plain 1, sparse 2)",
+    ),
+    "a wrong setting of a grid": (
+        f"{FILE}tune: {{seed: 9, grid: {{optim.lr: [1e9]}}}}",
+        "tune.grid: optim.lr = 1000000000.0 is not possible",
+    ),
+    "a grid that changes what is equal": (
+        f"{FILE}tune: {{seed: 9, grid: {{optim.batch_size: [8, 16]}}}}",
+        "arms differ in their tokens",
+    ),
+    "a fork of nothing": (FILE.replace("sparse:", "sparse: {from: trunk}"), "arms.sparse.from names the trunk"),
+    "a trunk without a fork": (f"{FILE}trunk: {{share: 0.5}}", "trunk: no arm begins from it"),
+    "a claim of no figure": (
+        f"{FILE}compare: {{arm: sparse, claim: superior, margin: 1, metric: los}}",
+        "compare: there is no figure 'los' of a run: did you mean 'loss'?",
+    ),
+    "a claim without a margin": (
+        f"{FILE}compare: {{arm: sparse, claim: superior, margin: none}}",
+        "compare.0.margin = 'none' is not possible",
+    ),
+    "a claim of no arm": (
+        f"{FILE}compare: {{arm: spars, claim: superior, margin: 1}}",
+        "compare.arm: there is no arm 'spars': did you mean 'sparse'?",
+    ),
+    "a wrong key of a claim": (
+        f"{FILE}compare: {{arm: sparse, clam: superior, margin: 1}}",
+        "the key 'compare.0.claim' is missing",
+    ),
+    "a wrong cut": (f"{FILE}eval: {{cut: [tip:4]}}", "eval.cut: "),
+    "a claim of an evaluation that there is not": (
+        f"{FILE}compare: {{arm: sparse, claim: superior, margin: 1, metric: eval.loss}}",
+        "which the key eval asks for; add it",
+    ),
+    "unequal tokens": (
+        FILE.replace("sparse:", "sparse: {optim: {steps: 80}}"),
+        "arms differ in their tokens, which are held equal (plain 81,920, sparse 163,840)",
+    ),
+    "unequal parameters": (
+        FILE.replace("sparse:", "sparse: {model: {ff_mult: 2}}") + "equal: parameters",
+        "arms differ in their parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_in_the_file_is_told_with_its_place(cda: Cda, sweep: Path, case: str) -> None:
+    content, words = WRONG[case]
+    sweep.write_text(content)
+    assert_refused(cda("sweep", sweep), words)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--devices", "cuda:0,"], "names no device"),
+        (["--devices", "cuda:0,cuda:1", "--jobs", 1], "would leave devices"),
+        (["--markdown", "no/table.md"], "make no first"),
+    ],
+)
+def test_wrong_options_are_refused(cda: Cda, sweep: Path, options: list[Any], words: str) -> None:
+    assert_refused(cda("sweep", sweep, *options), words)
+
+
+def test_the_example_of_the_docs_is_a_sweep() -> None:
+    file = ROOT / "docs" / "sweep.yaml"
+    planned = Sweep(read_spec(file), file, Path("out"))
+    planned.check(lambda config: 0)
+    assert len(planned.jobs()) == 9
