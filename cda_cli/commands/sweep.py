@@ -30,6 +30,9 @@ def sweep(
     markdown: Annotated[
         Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the result as Markdown.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it: .png, .svg or .pdf.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Arms × seeds, each an ordinary run in OUT/ARM/seed-N; then tables, with differences to the control by seed.
@@ -39,13 +42,17 @@ def sweep(
     """
     from cda_cli.console import SweepDisplay, print_json, show_sweep, sweep_markdown
     from cda_cli.errors import ConfigError, TrainingError
+    from cda_cli.plots import require_plot
     from cda_cli.storage import write_file
     from cda_cli.sweep.jobs import make_slots
+    from cda_cli.sweep.pictures import draw_sweep
     from cda_cli.sweep.plan import Sweep
     from cda_cli.sweep.result import collect
     from cda_cli.sweep.run import check_sweep, run_sweep
     from cda_cli.sweep.spec import read_spec
 
+    if plot:
+        require_plot(plot)
     slots = make_slots(jobs, devices)
     if markdown and not markdown.parent.is_dir():
         raise ConfigError(f"--markdown {markdown} has no folder to lie in; make {markdown.parent} first")
@@ -57,6 +64,8 @@ def sweep(
     result = collect(planned, shlex.join(["cda", *sys.argv[1:]]))
     if markdown:
         write_file(markdown, sweep_markdown(result).encode())
+    if plot:
+        draw_sweep(plot, result)
     if as_json:
         print_json(result.as_dict())
     else:

@@ -102,6 +102,7 @@ def test_what_is_wrong_in_the_file_is_told_with_its_place(cda: Cda, sweep: Path,
         (["--devices", "cuda:0,"], "names no device"),
         (["--devices", "cuda:0,cuda:1", "--jobs", 1], "would leave devices"),
         (["--markdown", "no/table.md"], "make no first"),
+        (["--plot", "table.txt"], "is no picture"),
     ],
 )
 def test_wrong_options_are_refused(cda: Cda, sweep: Path, options: list[Any], words: str) -> None:
