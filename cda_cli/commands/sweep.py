@@ -57,6 +57,8 @@ def sweep(
     if markdown and not markdown.parent.is_dir():
         raise ConfigError(f"--markdown {markdown} has no folder to lie in; make {markdown.parent} first")
     planned = Sweep(read_spec(file), file, out or Path("runs") / file.stem)
+    if planned.spec.equal == "time" and len(slots) > len({slot.device for slot in slots}):
+        raise ConfigError(f"{file} holds time equal, which runs on one device take from each other; leave --jobs out")
     check_sweep(planned)
     if run:
         with SweepDisplay() as display:

@@ -133,13 +133,14 @@ def provenance(result: Result) -> dict[str, str]:
     found = result.provenance
     spec = result.sweep.spec
     commits = ", ".join(found["commits"]) or ", ".join(f"version {version}" for version in found["versions"])
+    held = {"tokens": "tokens", "parameters": "tokens and parameters", "time": f"time, {spec.minutes or 0:g} minutes"}
     return {
         "command": found["command"],
         "seeds": ", ".join(map(str, found["seeds"])),
         "commit": commits or DASH,
         "machine": "; ".join([*found["machines"], *found["devices"]]) or DASH,
         "hours": f"{found['hours']:.2f}",
-        "held equal": spec.equal if spec.equal != "parameters" else "tokens and parameters",
+        "held equal": held[spec.equal],
     }
 
 

@@ -3,6 +3,7 @@
 - `OUT/ARM/seed-N` is the run of an arm and a seed; beside it are its settings, `seed-N.yaml`, and what it said,
   `seed-N.log`. `seed-N.eval.json` is its evaluation.
 - `OUT/trunk/seed-N` is the run that the forks of a seed begin from.
+- `OUT/ARM/speed` is the short run that measures the speed of an arm, where time is held equal.
 - `OUT/ARM/tune/POINT` is the run of an arm with a point of its grid.
 - `OUT/attempts.jsonl` tells how each process ended (see `attempts`).
 """
@@ -14,11 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cda_cli.comparison.recorded import read_run
 from cda_cli.config import Config
 from cda_cli.errors import ConfigError
 from cda_cli.sweep.spec import TRUNK, Point, Spec, settings
 from cda_cli.sweep.work import EvalJob, Job, TrainJob
 
+SPEED_STEPS, SPEED_LOGS = 60, 5
 MOST_UNEQUAL = 0.01  # of the parameters of the smallest arm, where these are held equal
 
 
@@ -32,6 +35,7 @@ class Sweep:
 
     def stages(self) -> Iterator[Sequence[Job]]:
         """The runs in stages, each to be asked for once those before it have ended."""
+        yield self.speed_jobs()
         yield self.trunk_jobs()
         yield self.tuning_jobs()
         yield self.jobs()
@@ -40,9 +44,9 @@ class Sweep:
     def jobs(self) -> list[TrainJob]:
         """The runs that are compared, seed by seed, so that early ones make pairs.
 
-        An arm has none before a run of its tuning has finished.
+        An arm has none before its speed is measured and a run of its tuning has finished.
         """
-        chosen = {arm: self.chosen(arm) for arm in self.spec.arms}
+        chosen = {arm: self.chosen(arm) for arm in self._measured()}
         arms = [arm for arm, point in chosen.items() if point or not self.spec.tune]
         return [self.job(arm, seed, chosen[arm]) for seed in self.spec.seeds for arm in arms]
 
@@ -61,7 +65,7 @@ class Sweep:
 
     def tuning_jobs(self) -> list[TrainJob]:
         """The runs of all grids, without those of arms that have gone on: these would change what was chosen."""
-        arms = [arm for arm in self.spec.arms if not self._has_gone_on(arm)]
+        arms = [arm for arm in self._measured() if not self._has_gone_on(arm)]
         return [self.tuning_job(arm, point) for arm in arms for point in self.spec.points(arm)]
 
     def tuning_job(self, arm: str, point: Point) -> TrainJob:
@@ -72,8 +76,31 @@ class Sweep:
     def _run_of(self, arm: str, seed: int, point: Point | None, words: str, place: Path) -> TrainJob:
         trunk = self.trunk_job(seed) if self.spec.arms[arm].begins else None
         run = {"seed": seed} | ({"init_from": str(trunk.folder), "fork": True} if trunk else {})
-        config = settings(self.spec, *self.spec.layers(arm), point.layer if point else {}, {"run": run})
+        steps = {"steps": self.steps_in_time(arm)} if self.spec.minutes else {}
+        config = settings(self.spec, *self.spec.layers(arm), point.layer if point else {}, {"run": run, "optim": steps})
         return TrainJob(f"{arm}, {words}", self.out / arm / place, config, trunk)
+
+    def speed_jobs(self) -> list[TrainJob]:
+        """The runs that measure the speed of each arm, where time is held equal."""
+        return [self.speed_job(arm) for arm in self.spec.arms] if self.spec.minutes else []
+
+    def speed_job(self, arm: str) -> TrainJob:
+        """The run that measures the speed of an arm."""
+        run = {"seed": self.spec.seeds[0], "log_every": SPEED_LOGS, "eval_every": 0, "eval_batches": 1, "save_every": 0}
+        config = settings(self.spec, *self.spec.layers(arm), {"optim": {"steps": SPEED_STEPS}, "run": run})
+        return TrainJob(f"{arm}, speed", self.out / arm / "speed", config)
+
+    def steps_in_time(self, arm: str) -> int:
+        """How many steps an arm takes in the minutes that all have, by its measured speed; 1 before that."""
+        job = self.speed_job(arm)
+        if not (self.spec.minutes and job.is_done()):
+            return 1
+        per_step = tokens_of(job.config) / SPEED_STEPS
+        return max(1, round(60 * self.spec.minutes * read_run(job.folder).tokens_per_second / per_step))
+
+    def _measured(self) -> list[str]:
+        """The arms whose speed is known, if it must be."""
+        return [arm for arm in self.spec.arms if not self.spec.minutes or self.speed_job(arm).is_done()]
 
     def trunk_jobs(self) -> list[TrainJob]:
         """The runs that forks begin from."""
@@ -107,11 +134,12 @@ class Sweep:
                 configs[", ".join(filter(None, (arm, point.name)))] = settings(
                     self.spec, *self.spec.layers(arm), point.layer
                 )
-        _require_equal(self.file, "tokens", {name: tokens_of(config) for name, config in configs.items()}, 0)
+        if self.spec.equal != "time":
+            _require_equal(self.file, "tokens", {name: tokens_of(config) for name, config in configs.items()}, 0)
         if self.spec.equal == "parameters":
             counts = {name: count_parameters(config) for name, config in configs.items()}
             _require_equal(self.file, "parameters", counts, MOST_UNEQUAL)
-        for job in (*self.trunk_jobs(), *self.tuning_jobs(), *self.jobs()):
+        for job in (*self.speed_jobs(), *self.trunk_jobs(), *self.tuning_jobs(), *self.jobs()):
             job.check()
 
 

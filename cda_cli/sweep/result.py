@@ -199,6 +199,9 @@ def _run(sweep: Sweep, arm: str, seed: int, tuned: Sequence[Tuned], latest: Mapp
     chosen = next((each.point for each in tuned if each.is_chosen), None)
     job = sweep.job(arm, seed, chosen)
     found = _state(arm, job, latest)
+    speed = latest.get(f"{arm}, speed") if sweep.spec.minutes else None
+    if speed and speed.error:
+        return replace(found, state="failed", error=f"its speed could not be measured: {speed.error}")
     if sweep.spec.eval and found.state == "finished":
         return _evaluated(found, sweep.evaluation(job), latest)
     if tuned and all(each.error for each in tuned):

@@ -24,7 +24,7 @@ EVALUATED = "eval."  # begins the names of figures of an evaluation
 TRUNK = "trunk"  # the name of its folder
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an arm, which is the name of a folder and a column of a table
 
-Equal = Literal["tokens", "parameters"]
+Equal = Literal["tokens", "parameters", "time"]
 
 
 class Part(BaseModel):
@@ -136,6 +136,7 @@ class Spec(Settings):
     seeds: list[int] = Field(min_length=1)
     control: str = ""
     equal: Equal = "tokens"
+    minutes: float | None = Field(None, gt=0)
     tune: Tune | None = None
     trunk: Trunk | None = None
     eval: Evaluation | None = None
@@ -195,6 +196,22 @@ class Spec(Settings):
         if name.startswith(EVALUATED):
             remedy = "it is one of an evaluation, which the key eval asks for; add it"
         raise ValueError(f"compare: there is no figure {name!r} of a run: {remedy}")
+
+    @model_validator(mode="after")
+    def _holds_time(self) -> Spec:
+        if (self.equal == "time") != (self.minutes is not None):
+            raise ValueError("`equal: time` and `minutes`, those of each run, go together; give both or none")
+        if self.equal != "time":
+            return self
+        if self.trunk:
+            raise ValueError("forks share the steps of their trunk; leave `equal: time` or the trunk out")
+        named = [
+            name for name, part in {"": self, **self.arms}.items() if {"steps", "schedule_steps"} & set(part.optim)
+        ]
+        if named:
+            where = f"arms.{named[0]}.optim" if named[0] else "optim"
+            raise ValueError(f"{where}: the steps follow from `equal: time` and the speed of each arm; leave them out")
+        return self
 
     @model_validator(mode="after")
     def _forks_a_trunk(self) -> Spec:

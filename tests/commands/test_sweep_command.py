@@ -148,7 +148,7 @@ def tuned(sweep: Path) -> Path:
 
 def test_each_arm_goes_on_with_what_its_tuning_chose(cda: Cda, sweep: Path, tuned: Path) -> None:
     planned = Sweep(read_spec(sweep), sweep, tuned)
-    _, tuning, jobs, _ = planned.stages()
+    tuning, jobs = planned.tuning_jobs(), planned.jobs()
     assert {job.config.run.seed for job in tuning} == {9}
     assert [job.config.optim.lr for job in tuning] == [1e-3, 1e-2, 1e-1] * 2
     assert {job.name.partition(",")[0]: job.config.optim.lr for job in jobs} == {"plain": 1e-2, "sparse": 1e-3}
@@ -187,6 +187,20 @@ CLAIMS = """compare:
   - {arm: sparse, claim: non-inferior, margin: 0.25}
   - {arm: sparse, claim: superior, margin: 0.05, metric: loss}
 """
+
+
+def test_at_equal_time_the_speed_of_an_arm_gives_its_steps(sweep: Path) -> None:
+    sweep.write_text(f"{FILE}equal: time\nminutes: 2\n".replace("optim: {steps: 40}", "optim: {batch_size: 4}"))
+    out = sweep.parent / "runs" / "sweep"
+    planned = Sweep(read_spec(sweep), sweep, out)
+    speeds = next(planned.stages())
+    assert [job.name for job in speeds] == ["plain, speed", "sparse, speed"]
+    assert planned.jobs() == [], "no speed is known yet"
+    write_run(out / "plain" / "speed", tokens_per_second=4096.0, text={})
+    write_run(out / "sparse" / "speed", tokens_per_second=1024.0, text={})
+    tokens = {job.name: job.config.optim.steps * 4 * job.config.model.seq_len for job in planned.jobs()}
+    assert tokens["plain, seed 0"] == 120 * 4096
+    assert tokens["sparse, seed 2"] == 120 * 1024
 
 
 def test_claims_are_registered_and_decided(cda: Cda, sweep: Path, trained: Path) -> None:
@@ -273,7 +287,7 @@ def test_forks_go_on_from_the_trunk_of_their_seed(cda: Cda, sweep: Path) -> None
     sweep.write_text(f"{forked}trunk: {{share: 0.75, model: {{dim: 64}}}}\n")
     out = sweep.parent / "runs" / "sweep"
     planned = Sweep(read_spec(sweep), sweep, out)
-    trunks, _, jobs, _ = planned.stages()
+    trunks, jobs = planned.trunk_jobs(), planned.jobs()
     assert [(job.config.optim.steps, job.config.optim.schedule_steps) for job in trunks] == [(30, 40)] * 2
     of_plain, of_sparse = jobs[0].config, jobs[1].config
     assert (of_plain.run.init_from, of_plain.run.fork) == (str(out / "trunk" / "seed-0"), True)

@@ -77,6 +77,8 @@ WRONG: dict[str, tuple[str, str]] = {
         f"{FILE}compare: {{arm: sparse, claim: superior, margin: 1, metric: eval.loss}}",
         "which the key eval asks for; add it",
     ),
+    "time without minutes": (f"{FILE}equal: time", "go together"),
+    "steps at equal time": (f"{FILE}equal: time\nminutes: 1", "optim: the steps follow from"),
     "unequal tokens": (
         FILE.replace("sparse:", "sparse: {optim: {steps: 80}}"),
         "arms differ in their tokens, which are held equal (plain 81,920, sparse 163,840)",
@@ -107,6 +109,11 @@ def test_what_is_wrong_in_the_file_is_told_with_its_place(cda: Cda, sweep: Path,
 )
 def test_wrong_options_are_refused(cda: Cda, sweep: Path, options: list[Any], words: str) -> None:
     assert_refused(cda("sweep", sweep, *options), words)
+
+
+def test_runs_at_equal_time_do_not_share_a_device(cda: Cda, sweep: Path) -> None:
+    sweep.write_text(FILE.replace("optim: {steps: 40}", "equal: time\nminutes: 1"))
+    assert_refused(cda("sweep", sweep, "--jobs", 2), "leave --jobs out")
 
 
 def test_the_example_of_the_docs_is_a_sweep() -> None:
