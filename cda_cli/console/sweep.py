@@ -65,18 +65,19 @@ class SweepDisplay:
         words = f"finished, loss {record.loss:.4f}" if record and not attempt.error else attempt.error or "finished"
         self._say(f"{attempt.job}: {words} ({duration(attempt.seconds)})", "red" if attempt.error else "")
 
-    def refresh(self, running: Sequence[Running], waiting: int) -> None:
+    def refresh(self, running: Sequence[Running], waiting: int, *, stopping: bool) -> None:
         if not self._drawn:
             return
         rows = table("run", "step", "loss", "tokens/s", "left")
         for each in running:
             rows.add_row(printable(each.job.name), *_progress(each))
-        title = Text(f"{counted(len(running), 'job')} running, {waiting:,} waiting", style="bold")
+        words = "stopping: each finishes its step and saves" if stopping else f"{waiting:,} waiting"
+        title = Text(f"{counted(len(running), 'job')} running, {words}", style="bold yellow" if stopping else "bold")
         parts: list[RenderableType] = [title, Trimmed(rows)]
         self._live.update(Group(*parts), refresh=True)
 
     def _say(self, words: str, style: str = "") -> None:
-        self._console.print(Text(printable(words), style=style), soft_wrap=True)
+        print_sentence(self._console, printable(words), style)
 
 
 def _progress(running: Running) -> list[str]:

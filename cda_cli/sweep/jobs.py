@@ -97,7 +97,7 @@ class Display(Protocol):
 
     def ended(self, attempt: Attempt, running: Running) -> None: ...
 
-    def refresh(self, running: Sequence[Running], waiting: int) -> None: ...
+    def refresh(self, running: Sequence[Running], waiting: int, *, stopping: bool) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,8 @@ class Runner:
         asked, looked = False, 0.0
         while running or (waiting and not self.stop):
             for number, slot in enumerate(self.slots):
-                free = [job for job in waiting if not job.is_held()] if number not in running and not self.stop else []
-                if free:
-                    waiting.remove(free[0])
-                    running[number] = self._start(free[0], slot)
+                if number not in running and not self.stop and (job := self._next(waiting)):
+                    running[number] = self._start(job, slot)
             if self.stop and not asked:
                 asked = True
                 for each in running.values():
@@ -134,12 +132,23 @@ class Runner:
             for number, each in list(running.items()):
                 if each.process.poll() is not None:
                     del running[number]
-                    self._end(each)
+                    if each.process.returncode and each.job.is_held():
+                        waiting.append(each.job)  # Another process was about to do it, and does.
+                    else:
+                        self._end(each)
             if time.monotonic() >= looked + READ:
                 looked = time.monotonic()
                 for each in running.values():
                     each.look()
-            self.display.refresh(list(running.values()), len(waiting))
+            self.display.refresh(list(running.values()), len(waiting), stopping=bool(self.stop))
+
+    def _next(self, waiting: list[Job]) -> Job | None:
+        """Takes a job from those that are `waiting` and that no other process does, or has done meanwhile."""
+        for job in [job for job in waiting if not job.is_held()]:
+            waiting.remove(job)
+            if not job.is_done():
+                return job
+        return None
 
     def _start(self, job: Job, slot: Slot) -> Running:
         job.prepare()
