@@ -98,7 +98,7 @@ class Section(NamedTuple):
 
 
 def show_sweep(result: Result) -> None:
-    """Prints where the figures come from, and each section."""
+    """Prints where the metrics come from, and each section."""
     console = out()
     print_pairs(console, provenance(result))
     for section in sections(result):
@@ -130,7 +130,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def provenance(result: Result) -> dict[str, str]:
-    """Where the figures come from, in words."""
+    """Where the metrics come from, in words."""
     found = result.provenance
     spec = result.sweep.spec
     commits = ", ".join(found["commits"]) or ", ".join(f"version {version}" for version in found["versions"])

@@ -95,12 +95,12 @@ class Decision:
         }
 
 
-def decide(spec: Spec, figures: Callable[[str, str], Sequence[float]]) -> list[Decision]:
-    """What the runs say of each claim; `figures` gives those of an arm by the seeds, NaN where there is none."""
+def decide(spec: Spec, metrics: Callable[[str, str], Sequence[float]]) -> list[Decision]:
+    """What the runs say of each claim; `metrics` gives those of an arm by the seeds, NaN where there is none."""
     decisions = []
     for claim in spec.compare:
-        own = figures(claim.arm, claim.metric)
-        other = figures(claim.control, claim.of_control or claim.metric)
+        own = metrics(claim.arm, claim.metric)
+        other = metrics(claim.control, claim.of_control or claim.metric)
         differences = [one - two for one, two in zip(own, other, strict=True)]
         decisions.append(Decision(claim, mean_of([value for value in differences if math.isfinite(value)])))
     return decisions

@@ -55,4 +55,4 @@ def _draw_cuts(axes: Any, style: Style, result: Result, choice: str, numbers: Se
 
 
 def _losses(arm: ArmResult) -> list[float]:
-    return [loss for run in arm.runs if math.isfinite(loss := run.figure("bits_per_byte"))]
+    return [loss for run in arm.runs if math.isfinite(loss := run.metric("bits_per_byte"))]

@@ -1,4 +1,4 @@
-"""What the runs of a sweep recorded: figures of each run, means over seeds, and paired differences to the control."""
+"""What the runs of a sweep recorded: metrics of each run, means over seeds, and paired differences to the control."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cda_cli.sweep import attempts
 from cda_cli.sweep.attempts import Attempt, distinct
 from cda_cli.sweep.claims import Decision, decide, registration
 from cda_cli.sweep.plan import Sweep
-from cda_cli.sweep.spec import EVALUATED, FIGURES, TRUNK, Point
+from cda_cli.sweep.spec import EVALUATED, METRICS, TRUNK, Point
 from cda_cli.sweep.student_t import LEVEL, Mean, mean_of
 from cda_cli.sweep.work import EvalJob, TrainJob
 
@@ -29,7 +29,7 @@ CUT = re.compile(rf"{re.escape(EVALUATED)}([\w-]+)\[(\d+)\]\.bits_per_byte")
 class RunResult:
     """A run. `state` is finished, failed, running or unfinished, and `error` says why it failed.
 
-    `figures` are those of a run that has finished, by name.
+    `metrics` are those of a run that has finished, by name.
     """
 
     arm: str
@@ -38,11 +38,11 @@ class RunResult:
     command: str
     state: str
     error: str
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
 
-    def figure(self, name: str) -> float:
+    def metric(self, name: str) -> float:
         """NaN where the run has none."""
-        return self.figures.get(name, math.nan)
+        return self.metrics.get(name, math.nan)
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class ArmResult:
     tuned: Sequence[Tuned]
 
     def mean(self, name: str) -> Mean:
-        """The mean of a figure over the seeds that have it."""
-        return mean_of([value for run in self.runs if math.isfinite(value := run.figure(name))])
+        """The mean of a metric over the seeds that have it."""
+        return mean_of([value for run in self.runs if math.isfinite(value := run.metric(name))])
 
     def difference(self, name: str, of_control: str | None = None) -> Mean:
-        """How far a figure is above that of the control, or another of that, paired by seed."""
+        """How far a metric is above that of the control, or another of that, paired by seed."""
         pairs = zip(self.runs, self.control, strict=True)
-        found = [own.figure(name) - other.figure(of_control or name) for own, other in pairs]
+        found = [own.metric(name) - other.metric(of_control or name) for own, other in pairs]
         return mean_of([value for value in found if math.isfinite(value)])
 
     def at_ends(self) -> list[tuple[str, str]]:
@@ -107,7 +107,7 @@ class Result:
         """The numbers of keys that the evaluations kept, the most first, by the choice of the keys."""
         found: dict[str, set[int]] = {}
         for run in self.runs:
-            for name in run.figures:
+            for name in run.metrics:
                 if cut := CUT.fullmatch(name):
                     found.setdefault(cut[1], set()).add(int(cut[2]))
         return {choice: sorted(numbers, reverse=True) for choice, numbers in found.items()}
@@ -119,18 +119,18 @@ class Result:
     @cached_property
     def decisions(self) -> list[Decision]:
         """What the runs say of each claim of the file."""
-        self._require_figures()
+        self._require_metrics()
         by_name = {arm.name: arm.runs for arm in self.arms}
-        return decide(self.sweep.spec, lambda arm, metric: [run.figure(metric) for run in by_name[arm]])
+        return decide(self.sweep.spec, lambda arm, metric: [run.metric(metric) for run in by_name[arm]])
 
-    def _require_figures(self) -> None:
-        """Raises ConfigError where a claim names a figure that the evaluations do not have."""
-        known = {name for run in self.runs for name in run.figures if name.startswith(EVALUATED)}
+    def _require_metrics(self) -> None:
+        """Raises ConfigError where a claim names a metric that the evaluations do not have."""
+        known = {name for run in self.runs for name in run.metrics if name.startswith(EVALUATED)}
         for claim in self.sweep.spec.compare:
             for name in (claim.metric, claim.of_control or claim.metric):
                 if known and name.startswith(EVALUATED) and name not in known:
                     near = did_you_mean(name, known, otherwise="`--json` names those that there are")
-                    raise ConfigError(f"{self.sweep.file}: compare: no evaluation has the figure {name!r}: {near}")
+                    raise ConfigError(f"{self.sweep.file}: compare: no evaluation has the metric {name!r}: {near}")
 
     @cached_property
     def registration(self) -> list[str]:
@@ -147,7 +147,7 @@ class Result:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where the figures come from."""
+        """Where the metrics come from."""
         return {
             "command": self.command,
             "seeds": list(self.sweep.spec.seeds),
@@ -211,9 +211,9 @@ def _run(sweep: Sweep, arm: str, seed: int, tuned: Sequence[Tuned], latest: Mapp
 
 
 def _evaluated(found: RunResult, job: EvalJob, latest: Mapping[str, Attempt]) -> RunResult:
-    """The result of a run that has finished, with the figures of its evaluation."""
+    """The result of a run that has finished, with the metrics of its evaluation."""
     if job.is_done():
-        return replace(found, figures={**found.figures, **metrics_of({"eval": job.document()})})
+        return replace(found, metrics={**found.metrics, **metrics_of({"eval": job.document()})})
     last = latest.get(job.name)
     if last and last.error:
         return replace(found, state="failed", error=f"its evaluation failed: {last.error}")
@@ -221,10 +221,10 @@ def _evaluated(found: RunResult, job: EvalJob, latest: Mapping[str, Attempt]) ->
 
 
 def _state(arm: str, job: TrainJob, latest: Mapping[str, Attempt]) -> RunResult:
-    state, error, figures = "finished", "", {}
+    state, error, metrics = "finished", "", {}
     if job.is_done():
         try:
-            figures = figures_of_run(read_run(job.folder))
+            metrics = metrics_of_run(read_run(job.folder))
         except CdaError as found:
             state, error = "failed", str(found)
     elif job.is_held():
@@ -235,11 +235,11 @@ def _state(arm: str, job: TrainJob, latest: Mapping[str, Attempt]) -> RunResult:
         state = "failed" if error else "unfinished"
         if error and job.is_blocked():
             error = f"its trunk failed: {error}"
-    return RunResult(arm, job.config.run.seed, str(job.folder), job.command(), state, error, figures)
+    return RunResult(arm, job.config.run.seed, str(job.folder), job.command(), state, error, metrics)
 
 
-def figures_of_run(run: RecordedRun) -> dict[str, float]:
-    """The figures of a run by name, those of its last validation among them; NaN where it recorded none.
+def metrics_of_run(run: RecordedRun) -> dict[str, float]:
+    """The metrics of a run by name, those of its last validation among them; NaN where it recorded none.
 
     Measures of attention are means over the layers of the last train record.
     """
@@ -262,13 +262,13 @@ def figures_of_run(run: RecordedRun) -> dict[str, float]:
         "memory_bytes": run.memory_bytes,
         **{name: statistics.fmean(map(of, run.layers)) if run.layers else math.nan for name, of in layers.items()},
     }
-    return {name: found[name] for name in FIGURES}
+    return {name: found[name] for name in METRICS}
 
 
 def _arm(arm: ArmResult) -> dict[str, Any]:
-    names = arm.runs[0].figures if arm.runs else {}
+    names = arm.runs[0].metrics if arm.runs else {}
     for run in arm.runs:
-        names = run.figures or names
+        names = run.metrics or names
     return {
         "name": arm.name,
         "tuning": [each.as_dict() for each in arm.tuned],

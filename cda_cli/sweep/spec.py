@@ -15,12 +15,12 @@ from cda_cli.errors import ConfigError, did_you_mean, requirement
 from cda_cli.settings import DEFAULT_PRESET, SECTIONS
 from cda_cli.settings_table import as_written
 
-# The figures of a run that has finished, by their names in JSON.
-FIGURES = (
+# The metrics of a run that has finished, by their names in JSON.
+METRICS = (
     "loss", "bits_per_byte", "best_loss", "best_bits_per_byte", "tokens", "steps", "seconds", "tokens_per_second",
     "memory_bytes", "effective_support", "sparsity_k", "active_units",
 )  # fmt: skip
-EVALUATED = "eval."  # begins the names of figures of an evaluation
+EVALUATED = "eval."  # begins the names of metrics of an evaluation
 TRUNK = "trunk"  # the name of its folder
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an arm, which is the name of a folder and a column of a table
 
@@ -91,9 +91,9 @@ class Evaluation(Part):
 
 
 class Claim(Part):
-    """What the file claims of an arm before any run, on a figure of the runs, and with what margin.
+    """What the file claims of an arm before any run, on a metric of the runs, and with what margin.
 
-    The figure of the control is `of_control`, or the same. `spread` is the deviation that is expected of the paired
+    The metric of the control is `of_control`, or the same. `spread` is the deviation that is expected of the paired
     differences.
     """
 
@@ -183,19 +183,19 @@ class Spec(Settings):
             self._require_arm("compare.arm", claim.arm)
             self._require_arm("compare.control", claim.control)
             for name in filter(None, (claim.metric, claim.of_control)):
-                self._require_figure(name)
+                self._require_metric(name)
             if claim.arm == claim.control:
                 raise ValueError(f"compare: {claim.arm} is its own control; name another arm")
         return self
 
-    def _require_figure(self, name: str) -> None:
-        """Raises ValueError where no run can have it. The result of an evaluation says what figures that has."""
-        if name in FIGURES or (self.eval and name.startswith(EVALUATED)):
+    def _require_metric(self, name: str) -> None:
+        """Raises ValueError where no run can have it. The result of an evaluation says what metrics that has."""
+        if name in METRICS or (self.eval and name.startswith(EVALUATED)):
             return
-        remedy = did_you_mean(name, FIGURES)
+        remedy = did_you_mean(name, METRICS)
         if name.startswith(EVALUATED):
             remedy = "it is one of an evaluation, which the key eval asks for; add it"
-        raise ValueError(f"compare: there is no figure {name!r} of a run: {remedy}")
+        raise ValueError(f"compare: there is no metric {name!r} of a run: {remedy}")
 
     @model_validator(mode="after")
     def _holds_time(self) -> Spec:

@@ -83,15 +83,15 @@ def test_a_sweep_that_was_stopped_and_goes_on_gives_the_tables_of_one_that_was_n
     assert steps_saved(Path("cut/only/seed-0")) == [2], "the run was not cut in the midst"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     resumed, uncut = (json.loads(cda("sweep", sweep, "--out", out, "--json").out) for out in ("cut", "uncut"))
-    assert figures(resumed) == figures(uncut)
+    assert metrics(resumed) == metrics(uncut)
     assert [each.exit_code for each in attempts.read(Path("cut"))] == [143, 0]
 
 
-def figures(document: dict[str, Any]) -> dict[str, float]:
+def metrics(document: dict[str, Any]) -> dict[str, float]:
     """Those of the only run that no clock measures."""
     [run] = document["arms"][0]["runs"]
     assert run["state"] == "finished"
-    return {name: value for name, value in run["figures"].items() if name not in MEASURED}
+    return {name: value for name, value in run["metrics"].items() if name not in MEASURED}
 
 
 def test_tables_have_means_and_paired_differences(cda: Cda, sweep: Path, trained: Path) -> None:
@@ -279,7 +279,7 @@ def test_evaluations_give_the_loss_against_the_keys_kept(cda: Cda, sweep: Path, 
     drawn = Path("sweep.svg").read_text()
     assert all(f">{words}<" in drawn for words in ("plain", "sparse", "keys kept (top)"))
     sweep.write_text(sweep.read_text().replace("eval.loss", "eval.los"))
-    assert_refused(cda("sweep", sweep, "--no-run"), "no evaluation has the figure 'eval.los': did you mean")
+    assert_refused(cda("sweep", sweep, "--no-run"), "no evaluation has the metric 'eval.los': did you mean")
 
 
 def test_forks_go_on_from_the_trunk_of_their_seed(cda: Cda, sweep: Path) -> None:

@@ -56,9 +56,9 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "a fork of nothing": (FILE.replace("sparse:", "sparse: {from: trunk}"), "arms.sparse.from names the trunk"),
     "a trunk without a fork": (f"{FILE}trunk: {{share: 0.5}}", "trunk: no arm begins from it"),
-    "a claim of no figure": (
+    "a claim of no metric": (
         f"{FILE}compare: {{arm: sparse, claim: superior, margin: 1, metric: los}}",
-        "compare: there is no figure 'los' of a run: did you mean 'loss'?",
+        "compare: there is no metric 'los' of a run: did you mean 'loss'?",
     ),
     "a claim without a margin": (
         f"{FILE}compare: {{arm: sparse, claim: superior, margin: none}}",
