@@ -48,6 +48,7 @@ SLOW = (
     "commands/test_interrupts.py",
     "commands/test_sample_command.py",
     "commands/test_streams.py",
+    "commands/test_sweep_command.py",
     "evaluation/test_harness_tasks.py",
     "interchange/test_export_families.py",
     "interchange/test_export_published.py",
