@@ -62,7 +62,11 @@ class Decision:
     def words(self) -> list[str]:
         """The claim and what came of it, in sentences."""
         claim, difference = self.claim, self.difference
-        measure = claim.metric if claim.of_control is None else f"{claim.metric}, against {claim.of_control} of that"
+        measure = (
+            claim.metric
+            if claim.of_control is None
+            else f"{claim.metric} against {claim.of_control} of {claim.control}"
+        )
         if claim.kind == "non-inferior":
             said = f"{claim.arm} is worse than {claim.control} by less than {claim.margin:g}"
             supposed = "if they are equal"
