@@ -20,6 +20,7 @@ const FACTS = [
   "median_distance",
 ];
 
+const LOOK = 400; // milliseconds without which the next head would be opened while others are unpacked
 const whenIdle = window.requestIdleCallback ?? setTimeout; // which Safari lacks
 
 let rows = null; // HeadRows of the head that is open
@@ -67,8 +68,9 @@ export async function showHead() {
   unpackAhead(name);
 }
 
-// Unpacks the heads that are probably next, one at a time, while nothing else is to do.
+// Unpacks the heads that are probably next, one at a time, while nothing else is to do and this one is looked at.
 async function unpackAhead(name) {
+  await new Promise((done) => setTimeout(done, LOOK));
   for (const next of neighbours(name)) {
     await new Promise((done) => whenIdle(done));
     if (state.head !== name) return;
