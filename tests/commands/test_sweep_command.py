@@ -28,11 +28,11 @@ import os, signal, sys
 def hook(event, arguments):
     if event == "open" and "step-00000002" in str(arguments[0]) and not done:
         done.append(True)
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        seen, arrived = os.pipe()
+        os.set_blocking(arrived, False)
+        signal.set_wakeup_fd(arrived)  # any thread may be the one that gets the signal
         os.kill(os.getppid(), signal.SIGINT)
-        signal.sigwait([signal.SIGTERM])
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-        signal.raise_signal(signal.SIGTERM)
+        os.read(seen, 1)
 done = []
 sys.addaudithook(hook)
 """
