@@ -38,6 +38,16 @@ class Block(nn.Module):
         h = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), cache, padding_B))
         return h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
 
+    def step(self, x_B1C: Tensor, branch_B1C: Tensor | None, cache: CachedStep) -> tuple[Tensor, Tensor]:
+        """What `forward` does with one position of each row, without dropout and a gradient, in fewer kernels.
+
+        Takes and returns the residual stream and the output of a branch that is to be added to it.
+        """
+        backend = self.attention.backend
+        h, normed = add_then_norm(x_B1C, branch_B1C, self.attention_norm, backend)
+        h, normed = add_then_norm(h, self.attention(normed, cache), self.feed_forward_norm, backend)
+        return h, self.feed_forward(normed)
+
 
 class Transformer(nn.Module):
     """The model that `config` describes. `backend` chooses the code that computes the operator, not the model."""
@@ -107,13 +117,11 @@ class Transformer(nn.Module):
         return x_BTC + self.position_embedding.weight[row_positions(start, tokens_BT.shape[1], padding_B)]
 
     def _logits_of_step(self, tokens_B1: Tensor, cache: CachedStep) -> Tensor:
-        """What `forward` does with one position of each row, without dropout and a gradient, in fewer kernels."""
-        x_B1C, branch = self._embedded(tokens_B1, cache.length), None
+        """What `forward` does with one position of each row, by the steps of its blocks."""
+        x_B1C: Tensor = self._embedded(tokens_B1, cache.length)
+        branch: Tensor | None = None
         for block in self.each_block():
-            x_B1C, normed = add_then_norm(x_B1C, branch, block.attention_norm, self.backend)
-            branch = block.attention(normed, cache)
-            x_B1C, normed = add_then_norm(x_B1C, branch, block.feed_forward_norm, self.backend)
-            branch = block.feed_forward(normed)
+            x_B1C, branch = block.step(x_B1C, branch, cache)
         cache.advance(1)
         _, normed = add_then_norm(x_B1C, branch, self.norm, self.backend)
         return cast(Tensor, self.to_logits(normed))

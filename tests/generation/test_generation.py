@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
-from cda_cli.config import ModelConfig
+from cda_cli.config import ModelConfig, parse
 from cda_cli.errors import ConfigError
-from cda_cli.generation import SamplingSettings, filtered_distribution, generate
+from cda_cli.generation import Generation, Request, SamplingSettings, filtered_distribution, generate
 from cda_cli.model import Transformer
+from cda_cli.training.distributed.launch import Place
+from cda_cli.training.distributed.processes import Processes
 
 GREEDY = SamplingSettings(temperature=0.0)
 WARM = SamplingSettings(temperature=1.0)
@@ -226,15 +226,27 @@ def test_bf16_runs_with_a_cache_of_its_own_dtype() -> None:
     assert dtypes == {(torch.bfloat16, torch.bfloat16)}
 
 
-def test_a_model_in_shards_gives_the_same_text() -> None:
-    """As training with FSDP samples, where the model can neither be copied nor be read between the passes."""
+@pytest.mark.parametrize(("batches", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
+def test_a_model_in_shards_gives_the_same_text(batches: int, dtype: torch.dtype) -> None:
+    """As training with FSDP samples, where the model can neither be copied nor be read between the passes.
+
+    With one batch a step each block is gathered by itself. The rows of a step have one length, or several.
+    """
+
+    def texts() -> list[list[int]]:
+        both = [Request(prompt, 8, GREEDY, 0) for prompt in ([1, 2], [3])]
+        generation = Generation(model, both, batch_size=2, dtype=dtype)
+        drawn = [(each.request, each.token) for each in generation]
+        return [[token for request, token in drawn if request == number] for number in range(2)]
+
     model = build(**OPTIONS[0])
-    expected = tokens(model, [1, 2], 8, GREEDY, dtype=torch.bfloat16)
+    alone, together = tokens(model, [1, 2], 8, GREEDY, dtype=dtype), texts()
+    config = parse({"run": {"parallel": "fsdp"}, "optim": {"grad_accum": 2 * batches}})
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        unread = {block.attention.null_kv for block in model.each_block()}
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True, ignored_params=unread)
+        Processes(Place(rank=0, processes=2)).wrap(model, config, dtype, compiled=False)
         model(torch.tensor([[1]]))  # FSDP makes its buffers in a step of training.
-        assert tokens(model, [1, 2], 8, GREEDY, dtype=torch.bfloat16) == expected
+        assert tokens(model, [1, 2], 8, GREEDY, dtype=dtype) == alone
+        assert texts() == together
     finally:
         dist.destroy_process_group()

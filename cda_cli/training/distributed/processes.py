@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -339,6 +339,7 @@ def _shard(model: Transformer, dtype: torch.dtype, ignored: set[nn.Parameter], b
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.each_block() if by_block else []:
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+        register_fsdp_forward_method(block, "step")  # Otherwise a step of decoding would meet shards.
     # Without resharding, the model's parameters would not be its shards after a forward pass without a backward pass.
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
     return model
