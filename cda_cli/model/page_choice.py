@@ -130,7 +130,7 @@ class PageChoice:
             is_whole, lacks, most = torch.stack(
                 ((count_BK == self.pages_BK).all(), lacks_BK.any(), count_BK.amax())
             ).tolist()  # fmt: skip
-            if not lacks:
+            if not (lacks or is_whole):
                 return read
         return None
 

@@ -123,3 +123,9 @@ def test_a_row_that_one_page_rules_reads_no_more_than_the_probe() -> None:
     read = PageChoice(rule, query, key, *others, page_limits(key)).read(KeySelection(None, 1e-3))
     assert read is not None
     assert read.seen.sum(-1).tolist() == [[PROBED * PAGE] * K]
+
+
+def test_a_cache_with_room_for_more_keys_does_not_count_as_leaving_some_out() -> None:
+    """Otherwise what is all keys would be computed as a selection, with other rounding errors."""
+    rule, query, key, _, *others = problem(attention_rule(tiny(attention="softmax")), [6 * PAGE], 1.0, 1.0, 0)
+    assert PageChoice(rule, query, key, torch.tensor([3 * PAGE]), *others).read(KeySelection(None, 0.0)) is None
