@@ -58,7 +58,7 @@ class Decoder:
         self._model = model if is_sharded else _with_matrices(model, dtype)
         self._cache = StaticCache(model, rows, dtype, self._positions, selection)
         self._pages = self._cache.pages
-        self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device)
+        self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device, model.backend)
         self._tokens_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._bucketed_logits = _compiled(self._logits_of_step) if compiled else self._logits_of_step
         fits_graph = self._pages is None or self._pages.fits_cuda_graph

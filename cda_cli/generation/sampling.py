@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cda_cli.generation.requests import Request, SamplingSettings
-from cda_cli.ops import can_run_kernels, draw_token
+from cda_cli.ops import Backend, can_run_kernels, draw_token
 
 UNIFORMS = 1024  # random numbers of a row that are on the device at a time
 
@@ -85,13 +85,17 @@ class Sampler:
     """The settings, the random numbers and the text of each row of a batch. Rows enter, move and leave.
 
     Random number i of a row is number i of the generator Philox with its seed as key. It depends on nothing else.
+    `backend` is that of the model: with "torch" no kernel of Triton draws.
     """
 
-    def __init__(self, requests: Sequence[Request], rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, requests: Sequence[Request], rows: int, vocab_size: int, device: torch.device, backend: Backend
+    ) -> None:
         settings = [request.settings for request in requests]
         self._settings = _Settings(settings, rows, vocab_size, device)
         self._penalises = any(each.repetition_penalty != 1 or each.presence_penalty != 0 for each in settings)
         self._greedy = [each.temperature == 0 for each in settings]
+        self._backend = backend
         self._logprobs = max((request.logprobs for request in requests), default=0)
         self._alternatives = min(self._logprobs, vocab_size)
         self._bits: list[np.random.Philox | None] = [None] * rows
@@ -146,7 +150,7 @@ class Sampler:
         filters, count_B = self._settings.filters(rows), self._count_B[rows]
         if all(self._greedy):
             tokens = logits_BV.argmax(-1)
-        elif filters.are_unused and can_run_kernels("auto", logits_BV.device, logits_BV.dtype, 0):
+        elif filters.are_unused and can_run_kernels(self._backend, logits_BV.device, logits_BV.dtype, 0):
             greedy_B = self._settings.greedy_B[rows]
             tokens = draw_token(logits_BV, filters.temperature_B, greedy_B, self._uniform[rows], count_B)
         else:
