@@ -36,9 +36,10 @@ class WeightAverage:
         return self._average
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores what `tensors` returned."""
+        """Restores what `tensors` returned. A weight that is not among them keeps the average that it has."""
         for name, average in self._average.items():
-            average.copy_(shard_like(tensors[name], average))
+            if name in tensors:
+                average.copy_(shard_like(tensors[name], average))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -35,7 +35,8 @@ class InitialWeights(NamedTuple):
     """The weights that a run starts from, with the tokenizer and the vocabulary that they know.
 
     `config` has the settings that they were trained with. `record` says which weights they are. Of a fork, `source` is
-    their checkpoint, with the optimizer and the random states but without the weights.
+    their checkpoint, with the optimizer and the random states but without the weights, and `average` is the moving
+    average of the weights, if the checkpoint has one.
     """
 
     carried: Carried
@@ -43,6 +44,7 @@ class InitialWeights(NamedTuple):
     tokenizer: Tokenizer
     record: InitRecord
     source: Checkpoint | None
+    average: Mapping[str, Tensor] | None
 
     def remarks(self, model: ModelConfig) -> list[str]:
         """Returns sentences on what the run with this model starts from, and on what did not carry over."""
@@ -75,15 +77,21 @@ def read_initial_weights(path: Path, config: Config) -> InitialWeights:
     digests, fork = recorded_sha256(path), config.run.fork
     file = AVERAGE if config.run.init_ema and AVERAGE in digests and not fork else WEIGHTS
     restored = restore(path, torch.device("cpu"), ema=file == AVERAGE)
-    # A head that was tied to the embedding may go on by itself.
-    tensors = state_tensors(restored.model) if config.model.tied_embeddings else restored.model.state_dict()
-    carried = carry_over(tensors, restored.config.model, config.model)
+    carried = _carried(restored, config.model)
     tokenizer = _own_tokenizer(config.data, restored)
     step = restored.state["step"]
     begun = step if fork else 0
     record = InitRecord(step=begun, path=str(path), from_step=step, file=file, sha256=digests[file])
     source = load(path, parts=("optimizer", "rng")) if fork else None
-    return InitialWeights(carried, restored.config, tokenizer, record, source)
+    averaged = fork and config.optim.ema_decay and AVERAGE in digests
+    average = _carried(restore(path, torch.device("cpu"), ema=True), config.model).tensors if averaged else None
+    return InitialWeights(carried, restored.config, tokenizer, record, source, average)
+
+
+def _carried(restored: Restored, now: ModelConfig) -> Carried:
+    # A head that was tied to the embedding may go on by itself.
+    tensors = state_tensors(restored.model) if now.tied_embeddings else restored.model.state_dict()
+    return carry_over(tensors, restored.config.model, now)
 
 
 def carry_over(tensors: Mapping[str, Tensor], before: ModelConfig, now: ModelConfig) -> Carried:

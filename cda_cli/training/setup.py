@@ -185,10 +185,12 @@ def build(
         fork_optimizer(optimizer, model, config, source, initial.config)
     processes.set_random_states(begun.rng if begun else None, config.run.seed, saved["step"], device)
     average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
-    if average and checkpoint:
-        if checkpoint.ema:
+    if average and begun:
+        if checkpoint and checkpoint.ema:
             check_weights(checkpoint.ema, checkpoint, config)
             average.load(checkpoint.ema)
+        elif source and initial and initial.average:
+            average.load(initial.average)
         else:
             note(f"the moving average of the weights begins at step {saved['step']}")
     context = RunContext(

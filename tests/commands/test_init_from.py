@@ -286,6 +286,17 @@ def test_a_fork_that_changes_nothing_is_the_run_itself(cda: Cda, finished: Path,
     ), "the time of the source is not its own"
 
 
+def test_a_fork_goes_on_with_the_moving_average(cda: Cda, averaged: Path, tiny: Path, tmp_path: Path) -> None:
+    source = averaged / "checkpoints" / "step-00000004"
+    config = averaged / "config.yaml"
+    given = ("--config", config, "--tokenizer", "bpe:260", "--init-from", source, "--set", "run.fork=true")
+    done = cda("train", *given, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    fork, whole = newest(tmp_path / "run"), newest(averaged)
+    assert_equal(fork.model, whole.model)
+    assert_equal(fork.ema, whole.ema)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_fork_may_have_another_model(cda: Cda, tiny: Path, tmp_path: Path, optimizer: str) -> None:
     """Parameters that both have keep their moments, and new ones begin without."""
