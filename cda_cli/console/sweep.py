@@ -62,7 +62,10 @@ class SweepDisplay:
 
     def ended(self, attempt: Attempt, running: Running) -> None:
         record = running.record
-        words = f"finished, loss {record.loss:.4f}" if record and not attempt.error else attempt.error or "finished"
+        if attempt.exit_code:
+            words = attempt.error or "stopped"
+        else:
+            words = attempt.error or (f"finished, loss {record.loss:.4f}" if record else "finished")
         self._say(f"{attempt.job}: {words} ({duration(attempt.seconds)})", "red" if attempt.error else "")
 
     def refresh(self, running: Sequence[Running], waiting: int, *, stopping: bool) -> None:

@@ -21,7 +21,7 @@ class Attempt:
     """A process of a job: how it ended, and where it ran.
 
     `began` is in UTC, by ISO 8601. `exit_code` is below 0 if a signal ended it. `error` is the last line of its log, or
-    empty if it did not fail. `commit` is that of the code, or empty where that is not in a git checkout.
+    empty if it did not fail or was stopped. `commit` is that of the code, or empty where that is not in a git checkout.
     """
 
     job: str

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +22,8 @@ from cda_cli.sweep.work import Job
 POLL = 0.1  # seconds between two looks at the processes
 READ = 1.0  # seconds between two looks at their records
 LAST_BYTES = 4096  # of a log, in which its last line is looked for
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED = {code for number in STOPS for code in (128 + number, -number)}  # exit codes: it has saved, or had just begun
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,16 @@ class Running:
         return said[-1].removeprefix("error: ") if said else ""
 
     def attempt(self, machine: str, commit: str) -> Attempt:
-        """What its process came to, once that has ended."""
+        """What its process came to, once that has ended. To be stopped is no error."""
         code = self.process.returncode
-        error = ""
-        if code < 0:
+        if code in STOPPED:
+            error = ""
+        elif code < 0:
             error = f"ended by {signal.Signals(-code).name}"
         elif code:
             error = self.last_line() or f"exit code {code}"
-        elif not self.job.is_done():
-            error = "it ended before it was done"
+        else:
+            error = "" if self.job.is_done() else "it ended before it was done"
         return Attempt(
             job=self.job.name,
             command=self.job.command(),
@@ -118,16 +121,21 @@ class Runner:
         """
         waiting = [job for job in jobs if not job.is_done() and not job.is_blocked()]
         running: dict[int, Running] = {}
+        try:
+            self._run(waiting, running)
+        finally:  # No process stays behind an error, such as a disk that is full.
+            _ask_to_stop(running.values())
+
+    def _run(self, waiting: list[Job], running: dict[int, Running]) -> None:
         asked, looked = False, 0.0
         while running or (waiting and not self.stop):
             for number, slot in enumerate(self.slots):
                 if number not in running and not self.stop and (job := self._next(waiting)):
                     running[number] = self._start(job, slot)
+                    self.display.started(running[number])
             if self.stop and not asked:
                 asked = True
-                for each in running.values():
-                    # Not SIGINT, to which a process that is still importing answers with a traceback.
-                    each.process.send_signal(signal.SIGTERM)
+                _ask_to_stop(running.values())
             time.sleep(POLL)
             for number, each in list(running.items()):
                 if each.process.poll() is not None:
@@ -162,9 +170,7 @@ class Runner:
                 # Ctrl-C of the terminal reaches this process alone, which passes it on once.
                 start_new_session=True,
             )
-            running = Running(job, slot.device, process, log.tell())
-        self.display.started(running)
-        return running
+            return Running(job, slot.device, process, log.tell())
 
     def _end(self, running: Running) -> None:
         running.look()
@@ -173,6 +179,12 @@ class Runner:
         attempt = running.attempt(self.machine, self.commit)
         append(self.out, attempt)
         self.display.ended(attempt, running)
+
+
+def _ask_to_stop(running: Iterable[Running]) -> None:
+    for each in running:
+        # Not SIGINT, to which a process that is still importing answers with a traceback.
+        each.process.send_signal(signal.SIGTERM)
 
 
 def _environment(processes: int) -> Mapping[str, str]:

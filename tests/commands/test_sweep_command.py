@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ import pytest
 from cda_cli.sweep import attempts
 from cda_cli.sweep.attempts import Attempt
 from cda_cli.sweep.claims import Decision, register, registration
+from cda_cli.sweep.jobs import Running, make_slots
 from cda_cli.sweep.plan import Sweep
+from cda_cli.sweep.run import run_sweep
 from cda_cli.sweep.spec import Claim, read_spec
 from cda_cli.sweep.student_t import Mean
 from tests.commands.helpers import Cda, assert_refused, steps_saved
@@ -80,11 +84,14 @@ def test_a_sweep_that_was_stopped_and_goes_on_gives_the_tables_of_one_that_was_n
         stopped = cda("sweep", sweep, "--out", "cut")
     assert stopped.code == 130, stopped.err
     assert stopped.err.endswith("the same command goes on\n")
+    shown = cda("sweep", sweep, "--out", "cut", "--no-run")
+    assert (shown.code, shown.err) == (0, ""), "to be stopped is no failure"
+    assert "1 run has not finished: only seed 0" in shown.out
     assert steps_saved(Path("cut/only/seed-0")) == [2], "the run was not cut in the midst"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     resumed, uncut = (json.loads(cda("sweep", sweep, "--out", out, "--json").out) for out in ("cut", "uncut"))
     assert metrics(resumed) == metrics(uncut)
-    assert [each.exit_code for each in attempts.read(Path("cut"))] == [143, 0]
+    assert [(each.exit_code, each.error) for each in attempts.read(Path("cut"))] == [(143, ""), (0, "")]
 
 
 def metrics(document: dict[str, Any]) -> dict[str, float]:
@@ -121,6 +128,29 @@ def test_what_did_not_run_yet_is_no_failure(cda: Cda, sweep: Path, trained: Path
     done = cda("sweep", sweep, "--no-run")
     assert (done.code, done.err) == (0, "")
     assert "2 runs have not finished: plain seed 7, sparse seed 7" in done.out
+
+
+class Broken:
+    """A display that cannot draw, as on a terminal that is gone."""
+
+    def __init__(self) -> None:
+        self.running: list[Running] = []
+
+    def started(self, running: Running) -> None:
+        self.running.append(running)
+        raise BrokenPipeError
+
+    def ended(self, attempt: Attempt, running: Running) -> None: ...
+
+    def refresh(self, running: Sequence[Running], waiting: int, *, stopping: bool) -> None: ...
+
+
+def test_an_error_of_the_sweep_leaves_no_process_behind(sweep: Path) -> None:
+    planned, display = Sweep(read_spec(sweep), sweep, sweep.parent / "out"), Broken()
+    with pytest.raises(BrokenPipeError):
+        run_sweep(planned, make_slots(1, None), display)
+    [running] = display.running
+    assert running.process.wait() in (-SIGTERM, 128 + SIGTERM)
 
 
 def test_a_run_that_began_with_other_settings_is_refused(cda: Cda, sweep: Path, trained: Path) -> None:
