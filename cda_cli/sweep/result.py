@@ -227,6 +227,10 @@ def _state(arm: str, job: TrainJob, latest: Mapping[str, Attempt]) -> RunResult:
             metrics = metrics_of_run(read_run(job.folder))
         except CdaError as found:
             state, error = "failed", str(found)
+        else:
+            if not math.isfinite(metrics["loss"]):  # A line of its file may be damaged.
+                state, metrics = "failed", {}
+                error = f"{job.folder} has finished, but has no validation that can be read; remove it"
     elif job.is_held():
         state = "running"
     else:

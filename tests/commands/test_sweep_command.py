@@ -130,6 +130,16 @@ def test_what_did_not_run_yet_is_no_failure(cda: Cda, sweep: Path, trained: Path
     assert "2 runs have not finished: plain seed 7, sparse seed 7" in done.out
 
 
+def test_a_run_without_a_validation_is_named(cda: Cda, sweep: Path, trained: Path) -> None:
+    """Its file may be damaged. A mean that silently leaves it out would be of other seeds."""
+    records = trained / "plain" / "seed-1" / "metrics.jsonl"
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(line for line in lines if '"validation"' not in line))
+    done = cda("sweep", sweep, "--no-run")
+    assert done.code == 1
+    assert "plain, seed 1, failed: runs/sweep/plain/seed-1 has finished, but has no validation" in done.out
+
+
 class Broken:
     """A display that cannot draw, as on a terminal that is gone."""
 
