@@ -152,6 +152,8 @@ def sections(result: Result) -> Iterator[Section]:
     """The tables, and what could not go into them."""
     if result.decisions:
         words = [sentence for decision in result.decisions for sentence in decision.words()]
+        if (claims := len(result.decisions)) > 1:
+            words.append(f"The level of 95 % is that of each of the {claims} claims by itself.")
         yield Section("Pre-registered comparison", [*words, *result.registration])
     if result.sweep.spec.tune:
         yield _tuning(result)
@@ -220,9 +222,10 @@ def _cuts(result: Result, choice: str, numbers: Sequence[int]) -> Section:
 def _explanations(result: Result) -> list[str]:
     if len(result.arms) == 1:
         return []
-    return [
+    words = (
         "Differences are paired by seed. Their interval is Student's, over seeds; it leaves out the choice of the text."
-    ]
+    )
+    return [words, *(["The level is that of each difference by itself."] if len(result.arms) > 2 else [])]
 
 
 def _costs(result: Result) -> Section:

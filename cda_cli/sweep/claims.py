@@ -23,10 +23,11 @@ Verdict = Literal["holds", "refuted", "not decided"]
 
 @dataclass(frozen=True)
 class Decision:
-    """A claim, and the `difference` of its arm to its control, paired by seed, as far as there are runs."""
+    """A claim, and the `difference` of its arm to its control, paired by seed, as far as the `seeds` have runs."""
 
     claim: Claim
     difference: Mean
+    seeds: int
 
     @property
     def worse(self) -> tuple[float, float]:
@@ -78,8 +79,13 @@ class Decision:
             found.append(f"Not decided: {counted(difference.seeds, 'seed has', 'seeds have')} both runs.")
         else:
             interval = f"95 % interval {difference.low:+.4f} … {difference.high:+.4f}"
-            seeds = counted(difference.seeds, "seed")
-            found.append(f"{self.verdict.capitalize()}: difference {difference.value:+.4f}, {interval}, over {seeds}.")
+            # Those that are missing may be runs that failed for what the arm changes.
+            is_whole = difference.seeds == self.seeds
+            seeds = counted(self.seeds, "seed") if is_whole else f"{difference.seeds} of {self.seeds} seeds"
+            verdict = self.verdict.capitalize() + " so far" * (not is_whole)
+            found.append(f"{verdict}: difference {difference.value:+.4f}, {interval}, over {seeds}.")
+            if claim.kind == "superior" and self.verdict == "holds" and self.worse[0] > -claim.margin:
+                found.append(f"All of the interval is better by less than {claim.margin:g}.")
         if not math.isnan(self.deviation):
             needed = self.seeds_needed
             source = "expected" if math.isnan(difference.deviation) else "measured"
@@ -106,15 +112,17 @@ def decide(spec: Spec, metrics: Callable[[str, str], Sequence[float]]) -> list[D
         own = metrics(claim.arm, claim.metric)
         other = metrics(claim.control, claim.of_control or claim.metric)
         differences = [one - two for one, two in zip(own, other, strict=True)]
-        decisions.append(Decision(claim, mean_of([value for value in differences if math.isfinite(value)])))
+        decisions.append(
+            Decision(claim, mean_of([value for value in differences if math.isfinite(value)]), len(differences))
+        )
     return decisions
 
 
 def register(spec: Spec, out: Path) -> None:
-    """Keeps the claims of a sweep that begins, so that a later change of them shows."""
+    """Keeps what a sweep claims when it begins, so that a later change shows."""
     if not (out / FILE).exists():
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        kept = {"registered": when, "compare": _plain(spec), "seeds": list(spec.seeds)}
+        kept = {"registered": when, **_plain(spec), "seeds": list(spec.seeds)}
         write_file(out / FILE, strict_json.dumps(kept, indent=2).encode())
 
 
@@ -122,13 +130,22 @@ def registration(spec: Spec, out: Path) -> list[str]:
     """When the claims were registered, and what has changed since, in sentences."""
     try:
         kept = json.loads((out / FILE).read_text(encoding="utf-8"))
-        when, compare, seeds = str(kept["registered"])[:10], kept["compare"], kept["seeds"]
-    except (OSError, ValueError, LookupError, TypeError):
+        when, seeds = str(kept["registered"])[:10], set(kept["seeds"])
+        is_changed = any(kept.get(key, value) != value for key, value in _plain(spec).items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ["No run has begun, so nothing is registered."]
-    if compare != _plain(spec):
-        return [f"The claims were changed after the runs began on {when}: what they say was not registered."]
+    if is_changed:
+        return [
+            f"The claims, or the evaluations, were changed after the runs began on {when}: what they say was not "
+            "registered."
+        ]
     found = [f"Registered on {when}, before the first run."]
-    if seeds != list(spec.seeds):
+    if dropped := sorted(seeds - set(spec.seeds)):
+        found.append(
+            f"Of the registered seeds, {', '.join(map(str, dropped))} {'is' if len(dropped) == 1 else 'are'} left out "
+            "now: seeds that are chosen after a look at their runs decide nothing."
+        )
+    elif len(spec.seeds) > len(seeds):
         found.append(
             f"The runs began with {counted(len(seeds), 'seed')}, and there are {len(spec.seeds)} now: a claim that is "
             "looked at again with more seeds holds by chance more often than its level says."
@@ -136,5 +153,7 @@ def registration(spec: Spec, out: Path) -> list[str]:
     return found
 
 
-def _plain(spec: Spec) -> list[dict[str, Any]]:
-    return [claim.model_dump(mode="json", by_alias=True) for claim in spec.compare]
+def _plain(spec: Spec) -> dict[str, Any]:
+    """What the runs are to decide, in JSON: the claims, and the evaluations whose metrics they may name."""
+    claims = [claim.model_dump(mode="json", by_alias=True) for claim in spec.compare]
+    return {"compare": claims, "eval": spec.eval.options() if spec.eval else []}

@@ -260,11 +260,16 @@ def test_claims_are_registered_and_decided(cda: Cda, sweep: Path, trained: Path)
     ):
         assert line in done.out.splitlines(), f"{line!r} is not in:\n{done.out}"
     assert "before the first run." in done.out
+    assert "The level of 95 % is that of each of the 2 claims by itself." in done.out
     sweep.write_text(FILE.replace("[0, 1, 2]", "[0, 1, 2, 3]") + CLAIMS)
     assert "The runs began with 3 seeds, and there are 4 now" in cda("sweep", sweep, "--no-run").out
+    sweep.write_text(FILE.replace("[0, 1, 2]", "[0, 2, 3]") + CLAIMS)
+    assert "Of the registered seeds, 1 is left out now" in cda("sweep", sweep, "--no-run").out
+    sweep.write_text(f"{FILE}{CLAIMS}eval: {{max_batches: 3}}\n")
+    assert "The claims, or the evaluations, were changed" in cda("sweep", sweep, "--no-run").out
     sweep.write_text(FILE + CLAIMS.replace("0.25", "0.5"))
     register(read_spec(sweep), trained)
-    assert "The claims were changed after the runs began" in cda("sweep", sweep, "--no-run").out
+    assert "were changed after the runs began" in cda("sweep", sweep, "--no-run").out
     document = json.loads(cda("sweep", sweep, "--no-run", "--json").out)
     assert [claim["verdict"] for claim in document["compare"]] == ["holds", "not decided"]
 
@@ -284,7 +289,14 @@ def test_claims_are_registered_and_decided(cda: Cda, sweep: Path, trained: Path)
 def test_the_whole_interval_decides(claim: str, low: float, high: float, verdict: str, better: str) -> None:
     said = Claim.model_validate({"arm": "a", "control": "b", "claim": claim, "margin": 0.1, "better": better})
     ends = (low, high) if better == "lower" else (-high, -low)
-    assert Decision(said, Mean(sum(ends) / 2, 0.1, *ends, 3)).verdict == verdict
+    assert Decision(said, Mean(sum(ends) / 2, 0.1, *ends, 3), 3).verdict == verdict
+
+
+def test_what_is_better_by_less_than_would_matter_is_said_to_be() -> None:
+    said = Claim.model_validate({"arm": "a", "control": "b", "claim": "superior", "margin": 0.1})
+    words = "All of the interval is better by less than 0.1."
+    assert words in Decision(said, Mean(-0.05, 0.01, -0.07, -0.03, 3), 3).words()
+    assert words not in Decision(said, Mean(-0.08, 0.01, -0.11, -0.05, 3), 3).words()
 
 
 def test_evaluations_give_the_loss_against_the_keys_kept(cda: Cda, sweep: Path, trained: Path) -> None:
@@ -311,7 +323,7 @@ def test_evaluations_give_the_loss_against_the_keys_kept(cda: Cda, sweep: Path, 
         "arm all 8 4",
         "sparse 4.6000 4.7250 4.8500",
         "+0.1000 +0.2250 +0.3500",
-        "Holds: difference +0.3500, 95 % interval +0.3500 … +0.3500, over 2 seeds.",
+        "Holds so far: difference +0.3500, 95 % interval +0.3500 … +0.3500, over 2 of 3 seeds.",
         "plain, seed 2, failed: its evaluation failed: no space",
     ):
         assert line in lines, f"{line!r} is not in:\n{done.out}"
