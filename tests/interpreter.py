@@ -62,11 +62,12 @@ def describe_blocks_once() -> None:
     They are the same for each block of the same elements and shape, and nothing changes them.
     """
     describe_type, describe_tensor = tl.block_type.__init__, tl.tensor.__init__
-    types: dict[tuple[str, tuple[object, ...]], dict[str, Any]] = {}
+    types: dict[str, dict[str, Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}
 
     def init_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
-        key = element_ty.name, tuple([getattr(size, "value", size) for size in shape])
+        # As text, in which 16.0 is not the 16 that a block may have.
+        key = f"{element_ty.name} {[getattr(size, 'value', size) for size in shape]}"
         if key not in types:
             describe_type(self, element_ty, shape)
             types[key] = dict(vars(self))
