@@ -159,8 +159,8 @@ def test_exit_codes(error: errors.CdaError, code: int) -> None:
 
 def test_a_terminal_without_unicode_is_served() -> None:
     """A question mark in place of ≥ is better than an error, above all in the middle of training."""
-    path = environment(PYTHONIOENCODING="ascii")
-    done = subprocess.run(in_subprocess("config"), env=path, capture_output=True, check=False)
+    ascii_only = environment(PYTHONIOENCODING="ascii")
+    done = subprocess.run(in_subprocess("config"), env=ascii_only, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b" ? " in done.stdout
     assert done.stdout.isascii()
