@@ -6,6 +6,7 @@ Shapes: L layers, B rows of a batch, K key heads, T new positions, S slots (null
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,7 +79,7 @@ class StaticCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths_B = torch.zeros(batch_size, device=device, dtype=torch.int64)
         for layer, block in enumerate(model.each_block()):
-            null_key, null_value = block.attention.null_kv.detach()
+            null_key, null_value = _whole(block.attention.null_kv)
             self.keys[layer, :, :, : self.null_keys] = null_key
             self.values[layer, :, :, : self.null_keys] = null_value
         self.pages = None if selection is None or selection.holds(slots) else KeyPages(selection, self.keys)
@@ -101,6 +102,12 @@ class StaticCache:
             tensor.select(dim, target).copy_(tensor.select(dim, source))
         if self.pages is not None:
             self.pages.move_row(source, target)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """All of a parameter, of which FSDP leaves a shard in each process. All processes call this together."""
+    gather: Callable[[], Tensor] | None = getattr(parameter, "full_tensor", None)  # Its class is slow to import.
+    return parameter.detach() if gather is None else gather()
 
 
 class CachedRows(KeyValueCache):

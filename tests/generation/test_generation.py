@@ -226,11 +226,15 @@ def test_bf16_runs_with_a_cache_of_its_own_dtype() -> None:
     assert dtypes == {(torch.bfloat16, torch.bfloat16)}
 
 
-@pytest.mark.parametrize(("batches", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
-def test_a_model_in_shards_gives_the_same_text(batches: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("options", "batches", "dtype"),
+    [(OPTIONS[0], 1, torch.float32), (OPTIONS[0], 2, torch.bfloat16), (OPTIONS[1], 1, torch.float32)],
+)
+def test_a_model_in_shards_gives_the_same_text(options: dict[str, Any], batches: int, dtype: torch.dtype) -> None:
     """As training with FSDP samples, where the model can neither be copied nor be read between the passes.
 
     With one batch a step each block is gathered by itself. The rows of a step have one length, or several.
+    Null keys are in shards too.
     """
 
     def texts() -> list[list[int]]:
@@ -239,7 +243,7 @@ def test_a_model_in_shards_gives_the_same_text(batches: int, dtype: torch.dtype)
         drawn = [(each.request, each.token) for each in generation]
         return [[token for request, token in drawn if request == number] for number in range(2)]
 
-    model = build(**OPTIONS[0])
+    model = build(**options)
     alone, together = tokens(model, [1, 2], 8, GREEDY, dtype=dtype), texts()
     config = parse({"run": {"parallel": "fsdp"}, "optim": {"grad_accum": 2 * batches}})
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
