@@ -108,7 +108,7 @@ class SampleDocument:
 def show_sampling(samples: Sequence[SampledText], seconds: float, reads: KeyReads | None) -> None:
     """Says on stderr, if that is a terminal, how fast samples came and why they ended.
 
-    It always says what was read of the keys, if not all.
+    It always says what was read of the keys, if not all. The first token of a text follows from the prompt alone.
     """
     console, told = Console(stderr=True), []
     if is_live(console):
@@ -116,7 +116,7 @@ def show_sampling(samples: Sequence[SampledText], seconds: float, reads: KeyRead
         ended = ", ".join(f"{number} by {reason}" for reason, number in reasons.most_common())
         speed = f"{count(tokens / max(seconds, 1e-9))} tokens/s"
         told.append(f"{counted(tokens, 'token')}, {speed}; ended: {ended}")
-    if reads is not None:
+    if reads is not None and reads.keys:
         told.append(
             f"a head read {reads.keys_read:,.0f} of {reads.keys:,.0f} keys for a token, and left out at most "
             f"{share(reads.mass_left_out)} of a row's weight"

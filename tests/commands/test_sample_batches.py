@@ -175,6 +175,8 @@ def test_with_fewer_keys_it_tells_how_many_were_read(cda: Cda, finished: Path) -
     assert (auto.code, auto.out) == (0, expected.out)
     assert re.search(r"a head read (\d+) of \1 keys for a token, and left out at most 0.0% of a row's weight", auto.err)
     assert cda("sample", finished, "def ", *FEW, "--max-keys", 128) == expected
+    one_token = cda("sample", finished, "def ", "--max-new-tokens", 1, "--max-keys", "auto")
+    assert (one_token.code, one_token.err) == (0, ""), "no step read any keys"
 
 
 @pytest.mark.parametrize(
