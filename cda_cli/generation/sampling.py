@@ -75,10 +75,14 @@ def filtered_distribution(logits_V: Tensor, settings: SamplingSettings) -> Tenso
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Returns the token of each row, int64 [B], whose share of [0, 1) holds its `uniform_B`, float64 [B]."""
-    # A GPU adds in parallel, so that the sum may fall by a rounding error from one token to the next.
-    sums = probabilities_BV.cumsum(-1).masked_fill(probabilities_BV == 0, 0.0)
-    return (sums > uniform_B.unsqueeze(-1) * sums.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)
+    """Returns the token of each row, int64 [B], whose share of [0, 1) holds its `uniform_B`, float64 [B].
+
+    `probabilities_BV` are float64. Shares below 2⁻⁵³ count as 0.
+    """
+    # A GPU adds in any order: sums of fractions would depend on it, and PyTorch refuses them where it is to be
+    # deterministic. Sums of whole numbers are exact.
+    sums = (probabilities_BV * 2**52).round().long().cumsum(-1)
+    return (sums > (uniform_B * sums[:, -1]).long().unsqueeze(-1)).to(torch.int8).argmax(-1)
 
 
 class Sampler:

@@ -14,6 +14,7 @@ from cda_cli.errors import ConfigError
 from cda_cli.generation import SamplingSettings, filtered_distribution
 from cda_cli.generation.sampling import Filters, draw, filtered_probabilities
 from cda_cli.ops import draw_token
+from cda_cli.runtime import deterministic
 from tests.devices import DEVICES
 
 LOGITS = st.lists(st.integers(-400, 400), min_size=1, max_size=30, unique=True).map(
@@ -148,6 +149,14 @@ def test_a_setting_without_meaning_is_one_sentence(settings: SamplingSettings, s
 def test_settings_at_their_ends_are_allowed() -> None:
     SamplingSettings(0.0, top_k=1, top_p=1.0, min_p=1.0).check()
     SamplingSettings(100.0, top_k=10**9, top_p=1e-9, min_p=1e-9).check()
+
+
+def test_a_draw_is_exact_and_deterministic() -> None:
+    """Each of 5,000 tokens has one share. On a GPU PyTorch refuses sums whose order is left open."""
+    shares = torch.full((3, 5000), 1 / 5000, dtype=torch.float64, device=DEVICES[-1])
+    uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-52], dtype=torch.float64, device=DEVICES[-1])
+    with deterministic(wanted=True):
+        assert draw(shares, uniform).tolist() == [0, 2500, 4999]
 
 
 @pytest.mark.parametrize(("V", "dtype"), [(23, torch.float32), (5000, torch.bfloat16)], ids=str)
