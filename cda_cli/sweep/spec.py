@@ -6,9 +6,9 @@ import contextlib
 import itertools
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cda_cli.config import Config, Layer, parse, preset_file, read_yaml
 from cda_cli.errors import ConfigError, did_you_mean, requirement
@@ -25,6 +25,8 @@ TRUNK = "trunk"  # the name of its folder
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an arm, which is the name of a folder and a column of a table
 
 Equal = Literal["tokens", "parameters", "time"]
+Seed = Annotated[int, Field(ge=0)]
+OWN_SEED = "each run has one of the sweep's seeds; leave run.seed out, and give the key seeds"
 
 
 class Part(BaseModel):
@@ -41,12 +43,28 @@ class Settings(Part):
     optim: dict[str, Any] = Field(default_factory=dict)
     run: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("run")
+    @classmethod
+    def _has_no_seed(cls, run: dict[str, Any]) -> dict[str, Any]:
+        if "seed" in run:
+            raise ValueError(OWN_SEED)
+        return run
+
     @property
     def layer(self) -> Layer:
         return {section: getattr(self, section) for section in SECTIONS}
 
 
-Grid = dict[str, list[str | None]]
+def _checked_grid(grid: dict[str, list[str | None]]) -> dict[str, list[str | None]]:
+    if "run.seed" in grid:
+        raise ValueError(OWN_SEED)
+    for key, values in grid.items():
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{key} has {'a value twice' if values else 'no values'}; give each value to try once")
+    return grid
+
+
+Grid = Annotated[dict[str, list[str | None]], AfterValidator(_checked_grid)]
 
 
 class Arm(Settings):
@@ -68,7 +86,7 @@ class Trunk(Settings):
 class Tune(Part):
     """The settings of each arm that are chosen on the seed `seed`: by key, the values to try, in all combinations."""
 
-    seed: int = Field(ge=0)
+    seed: Seed
     grid: Grid = Field(min_length=1)
 
 
@@ -133,7 +151,7 @@ class Spec(Settings):
 
     preset: str = DEFAULT_PRESET
     arms: dict[str, Arm] = Field(min_length=1)
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     control: str = ""
     equal: Equal = "tokens"
     minutes: float | None = Field(None, gt=0)

@@ -22,7 +22,10 @@ from cda_cli.storage import write_file
 from cda_cli.sweep.spec import Evaluation
 
 # Settings of `run` that change what a run finds. All others may change from one attempt to the next.
-DECIDE = ("run.seed", "run.init_from", "run.fork", "run.dtype", "run.eval_batches", "run.eval_every", "run.patience")
+DECIDE = {
+    f"run.{name}"
+    for name in ("seed", "init_from", "init_ema", "fork", "dtype", "eval_batches", "eval_every", "patience")
+}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "no seed": (FILE.replace("[0, 1, 2]", "[0, one]"), "seeds.1 = 'one' is not possible"),
     "a seed twice": (FILE.replace("[0, 1, 2]", "[0, 0]"), "seeds: a seed is given twice"),
+    "no such seed": (FILE.replace("[0, 1, 2]", "[0, -1]"), "sweep.yaml: seeds.1 = '-1' is not possible"),
+    "a seed of an arm": (FILE.replace("sparse:", "sparse: {run: {seed: 3}}"), "arms.sparse.run: each run has one of"),
+    "a seed that is tuned": (f"{FILE}tune: {{seed: 9, grid: {{run.seed: [1, 2]}}}}", "tune.grid: each run has one of"),
+    "a grid without values": (f"{FILE}tune: {{seed: 9, grid: {{optim.lr: []}}}}", "optim.lr has no values"),
+    "a value twice": (f"{FILE}tune: {{seed: 9, grid: {{optim.lr: [1, 1]}}}}", "optim.lr has a value twice"),
     "no such control": (f"{FILE}control: plein", "control: there is no arm 'plein': did you mean 'plain'?"),
     "no name of a folder": (FILE.replace("sparse:", "../up:"), "an arm has the name of a folder"),
     "tuned on a seed of the table": (
