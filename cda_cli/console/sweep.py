@@ -46,6 +46,7 @@ class SweepDisplay:
         self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._live = Live(console=self._console, transient=True, auto_refresh=False, redirect_stdout=False)
         self._drawn = is_live(self._console)
+        self._has_said_held = False
 
     def __enter__(self) -> SweepDisplay:
         if self._drawn:
@@ -68,15 +69,24 @@ class SweepDisplay:
             words = attempt.error or (f"finished, loss {record.loss:.4f}" if record else "finished")
         self._say(f"{attempt.job}: {words} ({duration(attempt.seconds)})", "red" if attempt.error else "")
 
-    def refresh(self, running: Sequence[Running], waiting: int, *, stopping: bool) -> None:
+    def refresh(self, running: Sequence[Running], waiting: int, *, held: bool, stopping: bool) -> None:
+        words = f"{waiting:,} waiting"
+        if stopping:
+            words = "stopping: each finishes its step and saves"
+        elif held:
+            words = f"waiting for {counted(waiting, 'run')} that other processes train"
         if not self._drawn:
+            if held and not (stopping or self._has_said_held):
+                self._has_said_held = True
+                self._say(words)
             return
-        rows = table("run", "step", "loss", "tokens/s", "left")
-        for each in running:
-            rows.add_row(printable(each.job.name), *_progress(each))
-        words = "stopping: each finishes its step and saves" if stopping else f"{waiting:,} waiting"
-        title = Text(f"{counted(len(running), 'job')} running, {words}", style="bold yellow" if stopping else "bold")
-        parts: list[RenderableType] = [title, Trimmed(rows)]
+        title = f"{counted(len(running), 'job')} running, {words}"
+        parts: list[RenderableType] = [Text(title, style="bold yellow" if stopping else "bold")]
+        if running:
+            rows = table("run", "step", "loss", "tokens/s", "left")
+            for each in running:
+                rows.add_row(printable(each.job.name), *_progress(each))
+            parts.append(Trimmed(rows))
         self._live.update(Group(*parts), refresh=True)
 
     def _say(self, words: str, style: str = "") -> None:
@@ -231,8 +241,11 @@ def _explanations(result: Result) -> list[str]:
 def _costs(result: Result) -> Section:
     columns = ["arm", "tokens", "time", "tokens/s", "memory", "active units"]
     rows = [_cost(arm) for arm in (*([result.trunk] if result.trunk else []), *result.arms)]
-    note = ["The time of a fork is that after its trunk."] if result.trunk else []
-    return Section("Cost of a run, means over seeds", note, columns, rows)
+    notes = ["The time of a fork is that after its trunk."] if result.trunk else []
+    if result.unrecorded:
+        runs = counted(result.unrecorded, "run")
+        notes.append(f"{runs} ended while no sweep looked on: commit, machine and hours are without them.")
+    return Section("Cost of a run, means over seeds", notes, columns, rows)
 
 
 def _cost(arm: ArmResult) -> list[str]:

@@ -100,7 +100,8 @@ class Display(Protocol):
 
     def ended(self, attempt: Attempt, running: Running) -> None: ...
 
-    def refresh(self, running: Sequence[Running], waiting: int, *, stopping: bool) -> None: ...
+    def refresh(self, running: Sequence[Running], waiting: int, *, held: bool, stopping: bool) -> None:
+        """`waiting` jobs are left to begin; with `held`, those that are left are done by other processes."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Runner:
                 if number not in running and not self.stop and (job := self._next(waiting)):
                     running[number] = self._start(job, slot)
                     self.display.started(running[number])
+            held = bool(waiting) and len(running) < len(self.slots)
             if self.stop and not asked:
                 asked = True
                 _ask_to_stop(running.values())
@@ -148,7 +150,7 @@ class Runner:
                 looked = time.monotonic()
                 for each in running.values():
                     each.look()
-            self.display.refresh(list(running.values()), len(waiting), stopping=bool(self.stop))
+            self.display.refresh(list(running.values()), len(waiting), held=held, stopping=bool(self.stop))
 
     def _next(self, waiting: list[Job]) -> Job | None:
         """Takes a job from those that are `waiting` and that no other process does, or has done meanwhile."""

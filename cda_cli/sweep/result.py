@@ -137,6 +137,13 @@ class Result:
         """When the claims were registered, in sentences; none without claims."""
         return registration(self.sweep.spec, self.sweep.out) if self.sweep.spec.compare else []
 
+    @property
+    def unrecorded(self) -> int:
+        """How many runs finished without an attempt, as those of a sweep that was killed."""
+        recorded = {attempt.job for attempt in self.attempts if not attempt.exit_code}
+        runs = [*self.runs, *(self.trunk.runs if self.trunk else [])]
+        return sum(run.state == "finished" and f"{run.arm}, seed {run.seed}" not in recorded for run in runs)
+
     def of_state(self, state: str) -> list[RunResult]:
         return [run for run in self.runs if run.state == state]
 
@@ -172,6 +179,7 @@ class Result:
             "arms": [_arm(arm) for arm in self.arms],
             "trunk": _arm(self.trunk) if self.trunk else None,
             "failed": len(self.of_state("failed")),
+            "unrecorded": self.unrecorded,
         }
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
 import pytest
 
+from cda_cli.storage import only_writer
 from cda_cli.sweep import attempts
 from cda_cli.sweep.attempts import Attempt
 from cda_cli.sweep.claims import Decision, register, registration
@@ -152,7 +154,7 @@ class Broken:
 
     def ended(self, attempt: Attempt, running: Running) -> None: ...
 
-    def refresh(self, running: Sequence[Running], waiting: int, *, stopping: bool) -> None: ...
+    def refresh(self, running: Sequence[Running], waiting: int, *, held: bool, stopping: bool) -> None: ...
 
 
 def test_an_error_of_the_sweep_leaves_no_process_behind(sweep: Path) -> None:
@@ -161,6 +163,29 @@ def test_an_error_of_the_sweep_leaves_no_process_behind(sweep: Path) -> None:
         run_sweep(planned, make_slots(1, None), display)
     [running] = display.running
     assert running.process.wait() in (-SIGTERM, 128 + SIGTERM)
+
+
+class Release(Broken):
+    """A display on which a run ends that another process has held, once the sweep waits for it."""
+
+    def __init__(self, lock: AbstractContextManager[None]) -> None:
+        super().__init__()
+        self.lock = lock
+
+    def refresh(self, running: Sequence[Running], waiting: int, *, held: bool, stopping: bool) -> None:
+        if held:
+            self.lock.__exit__(None, None, None)
+
+
+def test_a_run_of_another_process_is_waited_for(cda: Cda, sweep: Path) -> None:
+    sweep.write_text(FILE.replace("[0, 1, 2]", "[0]"))
+    out = sweep.parent / "runs" / "sweep"
+    for arm in ("plain", "sparse"):
+        write_run(out / arm / "seed-0", [8.0, 6.0, 5.0, 4.0], text={})
+    lock = only_writer(out / "plain" / "seed-0", lambda _: None)
+    lock.__enter__()
+    run_sweep(Sweep(read_spec(sweep), sweep, out), make_slots(1, None), Release(lock))
+    assert "2 runs ended while no sweep looked on" in cda("sweep", sweep).out
 
 
 def test_a_run_that_began_with_other_settings_is_refused(cda: Cda, sweep: Path, trained: Path) -> None:
