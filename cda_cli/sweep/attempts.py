@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,26 +61,32 @@ def latest(attempts: Iterable[Attempt]) -> dict[str, Attempt]:
 
 
 def machine() -> str:
-    """The processor and the cores that this process may use."""
+    """The processor, the cores that this process may use, and the GPUs of NVIDIA."""
     model = platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 model = line.partition(":")[2].strip()
                 break
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    gpus = Counter(_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines())
+    named = [f"{number} × {name}" for name, number in gpus.items()]
+    return ", ".join([model, f"{len(os.sched_getaffinity(0))} cores", *named])
 
 
 def commit() -> str:
     """The commit of the code that runs, with a + where files differ from it; empty outside of a git checkout."""
-    here = Path(__file__).parent
-    revision = _git(here, "rev-parse", "--short=12", "HEAD")
-    return revision + "+" * bool(revision and _git(here, "status", "--porcelain", "--untracked-files=no"))
+    package = Path(__file__).parent.parent
+    # Installed code may lie in the checkout of another program, which ignores it.
+    if not _output("git", "-C", package, "ls-files", "sweep"):
+        return ""
+    revision = _output("git", "-C", package, "rev-parse", "--short=12", "HEAD")
+    return revision + "+" * bool(_output("git", "-C", package, "status", "--porcelain", "--untracked-files=no", "."))
 
 
-def _git(folder: Path, *words: str) -> str:
+def _output(*command: str | Path) -> str:
+    """What a program prints; empty if it fails, or if there is none."""
     try:
-        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
