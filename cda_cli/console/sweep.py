@@ -134,7 +134,8 @@ def sweep_markdown(result: Result) -> str:
         if section.rows:
             lines += [_row(section.columns), _row(["---", *["---:"] * (len(section.columns) - 1)])]
             lines += [_row(row) for row in section.rows]
-        lines += ["", *section.sentences] if section.sentences and section.rows else section.sentences
+        lines += [""] * bool(section.sentences and section.rows)
+        lines += [f"- {sentence}" for sentence in section.sentences]
     return "\n".join(lines) + "\n"
 
 
