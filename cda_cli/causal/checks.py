@@ -14,7 +14,7 @@ from torch import Tensor
 from cda_cli.causal.cuts import LONGEST_CURVE, TOP, Cut, parse_cuts
 from cda_cli.causal.effects import Effect, Effects, choose_held_out
 from cda_cli.causal.heads import ablations, count_ablations, measure_heads, parse_ablations
-from cda_cli.causal.interventions import Intervention
+from cda_cli.causal.interventions import Intervention, doubled
 from cda_cli.causal.substitutes import GATE, Gate, ScaledBudget, parse_substitutes
 from cda_cli.config import ModelConfig
 from cda_cli.data import Batch
@@ -52,9 +52,11 @@ class Wanted(NamedTuple):
     @classmethod
     def of_selection(cls, model: Transformer) -> Wanted:
         """What says whether the keys that a model selects matter: cuts with their controls, and the gate control."""
-        most = min(LONGEST_CURVE, model.config.seq_len)
+        # As many keys as a window has would leave out none, and cost nothing.
+        fewer = [keys for keys in doubled(1, LONGEST_CURVE) if keys < model.config.seq_len] or [1]
+        numbers = ",".join(map(str, fewer))
         gate = [GATE] if model.attention_rule.has_budget else []
-        return cls.parse([f"{choice}:1..{most}" for choice in SELECTION], gate, [])
+        return cls.parse([f"{choice}:{numbers}" for choice in SELECTION], gate, [])
 
     def require_cuts(self, option: str) -> None:
         """Raises ConfigError if there are no cuts of keys, of which `option` needs several."""

@@ -147,11 +147,13 @@ class Effects(NamedTuple):
 
     def _on_keys(self, top: HeldOut) -> list[str]:
         if top.kept is None or top.difference is None:
-            most, effect = list(self.curves()[TOP].items())[-1]
-            cost = f"{counted(most, 'key')} cost {_words(effect.difference)} bits per byte"
-            if effect.difference.value + 2 * effect.difference.error <= top.tolerance:
+            cuts = {keys: effect.difference for keys, effect in self.curves()[TOP].items()}
+            within = [keys for keys, found in cuts.items() if found.value + 2 * _known(found.error) <= top.tolerance]
+            keys = within[0] if within else max(cuts)
+            cost = f"{counted(keys, 'key')} cost {_words(cuts[keys])} bits per byte"
+            if within:
                 windows = counted(len(self.comparison.ways[0]), "window is", "windows are")
-                return [f"{windows} too few to say how many keys suffice; {cost}."]
+                return [f"{windows} too few to say how many keys suffice; here {cost}."]
             return [f"No number of keys that was tried is sure to cost at most {top.tolerance:g}: even {cost}."]
         suffice = f"{counted(top.kept, 'key suffices', 'keys suffice')}: {_words(top.difference)} bits per byte."
         controls = "; ".join(control.words for control in self.controls)
@@ -218,6 +220,11 @@ def _chosen(
         if chosen_on.high <= tolerance:
             return HeldOut(choice, first.units.name, tolerance, kept, chosen_on, other.difference(way))
     return HeldOut(choice, first.units.name, tolerance, None, None, None)
+
+
+def _known(error: float) -> float:
+    """A standard error, or 0 where a single observation leaves none."""
+    return 0.0 if math.isnan(error) else error
 
 
 def _words(estimate: Estimate) -> str:

@@ -93,7 +93,11 @@ def test_controls_tell_a_head_that_reads_by_content_from_one_that_reads_nearby()
 
 def test_a_verdict_claims_no_more_than_was_seen() -> None:
     few = effects_with([[0.0] * 3], 0.01).verdict()
-    assert few == ["3 windows are too few to say how many keys suffice; 1 key cost +0.000 ± 0.000 bits per byte."]
+    assert few == ["3 windows are too few to say how many keys suffice; here 1 key cost +0.000 ± 0.000 bits per byte."]
+    fewest = effects_with([[0.5] * 3, [0.0, 0.002, 0.004], [0.0] * 3], 0.01).verdict()
+    assert fewest[0].endswith("; here 2 keys cost +0.002 ± 0.001 bits per byte.")
+    single = effects_with([[0.5], [0.002]], 0.01).verdict()
+    assert single == ["1 window is too few to say how many keys suffice; here 2 keys cost +0.002 bits per byte."]
     none = effects_with([[0.5] * 20, [0.1] * 20], 0.01).verdict()
     assert none == [
         "No number of keys that was tried is sure to cost at most 0.01: even 2 keys cost +0.100 ± 0.000 bits per byte."
