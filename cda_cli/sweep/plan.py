@@ -55,11 +55,11 @@ class Sweep:
         return self._run_of(arm, seed, chosen, f"seed {seed}", Path(f"seed-{seed}"))
 
     def evaluations(self) -> list[EvalJob]:
-        """Those of the runs that are compared."""
+        """The evaluations of the runs that are compared."""
         return [self.evaluation(job) for job in self.jobs()] if self.spec.eval else []
 
     def evaluation(self, job: TrainJob) -> EvalJob:
-        """That of a run."""
+        """The evaluation of a run."""
         assert self.spec.eval
         return EvalJob(f"{job.name}, evaluation", job.folder, job.config, job, self.spec.eval)
 
@@ -108,7 +108,7 @@ class Sweep:
         return [self.trunk_job(seed) for seed in seeds] if self.spec.trunk else []
 
     def trunk_job(self, seed: int) -> TrainJob:
-        """The run of the trunk with a seed: the first steps of a whole one, with the schedule of that."""
+        """The run of the trunk with a seed: the first steps of a whole run, with the schedule of all its steps."""
         assert self.spec.trunk
         whole = settings(self.spec, self.spec.trunk.layer)
         steps = max(1, round(self.spec.trunk.share * whole.optim.steps))

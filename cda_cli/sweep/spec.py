@@ -133,7 +133,7 @@ class Point(NamedTuple):
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Its values that are numbers, by key."""
+        """The values of the point that are numbers, by key."""
         found = {}
         for section, values in self.layer.items():
             for name, value in values.items():
@@ -147,7 +147,7 @@ class Point(NamedTuple):
 
 
 class Spec(Settings):
-    """The file of a sweep. Its own settings are those of all arms; the seed is that of each run."""
+    """The file of a sweep. The settings at its top level hold for all arms; each run has its own seed."""
 
     preset: str = DEFAULT_PRESET
     arms: dict[str, Arm] = Field(min_length=1)
@@ -163,7 +163,7 @@ class Spec(Settings):
     @model_validator(mode="before")
     @classmethod
     def _first_is_control(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The control is the first arm, and that of all claims, where the file does not say otherwise."""
+        """Unless the file says otherwise, the first arm is the control, also in all claims."""
         arms, claims = values.get("arms"), values.get("compare")
         control = values.get("control") or next(iter(arms if isinstance(arms, dict) else ()), "")
         given = [claims] if isinstance(claims, dict) else claims
@@ -207,7 +207,7 @@ class Spec(Settings):
         return self
 
     def _require_metric(self, name: str) -> None:
-        """Raises ValueError where no run can have it. The result of an evaluation says what metrics that has."""
+        """Raises ValueError where no run can have the metric. Those of an evaluation are known once it has ended."""
         if name in METRICS or (self.eval and name.startswith(EVALUATED)):
             return
         remedy = did_you_mean(name, METRICS)
@@ -270,7 +270,7 @@ class Spec(Settings):
         return [_point(dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
 
     def _require_arm(self, key: str, name: str) -> None:
-        """Raises ValueError if `key` names an arm that there is not."""
+        """Raises ValueError if there is no arm of this name, which the file gives under `key`."""
         if name not in self.arms:
             raise ValueError(f"{key}: there is no arm {name!r}: {did_you_mean(name, self.arms)}")
 

@@ -26,7 +26,7 @@ class Mean(NamedTuple):
     seeds: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Its fields in JSON."""
+        """The fields of the JSON document."""
         interval = [self.low, self.high]
         return {"mean": self.value, "deviation": self.deviation, "mean_interval": interval, "seeds": self.seeds}
 

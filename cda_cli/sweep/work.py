@@ -38,48 +38,48 @@ class Job(ABC):
 
     @property
     def log(self) -> Path:
-        """The file of what its process says."""
+        """The file to which the process writes its messages."""
         return self.beside("log")
 
     @property
     @abstractmethod
     def output(self) -> Path:
-        """The file of the stdout of its process."""
+        """The file that receives the stdout of the process."""
 
     @abstractmethod
     def arguments(self, device: str | None) -> list[str]:
-        """Those of `cda`. The same ones go on with what a process has left."""
+        """The arguments of `cda`. The same arguments go on with what a stopped process has left."""
 
     @abstractmethod
     def is_done(self) -> bool: ...
 
     @abstractmethod
     def is_blocked(self) -> bool:
-        """Whether what it begins from is not done."""
+        """Whether a job must be done first, and is not."""
 
     @abstractmethod
     def prepare(self) -> None:
-        """Writes what its process reads."""
+        """Writes the files that the process reads."""
 
     @property
     def steps(self) -> int | None:
-        """How many steps it takes, if it trains."""
+        """How many steps the job takes, if it trains."""
         return None
 
     def record(self) -> TrainRecord | None:
-        """The newest record of what it trains."""
+        """The newest train record of the job, if it trains."""
         return None
 
     def is_held(self) -> bool:
-        """Whether a process does it already, such as one that has outlived its sweep."""
+        """Whether a process does the job already, such as one that has outlived its sweep."""
         return False
 
     @abstractmethod
     def finish(self) -> None:
-        """Keeps what its process gave, once that has ended well."""
+        """Keeps the output of the process, once that has ended well."""
 
     def command(self) -> str:
-        """For a person to copy."""
+        """The command as a person can copy it."""
         return shlex.join(["cda", *self.arguments(None)])
 
     def beside(self, ending: str) -> Path:
@@ -146,7 +146,7 @@ class TrainJob(Job):
         return next(Run(self.folder).records(TrainRecord, newest_first=True), None)
 
     def finish(self) -> None:
-        """The run has kept all of it."""
+        """Does nothing: the folder of the run has all of it."""
 
     def is_held(self) -> bool:
         return Run(self.folder).is_running()
