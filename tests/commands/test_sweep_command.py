@@ -83,7 +83,7 @@ def test_a_sweep_that_was_stopped_and_goes_on_gives_the_tables_of_one_that_was_n
     (hook / "sitecustomize.py").write_text(STOP_AT_STEP_2)
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{hook}:{ROOT}")
-        stopped = cda("sweep", sweep, "--out", "cut")
+        stopped = cda("sweep", sweep, "--devices", "cpu", "--out", "cut")
     assert stopped.code == 130, stopped.err
     assert stopped.err.endswith("the same command goes on\n")
     shown = cda("sweep", sweep, "--out", "cut", "--no-run")
@@ -91,7 +91,8 @@ def test_a_sweep_that_was_stopped_and_goes_on_gives_the_tables_of_one_that_was_n
     assert "1 run has not finished: only seed 0" in shown.out
     assert steps_saved(Path("cut/only/seed-0")) == [2], "the run was not cut in the midst"
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    resumed, uncut = (json.loads(cda("sweep", sweep, "--out", out, "--json").out) for out in ("cut", "uncut"))
+    again = ("sweep", sweep, "--devices", "cpu", "--json", "--out")
+    resumed, uncut = (json.loads(cda(*again, out).out) for out in ("cut", "uncut"))
     assert metrics(resumed) == metrics(uncut)
     assert [(each.exit_code, each.error) for each in attempts.read(Path("cut"))] == [(143, ""), (0, "")]
 
