@@ -100,7 +100,7 @@ def inspect_sparsity(
     assert watcher.kept is not None
     examined = whole._replace(report=whole.report.only(chosen_layers, chosen_heads))
     document = examined.document({"checkpoint": str(restored.path), "data": text.description, "split": text.split})
-    # Files come first: who reads only the beginning of the report ends the command.
+    # Files come first: a reader that stops early, such as head, ends the command.
     if html and paged:
         note(write_report_page(html, paged, examined, restored, text))
     if figures:
