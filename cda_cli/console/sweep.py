@@ -233,10 +233,17 @@ def _cuts(result: Result, choice: str, numbers: Sequence[int]) -> Section:
 def _explanations(result: Result) -> list[str]:
     if len(result.arms) == 1:
         return []
-    words = (
+    found = [
         "Differences are paired by seed. Their interval is Student's, over seeds; it leaves out the choice of the text."
-    )
-    return [words, *(["The level is that of each difference by itself."] if len(result.arms) > 2 else [])]
+    ]
+    if len(result.arms) > 2:
+        found.append("The level is that of each difference by itself.")
+    if not result.sweep.is_validated_alike():
+        found.append(
+            "By their settings the arms are validated on unequal parts of a text, or on other text, so a difference is "
+            "also that of the text; `eval` without max_batches takes all of it."
+        )
+    return found
 
 
 def _costs(result: Result) -> Section:

@@ -126,6 +126,12 @@ class Sweep:
         chosen = self.chosen(arm)
         return any(self.job(arm, seed, chosen).settings_file.exists() for seed in self.spec.seeds)
 
+    def is_validated_alike(self) -> bool:
+        """Whether all arms are validated in training on the same part of the same text, by their settings."""
+        configs = [settings(self.spec, *self.spec.layers(arm)) for arm in self.spec.arms]
+        tokens = {each.run.eval_batches * each.optim.batch_size * each.model.seq_len for each in configs}
+        return len(tokens) == 1 and all(each.data == configs[0].data for each in configs)
+
     def check(self, count_parameters: Callable[[Config], int]) -> None:
         """Raises ConfigError where arms differ in what is held equal, or runs began with other settings."""
         configs = {}

@@ -126,6 +126,13 @@ def test_tables_have_means_and_paired_differences(cda: Cda, sweep: Path, trained
     assert document["arms"][1]["runs"][2]["error"] == "it burst; use a smaller --lr"
 
 
+def test_arms_that_are_validated_on_unequal_text_are_said_to_be(cda: Cda, sweep: Path) -> None:
+    words = "a difference is also that of the text"
+    assert words not in " ".join(cda("sweep", sweep, "--no-run").out.split())
+    sweep.write_text(FILE.replace("sparse:", "sparse: {optim: {batch_size: 16, steps: 20}}"))
+    assert words in " ".join(cda("sweep", sweep, "--no-run").out.split())
+
+
 def test_what_did_not_run_yet_is_no_failure(cda: Cda, sweep: Path, trained: Path) -> None:
     sweep.write_text(FILE.replace("[0, 1, 2]", "[0, 1, 7]"))
     done = cda("sweep", sweep, "--no-run")
