@@ -100,7 +100,8 @@ def _inspect_transformers(
         with observing(model, watcher.see, watcher.see_residual):
             for tokens_BT in (window.inputs.to(model.device) for window in windows):
                 watcher.begin(tokens_BT)
-                model(input_ids=tokens_BT, use_cache=False)
+                # Nobody reads the logits, which the base model leaves out: they would take T × V numbers.
+                model.base_model(input_ids=tokens_BT, use_cache=False)
     finally:
         model.train(training)
     tokens = [tokenizer.decode([int(token)]) for token in windows[0].inputs[0]]

@@ -109,6 +109,8 @@ def test_a_window_hides_its_keys() -> None:
 def test_a_report_of_a_model_of_transformers() -> None:
     """Every measure but those of what heads write, and the rows of the store."""
     model = build("qwen3", "sdpa", dtype=torch.float32).train()
+    logits: list[object] = []
+    model.get_output_embeddings().register_forward_hook(lambda *made: logits.append(made))
     report = cda_cli.inspect(model, "thequickbrownfox" * 3, tokenizer=Letters(), context=20, budget="100kB")
     assert report.tokens[:4] == ["t", "h", "e", "q"]
     assert (report.measures.tokens, report.measures.windows) == (60, 3)
@@ -121,6 +123,7 @@ def test_a_report_of_a_model_of_transformers() -> None:
     report.check("gate_equivalent.min >= 0")
     assert report.row(1, 3, 19).weights.sum() + report.row(1, 3, 19).rest == pytest.approx(1, rel=0.02)
     assert model.training
+    assert not logits, "nobody reads them, and they take T × V numbers"
     assert "Qwen3ForCausalLM" in repr(report)
 
 
