@@ -22,6 +22,7 @@ ContextOption = Annotated[
     typer.Option(
         "--context",
         min=1,
+        max=2**20,  # whose tables of rotary positions fit into any memory
         help="Most tokens in a window. Rotary positions and none allow more than in training.",
         show_default="that of the checkpoint",
     ),

@@ -139,6 +139,7 @@ def test_learned_positions_end_with_the_context(cda: Cda, tiny: Path, tmp_path: 
     assert cda("train", "--config", tiny, *learned).code == 0
     refused = cda("eval", tmp_path / "run", "--context", 33)
     assert_refused(refused, "learned positions for 32 tokens", "--context 32 or less")
+    assert_refused(cda("eval", tmp_path / "run", "--context", 10**12), "less than or equal to 1048576")
 
 
 def test_checkpoints_are_compared_with_the_first(cda: Cda, finished: Path) -> None:
