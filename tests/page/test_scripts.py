@@ -10,6 +10,7 @@ import pytest
 
 import cda_cli
 from cda_cli.page.page import SCRIPTS, joined_script
+from cda_cli.scales import LINEAR_BELOW
 
 FOLDER = Path(cda_cli.__file__).parent / "page" / "scripts"
 MODULES = {name: (FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS}
@@ -62,3 +63,7 @@ def test_lines_are_short() -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
         assert max(map(len, lines)) <= 120, path
         assert len(lines) < 500, path
+
+
+def test_the_axis_of_differences_is_that_of_other_charts() -> None:
+    assert f"const LINEAR_BELOW = {LINEAR_BELOW};" in MODULES["overview"]

@@ -5,7 +5,7 @@ import { byId, element, percent, short, widthOf } from "./dom.js";
 import { exportButtons, standalone } from "./download.js";
 import { measures, report } from "./store.js";
 
-const LINEAR_BELOW = 0.01; // bits per byte
+const LINEAR_BELOW = 0.01; // bits per byte, as in cda_cli/scales.py
 const box = byId("curve");
 const curveWidth = widthOf(box, drawOverview);
 
