@@ -38,8 +38,11 @@ class Attempt:
 
 
 def append(folder: Path, attempt: Attempt) -> None:
-    with (folder / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(attempt)) + "\n")
+    with (folder / FILE).open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        is_cut = file.read() not in (b"", b"\n")  # as by a full disk; the next line must not be lost too
+        file.write(b"\n" * is_cut + json.dumps(asdict(attempt)).encode() + b"\n")
 
 
 def read(folder: Path) -> list[Attempt]:

@@ -22,6 +22,19 @@ def test_the_machine_names_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert attempts.machine().endswith(" cores")
 
 
+def test_a_line_that_was_cut_short_loses_no_other(tmp_path: Path) -> None:
+    jobs = ("first", "cut", "last")
+    for job in jobs:
+        made = attempts.Attempt(
+            job=job, command="", began="", seconds=1.0, exit_code=0, error="", machine="", device=""
+        )
+        attempts.append(tmp_path, made)
+        if job == "cut":
+            file = tmp_path / attempts.FILE
+            file.write_bytes(file.read_bytes()[:-9])
+    assert [attempt.job for attempt in attempts.read(tmp_path)] == ["first", "last"]
+
+
 @pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
 def test_code_that_a_checkout_ignores_has_not_its_commit(tmp_path: Path) -> None:
     """A virtual environment often lies in the checkout of another program."""
