@@ -155,7 +155,15 @@ class Effects(NamedTuple):
                 windows = counted(len(self.comparison.ways[0]), "window is", "windows are")
                 return [f"{windows} too few to say how many keys suffice; here {cost}."]
             return [f"No number of keys that was tried is sure to cost at most {top.tolerance:g}: even {cost}."]
-        suffice = f"{counted(top.kept, 'key suffices', 'keys suffice')}: {_words(top.difference)} bits per byte."
+        value, error, _, high = top.difference
+        cost = f"{_words(top.difference)} bits per byte"
+        if max(high, value + 2 * _known(error)) <= top.tolerance:
+            suffice = f"{counted(top.kept, 'key suffices', 'keys suffice')}: {cost}."
+        else:
+            suffice = (
+                f"{counted(top.kept, 'key suffices', 'keys suffice')} on half of the {top.unit}; on the rest "
+                f"the cost is {cost}, which is not sure to be {top.tolerance:g} or less."
+            )
         controls = "; ".join(control.words for control in self.controls)
         return [suffice, *([f"{controls[0].upper()}{controls[1:]}."] if controls else [])]
 

@@ -98,6 +98,11 @@ def test_a_verdict_claims_no_more_than_was_seen() -> None:
     assert fewest[0].endswith("; here 2 keys cost +0.002 ± 0.001 bits per byte.")
     single = effects_with([[0.5], [0.002]], 0.01).verdict()
     assert single == ["1 window is too few to say how many keys suffice; here 2 keys cost +0.002 bits per byte."]
+    unsure = effects_with([[0.5] * 40, [0.0, 0.3] * 20, [0.0] * 40], 0.01).verdict()
+    assert unsure[0] == (
+        "2 keys suffice on half of the windows; on the rest the cost is +0.300 ± 0.000 bits per byte, which is not "
+        "sure to be 0.01 or less."
+    )
     none = effects_with([[0.5] * 20, [0.1] * 20], 0.01).verdict()
     assert none == [
         "No number of keys that was tried is sure to cost at most 0.01: even 2 keys cost +0.100 ± 0.000 bits per byte."
