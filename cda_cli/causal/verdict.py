@@ -44,7 +44,7 @@ def _budget(report: Report, has_budget: bool) -> str:
 def _rest(report: Report) -> str:
     heads, layers = report.heads, report.layers
     sinks = sum(head.measures["sink_rate"] > SINK_RATE for head in heads)
-    rested = f"{sinks} of {counted(len(heads), 'head')} {'rests' if sinks == 1 else 'rest'} on a sink"
+    rested = f"{sinks} of {counted(len(heads), 'head')} {'rests' if 1 in (sinks, len(heads)) else 'rest'} on a sink"
     seen = [each.units for each in layers if each.units.units]  # not those of experts
     if not seen:
         return f"{rested}."

@@ -19,6 +19,7 @@ from cda_cli.inspection.row_codes import OCTAVES, SMALLEST, STEPS, Numbers, RowA
 from cda_cli.inspection.seen_rows import CAPPED_WEIGHT
 from cda_cli.inspection.store import RowStore, StoredHead, thumbnail_side
 from cda_cli.model.observe import ObservedAttention
+from cda_cli.plurals import counted
 
 ROW_BYTES = 24  # A row gets so many bytes at least, or else the last queries of the window are left out.
 HEAD_BYTES = 512  # what a head takes besides rows and thumbnail, at most: its description in the header
@@ -89,7 +90,8 @@ class RowCollector:
         self.queries = min(self.tokens, for_rows // (heads * ROW_BYTES))
         if self.queries < 1:
             least = heads * (HEAD_BYTES + cells + ROW_BYTES)
-            raise ConfigError(f"the rows of {heads} heads take {least} bytes at least; give a budget of that or more")
+            rows = f"the rows of {counted(heads, 'head')}"
+            raise ConfigError(f"{rows} take {least} bytes at least; give a budget of that or more")
         most = int(self.budget / KEY_BYTES / (heads * self.queries))
         self.most_keys = min(most, S)
 

@@ -58,7 +58,7 @@ def bytes_for_rows(budget: int, heads: int, tokens: int) -> int:
     others = FILE_BYTES + HEAD_BYTES * heads + TOKEN_BYTES * tokens
     rows = (budget - others) * 3 // 4  # in base64 three bytes are four
     if rows <= 0:
-        raise ConfigError(f"a page of {heads} heads takes {others:,} bytes without any row; give a larger --budget")
+        raise ConfigError(f"the page takes {others:,} bytes without any row; give a larger --budget")
     return rows
 
 
