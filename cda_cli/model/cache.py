@@ -106,8 +106,10 @@ class StaticCache:
 
 def _whole(parameter: Tensor) -> Tensor:
     """All of a parameter, of which FSDP leaves a shard in each process. All processes call this together."""
-    gather: Callable[[], Tensor] | None = getattr(parameter, "full_tensor", None)  # Its class is slow to import.
-    return parameter.detach() if gather is None else gather()
+    with torch.inference_mode(False):  # In that mode PyTorch 2.11 gathers no shard.
+        parameter = parameter.detach()
+        gather: Callable[[], Tensor] | None = getattr(parameter, "full_tensor", None)  # Its class is slow to import.
+        return parameter if gather is None else gather()
 
 
 class CachedRows(KeyValueCache):
