@@ -17,6 +17,7 @@ from cda_cli.model.observe import ObservedAttention, observing
 from cda_cli.model.rules import RULES, AttentionRule, attention_rule
 from cda_cli.ops import Backend, reference_soft_topk
 from cda_cli.training.setup import resolve_backend
+from tests.devices import DEVICES
 from tests.model.cases import build, tiny, tokens
 
 EPS, K = 0.3, 2.5
@@ -97,9 +98,11 @@ def test_a_rule_is_its_definition(name: str, T: int, S: int, key_heads: int) -> 
 @each_rule
 def test_a_rule_decodes_rows_of_unequal_length(name: str, backend: Backend) -> None:
     """Row by row it is what the rule attends to alone."""
+    device = DEVICES[-1] if backend == "triton" else "cpu"
     lengths, rule = torch.tensor([9, 4]), rule_of(name, backend)
     inputs = problem(1, 9, 1)
-    output = rule.decode(*inputs, K if rule.has_budget else 1.0, lengths)
+    on_device = (tensor.to(device) for tensor in inputs)
+    output = rule.decode(*on_device, K if rule.has_budget else 1.0, lengths.to(device)).cpu()
     for row, length in enumerate(lengths.tolist()):
         query, key, value = (x[row : row + 1] for x in inputs)
         expected, _ = defined(name, query, key[:, :, :length], value[:, :, :length])
