@@ -13,6 +13,7 @@ from cda_cli.model.transformer import (
     expected_tensors,
     fits_cuda_graph,
     load_state_tensors,
+    model_of_shapes,
     state_tensors,
     uses_soft_topk,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "from_published",
     "load_state_tensors",
     "model_backend",
+    "model_of_shapes",
     "padded_vocabulary",
     "state_tensors",
     "uses_soft_topk",

@@ -42,7 +42,9 @@ class RotaryPositions(nn.Module):
 
     @torch.no_grad()
     def fill_buffers(self) -> None:
-        """Computes the tables, which no checkpoint holds."""
+        """Computes the tables, which no checkpoint holds. Those of a model without values have none."""
+        if self.cos.is_meta:
+            return
         D = self.config.head_width
         frequency = self.config.rotary_base ** (-torch.arange(0, D, 2).double() / D)
         frequency, factor = SCALINGS[self.config.rotary_scaling](frequency, self.config)

@@ -6,10 +6,11 @@ Shapes: B batch, T positions, C width of the residual stream, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from cda_cli.config import ModelConfig
@@ -206,11 +207,31 @@ def fits_cuda_graph(config: ModelConfig, choice: Choice, device: torch.device) -
     return device.type == "cuda" and (choice.name == "triton" or not uses_soft_topk(config))
 
 
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves out the functions of `torch.nn.init`.
+
+    On the device meta they change nothing, but PyTorch imports its compiler for them, which takes longer than all else
+    that a command does before it reads a checkpoint.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def model_of_shapes(config: ModelConfig) -> Transformer:
+    """Returns a model on the device meta: its parameters have names, shapes and dtypes, and take no memory."""
+    with torch.device("meta"), _NoInitialValues():
+        return Transformer(config)
+
+
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Returns the name, shape and dtype of each tensor in a checkpoint of this model, without allocating any."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state_tensors(model).items()}
+    tensors = state_tensors(model_of_shapes(config))
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def state_tensors(model: Transformer) -> dict[str, Tensor]:

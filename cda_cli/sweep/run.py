@@ -43,9 +43,6 @@ def check_sweep(sweep: Sweep) -> None:
 
 def count_parameters(config: Config) -> int:
     """Counts the weights of the model of a configuration, without making them."""
-    import torch
+    from cda_cli.model import model_of_shapes
 
-    from cda_cli.model import Transformer
-
-    with torch.device("meta"):
-        return Transformer(config.model).parameter_count()
+    return model_of_shapes(config.model).parameter_count()

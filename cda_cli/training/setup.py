@@ -38,6 +38,7 @@ from cda_cli.model import (
     fits_cuda_graph,
     load_state_tensors,
     model_backend,
+    model_of_shapes,
     state_tensors,
     uses_soft_topk,
 )
@@ -246,8 +247,7 @@ def fork_optimizer(
 
     `before` are the settings of that run, and `config` those of this one.
     """
-    with torch.device("meta"):
-        names_before = parameter_names(Transformer(before.model), before.optim)
+    names_before = parameter_names(model_of_shapes(before.model), before.optim)
     state = unpack_optimizer(source.optimizer, source.state["optimizer"])
     carry_moments(optimizer, parameter_names(model, config.optim), state, names_before)
 

@@ -23,7 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cda_cli.config import Config, ModelConfig
-from cda_cli.model import Transformer, attention_rule, feed_forward_activation, padded_vocabulary
+from cda_cli.model import (
+    Transformer,
+    attention_rule,
+    feed_forward_activation,
+    model_of_shapes,
+    padded_vocabulary,
+)
 from cda_cli.ops import Choice
 from cda_cli.runtime import autocast
 
@@ -229,9 +235,7 @@ def _model(config: Config, device: torch.device) -> Transformer:
 
 
 def _parameters(config: ModelConfig, wanted: Callable[[str, Tensor], bool] = lambda name, p: True) -> int:
-    with torch.device("meta"):
-        model = Transformer(config)
-    return sum(p.numel() for name, p in model.named_parameters() if wanted(name, p))
+    return sum(p.numel() for name, p in model_of_shapes(config).named_parameters() if wanted(name, p))
 
 
 def _workspaces(device: torch.device, captured: bool) -> int:
