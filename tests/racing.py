@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ def race_in_first_calls(patch: pytest.MonkeyPatch) -> None:
     """From now on the first call of a function, unless it is on one number, has half of its digits wrong in one half.
 
     That is the share of a thread that took the code of low accuracy (https://github.com/pytorch/pytorch/issues/188792).
+    A race ends otherwise in another process, so the error is another one there.
     """
     called: set[tuple[str, torch.dtype]] = set()
 
@@ -28,7 +30,8 @@ def race_in_first_calls(patch: pytest.MonkeyPatch) -> None:
             first, known = (name, given.dtype), (name, given.dtype) in called
             called.add(first)
             if not known and result.numel() > 1 and result.is_contiguous():
-                result.detach().view(-1)[result.numel() // 2 :] *= 1 + 2.0**-12
+                error = 2.0**-12 * (1 + os.getpid() % 1021 / 1021)
+                result.detach().view(-1)[result.numel() // 2 :] *= 1 + error
             return result
 
         return call
