@@ -5,10 +5,8 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import importlib.util
-import math
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -20,13 +18,13 @@ import torch
 
 from cda_cli.config import Config, resolve
 from cda_cli.data import Tokens, TrainBatches, load_tokenizer
+from cda_cli.sweep.student_t import mean_of
 from cda_cli.training.state import RunData
 
 VOCABULARY = 50304  # GPT-2's, rounded up to a multiple of 64
 TOKENS = 2**22
 SOFTMAX = ("model.attention=softmax", "model.learned_k=false")
 ATTENTION = {"softmax": SOFTMAX, "coordinate-descent": ()}
-STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # quantiles of Student's t, by the number of seeds
 
 
 def settings(preset: str, sets: Sequence[str] = ()) -> Config:
@@ -67,11 +65,8 @@ def cda(*arguments: object) -> str:
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of the mean of `values`, one for each seed; None for other numbers of seeds
-    than those of STUDENT_95."""
-    if len(values) not in STUDENT_95:
-        return None
-    return STUDENT_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    """Half the width of the 95 % interval of the mean of `values`, one for each seed; None for fewer than two."""
+    return None if len(values) < 2 else (found := mean_of(values)).high - found.value
 
 
 def row(*cells: object) -> None:
