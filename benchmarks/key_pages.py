@@ -32,8 +32,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from synthetic import cda, header, row
-from torch import Tensor, nn
+from torch import Tensor
 
+from cda_cli.generation.decoder import with_matrices
 from cda_cli.model import KeySelection, StaticCache, Transformer
 from cda_cli.model.key_pages import KeyPages
 from cda_cli.model.page_choice import Read, take_slots
@@ -163,8 +164,7 @@ def measured(run: Path, device: torch.device, asked: argparse.Namespace) -> Iter
     """Prints a line for each length and way. Yields the name of each, and what was read by layer."""
     longest = max(asked.lengths) + FOLLOWING + 1
     restored, dtype = restore(run, device, context=longest), pick_dtype("auto", device)
-    model = restored.model
-    cast_matrices(model, dtype)
+    model = with_matrices(restored.model, dtype)
     tokens = text_of(restored, asked.data, longest)
     cache = StaticCache(model, asked.rows, dtype, longest)
     pages, start = WatchedPages(KeySelection(None), cache.keys), 0
@@ -239,14 +239,6 @@ def figures(found: Line, dense: Line) -> list[object]:
 def spread(shares: Tensor) -> str:
     median, most = shares.float().flatten().quantile(torch.tensor([0.5, 0.95], device=shares.device)).tolist()
     return f"{median:.1%} / {most:.1%}"
-
-
-def cast_matrices(model: Transformer, dtype: torch.dtype) -> None:
-    """Holds the weights of linears in `dtype`, as decoding does."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
 
 
 def text_of(restored: Restored, data: str | None, count: int) -> Tensor:

@@ -55,7 +55,7 @@ class Decoder:
         self._dtype, self._rows, self._positions = dtype, rows, min(most, model.config.seq_len)
         # FSDP gathers the weights of a layer for each pass. It has no copy of the model, and a graph would miss it.
         is_sharded = any(type(parameter) is not nn.Parameter for parameter in model.parameters())
-        self._model = model if is_sharded else _with_matrices(model, dtype)
+        self._model = model if is_sharded else with_matrices(model, dtype)
         self._cache = StaticCache(model, rows, dtype, self._positions, selection)
         self._pages = self._cache.pages
         self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device, model.backend)
@@ -203,7 +203,7 @@ def linear_parameters(model: Transformer) -> list[nn.Parameter]:
     return [parameter for linear in linears for parameter in linear.parameters()]
 
 
-def _with_matrices(model: Transformer, dtype: torch.dtype) -> Transformer:
+def with_matrices(model: Transformer, dtype: torch.dtype) -> Transformer:
     """Returns the model with the weights of its linears in `dtype`, so that autocast need not cast them in each pass.
 
     Those of a learned k and of a gate are packed with those of queries, keys and values. All else is shared with
