@@ -8,6 +8,7 @@ from cda_cli.model.loss import padded_vocabulary
 from cda_cli.model.page_choice import FIRST_AND_NEWEST, PAGE, KeySelection
 from cda_cli.model.published import from_published
 from cda_cli.model.rules import AttentionRule, Rows, attention_rule, model_backend
+from cda_cli.model.shards import full_tensor
 from cda_cli.model.transformer import (
     Transformer,
     expected_tensors,
@@ -34,6 +35,7 @@ __all__ = [
     "feed_forward_activation",
     "fits_cuda_graph",
     "from_published",
+    "full_tensor",
     "load_state_tensors",
     "model_backend",
     "model_of_shapes",

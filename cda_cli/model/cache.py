@@ -6,7 +6,6 @@ Shapes: L layers, B rows of a batch, K key heads, T new positions, S slots (null
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from cda_cli.model.key_pages import KeyPages
 from cda_cli.model.page_choice import KeySelection
 from cda_cli.model.rules import AttentionRule
+from cda_cli.model.shards import full_tensor
 
 if TYPE_CHECKING:
     from cda_cli.model.rotary import RotaryPositions, RotaryTables
@@ -105,11 +105,9 @@ class StaticCache:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """All of a parameter, of which FSDP leaves a shard in each process. All processes call this together."""
+    """All of a parameter, without its gradient. All processes call this together."""
     with torch.inference_mode(False):  # In that mode PyTorch 2.11 gathers no shard.
-        parameter = parameter.detach()
-        gather: Callable[[], Tensor] | None = getattr(parameter, "full_tensor", None)  # Its class is slow to import.
-        return parameter if gather is None else gather()
+        return full_tensor(parameter.detach())
 
 
 class CachedRows(KeyValueCache):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.data import IGNORE, Batch
+from cda_cli.model import full_tensor
 from cda_cli.runtime import to_device
 from cda_cli.token_losses import token_losses
-from cda_cli.training.distributed.processes import ALONE, Processes, full_tensor
+from cda_cli.training.distributed.processes import ALONE, Processes
 
 
 def accumulate_gradients(

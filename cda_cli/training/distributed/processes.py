@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cda_cli.config import Config
 from cda_cli.data import Batch
 from cda_cli.errors import DeviceError
-from cda_cli.model import Transformer
+from cda_cli.model import Transformer, full_tensor
 from cda_cli.runtime import pick_device, random_states, restore_random_states
 from cda_cli.signals import StopRequest
 from cda_cli.training.distributed.launch import ERROR, POLL, ErrorCoordinator, Place, log_level
@@ -296,11 +296,6 @@ def join(coordinator: ErrorCoordinator, config: Config) -> Processes:
     if not processes.first:
         processes.silence_warnings()  # the first process meets the same ones, and shows them
     return processes
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Gathers a sharded tensor, in every process; returns any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
