@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 
 from cda_cli.storage import load, locate
 from cda_cli.storage.checkpoint import publish
-from tests.commands.helpers import Cda, assert_refused, contents, in_subprocess
+from tests.commands.forked import run_forked
+from tests.commands.helpers import Cda, assert_refused, contents
 
 FILES = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"]
 READERS = [("eval",), ("sample", "--prompt", "a"), ("inspect-sparsity",)]
@@ -85,11 +85,11 @@ def test_the_older_one_is_read_and_the_damage_said(finished: Path, tmp_path: Pat
     """Figures of another checkpoint than the newest, without a word, would be taken for the newest's."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     (run / "checkpoints" / "step-00000006" / "rng.safetensors").write_bytes(b"")
-    command = in_subprocess("eval", run, "--max-batches", 1)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "step-00000004" in done.stdout
-    assert "step-00000006/rng.safetensors has 0 bytes" in done.stderr
-    assert done.stderr.count("\n") == 1
+    done = run_forked("eval", run, "--max-batches", 1)
+    assert done.code == 0
+    assert "step-00000004" in done.out
+    assert "step-00000006/rng.safetensors has 0 bytes" in done.err
+    assert done.err.count("\n") == 1
 
 
 Change = Callable[[dict[str, Any], dict[str, Any]], None]

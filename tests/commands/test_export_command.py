@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,8 @@ import yaml
 
 from cda_cli.commands import export as command
 from cda_cli.interchange import export
-from tests.commands.helpers import Cda, assert_refused, contents, environment, in_subprocess, metrics
+from tests.commands.forked import run_forked
+from tests.commands.helpers import Cda, assert_refused, contents, metrics
 
 HF_FILES = {
     "README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_cda.py", "tokenizer.json",
@@ -142,13 +143,15 @@ def test_a_hub_out_of_reach_is_one_sentence_and_the_folder_is_whole(
     assert set(contents(folder)) == HF_FILES
 
 
+def without_the_extra() -> None:
+    """Has each import of these packages fail, none of which this process has imported."""
+    for name in ("transformers", "accelerate", "gguf"):
+        assert name not in sys.modules
+        sys.modules[name] = None  # type: ignore[assignment]
+
+
 def test_it_needs_no_transformers(finished: Path, tmp_path: Path) -> None:
     """An installation without the extra has none of these."""
-    for name in ("transformers", "accelerate", "gguf"):
-        (tmp_path / "without" / f"{name}.py").parent.mkdir(exist_ok=True)
-        (tmp_path / "without" / f"{name}.py").write_text("raise ModuleNotFoundError(__name__)", encoding="utf-8")
-    path = f"{tmp_path / 'without'}:{Path(__file__).parents[2]}"
-    command = in_subprocess("export", finished, tmp_path / "model")
-    done = subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_forked("export", finished, tmp_path / "model", first=without_the_extra)
+    assert done.code == 0, done.err
     assert set(contents(tmp_path / "model")) == HF_FILES

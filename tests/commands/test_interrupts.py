@@ -5,6 +5,8 @@ No test waits for a moment: a signal is sent when a certain line was read, or by
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
 import subprocess
 import sys
@@ -14,16 +16,15 @@ import pytest
 
 from cda_cli.errors import InterruptedRunError
 from cda_cli.signals import StopRequest
+from tests.commands.forked import popen_forked, run_forked, signal_at
 from tests.commands.helpers import Cda, contents, in_subprocess, metrics, steps_saved
 
-# Sends itself the signal when it imports torch, or opens the file of prepared tokens.
-AT_AN_EVENT = """
-import os, sys
-number, wanted, name = int(sys.argv.pop(1)), sys.argv.pop(1), sys.argv.pop(1)
-def hook(event, arguments):
-    if event == wanted and str(arguments[0]).endswith(name):
-        os.kill(os.getpid(), number)
-sys.addaudithook(hook)
+BEFORE_THE_START = "stopped before the first step, with nothing to save; the same command starts again\n"
+# Sends itself SIGTERM when it imports torch, which what is forked has done already.
+AT_TORCH = """
+import signal
+from tests.commands.forked import signal_at
+signal_at(signal.SIGTERM, "import", "torch")
 from cda_cli.main import run
 run()
 """
@@ -56,34 +57,33 @@ def test_a_run_that_is_stopped_saves_and_goes_on(cda: Cda, tiny: Path, tmp_path:
     assert [record["step"] for record in metrics(run, "train")] == list(range(1, last + 3))
 
 
-@pytest.mark.parametrize(
-    ("number", "event", "name", "left"),
-    [
-        (signal.SIGINT, "open", "train.bin", {"tokens": None}),
-        (signal.SIGTERM, "import", "torch", {}),
-    ],
-)
-def test_a_stop_before_the_first_step_leaves_nothing(
-    tiny: Path, tmp_path: Path, number: signal.Signals, event: str, name: str, left: dict[str, object]
-) -> None:
+def test_a_stop_before_the_first_step_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     """No run folder, and no half of the tokens in the cache, which a later run would take for whole."""
-    command = [sys.executable, "-c", AT_AN_EVENT, str(int(number)), event, name]
-    run = ["train", "--config", str(tiny), "--out", str(tmp_path / "run")]
-    done = subprocess.run([*command, *run], capture_output=True, text=True, check=False)
-    assert done.returncode == 128 + number, done.stderr
-    assert done.stderr == "stopped before the first step, with nothing to save; the same command starts again\n"
+    first = functools.partial(signal_at, signal.SIGINT, "open", "train.bin")
+    done = run_forked("train", "--config", tiny, "--out", tmp_path / "run", first=first)
+    assert (done.code, done.err) == (130, BEFORE_THE_START)
     assert not (tmp_path / "run").exists()
-    assert contents(tmp_path / "cache") == left
+    assert contents(tmp_path / "cache") == {"tokens": None}
+
+
+def test_a_stop_while_pytorch_is_imported_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    done = stopped_at_torch("train", "--config", str(tiny), "--out", str(tmp_path / "run"))
+    assert (done.returncode, done.stderr) == (143, BEFORE_THE_START)
+    assert not (tmp_path / "run").exists()
+    assert contents(tmp_path / "cache") == {}
+
+
+def stopped_at_torch(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", AT_TORCH, *args]
+    return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
 
 
 def test_a_stop_during_an_export_leaves_nothing(finished: Path, tmp_path: Path) -> None:
     """The folder is begun under a hidden name, which a process that dies would leave behind."""
     before = contents(tmp_path)
-    command = [sys.executable, "-c", AT_AN_EVENT, str(int(signal.SIGTERM)), "open", "generation_config.json"]
-    export = ["export", str(finished), str(tmp_path / "model")]
-    done = subprocess.run([*command, *export], capture_output=True, text=True, check=False)
-    assert done.returncode == 143, done.stderr
-    assert done.stderr == "interrupted; nothing was written\n"
+    first = functools.partial(signal_at, signal.SIGTERM, "open", "generation_config.json")
+    done = run_forked("export", finished, tmp_path / "model", first=first)
+    assert (done.code, done.err) == (143, "interrupted; nothing was written\n")
     assert contents(tmp_path) == before
 
 
@@ -133,9 +133,7 @@ def test_a_hang_up_that_is_ignored_stays_so() -> None:
 
 
 def test_an_interrupted_run_keeps_its_exit_code_with_debug(tiny: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", AT_AN_EVENT, str(int(signal.SIGTERM)), "import", "torch", "--debug"]
-    run = ["train", "--config", str(tiny), "--out", str(tmp_path / "run")]
-    done = subprocess.run([*command, *run], capture_output=True, text=True, check=False)
+    done = stopped_at_torch("--debug", "train", "--config", str(tiny), "--out", str(tmp_path / "run"))
     assert done.returncode == 143, done.stderr
     assert "InterruptedRunError" in done.stderr
 
@@ -190,12 +188,9 @@ def test_items_end_with_the_request() -> None:
 
 def test_a_stop_while_sampling_says_so(finished: Path) -> None:
     """The exit code tells it too."""
-    command = in_subprocess("sample", finished, "--prompt", "a", "--max-new-tokens", 1_000_000)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.read(1) == b"a"
-        process.send_signal(signal.SIGINT)
-        process.stdout.read()
-        assert process.stderr.read() == b"interrupted; the last text is not whole\n"
-    assert process.returncode == 130
+    with popen_forked("sample", finished, "--prompt", "a", "--max-new-tokens", 1_000_000) as cda:
+        assert cda.stdout.read(1) == "a"
+        os.kill(cda.pid, signal.SIGINT)
+        cda.stdout.read()
+        assert cda.stderr.read() == "interrupted; the last text is not whole\n"
+        assert cda.returncode == 130

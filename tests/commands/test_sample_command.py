@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import pytest
 
 from cda_cli import main
-from tests.commands.helpers import Cda, assert_refused, escapes, in_subprocess, metrics
+from tests.commands.forked import popen_forked
+from tests.commands.helpers import Cda, assert_refused, escapes, metrics
 
 SHORT = ("--max-new-tokens", 12)
 # What `str.isprintable` calls unprintable: spaces, joiners, a soft hyphen, line ends, an escape sequence.
@@ -219,14 +219,11 @@ def test_long_lines_stay_whole(cda: Cda, tiny: Path, tmp_path: Path) -> None:
 
 def test_a_reader_that_leaves_gets_no_traceback(finished: Path) -> None:
     """`cda sample … | head -c 1` is a common thing to do, and no error of anybody's."""
-    command = in_subprocess("sample", finished, "--prompt", "abc", "--max-new-tokens", 2000)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert os.read(process.stdout.fileno(), 1) == b"a"
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 141, "the exit code of a process whose reader has gone"
+    with popen_forked("sample", finished, "--prompt", "abc", "--max-new-tokens", 2000) as cda:
+        assert os.read(cda.stdout.fileno(), 1) == b"a"
+        cda.stdout.close()
+        assert cda.stderr.read() == ""
+        assert cda.returncode == 141, "the exit code of a process whose reader has gone"
 
 
 def test_the_space_after_the_prompt_is_kept(cda: Cda, tiny: Path, tmp_path: Path) -> None:
