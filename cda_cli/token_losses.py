@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cda_cli.data import Batch
@@ -17,14 +16,3 @@ def token_losses(model: nn.Module, batch: Batch, device: torch.device, dtype: to
     """
     with autocast(device, dtype):
         return model(to_device(batch.inputs, device), targets_BT=to_device(batch.targets, device))
-
-
-def token_losses_and_logits(
-    model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Returns what `token_losses` does, and the logits [B, T, V] that the losses are of."""
-    with autocast(device, dtype):
-        logits = model(to_device(batch.inputs, device))
-    targets = to_device(batch.targets, device)
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view_as(targets), logits

@@ -8,7 +8,7 @@ weights in the next head of the layer (`other-head`). Null keys stay: they are n
 A cut of units sets all but n units of each feed-forward layer to zero: all but those that add the longest vectors
 (`units`), or as a control all but n random ones, scaled so that what they add is as long (`random-units`).
 
-Shapes: B batch, H heads, t queries of a block, S keys, T tokens, F units.
+Shapes: B batch, H heads, t queries of a block or tokens of a piece, S keys, T tokens, F units, C width of the stream.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ CHOICES: dict[str, Callable[[Rows, int], Tensor]] = {
 }
 CURVE, DROP = "curve", "drop"
 LONGEST_CURVE = 256  # keys of a curve whose end is not given
+PIECE = 2**24  # activations of units that are ranked at a time
 
 
 @dataclass(frozen=True)
@@ -177,15 +178,20 @@ class UnitCut(Intervention):
         return self.units
 
     def _edit(self, out: list[Tensor], layer: int, units_BTF: Tensor) -> Tensor:
-        count = min(self.units, units_BTF.shape[-1])
-        longest = _only(units_BTF, (units_BTF.abs() * out[layer].norm(dim=0)).topk(count, -1).indices)
+        B, T, F = units_BTF.shape
+        pieces = torch.arange(T, device=units_BTF.device).split(max(1, PIECE // (B * F)))
+        return torch.cat([self._edit_piece(out[layer], layer, units_BTF[:, piece], piece) for piece in pieces], 1)
+
+    def _edit_piece(self, out_CF: Tensor, layer: int, units_BtF: Tensor, token_t: Tensor) -> Tensor:
+        B, _, F = units_BtF.shape
+        count = min(self.units, F)
+        longest = _only(units_BtF, (units_BtF.abs() * out_CF.norm(dim=0)).topk(count, -1).indices)
         if not self.is_random:
             return longest
-        B, T, F = units_BTF.shape
-        token, unit = (torch.arange(size, device=units_BTF.device) for size in (T, F))
-        ranks_TF = _mixed(torch.full_like(unit, layer), token[:, None], unit)
-        drawn = _only(units_BTF, ranks_TF.topk(count, -1).indices.expand(B, -1, -1))
-        wanted, found = ((each @ out[layer].to(each.dtype).T).norm(dim=-1, keepdim=True) for each in (longest, drawn))
+        unit = torch.arange(F, device=token_t.device)
+        ranks_tF = _mixed(torch.full_like(unit, layer), token_t[:, None], unit)
+        drawn = _only(units_BtF, ranks_tF.topk(count, -1).indices.expand(B, -1, -1))
+        wanted, found = ((each @ out_CF.to(each.dtype).T).norm(dim=-1, keepdim=True) for each in (longest, drawn))
         return drawn * torch.where(found > 0, wanted / found, 1.0).to(drawn.dtype)
 
 

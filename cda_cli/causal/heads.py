@@ -88,7 +88,7 @@ def measure_heads(
 
     def add(layer: int, heads_BTHD: Tensor) -> Tensor:
         nonlocal tokens
-        sums[layer] += heads_BTHD.double().sum((0, 1))
+        sums[layer] += heads_BTHD.sum((0, 1), dtype=torch.float64)
         tokens += heads_BTHD.shape[:2].numel() * (layer == 0)
         return heads_BTHD
 

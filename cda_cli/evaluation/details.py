@@ -1,6 +1,6 @@
 """What `cda eval` sums on request beside the losses: the loss by position, and the calibration of the model.
 
-Shapes: B rows of a batch, T positions, V vocabulary, P ranges of positions, M bins of confidence.
+Shapes: B rows of a batch, T positions, P ranges of positions, M bins of confidence.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cda_cli.data import IGNORE
 from cda_cli.evaluation.intervals import ratio_error
+from cda_cli.evaluation.predictions import Predictions
 
 BINS = 15
 
@@ -25,8 +26,8 @@ class Detail(ABC):
     width: int
 
     @abstractmethod
-    def sums(self, losses_BT: Tensor, targets_BT: Tensor, logits_BTV: Tensor) -> Tensor:
-        """Returns the sums of a batch, float64 [B, width]. `targets_BT` are IGNORE where a target does not count."""
+    def sums(self, predicted: Predictions) -> Tensor:
+        """Returns the sums of a batch, float64 [B, width]."""
 
     @abstractmethod
     def summary(self, sums: Tensor) -> Any:
@@ -47,11 +48,12 @@ class LossByPosition(Detail):
         self.ends = sorted({*powers, context} | ({trained} if trained < context else set()))
         self.width = 2 * len(self.ends)
 
-    def sums(self, losses_BT: Tensor, targets_BT: Tensor, logits_BTV: Tensor) -> Tensor:
+    def sums(self, predicted: Predictions) -> Tensor:
+        losses_BT = predicted.losses
         seen_T = torch.arange(1, losses_BT.shape[1] + 1, device=losses_BT.device)
         ends_P = torch.tensor(self.ends, device=losses_BT.device)
         within_TP = torch.nn.functional.one_hot(torch.searchsorted(ends_P, seen_T), len(self.ends)).double()
-        counted_BT = (targets_BT != IGNORE).double()
+        counted_BT = (predicted.targets != IGNORE).double()
         return torch.cat((losses_BT.double() @ within_TP, counted_BT @ within_TP), 1)
 
     def summary(self, sums: Tensor) -> list[dict[str, Any]]:
@@ -76,14 +78,12 @@ class Calibration(Detail):
     name = "calibration"
     width = 3 * BINS
 
-    def sums(self, losses_BT: Tensor, targets_BT: Tensor, logits_BTV: Tensor) -> Tensor:
-        logits = logits_BTV.float()
-        largest, predicted = logits.max(-1)
-        confidence_BT = (largest - logits.logsumexp(-1)).exp()
+    def sums(self, predicted: Predictions) -> Tensor:
+        confidence_BT = predicted.confidence
         # A bin has its upper edge, and not its lower.
         bins_BT = (confidence_BT * BINS).ceil().long().clamp(1, BINS) - 1
-        within_BTM = torch.nn.functional.one_hot(bins_BT, BINS) * (targets_BT != IGNORE).unsqueeze(-1)
-        hits_BT = predicted == targets_BT
+        within_BTM = torch.nn.functional.one_hot(bins_BT, BINS) * (predicted.targets != IGNORE).unsqueeze(-1)
+        hits_BT = predicted.likeliest == predicted.targets
         values = (torch.ones_like(confidence_BT), confidence_BT, hits_BT)
         return torch.cat([(within_BTM * value.double().unsqueeze(-1)).sum(1) for value in values], 1)
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from cda_cli.data import IGNORE, Batch
 from cda_cli.evaluation.details import Detail
-from cda_cli.runtime import to_device
-from cda_cli.token_losses import token_losses, token_losses_and_logits
+from cda_cli.evaluation.predictions import token_predictions
+from cda_cli.model import Transformer
+from cda_cli.token_losses import token_losses
 
 # What surrounds the forward passes of a measurement, such as `partial(editing, model, rows)`. It may give another model
 # to run.
@@ -72,7 +74,7 @@ def measure(
     """Yields for each batch the sums of its windows in each of `ways`.
 
     The model is in evaluation mode, and gets back its mode at the end. `dtype` is that of the matrix products.
-    `advance` gets the number of windows of a batch after each way. `details` are summed besides.
+    `advance` gets the number of windows of a batch after each way. `details` are summed besides, of a Transformer.
     """
     training = model.training
     model.eval()
@@ -98,10 +100,9 @@ def _of_batch(
     if not details:
         nats = token_losses(model, batch, device, dtype).double().sum(-1).cpu()
         return nats, nats.new_empty(len(nats), 0)
-    losses, logits = token_losses_and_logits(model, batch, device, dtype)
-    targets = to_device(batch.targets, device)
-    parts = [detail.sums(losses, targets, logits) for detail in details]
-    return losses.double().sum(-1).cpu(), torch.cat(parts, 1).cpu()
+    predicted = token_predictions(cast(Transformer, model), batch, device, dtype)
+    parts = [detail.sums(predicted) for detail in details]
+    return predicted.losses.double().sum(-1).cpu(), torch.cat(parts, 1).cpu()
 
 
 def joined(measured: Iterable[list[Sums]]) -> list[Sums]:

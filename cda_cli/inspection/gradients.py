@@ -7,7 +7,7 @@ Shapes: L layers, H heads, B batch, T tokens, C width of the residual stream, W 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from cda_cli.inspection.measures import GRADIENTS
 from cda_cli.model import Transformer, editing
 from cda_cli.model.loss import positions_of_a_piece
 from cda_cli.runtime import autocast, to_device
+
+TOKENS = 2**15  # of the windows that are in one backward pass
 
 
 class Gradients(NamedTuple):
@@ -48,7 +50,8 @@ def gradients(
 ) -> Gradients:
     """Computes them in evaluation mode, by the code with which the model trains, and restores the mode of the model.
 
-    Of the forward pass only the input of each block is kept, so that long windows fit.
+    Of the forward pass only the input of each block is kept, and few windows are taken at a time, so that long windows
+    fit.
     """
     L, H = model.config.depth, model.config.heads
     budget, (heads, head_budgets) = [], torch.zeros(2, L, H, dtype=torch.float64, device=device)
@@ -56,12 +59,12 @@ def gradients(
     model.eval()
     model.activation_checkpointing = True
     try:
-        for batch in batches:
-            B = len(batch.inputs)
+        for inputs, targets in _few_windows(batches):
+            B = len(inputs)
             log_k = torch.zeros(B, device=device, requires_grad=True)
             xi = torch.ones(L, B, 1, H, 1, device=device, requires_grad=True)
             more_k = torch.zeros(L, B, H, 1, device=device, requires_grad=True)
-            inputs, targets = (to_device(each, device) for each in (batch.inputs, batch.targets))
+            inputs, targets = (to_device(each, device) for each in (inputs, targets))
             with torch.enable_grad(), _changed(model, log_k, more_k, xi):
                 with autocast(device, dtype):
                     x_BTC = model.stream(inputs)
@@ -79,6 +82,13 @@ def gradients(
         model.activation_checkpointing = before[1]
     total = torch.cat(budget)
     return Gradients(total, heads / len(total), head_budgets / len(total))
+
+
+def _few_windows(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields inputs and targets of at most TOKENS tokens, but of one window at least."""
+    for batch in batches:
+        most = max(1, TOKENS // batch.inputs.shape[1])
+        yield from zip(batch.inputs.split(most), batch.targets.split(most), strict=True)
 
 
 def _loss_by_stream(model: Transformer, x_BTC: Tensor, targets_BT: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cda_cli.causal.cuts import CHOICES, Cut, UnitCut, parse_cuts
+from cda_cli.causal.cuts import CHOICES, UNITS, Cut, UnitCut, parse_cuts
 from cda_cli.data import Tokens
 from cda_cli.errors import ConfigError
 from cda_cli.model import Rows, editing
@@ -178,9 +178,10 @@ def test_the_batch_size_changes_no_figure(rule: dict[str, Any], count: int, size
 def test_blocks_of_rows_change_no_figure(null_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long text is computed in blocks, which draw the same keys and know the same queries."""
     model, tokens = build(attention="coordinate-descent", attn_eps=3.0, null_kv=null_kv), text(60)
-    asked = [f"{choice}:3" for choice in CHOICES], ["gate", "softmax", "capped"]
+    asked = [f"{choice}:3" for choice in [*CHOICES, *UNITS]], ["gate", "softmax", "capped"]
     whole = effects_of(model, tokens, *asked)
     monkeypatch.setattr(base, "BLOCK_SCORES", 2 * 3 * 3 * (SEQ_LEN + null_kv))  # two rows of three windows and heads
+    monkeypatch.setattr("cda_cli.causal.cuts.PIECE", 2 * 3 * model.config.ff_units)
     in_blocks = effects_of(model, tokens, *asked)
     assert differences(in_blocks) == pytest.approx(differences(whole), abs=1e-5)
     gates = [effect.as_dict() for found in (whole, in_blocks) for effect in found.effects]

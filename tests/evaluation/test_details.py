@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from cda_cli.data import IGNORE, Tokens, evaluation_batches, whole_windows
 from cda_cli.evaluation import Sums, joined, measure
 from cda_cli.evaluation.details import BINS, Calibration, Detail, LossByPosition
+from cda_cli.evaluation.predictions import Predictions
 from cda_cli.model import Transformer
 from tests.model.cases import tiny
 
@@ -89,9 +90,9 @@ def test_calibration_is_that_of_each_token() -> None:
 
 
 def calibrated(logits: list[float], targets: list[int]) -> dict[str, Any]:
-    logits_BTV: Tensor = torch.tensor(logits).expand(1, len(targets), -1)
-    sums = Calibration().sums(torch.zeros(1, len(targets)), torch.tensor([targets]), logits_BTV)
-    return Calibration().summary(sums)
+    largest, likeliest = (each.expand(1, len(targets)) for each in torch.tensor(logits).softmax(-1).max(-1))
+    predicted = Predictions(torch.tensor([targets]), torch.zeros(1, len(targets)), likeliest, largest)
+    return Calibration().summary(Calibration().sums(predicted))
 
 
 def test_a_model_that_knows_how_sure_it_may_be_has_no_error() -> None:

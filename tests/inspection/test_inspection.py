@@ -16,7 +16,8 @@ from cda_cli.conditions import metrics_of
 from cda_cli.config import ModelConfig
 from cda_cli.data import Batch, Tokens, evaluation_batches
 from cda_cli.errors import ConfigError
-from cda_cli.evaluation import joined, measure
+from cda_cli.evaluation import Sums, joined, measure
+from cda_cli.evaluation.details import Calibration, Detail
 from cda_cli.inspection import (
     NAMES,
     HeadReport,
@@ -230,16 +231,23 @@ def test_a_long_sequence_is_watched_in_parts(monkeypatch: pytest.MonkeyPatch, at
 
 @pytest.mark.parametrize("tied_embeddings", [True, False])
 def test_there_are_never_the_logits_of_a_whole_window(monkeypatch: pytest.MonkeyPatch, tied_embeddings: bool) -> None:
-    """They would be the window times the vocabulary. Losses and gradients take a part at a time."""
+    """They would be the window times the vocabulary. Losses, gradients and calibration take a part at a time."""
     model = build(learned_k=True, tied_embeddings=tied_embeddings)
     sizes: list[int] = []
     whole = gradients(model, batches(), CPU, torch.float32)
-    losses = joined(measure(model, batches(), CPU, torch.float32))[0].nats
+
+    def sums(*details: Detail) -> Sums:
+        return joined(measure(model, batches(), CPU, torch.float32, details=details))[0]
+
+    losses, calibrated = sums(), sums(Calibration())
     monkeypatch.setattr("cda_cli.model.loss.PIECE", 3 * 31 * 5)
+    monkeypatch.setitem(gradients.__globals__, "TOKENS", 2 * 12)  # the module is hidden by the function
     with model.to_logits.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.numel())):
         run(model)
         found = gradients(model, batches(), CPU, torch.float32)
-        torch.testing.assert_close(joined(measure(model, batches(), CPU, torch.float32))[0].nats, losses)
+        torch.testing.assert_close(sums().nats, losses.nats)
+        torch.testing.assert_close(sums(Calibration()).nats, losses.nats)
+        torch.testing.assert_close(sums(Calibration()).details, calibrated.details)
     assert max(sizes) == 3 * 31 * 5
     for part, expected in zip(found, whole, strict=True):
         assert expected.abs().max() > 0

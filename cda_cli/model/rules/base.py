@@ -136,6 +136,7 @@ class AttentionRule(ABC):
         if not isinstance(budget, Tensor):
             budget = torch.full((), budget, device=query.device)  # A copy from the host would wait for the GPU.
         rows = max(1, BLOCK_SCORES // (B * H * S))
+        scores_of = partial(self._scores_of, query.to(dtype), key_BHDS)
         outputs = []
         blocks = zip(query.split(rows, 2), budget.to(dtype).expand(B, H, T).split(rows, 2), strict=True)
         for number, (query_BHtD, budget_BHt) in enumerate(blocks):
@@ -150,7 +151,6 @@ class AttentionRule(ABC):
                 weights = weights_under(mask)
             else:
                 eps = self.eps if self.has_eps else 1.0
-                scores_of = partial(self._scores_of, query.to(dtype), key_BHDS)
                 null = self.config.null_kv
                 weights = edit(Rows(scores, budget_BHt, eps, mask, null, last, weights_under, scores_of))
             if observe is not None:
