@@ -91,6 +91,11 @@ class ModelConfig(Section, ModelSettings):
                 raise ValueError(f"model.rotary_{high} must be larger than model.rotary_{low}; change one of them")
         if self.ff_units < 1:
             raise ValueError(f"model.ff_mult {self.ff_mult} leaves the feed-forward no units; make it larger")
+        if self.eps_anneal_start is not None and self.eps_anneal_begin >= self.eps_anneal_share:
+            raise ValueError(
+                f"ε anneals from a share {self.eps_anneal_begin:g} of the schedule to {self.eps_anneal_share:g} of it; "
+                "make model.eps_anneal_share larger than model.eps_anneal_begin"
+            )
         if self.learned_k and self.attn_k < 1:
             raise ValueError(f"a learned k runs from 1 to attn_k, which is {self.attn_k}; set attn_k to 1 or more")
         return self
@@ -266,10 +271,14 @@ def dump_yaml(config: Config) -> str:
 
 
 def annealed_eps(model: ModelConfig, step: int, schedule_steps: int) -> float:
-    """ε of the attention at `step`: from eps_anneal_start to attn_eps, evenly in log ε, over eps_anneal_share."""
+    """ε of the attention at `step`: from eps_anneal_start to attn_eps, evenly in log ε.
+
+    It anneals from eps_anneal_begin to eps_anneal_share, as shares of the schedule.
+    """
     if model.eps_anneal_start is None:
         return model.attn_eps
-    progress = min(1.0, step / max(1.0, model.eps_anneal_share * schedule_steps))
+    begin, end = model.eps_anneal_begin * schedule_steps, model.eps_anneal_share * schedule_steps
+    progress = min(1.0, max(0.0, step - begin) / max(1.0, end - begin))
     return float(model.eps_anneal_start ** (1 - progress) * model.attn_eps**progress)
 
 

@@ -184,6 +184,9 @@ class ModelSettings(Table):
         ),
     ] = "budget"
     eps_anneal_start: Annotated[float | None, Setting("ε of the attention at step 0; null: no annealing.", gt=0)] = None
+    eps_anneal_begin: Annotated[
+        float, Setting("Share of the schedule at which ε begins to anneal, such as that of a fork.", ge=0, lt=1)
+    ] = 0.0
     eps_anneal_share: Annotated[float, Setting("Share of the schedule after which ε is attn_eps.", gt=0, le=1)] = 0.5
 
     ff: Annotated[

@@ -130,6 +130,7 @@ BAD_SETS = [
     ("model.attn_k=0", "model.attn_k = 0 is not possible: input should be greater than 0"),
     ("model.ff_k=-2.5", "model.ff_k = -2.5 is not possible: input should be greater than 0"),
     ("model.eps_anneal_start=0", "model.eps_anneal_start = 0 is not possible: input should be greater than 0"),
+    ("model.eps_anneal_begin=1", "model.eps_anneal_begin = 1 is not possible: input should be less than 1"),
     ("model.attn_eps=inf", "model.attn_eps = inf is not possible: input should be a finite number"),
     ("model.attn_eps=.inf", "model.attn_eps = '.inf' is not possible: input should be a valid number"),
     ("optim.lr=nan", "optim.lr = nan is not possible: input should be a finite number"),
@@ -312,6 +313,8 @@ def test_the_annealing_of_a_run_is_over_its_schedule() -> None:
     assert annealed_eps(config.model, 50, config.schedule_steps) == pytest.approx(config.model.attn_eps)
     assert annealed_eps(config.model, 25, config.schedule_steps) == pytest.approx(1.0)
     assert resolve(sets=["optim.steps=50"]).schedule_steps == 50
+    with pytest.raises(ConfigError, match="larger than model"):
+        resolve(sets=["model.eps_anneal_start=2.0", "model.eps_anneal_begin=0.5"])
 
 
 @pytest.mark.parametrize("module", ["cda_cli.config", "cda_cli.errors"])

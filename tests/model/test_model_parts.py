@@ -17,19 +17,24 @@ from tests.model.cases import build, tiny, tokens
 EPS = st.floats(1e-3, 10)
 
 
-@given(start=EPS, end=EPS, share=st.floats(0.01, 1), steps=st.integers(2, 10**6))
-def test_annealing_runs_from_the_start_to_the_end_and_stays(start: float, end: float, share: float, steps: int) -> None:
-    """It is even in log ε, over its share of the schedule."""
-    model = tiny(eps_anneal_start=start, attn_eps=end, eps_anneal_share=share)
-    length = max(1.0, share * steps)
-    assert annealed_eps(model, 0, steps) == start
-    for step in (math.ceil(length), math.ceil(length) + 1, steps + 1, 10 * steps):
-        assert annealed_eps(model, step, steps) == pytest.approx(end, rel=1e-12)
-    chosen = sorted({int(length * part / 20) for part in range(21)})
+@given(start=EPS, end=EPS, share=st.floats(0.01, 1), late=st.floats(0, 0.9), steps=st.integers(2, 10**6))
+def test_annealing_runs_from_the_start_to_the_end_and_stays(
+    start: float, end: float, share: float, late: float, steps: int
+) -> None:
+    """It is even in log ε, from where it begins to its share of the schedule."""
+    begin = late * share
+    model = tiny(eps_anneal_start=start, attn_eps=end, eps_anneal_begin=begin, eps_anneal_share=share)
+    length = max(1.0, share * steps - begin * steps)
+    for step in (0, int(begin * steps)):
+        assert annealed_eps(model, step, steps) == start
+    for after in (math.ceil(begin * steps + length), steps + 1, 10 * steps):
+        assert annealed_eps(model, after, steps) == pytest.approx(end, rel=1e-12)
+    chosen = sorted({math.ceil(begin * steps + length * part / 20) for part in range(20)})
     values = [annealed_eps(model, step, steps) for step in chosen]
     assert values == pytest.approx(sorted(values, reverse=start > end), rel=1e-12), "ε does not go one way"
     for step, value in zip(chosen, values, strict=True):
-        expected = math.log(start) + step / length * (math.log(end) - math.log(start))
+        passed = min(1.0, (step - begin * steps) / length)
+        expected = math.log(start) + passed * (math.log(end) - math.log(start))
         assert math.log(value) == pytest.approx(expected, abs=1e-9)
 
 
