@@ -215,7 +215,7 @@ def resolve_with_origins(
         start = named or DEFAULT_PRESET
         first = (f"preset {start}", read_yaml(preset_file(start)))
     layers = [first, (f"file {file}", from_file)]
-    layers += [("--set", _read_set(line)) for line in sets]
+    layers += [("--set", read_set(line)) for line in sets]
     layers += [(_flag(key, value), _dotted(key, value)) for key, value in (flags or {}).items() if value is not None]
     for _, layer in layers:
         _check_keys(layer)
@@ -320,7 +320,7 @@ def preset_purpose(name: str) -> tuple[str, str]:
     return parameters, purpose
 
 
-def _read_set(line: str) -> Layer:
+def read_set(line: str) -> Layer:
     """The setting of a --set line. Takes text as it is, and any value with a #, at which YAML would cut it off."""
     key, equals, value = line.partition("=")
     if not equals:

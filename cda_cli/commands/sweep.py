@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cda_cli.commands.options import JsonOption
+from cda_cli.commands.options import JsonOption, SetOption
 
 
 def sweep(
@@ -18,8 +18,13 @@ def sweep(
         typer.Argument(metavar="FILE", help="YAML with the settings of all runs, arms and seeds (docs/sweeps.md)."),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of all its runs.", show_default="runs/NAME-OF-FILE")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of all its runs.", show_default="runs/NAME-OF-FILE[-reduced]"),
     ] = None,
+    reduced: Annotated[
+        bool, typer.Option("--reduced", help="The reduced form that FILE describes, for a smaller machine.")
+    ] = False,
+    set_: SetOption = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Runs at once, over all devices.", show_default="1 for each device")
     ] = None,
@@ -44,19 +49,20 @@ def sweep(
     from cda_cli.errors import ConfigError, TrainingError
     from cda_cli.plots import require_plot
     from cda_cli.storage import write_file
+    from cda_cli.sweep.files import read_spec
     from cda_cli.sweep.jobs import make_slots
     from cda_cli.sweep.pictures import draw_sweep
     from cda_cli.sweep.plan import Sweep
     from cda_cli.sweep.result import collect
     from cda_cli.sweep.run import check_sweep, run_sweep
-    from cda_cli.sweep.spec import read_spec
 
     if plot:
         require_plot(plot)
     slots = make_slots(jobs, devices)
     if markdown and not markdown.parent.is_dir():
         raise ConfigError(f"--markdown {markdown} has no folder to lie in; make {markdown.parent} first")
-    planned = Sweep(read_spec(file), file, out or Path("runs") / file.stem)
+    spec = read_spec(file, reduced=reduced, sets=set_ or ())
+    planned = Sweep(spec, file, out or Path("runs") / (file.stem + "-reduced" * reduced))
     if planned.spec.equal == "time" and len(slots) > len({slot.device for slot in slots}):
         raise ConfigError(f"{file} holds time equal, which runs on one device take from each other; leave --jobs out")
     check_sweep(planned)

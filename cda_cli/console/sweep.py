@@ -30,7 +30,7 @@ from cda_cli.plurals import counted
 if TYPE_CHECKING:
     from cda_cli.sweep.attempts import Attempt
     from cda_cli.sweep.jobs import Running
-    from cda_cli.sweep.result import ArmResult, Result
+    from cda_cli.sweep.result import ArmResult, Curve, Result
     from cda_cli.sweep.student_t import Mean
 
 DASH = "–"
@@ -147,12 +147,13 @@ def provenance(result: Result) -> dict[str, str]:
     """Where the metrics come from, in words."""
     found = result.provenance
     spec = result.sweep.spec
-    commits = ", ".join(found["commits"]) or ", ".join(f"version {version}" for version in found["versions"])
     held = {"tokens": "tokens", "parameters": "tokens and parameters", "time": f"time, {spec.minutes or 0:g} minutes"}
     return {
+        "date": " to ".join(dict.fromkeys([*found["dates"][:1], *found["dates"][-1:]])) or DASH,
         "command": found["command"],
         "seeds": ", ".join(map(str, found["seeds"])),
-        "commit": commits or DASH,
+        "commit": ", ".join(found["commits"]) or DASH,
+        "versions": "; ".join(found["versions"]) or DASH,
         "machine": "; ".join([*found["machines"], *found["devices"]]) or DASH,
         "hours": f"{found['hours']:.2f}",
         "held equal": held[spec.equal],
@@ -169,10 +170,10 @@ def sections(result: Result) -> Iterator[Section]:
     if result.sweep.spec.tune:
         yield _tuning(result)
     yield _losses(result)
-    if result.sweep.spec.eval:
+    if result.sweep.spec.eval and not result.sweep.spec.eval.tasks:
         yield _evaluated(result)
-    for choice, numbers in result.cuts.items():
-        yield _cuts(result, choice, numbers)
+    for curve in result.curves:
+        yield _curve(result, curve)
     yield _costs(result)
     if problems := list(_problems(result)):
         yield Section("Not in the tables", problems)
@@ -188,6 +189,11 @@ def _tuning(result: Result) -> Section:
                 sentences.append(f"{arm.name}, {each.point.name}, failed: {each.error}")
         for key, end in arm.at_ends():
             sentences.append(f"{arm.name} came out with the {end} {key} of its grid; one beyond it may be better.")
+        if better := arm.missed():
+            sentences.append(
+                f"{arm.name} had gone on before {better.name} finished, which came out lower; remove its seed-* to "
+                "train it with that."
+            )
     return Section("Tuning, validation loss", sentences, ["arm", "loss", ""], rows)
 
 
@@ -218,16 +224,18 @@ def _loss(result: Result, arm: ArmResult, prefix: str) -> list[str]:
     ]
 
 
-def _cuts(result: Result, choice: str, numbers: Sequence[int]) -> Section:
-    """Bits per byte with fewer keys, and below each arm how far that is above the control with all keys."""
-    whole, rows = "eval.bits_per_byte", []
+def _curve(result: Result, curve: Curve) -> Section:
+    """A metric of the evaluations by a number, and below each arm how far that is above the control."""
+    form, factor, signed = (".4f", 1, "+.4f") if curve.whole else (".1f", 100, "+.1f")
+    names, rows = [*([curve.whole] if curve.whole else []), *curve.metrics.values()], []
     for arm in result.arms:
-        names = [whole, *(f"eval.{choice}[{number}].bits_per_byte" for number in numbers)]
-        rows.append([arm.name, *(_number(arm.mean(name).value, ".4f") for name in names)])
-        rows.append(["", *(_number(arm.difference(name, whole).value, "+.4f") for name in names)])
-    control = result.sweep.spec.control
-    note = f"Below each arm: how far it is above {control} with all keys, paired by seed; --json has the intervals."
-    return Section(f"Bits per byte by keys kept ({choice})", [note], ["arm", "all", *map(str, numbers)], rows)
+        rows.append([arm.name, *(_number(factor * arm.mean(name).value, form) for name in names)])
+        if curve.whole or arm.name != result.sweep.spec.control:
+            rows.append(["", *(_number(factor * arm.difference(name, curve.whole).value, signed) for name in names)])
+    control = f"{result.sweep.spec.control} with all keys" if curve.whole else result.sweep.spec.control
+    note = f"Below each arm: how far it is above {control}, paired by seed; --json has the intervals."
+    columns = ["arm", *(["all"] if curve.whole else []), *map(str, curve.metrics)]
+    return Section(curve.title, [note], columns, rows)
 
 
 def _explanations(result: Result) -> list[str]:
@@ -248,8 +256,8 @@ def _explanations(result: Result) -> list[str]:
 
 def _costs(result: Result) -> Section:
     columns = ["arm", "tokens", "time", "tokens/s", "memory", "active units"]
-    rows = [_cost(arm) for arm in (*([result.trunk] if result.trunk else []), *result.arms)]
-    notes = ["The time of a fork is that after its trunk."] if result.trunk else []
+    rows = [_cost(arm) for arm in (*result.trunks, *result.arms)]
+    notes = ["The time of a fork is that after its trunk."] if result.trunks else []
     if result.unrecorded:
         runs = counted(result.unrecorded, "run")
         notes.append(f"{runs} ended while no sweep looked on: commit, machine and hours are without them.")
@@ -271,6 +279,13 @@ def _cost(arm: ArmResult) -> list[str]:
 
 
 def _problems(result: Result) -> Iterator[str]:
+    drop, control = result.sweep.spec.drop, result.sweep.spec.control
+    for arm in result.arms:
+        if drop and arm.is_dropped:
+            yield (
+                f"{arm.name} was dropped: after {counted(drop.seeds, 'seed')} it was worse than {control} by "
+                f"{arm.worse:.4f} ({drop.metric}), which is more than {drop.margin:g}"
+            )
     for run in result.runs:
         if run.state == "failed":
             yield f"{run.arm}, seed {run.seed}, failed: {run.error}"

@@ -10,6 +10,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cda_cli.version import __version__
@@ -23,6 +24,7 @@ class Attempt:
 
     `began` is in UTC, by ISO 8601. `exit_code` is below 0 if a signal ended it. `error` is the last line of its log, or
     empty if it did not fail or was stopped. `commit` is that of the code, or empty where that is not in a git checkout.
+    `versions` are those of cda, Python and its libraries, which older records lack.
     """
 
     job: str
@@ -35,6 +37,7 @@ class Attempt:
     device: str
     version: str = __version__
     commit: str = ""
+    versions: str = ""
 
 
 def append(folder: Path, attempt: Attempt) -> None:
@@ -93,6 +96,15 @@ def _output(*command: str | Path) -> str:
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def versions() -> str:
+    """The versions of cda and Python, and those of PyTorch and Triton where they are installed."""
+    found = [f"cda {__version__}", f"Python {platform.python_version()}"]
+    for name, package in {"PyTorch": "torch", "Triton": "triton"}.items():
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(package)}")
+    return ", ".join(found)
 
 
 def distinct(values: Sequence[str]) -> list[str]:

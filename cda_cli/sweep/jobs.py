@@ -69,7 +69,7 @@ class Running:
         said = [line.strip() for line in lines if line.strip()]
         return said[-1].removeprefix("error: ") if said else ""
 
-    def attempt(self, machine: str, commit: str) -> Attempt:
+    def attempt(self, machine: str, commit: str, versions: str) -> Attempt:
         """What its process came to, once that has ended. To be stopped is no error."""
         code = self.process.returncode
         if code in STOPPED:
@@ -90,6 +90,7 @@ class Running:
             machine=machine,
             device=self.device or self.job.config.run.device,
             commit=commit,
+            versions=versions,
         )
 
 
@@ -114,6 +115,7 @@ class Runner:
     stop: StopRequest
     machine: str
     commit: str
+    versions: str
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Runs those of the `jobs` that are not done. A job that fails does not keep the others from running.
@@ -178,7 +180,7 @@ class Runner:
         running.look()
         if running.process.returncode == 0:
             running.job.finish()
-        attempt = running.attempt(self.machine, self.commit)
+        attempt = running.attempt(self.machine, self.commit, self.versions)
         append(self.out, attempt)
         self.display.ended(attempt, running)
 
@@ -190,7 +192,7 @@ def _ask_to_stop(running: Iterable[Running]) -> None:
 
 
 def _environment(processes: int) -> Mapping[str, str]:
-    """Shares the cores among the processes, which would otherwise take all of them each."""
-    cores = len(os.sched_getaffinity(0))
-    shared = {"OMP_NUM_THREADS": str(max(1, cores // processes))} if processes > 1 else {}
+    """Shares the cores among the processes, which would otherwise take all of them each, to compute and to compile."""
+    share = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    shared = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), share) if processes > 1 else {}
     return {**shared, **os.environ}

@@ -1,28 +1,26 @@
-"""The picture of a sweep: the losses of all seeds, and the loss against the keys kept."""
+"""The picture of a sweep: the losses of all seeds, the loss against the keys kept, and the exact match by length."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cda_cli.plots import STYLES, Point, Style, add_legend, doubling_axis, draw_line, drawable, new_figure, save, styled
-from cda_cli.sweep.result import ArmResult, Result
-from cda_cli.sweep.spec import EVALUATED
+from cda_cli.sweep.result import ArmResult, Curve, Result
 
 HEIGHT = 0.4  # of a part, as a share of the width of a page
 
 
 def draw_sweep(path: Path, result: Result) -> None:
-    """Draws a sweep into the file `path`: each seed of each arm, and a curve for each choice of keys that were kept."""
+    """Draws a sweep into the file `path`: each seed of each arm, and the curves of the evaluations."""
     style = STYLES["paper"]
     with styled(style):
-        parts = 1 + len(result.cuts)
+        parts = 1 + len(result.curves)
         figure, (first, *others) = new_figure(style, 1, HEIGHT * parts, rows=parts)
         _draw_seeds(first, style, result)
-        for axes, (choice, numbers) in zip(others, result.cuts.items(), strict=True):
-            _draw_cuts(axes, style, result, choice, numbers)
+        for axes, curve in zip(others, result.curves, strict=True):
+            _draw_curve(axes, style, result, curve)
         if others:
             add_legend(figure, others[0], style)
         save(figure, path, title=result.sweep.file.stem, description=result.command)
@@ -42,16 +40,16 @@ def _draw_seeds(axes: Any, style: Style, result: Result) -> None:
     axes.set_xlabel("bits per byte of the last validation: seeds, and their mean with its 95 % interval")
 
 
-def _draw_cuts(axes: Any, style: Style, result: Result, choice: str, numbers: Sequence[int]) -> None:
-    """Draws the loss of each arm against the keys kept, with its interval as a band."""
+def _draw_curve(axes: Any, style: Style, result: Result, curve: Curve) -> None:
+    """Draws what the evaluations of each arm gave, with its interval as a band."""
     for place, arm in enumerate(result.arms):
-        means = {number: arm.mean(f"{EVALUATED}{choice}[{number}].bits_per_byte") for number in numbers}
+        means = {number: arm.mean(name) for number, name in curve.metrics.items()}
         points = [Point(n, mean.value, mean.low, mean.high) for n, mean in means.items() if math.isfinite(mean.value)]
         if points:
             draw_line(axes, style, place, drawable(arm.name), points)
-    doubling_axis(axes, numbers)
-    axes.set_xlabel(f"keys kept ({choice})")
-    axes.set_ylabel("bits per byte")
+    doubling_axis(axes, list(curve.metrics))
+    axes.set_xlabel(curve.axis)
+    axes.set_ylabel(curve.value)
 
 
 def _losses(arm: ArmResult) -> list[float]:

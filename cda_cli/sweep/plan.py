@@ -2,7 +2,7 @@
 
 - `OUT/ARM/seed-N` is the run of an arm and a seed; beside it are its settings, `seed-N.yaml`, and what it said,
   `seed-N.log`. `seed-N.eval.json` is its evaluation.
-- `OUT/trunk/seed-N` is the run that the forks of a seed begin from.
+- `OUT/TRUNK/seed-N` is the run from which the forks of a seed begin.
 - `OUT/ARM/speed` is the short run that measures the speed of an arm, where time is held equal.
 - `OUT/ARM/tune/POINT` is the run of an arm with a point of its grid.
 - `OUT/attempts.jsonl` tells how each process ended (see `attempts`).
@@ -11,14 +11,16 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cda_cli.comparison.recorded import read_run
 from cda_cli.config import Config
-from cda_cli.errors import ConfigError
-from cda_cli.sweep.spec import TRUNK, Point, Spec, settings
+from cda_cli.errors import CdaError, ConfigError
+from cda_cli.sweep.metrics import metrics_of_evaluation, metrics_of_run
+from cda_cli.sweep.spec import Point, Spec, settings
 from cda_cli.sweep.work import EvalJob, Job, TrainJob
 
 SPEED_STEPS, SPEED_LOGS = 60, 5
@@ -38,25 +40,43 @@ class Sweep:
         yield self.speed_jobs()
         yield self.trunk_jobs()
         yield self.tuning_jobs()
-        yield self.jobs()
-        yield self.evaluations()
+        for seeds in filter(None, (self.first_seeds, self.later_seeds)):
+            yield self.jobs(seeds)
+            yield self.evaluations(seeds)
 
-    def jobs(self) -> list[TrainJob]:
+    @property
+    def first_seeds(self) -> list[int]:
+        """The seeds that decide which arms are dropped; all of them, if none is."""
+        return self.spec.seeds[: self.spec.drop.seeds if self.spec.drop else None]
+
+    @property
+    def later_seeds(self) -> list[int]:
+        """The seeds that arms have no runs with once they are dropped."""
+        return self.spec.seeds[len(self.first_seeds) :]
+
+    def jobs(self, seeds: Sequence[int] | None = None) -> list[TrainJob]:
         """The runs that are compared, seed by seed, so that early ones make pairs.
 
-        An arm has none before its speed is measured and a run of its tuning has finished.
+        An arm has none before its speed is measured and a run of its tuning has finished, nor with later seeds once it
+        is dropped.
         """
         chosen = {arm: self.chosen(arm) for arm in self._measured()}
         arms = [arm for arm, point in chosen.items() if point or not self.spec.tune]
-        return [self.job(arm, seed, chosen[arm]) for seed in self.spec.seeds for arm in arms]
+        kept = {arm for arm in arms if math.isnan(self.worse_at_first(arm))}
+        return [
+            self.job(arm, seed, chosen[arm])
+            for seed in (self.spec.seeds if seeds is None else seeds)
+            for arm in arms
+            if arm in kept or seed in self.first_seeds
+        ]
 
     def job(self, arm: str, seed: int, chosen: Point | None) -> TrainJob:
         """The run of an arm and a seed, with the point that was chosen for the arm."""
         return self._run_of(arm, seed, chosen, f"seed {seed}", Path(f"seed-{seed}"))
 
-    def evaluations(self) -> list[EvalJob]:
+    def evaluations(self, seeds: Sequence[int] | None = None) -> list[EvalJob]:
         """The evaluations of the runs that are compared."""
-        return [self.evaluation(job) for job in self.jobs()] if self.spec.eval else []
+        return [self.evaluation(job) for job in self.jobs(seeds)] if self.spec.eval else []
 
     def evaluation(self, job: TrainJob) -> EvalJob:
         """The evaluation of a run."""
@@ -64,9 +84,8 @@ class Sweep:
         return EvalJob(f"{job.name}, evaluation", job.folder, job.config, job, self.spec.eval)
 
     def tuning_jobs(self) -> list[TrainJob]:
-        """The runs of all grids, without those of arms that have gone on: these would change what was chosen."""
-        arms = [arm for arm in self._measured() if not self._has_gone_on(arm)]
-        return [self.tuning_job(arm, point) for arm in arms for point in self.spec.points(arm)]
+        """The runs of all grids."""
+        return [self.tuning_job(arm, point) for arm in self._measured() for point in self.spec.points(arm)]
 
     def tuning_job(self, arm: str, point: Point) -> TrainJob:
         """The run of an arm with a point of its grid."""
@@ -74,7 +93,8 @@ class Sweep:
         return self._run_of(arm, self.spec.tune.seed, point, point.name, Path("tune") / point.folder)
 
     def _run_of(self, arm: str, seed: int, point: Point | None, words: str, place: Path) -> TrainJob:
-        trunk = self.trunk_job(seed) if self.spec.arms[arm].begins else None
+        begins = self.spec.arms[arm].begins
+        trunk = self.trunk_job(begins, seed) if begins else None
         run = {"seed": seed} | ({"init_from": str(trunk.folder), "fork": True} if trunk else {})
         steps = {"steps": self.steps_in_time(arm)} if self.spec.minutes else {}
         config = settings(self.spec, *self.spec.layers(arm), point.layer if point else {}, {"run": run, "optim": steps})
@@ -102,29 +122,54 @@ class Sweep:
         """The arms whose speed is known, if it must be."""
         return [arm for arm in self.spec.arms if not self.spec.minutes or self.speed_job(arm).is_done()]
 
-    def trunk_jobs(self) -> list[TrainJob]:
-        """The runs that forks begin from."""
+    def trunk_jobs(self, *trunks: str) -> list[TrainJob]:
+        """The runs from which forks begin, of these trunks or of all."""
         seeds = [*self.spec.seeds, *([self.spec.tune.seed] if self.spec.tune else [])]
-        return [self.trunk_job(seed) for seed in seeds] if self.spec.trunk else []
+        return [self.trunk_job(trunk, seed) for seed in seeds for trunk in trunks or self.spec.trunks]
 
-    def trunk_job(self, seed: int) -> TrainJob:
-        """The run of the trunk with a seed: the first steps of a whole run, with the schedule of all its steps."""
-        assert self.spec.trunk
-        whole = settings(self.spec, self.spec.trunk.layer)
-        steps = max(1, round(self.spec.trunk.share * whole.optim.steps))
+    def trunk_job(self, name: str, seed: int) -> TrainJob:
+        """The run of a trunk with a seed: the first steps of a whole run, with the schedule of all its steps."""
+        trunk = self.spec.trunks[name]
+        whole = settings(self.spec, trunk.layer)
+        steps = max(1, round(trunk.share * whole.optim.steps))
         part = {"optim": {"steps": steps, "schedule_steps": whole.schedule_steps}, "run": {"seed": seed}}
-        config = settings(self.spec, self.spec.trunk.layer, part)
-        return TrainJob(f"{TRUNK}, seed {seed}", self.out / TRUNK / f"seed-{seed}", config)
+        config = settings(self.spec, trunk.layer, part)
+        return TrainJob(f"{name}, seed {seed}", self.out / name / f"seed-{seed}", config)
 
     def chosen(self, arm: str) -> Point | None:
-        """The point with the lowest validation loss of those that have finished; None if there is none."""
-        losses = [(self.tuning_job(arm, point).loss(), point) for point in self.spec.points(arm)]
+        """The point that an arm has gone on with or, before that, the one with the lowest validation loss.
+
+        None if no run of its grid has finished.
+        """
+        points = self.spec.points(arm)
+        for point in points:
+            # A run of the grid that failed at first must not change what the arm is.
+            if any(self.job(arm, seed, point).began_with(point.keys) for seed in self.spec.seeds):
+                return point
+        losses = [(self.tuning_job(arm, point).loss(), point) for point in points]
         finished = [(loss, point) for loss, point in losses if math.isfinite(loss)]
         return min(finished, key=lambda each: each[0])[1] if finished else None
 
-    def _has_gone_on(self, arm: str) -> bool:
-        chosen = self.chosen(arm)
-        return any(self.job(arm, seed, chosen).settings_file.exists() for seed in self.spec.seeds)
+    def worse_at_first(self, arm: str) -> float:
+        """By how much an arm is worse than the control with the first seeds, if it is dropped for that; or else NaN."""
+        drop, control = self.spec.drop, self.spec.control
+        if drop is None or arm == control:
+            return math.nan
+        sign = 1 if drop.better == "lower" else -1
+        own, other = ([self._metric(name, seed, drop.metric) for seed in self.first_seeds] for name in (arm, control))
+        worse = sign * (statistics.fmean(own) - statistics.fmean(other))
+        return worse if worse > drop.margin else math.nan
+
+    def _metric(self, arm: str, seed: int, name: str) -> float:
+        """A metric of the run of an arm and a seed; NaN where it has none."""
+        try:
+            job = self.job(arm, seed, self.chosen(arm))
+            found = metrics_of_run(read_run(job.folder)) if job.is_done() else {}
+        except CdaError:
+            return math.nan
+        if self.spec.eval:
+            found |= metrics_of_evaluation(self.evaluation(job).document())
+        return found.get(name, math.nan)
 
     def is_validated_alike(self) -> bool:
         """Whether all arms are validated in training on the same part of the same text, by their settings."""

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from cda_cli.comparison.recorded import RecordedRun, read_run
-from cda_cli.conditions import metrics_of
+from cda_cli.comparison.recorded import read_run
 from cda_cli.errors import CdaError, ConfigError, did_you_mean
 from cda_cli.sweep import attempts
 from cda_cli.sweep.attempts import Attempt, distinct
 from cda_cli.sweep.claims import Decision, decide, registration
+from cda_cli.sweep.metrics import metrics_of_evaluation, metrics_of_run
 from cda_cli.sweep.plan import Sweep
-from cda_cli.sweep.spec import EVALUATED, METRICS, TRUNK, Point
+from cda_cli.sweep.spec import EVALUATED, Point
 from cda_cli.sweep.student_t import LEVEL, Mean, mean_of
 from cda_cli.sweep.work import EvalJob, TrainJob
 
 WHOLE = f"{EVALUATED}bits_per_byte"
 CUT = re.compile(rf"{re.escape(EVALUATED)}([\w-]+)\[(\d+)\]\.bits_per_byte")
+LENGTH = re.compile(rf"{re.escape(EVALUATED)}tasks\.(task:[^.]*[?&]length=(\d+)[^.]*)\.metrics\.exact_match,none")
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run. `state` is finished, failed, running or unfinished, and `error` says why it failed.
+    """A run. `state` is finished, failed, running, unfinished or dropped, and `error` says why it failed.
 
     `metrics` are those of a run that has finished, by name.
     """
@@ -64,12 +64,20 @@ class Tuned:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """The runs of an arm, those of the control, which may be the same, and those of its tuning."""
+    """The runs of an arm, those of the control, which may be the same, and those of its tuning.
+
+    An arm that was dropped was `worse` than the control by so much, and NaN stands for one that was not.
+    """
 
     name: str
     runs: Sequence[RunResult]
     control: Sequence[RunResult]
-    tuned: Sequence[Tuned]
+    tuned: Sequence[Tuned] = ()
+    worse: float = math.nan
+
+    @property
+    def is_dropped(self) -> bool:
+        return not math.isnan(self.worse)
 
     def mean(self, name: str) -> Mean:
         """The mean of a metric over the seeds that have it."""
@@ -91,26 +99,61 @@ class ArmResult:
                     found.append((key, "smallest" if value == min(tried) else "largest"))
         return found
 
+    def missed(self) -> Point | None:
+        """The point whose loss is below that of the point with which the arm had gone on before; None otherwise."""
+        best = min(self.tuned, key=lambda each: math.inf if math.isnan(each.loss) else each.loss, default=None)
+        return best.point if best and not best.is_chosen and any(each.is_chosen for each in self.tuned) else None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of the evaluations against a number: the loss against the keys kept, or the exact match by length.
+
+    `metrics` has the names by that number. `whole` is the metric that all keys give, from which differences are taken.
+    """
+
+    title: str
+    axis: str
+    value: str
+    metrics: Mapping[int, str]
+    whole: str | None = None
+
 
 @dataclass(frozen=True)
 class Result:
-    """All arms of a sweep, in the order of the file, their trunk, and the attempts that they took."""
+    """All arms of a sweep, in the order of the file, their trunks, and the attempts that they took."""
 
     sweep: Sweep
     arms: Sequence[ArmResult]
-    trunk: ArmResult | None
+    trunks: Sequence[ArmResult]
     attempts: Sequence[Attempt]
     command: str
 
     @cached_property
-    def cuts(self) -> dict[str, list[int]]:
-        """The numbers of keys that the evaluations kept, the most first, by the choice of the keys."""
-        found: dict[str, set[int]] = {}
-        for run in self.runs:
-            for name in run.metrics:
-                if cut := CUT.fullmatch(name):
-                    found.setdefault(cut[1], set()).add(int(cut[2]))
-        return {choice: sorted(numbers, reverse=True) for choice, numbers in found.items()}
+    def curves(self) -> list[Curve]:
+        """What the evaluations give by the number of keys kept, the most first, and by the length of examples."""
+        cuts: dict[str, dict[int, str]] = {}
+        lengths: dict[str, dict[int, str]] = {}
+        for name in dict.fromkeys(name for run in self.runs for name in run.metrics):
+            if cut := CUT.fullmatch(name):
+                cuts.setdefault(cut[1], {})[int(cut[2])] = name
+            elif length := LENGTH.fullmatch(name):
+                task = re.sub(r"length=\d+&?", "", length[1]).rstrip("?&")
+                lengths.setdefault(task, {})[int(length[2])] = name
+        found = [
+            Curve(
+                f"Bits per byte by keys kept ({choice})",
+                f"keys kept ({choice})",
+                "bits per byte",
+                dict(sorted(names.items(), reverse=True)),
+                WHOLE,
+            )
+            for choice, names in cuts.items()
+        ]
+        return found + [
+            Curve(f"Exact match by length ({task}), %", f"length ({task})", "exact match", dict(sorted(names.items())))
+            for task, names in lengths.items()
+        ]
 
     @cached_property
     def runs(self) -> list[RunResult]:
@@ -141,7 +184,7 @@ class Result:
     def unrecorded(self) -> int:
         """How many runs finished without an attempt, as those of a sweep that was killed."""
         recorded = {attempt.job for attempt in self.attempts if not attempt.exit_code}
-        runs = [*self.runs, *(self.trunk.runs if self.trunk else [])]
+        runs = [*self.runs, *(run for trunk in self.trunks for run in trunk.runs)]
         return sum(run.state == "finished" and f"{run.arm}, seed {run.seed}" not in recorded for run in runs)
 
     def of_state(self, state: str) -> list[RunResult]:
@@ -159,7 +202,8 @@ class Result:
             "command": self.command,
             "seeds": list(self.sweep.spec.seeds),
             "commits": distinct([attempt.commit for attempt in self.attempts]),
-            "versions": distinct([attempt.version for attempt in self.attempts]),
+            "dates": sorted({attempt.began[:10] for attempt in self.attempts}),
+            "versions": distinct([attempt.versions or f"cda {attempt.version}" for attempt in self.attempts]),
             "machines": distinct([attempt.machine for attempt in self.attempts]),
             "devices": distinct([attempt.device for attempt in self.attempts]),
             "hours": self.hours,
@@ -177,7 +221,7 @@ class Result:
             "compare": [decision.as_dict() for decision in self.decisions],
             "registration": self.registration,
             "arms": [_arm(arm) for arm in self.arms],
-            "trunk": _arm(self.trunk) if self.trunk else None,
+            "trunks": [_arm(trunk) for trunk in self.trunks],
             "failed": len(self.of_state("failed")),
             "unrecorded": self.unrecorded,
         }
@@ -187,12 +231,25 @@ def collect(sweep: Sweep, command: str) -> Result:
     """Reads what the runs of a sweep have recorded so far."""
     known = attempts.read(sweep.out)
     latest = attempts.latest(known)
-    trunk = [_state(TRUNK, job, latest) for job in sweep.trunk_jobs()]
     tuned = {arm: _tuned(sweep, arm, latest) for arm in sweep.spec.arms}
+    worse = {arm: sweep.worse_at_first(arm) for arm in sweep.spec.arms}
     runs = {arm: [_run(sweep, arm, seed, tuned[arm], latest) for seed in sweep.spec.seeds] for arm in sweep.spec.arms}
+    for arm, own in runs.items():
+        if not math.isnan(worse[arm]):
+            runs[arm] = [_dropped(sweep, run) for run in own]
     control = sweep.spec.control
-    arms = [ArmResult(arm, own, runs[control], tuned[arm]) for arm, own in runs.items()]
-    return Result(sweep, arms, ArmResult(TRUNK, trunk, trunk, ()) if trunk else None, known, command)
+    arms = [ArmResult(arm, own, runs[control], tuned[arm], worse[arm]) for arm, own in runs.items()]
+    trunks = []
+    for trunk in sweep.spec.trunks:
+        own = [_state(trunk, job, latest) for job in sweep.trunk_jobs(trunk)]
+        trunks.append(ArmResult(trunk, own, own))
+    return Result(sweep, arms, trunks, known, command)
+
+
+def _dropped(sweep: Sweep, run: RunResult) -> RunResult:
+    """The run of an arm that was dropped, which may have been there before."""
+    is_left_out = run.seed in sweep.later_seeds and run.state in ("failed", "unfinished")
+    return replace(run, state="dropped", error="") if is_left_out else run
 
 
 def _tuned(sweep: Sweep, arm: str, latest: Mapping[str, Attempt]) -> list[Tuned]:
@@ -221,7 +278,7 @@ def _run(sweep: Sweep, arm: str, seed: int, tuned: Sequence[Tuned], latest: Mapp
 def _evaluated(found: RunResult, job: EvalJob, latest: Mapping[str, Attempt]) -> RunResult:
     """The result of a run that has finished, with the metrics of its evaluation."""
     if job.is_done():
-        return replace(found, metrics={**found.metrics, **metrics_of({"eval": job.document()})})
+        return replace(found, metrics={**found.metrics, **metrics_of_evaluation(job.document())})
     last = latest.get(job.name)
     if last and last.error:
         return replace(found, state="failed", error=f"its evaluation failed: {last.error}")
@@ -250,33 +307,6 @@ def _state(arm: str, job: TrainJob, latest: Mapping[str, Attempt]) -> RunResult:
     return RunResult(arm, job.config.run.seed, str(job.folder), job.command(), state, error, metrics)
 
 
-def metrics_of_run(run: RecordedRun) -> dict[str, float]:
-    """The metrics of a run by name, those of its last validation among them; NaN where it recorded none.
-
-    Measures of attention are means over the layers of the last train record.
-    """
-    best = min(run.validation, key=lambda point: point.loss, default=None)
-    last = run.validation[-1] if run.validation else None
-    layers: Mapping[str, Callable[[Any], float]] = {
-        "effective_support": lambda layer: layer.effective_support,
-        "sparsity_k": lambda layer: layer.sparsity_k,
-        "active_units": lambda layer: layer.active_units,
-    }
-    found = {
-        "loss": last.loss if last else math.nan,
-        "bits_per_byte": last.bits_per_byte if last else math.nan,
-        "best_loss": best.loss if best else math.nan,
-        "best_bits_per_byte": best.bits_per_byte if best else math.nan,
-        "tokens": run.tokens,
-        "steps": run.training[-1].step if run.training else math.nan,
-        "seconds": run.seconds,
-        "tokens_per_second": run.tokens_per_second,
-        "memory_bytes": run.memory_bytes,
-        **{name: statistics.fmean(map(of, run.layers)) if run.layers else math.nan for name, of in layers.items()},
-    }
-    return {name: found[name] for name in METRICS}
-
-
 def _arm(arm: ArmResult) -> dict[str, Any]:
     names = arm.runs[0].metrics if arm.runs else {}
     for run in arm.runs:
@@ -284,6 +314,7 @@ def _arm(arm: ArmResult) -> dict[str, Any]:
     return {
         "name": arm.name,
         "tuning": [each.as_dict() for each in arm.tuned],
+        "dropped": arm.is_dropped,
         "runs": [asdict(run) for run in arm.runs],
         "means": {name: arm.mean(name).as_dict() for name in names},
         "differences": {name: arm.difference(name).as_dict() for name in names},

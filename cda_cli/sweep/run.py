@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cda_cli.config import Config
-from cda_cli.errors import ConfigError
+from cda_cli.errors import CdaError, ConfigError
 from cda_cli.signals import StopRequest
 from cda_cli.storage import only_writer
-from cda_cli.sweep.attempts import commit, machine
+from cda_cli.sweep.attempts import commit, machine, versions
 from cda_cli.sweep.claims import register
 from cda_cli.sweep.jobs import Display, Runner, Slot
 from cda_cli.sweep.plan import Sweep
@@ -23,7 +23,7 @@ def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
     """
     with StopRequest() as stop, only_writer(sweep.out / LOCKED, lambda _: None):
         register(sweep.spec, sweep.out)
-        runner = Runner(slots, sweep.out, display, stop, machine(), commit())
+        runner = Runner(slots, sweep.out, display, stop, machine(), commit(), versions())
         for jobs in sweep.stages():
             runner.run(jobs)
             stop.check("stopped, and what was running is saved; the same command goes on")
@@ -32,13 +32,23 @@ def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
 def check_sweep(sweep: Sweep) -> None:
     """Raises ConfigError, before anything is trained, for what could not come to a result."""
     sweep.check(count_parameters)
-    if sweep.spec.eval and sweep.spec.eval.cut:
+    wants = sweep.spec.eval
+    if wants and wants.cut:
         from cda_cli.causal import Wanted
 
         try:
-            Wanted.parse(sweep.spec.eval.cut, (), ())
+            Wanted.parse(wants.cut, (), ())
         except ConfigError as error:
             raise ConfigError(f"{sweep.file}: eval.cut: {error}") from error
+    if wants and wants.tasks:
+        from cda_cli.evaluation.tasks import TaskOptions, find_tasks
+        from cda_cli.restore import own_task
+
+        try:
+            for job in sweep.jobs(sweep.first_seeds[:1]):
+                find_tasks(wants.tasks, TaskOptions(limit=wants.limit, lengths=wants.lengths, own=own_task(job.config)))
+        except CdaError as error:
+            raise ConfigError(f"{sweep.file}: eval.tasks: {error}") from error
 
 
 def count_parameters(config: Config) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cda_cli.config import Config, Layer, parse, preset_file, read_yaml
-from cda_cli.errors import ConfigError, did_you_mean, requirement
+from cda_cli.errors import did_you_mean
 from cda_cli.settings import DEFAULT_PRESET, SECTIONS
 from cda_cli.settings_table import as_written
 
@@ -21,10 +21,10 @@ METRICS = (
     "memory_bytes", "effective_support", "sparsity_k", "active_units",
 )  # fmt: skip
 EVALUATED = "eval."  # begins the names of metrics of an evaluation
-TRUNK = "trunk"  # the name of its folder
-NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an arm, which is the name of a folder and a column of a table
+NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an arm or a trunk, which is the name of a folder
 
 Equal = Literal["tokens", "parameters", "time"]
+Better = Literal["lower", "higher"]
 Seed = Annotated[int, Field(ge=0)]
 OWN_SEED = "each run has one of the sweep's seeds; leave run.seed out, and give the key seeds"
 
@@ -68,12 +68,12 @@ Grid = Annotated[dict[str, list[str | None]], AfterValidator(_checked_grid)]
 
 
 class Arm(Settings):
-    """What an arm changes in the settings of all, or where it is a fork, in those of the trunk.
+    """What an arm changes in the settings of all, or where it is a fork, in those of the trunk that it `begins` from.
 
     Its `grid` stands in for that of the tuning.
     """
 
-    begins: Literal["trunk"] | None = Field(None, alias="from")
+    begins: str | None = Field(None, alias="from")
     grid: Grid | None = None
 
 
@@ -91,21 +91,47 @@ class Tune(Part):
 
 
 class Evaluation(Part):
-    """What `cda eval` measures of each run that has finished, by its options."""
+    """What `cda eval` measures of each run that has finished, by its options: on a text, or in tasks."""
 
     cut: list[str] = Field(default_factory=list)
     max_batches: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=1)
     context: int | None = Field(None, ge=1)
     data: str | None = None
+    tasks: list[str] = Field(default_factory=list)
+    lengths: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    limit: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _is_of_a_text_or_of_tasks(self) -> Evaluation:
+        of_text, of_tasks = {"cut", "max_batches", "context", "data"}, {"lengths", "limit"}
+        for name in sorted(self.model_fields_set & (of_text if self.tasks else of_tasks)):
+            remedy = "is about a text, and tasks bring their own; leave" if self.tasks else "is about tasks; name"
+            raise ValueError(f"eval.{name} {remedy} {'one of them out' if self.tasks else 'them with eval.tasks'}")
+        return self
 
     def options(self) -> list[str]:
         """The options of `cda eval`."""
         found = [word for cut in self.cut for word in ("--cut", cut)]
-        for name in ("max_batches", "batch_size", "context", "data"):
+        for name in ("tasks", "lengths"):
+            if values := getattr(self, name):
+                found += [f"--{name}", ",".join(map(str, values))]
+        for name in ("max_batches", "limit", "batch_size", "context", "data"):
             if (value := getattr(self, name)) is not None:
                 found += [f"--{name.replace('_', '-')}", str(value)]
         return found
+
+
+class Drop(Part):
+    """Drops an arm whose metric is worse than that of the control by more than `margin` in the mean over `seeds` seeds.
+
+    These are the first of the file. The arm has no runs with the others.
+    """
+
+    margin: float = Field(0.02, gt=0)
+    seeds: int = Field(2, ge=1)
+    metric: str = "bits_per_byte"
+    better: Better = "lower"
 
 
 class Claim(Part):
@@ -121,7 +147,7 @@ class Claim(Part):
     metric: str = "bits_per_byte"
     control: str = ""
     of_control: str | None = None
-    better: Literal["lower", "higher"] = "lower"
+    better: Better = "lower"
     spread: float | None = Field(None, gt=0)
 
 
@@ -130,6 +156,10 @@ class Point(NamedTuple):
 
     name: str
     layer: Layer
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"{section}.{name}" for section, values in self.layer.items() for name in values]
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -147,7 +177,7 @@ class Point(NamedTuple):
 
 
 class Spec(Settings):
-    """The file of a sweep. The settings at its top level hold for all arms; each run has its own seed."""
+    """The file of a sweep. The settings at its top level hold for all arms; each run has one of the `seeds`."""
 
     preset: str = DEFAULT_PRESET
     arms: dict[str, Arm] = Field(min_length=1)
@@ -156,8 +186,9 @@ class Spec(Settings):
     equal: Equal = "tokens"
     minutes: float | None = Field(None, gt=0)
     tune: Tune | None = None
-    trunk: Trunk | None = None
+    trunks: dict[str, Trunk] = Field(default_factory=dict)
     eval: Evaluation | None = None
+    drop: Drop | None = None
     compare: list[Claim] = Field(default_factory=list)
 
     @model_validator(mode="before")
@@ -171,21 +202,19 @@ class Spec(Settings):
             given = [{"control": control, **claim} if isinstance(claim, dict) else claim for claim in given]
         return {**values, "control": control} | ({"compare": given} if given else {})
 
-    @field_validator("arms", mode="before")
+    @field_validator("arms", "trunks", mode="before")
     @classmethod
-    def _may_be_empty(cls, arms: Any) -> Any:
+    def _may_be_empty(cls, parts: Any) -> Any:
         """An arm without changes, `softmax:`, is null in YAML."""
-        return {name: arm or {} for name, arm in arms.items()} if isinstance(arms, dict) else arms
+        return {name: part or {} for name, part in parts.items()} if isinstance(parts, dict) else parts
 
-    @field_validator("arms")
+    @field_validator("arms", "trunks")
     @classmethod
-    def _are_names(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
-        for name in arms:
-            if not NAME.fullmatch(name) or name == TRUNK:
-                raise ValueError(
-                    f"an arm has the name of a folder, of letters, digits and . _ + -, other than {TRUNK}, not {name!r}"
-                )
-        return arms
+    def _are_names(cls, parts: dict[str, Settings]) -> dict[str, Settings]:
+        for name in parts:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of a folder; take letters, digits and . _ + -")
+        return parts
 
     @field_validator("seeds")
     @classmethod
@@ -204,16 +233,18 @@ class Spec(Settings):
                 self._require_metric(name)
             if claim.arm == claim.control:
                 raise ValueError(f"compare: {claim.arm} is its own control; name another arm")
+        if self.drop:
+            self._require_metric(self.drop.metric, "drop")
         return self
 
-    def _require_metric(self, name: str) -> None:
+    def _require_metric(self, name: str, key: str = "compare") -> None:
         """Raises ValueError where no run can have the metric. Those of an evaluation are known once it has ended."""
         if name in METRICS or (self.eval and name.startswith(EVALUATED)):
             return
         remedy = did_you_mean(name, METRICS)
         if name.startswith(EVALUATED):
             remedy = "it is one of an evaluation, which the key eval asks for; add it"
-        raise ValueError(f"compare: there is no metric {name!r} of a run: {remedy}")
+        raise ValueError(f"{key}: there is no metric {name!r} of a run: {remedy}")
 
     @model_validator(mode="after")
     def _holds_time(self) -> Spec:
@@ -221,8 +252,8 @@ class Spec(Settings):
             raise ValueError("`equal: time` and `minutes`, those of each run, go together; give both or none")
         if self.equal != "time":
             return self
-        if self.trunk:
-            raise ValueError("forks share the steps of their trunk; leave `equal: time` or the trunk out")
+        if self.trunks:
+            raise ValueError("forks share the steps of their trunk; leave `equal: time` or the trunks out")
         named = [
             name for name, part in {"": self, **self.arms}.items() if {"steps", "schedule_steps"} & set(part.optim)
         ]
@@ -232,12 +263,17 @@ class Spec(Settings):
         return self
 
     @model_validator(mode="after")
-    def _forks_a_trunk(self) -> Spec:
-        forks = [name for name, arm in self.arms.items() if arm.begins]
-        if forks and not self.trunk:
-            raise ValueError(f"arms.{forks[0]}.from names the trunk, which the key trunk describes; add it")
-        if self.trunk and not forks:
-            raise ValueError("trunk: no arm begins from it; give one `from: trunk`")
+    def _forks_its_trunks(self) -> Spec:
+        begun = {arm.begins: name for name, arm in self.arms.items() if arm.begins}
+        for trunk, name in begun.items():
+            if trunk not in self.trunks:
+                near = did_you_mean(trunk, self.trunks, otherwise="the key trunks describes them; add it")
+                raise ValueError(f"arms.{name}.from: there is no trunk {trunk!r}: {near}")
+        for trunk in self.trunks:
+            if trunk in self.arms:
+                raise ValueError(f"trunks.{trunk} has the name of an arm, and so its folder; choose another")
+            if trunk not in begun:
+                raise ValueError(f"trunks.{trunk}: no arm begins from it; give one `from: {trunk}`")
         return self
 
     @model_validator(mode="after")
@@ -260,7 +296,7 @@ class Spec(Settings):
     def layers(self, arm: str) -> list[Layer]:
         """What an arm changes in the settings of all, its trunk's changes first."""
         own = self.arms[arm]
-        return [*([self.trunk.layer] if self.trunk and own.begins else []), own.layer]
+        return [*([self.trunks[own.begins].layer] if own.begins else []), own.layer]
 
     def points(self, arm: str) -> list[Point]:
         """The points of the grid of an arm; none without tuning."""
@@ -273,28 +309,6 @@ class Spec(Settings):
         """Raises ValueError if there is no arm of this name, which the file gives under `key`."""
         if name not in self.arms:
             raise ValueError(f"{key}: there is no arm {name!r}: {did_you_mean(name, self.arms)}")
-
-
-def read_spec(file: Path) -> Spec:
-    """Reads the file of a sweep, and checks the settings of each arm. Raises ConfigError, which names file and key."""
-    if not file.exists():
-        raise ConfigError(f"there is no file {file}; give the YAML file of a sweep, as docs/sweeps.md shows one")
-    try:
-        spec = Spec.model_validate(read_yaml(file, "mend it, or give another file"))
-    except ValidationError as error:
-        raise ConfigError(f"{file}: {_sentence(error)}") from error
-    for name, arm in spec.arms.items():
-        try:
-            settings(spec, *spec.layers(name))
-        except ConfigError as error:
-            place = "" if _is_of_all_arms(spec, str(error)) else f"arms.{name}: "
-            raise ConfigError(f"{file}: {place}{error}") from error
-        for point in spec.points(name):
-            try:
-                settings(spec, *spec.layers(name), point.layer)
-            except ConfigError as error:
-                raise ConfigError(f"{file}: {f'arms.{name}.' if arm.grid else 'tune.'}grid: {error}") from error
-    return spec
 
 
 def _point(values: dict[str, str | None]) -> Point:
@@ -317,32 +331,15 @@ def settings(spec: Spec, *changes: Layer) -> Config:
     return parse({"preset": spec.preset, **merged})
 
 
-def _is_of_all_arms(spec: Spec, fault: str) -> bool:
-    """Whether the settings of all arms are refused in the same words without those of any arm."""
-    try:
-        settings(spec)
-    except ConfigError as error:
-        return str(error) == fault
-    return False
+PARTS: dict[str, type[Part]] = {
+    "arms": Arm, "compare": Claim, "drop": Drop, "eval": Evaluation, "tune": Tune, "trunks": Trunk,
+}  # fmt: skip
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first fault that pydantic found, as one sentence with the key."""
-    fault = error.errors()[0]
-    path = [str(part) for part in fault["loc"]]
-    where, message = ".".join(path), requirement(fault["msg"])
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key '{where}': {did_you_mean(path[-1], _keys(path[0] if path[1:] else ''))}"
-    if fault["type"] == "missing":
-        return f"the key '{where}' is missing; docs/sweeps.md shows a whole file"
-    if fault["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"{where} = {fault['input']!r} is not possible: {message}; docs/sweeps.md says what is"
-
-
-def _keys(name: str) -> list[str]:
-    """The keys of the part `name` of the file, or of the file itself."""
-    return [field.alias or key for key, field in PARTS.get(name, Spec).model_fields.items()]
-
-
-PARTS: dict[str, type[Part]] = {"arms": Arm, "compare": Claim, "eval": Evaluation, "tune": Tune, "trunk": Trunk}
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with the values of `above`, which win; mappings are merged in turn, and all else is taken whole."""
+    found = dict(below)
+    for key, value in above.items():
+        old = found.get(key)
+        found[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return found

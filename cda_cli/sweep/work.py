@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from cda_cli import strict_json
 from cda_cli.config import Config, dump_yaml, flat, parse, read_yaml
 from cda_cli.errors import CdaError, ConfigError
-from cda_cli.runs.folder import Run
+from cda_cli.runs.folder import Run, config_of
 from cda_cli.runs.records import TrainRecord, ValidationRecord
 from cda_cli.runs.summary import summarise
 from cda_cli.settings_table import as_written
@@ -120,9 +120,24 @@ class TrainJob(Job):
                     f"{as_written(value)}; put it back, choose another --out, or remove {self.folder.parent}"
                 )
 
+    def began_with(self, keys: Sequence[str]) -> bool:
+        """Whether the run has begun, and with the values that its settings have for these keys."""
+        if not self.settings_file.exists():
+            return False
+        before, now = flat(parse(read_yaml(self.settings_file, "remove it"))), flat(self.config)
+        return all(before[key] == now[key] for key in keys)
+
     def prepare(self) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        write_file(self.settings_file, dump_yaml(self.config).encode())
+        write_file(self.settings_file, dump_yaml(self._as_begun()).encode())
+
+    def _as_begun(self) -> Config:
+        """Its settings. A fork that goes on names its trunk as it did at first, wherever that lies now."""
+        before = config_of(self.folder) if self.trunk and Run(self.folder).steps() else None
+        if before is None:
+            return self.config
+        run = self.config.run.model_copy(update={"init_from": before.run.init_from})
+        return self.config.model_copy(update={"run": run})
 
     def is_done(self) -> bool:
         try:

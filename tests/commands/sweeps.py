@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cda_cli.sweep.attempts import Attempt
+
 ROOT = Path(__file__).parent.parent.parent
 
 FILE = """\
@@ -13,3 +15,10 @@ arms:
   sparse:
 seeds: [0, 1, 2]
 """
+
+
+def attempt(job: str, error: str = "") -> Attempt:
+    return Attempt(
+        job=job, command="cda train", began="2020-02-02T02:02:02+00:00", seconds=1800.0, exit_code=int(bool(error)),
+        error=error, machine="a computer", device="cpu", version="1", commit="abc",
+    )  # fmt: skip

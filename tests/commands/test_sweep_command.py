@@ -15,14 +15,13 @@ import pytest
 from cda_cli.storage import only_writer
 from cda_cli.sweep import attempts
 from cda_cli.sweep.attempts import Attempt
-from cda_cli.sweep.claims import Decision, register, registration
+from cda_cli.sweep.claims import register, registration
+from cda_cli.sweep.files import read_spec
 from cda_cli.sweep.jobs import Running, make_slots
 from cda_cli.sweep.plan import Sweep
 from cda_cli.sweep.run import run_sweep
-from cda_cli.sweep.spec import Claim, read_spec
-from cda_cli.sweep.student_t import Mean
 from tests.commands.helpers import Cda, assert_refused, steps_saved
-from tests.commands.sweeps import FILE, ROOT
+from tests.commands.sweeps import FILE, ROOT, attempt
 from tests.comparison.runs import write_run
 
 MEASURED = ("seconds", "tokens_per_second", "memory_bytes")  # no two runs are equal in these
@@ -51,13 +50,6 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "sweep.yaml"
     file.write_text(FILE)
     return file
-
-
-def attempt(job: str, error: str = "") -> Attempt:
-    return Attempt(
-        job=job, command="cda train", began="2020-02-02T02:02:02+00:00", seconds=1800.0, exit_code=int(bool(error)),
-        error=error, machine="a computer", device="cpu", version="1", commit="abc",
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -114,6 +106,8 @@ def test_tables_have_means_and_paired_differences(cda: Cda, sweep: Path, trained
         "sparse, seed 2, failed: it burst; use a smaller --lr",
         "hours 3.00",
         "commit abc",
+        "date 2020-02-02",
+        "versions cda 1",
     ):
         assert line in lines, f"{line!r} is not in:\n{done.out}"
     assert max(len(line) for line in done.out.splitlines() if not line.endswith(".")) <= 80
@@ -206,74 +200,10 @@ def test_a_run_that_began_with_other_settings_is_refused(cda: Cda, sweep: Path, 
     assert_refused(cda("sweep", sweep), "optim.lr 0.003", "now has 0.5", "another --out")
 
 
-@pytest.fixture
-def tuned(sweep: Path) -> Path:
-    """The folder of a sweep whose arms are tuned, but for a run that failed."""
-    sweep.write_text(f"{FILE}tune: {{seed: 9, grid: {{optim.lr: [1e-3, 1e-2, 1e-1]}}}}\n")
-    out = sweep.parent / "runs" / "sweep"
-    for arm, losses in {"plain": (3.0, 2.0, 2.5), "sparse": (2.0, 2.2, None)}.items():
-        for rate, loss in zip(("1e-3", "1e-2", "1e-1"), losses, strict=True):
-            if loss is not None:
-                write_run(out / arm / "tune" / f"optim.lr={rate}", [8.0, 6.0, 5.0, loss], text={})
-            attempts.append(out, attempt(f"{arm}, optim.lr={rate}", "" if loss else "it burst"))
-    return out
-
-
-def test_each_arm_goes_on_with_what_its_tuning_chose(cda: Cda, sweep: Path, tuned: Path) -> None:
-    planned = Sweep(read_spec(sweep), sweep, tuned)
-    tuning, jobs = planned.tuning_jobs(), planned.jobs()
-    assert {job.config.run.seed for job in tuning} == {9}
-    assert [job.config.optim.lr for job in tuning] == [1e-3, 1e-2, 1e-1] * 2
-    assert {job.name.partition(",")[0]: job.config.optim.lr for job in jobs} == {"plain": 1e-2, "sparse": 1e-3}
-    done = cda("sweep", sweep, "--no-run")
-    lines = [" ".join(line.split()) for line in done.out.splitlines()]
-    for line in (
-        "plain, optim.lr=1e-3 3.0000",
-        "plain, optim.lr=1e-2 2.0000 chosen",
-        "sparse, optim.lr=1e-1 failed",
-        "sparse, optim.lr=1e-1, failed: it burst",
-        "sparse came out with the smallest optim.lr of its grid; one beyond it may be better.",
-    ):
-        assert line in lines, f"{line!r} is not in:\n{done.out}"
-    assert "plain came out" not in done.out
-
-
-def test_a_failed_tuning_is_not_tried_again_once_its_arm_has_gone_on(sweep: Path, tuned: Path) -> None:
-    """Its loss might change what was chosen, and with it the runs that there are."""
-    planned = Sweep(read_spec(sweep), sweep, tuned)
-    planned.jobs()[1].prepare()
-    assert {job.name.partition(",")[0] for job in planned.tuning_jobs()} == {"plain"}
-
-
-def test_an_arm_whose_tuning_failed_has_failed(cda: Cda, sweep: Path) -> None:
-    sweep.write_text(f"{FILE}tune: {{seed: 9, grid: {{optim.lr: [9]}}}}\n")
-    out = sweep.parent / "runs" / "sweep"
-    out.mkdir(parents=True)
-    for arm in ("plain", "sparse"):
-        attempts.append(out, attempt(f"{arm}, optim.lr=9", "it burst"))
-    done = cda("sweep", sweep, "--no-run")
-    assert done.code == 1
-    assert "plain, seed 0, failed: no run of its tuning has finished, and the last one failed: it burst" in done.out
-
-
 CLAIMS = """compare:
   - {arm: sparse, claim: non-inferior, margin: 0.25}
   - {arm: sparse, claim: superior, margin: 0.05, metric: loss}
 """
-
-
-def test_at_equal_time_the_speed_of_an_arm_gives_its_steps(sweep: Path) -> None:
-    sweep.write_text(f"{FILE}equal: time\nminutes: 2\n".replace("optim: {steps: 40}", "optim: {batch_size: 4}"))
-    out = sweep.parent / "runs" / "sweep"
-    planned = Sweep(read_spec(sweep), sweep, out)
-    speeds = next(planned.stages())
-    assert [job.name for job in speeds] == ["plain, speed", "sparse, speed"]
-    assert planned.jobs() == [], "no speed is known yet"
-    write_run(out / "plain" / "speed", tokens_per_second=4096.0, text={})
-    write_run(out / "sparse" / "speed", tokens_per_second=1024.0, text={})
-    tokens = {job.name: job.config.optim.steps * 4 * job.config.model.seq_len for job in planned.jobs()}
-    assert tokens["plain, seed 0"] == 120 * 4096
-    assert tokens["sparse, seed 2"] == 120 * 1024
 
 
 def test_claims_are_registered_and_decided(cda: Cda, sweep: Path, trained: Path) -> None:
@@ -305,31 +235,6 @@ def test_claims_are_registered_and_decided(cda: Cda, sweep: Path, trained: Path)
     assert "were changed after the runs began" in cda("sweep", sweep, "--no-run").out
     document = json.loads(cda("sweep", sweep, "--no-run", "--json").out)
     assert [claim["verdict"] for claim in document["compare"]] == ["holds", "not decided"]
-
-
-@pytest.mark.parametrize(
-    ("claim", "low", "high", "verdict"),
-    [
-        ("non-inferior", -0.2, 0.09, "holds"),
-        ("non-inferior", -0.2, 0.11, "not decided"),
-        ("non-inferior", 0.11, 0.2, "refuted"),
-        ("superior", -0.2, -0.01, "holds"),
-        ("superior", -0.2, 0.01, "not decided"),
-        ("superior", -0.09, 0.2, "refuted"),
-    ],
-)
-@pytest.mark.parametrize("better", ["lower", "higher"])
-def test_the_whole_interval_decides(claim: str, low: float, high: float, verdict: str, better: str) -> None:
-    said = Claim.model_validate({"arm": "a", "control": "b", "claim": claim, "margin": 0.1, "better": better})
-    ends = (low, high) if better == "lower" else (-high, -low)
-    assert Decision(said, Mean(sum(ends) / 2, 0.1, *ends, 3), 3).verdict == verdict
-
-
-def test_what_is_better_by_less_than_would_matter_is_said_to_be() -> None:
-    said = Claim.model_validate({"arm": "a", "control": "b", "claim": "superior", "margin": 0.1})
-    words = "All of the interval is better by less than 0.1."
-    assert words in Decision(said, Mean(-0.05, 0.01, -0.07, -0.03, 3), 3).words()
-    assert words not in Decision(said, Mean(-0.08, 0.01, -0.11, -0.05, 3), 3).words()
 
 
 def test_evaluations_give_the_loss_against_the_keys_kept(cda: Cda, sweep: Path, trained: Path) -> None:
@@ -367,21 +272,21 @@ def test_evaluations_give_the_loss_against_the_keys_kept(cda: Cda, sweep: Path, 
     assert_refused(cda("sweep", sweep, "--no-run"), "no evaluation has the metric 'eval.los': did you mean")
 
 
-def test_forks_go_on_from_the_trunk_of_their_seed(cda: Cda, sweep: Path) -> None:
-    forked = FILE.replace("plain: {", "plain: {from: trunk, ").replace("[0, 1, 2]", "[0, 1]")
-    sweep.write_text(f"{forked}trunk: {{share: 0.75, model: {{dim: 64}}}}\n")
-    out = sweep.parent / "runs" / "sweep"
-    planned = Sweep(read_spec(sweep), sweep, out)
-    trunks, jobs = planned.trunk_jobs(), planned.jobs()
-    assert [(job.config.optim.steps, job.config.optim.schedule_steps) for job in trunks] == [(30, 40)] * 2
-    of_plain, of_sparse = jobs[0].config, jobs[1].config
-    assert (of_plain.run.init_from, of_plain.run.fork) == (str(out / "trunk" / "seed-0"), True)
-    assert (of_plain.model.dim, of_plain.optim.steps) == (64, 40)
-    assert (of_sparse.run.init_from, of_sparse.run.fork, of_sparse.model.dim) == (None, False, 128)
-    write_run(out / "trunk" / "seed-0", [8.0, 6.0, 5.0], text={})
-    attempts.append(out, attempt("trunk, seed 1", "it burst"))
-    assert [job.is_blocked() for job in planned.jobs()] == [False, False, True, False]
-    done = cda("sweep", sweep, "--no-run")
-    assert "plain, seed 1, failed: its trunk failed: it burst" in done.out
-    assert "3 runs have not finished: plain seed 0, sparse seed 0, sparse seed 1" in done.out
-    assert done.code == 1
+def test_tasks_are_scored_by_length(cda: Cda, sweep: Path, trained: Path) -> None:
+    sweep.write_text(f"{FILE}eval: {{tasks: ['task:sort?vocab=8'], lengths: [8, 32], limit: 100}}\n")
+    jobs = Sweep(read_spec(sweep), sweep, trained).evaluations()
+    words = ["--tasks", "task:sort?vocab=8", "--lengths", "8,32", "--limit", "100", "--json"]
+    assert jobs[0].arguments(None)[2:] == words
+    for job, seed in zip(jobs[:4], (0, 0, 1, 1), strict=True):
+        right = {8: 1.0, 32: 0.25 + 0.125 * seed + 0.25 * ("sparse" in job.name)}
+        tasks = {
+            f"task:sort?length={n}&vocab=8": {"metrics": {"exact_match,none": share}} for n, share in right.items()
+        }
+        job.output.write_text(json.dumps({"tasks": tasks}))
+        job.finish()
+    done = cda("sweep", sweep, "--no-run", "--plot", "sweep.svg")
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
+    for line in ("Exact match by length (task:sort?vocab=8), %", "arm 8 32", "plain 100.0 31.2", "sparse 100.0 56.2"):
+        assert line in lines, f"{line!r} is not in:\n{done.out}"
+    assert lines[lines.index("sparse 100.0 56.2") + 1] == "+0.0 +25.0"
+    assert ">length (task:sort?vocab=8)<" in Path("sweep.svg").read_text()

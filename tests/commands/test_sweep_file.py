@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from cda_cli.sweep.files import read_spec
 from cda_cli.sweep.plan import Sweep
-from cda_cli.sweep.spec import read_spec
 from tests.commands.helpers import Cda, assert_refused
 from tests.commands.sweeps import FILE, ROOT
 
@@ -42,7 +42,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "a grid without values": (f"{FILE}tune: {{seed: 9, grid: {{optim.lr: []}}}}", "optim.lr has no values"),
     "a value twice": (f"{FILE}tune: {{seed: 9, grid: {{optim.lr: [1, 1]}}}}", "optim.lr has a value twice"),
     "no such control": (f"{FILE}control: plein", "control: there is no arm 'plein': did you mean 'plain'?"),
-    "no name of a folder": (FILE.replace("sparse:", "../up:"), "an arm has the name of a folder"),
+    "no name of a folder": (FILE.replace("sparse:", "../up:"), "arms: '../up' is no name of a folder"),
     "tuned on a seed of the table": (
         f"{FILE}tune: {{seed: 1, grid: {{optim.lr: [1]}}}}",
         "tune.seed 1 is among the seeds",
@@ -59,8 +59,18 @@ WRONG: dict[str, tuple[str, str]] = {
         f"{FILE}tune: {{seed: 9, grid: {{optim.batch_size: [8, 16]}}}}",
         "arms differ in their tokens",
     ),
-    "a fork of nothing": (FILE.replace("sparse:", "sparse: {from: trunk}"), "arms.sparse.from names the trunk"),
-    "a trunk without a fork": (f"{FILE}trunk: {{share: 0.5}}", "trunk: no arm begins from it"),
+    "a fork of nothing": (FILE.replace("sparse:", "sparse: {from: trunk}"), "arms.sparse.from: there is no trunk"),
+    "a trunk without a fork": (f"{FILE}trunks: {{late: {{share: 0.5}}}}", "trunks.late: no arm begins from it"),
+    "a trunk in the folder of an arm": (
+        FILE.replace("sparse:", "sparse: {from: plain}") + "trunks: {plain: }",
+        "trunks.plain has the name of an arm",
+    ),
+    "a text of tasks": (f"{FILE}eval: {{tasks: ['task:sort'], cut: ['top:4']}}", "eval.cut is about a text"),
+    "lengths of a text": (f"{FILE}eval: {{lengths: [64]}}", "eval.lengths is about tasks; name them with eval.tasks"),
+    "no such task": (f"{FILE}eval: {{tasks: ['task:sirt']}}", "eval.tasks: "),
+    "a drop by no metric": (f"{FILE}drop: {{metric: los}}", "drop: there is no metric 'los' of a run"),
+    "itself": ("extends: sweep.yaml", "sweep.yaml extends itself"),
+    "no file that it extends": ("extends: other.yaml", "other.yaml, which"),
     "a claim of no metric": (
         f"{FILE}compare: {{arm: sparse, claim: superior, margin: 1, metric: los}}",
         "compare: there is no metric 'los' of a run: did you mean 'loss'?",
@@ -110,9 +120,12 @@ def test_what_is_wrong_in_the_file_is_told_with_its_place(cda: Cda, sweep: Path,
         (["--devices", "cuda:0,cuda:1", "--jobs", 1], "would leave devices"),
         (["--markdown", "no/table.md"], "make no first"),
         (["--plot", "table.txt"], "is no picture"),
+        (["--reduced"], "has no reduced form"),
+        (["--set", "optim.stps=3"], "unknown setting 'optim.stps'"),
     ],
 )
 def test_wrong_options_are_refused(cda: Cda, sweep: Path, options: list[Any], words: str) -> None:
+    sweep.write_text(FILE)
     assert_refused(cda("sweep", sweep, *options), words)
 
 
@@ -126,3 +139,14 @@ def test_the_example_of_the_docs_is_a_sweep() -> None:
     planned = Sweep(read_spec(file), file, Path("out"))
     planned.check(lambda config: 0)
     assert len(planned.jobs()) == 9
+
+
+def test_a_file_changes_another_and_its_reduced_form_changes_that(sweep: Path) -> None:
+    """So does --set for all arms, above both."""
+    (sweep.parent / "whole.yaml").write_text(f"{FILE}reduced: {{optim: {{steps: 20}}, seeds: [0]}}\n")
+    sweep.write_text("extends: whole.yaml\noptim: {lr: 0.5}\narms: {sparse: {model: {attn_k: 4}}}\n")
+    whole, small = read_spec(sweep), read_spec(sweep, reduced=True, sets=["optim.lr=0.25"])
+    assert (whole.optim, whole.seeds) == ({"steps": "40", "lr": "0.5"}, [0, 1, 2])
+    assert (small.optim, small.seeds) == ({"steps": "20", "lr": "0.25"}, [0])
+    assert small.arms["sparse"].model == {"attn_k": "4"}
+    assert small.arms["plain"].model == {"attention": "softmax"}
