@@ -275,6 +275,16 @@ class OptimSettings(Table):
     beta1: Annotated[float, Setting("AdamW's decay of the mean gradient.", ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Setting("AdamW's decay of the mean squared gradient.", ge=0, lt=1)] = 0.95
     clip: Annotated[float, Setting("Largest gradient norm; 0: no clipping.", ge=0)] = 1.0
+    truncated_share: Annotated[
+        float,
+        Setting(
+            "Share of the steps on which attention keeps only the truncated_keys largest weights of a row, as "
+            "cda eval --cut top:N does; 0: none.",
+            ge=0,
+            le=1,
+        ),
+    ] = 0.0
+    truncated_keys: Annotated[int, Setting("Keys that a row keeps on a truncated step.", ge=1)] = 16
     ema_decay: Annotated[
         float, Setting("Decay of a moving average of the weights, such as 0.999; 0: none.", ge=0, lt=1)
     ] = 0.0

@@ -133,12 +133,7 @@ class Cut(Intervention):
 
     def __call__(self, rows: Rows) -> Tensor:
         """Returns the weights that remain, [B, H, t, S]."""
-        is_key = rows.mask.clone()
-        is_key[:, : rows.null_keys] = False
-        ranks = CHOICES[self.choice](rows, self.keys).to(torch.float32).masked_fill(~is_key, -torch.inf)
-        kept = ranks.topk(min(self.keys, ranks.shape[-1]), -1).indices
-        keep = torch.zeros_like(rows.scores, dtype=torch.bool).scatter(-1, kept, True) & is_key
-        keep |= rows.mask & ~is_key
+        keep = rows.largest(CHOICES[self.choice](rows, self.keys), self.keys)
         return rows.weights(rows.mask).where(keep, 0.0) if self.drops else rows.weights(keep)
 
 

@@ -2,7 +2,7 @@
 
 from cda_cli.model.activations import feed_forward_activation
 from cda_cli.model.cache import KeyValueCache, StaticCache
-from cda_cli.model.edits import editing
+from cda_cli.model.edits import Truncation, editing
 from cda_cli.model.key_pages import KeyReads
 from cda_cli.model.loss import padded_vocabulary
 from cda_cli.model.page_choice import FIRST_AND_NEWEST, PAGE, KeySelection
@@ -29,6 +29,7 @@ __all__ = [
     "Rows",
     "StaticCache",
     "Transformer",
+    "Truncation",
     "attention_rule",
     "editing",
     "expected_tensors",

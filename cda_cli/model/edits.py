@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,25 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from cda_cli.model.rules import EditRows
+    from cda_cli.model.rules import EditRows, Rows
     from cda_cli.model.transformer import Transformer
 
 EditLayer = Callable[[int, Tensor], Tensor]  # from the number of a layer and what it computes to what it shall compute
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """An edit of rows that keeps the `keys` keys of each row with the largest weights, besides null keys.
+
+    The rule computes their weights anew, as in a row without the others. Larger scores have larger weights under every
+    rule, and also rank the keys that are capped.
+    """
+
+    keys: int
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """Returns the weights that remain, [B, H, t, S]."""
+        return rows.weights(rows.largest(rows.scores, self.keys))
 
 
 @contextmanager

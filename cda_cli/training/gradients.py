@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +67,13 @@ class GradientGraphs:
 
     The first step runs without graphs, which compiles and warms up. The second captures two graphs: one of the first
     batch of a step, which creates the gradients, and one of a further batch, which adds to them. Graphs replay fixed
-    addresses. Gradients therefore stay where they are from step to step, and the tensors within the graphs have a pool
-    of their own. All batches must have one shape.
+    addresses. Gradients therefore stay where they are from step to step, and the tensors within the graphs have a
+    `pool` of their own (`torch.cuda.graph_pool_handle`). Graphs of other steps may share it, as no step needs what the
+    graphs of the one before have left. All batches must have one shape.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        self._model, self._device, self._dtype = model, device, dtype
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, pool: Any) -> None:
+        self._model, self._device, self._dtype, self._pool = model, device, dtype, pool
         self._steps = 0
         self._stream = torch.cuda.Stream(device)
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -103,9 +105,8 @@ class GradientGraphs:
     def _captured(self, first: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Captures a graph, without running it, and returns it with the loss that it writes."""
         graph = torch.cuda.CUDAGraph()
-        pool = None if first else self._graphs[True][0].pool()
         # Another thread copies the next batches into pinned memory, which must not disturb the capture.
-        capture = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
         with torch.cuda.device(self._device), capture:
             loss = _add_gradients(self._model, self._batch, self._tokens, self._device, self._dtype)
         if first:

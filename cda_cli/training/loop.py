@@ -68,7 +68,7 @@ def train(
     while state.step < optim.steps and not (stop or patience.over):
         rate = learning_rate(optim, config.schedule_steps, state.step)
         set_learning_rate(state.optimizer, rate)
-        batches, state.position, loss, eps = pipeline.take()
+        batches, state.position, loss, attention = pipeline.take()
         result = StepResult(loss, clip_gradients(model, optim.clip))
         optimizer.launch(result)
         pipeline.prefetch(batches, inspects=is_logged(state.step + 1))
@@ -94,14 +94,14 @@ def train(
         last = state.step == optim.steps
         if is_logged(state.step) or stop:
             speed.mark()
-            recorded = pipeline.recorded(batches, eps)
+            recorded = pipeline.recorded(batches, attention.eps)
             report(
                 TrainRecord(
                     step=state.step,
                     loss=running.loss,
                     bits_per_byte=running.bits_per_byte,
                     lr=rate,
-                    eps=eps,
+                    eps=attention.eps,
                     grad_norm=values.norm,
                     tokens=state.tokens,
                     tokens_per_second=speed.tokens_per_second,

@@ -16,23 +16,31 @@ from torch import Tensor
 from cda_cli.config import Config, annealed_eps
 from cda_cli.data import Batch
 from cda_cli.inspection import Recorded, RecordWatcher, inspect
+from cda_cli.model import editing
 from cda_cli.training.accounting.speed import Speed
 from cda_cli.training.gradients import accumulate_gradients
-from cda_cli.training.schedule import due
+from cda_cli.training.schedule import due, is_one_of
 from cda_cli.training.state import RunContext, TrainState
+
+
+class StepAttention(NamedTuple):
+    """What changes in the attention from step to step: its ε, and whether rows are truncated."""
+
+    eps: float
+    truncated: bool
 
 
 class PendingStep(NamedTuple):
     """A step whose gradients are computed, or are being computed on the device, and nothing more.
 
-    `position` is the position in the data after its `batches`; `loss` is a scalar on the device. `eps` is the ε of the
-    attention with which the gradients are computed.
+    `position` is the position in the data after its `batches`; `loss` is a scalar on the device. `attention` is what
+    attention computes them with.
     """
 
     batches: list[Batch]
     position: dict[str, Any]
     loss: Tensor
-    eps: float
+    attention: StepAttention
 
 
 class Pipeline:
@@ -55,9 +63,9 @@ class Pipeline:
         context, state = self._context, self._state
         if pending is None:
             return launch_step(context, state, self._speed, state.step)
-        if pending.eps == eps_of_step(context.config, state.step):
+        if pending.attention == attention_of_step(context.config, state.step):
             return pending
-        # The step before was refused, so ε stays where it was. The gradients of this step are computed again with it.
+        # The step before was refused, so this step takes its place, and is computed again with its attention.
         state.optimizer.zero_grad(set_to_none=True)
         return compute_gradients(context, state, pending.batches, pending.position, state.step)
 
@@ -129,13 +137,18 @@ def launch_step(context: RunContext, state: TrainState, speed: Speed, step: int)
 def compute_gradients(
     context: RunContext, state: TrainState, batches: list[Batch], position: dict[str, Any], step: int
 ) -> PendingStep:
-    """Adds the gradients of `batches` with the ε of `step`; a GPU may still compute them afterwards."""
-    eps = eps_of_step(context.config, step)
-    state.model.set_attention_eps(eps)
-    loss = accumulate_gradients(
-        context.compiled, batches, context.device, context.dtype, context.processes, context.graphs
-    )
-    return PendingStep(batches, position, loss, eps)
+    """Adds the gradients of `batches` with the attention of `step`; a GPU may still compute them afterwards."""
+    attention = attention_of_step(context.config, step)
+    state.model.set_attention_eps(attention.eps)
+    graphs = context.graphs.get(attention.truncated)
+    with editing(state.model, rows=context.truncation if attention.truncated else None):
+        loss = accumulate_gradients(context.compiled, batches, context.device, context.dtype, context.processes, graphs)
+    return PendingStep(batches, position, loss, attention)
+
+
+def attention_of_step(config: Config, step: int) -> StepAttention:
+    """Returns what the attention does in the step with index `step`, counted from 0."""
+    return StepAttention(eps_of_step(config, step), is_one_of(step, config.optim.truncated_share))
 
 
 def eps_of_step(config: Config, step: int) -> float:

@@ -14,6 +14,7 @@ import torch
 from cda_cli.config import Config
 from cda_cli.data import PreparationStoppedError, Tokenizer, bpe_size, count_windows, digest
 from cda_cli.errors import ConfigError
+from cda_cli.model import editing
 from cda_cli.plurals import counted
 from cda_cli.restore import tokenizer_of
 from cda_cli.runs.early_stop import Patience
@@ -177,7 +178,7 @@ def _forecast(context: RunContext) -> Forecast | None:
     """Forecasts memory; None for the published code, which cannot be followed."""
     if context.backend.name == "colt5":
         return None
-    captured = context.graphs is not None
+    captured = bool(context.graphs)
     return forecast(context.config, context.device, context.dtype, context.is_compiled, captured, context.backend)
 
 
@@ -191,18 +192,25 @@ def try_steps(context: RunContext, state: TrainState) -> tuple[float, int]:
     """Returns the loss of the first batch, and the peak of memory in bytes.
 
     A GPU takes two whole steps, since only the second meets the optimizer's state, of up to two batches each, since
-    only the second batch meets gradients. A CPU computes the gradients of one batch.
+    only the second batch meets gradients. A CPU computes the gradients of one batch. The steps are truncated if any
+    are, as those take the most memory.
     """
+    with editing(state.model, rows=context.truncation):
+        return _try_steps(context, state)
+
+
+def _try_steps(context: RunContext, state: TrainState) -> tuple[float, int]:
     device, dtype, optim = context.device, context.dtype, context.config.optim
     if device.type == "cpu":
         loss = accumulate_gradients(context.compiled, draw(state, 1)[0], device, dtype)
         return loss.item(), peak_memory(device)
+    graphs = context.graphs.get(context.truncation is not None)
     torch.cuda.reset_peak_memory_stats(device)
     optimizer = GuardedOptimizer(state.optimizer)
     losses = []
     for _ in range(2):
         batches, _ = draw(state, min(2, optim.grad_accum))
-        loss = accumulate_gradients(context.compiled, batches, device, dtype, graphs=context.graphs)
+        loss = accumulate_gradients(context.compiled, batches, device, dtype, graphs=graphs)
         result = StepResult(loss, clip_gradients(state.model, optim.clip))
         optimizer.launch(result)
         values = result.read()
@@ -225,7 +233,7 @@ def make_plan(context: RunContext, state: TrainState, run: Run) -> Plan:
         device=describe_device(context.device),
         dtype=str(context.dtype).removeprefix("torch."),
         compiled=context.is_compiled,
-        cuda_graphs=context.graphs is not None,
+        cuda_graphs=bool(context.graphs),
         backend=describe_backend(config, context.backend),
         first_step=state.step,
         steps=config.optim.steps,

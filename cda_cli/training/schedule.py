@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 
 def due(step: int, interval: int) -> bool:
     """Whether something that is done every `interval` steps is due after `step`. An interval of 0 means never."""
     return interval > 0 and step % interval == 0
+
+
+def is_one_of(step: int, share: float) -> bool:
+    """Whether the step with index `step`, counted from 0, is one of a share of all steps, which lie evenly.
+
+    Of a share of 0.5 that is every second step. It follows from the step alone, so a resumed run has the same steps.
+    """
+    return math.floor((step + 1) * share) > math.floor(step * share)
 
 
 class Timer:

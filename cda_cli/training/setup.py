@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cda_cli.config import Config, DataConfig
 from cda_cli.data import (
@@ -33,6 +34,7 @@ from cda_cli.data import (
 from cda_cli.errors import CheckpointError, DataError, DeviceError
 from cda_cli.model import (
     Transformer,
+    Truncation,
     attention_rule,
     feed_forward_activation,
     fits_cuda_graph,
@@ -203,7 +205,8 @@ def build(
         processes=processes,
         compiled=wrapped,
         is_compiled=is_compiled,
-        graphs=GradientGraphs(wrapped, device, dtype) if captured else None,
+        truncation=Truncation(config.optim.truncated_keys) if config.optim.truncated_share else None,
+        graphs=_graphs(wrapped, device, dtype) if captured else {},
         inspection_stream=torch.cuda.Stream(device) if device.type == "cuda" and processes.count == 1 else None,
     )
     state = TrainState(
@@ -217,6 +220,12 @@ def build(
         position=saved["position"],
     )
     return context, state
+
+
+def _graphs(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[bool, GradientGraphs]:
+    """Makes graphs of truncated steps (True) and of others, which share memory: no two of them are in use at a time."""
+    pool = torch.cuda.graph_pool_handle()
+    return {truncated: GradientGraphs(model, device, dtype, pool) for truncated in (False, True)}
 
 
 def _pinned(batches: Batches, device: torch.device) -> Batches:

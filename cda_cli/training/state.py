@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cda_cli.config import Config
 from cda_cli.data import Batch, Tokenizer, Tokens
-from cda_cli.model import Transformer, state_tensors
+from cda_cli.model import Transformer, Truncation, state_tensors
 from cda_cli.ops import Choice
 from cda_cli.storage import pack_optimizer
 from cda_cli.training.accounting.flops import flops_per_token, peak_flops
@@ -55,8 +55,9 @@ class RunContext:
     """What a run computes with.
 
     `backend` is the backend of the layers, chosen once. `compiled` is what training calls: the model, or a wrapper of
-    it. `graphs` holds its gradients as CUDA graphs, if they are captured. `inspection_stream` is the stream on which an
-    inspection runs beside a step; only a single process on a GPU has one.
+    it. `truncation` is what truncated steps do with rows of attention, if the run has any. `graphs` holds the gradients
+    of steps that are truncated (True) or not (False) as CUDA graphs; it is empty if none are captured.
+    `inspection_stream` is the stream on which an inspection runs beside a step; only a single process on a GPU has one.
     """
 
     config: Config
@@ -67,7 +68,8 @@ class RunContext:
     processes: Processes
     compiled: nn.Module
     is_compiled: bool
-    graphs: GradientGraphs | None
+    truncation: Truncation | None
+    graphs: Mapping[bool, GradientGraphs]
     inspection_stream: torch.cuda.Stream | None
 
     def utilisation(self, tokens_per_second: float) -> dict[str, float]:

@@ -42,6 +42,18 @@ class Rows(NamedTuple):
     weights: Callable[[Tensor], Tensor]
     scores_of: Callable[[Tensor], Tensor]
 
+    def largest(self, ranks: Tensor, n: int) -> Tensor:
+        """Returns the mask, bool [B, H, t, S], of the n keys of each row with the largest `ranks` [B, H, t, S].
+
+        Null keys stay: they are no part of the text, and are not among the n.
+        """
+        is_key = self.mask.clone()
+        is_key[:, : self.null_keys] = False
+        ranks = ranks.detach().to(torch.float32).masked_fill(~is_key, -torch.inf)
+        kept = ranks.topk(min(n, ranks.shape[-1]), -1).indices
+        keep = torch.zeros_like(ranks, dtype=torch.bool).scatter(-1, kept, True) & is_key
+        return keep | (self.mask & ~is_key)
+
 
 EditRows = Callable[[Rows], Tensor]
 
@@ -195,7 +207,14 @@ class AttentionRule(ABC):
     def products(self, backend: str) -> Products:
         """Returns the matrix products of a full sequence, with the operator on `backend`.
 
-        Dense weights are kept for the backward. They are also computed for keys that a query does not see.
+        Those of dense weights, unless a rule has other code.
+        """
+        return self.dense_products()
+
+    def dense_products(self) -> Products:
+        """Returns the matrix products of a full sequence by dense weights.
+
+        They are kept for the backward, and also computed for keys that a query does not see.
         """
         return Products(2, 4, self.max_keys)
 

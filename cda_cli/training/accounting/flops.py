@@ -53,13 +53,18 @@ def flops_per_token(config: Config, backend: str) -> Flops:
     inner = model.heads * model.head_width
     block = _block_weights(model)
     logits = model.dim * model.vocab_size
-    attention = attention_rule(model).products(backend)
-    product = 2 * inner * attention.keys
-    per_block = 6 * block + product * (attention.forward + attention.backward)
+    rule = attention_rule(model)
+    truncated = config.optim.truncated_share  # of the steps, with dense weights
+    attention, dense = rule.products(backend), rule.dense_products()
+    forward, backward = (
+        2 * inner * ((1 - truncated) * attention.keys * of_rule + truncated * dense.keys * of_dense)
+        for of_rule, of_dense in ((attention.forward, dense.forward), (attention.backward, dense.backward))
+    )
+    per_block = 6 * block + forward + backward
     if config.run.activation_checkpointing:
         # The backward does not need the last product of a block, so it is computed again only if dropout follows it.
         unneeded = 0 if model.dropout else model.dim * model.ff_units
-        per_block += 2 * (block - unneeded) + product * attention.forward
+        per_block += 2 * (block - unneeded) + forward
     N = model.depth * block + logits
     return Flops(
         computed=model.depth * per_block + 3 * 2 * logits,

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from cda_cli.config import Config, ModelConfig
 from cda_cli.model import (
     Transformer,
+    Truncation,
     attention_rule,
     feed_forward_activation,
     model_of_shapes,
@@ -231,6 +232,9 @@ def _model(config: Config, device: torch.device) -> Transformer:
     with torch.device(device):
         model = Transformer(config.model, config.run.backend)
     model.activation_checkpointing = config.run.activation_checkpointing
+    if config.optim.truncated_share:  # Truncated steps take the most memory.
+        for block in model.each_block():
+            block.attention.edit_rows = Truncation(config.optim.truncated_keys)
     return model.train()
 
 
