@@ -183,6 +183,14 @@ class ModelSettings(Table):
             "sigmoid with initial bias 0, whatever attn_k is."
         ),
     ] = "budget"
+    output_gate_max: Annotated[
+        float | None,
+        Setting(
+            "Largest gate of output_gate_range budget, in place of attn_k; null: attn_k. A fork with another attn_k "
+            "keeps the gates of its trunk by it.",
+            ge=1,
+        ),
+    ] = None
     eps_anneal_start: Annotated[float | None, Setting("ε of the attention at step 0; null: no annealing.", gt=0)] = None
     eps_anneal_begin: Annotated[
         float, Setting("Share of the schedule at which ε begins to anneal, such as that of a fork.", ge=0, lt=1)

@@ -54,6 +54,7 @@ class Attention(nn.Module):
         self.divides_by_k = config.normalise == "k" and self.rule.has_budget
         self.to_learned_k = _head_linear(config, config.learned_k_bias) if self.rule.learns_budget else None
         self.gate_is_unit = config.output_gate_range == "unit"
+        self.largest_gate = config.output_gate_max or config.attn_k
         gate_bias = 0.0 if self.gate_is_unit else config.learned_k_bias
         self.to_gate = _head_linear(config, gate_bias) if config.output_gate else None
 
@@ -88,7 +89,7 @@ class Attention(nn.Module):
         visible_B = cache.visible_B if cache is not None else None
         logits = partial(head_logits, x_BTC, packed, linears)
         if learned_BHT is None and "k" in linears:
-            learned_BHT = self._one_to_k(logits("k"))
+            learned_BHT = _one_to(self.config.attn_k, logits("k"))
         budget = self._constant_budget if learned_BHT is None else learned_BHT
         gate_logits = logits("gate") if "gate" in linears else None
         if self.edit_budget is not None:
@@ -130,7 +131,7 @@ class Attention(nn.Module):
         return self.config.attn_k if self.rule.has_budget else 1.0
 
     def _gate(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid() if self.gate_is_unit else self._one_to_k(logits)
+        return logits.sigmoid() if self.gate_is_unit else _one_to(self.largest_gate, logits)
 
     def _output_scale(self, budget: float | Tensor, logits_BHT: Tensor | None, query_BHTD: Tensor) -> Tensor:
         """What the layer multiplies the output of each row by, [B, H, T]."""
@@ -138,9 +139,6 @@ class Attention(nn.Module):
         if self.divides_by_k:
             scale = scale / budget
         return scale if logits_BHT is None else scale * self._gate(logits_BHT)
-
-    def _one_to_k(self, logits: Tensor) -> Tensor:
-        return 1 + (self.config.attn_k - 1) * logits.sigmoid()
 
     def _prepare_heads(
         self, projected_BTGD: Tensor, cache: KeyValueCache | None, padding_B: Tensor | None
@@ -236,6 +234,10 @@ class Attention(nn.Module):
         # The factor that anneals ε on the query belongs to ε, and not to the scores.
         scores_of = (query_BHtD.detach() * (self.eps / self.rule.eps), key_BHSD.detach())
         self.observer(ObservedAttention(self.layer, *rows, null, last - null, *output, *scores_of))
+
+
+def _one_to(largest: float, logits: Tensor) -> Tensor:
+    return 1 + (largest - 1) * logits.sigmoid()
 
 
 def _head_linear(config: ModelConfig, bias: float) -> nn.Linear:

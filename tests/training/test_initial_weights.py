@@ -35,8 +35,12 @@ def started(source: Transformer, config: ModelConfig) -> tuple[Transformer, list
         ({"position": "rotary", "kv_heads": 1}, {"position": "rotary", "kv_heads": 1, "seq_len": 20}),
         ({"tied_embeddings": True}, {"tied_embeddings": True, "solver": "iterative", "n_iters": 100, "eps_decay": 0.5}),
         ({"attention": "softmax"}, {"attention": "coordinate-descent", "attn_k": 1.0, "attn_eps": 1.0}),
+        (
+            {"attention": "tempered-softmax", "attn_eps": 0.5, "output_gate": True, "attn_k": 3.0},
+            {"attention": "hard-topk", "attn_eps": 0.5, "output_gate": True, "attn_k": 5.0, "output_gate_max": 3.0},
+        ),
     ],
-    ids=["a longer context", "a shorter context", "fewer key heads", "another solver", "another rule"],
+    ids=["a longer context", "a shorter context", "fewer key heads", "another solver", "another rule", "all top keys"],
 )
 def test_the_new_model_computes_the_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Where the settings leave the function as it is, the weights do so too."""
