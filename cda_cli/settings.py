@@ -198,16 +198,24 @@ class ModelSettings(Table):
     eps_anneal_share: Annotated[float, Setting("Share of the schedule after which ε is attn_eps.", gt=0, le=1)] = 0.5
 
     ff: Annotated[
-        Literal["gelu", "gelu-tanh", "coordinate-descent", "relu2", "swiglu"],
+        Literal["gelu", "gelu-tanh", "coordinate-descent", "relu2", "swiglu", "blocks", "hard-topk-blocks"],
         Setting(
             "Feed-forward activation: gelu; gelu-tanh, its approximation in GPT-2; coordinate-descent, the soft top-k; "
-            "relu2, max(0, x)²; or swiglu, whose gate is a third matrix.",
+            "relu2, max(0, x)²; swiglu, whose gate is a third matrix; blocks, relu2 in blocks of units, each times its "
+            "weight in a soft top-k of blocks by a router; or as its control hard-topk-blocks, the ⌊ff_k⌋ blocks with "
+            "the largest k·softmax(s/ε).",
             flag="--ff",
             by_preset=True,
         ),
     ] = "gelu"
-    ff_k: Annotated[float, Setting("Budget k of a feed-forward row.", flag="--ff-k", gt=0)] = 128.0
+    ff_k: Annotated[
+        float, Setting("Budget k of a feed-forward row, in units, or in blocks of them.", flag="--ff-k", gt=0)
+    ] = 128.0
     ff_eps: Annotated[float, Setting("Temperature ε of the feed-forward.", flag="--eps", gt=0)] = 0.1
+    ff_block_size: Annotated[int, Setting("Units of a block of the feed-forward.", ge=1)] = 64
+    ff_tolerance: Annotated[
+        float, Setting("With ff blocks, a weight of a block up to this counts as 0, in training too.", ge=0, lt=1)
+    ] = 1e-3
 
     solver: Annotated[
         Literal["exact", "iterative"], Setting("How the soft top-k is solved.", flag="--solver", by_preset=True)

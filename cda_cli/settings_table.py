@@ -84,11 +84,13 @@ TABLE = {row.key: row for section in SECTIONS for row in _rows(section)}  # by k
 
 # Words of other programs by which one looks for settings that have other names here, with those names.
 SYNONYMS = {
-    "accumulation": "grad_accum", "adam": "optimizer beta1 beta2", "average": "ema_decay", "block": "depth",
-    "block_size": "seq_len", "checkpoint": "save_every save_minutes keep keep_best", "context": "seq_len",
-    "core": "threads", "corpus": "source", "cpu": "device threads", "d_model": "dim", "dataset": "source split",
+    "accumulation": "grad_accum", "adam": "optimizer beta1 beta2", "average": "ema_decay",
+    "block": "depth ff_block_size", "block_size": "seq_len", "checkpoint": "save_every save_minutes keep keep_best",
+    "context": "seq_len", "core": "threads", "corpus": "source", "cpu": "device threads", "d_model": "dim",
+    "dataset": "source split",
     "distributed": "parallel", "early": "patience", "embedding": "dim tied_embeddings position", "epoch": "steps",
-    "epsilon": "attn_eps ff_eps", "evaluation": "eval_every eval_batches", "generate": "sample_every",
+    "epsilon": "attn_eps ff_eps", "evaluation": "eval_every eval_batches", "expert": "ff ff_block_size",
+    "generate": "sample_every",
     "gpu": "device parallel", "gqa": "kv_heads", "gradient": "clip grad_accum", "hidden": "dim ff_mult ff_width",
     "intermediate_size": "ff_width", "iteration": "steps n_iters", "kernel": "backend", "layer": "depth",
     "learning_rate": "lr min_lr_ratio schedule warmup_steps", "length": "seq_len", "logging": "log_every track",

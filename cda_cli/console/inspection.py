@@ -43,7 +43,9 @@ def show_report(
         heads.add_row(f"{head.layer}.{head.head}", *columns.values())
     section(f"Attention: {restored.model.attention_description}", heads)
     _show_map(report, by, console)
-    units = table("layer", "units", "for 99%", "p95", "dead", "always on", "overlap", "by chance", "massive")
+    has_blocks = any(each.units.blocks for each in report.layers)
+    of_units = ["units", "for 99%", "p95", "dead", "always on", "overlap", "by chance", "massive"]
+    units = table("layer", *of_units, *(("active blocks", "dead blocks") if has_blocks else ()))
     for each in report.layers:
         unit = each.units
         units.add_row(
@@ -56,6 +58,7 @@ def show_report(
             _share(unit.neighbour_overlap),
             _share(unit.chance_overlap),
             f"{each.residual.massive_activations:.1f}",
+            *((f"{unit.active_blocks:.1f}/{unit.blocks}", str(unit.dead_blocks)) if has_blocks else ()),
         )
     section(f"Feed-forward: {restored.config.model.ff}", units)
     ids = [int(token) for token in text.sides[0].ids[: len(weights)]]

@@ -47,6 +47,10 @@ class UnitFigures(NamedTuple):
     `units_99` is the mean number of units in use, and `units_99_p95` what 95 % of the tokens do not exceed. A dead unit
     is in use on no token, and one that is always on is on every token. `neighbour_overlap` is the mean of |A ∩ B| over
     the mean of |A ∪ B| for the units of neighbouring tokens, and `chance_overlap` the same for tokens without order.
+
+    `nonzero_units` is the mean number of units that are not 0 on a token. Where a router chooses among `blocks` of
+    units (0 without one), a block is active on a token if any of its units is not 0: `active_blocks` is the mean number
+    of these, and a dead block is active on no token.
     """
 
     units: int
@@ -56,6 +60,10 @@ class UnitFigures(NamedTuple):
     always_on_units: int
     neighbour_overlap: float
     chance_overlap: float
+    nonzero_units: float
+    blocks: int
+    active_blocks: float
+    dead_blocks: int
 
 
 class UnitCensus:
@@ -67,6 +75,8 @@ class UnitCensus:
         self.both = ZERO  # units in use on both tokens, over all pairs of neighbours
         self.either = ZERO
         self.numbers = Histogram(whole=True)
+        self.nonzero = ZERO  # tokens on which each unit is not 0, [F]
+        self.active = ZERO  # tokens on which each block is active; without blocks none
 
     def add(self, seen: ObservedFeedForward) -> None:
         B, T, F = seen.activations.shape
@@ -79,6 +89,10 @@ class UnitCensus:
             self.both = self.both + (followed[:, 1:] & followed[:, :-1]).sum().double()
             self.either = self.either + (followed[:, 1:] | followed[:, :-1]).sum().double()
             before = used[:, -1:]
+            nonzero = chunk != 0
+            self.nonzero = self.nonzero + nonzero.sum((0, 1)).double()
+            if seen.block_size is not None:
+                self.active = self.active + nonzero.unflatten(-1, (-1, seen.block_size)).any(-1).sum((0, 1)).double()
         self.tokens += B * T
         self.pairs += B * (T - 1)
 
@@ -90,7 +104,7 @@ class UnitCensus:
     def figures(self) -> UnitFigures:
         """What was counted; without a token there are no units, and no means."""
         if not self.tokens:
-            return UnitFigures(0, math.nan, math.nan, 0, 0, math.nan, math.nan)
+            return UnitFigures(0, math.nan, math.nan, 0, 0, math.nan, math.nan, math.nan, 0, math.nan, 0)
         rate = self.times.cpu() / self.tokens
         mean, shared = rate.sum().item(), rate.square().sum().item()
         return UnitFigures(
@@ -101,6 +115,10 @@ class UnitCensus:
             always_on_units=int((self.times == self.tokens).sum()),
             neighbour_overlap=float(self.both / self.either) if self.pairs else math.nan,
             chance_overlap=shared / (2 * mean - shared) if mean else math.nan,
+            nonzero_units=self.nonzero.sum().item() / self.tokens,
+            blocks=self.active.numel() if self.active.ndim else 0,
+            active_blocks=self.active.sum().item() / self.tokens,
+            dead_blocks=int((self.active == 0).sum()) if self.active.ndim else 0,
         )
 
 

@@ -2,13 +2,15 @@
 
 To add one, write its class, add a line to `ACTIVATIONS` and its name to `ModelSettings.ff`, and test it.
 
-Shapes: B batch, T positions, F units of the feed-forward layer (`ModelConfig.ff_units`).
+Shapes: B batch, T positions, F units of the feed-forward layer (`ModelConfig.ff_units`), G outputs of its gate,
+N blocks of units.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,20 +22,25 @@ from cda_cli.ops import Backend, Choice, soft_topk
 class Activation(ABC):
     """What a feed-forward layer does with its hidden units."""
 
-    is_gated = False  # A third matrix makes a gate of as many units from the layer's input.
     uses_operator = False  # `cda_cli.ops` computes it, with a solver and a backend.
+    block_size: int | None = None  # the units of a block, where a router chooses among blocks
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         self.config, self.backend = config, backend
 
     @abstractmethod
     def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
-        """Returns the activations [B, T, F] of `hidden` [B, T, F], in its dtype; `gate` [B, T, F] if it is gated."""
+        """Returns the activations [B, T, F] of `hidden` [B, T, F], in its dtype; `gate` [B, T, G] if it is gated."""
 
     @property
-    def matrices(self) -> int:
-        """The number of matrices of dim × F weights."""
-        return 3 if self.is_gated else 2
+    def gate_width(self) -> int:
+        """The numbers G of a gate, which a third matrix makes from the layer's input; 0 without a gate."""
+        return 0
+
+    @property
+    def total_width(self) -> int:
+        """The layer has dim × so many weights in its matrices."""
+        return 2 * self.config.ff_units + self.gate_width
 
     def scratch(self, batch_size: int, choice: Choice) -> dict[str, int]:
         """Returns the bytes that an operator takes for itself, by the start of its name, as measured on a CPU."""
@@ -42,6 +49,12 @@ class Activation(ABC):
     def warnings(self) -> list[str]:
         """Returns a sentence about each setting that is allowed but can hardly be meant."""
         return []
+
+
+def _operator_scratch(config: ModelConfig, row: int, batch_size: int, choice: Choice) -> dict[str, int]:
+    """The operator takes nine float32 tensors as large as the scores forward, and six backward. A row has `row`."""
+    scores = 0 if choice.name == "triton" else batch_size * config.seq_len * row
+    return {"cda.soft_topk_backward": 4 * 6 * scores, "cda.soft_topk.": 4 * 9 * scores}
 
 
 class Gelu(Activation):
@@ -66,7 +79,9 @@ class ReluSquared(Activation):
 class SwiGlu(Activation):
     """silu(gate) · x (arXiv 2002.05202). With ff_mult = 8/3 it has as many weights as the others with 4."""
 
-    is_gated = True
+    @property
+    def gate_width(self) -> int:
+        return self.config.ff_units
 
     def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
@@ -83,14 +98,68 @@ class SoftTopKActivation(Activation):
         return soft_topk(hidden, config.ff_k, eps=config.ff_eps, backend=self.backend, **solver_settings(config))
 
     def scratch(self, batch_size: int, choice: Choice) -> dict[str, int]:
-        """The operator takes nine float32 tensors as large as the scores forward, and six backward."""
-        config = self.config
-        units = 0 if choice.name == "triton" else batch_size * config.seq_len * config.ff_units
-        return {"cda.soft_topk_backward": 4 * 6 * units, "cda.soft_topk.": 4 * 9 * units}
+        return _operator_scratch(self.config, self.config.ff_units, batch_size, choice)
 
     def warnings(self) -> list[str]:
         k, units = self.config.ff_k, self.config.ff_units
         return [f"ff_k {k:g} covers all {units} units of a row: every activation is 1"] if k >= units else []
+
+
+class RoutedBlocks(Activation):
+    """relu² of the units, in blocks of `ff_block_size`, each times the weight λ that a router gives it.
+
+    The router is the gate: a score for each block and token. As the layer is linear behind its activations, it returns
+    Σ λ_b · block_b(x), as a mixture of experts does (arXiv 1701.06538). No loss balances the blocks.
+    """
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        super().__init__(config, backend)
+        self.block_size = config.ff_block_size
+
+    @abstractmethod
+    def weights(self, scores: Tensor) -> Tensor:
+        """Returns the weights [B, T, N] of the blocks for their scores [B, T, N]; a block with weight 0 is left out."""
+
+    @property
+    def gate_width(self) -> int:
+        return self.config.ff_units // self.config.ff_block_size
+
+    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        units = F.relu(hidden).square().unflatten(-1, (-1, self.config.ff_block_size))
+        return (units * self.weights(gate).to(units.dtype).unsqueeze(-1)).flatten(-2)
+
+    def warnings(self) -> list[str]:
+        k, blocks = self.config.ff_k, self.gate_width
+        return [f"ff_k {k:g} covers all {blocks} blocks of units: none is left out"] if k >= blocks else []
+
+
+class SoftTopKBlocks(RoutedBlocks):
+    """λ is the soft top-k of the scores; what is below `ff_tolerance` counts as 0."""
+
+    uses_operator = True
+
+    def weights(self, scores: Tensor) -> Tensor:
+        config = self.config
+        weights = soft_topk(scores, config.ff_k, eps=config.ff_eps, backend=self.backend, **solver_settings(config))
+        return F.threshold(weights, config.ff_tolerance, 0.0)
+
+    def scratch(self, batch_size: int, choice: Choice) -> dict[str, int]:
+        return _operator_scratch(self.config, self.gate_width, batch_size, choice)
+
+
+class HardTopKBlocks(RoutedBlocks):
+    """λ is k·softmax(scores/ε) of the ⌊k⌋ largest scores (at least one), and 0 elsewhere: the usual top-k router.
+
+    Softmax is over all blocks, as in Switch Transformers (arXiv 2101.03961). The factor k makes λ the soft top-k of a
+    row without a capped weight, cut to its ⌊k⌋ largest entries.
+    """
+
+    def weights(self, scores: Tensor) -> Tensor:
+        k = self.config.ff_k
+        weights = k * (scores.float() / self.config.ff_eps).softmax(-1)
+        largest = weights.topk(min(max(1, int(k)), weights.shape[-1]), -1)
+        return torch.zeros_like(weights).scatter(-1, largest.indices, largest.values)
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {
@@ -99,6 +168,8 @@ ACTIVATIONS: dict[str, type[Activation]] = {
     "coordinate-descent": SoftTopKActivation,
     "relu2": ReluSquared,
     "swiglu": SwiGlu,
+    "blocks": SoftTopKBlocks,
+    "hard-topk-blocks": HardTopKBlocks,
 }
 
 

@@ -18,12 +18,13 @@ class FeedForward(nn.Module):
         self.observer: Observer | None = None
         self.proj_in = nn.Linear(config.dim, config.ff_units, bias=config.ff_bias)
         self.proj_out = nn.Linear(config.ff_units, config.dim, bias=config.ff_bias)
-        gated = self.activation.is_gated
-        self.proj_gate = nn.Linear(config.dim, config.ff_units, bias=config.ff_bias) if gated else None
+        gate = self.activation.gate_width
+        self.proj_gate = nn.Linear(config.dim, gate, bias=config.ff_bias) if gate else None
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         gate = self.proj_gate(x_BTC) if self.proj_gate is not None else None
         activations = self.activation(self.proj_in(x_BTC), gate)
         if self.observer is not None:
-            self.observer(ObservedFeedForward(self.layer, activations.detach(), self.proj_out.weight.detach()))
+            to_out, block_size = self.proj_out.weight.detach(), self.activation.block_size
+            self.observer(ObservedFeedForward(self.layer, activations.detach(), to_out, block_size))
         return self.proj_out(activations)

@@ -46,11 +46,15 @@ class ObservedAttention(NamedTuple):
 
 
 class ObservedFeedForward(NamedTuple):
-    """The activations of one feed-forward layer, [B, T, F], F units, and the matrix [C, F] that takes them back."""
+    """The activations of one feed-forward layer, [B, T, F], F units, and the matrix [C, F] that takes them back.
+
+    A router chooses units in blocks of `block_size` neighbours; without a router that is None.
+    """
 
     layer: int
     activations: Tensor
     to_out: Tensor
+    block_size: int | None = None
 
 
 Observer = Callable[[ObservedAttention | ObservedFeedForward], None]

@@ -78,7 +78,10 @@ def test_the_origin_of_each_value_is_the_layer_that_won(cda: Cda, tmp_path: Path
         ("fsdp", ["run.parallel"]),
         ("layers", ["model.depth", "model.nope_layers"]),
         ("n-layer", ["model.depth"]),
-        ("blocks", ["model.depth", "optim.optimizer"]),
+        (
+            "blocks",
+            ["model.depth", "model.ff", "model.ff_k", "model.ff_block_size", "model.ff_tolerance", "optim.optimizer"],
+        ),
         ("context", ["model.seq_len"]),
         ("width", ["model.dim", "model.dim_head", "model.ff_mult", "model.ff_width"]),
         ("gqa", ["model.kv_heads"]),

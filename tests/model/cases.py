@@ -52,6 +52,7 @@ TINY: dict[str, Any] = {
     "learned_k_bias": -0.5,
     "ff_k": 5.0,
     "ff_eps": 0.3,
+    "ff_block_size": 4,
 }
 
 

@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cda_cli.config import ModelConfig
@@ -16,12 +17,23 @@ from cda_cli.model.observe import ObservedFeedForward, observing
 from cda_cli.ops import reference_soft_topk
 from tests.model.cases import build, tiny, tokens
 
-# Of hidden units and of those of the gate, in float64.
+
+def in_blocks(x: Tensor, weights: Tensor) -> Tensor:
+    return torch.where(x > 0, x * x, 0.0) * weights.repeat_interleave(4, -1)
+
+
+def largest(x: Tensor, n: int) -> Tensor:
+    return torch.where(x >= x.sort(-1, descending=True).values[..., n - 1 : n], x, 0.0)
+
+
+# Of hidden units and of the numbers of the gate, in float64.
 DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda x, gate: x / 2 * (1 + torch.erf(x / 2**0.5)),
     "gelu-tanh": lambda x, gate: x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
     "coordinate-descent": lambda x, gate: reference_soft_topk(x, 5.0, 0.3).weights,
     "relu2": lambda x, gate: torch.where(x > 0, x * x, 0.0),
+    "blocks": lambda x, router: in_blocks(x, F.threshold(reference_soft_topk(router, 5.0, 0.3).weights, 1e-3, 0.0)),
+    "hard-topk-blocks": lambda x, router: in_blocks(x, largest(5 * (router / 0.3).softmax(-1), 5)),
     "swiglu": lambda x, gate: x * gate / (1 + (-gate).exp()),
 }
 each_activation = pytest.mark.parametrize("name", sorted(ACTIVATIONS))
@@ -97,3 +109,15 @@ def test_a_gate_is_a_third_matrix_of_the_same_width() -> None:
         for ff, mult in (("gelu", 4.0), ("swiglu", 8 / 3))
     ]
     assert matrices[0] == matrices[1]
+
+
+def test_a_block_up_to_the_tolerance_is_left_out_and_learns_nothing() -> None:
+    torch.manual_seed(0)
+    layer, x = FeedForward(tiny(ff="blocks", ff_k=2, ff_tolerance=0.4), 0, "auto"), torch.randn(1, 1, 12)
+    assert layer.proj_gate is not None
+    weights = reference_soft_topk(layer.proj_gate(x).double(), 2.0, 0.3).weights.flatten()
+    assert 0 < (left_out := weights <= 0.4).sum() < 6
+    layer(x).sum().backward()
+    assert layer.proj_in.weight.grad is not None
+    learned = layer.proj_in.weight.grad.unflatten(0, (6, 4)).abs().sum((1, 2))
+    assert torch.equal(learned == 0, left_out)

@@ -48,7 +48,7 @@ def linear(config: Config) -> float:
         {"tied_embeddings": True},
         {"dropout": 0.1},
         {"ff": "coordinate-descent", "ff_k": 4},
-        {"ff": "relu2"},
+        {"ff": "blocks", "ff_k": 2, "ff_block_size": 16},
         {"ff": "swiglu"},
         {"kv_heads": 1, "attn_bias": "all", "ff_width": 33, "learned_k": True},
     ],

@@ -180,7 +180,7 @@ def _temporaries(config: Config, device: torch.device, dtype: torch.dtype, scrat
     model, width = config.model, dtype.itemsize
     rows, vocabulary = config.optim.batch_size * model.seq_len, padded_vocabulary(model.vocab_size)
     at_start = width * (vocabulary * model.dim + rows * model.dim)
-    units = feed_forward_activation(model).matrices * model.ff_units
+    units = feed_forward_activation(model).total_width
     within_operator = max(scratch.values(), default=0)
     in_block = rows * (width * units + 4 * model.dim) + 4 * vocabulary * model.dim + within_operator
     if config.run.activation_checkpointing:
