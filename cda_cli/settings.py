@@ -23,6 +23,10 @@ MOST_THREADS = 4096
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Side = Literal["validation", "train", "all"]  # of a text
+Activation = Literal[
+    "gelu", "gelu-tanh", "coordinate-descent", "coordinate-descent-linear", "coordinate-descent-relu2",
+    "coordinate-descent-glu", "relu2", "hard-topk", "swiglu", "reglu", "blocks", "hard-topk-blocks",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -198,23 +202,22 @@ class ModelSettings(Table):
     eps_anneal_share: Annotated[float, Setting("Share of the schedule after which ε is attn_eps.", gt=0, le=1)] = 0.5
 
     ff: Annotated[
-        Literal["gelu", "gelu-tanh", "coordinate-descent", "relu2", "swiglu", "blocks", "hard-topk-blocks"],
+        Activation,
         Setting(
-            "Feed-forward activation: gelu; gelu-tanh, its approximation in GPT-2; coordinate-descent, the soft top-k; "
-            "relu2, max(0, x)²; swiglu, whose gate is a third matrix; blocks, relu2 in blocks of units, each times its "
-            "weight in a soft top-k of blocks by a router; or as its control hard-topk-blocks, the ⌊ff_k⌋ blocks with "
-            "the largest k·softmax(s/ε).",
+            "Feed-forward activation of the units x: gelu; gelu-tanh, its approximation in GPT-2; coordinate-descent, "
+            "their soft top-k λ; coordinate-descent-linear, λ·x; coordinate-descent-relu2, λ·max(0, x)²; relu2, "
+            "max(0, x)²; hard-topk, relu2 of the ⌊ff_k⌋ largest; with a third matrix swiglu, silu(gate)·x, reglu, "
+            "max(0, gate)·x, and coordinate-descent-glu, λ(gate)·x; with a router blocks, relu2 in blocks of units "
+            "times the soft top-k of blocks, or as control hard-topk-blocks, times the ⌊ff_k⌋ largest k·softmax(s/ε).",
             flag="--ff",
             by_preset=True,
         ),
     ] = "gelu"
-    ff_k: Annotated[
-        float, Setting("Budget k of a feed-forward row, in units, or in blocks of them.", flag="--ff-k", gt=0)
-    ] = 128.0
+    ff_k: Annotated[float, Setting("Budget k of a feed-forward row: units or blocks.", flag="--ff-k", gt=0)] = 128.0
     ff_eps: Annotated[float, Setting("Temperature ε of the feed-forward.", flag="--eps", gt=0)] = 0.1
     ff_block_size: Annotated[int, Setting("Units of a block of the feed-forward.", ge=1)] = 64
     ff_tolerance: Annotated[
-        float, Setting("With ff blocks, a weight of a block up to this counts as 0, in training too.", ge=0, lt=1)
+        float, Setting("Soft top-k weights up to this count as 0, in training too; not with coordinate-descent.", ge=0)
     ] = 1e-3
 
     solver: Annotated[

@@ -76,16 +76,48 @@ class ReluSquared(Activation):
         return F.relu(hidden).square()
 
 
-class SwiGlu(Activation):
-    """silu(gate) · x (arXiv 2002.05202). With ff_mult = 8/3 it has as many weights as the others with 4."""
+class HardTopK(Activation):
+    """relu² of the ⌊ff_k⌋ largest units (at least one), and 0 elsewhere: only the kept units have a gradient.
+
+    Source: Q-Sparse (arXiv 2407.10969), without its straight-through gradient.
+    """
+
+    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        return F.relu(_only_largest(hidden, self.config.ff_k)).square()
+
+    def warnings(self) -> list[str]:
+        k, units = self.config.ff_k, self.config.ff_units
+        return [f"ff_k {k:g} covers all {units} units of a row: hard-topk is relu2"] if k >= units else []
+
+
+def _only_largest(x: Tensor, k: float) -> Tensor:
+    """Returns `x` where it is among the ⌊k⌋ largest (at least one) of the last dimension, and 0 elsewhere."""
+    largest = x.topk(min(max(1, int(k)), x.shape[-1]), -1)
+    return torch.zeros_like(x).scatter(-1, largest.indices, largest.values)
+
+
+class Gated(Activation):
+    """A function of the gate times x (arXiv 2002.05202). With ff_mult = 8/3 it has the weights of the others with 4."""
 
     @property
     def gate_width(self) -> int:
         return self.config.ff_units
 
+
+class SwiGlu(Gated):
+    """silu(gate) · x."""
+
     def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
         assert gate is not None
         return F.silu(gate) * hidden
+
+
+class ReGlu(Gated):
+    """max(0, gate) · x: most units are exactly 0."""
+
+    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        return F.relu(gate) * hidden
 
 
 class SoftTopKActivation(Activation):
@@ -102,7 +134,32 @@ class SoftTopKActivation(Activation):
 
     def warnings(self) -> list[str]:
         k, units = self.config.ff_k, self.config.ff_units
-        return [f"ff_k {k:g} covers all {units} units of a row: every activation is 1"] if k >= units else []
+        return [f"ff_k {k:g} covers all {units} units of a row: every weight is 1"] if k >= units else []
+
+
+class SoftTopKLinear(SoftTopKActivation):
+    """λ · x, where λ is the soft top-k of the units x; what is up to `ff_tolerance` counts as 0."""
+
+    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        return self.kept_weights(hidden) * hidden
+
+    def kept_weights(self, scores: Tensor) -> Tensor:
+        return F.threshold(super().__call__(scores, None), self.config.ff_tolerance, 0.0)
+
+
+class SoftTopKRelu2(SoftTopKLinear):
+    """λ · relu²(x)."""
+
+    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        return self.kept_weights(hidden) * F.relu(hidden).square()
+
+
+class SoftTopKGlu(Gated, SoftTopKLinear):
+    """λ · x, where λ is the soft top-k of the gate."""
+
+    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        return self.kept_weights(gate) * hidden
 
 
 class RoutedBlocks(Activation):
@@ -135,7 +192,7 @@ class RoutedBlocks(Activation):
 
 
 class SoftTopKBlocks(RoutedBlocks):
-    """λ is the soft top-k of the scores; what is below `ff_tolerance` counts as 0."""
+    """λ is the soft top-k of the scores; what is up to `ff_tolerance` counts as 0."""
 
     uses_operator = True
 
@@ -157,17 +214,20 @@ class HardTopKBlocks(RoutedBlocks):
 
     def weights(self, scores: Tensor) -> Tensor:
         k = self.config.ff_k
-        weights = k * (scores.float() / self.config.ff_eps).softmax(-1)
-        largest = weights.topk(min(max(1, int(k)), weights.shape[-1]), -1)
-        return torch.zeros_like(weights).scatter(-1, largest.indices, largest.values)
+        return _only_largest(k * (scores.float() / self.config.ff_eps).softmax(-1), k)
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {
     "gelu": Gelu,
     "gelu-tanh": TanhGelu,
     "coordinate-descent": SoftTopKActivation,
+    "coordinate-descent-linear": SoftTopKLinear,
+    "coordinate-descent-relu2": SoftTopKRelu2,
+    "coordinate-descent-glu": SoftTopKGlu,
     "relu2": ReluSquared,
+    "hard-topk": HardTopK,
     "swiglu": SwiGlu,
+    "reglu": ReGlu,
     "blocks": SoftTopKBlocks,
     "hard-topk-blocks": HardTopKBlocks,
 }

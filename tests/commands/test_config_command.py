@@ -80,7 +80,7 @@ def test_the_origin_of_each_value_is_the_layer_that_won(cda: Cda, tmp_path: Path
         ("n-layer", ["model.depth"]),
         (
             "blocks",
-            ["model.depth", "model.ff", "model.ff_k", "model.ff_block_size", "model.ff_tolerance", "optim.optimizer"],
+            ["model.depth", "model.ff", "model.ff_k", "model.ff_block_size", "optim.optimizer"],
         ),
         ("context", ["model.seq_len"]),
         ("width", ["model.dim", "model.dim_head", "model.ff_mult", "model.ff_width"]),

@@ -18,6 +18,11 @@ from cda_cli.ops import reference_soft_topk
 from tests.model.cases import build, tiny, tokens
 
 
+def kept(scores: Tensor) -> Tensor:
+    """The soft top-k weights above the tolerance of 1e-3."""
+    return F.threshold(reference_soft_topk(scores, 5.0, 0.3).weights, 1e-3, 0.0)
+
+
 def in_blocks(x: Tensor, weights: Tensor) -> Tensor:
     return torch.where(x > 0, x * x, 0.0) * weights.repeat_interleave(4, -1)
 
@@ -32,7 +37,12 @@ DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu-tanh": lambda x, gate: x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
     "coordinate-descent": lambda x, gate: reference_soft_topk(x, 5.0, 0.3).weights,
     "relu2": lambda x, gate: torch.where(x > 0, x * x, 0.0),
-    "blocks": lambda x, router: in_blocks(x, F.threshold(reference_soft_topk(router, 5.0, 0.3).weights, 1e-3, 0.0)),
+    "coordinate-descent-linear": lambda x, gate: x * kept(x),
+    "coordinate-descent-relu2": lambda x, gate: torch.where(x > 0, x * x, 0.0) * kept(x),
+    "coordinate-descent-glu": lambda x, gate: x * kept(gate),
+    "hard-topk": lambda x, gate: largest(torch.where(x > 0, x * x, 0.0), 5),
+    "reglu": lambda x, gate: torch.where(gate > 0, x * gate, 0.0),
+    "blocks": lambda x, router: in_blocks(x, kept(router)),
     "hard-topk-blocks": lambda x, router: in_blocks(x, largest(5 * (router / 0.3).softmax(-1), 5)),
     "swiglu": lambda x, gate: x * gate / (1 + (-gate).exp()),
 }
