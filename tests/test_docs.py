@@ -102,7 +102,7 @@ def test_files_and_functions_that_a_page_names_exist(page: str) -> None:
         ("`cda_cli/data/prefetch.py: Prefetched.__next__`", False),
         ("`cda_cli/data/prefetch.py: __next__`", True),
         ("`cda_cli/data/row_readers.py: READERS`", False),
-        ("`cda_cli/settings.py: ModelSettings.attention`", False),
+        ("`cda_cli/settings/model.py: ModelSettings.attention`", False),
         ("`cda_cli/nothing.py`", True),
         ("`cda_cli/nothing/`", True),
         ("`cda_cli/commands/NAME.py`", False),
