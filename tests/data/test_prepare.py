@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +34,7 @@ from cda_cli.data.split import CutRule, HashRule
 from cda_cli.errors import DataError, StorageError
 from tests.data.samples import LETTERS, UNICODE, Prepare
 from tests.data.tokenizer_kinds import KINDS, byte_level, tokenizer_of_kind, unigram
+from tests.reliability.harness import FORKS, exit_code, start
 
 
 def write_rows(path: Path, rows: list[str]) -> Path:
@@ -261,54 +265,41 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(prepared: Prepare, folde
         prepared(write_rows(folder / "a.jsonl", LETTERS))
 
 
-FULL_DISK = """
-import resource, sys
-from cda_cli.config import DataConfig
-from cda_cli.data import prepare
-from cda_cli.errors import StorageError
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    prepare(DataConfig(source=sys.argv[1]), show_progress=False)
-except StorageError as error:
-    sys.exit(str(error))
-"""
+def prepare_on_a_full_disk(source: Path, cache: Path, said: Connection) -> None:
+    """Prepares in a child whose files hold no more than 100 kB."""
+    os.environ["CDA_CACHE"] = str(cache)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        prepare(DataConfig(source=str(source)), show_progress=False)
+    except StorageError as error:
+        said.send(str(error))
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder: Path, cache: Path) -> None:
     (folder / "a.txt").write_text("x" * 1_000_000)
-    ended = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(folder / "a.txt")], capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 1, ended.stderr
-    assert ended.stderr.startswith("no prepared tokens: could not write ")
+    listener, said = FORKS.Pipe(duplex=False)
+    assert exit_code(start(prepare_on_a_full_disk, folder / "a.txt", cache, said)) == 0
+    assert listener.poll(), "the tokens were prepared"
+    assert listener.recv().startswith("no prepared tokens: could not write ")
     assert not list(cache.glob("tokens/*"))
 
 
-PREPARE = """
-import sys
-from cda_cli.config import DataConfig
-from cda_cli.data import prepare
-print("ready", flush=True)
-sys.stdin.readline()
-corpus = prepare(DataConfig(source=sys.argv[1]), show_progress=False)
-print(len(corpus.train), len(corpus.validation))
-"""
+def prepare_at_once(source: Path, cache: Path, gate: Any, said: Connection) -> None:
+    """Prepares in a child, once all are at the gate."""
+    os.environ["CDA_CACHE"] = str(cache)
+    gate.wait()
+    corpus = prepare(DataConfig(source=str(source)), show_progress=False)
+    said.send((len(corpus.train), len(corpus.validation)))
 
 
 @pytest.mark.slow
 def test_two_processes_at_once_both_end_well(folder: Path, cache: Path) -> None:
     (folder / "a.txt").write_text(UNICODE * 200_000)
-    command = [sys.executable, "-c", PREPARE, str(folder / "a.txt")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen(command, **pipes) for _ in range(2)]  # type: ignore[call-overload]
-    for process in running:
-        assert process.stdout.readline() == "ready\n"
-    for process in running:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    said = [process.communicate()[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0]
-    assert said[0] == said[1] != ""
+    gate, pipes = FORKS.Barrier(2), [FORKS.Pipe(duplex=False) for _ in range(2)]
+    running = [start(prepare_at_once, folder / "a.txt", cache, gate, said) for _, said in pipes]
+    assert [exit_code(process) for process in running] == [0, 0]
+    lengths = [listener.recv() for listener, _ in pipes]
+    assert lengths[0] == lengths[1] > (0, 0)
     assert len(list(cache.glob("tokens/*"))) == 1
 
 
