@@ -16,11 +16,7 @@ import datasets.config
 import huggingface_hub.constants
 import pytest
 import torch
-from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
-import cda_cli.interchange.hf  # noqa: F401 - makes the model known to transformers
 from cda_cli.data import Tokenizer, load_tokenizer, tokenizer_from_json
 from cda_cli.errors import ConfigError, InterruptedRunError
 from cda_cli.evaluation.tasks import Scorer, TaskOptions, evaluate_tasks, find_tasks
@@ -99,6 +95,9 @@ class Found(NamedTuple):
 
 
 def found(model: Any, include: Path, num_fewshot: int = 0) -> Found:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
     loaded = TaskManager(include_path=str(include), include_defaults=False).load(list(NAMES))
     for task in loaded["tasks"].values():
         task.set_config("num_fewshot", num_fewshot)
@@ -118,6 +117,10 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=list(TOKENIZERS))
 def test_the_answers_are_those_of_hf_on_the_exported_folder(tmp_path: Path, tokenizer: Callable[[], Tokenizer]) -> None:
     """Of each kind of request, at batch sizes 1 and 8, with a token that begins a text and without."""
+    from lm_eval.models.huggingface import HFLM
+
+    import cda_cli.interchange.hf  # noqa: F401 - makes the model known to transformers
+
     chosen, include = tokenizer(), write_tasks(tmp_path / "tasks")
     path = save_checkpoint(
         tmp_path / "run", seq_len=SEQ_LEN, vocab_size=chosen.vocab_size, attention="coordinate-descent", null_kv=1,
@@ -272,7 +275,8 @@ def test_a_task_with_a_fault_is_refused_in_a_sentence(
 def test_an_unknown_task_is_refused_with_the_nearest_name(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among those of the folder: to index lm_eval's own takes seconds, and the test of the list does that once."""
+    """Among those of the folder: to index lm_eval's own takes seconds."""
+    from lm_eval.tasks import TaskManager
 
     def without_defaults(**arguments: Any) -> TaskManager:
         return TaskManager(**{**arguments, "include_defaults": False})
@@ -283,7 +287,11 @@ def test_an_unknown_task_is_refused_with_the_nearest_name(
     assert_refused(result, "there is no task 'chose': did you mean 'choose'?")
 
 
-def test_the_names_are_listed_without_a_model(tmp_path: Path) -> None:
+def test_the_names_are_listed_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of lm_eval too, of which one folder is enough: to index all takes ten seconds."""
+    from lm_eval.tasks import manager
+
+    monkeypatch.setattr(manager, "__file__", str(Path(manager.__file__).parent / "hellaswag" / "manager.py"))
     result = run_cda(
         "eval", tmp_path / "nothing", "--tasks", "list", "--include", write_tasks(tmp_path / "tasks"), "--json"
     )
