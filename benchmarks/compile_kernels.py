@@ -142,6 +142,18 @@ def decoding_calls(quick: bool) -> Iterator[Call]:
         yield _words(words), functools.partial(decode, inputs)
 
 
+def iterative_decoding_calls(quick: bool) -> Iterator[Call]:
+    """Decoding with the iterative solver, over short caches and the longest one."""
+    caches = ((LENGTH, False), (decoding_launches.LONGEST_ROW, True))
+    axes: Axes = (DTYPES[:1], (64,), ((LENGTH, True),)) if quick else (DTYPES, WIDTHS, caches)
+    for dtype, width, (length, of_each) in itertools.product(*axes):
+        words = f"{_name(dtype)} D={width}", f"a cache of {length}", "a length and k of each" if of_each else ""
+        query, key = torch.zeros(1, 2, 1, width, dtype=dtype), torch.zeros(1, 1, length, width, dtype=dtype)
+        lengths, budget = (torch.ones(1).long(), torch.ones(1, 2, 1)) if of_each else (None, 2.0)
+        inputs = DecodingInputs(query, key, key, lengths, budget, None, SolveSpec("iterative", 0.1, 25, 4.0, 0.7), 1.0)
+        yield _words(words), functools.partial(decode_iterative, inputs)
+
+
 def row_calls(quick: bool) -> Iterator[Call]:
     """Rows of every block, as long as it and shorter, and rows in parts."""
     blocks = [2048] if quick else [2**power for power in range(row_launches.REGISTER_LIMIT.bit_length())]
@@ -184,6 +196,10 @@ def attend(
 
 def decode(inputs: DecodingInputs) -> None:
     decoding_launches.decode(inputs)
+
+
+def decode_iterative(inputs: DecodingInputs) -> None:
+    decoding_launches.decode_iterative(inputs)
 
 
 def exact_rows(scores: Tensor) -> None:
@@ -243,7 +259,9 @@ def selected(arch: int, quick: bool) -> list[Variant]:
     for launches in (attention_launches.leader_and_output, attention_launches.solve_and_output):
         launches.cache_clear()
     attention_launches.backward.cache_clear()
-    for calls in (attention_calls, few_queries_calls, decoding_calls, row_calls, heads_calls, step_calls):
+    for calls in (
+        attention_calls, few_queries_calls, decoding_calls, iterative_decoding_calls, row_calls, heads_calls, step_calls
+    ):  # fmt: skip
         for words, call in calls(quick):
             triton.knobs.runtime.jit_cache_hook = functools.partial(_note, found, arch, words)
             call()

@@ -244,11 +244,11 @@ def decode_attention(
         lengths_B: whole numbers [B] on the same device, at most S: query t of row b sees the keys before
             lengths_b − T + t + 1. A query that sees no key gets output 0. None: each row has S keys.
         sparsity_k, eps, scale, solver, n_iters, eps_init, eps_decay: as for `soft_topk_attention`.
-        backend: "triton" is one launch where k is at most 16 and the solver exact, and so is "auto" on a GPU that can
-            run it; the lengths stay on the device, so a CUDA graph may hold the call. "torch" computes all scores in
-            plain PyTorch.
-        largest_k: an upper bound of a `sparsity_k` that is a tensor. Without one, or above 16, "triton" writes all
-            scores and calls the row operator. A row whose k exceeds the bound may be NaN.
+        backend: "triton" is one launch, where k is at most 16 with the exact solver, and S at most 4096 with the
+            iterative one; so is "auto" on a GPU that can run it. The lengths stay on the device, so a CUDA graph may
+            hold the call. "torch" computes all scores in plain PyTorch.
+        largest_k: an upper bound of a `sparsity_k` that is a tensor, for the exact solver. Without one, or above 16,
+            "triton" writes all scores and calls the row operator. A row whose k exceeds the bound may be NaN.
 
     Returns:
         Output [B, H, T, D], without a gradient, in the dtype that `soft_topk_attention` gives it. It is deterministic.

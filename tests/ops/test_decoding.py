@@ -16,11 +16,13 @@ from torch import Tensor
 from cda_cli.ops import decode_attention, soft_topk_attention
 from cda_cli.ops.decoding import DecodingInputs
 from cda_cli.ops.solve_spec import SolveSpec
-from cda_cli.ops.triton.decoding_launches import LARGEST_K, decode
+from cda_cli.ops.triton.decoding_launches import LARGEST_K, LONGEST_ROW, decode
 from tests.ops.attention_problems import Problem, expect, plain, problem
 from tests.ops.cases import DEVICE, UNIT, assert_within, random_rows
 
 HALF = (torch.bfloat16, torch.float16)
+EXACT: dict[str, Any] = {}
+ITERATIVE: dict[str, Any] = {"solver": "iterative", "n_iters": 25}  # Most iterations are at the last ε.
 
 
 def of_row(this: Problem, row: int, length: int) -> Problem:
@@ -34,7 +36,11 @@ def decoded(this: Problem, lengths: Tensor | None = None, backend: str = "triton
     """What the door gives, on the CPU."""
     query, key, value = (tensor.to(DEVICE) for tensor in this[:3])
     numbers = {"eps": this.eps, "scale": this.scale, "largest_k": this.budget.max().item()} | changed
-    if lengths is not None and backend == "triton" and numbers["largest_k"] and numbers["largest_k"] <= LARGEST_K:
+    if "solver" in changed:
+        in_one = key.shape[2] <= LONGEST_ROW and key.shape[3] <= 256
+    else:
+        in_one = numbers["largest_k"] <= LARGEST_K
+    if lengths is not None and backend == "triton" and in_one:
         behind = torch.arange(key.shape[2]) >= lengths.unsqueeze(1)
         key, value = (x.masked_fill(behind[:, None, :, None].to(DEVICE), torch.nan) for x in (key, value))
     lengths = None if lengths is None else lengths.to(DEVICE)
@@ -42,22 +48,30 @@ def decoded(this: Problem, lengths: Tensor | None = None, backend: str = "triton
     return decode_attention(query, key, value, lengths, k, **numbers, backend=backend).cpu()
 
 
-def assert_right(this: Problem, lengths: Tensor, output: Tensor) -> None:
-    """Each row against float64. In float32 by the rule of the weights, so that a row of the output is right to k times
-    that, times the largest value. In half precision the error is at most twice that of plain PyTorch."""
+def in_pytorch(this: Problem, dtype: torch.dtype, how: dict[str, Any]) -> Tensor:
+    """The output by the solver in plain PyTorch, in this dtype. In float64 it specifies the iteration."""
+    inputs = (tensor.to(dtype) for tensor in this[:3])
+    return soft_topk_attention(*inputs, this.budget, eps=this.eps, scale=this.scale, backend="torch", **how)
+
+
+def assert_right(this: Problem, lengths: Tensor, output: Tensor, how: dict[str, Any] = EXACT) -> None:
+    """Each row against float64. In float32 by the rule of the weights, so that a row of the output is right to their
+    sum times that, times the largest value. In half precision the error is at most twice that of plain PyTorch."""
     assert output.dtype == this.value.dtype
     for row, length in enumerate(lengths.tolist()):
         if not length:
             assert not output[row].any(), "an output without keys"
             continue
         one, mine = of_row(this, row, length), output[row : row + 1]
-        expected = expect(one)[0]
+        expected = in_pytorch(one, torch.float64, how) if how else expect(one)[0]
         if output.dtype == torch.float32:
             tol = 1e-5 + 4 * UNIT * one.rows().scores.abs().max().item() / one.eps
-            bound = tol * one.budget.max().item() * one.value.abs().max().item()
+            mass = in_pytorch(one._replace(value=torch.ones_like(one.value)), torch.float64, how).max().item()
+            bound = tol * mass * one.value.abs().max().item()
             assert_within(mine, expected, bound, f"output of row {row}")
         else:
-            error = (plain(one, False)[0].double() - expected).norm()
+            of_plain = in_pytorch(one, output.dtype, how) if how else plain(one, False)[0]
+            error = (of_plain.double() - expected).norm()
             assert (mine.double() - expected).norm() <= 2 * error, f"output of row {row}"
 
 
@@ -89,26 +103,27 @@ def test_rows_of_unequal_length(name: str, budget: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("width", [16, 272])
 def test_the_iterative_solver(backend: str, width: int) -> None:
-    """Each row has the weights that it has alone. No tile holds heads of 272 channels."""
-    k = 3.0
-    this = problem((2, 4, 1, 40, width), k, key_heads=2, eps=0.1)
-    how: dict[str, Any] = {"solver": "iterative", "n_iters": 12}
-    output = decoded(this, torch.tensor([33, 2]), backend, largest_k=None, **how)
-    for row, length in enumerate((33, 2)):
-        one = of_row(this, row, length)
-        alone = soft_topk_attention(*(x.double() for x in one[:3]), k, eps=0.1, scale=this.scale, **how)
-        tol = 1e-5 + 4 * UNIT * one.rows().scores.abs().max().item() / one.eps  # of a weight
-        assert_within(output[row : row + 1], alone, k * tol * one.value.abs().max().item(), f"output of row {row}")
+    """No tile holds heads of 272 channels."""
+    this = problem((2, 4, 1, 40, width), 3.0, key_heads=2, eps=0.1)
+    how, lengths = ITERATIVE | {"n_iters": 12}, torch.tensor([33, 2])
+    assert_right(this, lengths, decoded(this, lengths, backend, largest_k=None, **how), how)
 
 
+@pytest.mark.parametrize("keys", [LONGEST_ROW, LONGEST_ROW + 1])
+def test_the_longest_row_that_iterates_in_one_program_and_a_longer_one(keys: int) -> None:
+    this, lengths = problem((1, 1, 1, keys, 1), 2.0, eps=0.1), torch.tensor([keys - 1])
+    assert_right(this, lengths, decoded(this, lengths, **ITERATIVE), ITERATIVE)
+
+
+@pytest.mark.parametrize("how", [EXACT, ITERATIVE])
 @pytest.mark.parametrize("name", ["one query", "several queries"])
 @pytest.mark.parametrize("k", [1.0, 2.0, 5.0] if DEVICE == "cuda" else [2.0])
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision(dtype: torch.dtype, k: float, name: str) -> None:
+def test_half_precision(dtype: torch.dtype, k: float, name: str, how: dict[str, Any]) -> None:
     shape, key_heads = SHAPES[name]
     this = problem(shape, k, key_heads=key_heads, dtype=dtype)
     lengths = torch.tensor([shape[3] - 1, 9])
-    assert_right(this, lengths, decoded(this, lengths))
+    assert_right(this, lengths, decoded(this, lengths, **how), how)
 
 
 @pytest.mark.parametrize("width", [1, 24, 33, 64, 80, 128, 256] if DEVICE == "cuda" else [33])
@@ -123,6 +138,11 @@ def test_any_shape_k_and_lengths(width: int, data: st.DataObject) -> None:
     this = problem((B, G * group, T, S, width), of_each, seed=seed, eps=eps, key_heads=G)
     lengths = torch.tensor(data.draw(st.lists(st.integers(0, S), min_size=B, max_size=B), "lengths"))
     assert_right(this, lengths, decoded(this, lengths))
+    how = ITERATIVE | {
+        "n_iters": data.draw(st.integers(1, 30), "n_iters"), "eps_init": data.draw(st.floats(0.01, 8.0), "eps_init"),
+        "eps_decay": data.draw(st.one_of(st.just(1.0), st.floats(0.1, 1.0)), "eps_decay"),
+    }  # fmt: skip
+    assert_right(this, lengths, decoded(this, lengths, **how), how)
 
 
 def hard_rows(n: int) -> dict[str, Tensor]:
@@ -149,7 +169,8 @@ def test_hard_rows(name: str, k: float) -> None:
     value = random_rows(1, 3, 64, 64, seed=7)
     key = torch.eye(64).expand(1, 3, -1, -1)
     this = Problem(scores[None, :, None], key, value, torch.tensor(k), scores[None, :, None], 0.1, 1.0, False)
-    assert_right(this, torch.tensor([64]), decoded(this))
+    for how in (EXACT, ITERATIVE, ITERATIVE | {"eps_init": 0.1}):  # At the same ε throughout, a starts far below.
+        assert_right(this, torch.tensor([64]), decoded(this, **how), how)
 
 
 @pytest.mark.parametrize("T", [1, 3])
@@ -180,41 +201,46 @@ def test_a_nan_query_or_key_shows_in_the_output(k: float) -> None:
     for name in ("query", "key"):
         spoilt = getattr(this, name).clone()
         spoilt[0, 1, -1, 3] = torch.nan
-        output = decoded(this._replace(**{name: spoilt}))
-        assert output[0, 1].isnan().all(), name
-        assert output[0, 0].isfinite().all()
+        for how in (EXACT, ITERATIVE):
+            output = decoded(this._replace(**{name: spoilt}), **how)
+            assert output[0, 1].isnan().all(), name
+            assert output[0, 0].isfinite().all()
 
 
-@pytest.mark.parametrize(("shape", "k"), [((2, 1, 1, 150, 20), 2.0), ((2, 1, 3, 150, 20), 6.0)])
+@pytest.mark.parametrize(
+    ("shape", "k", "how"),
+    [((2, 1, 1, 150, 20), 2.0, EXACT), ((2, 1, 3, 150, 20), 6.0, EXACT), ((2, 1, 2, 150, 20), 6.0, ITERATIVE)],
+)
 def test_nothing_is_read_that_was_not_written(
-    fenced: list[Tensor], shape: tuple[int, int, int, int, int], k: float
+    fenced: list[Tensor], shape: tuple[int, int, int, int, int], k: float, how: dict[str, Any]
 ) -> None:
     """A second call gives the same bits: the arrivals of the first are zero again."""
     this = problem(shape, k, key_heads=1)
     lengths = torch.tensor([150, 66])
-    first, second = decoded(this, lengths), decoded(this, lengths)
+    first, second = (decoded(this, lengths, **how) for _ in range(2))
     assert len(fenced) >= 4, "the launch makes its tensors in another way: this test sees nothing"
     assert first.isfinite().all()
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("how", [EXACT, ITERATIVE])
 @pytest.mark.parametrize("lengths", [[-3, 1000], [0, 40]])
-def test_lengths_that_no_one_may_look_at_read_no_other_key(lengths: list[int]) -> None:
+def test_lengths_that_no_one_may_look_at_read_no_other_key(lengths: list[int], how: dict[str, Any]) -> None:
     """They are on the device: below nothing is nothing, and beyond all keys is all of them."""
     this = problem((2, 2, 1, 40, 16), 2.0)
-    output = decoded(this, torch.tensor(lengths, dtype=torch.int32), eps=this.eps)
-    assert_right(this, torch.tensor([0, 40]), output)
+    output = decoded(this, torch.tensor(lengths, dtype=torch.int32), **how)
+    assert_right(this, torch.tensor([0, 40]), output, how)
 
 
-@pytest.mark.parametrize("k", [2.0, 4.0])
-def test_lengths_may_change_between_the_runs_of_a_graph(k: float) -> None:
+@pytest.mark.parametrize(("k", "how"), [(2.0, EXACT), (4.0, EXACT), (2.0, ITERATIVE)])
+def test_lengths_may_change_between_the_runs_of_a_graph(k: float, how: dict[str, Any]) -> None:
     """The launch does not depend on them. Without a GPU there is no graph, and each run is a call."""
     this = problem((2, 1, 1, 140, 16), k)
     inputs = [tensor.to(DEVICE) for tensor in this[:3]]
     lengths = torch.full((2,), 140, device=DEVICE)
 
     def call() -> Tensor:
-        return decode_attention(*inputs, lengths, k, eps=this.eps, backend="triton")
+        return decode_attention(*inputs, lengths, k, eps=this.eps, backend="triton", **how)
 
     run = call
     if DEVICE == "cuda":
@@ -229,7 +255,7 @@ def test_lengths_may_change_between_the_runs_of_a_graph(k: float) -> None:
 
     for now in ([140, 140], [1, 77], [128, 64]):
         lengths.copy_(torch.tensor(now))
-        assert_right(this, torch.tensor(now), run().cpu())
+        assert_right(this, torch.tensor(now), run().cpu(), how)
 
 
 def test_other_scales_dtypes_and_strides() -> None:

@@ -44,7 +44,8 @@ class TritonBackend(TorchBackend):
     def decode(self, inputs: DecodingInputs) -> Tensor:
         from ..triton import decoding_launches  # Each further name would cost a call a microsecond.
 
-        in_one = inputs.spec.solver in FUSED and decoding_launches.can_decode(inputs.largest_k, inputs.key.shape[2])
+        keys = inputs.key.shape[2]
+        in_one = inputs.spec.solver in FUSED and decoding_launches.can_decode(inputs.largest_k, keys)
         # The compiler takes the row operator and makes the rest itself.
         if transformed() or inputs.query.shape[-1] > WIDEST_HEAD or (torch.compiler.is_compiling() and not in_one):
             return OperatorBackend.decode(self, inputs)
@@ -53,6 +54,8 @@ class TritonBackend(TorchBackend):
         inputs = DecodingInputs(query, key, value, lengths, budget, largest_k, spec, scale)
         if in_one:
             return decoding_launches.decode(inputs)
+        if inputs.spec.solver not in FUSED and keys <= decoding_launches.LONGEST_ROW:
+            return decoding_launches.decode_iterative(inputs)
         from ..triton.fused_attention import decode_by_scores
 
         return decode_by_scores(inputs)

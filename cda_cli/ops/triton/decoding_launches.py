@@ -14,10 +14,13 @@ import triton
 from torch import Tensor
 
 from ..decoding import DecodingInputs
+from ..solvers.iterative import Annealing
 from .arrivals import arrivals
 from .attention_launches import LAYOUTS, Launch, Layout, heads_inside, padded
+from .decoding_iterative import decode_iterative_kernel
 from .decoding_query import decode_query_kernel
 from .decoding_tiles import decode_tile_kernel
+from .row_launches import on_device
 
 # The largest k of the kernels. A split keeps the scores that may be capped, fewer than k.
 LARGEST_K = 16
@@ -25,6 +28,8 @@ LARGEST_K = 16
 MOST_SPLITS = 128
 # Keys of a split whose members are solved in registers, at most.
 LONGEST = 2048
+# Keys of a row with the iterative solver, at most: one program reads them all.
+LONGEST_ROW = 4096
 # Multiprocessors for which the interpreter deals out splits.
 INTERPRETED_PROCESSORS = 4
 # What a program takes to begin and to end, in blocks of keys.
@@ -71,6 +76,15 @@ def member_tile(width: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 4, 1, 2)
     return Tile(32 if width > 128 else 64, 4, 3, 2)
+
+
+def iterative_tile(layout: Layout) -> Tile:
+    """The tile of `decode_iterative_kernel`."""
+    width, S = layout.query[-1], layout.key[2]
+    warps = 4 if S <= 1024 else 8
+    # What a thread has of a tile, twice for the values, stays within its registers.
+    keys = 2048 * warps // (padded(width) * layout.dtype.itemsize)
+    return Tile(min(16 * warps, max(16, keys)), warps, 3, 1)
 
 
 @functools.cache
@@ -123,10 +137,10 @@ def decoding(layout: Layout, lengths: torch.dtype | None, budgets: bool, kept: i
     return (_one_query if alone else _members)(layout, lengths is not None, budgets, kept)
 
 
-def _numbers(layout: Layout, splits: int) -> tuple[int, ...]:
-    B, H, T, D, G, S = layout.sizes
+def _numbers(layout: Layout) -> tuple[int, ...]:
+    _, H, T, D, G, S = layout.sizes
     steps = (*layout.query_steps, *layout.key_steps, *layout.value_steps, T * H * D, D, H * D)
-    return (*steps, G, H // G, T, S, B * H * T, splits)
+    return (*steps, G, H // G, T, S)
 
 
 def _options(layout: Layout, this: Tile, kept: int, merged: int, splits: int, **others: Any) -> dict[str, Any]:
@@ -144,7 +158,7 @@ def _one_query(layout: Layout, lengths: bool, budgets: bool, kept: int) -> Decod
     merge = this.merge * (1 + kept)
     splits = splits_of(rows, triton.cdiv(S, this.keys), processors(layout.device) * this.programs, merge)
     options = _options(layout, this, kept, 1, splits, LENGTHS=lengths, BUDGETS=budgets, STAGES=this.stages)
-    launch = Launch(decode_query_kernel, (splits, rows), _numbers(layout, splits), options, layout)
+    launch = Launch(decode_query_kernel, (splits, rows), (*_numbers(layout), rows, splits), options, layout)
     return Decoding(launch, rows * splits * (2 + kept + (1 + kept) * D), rows)
 
 
@@ -163,9 +177,44 @@ def _members(layout: Layout, lengths: bool, budgets: bool, kept: int) -> Decodin
         layout, this, kept, merged, splits, BLOCK_M=QUERIES, LENGTH=length, BLOCK_R=min(most, max(1, room // length)),
         MERGED=merged, LENGTHS=lengths, BUDGETS=budgets, num_stages=this.stages,
     )  # fmt: skip
-    numbers = (*_numbers(layout, splits), scores_length)
+    numbers = (*_numbers(layout), rows, splits, scores_length)
     launch = Launch(decode_tile_kernel, (splits, tiles), numbers, options, layout)
     return Decoding(launch, rows * (splits * (4 + kept + (1 + kept) * D) + scores_length), tiles)
+
+
+@functools.lru_cache(maxsize=LAYOUTS)
+def _iterative(layout: Layout, lengths: torch.dtype | None, budgets: bool) -> Launch:
+    """The launch for a layout; `lengths` is the dtype of the lengths, if there are any."""
+    B, H, T, D, _, S = layout.sizes
+    this = iterative_tile(layout)
+    options = {
+        "D": D, "BLOCK_D": padded(D), "BLOCK_N": this.keys, "BLOCK_S": max(this.keys, triton.next_power_of_2(S)),
+        "LENGTHS": lengths is not None, "BUDGETS": budgets, "STAGES": this.stages, "num_warps": this.warps,
+    }  # fmt: skip
+    return Launch(decode_iterative_kernel, (B * H * T, 1), _numbers(layout), options, layout)
+
+
+def decode_iterative(inputs: DecodingInputs) -> Tensor:
+    """What `decode` gives, by the iterative solver, for any k and at most LONGEST_ROW keys."""
+    query, key, value, lengths, budget, _, spec, scale = inputs
+    B, H, T, _ = query.shape
+    output = heads_inside(query, T)
+    if not output.numel():
+        return output
+    budgets, number = (budget.contiguous(), 1.0) if isinstance(budget, Tensor) else (None, budget)
+    lengths = None if lengths is None else lengths.contiguous()
+    others = [x for x in (lengths, budgets) if x is not None]
+    layout = Layout.of(query, key, value, *others, causal=True, documents=None)
+    plan = Annealing.of(spec)
+    units = tuple(eps * math.log(2) for eps in plan.steps)
+    with torch.cuda.device_of(query):
+        _iterative(layout, None if lengths is None else lengths.dtype, budgets is not None)(
+            query, key, value, query if lengths is None else lengths, query if budgets is None else budgets,
+            on_device((*units, *(1 / unit for unit in units)), query.device), output,
+            query.new_empty(B * H * T, key.shape[2], dtype=torch.float32), number, scale, spec.n_iters,
+            plan.steps.index(plan.steps[-1]), plan.last,
+        )  # fmt: skip
+    return output
 
 
 def decode(inputs: DecodingInputs) -> Tensor:

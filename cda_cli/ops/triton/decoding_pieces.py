@@ -140,6 +140,13 @@ def is_last(arrived, active):
 
 
 @triton.jit
+def place_query(row, heads, T):
+    """Row of the batch, query head and t of one of the B·H·T rows."""
+    pair = row // T
+    return pair // heads, pair % heads, row % T
+
+
+@triton.jit
 def visible_keys(lengths, batch, S, LENGTHS: tl.constexpr):
     """The number of keys of a row of the batch: with LENGTHS, what they say, of S."""
     n = S

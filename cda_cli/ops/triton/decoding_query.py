@@ -12,7 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decoding_pieces import is_last, load_budgets, merge, share_of_split, totals_of, vectors_of, visible_keys
+from .decoding_pieces import (
+    is_last,
+    load_budgets,
+    merge,
+    place_query,
+    share_of_split,
+    totals_of,
+    vectors_of,
+    visible_keys,
+)
 from .tiles import HIDDEN, SIZES, load_tile
 
 
@@ -32,9 +41,7 @@ def decode_query_kernel(
     [B, H, T], or is `budget`. `arrived` is a zero for each row, and is zero again at the end.
     """
     split, row = tl.program_id(0), tl.program_id(1)
-    t, pair = row % T, row // T
-    heads = key_heads * group
-    batch, head = pair // heads, pair % heads
+    batch, head, t = place_query(row, key_heads * group, T)
     visible = tl.minimum(tl.maximum(visible_keys(lengths, batch, S, LENGTHS) - T + t + 1, 0), S)
     share, active = share_of_split(visible, splits, BLOCK_N)
     if split >= active:

@@ -77,7 +77,7 @@ def iterative_forward(
     rows, budget = rows.contiguous(), budget.contiguous()
     weights = torch.empty_like(rows)
     history = torch.empty((len(eps_steps), R), dtype=torch.float32, device=rows.device)
-    tensors = (rows, budget, _on_device(eps_steps, rows.device), weights, history)
+    tensors = (rows, budget, on_device(eps_steps, rows.device), weights, history)
     with torch.cuda.device_of(rows):
         if n > REGISTER_LIMIT:
             iterative_forward_parts_kernel[(R,)](
@@ -100,7 +100,7 @@ def iterative_backward(
     rows, grad_weights = rows.contiguous(), grad_weights.contiguous()
     budget, history = budget.contiguous(), history.contiguous()
     grad_scores, grad_budget = torch.empty_like(rows), torch.empty_like(budget)
-    tensors = (grad_weights, rows, budget, history, _on_device(eps_steps, rows.device), grad_scores, grad_budget)
+    tensors = (grad_weights, rows, budget, history, on_device(eps_steps, rows.device), grad_scores, grad_budget)
     with torch.cuda.device_of(rows):
         if n > REGISTER_LIMIT // 2:  # This kernel holds twice as much of a row as the others.
             factors = torch.empty_like(history)
@@ -132,6 +132,6 @@ def _part(rows: Tensor) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+def on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     """The numbers as a tensor, which is kept, so that a forward does not wait for the copy."""
     return torch.tensor(values, dtype=torch.float32, device=device)

@@ -42,6 +42,14 @@ def exp2(x):
 
 
 @triton.jit
+def log2(x):
+    """The logarithm, to 2^−22, and that of 0 below 2^−126. `tl.log2` takes twenty instructions, one after another."""
+    if INTERPRETED:
+        return tl.log2(x)
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def saturated(a, b, c):
     """a·b + c, held between 0 and 1, and 0 for NaN. It is one instruction of the least busy pipe."""
     if INTERPRETED:

@@ -41,14 +41,18 @@ def _visible(s):
 
 
 @triton.jit
-def _finite_or_0(top):
+def finite_or_0(top):
     return tl.where(top <= 0.5 * FAR, 0.0, top)
 
 
 @triton.jit
-def _log_budget(budget):
-    held = tl.minimum(tl.maximum(budget, LEAST_BUDGET), MOST_BUDGET)
-    return tl.where(budget > 0, tl.log2(held), float("nan"))
+def held_budget(budget):
+    return tl.minimum(tl.maximum(budget, LEAST_BUDGET), MOST_BUDGET)
+
+
+@triton.jit
+def log_budget(budget):
+    return tl.where(budget > 0, tl.log2(held_budget(budget)), float("nan"))
 
 
 @triton.jit
@@ -75,10 +79,10 @@ def iterative_forward_kernel(
 ):  # fmt: skip
     row, exists, offset, inside = place_rows(R, n, ROWS, BLOCK)
     s = _load_scores(rows, offset, inside, WHOLE)
-    top = _finite_or_0(tl.max(s, 1))
+    top = finite_or_0(tl.max(s, 1))
     # b starts as −s, so every exponent is 0.
     visible = tl.sum(_visible(s), 1)
-    log_k = _log_budget(tl.load(budgets + row, mask=exists, other=1.0)) + 0 * visible
+    log_k = log_budget(tl.load(budgets + row, mask=exists, other=1.0)) + 0 * visible
     eps = tl.load(steps)
     a = _next_a(log_k, -top, visible, eps)
     history += row
@@ -115,8 +119,8 @@ def iterative_forward_parts_kernel(
         s = _load_scores(rows + row * n + start, column, column < n - start)
         top = tl.maximum(top, tl.max(s, 0))
         visible += tl.sum(_visible(s), 0)
-    top = _finite_or_0(top)
-    log_k = _log_budget(tl.load(budgets + row)) + 0 * visible
+    top = finite_or_0(top)
+    log_k = log_budget(tl.load(budgets + row)) + 0 * visible
     a = _next_a(log_k, -top, visible, tl.load(steps))
     history += row
     tl.store(history, a - top)
@@ -131,11 +135,11 @@ def iterative_forward_parts_kernel(
         tl.store(history, a - top)
     for start in range(0, n, BLOCK):
         s = _load_scores(rows + row * n + start, column, column < n - start)
-        store_entries(weights + row * n + start, column, _weights(s - top, a, last_eps), column < n - start)
+        store_entries(weights + row * n + start, column, weights_of(s - top, a, last_eps), column < n - start)
 
 
 @triton.jit
-def _weights(d, a, last_eps):
+def weights_of(d, a, last_eps):
     return exp2(tl.minimum(d + a, 0.0, propagate_nan=tl.PropagateNan.ALL) * (LOG2E / last_eps))
 
 
@@ -153,11 +157,11 @@ def iterative_backward_kernel(
     row, exists, offset, inside = place_rows(R, n, ROWS, BLOCK)
     s = _load_scores(rows, offset, inside, WHOLE)
     g = load_entries(grad_weights, offset, inside, 0.0, WHOLE)
-    top = _finite_or_0(tl.max(s, 1))
+    top = finite_or_0(tl.max(s, 1))
     d = s - top[:, None]
     history += row + (n_iters - 1).to(tl.int64) * R
     a = tl.load(history, mask=exists, other=0.0) + top
-    grad = tl.where(d + a[:, None] > 0, 0.0, _weights(d, a[:, None], last_eps) * g / last_eps)
+    grad = tl.where(d + a[:, None] > 0, 0.0, weights_of(d, a[:, None], last_eps) * g / last_eps)
     grad_a = tl.sum(grad, 1)
     grad_log_k = tl.load(steps + n_iters - 1) * grad_a
     origin, scale = tl.zeros_like(top), 0.0
@@ -197,12 +201,12 @@ def iterative_backward_parts_kernel(
     for start in range(0, n, BLOCK):
         s = _load_scores(rows + row * n + start, column, column < n - start)
         top = tl.maximum(top, tl.max(s, 0))
-    top = _finite_or_0(top)
+    top = finite_or_0(top)
     last_a = tl.load(history + last) + top
     for start in range(0, n, BLOCK):
         d = _load_scores(rows + row * n + start, column, column < n - start) - top
         g = load_entries(grad_weights + row * n + start, column, column < n - start, 0.0)
-        grad_a += tl.sum(tl.where(d + last_a > 0, 0.0, _weights(d, last_a, last_eps) * g / last_eps), 0)
+        grad_a += tl.sum(tl.where(d + last_a > 0, 0.0, weights_of(d, last_a, last_eps) * g / last_eps), 0)
     grad_log_k = tl.load(steps + n_iters - 1) * grad_a
     place = last
     for back in range(1, n_iters):
@@ -224,7 +228,7 @@ def iterative_backward_parts_kernel(
     for start in range(0, n, BLOCK):
         d = _load_scores(rows + row * n + start, column, column < n - start) - top
         g = load_entries(grad_weights + row * n + start, column, column < n - start, 0.0)
-        grad = tl.where(d + last_a > 0, 0.0, _weights(d, last_a, last_eps) * g / last_eps)
+        grad = tl.where(d + last_a > 0, 0.0, weights_of(d, last_a, last_eps) * g / last_eps)
         place = last
         for back in range(1, n_iters):
             place -= R
