@@ -177,6 +177,21 @@ def test_every_output_is_written_and_nothing_beside_it(solver: str, n: int, monk
 
 
 @pytest.mark.usefixtures("part")
+def test_an_iterated_row_does_not_depend_on_the_number_of_rows() -> None:
+    """But in generation, where few rows take more warps. Without a GPU there are none, and fewer rows say the same."""
+    scores = random_rows(kernels.FEW_ROWS + 1 if DEVICE == "cuda" else 3, 1024).to(DEVICE)
+    budget = torch.full(scores.shape[:1], 2.5, device=DEVICE)
+    weights, history = kernels.iterative_forward(scores, budget, *PLAN)
+    alone, history_alone = kernels.iterative_forward(scores[:1], budget[:1], *PLAN)
+    assert torch.equal(weights[:1], alone)
+    assert torch.equal(history[:, :1], history_alone)
+    with torch.inference_mode():
+        of_few, _ = kernels.iterative_forward(scores[:1], budget[:1], *PLAN)
+    settings = {"eps": 0.1, "n_iters": 4, "eps_init": 4.0, "eps_decay": 0.3}
+    expected = soft_topk(scores[:1].double(), 2.5, solver="iterative", backend="torch", **settings)
+    assert_within(of_few.cpu(), expected.cpu(), tolerance(Rows(scores[:1].cpu(), 2.5, 0.1)), "λ")
+
+
 @pytest.mark.parametrize("solver", ["exact", "iterative"])
 def test_a_budget_that_is_not_above_0_makes_its_row_nan(solver: str) -> None:
     """With its gradients; and the rows beside it are as they were."""

@@ -31,7 +31,9 @@ from .rows_iterative import (
 )
 
 REGISTER_LIMIT = 16384  # the largest n of a row that is held in registers
-FEW_ROWS = 512  # Programs of so many rows leave multiprocessors idle, so each takes one row, and more warps.
+# In generation, programs of so many rows leave multiprocessors idle, so each takes one row, and more warps. In training
+# a row is summed in the same order, however many there are: a small batch has as few.
+FEW_ROWS = 512
 PART = 4096  # float32 entries of a longer row that are read at a time; twice as many in half precision
 
 
@@ -84,7 +86,8 @@ def iterative_forward(
                 *tensors, R, n, len(eps_steps), last_eps, BLOCK=_part(rows), num_warps=8
             )
         elif R:
-            grid, options = _tile(R, n, entries_per_thread=64) if R > FEW_ROWS else _tile(R, n, 16, least_entries=1)
+            few = R <= FEW_ROWS and torch.is_inference_mode_enabled()
+            grid, options = _tile(R, n, 16, least_entries=1) if few else _tile(R, n, entries_per_thread=64)
             iterative_forward_kernel[grid](*tensors, R, n, len(eps_steps), last_eps, **options)
     return weights, history
 
