@@ -13,7 +13,7 @@ import numpy as np
 
 from cda_cli.data.batches import Batch, State, check_counts, check_state, to_batch
 from cda_cli.data.prepare import Tokens
-from cda_cli.data.tasks import PREFIX, WORDS, Example, Part, Task
+from cda_cli.data.tasks import PREFIX, WORDS, Example, Task
 from cda_cli.data.tokenizers import JsonTokenizer, Tokenizer, tokenizer_from_json
 from cda_cli.errors import DataError
 
@@ -58,17 +58,6 @@ def check_task_tokenizer(task: Task, tokenizer: Tokenizer, model: str = "the mod
         )
 
 
-def task_rows(task: Task, part: Part, seed: int, first: int, count: int, width: int) -> tuple[Any, Any]:
-    """The examples from number `first`: tokens int64 [count, width], padded, and which of them are answers."""
-    tokens = np.full((count, width), task.word("<pad>"), np.int64)
-    is_answer = np.zeros((count, width), bool)
-    for row in range(count):
-        example = task.example(part, seed, first + row)
-        tokens[row, : len(example.tokens)] = example.tokens
-        is_answer[row, : len(example.tokens)] = example.is_answer
-    return tokens, is_answer
-
-
 def check_rows(task: Task, seq_len: int) -> None:
     """Raises DataError if the longest example does not fit into a row of `seq_len` tokens."""
     longest = task.tokens_of(task.length.most)
@@ -85,7 +74,7 @@ def task_tokens(task: Task, seq_len: int, examples: int) -> Tokens:
     A window of `seq_len` (see `batches`) is an example. Raises DataError if one does not fit into it.
     """
     check_rows(task, seq_len)
-    rows, is_answer = task_rows(task, "validation", VALIDATION_SEED, 0, examples, seq_len)
+    rows, is_answer = task.rows("validation", VALIDATION_SEED, 0, examples, seq_len)
     ids = np.append(rows.reshape(-1), task.word("<pad>"))  # the last input has a target too
     targets = np.append(is_answer.reshape(-1), False)
     sizes = _sizes(task)[ids]
@@ -99,8 +88,7 @@ def _sizes(task: Task) -> Any:
 
 def task_examples(task: Task, first: int, count: int) -> Example:
     """The examples of the validation side from number `first`, stacked. The task must have one length."""
-    examples = [task.example("validation", VALIDATION_SEED, first + index) for index in range(count)]
-    return Example(*map(np.stack, zip(*examples, strict=True)))
+    return task.rows("validation", VALIDATION_SEED, first, count, task.tokens_of(task.length.most))
 
 
 class TaskBatches:
@@ -127,9 +115,7 @@ class TaskBatches:
         return self
 
     def __next__(self) -> tuple[Batch, State]:
-        rows, is_answer = task_rows(
-            self._task, "train", self._seed, self._position, self._batch_size, self._seq_len + 1
-        )
+        rows, is_answer = self._task.rows("train", self._seed, self._position, self._batch_size, self._seq_len + 1)
         self._position += self._batch_size
         return to_batch(rows, self._token_sizes[rows], is_answer[:, 1:]), self.state()
 

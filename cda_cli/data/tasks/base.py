@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -57,7 +57,7 @@ Symbols = Annotated[int, Field(description="Number of symbols.", ge=2, le=2**20)
 class Example(NamedTuple):
     """`tokens` [N], and `is_answer` [N], bool: which of them are to be predicted, each from those before it.
 
-    Several examples of one length may be stacked: then both are [E, N].
+    Several examples of one length, or padded to one, may be stacked: then both are [E, N].
     """
 
     tokens: Ints
@@ -78,6 +78,27 @@ class Example(NamedTuple):
         return tokens[self.is_answer].reshape(*tokens.shape[:-1], -1)
 
 
+def _philox_key(key: str) -> NDArray[np.uint64]:
+    return np.frombuffer(blake2b(key.encode(), digest_size=16).digest(), "<u8").astype(np.uint64)
+
+
+def below(raw: NDArray[np.uint64], limit: int) -> Ints:
+    """Whole numbers from 0 to `limit` − 1, one from each raw number."""
+    return (raw % np.uint64(limit)).astype(np.int64)
+
+
+def first_draws(keys: Sequence[str], count: int) -> NDArray[np.uint64]:
+    """The first `count` raw numbers of the `Draws` of each key, [len(keys), count], without making each of these."""
+    bits = np.random.Philox(key=0)
+    state: Any = bits.state
+    found = np.empty((len(keys), count), np.uint64)
+    for row, key in enumerate(keys):
+        state["state"]["key"] = _philox_key(key)
+        bits.state = state
+        found[row] = bits.random_raw(count)
+    return found
+
+
 class Draws:
     """Random numbers that `key` alone decides, whatever the process, the machine and the version of NumPy.
 
@@ -85,11 +106,11 @@ class Draws:
     """
 
     def __init__(self, key: str) -> None:
-        self._bits = np.random.Philox(key=int.from_bytes(blake2b(key.encode(), digest_size=16).digest(), "little"))
+        self._bits = np.random.Philox(key=_philox_key(key))
 
     def below(self, limit: int, count: int) -> Ints:
         """`count` whole numbers from 0 to `limit` − 1, which may repeat."""
-        return (self._bits.random_raw(count) % np.uint64(limit)).astype(np.int64)
+        return below(self._bits.random_raw(count), limit)
 
     def one_of(self, numbers: Range) -> int:
         """A number of a range."""
@@ -147,8 +168,22 @@ class Task(BaseModel, ABC):
 
     def example(self, part: Part, seed: int, index: int) -> Example:
         """Example `index` of a seed. No example of one part is drawn as one of the other."""
-        draws = Draws(f"{self.registered}/{part}/{seed}/{index}")
+        draws = Draws(self.key(part, seed, index))
         return self.draw(draws.one_of(self.length), draws)
+
+    def key(self, part: Part, seed: int, index: int) -> str:
+        """What decides the random numbers of an example."""
+        return f"{self.registered}/{part}/{seed}/{index}"
+
+    def rows(self, part: Part, seed: int, first: int, count: int, width: int) -> Example:
+        """The examples from number `first`, padded to `width` tokens: both [count, width]."""
+        tokens = np.full((count, width), self.word("<pad>"), np.int64)
+        is_answer = np.zeros((count, width), bool)
+        for row in range(count):
+            example = self.example(part, seed, first + row)
+            tokens[row, : len(example.tokens)] = example.tokens
+            is_answer[row, : len(example.tokens)] = example.is_answer
+        return Example(tokens, is_answer)
 
     @abstractmethod
     def draw(self, length: int, draws: Draws) -> Example:
