@@ -50,6 +50,7 @@ ARMS = {
 # learning rates; and in a reproduction, of two seeds at the best learning rate, and at 4e-4.
 PUBLISHED = {"softmax": ("0 and 0", "95 ± 4 and 3 ± 1; at 4e-4: 0 to 3 and 0"), "entmax": ("100 and 57.8", "–")}
 LENGTHS = (64, 128, 256)
+COMPILING_STEPS = 10
 PROBE_STEPS = 250
 STARTING_SECONDS = 20  # until all runs train, whose code the probes have compiled
 SCORING_SECONDS = 30  # of all runs at once, with the start of a process
@@ -71,32 +72,48 @@ class Jobs:
     """The commands that run, in sessions of their own, so that a Ctrl-C reaches them through this class alone."""
 
     def __init__(self) -> None:
-        self._running: set[subprocess.Popen[str]] = set()
-        self._ended = False
+        self._training: set[subprocess.Popen[str]] = set()
+        self._scoring: set[subprocess.Popen[str]] = set()
+        self.stopped = self._ended = False
 
-    def run(self, *arguments: object, may_be_stopped: bool = False) -> str:
-        """Runs `cda` and returns what it printed. Raises RuntimeError, with its stderr, if it fails."""
+    def train(self, *arguments: object) -> None:
+        """Runs `cda train`, which `stop` may stop. Raises RuntimeError, with its stderr, if it fails."""
+        if self.stopped:
+            raise RuntimeError("no time was left to train it")
+        self._run(self._training, "train", *arguments)
+
+    def score(self, *arguments: object) -> Any:
+        """Runs `cda eval` and returns its JSON. Raises RuntimeError, with its stderr, if it fails."""
+        return json.loads(self._run(self._scoring, "eval", *arguments, "--json"))
+
+    def _run(self, running: set[subprocess.Popen[str]], *arguments: object) -> str:
         if self._ended:
             raise RuntimeError("stopped")
         command = [sys.executable, "-m", "cda_cli", *map(str, arguments)]
         job = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
-        self._running.add(job)
+        running.add(job)
+        if self.stopped and running is self._training:  # `stop` has not seen it
+            job.send_signal(signal.SIGINT)
         out, err = job.communicate()
-        self._running.discard(job)
-        if job.returncode and not (may_be_stopped and job.returncode == 128 + signal.SIGINT):
-            raise RuntimeError(f"{' '.join(command[2:4])} ended with {job.returncode}: {err.strip()[-2000:]}")
+        running.discard(job)
+        if job.returncode and not (running is self._training and job.returncode == 128 + signal.SIGINT):
+            raise RuntimeError(f"cda {arguments[0]} ended with {job.returncode}: {err.strip()[-2000:]}")
         return out
 
     def stop(self) -> None:
-        """Asks all to stop: what trains saves its checkpoint first."""
-        for job in list(self._running):
+        """Asks what trains to save its checkpoint and stop, and lets nothing more train."""
+        self.stopped = True
+        for job in list(self._training):
             job.send_signal(signal.SIGINT)
 
     def end(self) -> None:
+        """Stops all."""
         self._ended = True
         self.stop()
+        for job in list(self._scoring):
+            job.send_signal(signal.SIGINT)
 
 
 def train(jobs: Jobs, run: Path, trial: Trial, steps: int, asked: argparse.Namespace) -> None:
@@ -107,9 +124,7 @@ def train(jobs: Jobs, run: Path, trial: Trial, steps: int, asked: argparse.Names
     values |= {"run.eval_every": 0, "run.save_every": 0, "run.save_minutes": 5}
     values["run.log_every"] = min(500, max(1, steps // 10))
     sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
-    jobs.run(
-        "train", "--data", "task:sort", "--out", run, "--steps", steps, *ARMS[trial.name], *sets, may_be_stopped=True
-    )  # fmt: skip
+    jobs.train("--data", "task:sort", "--out", run, "--steps", steps, *ARMS[trial.name], *sets)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -118,8 +133,8 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def measure(jobs: Jobs, trial: Trial, steps: int, asked: argparse.Namespace) -> dict[str, Any] | None:
-    """Trains a run, unless it is trained, and returns what `cda eval --json` says of it, with its last step and its
-    loss; or None, with a line on stderr, if that fails."""
+    """Trains a run, unless it is trained, and returns what `cda eval --json` says of it, with the step that was scored
+    and the loss of the last record; or None, with a line on stderr, if that fails."""
     run = folder(trial, steps, asked.out)
     result = run.with_name(f"{run.name}.json")
     if result.exists():
@@ -127,15 +142,15 @@ def measure(jobs: Jobs, trial: Trial, steps: int, asked: argparse.Namespace) -> 
     try:
         train(jobs, run, trial, steps, asked)
         lengths = ("--lengths", ",".join(map(str, LENGTHS)), "--limit", asked.num_examples, "--batch-size", 100)
-        found = json.loads(jobs.run("eval", run, "--tasks", "task:sort", *lengths, "--json"))
-    except (RuntimeError, OSError, ValueError) as error:
+        found = jobs.score(run, "--tasks", "task:sort", *lengths)
+        loss = records(run)[-1]["loss"]
+    except (RuntimeError, OSError, ValueError, IndexError) as error:
         print(f"{trial}: {error}", file=sys.stderr, flush=True)
         return None
-    last = records(run)[-1]
-    found |= {"step": last["step"], "loss": last["loss"]}
-    said = f"step {last['step']:,}, loss {last['loss']:.4f}, exact match {shares(found, 'exact_match')}"
+    found |= {"step": int(Path(found["checkpoint"]).name.removeprefix("step-")), "loss": loss}
+    said = f"step {found['step']:,}, loss {loss:.4f}, exact match {shares(found, 'exact_match')}"
     print(f"{trial}: {said}", file=sys.stderr, flush=True)
-    if last["step"] == steps:
+    if found["step"] == steps:
         result.write_text(json.dumps(found, indent=2))
     return cast(dict[str, Any], found)
 
@@ -145,9 +160,15 @@ def folder(trial: Trial, steps: int, out: Path) -> Path:
 
 
 def steps_that_fit(jobs: Jobs, trials: list[Trial], asked: argparse.Namespace, deadline: float) -> int:
-    """Measures the speed of as many runs at once as will train at once, and returns the steps that the time allows."""
+    """Measures the speed of as many runs at once as will train at once, and returns the steps that the time allows.
+
+    One run of each arm comes first, by itself, and leaves its compiled code to the others.
+    """
     at_once = trials[: asked.jobs]
     turns = math.ceil(len(trials) / asked.jobs)
+
+    def compile_code(trial: Trial) -> None:
+        train(jobs, folder(trial, COMPILING_STEPS, Path(probes)), trial, COMPILING_STEPS, asked)
 
     def seconds_a_step(trial: Trial) -> float:
         run = folder(trial, PROBE_STEPS, Path(probes))
@@ -159,6 +180,8 @@ def steps_that_fit(jobs: Jobs, trials: list[Trial], asked: argparse.Namespace, d
 
     with tempfile.TemporaryDirectory(dir=asked.out) as probes, ThreadPoolExecutor(asked.jobs) as pool:
         try:
+            if asked.compile:
+                list(pool.map(compile_code, {trial.name: trial for trial in at_once}.values()))
             slowest = max(pool.map(seconds_a_step, at_once))
         except BaseException:
             jobs.end()
@@ -180,7 +203,7 @@ def spread(values: list[float]) -> str:
 
 
 def table(found: dict[Trial, dict[str, Any] | None], asked: argparse.Namespace, steps: int) -> None:
-    title = f"Sort in % by length, {steps:,} steps, positions: {asked.position}"
+    title = f"Sort in % by length, {steps:,} steps planned, positions: {asked.position}"
     columns = [f"{what}, {length}" for what in ("exact match", "tokens") for length in LENGTHS]
     header(
         title,
@@ -197,7 +220,8 @@ def table(found: dict[Trial, dict[str, Any] | None], asked: argparse.Namespace, 
         scored = [one for seed in range(asked.seeds) if (one := found.get(Trial(name, lr, seed)))]
         if not scored:
             continue
-        cells: list[object] = [f"{lr:g}", len(scored), ", ".join(sorted({f"{one['step']:,}" for one in scored}))]
+        reached = sorted({one["step"] for one in scored})
+        cells: list[object] = [f"{lr:g}", len(scored), ", ".join(f"{step:,}" for step in reached)]
         cells.append(f"{statistics.fmean(one['loss'] for one in scored):.4f}")
         for metric in ("exact_match", "token_accuracy"):
             cells += [spread(list(each)) for each in zip(*(shares(one, metric) for one in scored), strict=True)]
@@ -235,13 +259,11 @@ def main() -> None:
                 steps = steps_that_fit(jobs, trials, asked, deadline)
                 print(f"{steps:,} steps each", file=sys.stderr, flush=True)
             scoring = {trial: pool.submit(measure, jobs, trial, steps, asked) for trial in trials}
-            stopped = False
             while not all(one.done() for one in scoring.values()):
                 time.sleep(0.5)
                 found |= {trial: one.result() for trial, one in scoring.items() if one.done()}
-                if deadline and not stopped and time.monotonic() > deadline:
+                if deadline and time.monotonic() > deadline and not jobs.stopped:
                     jobs.stop()
-                    stopped = True
             found |= {trial: one.result() for trial, one in scoring.items()}
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
