@@ -1,6 +1,7 @@
 """The model: token embeddings → blocks of attention and feed-forward → logits."""
 
 from cda_cli.model.activations import feed_forward_activation
+from cda_cli.model.auxiliary_losses import ActivationL1, ExcessSupport
 from cda_cli.model.cache import KeyValueCache, StaticCache
 from cda_cli.model.edits import Truncation, editing
 from cda_cli.model.key_pages import KeyReads
@@ -22,7 +23,9 @@ from cda_cli.model.transformer import (
 __all__ = [
     "FIRST_AND_NEWEST",
     "PAGE",
+    "ActivationL1",
     "AttentionRule",
+    "ExcessSupport",
     "KeyReads",
     "KeySelection",
     "KeyValueCache",

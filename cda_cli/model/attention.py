@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
+from cda_cli.model.auxiliary_losses import ExcessSupport
 from cda_cli.model.cache import CachedStep, KeyValueCache
 from cda_cli.model.edits import EditLayer
 from cda_cli.model.head_projection import PackedProjection, head_logits, project_heads
@@ -42,6 +43,7 @@ class Attention(nn.Module):
         self.observer: Observer | None = None
         self.edit_rows: EditRows | None = None
         self.edit_budget: EditLayer | None = None
+        self.auxiliary_loss: ExcessSupport | None = None  # of training, where gradients are taken
         self.is_recomputed = False  # Activation checkpointing computes this layer again in the backward.
 
         inner, of_keys = config.heads * config.head_width, config.key_heads * config.head_width
@@ -97,6 +99,8 @@ class Attention(nn.Module):
                 dtype = torch.promote_types(query.dtype, torch.float32)
                 budget = query.new_full(query.shape[:3], budget, dtype=dtype)
             budget = self.edit_budget(self.layer, budget)
+        if self.auxiliary_loss is not None and torch.is_grad_enabled():
+            query = self.auxiliary_loss(self.rule, query, key, budget)
         if self.observer is not None or self.edit_rows is not None:
             observe = None
             if self.observer is not None:

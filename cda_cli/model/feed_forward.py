@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.activations import feed_forward_activation
+from cda_cli.model.auxiliary_losses import ActivationL1
 from cda_cli.model.observe import ObservedFeedForward, Observer
 from cda_cli.ops import Backend
 
@@ -16,6 +18,7 @@ class FeedForward(nn.Module):
         self.layer = layer
         self.activation = feed_forward_activation(config, backend)
         self.observer: Observer | None = None
+        self.auxiliary_loss: ActivationL1 | None = None  # of training, where gradients are taken
         self.proj_in = nn.Linear(config.dim, config.ff_units, bias=config.ff_bias)
         self.proj_out = nn.Linear(config.ff_units, config.dim, bias=config.ff_bias)
         gate = self.activation.gate_width
@@ -27,4 +30,6 @@ class FeedForward(nn.Module):
         if self.observer is not None:
             to_out, block_size = self.proj_out.weight.detach(), self.activation.block_size
             self.observer(ObservedFeedForward(self.layer, activations.detach(), to_out, block_size))
+        if self.auxiliary_loss is not None and torch.is_grad_enabled():
+            activations = self.auxiliary_loss(activations)
         return self.proj_out(activations)

@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from types import NoneType
 from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
-VERSION = 3  # of the schema; files that name none have the first
+VERSION = 4  # of the schema; files that name none have the first
 
 
 class About(NamedTuple):
@@ -73,6 +73,16 @@ class TrainRecord(Record):
     lr: Annotated[float, About("", "Learning rate of this step.")]
     eps: Annotated[float, About("", "Temperature ε of the attention in this step.")]
     grad_norm: Annotated[float, About("", "Euclidean norm of the gradient of this step, before clipping.")]
+    ff_l1: Annotated[
+        float | None, About("", "Mean over layers and tokens of Σ|h| of the feed-forward (`optim.ff_l1`).")
+    ] = None
+    support: Annotated[
+        float | None,
+        About("keys", "Effective support, mean over a sample of the rows of all heads (`optim.support_target`)."),
+    ] = None
+    support_multiplier: Annotated[
+        float | None, About("nats per token", "Multiplier of the constraint on the support in this step.")
+    ] = None
     tokens: Annotated[int, About("tokens", "Tokens trained on since the run began.")]
     tokens_per_second: Annotated[
         float,

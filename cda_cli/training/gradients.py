@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,15 +69,18 @@ class GradientGraphs:
     batch of a step, which creates the gradients, and one of a further batch, which adds to them. Graphs replay fixed
     addresses. Gradients therefore stay where they are from step to step, and the tensors within the graphs have a
     `pool` of their own (`torch.cuda.graph_pool_handle`). Graphs of other steps may share it, as no step needs what the
-    graphs of the one before have left. All batches must have one shape.
+    graphs of the one before have left. All batches must have one shape. `others` are leaves besides the parameters.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, pool: Any) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, dtype: torch.dtype, pool: Any, others: Sequence[Tensor] = ()
+    ) -> None:
         self._model, self._device, self._dtype, self._pool = model, device, dtype, pool
+        self._leaves = [*model.parameters(), *others]
         self._steps = 0
         self._stream = torch.cuda.Stream(device)
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []
 
     def add(self, batch: Batch, tokens: Tensor, first: bool) -> Tensor:
         """Does what `_add_gradients` does; `first` marks the first batch of a step.
@@ -97,8 +100,8 @@ class GradientGraphs:
             self._graphs[first] = self._captured(first)
         graph, loss = self._graphs[first]
         if first:
-            for parameter, gradient in self._gradients:
-                parameter.grad = gradient
+            for leaf, gradient in self._gradients:
+                leaf.grad = gradient
         graph.replay()
         return loss
 
@@ -110,5 +113,5 @@ class GradientGraphs:
         with torch.cuda.device(self._device), capture:
             loss = _add_gradients(self._model, self._batch, self._tokens, self._device, self._dtype)
         if first:
-            self._gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
+            self._gradients = [(leaf, leaf.grad) for leaf in self._leaves]
         return graph, loss

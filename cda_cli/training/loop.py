@@ -68,9 +68,11 @@ def train(
     while state.step < optim.steps and not (stop or patience.over):
         rate = learning_rate(optim, config.schedule_steps, state.step)
         set_learning_rate(state.optimizer, rate)
-        batches, state.position, loss, attention = pipeline.take()
-        result = StepResult(loss, clip_gradients(model, optim.clip))
+        pending = pipeline.take()
+        batches, state.position = pending.batches, pending.position
+        result = StepResult(pending.loss, clip_gradients(model, optim.clip), pending.measured)
         optimizer.launch(result)
+        state.auxiliary.ascend(result)
         pipeline.prefetch(batches, inspects=is_logged(state.step + 1))
         stop.agree()
         values = result.read()
@@ -94,15 +96,16 @@ def train(
         last = state.step == optim.steps
         if is_logged(state.step) or stop:
             speed.mark()
-            recorded = pipeline.recorded(batches, attention.eps)
+            recorded = pipeline.recorded(batches, pending.attention.eps)
             report(
                 TrainRecord(
                     step=state.step,
                     loss=running.loss,
                     bits_per_byte=running.bits_per_byte,
                     lr=rate,
-                    eps=attention.eps,
+                    eps=pending.attention.eps,
                     grad_norm=values.norm,
+                    **values.measured,
                     tokens=state.tokens,
                     tokens_per_second=speed.tokens_per_second,
                     seconds_left=speed.seconds_left(optim.steps - state.step),

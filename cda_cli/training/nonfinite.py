@@ -22,11 +22,15 @@ from cda_cli.storage import step_folder, verify
 
 
 class StepValues(NamedTuple):
-    """Loss and gradient norm of a step, and their sum, which is not finite if one of them is not."""
+    """Loss and gradient norm of a step, and their sum, which is not finite if one of them is not.
+
+    `measured` are the values of its auxiliary losses, by name.
+    """
 
     loss: float
     norm: float
     sum: float
+    measured: dict[str, float]
 
     @property
     def is_finite(self) -> bool:
@@ -34,22 +38,25 @@ class StepValues(NamedTuple):
 
 
 class StepResult:
-    """Loss and gradient norm of a step, scalars on one device, and their sum; the host gets a copy of them.
+    """Loss and gradient norm of a step, their sum, and what else was `measured`; the host gets a copy of all.
+
+    They are scalars on one device.
 
     If it is made before the optimizer's kernels are launched, the copy arrives before they have run. The host then has
     that long to launch the next step before the device is idle.
     """
 
-    def __init__(self, loss: Tensor, norm: Tensor) -> None:
-        self.loss, self.norm, self.sum = loss, norm, loss + norm
-        self._values = torch.stack((loss, norm, self.sum)).to("cpu", non_blocking=loss.is_cuda)
+    def __init__(self, loss: Tensor, norm: Tensor, measured: Mapping[str, Tensor] | None = None) -> None:
+        self.loss, self.norm, self.sum, self.measured = loss, norm, loss + norm, measured or {}
+        self._values = torch.stack((loss, norm, self.sum, *self.measured.values())).to("cpu", non_blocking=loss.is_cuda)
         self._arrived = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
 
     def read(self) -> StepValues:
         """Waits for the values."""
         if self._arrived:
             self._arrived.synchronize()
-        return StepValues(*self._values.tolist())
+        loss, norm, both, *others = self._values.tolist()
+        return StepValues(loss, norm, both, dict(zip(self.measured, others, strict=True)))
 
 
 class Refusals:

@@ -34,13 +34,14 @@ class PendingStep(NamedTuple):
     """A step whose gradients are computed, or are being computed on the device, and nothing more.
 
     `position` is the position in the data after its `batches`; `loss` is a scalar on the device. `attention` is what
-    attention computes them with.
+    attention computes them with. `measured` are the values of the auxiliary losses, by name, scalars on the device.
     """
 
     batches: list[Batch]
     position: dict[str, Any]
     loss: Tensor
     attention: StepAttention
+    measured: dict[str, Tensor]
 
 
 class Pipeline:
@@ -140,10 +141,11 @@ def compute_gradients(
     """Adds the gradients of `batches` with the attention of `step`; a GPU may still compute them afterwards."""
     attention = attention_of_step(context.config, step)
     state.model.set_attention_eps(attention.eps)
+    state.auxiliary.begin_step()
     graphs = context.graphs.get(attention.truncated)
     with editing(state.model, rows=context.truncation if attention.truncated else None):
         loss = accumulate_gradients(context.compiled, batches, context.device, context.dtype, context.processes, graphs)
-    return PendingStep(batches, position, loss, attention)
+    return PendingStep(batches, position, loss, attention, state.auxiliary.measured(context.processes))
 
 
 def attention_of_step(config: Config, step: int) -> StepAttention:

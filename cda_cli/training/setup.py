@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cda_cli.config import Config, DataConfig
 from cda_cli.data import (
@@ -49,6 +49,7 @@ from cda_cli.restore import check_weights, load_weights
 from cda_cli.runtime import pick_dtype, start_compile_workers
 from cda_cli.storage import Checkpoint, unpack_optimizer
 from cda_cli.training.accounting.flops import peak_flops
+from cda_cli.training.auxiliary_losses import AuxiliaryLosses
 from cda_cli.training.average import WeightAverage
 from cda_cli.training.distributed.processes import ALONE, Processes
 from cda_cli.training.gradients import GradientGraphs
@@ -173,15 +174,17 @@ def build(
         load_weights(model, checkpoint.model, checkpoint, config)
     elif initial:
         load_state_tensors(model, state_tensors(model) | initial.carried.tensors)
+    source = initial.source if initial else None
+    begun = checkpoint or source
+    saved: Mapping[str, Any] = begun.state if begun else {"step": 0, "tokens": 0, "position": None}
+    batches = processes.batches(config.optim.grad_accum)
+    auxiliary = AuxiliaryLosses(config.optim, model, batches, device, saved)
     is_compiled = uses_compile(config, device, note)
     if is_compiled and device.type == "cuda":
         start_compile_workers()
     wrapped = processes.wrap(model, config, dtype, is_compiled)
     captured = uses_cuda_graphs(config, backend, device, is_compiled, processes, note)
     optimizer = build_optimizer(model, config.optim)
-    source = initial.source if initial else None
-    begun = checkpoint or source
-    saved: Mapping[str, Any] = begun.state if begun else {"step": 0, "tokens": 0, "position": None}
     if checkpoint and checkpoint.state["optimizer"]:  # an imported model comes without
         load_optimizer(optimizer, checkpoint)
     elif initial and source:
@@ -206,11 +209,12 @@ def build(
         compiled=wrapped,
         is_compiled=is_compiled,
         truncation=Truncation(config.optim.truncated_keys) if config.optim.truncated_share else None,
-        graphs=_graphs(wrapped, device, dtype) if captured else {},
+        graphs=_graphs(wrapped, device, dtype, auxiliary.weights) if captured else {},
         inspection_stream=torch.cuda.Stream(device) if device.type == "cuda" and processes.count == 1 else None,
     )
     state = TrainState(
         model=model,
+        auxiliary=auxiliary,
         optimizer=optimizer,
         average=average,
         # A thread makes the batches of the next step during this one.
@@ -222,10 +226,12 @@ def build(
     return context, state
 
 
-def _graphs(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[bool, GradientGraphs]:
+def _graphs(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, others: Sequence[Tensor]
+) -> dict[bool, GradientGraphs]:
     """Makes graphs of truncated steps (True) and of others, which share memory: no two of them are in use at a time."""
     pool = torch.cuda.graph_pool_handle()
-    return {truncated: GradientGraphs(model, device, dtype, pool) for truncated in (False, True)}
+    return {truncated: GradientGraphs(model, device, dtype, pool, others) for truncated in (False, True)}
 
 
 def _pinned(batches: Batches, device: torch.device) -> Batches:

@@ -17,6 +17,7 @@ from cda_cli.model import Transformer, Truncation, state_tensors
 from cda_cli.ops import Choice
 from cda_cli.storage import pack_optimizer
 from cda_cli.training.accounting.flops import flops_per_token, peak_flops
+from cda_cli.training.auxiliary_losses import AuxiliaryLosses
 from cda_cli.training.average import WeightAverage
 from cda_cli.training.distributed.processes import Processes
 from cda_cli.training.gradients import GradientGraphs
@@ -106,6 +107,7 @@ class TrainState:
     """
 
     model: Transformer
+    auxiliary: AuxiliaryLosses
     optimizer: Optimizer
     average: WeightAverage | None
     batches: Batches
@@ -133,6 +135,7 @@ class TrainState:
             "validation_loss": self.validation_loss if math.isfinite(self.validation_loss or 0.0) else None,
             "config": config.model_dump(mode="json"),
             "optimizer": plain,
+            **self.auxiliary.state(),
             THREADS: torch.get_num_threads() if context.device.type == "cpu" and processes.count == 1 else None,
             "versions": {"cda": __version__, "torch": str(torch.__version__), "python": sys.version.split()[0]},
         }

@@ -146,6 +146,21 @@ def test_muon_in_several_processes(nursery: Nursery, small: Config, tmp_path: Pa
         count_processes(sharded, Place(), 2, dry_run=False)
 
 
+def test_auxiliary_losses_and_truncated_steps_in_several_processes(
+    nursery: Nursery, plain: tuple[Config, Path], tmp_path: Path
+) -> None:
+    """Values and multiplier are those of the whole batch, whatever part of it a process has."""
+    penalised = {"ff_l1": 0.01, "support_target": 1.5, "support_rate": 0.1, "truncated_share": 0.5, "truncated_keys": 3}
+    config = changed(plain[0], steps=3, **penalised)
+    trained(config, tmp_path / "one")
+    command = ("train", "--config", settings(config, tmp_path), "--out", tmp_path / "two", "--parallel", "fsdp")
+    assert nursery.run(2, *command).codes == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=0, abs=TOLERANCE)
+    for figure in ("grad_norm", "ff_l1", "support", "support_multiplier"):
+        one, two = ([record[figure] for record in metrics(tmp_path / name, "train")] for name in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-5), figure
+
+
 def test_a_run_goes_on_under_any_number(nursery: Nursery, small: Config, alone: Path, tmp_path: Path) -> None:
     """Each part resumes what another number of processes has saved, with ddp after fsdp and the other way round."""
     run, path = tmp_path / "run", settings(small, tmp_path)

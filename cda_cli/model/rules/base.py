@@ -170,6 +170,19 @@ class AttentionRule(ABC):
             outputs.append(weights.to(value.dtype) @ value)
         return torch.cat(outputs, 2)
 
+    def weights_of(self, query: Tensor, key: Tensor, budget: float | Tensor, rows: slice) -> Tensor:
+        """Returns the dense weights [B, H, r, S], at least float32, of those r of the T queries that `rows` takes.
+
+        The other arguments are those of `attend`.
+        """
+        H, T, S = *query.shape[1:3], key.shape[2]
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        scores = self._scores(query[:, :, rows].to(dtype), for_each_query(key, H).to(dtype).transpose(-1, -2))
+        if not isinstance(budget, Tensor):
+            budget = torch.full((), budget, device=query.device)
+        budget = budget.to(dtype).expand(query.shape[:3])[:, :, rows]
+        return self.weights(scores, budget, visible(S - T, T, S, None, query.device)[rows])
+
     def _scores(self, query_BHtD: Tensor, key_BHDS: Tensor) -> Tensor:
         with torch.autocast(query_BHtD.device.type, enabled=False):
             return self.scale * query_BHtD @ key_BHDS
