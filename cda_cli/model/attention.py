@@ -25,6 +25,8 @@ from cda_cli.ops import Backend, HeadBudgets, can_run_kernels, heads_of_step, no
 
 # When a compiled block is recomputed in the backward, PyTorch 2.11 keeps what an autograd.Function has saved.
 COMPILED_RECOMPUTE_KEEPS_SAVED = torch.__version__ < "2.13"
+# A step of AdamW changes a parameter by about the learning rate. With 1e-3 a learned ε can change e-fold in 100 steps.
+LOG_EPS_SCALE = 10.0
 
 
 class Attention(nn.Module):
@@ -53,6 +55,8 @@ class Attention(nn.Module):
         self.query_norm, self.key_norm = make_head_norm(config), make_head_norm(config)
         rotary = config.position == "rotary" and layer not in config.nope_layers
         self.rotary = RotaryPositions(config) if rotary else None
+        learns_eps = config.learned_eps and self.rule.has_eps
+        self.log_eps = nn.Parameter(torch.zeros(config.heads)) if learns_eps else None
         self.divides_by_k = config.normalise == "k" and self.rule.has_budget
         self.to_learned_k = _head_linear(config, config.learned_k_bias) if self.rule.learns_budget else None
         self.gate_is_unit = config.output_gate_range == "unit"
@@ -87,6 +91,8 @@ class Attention(nn.Module):
         else:
             query, key, value, packed = self._prepare_heads(projected, cache, padding_B)
             learned_BHT = None
+        if self.log_eps is not None:
+            query = query * (-LOG_EPS_SCALE * self.log_eps).exp().to(query.dtype).view(-1, 1, 1)
         documents = None if padding_B is None else padding_or_text(padding_B, key.shape[2])
         visible_B = cache.visible_B if cache is not None else None
         logits = partial(head_logits, x_BTC, packed, linears)

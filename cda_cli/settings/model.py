@@ -111,6 +111,9 @@ class ModelSettings(Table):
             gt=0,
         ),
     ] = 0.1
+    learned_eps: Annotated[
+        bool, Setting("A temperature of each head: ε times a learned factor, which begins at 1.")
+    ] = False
     normalise: Annotated[
         Literal["none", "k"],
         Setting(

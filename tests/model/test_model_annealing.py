@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -112,6 +113,27 @@ def test_one_compiled_graph_serves_every_eps(settings: dict[str, Any], graphs: i
         torch.testing.assert_close(found[-1], model(batch).detach(), rtol=0, atol=1e-5)
     assert counter.frame_count == graphs
     assert (found[0] - found[-1]).abs().max() > 1e-2, "ε has no effect"
+
+
+@pytest.mark.parametrize("settings", MODELS[:5], ids=str)
+def test_a_learned_eps_begins_as_the_number_and_is_one(settings: dict[str, Any]) -> None:
+    """Also while ε anneals. In each head it is the number times e to ten times its parameter."""
+    model, batch = build(annealing(**settings, learned_eps=True)), tokens(tiny())
+    fixed = Transformer(annealing(**settings)).eval()
+    fixed.load_state_dict({name: one for name, one in model.state_dict().items() if "log_eps" not in name})
+    for eps in EPS[:2]:
+        fixed.set_attention_eps(eps)
+        model.set_attention_eps(eps)
+        with torch.no_grad():
+            assert torch.equal(model(batch), fixed(batch))
+            for block in model.each_block():
+                block.attention.log_eps.fill_(0.05)
+            fixed.set_attention_eps(eps * math.exp(0.5))
+            torch.testing.assert_close(model(batch), fixed(batch), rtol=1e-4, atol=1e-5)
+            for block in model.each_block():
+                block.attention.log_eps.zero_()
+    with pytest.raises(RuntimeError, match="log_eps"):
+        model.load_state_dict(fixed.state_dict())
 
 
 def test_no_checkpoint_holds_the_factor() -> None:

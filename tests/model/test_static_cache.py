@@ -18,7 +18,7 @@ DEVICE = DEVICES[-1]
 LENGTHS = [5, 1, 8]
 NORMED: dict[str, Any] = {"position": "rotary", "qk_norm": True, "attention": "coordinate-descent", "dim_head": 16}
 OPTIONS: list[tuple[dict[str, Any], bool]] = [
-    ({"null_kv": 1, "learned_k": True, "norm": "rmsnorm", "nope_layers": [1]}, False),
+    ({"null_kv": 1, "learned_k": True, "norm": "rmsnorm", "nope_layers": [1], "learned_eps": True}, False),
     ({"eps_anneal_start": 2.0, "qk_norm": False, "position": "learned", "dim_head": 5, "output_gate": True}, False),
     ({"kv_heads": 1, "learned_k": True, "output_gate": True, "attn_bias": "all", "eps_anneal_start": 2.0}, True),
 ]
@@ -26,7 +26,11 @@ OPTIONS: list[tuple[dict[str, Any], bool]] = [
 
 def build(backend: Backend, **options: Any) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(ModelConfig(**TINY | NORMED | options), backend).eval().to(DEVICE)
+    model = Transformer(ModelConfig(**TINY | NORMED | options), backend)
+    for block in model.each_block():
+        if block.attention.log_eps is not None:
+            torch.nn.init.uniform_(block.attention.log_eps, -0.1, 0.1)
+    return model.eval().to(DEVICE)
 
 
 def prompts() -> list[Tensor]:

@@ -240,6 +240,8 @@ class AttentionRule(ABC):
         config = self.config
         if config.learned_k and not self.has_budget:
             return [f"learned_k has no effect with {config.attention} attention; its control there is output_gate"]
+        if config.learned_eps and not self.has_eps:
+            return [f"learned_eps has no effect with {config.attention} attention, which has no ε"]
         if config.normalise == "k" and not self.has_budget:
             return [f"normalise has no effect with {config.attention} attention, whose rows sum to 1"]
         return []
