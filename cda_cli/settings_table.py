@@ -90,7 +90,7 @@ SYNONYMS = {
     "dataset": "source split",
     "distributed": "parallel", "early": "patience", "embedding": "dim tied_embeddings position", "epoch": "steps",
     "epsilon": "attn_eps ff_eps", "evaluation": "eval_every eval_batches", "expert": "ff ff_block_size",
-    "generate": "sample_every",
+    "generate": "sample_every sample_tokens",
     "gpu": "device parallel", "gqa": "kv_heads", "gradient": "clip grad_accum", "hidden": "dim ff_mult ff_width",
     "intermediate_size": "ff_width", "iteration": "steps n_iters", "kernel": "backend", "layer": "depth",
     "learning_rate": "lr min_lr_ratio schedule warmup_steps", "length": "seq_len", "logging": "log_every track",

@@ -83,6 +83,7 @@ class RunSettings(Table):
     sample_every: Annotated[
         int, Setting("Steps between two samples of text; 0: none.", flag="--sample-every", by_preset=True, ge=0)
     ] = 0
+    sample_tokens: Annotated[int, Setting("Tokens of a sample of text.", ge=1)] = 200
     keep: Annotated[int, Setting("Number of newest checkpoints to keep.", ge=2)] = 2
     keep_best: Annotated[
         bool,

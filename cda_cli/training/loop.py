@@ -31,8 +31,6 @@ from cda_cli.training.pipeline import Pipeline, eps_of_step, restore_gc
 from cda_cli.training.schedule import Timer, due
 from cda_cli.training.state import RunContext, TrainState
 
-SAMPLE_TOKENS = 200
-
 
 @restore_gc()
 def train(
@@ -213,7 +211,9 @@ def sample(context: RunContext, state: TrainState, stop: StopRequest) -> str:
     state.model.eval()
     settings = SamplingSettings()
     with torch.compiler.set_stance("force_eager"):
-        generated = generate(state.model, prompt, SAMPLE_TOKENS, settings, seed=config.run.seed, dtype=context.dtype)
+        generated = generate(
+            state.model, prompt, config.run.sample_tokens, settings, seed=config.run.seed, dtype=context.dtype
+        )
         tokens = list(stop.until(generated))
     state.model.train()
     # One decoder for prompt and text, as the text of a token may depend on the tokens before it.

@@ -22,7 +22,7 @@ def trained(settings: Path, run: Path, *more: object) -> None:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("settings") / "sort.yaml"
-    path.write_text(TINY + "  sample_every: 6\n", encoding="utf-8")
+    path.write_text(TINY + "  sample_every: 6\n  sample_tokens: 40\n", encoding="utf-8")
     return path
 
 

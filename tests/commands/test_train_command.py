@@ -179,13 +179,15 @@ def test_samples_are_printed_and_recorded(cda: Cda, tiny: Path, tmp_path: Path) 
     """The same step gives the same text, so that two runs can be compared by it."""
     texts = []
     for name in ("a", "b"):
-        result = cda("train", "--config", tiny, "--out", tmp_path / name, "--sample-every", 2, "--steps", 2)
+        sampling = ("--sample-every", 2, "--set", "run.sample_tokens=40")
+        result = cda("train", "--config", tiny, "--out", tmp_path / name, *sampling, "--steps", 2)
         assert "2/2  sample" in result.out
         assert "▸" in result.out
         assert escapes(result.out) == []
         texts += [record["text"] for record in metrics(tmp_path / name, "sample")]
     assert len(texts) == 2
     assert texts[0] == texts[1]
+    assert len(texts[0].partition("▸")[2]) <= 40
 
 
 def test_k_beyond_the_row_is_said(cda: Cda, tiny: Path, tmp_path: Path) -> None:

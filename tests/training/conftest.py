@@ -35,7 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
             },
             "run": {
                 "log_every": 1, "eval_every": 5, "eval_batches": 2, "save_every": 4, "sample_every": 7,
-                "device": "cpu", "dtype": "float32",
+                "sample_tokens": 24, "device": "cpu", "dtype": "float32",
             },
         }
     )  # fmt: skip
