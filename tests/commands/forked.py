@@ -37,6 +37,7 @@ class Running(NamedTuple):
 
     @property
     def returncode(self) -> int | None:
+        """Its exit code, for which this waits."""
         self.process.join()
         return self.process.exitcode
 

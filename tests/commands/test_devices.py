@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.commands.helpers import Cda, assert_refused, in_subprocess, metrics, steps_saved
+from tests.commands.forked import popen_forked
+from tests.commands.helpers import Cda, assert_refused, metrics, steps_saved
 
 
 @pytest.mark.parametrize(
@@ -20,20 +20,17 @@ def test_a_signal_to_any_process_stops_all(
 ) -> None:
     """At the same step, which is saved once; the launcher's exit code is that of the signal."""
     run = tmp_path / "run"
-    command = in_subprocess(
+    with popen_forked(
         "train", "--config", tiny, "--out", run, "--devices", 2, "--parallel", parallel, "--steps", 1_000_000,
         "--save-every", 0, "--eval-every", 0,
-    )  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        lines = iter(process.stdout.readline, "")
+    ) as launcher:  # fmt: skip
+        lines = iter(launcher.stdout.readline, "")
         said = [next(line for line in lines if line.lstrip().startswith("3/"))]
-        second = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()[1]
-        os.kill(process.pid if to_launcher else int(second), number)
+        second = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text(encoding="utf-8").split()[1]
+        os.kill(launcher.pid if to_launcher else int(second), number)
         said += [line for line in lines if "/1000000  loss" in line]
-        error = process.stderr.read()
-    assert process.returncode == 128 + number, error
+        error = launcher.stderr.read()
+        assert launcher.returncode == 128 + number, error
     last = int(said[-1].split("/")[0])
     assert error == f"stopped at step {last} of 1000000, and saved; the same command goes on from there\n"
     assert steps_saved(run) == [last]
