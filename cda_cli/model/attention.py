@@ -172,11 +172,17 @@ class Attention(nn.Module):
             gains = gain, norms[1].weight
             query, key, value, packed = norm_and_rotate(projected_BTGD, *gains, *tables, H, K, norms[0].eps)
         else:
-            query, key, value, packed = projected_BTGD.split((H, K, K, projected_BTGD.shape[2] - H - 2 * K), dim=2)
-            if norms[0] and norms[1]:
-                query, key = norms[0](query), norms[1](key)
-            if tables:
-                query, key = rotate(query, tables), rotate(key, tables)
+            both, value, packed = projected_BTGD.split((H + K, K, projected_BTGD.shape[2] - H - 2 * K), dim=2)
+            if norms[0] and norms[1] and tables and not torch.is_grad_enabled():
+                # A step of decoding on a CPU takes as long as its calls are many. Together there are half as many. With
+                # a gradient, whose sums would have another order, old runs resume to the same bits.
+                query, key = rotate(norms[0].together(norms[1], both, H), tables).split((H, K), dim=2)
+            else:
+                query, key = both.split((H, K), dim=2)
+                if norms[0] and norms[1]:
+                    query, key = norms[0](query), norms[1](key)
+                if tables:
+                    query, key = rotate(query, tables), rotate(key, tables)
             if self.query_scale is not None:
                 query = query * self.query_scale
         query, key, value = (heads_BTHD.transpose(1, 2) for heads_BTHD in (query, key, value))

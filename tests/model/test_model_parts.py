@@ -95,3 +95,17 @@ def test_the_position_shows_in_the_logits() -> None:
             swapped = model(torch.tensor([[4, 3] * 4 + [3, 4]]))
         assert config.seq_len >= 10
         assert (logits[0, -1] - swapped[0, -1]).abs().max() > 1e-4, f"{position} positions do not show"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_are_the_same_to_the_bit_with_and_without_a_gradient(dtype: torch.dtype) -> None:
+    """Without one, queries and keys are normalised and rotated together."""
+    model = build(tiny(position="rotary", qk_norm=True, heads=4, kv_heads=2, dim_head=8))
+    for block in model.each_block():
+        for norm in (block.attention.query_norm, block.attention.key_norm):
+            torch.nn.init.normal_(norm.weight)
+    read = torch.arange(10).view(2, 5)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        trained = model(read)
+        with torch.no_grad():
+            assert torch.equal(model(read), trained)
