@@ -31,12 +31,16 @@ def show_evaluation(result: TextEvaluation, *, averaged: bool) -> None:
     }
     if several:
         print_pairs(out(), rows | {"95 % interval": _interval_words(result)})
-        section("Bits per byte, and their difference from those of the first", _table(result))
+        title = "Bits per byte ± standard error, and their difference from those of the first; loss in nats per token"
+        section(title, _table(result))
     else:
         print_pairs(out(), rows | _figures(result))
     details = [result.details(number) for number in range(len(names))]
     if result.plan.by_position:
-        section("Loss by position", _positions([each["positions"] for each in details], names))
+        section(
+            "Loss by position, nats per token ± standard error",
+            _positions([each["positions"] for each in details], names),
+        )
     if result.plan.calibration:
         section("Calibration", _calibration([each["calibration"] for each in details], names))
 

@@ -26,11 +26,14 @@ def show_tasks(found: Sequence[TaskResults]) -> None:
         pairs[f"results {number}" if several else "results"] = str(one.folder)
     print_pairs(out(), pairs)
     if metrics := [name for name, result in found[0].results.items() if result.length is None]:
-        section("Tasks", _metrics_table([[one.results[name] for one in found] for name in metrics], names))
+        section(
+            "Tasks, values ± standard errors",
+            _metrics_table([[one.results[name] for one in found] for name in metrics], names),
+        )
     if by_length := [name for name, result in found[0].results.items() if result.length is not None]:
         examples = f"{found[0].results[by_length[0]].documents:,} examples of each length"
         shown = _length_table([[one.results[name] for one in found] for name in by_length])
-        section(f"Synthetic tasks, {examples}; shuffled: by the answers to other examples", shown)
+        section(f"Synthetic tasks, {examples}; shuffled: both shares by the answers to other examples", shown)
     for name, one in zip(names, found, strict=True):
         for result in one.results.values():
             if result.truncated:
@@ -64,20 +67,22 @@ def _value(result: TaskResult, metric: str, filter_: str) -> str:
 def _length_table(rows: Sequence[Sequence[TaskResult]]) -> Table:
     """A row for each length of each task, and for each checkpoint."""
     number = ["checkpoint"] if len(rows[0]) > 1 else []
-    scores = ["exact\nmatch", "95 % interval", "token\naccuracy", "solver", "shuffled"]
+    scores = ["exact\nmatch", "95 % interval", "token accuracy\n± standard error", "solver", "shuffled"]
     made = table("task", "length", *number, *scores)
     made.columns[0].overflow = "fold"  # The parameters of a task are in its name.
     for results in rows:
         for checkpoint, one in enumerate(results, start=1):
-            exact, low, high, tokens, solver, shuffled, shuffled_tokens = (
+            exact, low, high, tokens, error, solver, shuffled, shuffled_tokens = (
                 "–" if (value := one.metrics[f"{name},none"]) is None else share(value)
                 for name in (
-                    "exact_match", "exact_match_lo", "exact_match_hi", "token_accuracy", "solver_exact_match",
-                    "shuffled_exact_match", "shuffled_token_accuracy",
+                    "exact_match", "exact_match_lo", "exact_match_hi", "token_accuracy", "token_accuracy_stderr",
+                    "solver_exact_match", "shuffled_exact_match", "shuffled_token_accuracy",
                 )
             )  # fmt: skip
             about = [one.task, f"{one.length:,}", *([str(checkpoint)] if number else [])]
-            made.add_row(*about, exact, f"{low} to {high}", tokens, solver, f"{shuffled} / {shuffled_tokens}")
+            made.add_row(
+                *about, exact, f"{low} to {high}", f"{tokens} ± {error}", solver, f"{shuffled} / {shuffled_tokens}"
+            )
     return made
 
 

@@ -73,8 +73,8 @@ class LossesFile:
         for name, value in settings.items():
             if name != CHECKPOINT and first.get(name) != value:
                 raise ConfigError(
-                    f"{self.path} has the losses of another evaluation, whose {name} is {first.get(name)} and not "
-                    f"{value}; give --losses another file"
+                    f"{self.path} has the losses of another evaluation, with {name} {_words(first.get(name))} in place "
+                    f"of {_words(value)}; give --losses another file"
                 )
         return lines
 
@@ -183,3 +183,8 @@ def _figures(sums: Sums) -> dict[str, Any]:
         "nats": sums.nats.tolist(),
         "details": sums.details.tolist(),
     }
+
+
+def _words(value: Any) -> str:
+    """A setting of an evaluation, for a sentence."""
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)

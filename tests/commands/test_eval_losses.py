@@ -123,14 +123,14 @@ def test_a_further_checkpoint_is_added(cda: Cda, finished: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["--context", "16"], "context is 32 and not 16"),
-        (["--stride", "5"], "stride is 32 and not 5"),
-        (["--dtype", "bfloat16"], "dtype is float32 and not bfloat16"),
-        (["--per-document"], "per_document is False"),
-        (["--cut", "top:3"], "interventions is []"),
-        (["--split", "train"], "text is"),
-        (["--max-batches", "1"], "windows is"),
-        (["--calibration"], "calibration is False"),
+        (["--context", "16"], "with context 32 in place of 16"),
+        (["--stride", "5"], "with stride 32 in place of 5"),
+        (["--dtype", "bfloat16"], "with dtype float32 in place of bfloat16"),
+        (["--per-document"], "with per_document False"),
+        (["--cut", "top:3"], "with interventions none in place of top[3]"),
+        (["--split", "train"], "with text "),
+        (["--max-batches", "1"], "with windows "),
+        (["--calibration"], "with calibration False"),
     ],
 )
 def test_losses_of_another_evaluation_are_refused(
@@ -147,7 +147,7 @@ def test_losses_of_another_evaluation_are_refused(
 def test_losses_of_another_checkpoint_are_refused(cda: Cda, finished: Path, tmp_path: Path) -> None:
     evaluated(cda, finished, "--losses", tmp_path / "losses.jsonl")
     older = finished / "checkpoints" / "step-00000004"
-    assert_refused(cda("eval", older, "--losses", tmp_path / "losses.jsonl"), "whose weights is")
+    assert_refused(cda("eval", older, "--losses", tmp_path / "losses.jsonl"), "of another evaluation, with weights ")
 
 
 @pytest.mark.parametrize("content", ["a note\n", "a note", '{"tokens": 3}\n', "[]\n", "1\n{}\n"])

@@ -78,6 +78,8 @@ def test_the_results_are_those_that_one_counts(tmp_path: Path, batch_size: int) 
         "CORE": pytest.approx((5 / 9 + 0.5) / 3),
     }  # fmt: skip
     assert found["core:choose"].metrics["acc_stderr,none"] == pytest.approx((2 / 9 / 2) ** 0.5)
+    errors = [one.metrics["acc_centered_stderr,none"] for one in found.values()]
+    assert errors == pytest.approx([4 / 9, 1, 0.5, ((4 / 9) ** 2 + 1 + 0.5**2) ** 0.5 / 3])
     assert [one.documents for one in found.values()] == [3, 2, 2, 7]
 
 

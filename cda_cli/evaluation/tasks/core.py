@@ -184,10 +184,12 @@ class CoreTask(EvaluationTask):
         starts = [0, *ends[:-1]]
         correct = [item.is_correct(scored[start:end]) for item, start, end in zip(items, starts, ends, strict=True)]
         accuracy, count = sum(correct) / len(correct), len(correct)
+        error = math.sqrt(accuracy * (1 - accuracy) / (count - 1)) if count > 1 else None
         metrics = {
             "acc,none": accuracy,
-            "acc_stderr,none": math.sqrt(accuracy * (1 - accuracy) / (count - 1)) if count > 1 else None,
+            "acc_stderr,none": error,
             "acc_centered,none": (accuracy - self._baseline) / (1 - self._baseline),
+            "acc_centered_stderr,none": None if error is None else error / (1 - self._baseline),
         }
         return TaskResult(
             task=self.name,
@@ -239,15 +241,19 @@ def find_core_tasks(places: Sequence[str], options: TaskOptions) -> Selection:
 
 
 def _summarise(results: Mapping[str, TaskResult]) -> TaskResult:
-    """The CORE metric: the mean of the centred accuracies of all tasks."""
+    """The CORE metric: the mean of the centred accuracies of all tasks, whose errors are independent."""
     members = [one for name, one in results.items() if name.startswith("core:")]
     centred = [one.metrics["acc_centered,none"] or 0.0 for one in members]
+    # The result of an earlier version has no standard error.
+    errors = [one.metrics.get("acc_centered_stderr,none") for one in members]
+    known = [error for error in errors if error is not None]
+    error = math.hypot(*known) / len(members) if len(known) == len(members) else None
     return TaskResult(
         task=SUMMARY,
         version="N/A",
         num_fewshot=None,
         documents=sum(one.documents for one in members),
-        metrics={"acc_centered,none": sum(centred) / len(centred)},
+        metrics={"acc_centered,none": sum(centred) / len(centred), "acc_centered_stderr,none": error},
         higher_is_better={"acc_centered": True},
         truncated=sum(one.truncated for one in members),
     )
