@@ -189,7 +189,7 @@ first `--limit`. The figures, with their names in `--json`:
 - **exact match** (`exact_match`): the share of examples whose whole answer is right, with its 95 % interval (`_lo`,
   `_hi`; Wilson, JASA 22, 1927) and standard error (`_stderr`);
 - **token accuracy** (`token_accuracy`): the share of the tokens of the answers that are right, `<eos>` and the other
-  special tokens included;
+  special tokens included, with its standard error over examples (`_stderr`);
 - **solver** (`solver_exact_match`): the exact match of an exact algorithm. It is 100 %, or the examples would be
   ambiguous;
 - **shuffled** (`shuffled_exact_match`, `shuffled_token_accuracy`): both shares if each example gets the answer to
