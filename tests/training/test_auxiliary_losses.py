@@ -131,10 +131,11 @@ def record(display: Memory, step: int) -> TrainRecord:
     return next(one for one in display.records if isinstance(one, TrainRecord) and one.step == step)
 
 
-def test_a_run_goes_on_with_its_multiplier(config: Config, tmp_path: Path) -> None:
-    asked = with_settings(
-        config, SIX_STEPS | {"optim.support_target": 1.5, "optim.support_rate": 0.5, "optim.ff_l1": 0.01}
-    )
+def test_a_run_goes_on_with_its_multiplier_and_its_truncated_steps(config: Config, tmp_path: Path) -> None:
+    """The next step, of the other kind, has begun when the stop is answered."""
+    constraint = {"optim.support_target": 1.5, "optim.support_rate": 0.5, "optim.ff_l1": 0.01}
+    truncated = {"optim.truncated_share": 0.5, "optim.truncated_keys": 3}
+    asked = with_settings(config, SIX_STEPS | constraint | truncated)
     whole = trained(asked, tmp_path / "whole")
     with pytest.raises(InterruptedRunError, match="stopped at step 3"):
         trained(asked, tmp_path / "run", stop_after=3)

@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from cda_cli.causal.cuts import Cut
-from cda_cli.config import Config
+from cda_cli.config import Config, OptimConfig
 from cda_cli.data import Batch
-from cda_cli.errors import InterruptedRunError
 from cda_cli.model import Transformer, Truncation, editing
-from cda_cli.storage import locate
 from cda_cli.training.accounting.flops import flops_per_token
+from cda_cli.training.auxiliary_losses import AuxiliaryLosses
 from cda_cli.training.gradients import accumulate_gradients
 from cda_cli.training.schedule import is_one_of
 from tests.devices import DEVICES
 from tests.model.cases import build, tiny, tokens
 from tests.training.helpers import losses, trained, with_settings
 
+CPU = torch.device("cpu")
 RULES: list[dict[str, Any]] = [
     {"attention": "softmax", "null_kv": 2},
     {"attention": "tempered-softmax", "output_gate": True},
     {"attention": "coordinate-descent", "learned_k": True, "null_kv": 1},
 ]
-SIX_STEPS: dict[str, Any] = {
-    "model.depth": 1, "model.ff": "gelu", "model.dropout": 0.0, "model.eps_anneal_start": None, "optim.steps": 6,
-    "optim.truncated_share": 0.5, "optim.truncated_keys": 3, "run.eval_every": 0, "run.sample_every": 0,
+TWO_STEPS: dict[str, Any] = {
+    "model.depth": 1, "model.ff": "gelu", "model.dropout": 0.0, "optim.steps": 2, "optim.truncated_keys": 3,
+    "run.sample_every": 0,
 }  # fmt: skip
 
 
-def gradients(model: Transformer, batch: Batch) -> tuple[float, list[torch.Tensor]]:
+def gradients(
+    model: nn.Module, batch: Batch, auxiliary: AuxiliaryLosses | None = None
+) -> tuple[float, list[torch.Tensor]]:
+    """Returns the loss and the gradients of all parameters, and of the weights of auxiliary losses."""
     device = next(model.parameters()).device
+    leaves = [*model.parameters(), *(auxiliary.weights if auxiliary else [])]
     loss = accumulate_gradients(model, [batch], device, torch.float32)
-    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad(set_to_none=True)
+    found = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
+    for leaf in leaves:
+        leaf.grad = None
     return loss.item(), found
 
 
@@ -85,14 +90,16 @@ def test_a_truncated_softmax_is_hard_topk(soft: dict[str, Any], backend: Any) ->
 
 @pytest.mark.slow
 def test_one_compiled_graph_serves_all_truncated_steps() -> None:
+    """With auxiliary losses, whose values and gradients are those of uncompiled code."""
     torch._dynamo.reset()
     model, batch, counter = build(tiny(depth=1, **RULES[2])), a_batch(), CompileCounter()
     called, truncation = torch.compile(model, backend=counter), Truncation(3)
-    for _ in range(3):
+    auxiliary = AuxiliaryLosses(OptimConfig(ff_l1=0.1, support_target=2.0), model, 1, CPU, {"support_multiplier": 0.5})
+    for _ in range(2):
         for edit in (None, truncation):
             with editing(model, rows=edit):
-                found = called(batch.inputs, targets_BT=batch.targets)
-                torch.testing.assert_close(found, model(batch.inputs, targets_BT=batch.targets), rtol=0, atol=1e-5)
+                found = [gradients(one, batch, auxiliary) for one in (called, model)]
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 2
 
 
@@ -106,20 +113,10 @@ def test_only_truncated_steps_compute_dense_weights(config: Config) -> None:
     assert none.dense == every.dense
 
 
-def test_a_run_that_was_stopped_truncates_the_same_steps(config: Config, tmp_path: Path) -> None:
-    """The next step, of the other kind, has begun when the stop is answered."""
-    asked = with_settings(config, SIX_STEPS)
-    trained(asked, tmp_path / "whole")
-    with pytest.raises(InterruptedRunError, match="stopped at step 3"):
-        trained(asked, tmp_path / "run", stop_after=3)
-    trained(asked, tmp_path / "run")
-    found, whole = (losses(tmp_path / name) for name in ("run", "whole"))
-    assert found == whole
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (locate(tmp_path / "run") / name).read_bytes() == (locate(tmp_path / "whole") / name).read_bytes()
-    trained(with_settings(asked, {"optim.truncated_share": 0.0}), tmp_path / "none")
-    none = losses(tmp_path / "none")
-    assert whole[1] == none[1], "the first of two steps is not truncated"
-    assert whole[2] != none[2], "the second is"
-    state = json.loads((locate(tmp_path / "whole") / "state.json").read_text())
-    assert state["config"]["optim"]["truncated_keys"] == 3
+def test_a_run_truncates_its_second_step(config: Config, tmp_path: Path) -> None:
+    """Of a share of a half. test_auxiliary_losses.py stops such a run and goes on with it."""
+    for share in (0.0, 0.5):
+        trained(with_settings(config, TWO_STEPS | {"optim.truncated_share": share}), tmp_path / str(share))
+    none, half = losses(tmp_path / "0.0"), losses(tmp_path / "0.5")
+    assert half[1] == none[1]
+    assert half[2] != none[2]
