@@ -11,9 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from cda_cli.config import Config, parse
 from cda_cli.data import Batch
-from cda_cli.model import Transformer
+from cda_cli.model import Transformer, Truncation, editing
 from cda_cli.ops import Choice
 from cda_cli.training.accounting.memory_forecast import Forecast, forecast, memory_remark
+from cda_cli.training.auxiliary_losses import AuxiliaryLosses
 from cda_cli.training.gradients import accumulate_gradients
 from cda_cli.training.optimizer import build_optimizer
 from tests.devices import DEVICES
@@ -47,13 +48,16 @@ def measured(config: Config, dtype: torch.dtype) -> int:
     torch.manual_seed(0)
     model = Transformer(config.model)
     model.activation_checkpointing = config.run.activation_checkpointing
+    AuxiliaryLosses(config.optim, model, config.optim.grad_accum, CPU, {})
     shape = (config.optim.batch_size, config.model.seq_len)
     numbers = torch.randint(257, (config.optim.grad_accum, 2, *shape))
     batches = [Batch(inputs, targets, torch.ones(shape[0])) for inputs, targets in numbers]
-    accumulate_gradients(model, batches, CPU, dtype)
-    model.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    truncation = Truncation(config.optim.truncated_keys) if config.optim.truncated_share else None
+    with editing(model, rows=truncation):
         accumulate_gradients(model, batches, CPU, dtype)
+        model.zero_grad(set_to_none=True)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            accumulate_gradients(model, batches, CPU, dtype)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = sum(parameter.nbytes for parameter in model.parameters())
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -97,6 +101,14 @@ def test_accumulated_gradients_are_there_in_the_second_forward() -> None:
         of(config.model_copy(update={"optim": config.optim.model_copy(update={"grad_accum": 1})})),
     )
     assert found.peak > 1.1 * alone.peak
+    assert found.peak - found.optimizer == pytest.approx(measured(config, torch.float32), rel=0.15)
+
+
+@pytest.mark.parametrize("optim", [{"truncated_share": 0.5}, {"support_target": 8.0, "ff_l1": 1e-3}], ids=str)
+def test_truncated_steps_and_auxiliary_losses_take_more(optim: dict[str, Any]) -> None:
+    config, plain = a_config({"attention": "tempered-softmax"}, **optim), a_config({"attention": "tempered-softmax"})
+    found = of(config)
+    assert found.peak > 1.05 * of(plain).peak
     assert found.peak - found.optimizer == pytest.approx(measured(config, torch.float32), rel=0.15)
 
 

@@ -33,6 +33,7 @@ from cda_cli.model import (
 )
 from cda_cli.ops import Choice
 from cda_cli.runtime import autocast
+from cda_cli.training.auxiliary_losses import AuxiliaryLosses
 
 MIB = 2**20
 
@@ -232,6 +233,7 @@ def _model(config: Config, device: torch.device) -> Transformer:
     with torch.device(device):
         model = Transformer(config.model, config.run.backend)
     model.activation_checkpointing = config.run.activation_checkpointing
+    AuxiliaryLosses(config.optim, model, config.optim.grad_accum, device, {})
     if config.optim.truncated_share:  # Truncated steps take the most memory.
         for block in model.each_block():
             block.attention.edit_rows = Truncation(config.optim.truncated_keys)
