@@ -131,12 +131,17 @@ def record(display: Memory, step: int) -> TrainRecord:
     return next(one for one in display.records if isinstance(one, TrainRecord) and one.step == step)
 
 
-def test_a_run_goes_on_with_its_multiplier_and_its_truncated_steps(config: Config, tmp_path: Path) -> None:
-    """The next step, of the other kind, has begun when the stop is answered."""
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_goes_on_with_its_multiplier_and_its_truncated_steps(config: Config, tmp_path: Path, device: str) -> None:
+    """The next step, of the other kind, has begun when the stop is answered. On a GPU CUDA graphs hold both kinds."""
+    on_device = {"run.device": device, "run.deterministic": True, "run.compile": device != "cpu"}
     constraint = {"optim.support_target": 1.5, "optim.support_rate": 0.5, "optim.ff_l1": 0.01}
     truncated = {"optim.truncated_share": 0.5, "optim.truncated_keys": 3}
-    asked = with_settings(config, SIX_STEPS | constraint | truncated)
+    asked = with_settings(config, SIX_STEPS | constraint | truncated | on_device)
+    torch._dynamo.reset()
     whole = trained(asked, tmp_path / "whole")
+    trained(with_settings(asked, {"run.cuda_graphs": False}), tmp_path / "no graphs")
+    assert losses(tmp_path / "no graphs") == losses(tmp_path / "whole")
     with pytest.raises(InterruptedRunError, match="stopped at step 3"):
         trained(asked, tmp_path / "run", stop_after=3)
     resumed = trained(asked, tmp_path / "run")
