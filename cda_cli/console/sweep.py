@@ -128,7 +128,9 @@ def show_sweep(result: Result) -> None:
 def sweep_markdown(result: Result) -> str:
     """The same as a page of Markdown."""
     lines = [f"# {result.sweep.file.stem}", ""]
-    lines += [f"- {name}: {value}" for name, value in provenance(result).items()]
+    provided = provenance(result)
+    provided["command"] = f"`{provided['command']}`"
+    lines += [f"- {name}: {value}" for name, value in provided.items()]
     for section in sections(result):
         lines += ["", f"## {section.title}", ""]
         if section.rows:
@@ -150,11 +152,11 @@ def provenance(result: Result) -> dict[str, str]:
     held = {"tokens": "tokens", "parameters": "tokens and parameters", "time": f"time, {spec.minutes or 0:g} minutes"}
     return {
         "date": " to ".join(dict.fromkeys([*found["dates"][:1], *found["dates"][-1:]])) or DASH,
+        "machine": "; ".join([*found["machines"], *found["devices"]]) or DASH,
+        "versions": "; ".join(found["versions"]) or DASH,
+        "commit": ", ".join(found["commits"]) or DASH,
         "command": found["command"],
         "seeds": ", ".join(map(str, found["seeds"])),
-        "commit": ", ".join(found["commits"]) or DASH,
-        "versions": "; ".join(found["versions"]) or DASH,
-        "machine": "; ".join([*found["machines"], *found["devices"]]) or DASH,
         "hours": f"{found['hours']:.2f}",
         "held equal": held[spec.equal],
     }

@@ -12,6 +12,7 @@ from cda_cli.sweep.attempts import commit, machine, versions
 from cda_cli.sweep.claims import register
 from cda_cli.sweep.jobs import Display, Runner, Slot
 from cda_cli.sweep.plan import Sweep
+from cda_cli.sweep.spec import settings
 
 LOCKED = ".sweep"  # a hidden folder in that of the sweep, which is no run, and so has no lock of its own
 
@@ -45,8 +46,9 @@ def check_sweep(sweep: Sweep) -> None:
         from cda_cli.restore import own_task
 
         try:
-            for job in sweep.jobs(sweep.first_seeds[:1]):
-                find_tasks(wants.tasks, TaskOptions(limit=wants.limit, lengths=wants.lengths, own=own_task(job.config)))
+            for arm in sweep.spec.arms:
+                own = own_task(settings(sweep.spec, *sweep.spec.layers(arm)))
+                find_tasks(wants.tasks, TaskOptions(limit=wants.limit, lengths=wants.lengths, own=own))
         except CdaError as error:
             raise ConfigError(f"{sweep.file}: eval.tasks: {error}") from error
 
