@@ -9,7 +9,7 @@ WORKERS := $(shell echo $$(( $$(nproc) * 3 / 2 )))
 SCRIPTS := cda_cli/page/scripts tests/page/walk.js
 STYLE := cda_cli/page/style.css
 
-.PHONY: help setup demo check test test-gpu compile-kernels reliability lint format bench bench-gpu docs clean
+.PHONY: help setup demo check test test-gpu compile-kernels reliability lint format bench bench-gpu evidence docs clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,9 @@ format: setup ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/oxfmt $(SCRIPTS) $(STYLE)
+
+evidence: setup ## Rerun the experiments of benchmarks/evidence: in full on a GPU, reduced on a CPU (some 15 minutes)
+	$(BIN)/python benchmarks/evidence.py
 
 docs: setup ## Rewrite the generated parts of the docs, the sample page too
 	$(BIN)/python docs/generate.py

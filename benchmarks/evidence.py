@@ -1,0 +1,81 @@
+"""Reruns the experiments of benchmarks/evidence/: each file is a sweep (docs/sweeps.md), and says what it asks.
+
+    python benchmarks/evidence.py                             # all: full on a GPU, and in the reduced form on a CPU
+    python benchmarks/evidence.py language-modelling --text shakespeare.txt --jobs 2
+    python benchmarks/evidence.py length-sort --full --devices cuda:0,cuda:1
+
+The page of a sweep, OUT/NAME.md, has its tables with date, machine, versions, commit, command, seeds and hours, as
+benchmarks/results/ wants it, and OUT/NAME/ its runs. The same command goes on where it was stopped. Sweeps that model
+a language take the Python source of the installed packages, or in the reduced form that of the standard library, and
+each text that `--text` names. What this program does not know, it passes to `cda sweep`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+
+from cda_cli.sweep.files import read_spec
+
+FILES = {file.stem: file for file in sorted(Path(__file__).with_name("evidence").glob("*.yaml"))}
+JOBS_OF_A_GPU = 4  # which spend half of their time on starting and compiling
+
+
+def installed_source(folder: Path) -> Path:
+    """Links the Python files of the installed packages, those that are UTF-8, into a folder."""
+    packages = Path(sysconfig.get_path("purelib"))
+    for file in sorted(packages.rglob("*.py")):
+        link = folder / file.relative_to(packages)
+        try:
+            file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FILES)}; all by default")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "evidence", help="folder of runs and pages")
+    parser.add_argument("--text", type=Path, action="append", default=[], help="a text to model, besides Python source")
+    parser.add_argument("--full", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--jobs", type=int, default=JOBS_OF_A_GPU if torch.cuda.is_available() else os.cpu_count())
+    asked, passed_on = parser.parse_known_args()
+    if unknown := set(asked.names) - set(FILES):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; choose of {', '.join(FILES)}")
+    asked.out.mkdir(parents=True, exist_ok=True)
+    started, failed = time.monotonic(), []
+    for name in asked.names or FILES:
+        file = os.path.relpath(FILES[name])  # so that the page names it as a person would
+        sources: list[str | Path | None] = [None]
+        if "source" not in read_spec(FILES[name]).data:
+            sources = [installed_source(asked.out / "python-source") if asked.full else "stdlib", *asked.text]
+        for source in sources:
+            out = asked.out / (f"{name}-{Path(source).stem}" if source else name)
+            command = [sys.executable, "-m", "cda_cli", "sweep", file, "--out", out, "--jobs", asked.jobs, *passed_on]
+            command += [] if asked.full else ["--reduced"]
+            command += ["--set", f"data.source={source}"] if source else []
+            command += ["--markdown", f"{out}.md"]
+            command += ["--plot", f"{out}.svg"] if importlib.util.find_spec("matplotlib") else []
+            code = subprocess.run(list(map(str, command)), check=False).returncode
+            if code == 130:
+                sys.exit(code)
+            failed += [out.name] * bool(code)
+            print(f"{out}.md, after {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr, flush=True)
+    if failed:
+        sys.exit(f"something failed in {', '.join(failed)}; the same command tries it again")
+
+
+if __name__ == "__main__":
+    main()
