@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,6 +44,15 @@ def installed_source(folder: Path) -> Path:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file)
     return folder
+
+
+def run(command: Sequence[object]) -> int:
+    """Runs a command, passes a request to stop on to it, and returns its exit code."""
+    # A Ctrl-C of the terminal reaches this process alone, which does not end before the sweep has saved.
+    process = subprocess.Popen(list(map(str, command)), start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    return process.wait()
 
 
 def main() -> None:
@@ -68,7 +79,7 @@ def main() -> None:
             command += ["--set", f"data.source={source}"] if source else []
             command += ["--markdown", f"{out}.md"]
             command += ["--plot", f"{out}.svg"] if importlib.util.find_spec("matplotlib") else []
-            code = subprocess.run(list(map(str, command)), check=False).returncode
+            code = run(command)
             if code == 130:
                 sys.exit(code)
             failed += [out.name] * bool(code)

@@ -136,8 +136,8 @@ def registration(spec: Spec, out: Path) -> list[str]:
         return ["No run has begun, so nothing is registered."]
     if is_changed:
         return [
-            f"The claims, or the evaluations, were changed after the runs began on {when}: what they say was not "
-            "registered."
+            f"The claims, the evaluations or the rule of drop were changed after the runs began on {when}: what they "
+            "say was not registered."
         ]
     found = [f"Registered on {when}, before the first run."]
     if dropped := sorted(seeds - set(spec.seeds)):
@@ -154,6 +154,7 @@ def registration(spec: Spec, out: Path) -> list[str]:
 
 
 def _plain(spec: Spec) -> dict[str, Any]:
-    """What the runs are to decide, in JSON: the claims, and the evaluations whose metrics they may name."""
+    """What the runs are to decide, in JSON: the claims, the evaluations that they name metrics of, what is dropped."""
     claims = [claim.model_dump(mode="json", by_alias=True) for claim in spec.compare]
-    return {"compare": claims, "eval": spec.eval.options() if spec.eval else []}
+    drop = spec.drop.model_dump(mode="json") if spec.drop else None
+    return {"compare": claims, "eval": spec.eval.options() if spec.eval else [], "drop": drop}

@@ -229,7 +229,7 @@ def test_claims_are_registered_and_decided(cda: Cda, sweep: Path, trained: Path)
     sweep.write_text(FILE.replace("[0, 1, 2]", "[0, 2, 3]") + CLAIMS)
     assert "Of the registered seeds, 1 is left out now" in cda("sweep", sweep, "--no-run").out
     sweep.write_text(f"{FILE}{CLAIMS}eval: {{max_batches: 3}}\n")
-    assert "The claims, or the evaluations, were changed" in cda("sweep", sweep, "--no-run").out
+    assert "The claims, the evaluations or the rule of drop were changed" in cda("sweep", sweep, "--no-run").out
     sweep.write_text(FILE + CLAIMS.replace("0.25", "0.5"))
     register(read_spec(sweep), trained)
     assert "were changed after the runs began" in cda("sweep", sweep, "--no-run").out
