@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -325,10 +326,16 @@ def settings(spec: Spec, *changes: Layer) -> Config:
     Raises ConfigError.
     """
     merged: dict[str, dict[str, Any]] = {}
-    for layer in (read_yaml(preset_file(spec.preset)), spec.layer, *changes):
+    for layer in (_preset(spec.preset), spec.layer, *changes):
         for section, values in layer.items():
             merged.setdefault(section, {}).update(values)
     return parse({"preset": spec.preset, **merged})
+
+
+@cache
+def _preset(name: str) -> Layer:
+    """The settings of a preset, whose file is read once for all runs."""
+    return read_yaml(preset_file(name))
 
 
 PARTS: dict[str, type[Part]] = {
