@@ -152,7 +152,7 @@ def provenance(result: Result) -> dict[str, str]:
     held = {"tokens": "tokens", "parameters": "tokens and parameters", "time": f"time, {spec.minutes or 0:g} minutes"}
     return {
         "date": " to ".join(dict.fromkeys([*found["dates"][:1], *found["dates"][-1:]])) or DASH,
-        "machine": "; ".join([*found["machines"], *found["devices"]]) or DASH,
+        "machine": "; ".join([*found["machines"], *(name for name in found["devices"] if name != "auto")]) or DASH,
         "versions": "; ".join(found["versions"]) or DASH,
         "commit": ", ".join(found["commits"]) or DASH,
         "command": found["command"],

@@ -22,7 +22,9 @@ from cda_cli.sweep.work import EvalJob, TrainJob
 
 WHOLE = f"{EVALUATED}bits_per_byte"
 CUT = re.compile(rf"{re.escape(EVALUATED)}([\w-]+)\[(\d+)\]\.bits_per_byte")
-LENGTH = re.compile(rf"{re.escape(EVALUATED)}tasks\.(task:[^.]*[?&]length=(\d+)[^.]*)\.metrics\.exact_match,none")
+LENGTH = re.compile(
+    rf"{re.escape(EVALUATED)}tasks\.(task:.*[?&]length=(\d+).*)\.metrics\.(exact_match|token_accuracy),none"
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric of the evaluations against a number: the loss against the keys kept, or the exact match by length.
+    """A metric of the evaluations against a number: the loss against the keys kept, or what is right by length.
 
     `metrics` has the names by that number. `whole` is the metric that all keys give, from which differences are taken.
     """
@@ -133,13 +135,13 @@ class Result:
     def curves(self) -> list[Curve]:
         """What the evaluations give by the number of keys kept, the most first, and by the length of examples."""
         cuts: dict[str, dict[int, str]] = {}
-        lengths: dict[str, dict[int, str]] = {}
+        lengths: dict[tuple[str, str], dict[int, str]] = {}
         for name in dict.fromkeys(name for run in self.runs for name in run.metrics):
             if cut := CUT.fullmatch(name):
                 cuts.setdefault(cut[1], {})[int(cut[2])] = name
             elif length := LENGTH.fullmatch(name):
                 task = re.sub(r"length=\d+&?", "", length[1]).rstrip("?&")
-                lengths.setdefault(task, {})[int(length[2])] = name
+                lengths.setdefault((task, length[3].replace("_", " ")), {})[int(length[2])] = name
         found = [
             Curve(
                 f"Bits per byte by keys kept ({choice})",
@@ -150,10 +152,10 @@ class Result:
             )
             for choice, names in cuts.items()
         ]
-        return found + [
-            Curve(f"Exact match by length ({task}), %", f"length ({task})", "exact match", dict(sorted(names.items())))
-            for task, names in lengths.items()
-        ]
+        for (task, share), names in lengths.items():
+            title = f"{share.capitalize()} by length ({task}), %"
+            found.append(Curve(title, f"length ({task})", share, dict(sorted(names.items()))))
+        return found
 
     @cached_property
     def runs(self) -> list[RunResult]:

@@ -273,20 +273,25 @@ def test_evaluations_give_the_loss_against_the_keys_kept(cda: Cda, sweep: Path, 
 
 
 def test_tasks_are_scored_by_length(cda: Cda, sweep: Path, trained: Path) -> None:
-    sweep.write_text(f"{FILE}eval: {{tasks: ['task:sort?vocab=8'], lengths: [8, 32], limit: 100}}\n")
+    sweep.write_text(f"{FILE}eval: {{tasks: ['task:mqar?density=0.5'], lengths: [8, 32], limit: 100}}\n")
     jobs = Sweep(read_spec(sweep), sweep, trained).evaluations()
-    words = ["--tasks", "task:sort?vocab=8", "--lengths", "8,32", "--limit", "100", "--json"]
+    words = ["--tasks", "task:mqar?density=0.5", "--lengths", "8,32", "--limit", "100", "--json"]
     assert jobs[0].arguments(None)[2:] == words
     for job, seed in zip(jobs[:4], (0, 0, 1, 1), strict=True):
         right = {8: 1.0, 32: 0.25 + 0.125 * seed + 0.25 * ("sparse" in job.name)}
-        tasks = {
-            f"task:sort?length={n}&vocab=8": {"metrics": {"exact_match,none": share}} for n, share in right.items()
-        }
+        shares = {n: {"exact_match,none": share, "token_accuracy,none": 1} for n, share in right.items()}
+        tasks = {f"task:mqar?length={n}&density=0.5": {"metrics": metrics} for n, metrics in shares.items()}
         job.output.write_text(json.dumps({"tasks": tasks}))
         job.finish()
     done = cda("sweep", sweep, "--no-run", "--plot", "sweep.svg")
     lines = [" ".join(line.split()) for line in done.out.splitlines()]
-    for line in ("Exact match by length (task:sort?vocab=8), %", "arm 8 32", "plain 100.0 31.2", "sparse 100.0 56.2"):
+    for line in (
+        "Exact match by length (task:mqar?density=0.5), %",
+        "arm 8 32",
+        "plain 100.0 31.2",
+        "sparse 100.0 56.2",
+        "sparse 100.0 100.0",
+    ):
         assert line in lines, f"{line!r} is not in:\n{done.out}"
     assert lines[lines.index("sparse 100.0 56.2") + 1] == "+0.0 +25.0"
-    assert ">length (task:sort?vocab=8)<" in Path("sweep.svg").read_text()
+    assert ">length (task:mqar?density=0.5)<" in Path("sweep.svg").read_text()
