@@ -105,10 +105,10 @@ class Evaluation(Part):
 
     @model_validator(mode="after")
     def _is_of_a_text_or_of_tasks(self) -> Evaluation:
-        of_text, of_tasks = {"cut", "max_batches", "context", "data"}, {"lengths", "limit"}
-        for name in sorted(self.model_fields_set & (of_text if self.tasks else of_tasks)):
-            remedy = "is about a text, and tasks bring their own; leave" if self.tasks else "is about tasks; name"
-            raise ValueError(f"eval.{name} {remedy} {'one of them out' if self.tasks else 'them with eval.tasks'}")
+        if self.tasks and (of_text := self.model_fields_set & {"cut", "max_batches", "context", "data"}):
+            raise ValueError(f"{min(of_text)} is about a text, and tasks bring their own; leave one of them out")
+        if not self.tasks and (of_tasks := self.model_fields_set & {"lengths", "limit"}):
+            raise ValueError(f"{min(of_tasks)} is about tasks; name them with the key tasks, or leave it out")
         return self
 
     def options(self) -> list[str]:
