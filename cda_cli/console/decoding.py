@@ -29,6 +29,12 @@ def show_decode_speed(about: Mapping[str, str], speeds: Sequence[DecodeSpeed]) -
             share(speed.bandwidth_utilization),
         )
     section("Decoding: the time of a step, and the bytes that it must read", found)
+    of_units = table("batch", "read")
+    for speed in speeds:
+        if speed.ff_weights_read < 1:
+            of_units.add_row(f"{speed.batch_size:,}", share(speed.ff_weights_read))
+    if of_units.rows:
+        section("Weights of the feed-forward that a step read: those of units that are 0 are left out", of_units)
     of_keys = table("batch", "keys", "read", "mass left out")
     for speed in speeds:
         if speed.keys is not None and speed.keys_read is not None and speed.mass_left_out is not None:

@@ -17,7 +17,7 @@ from cda_cli.errors import ConfigError
 from cda_cli.generation.decoder import linear_parameters
 from cda_cli.generation.generate import Generation
 from cda_cli.generation.requests import Request, SamplingSettings
-from cda_cli.model import PAGE, KeyReads, KeySelection, Transformer
+from cda_cli.model import PAGE, KeyReads, KeySelection, Transformer, feed_forward_activation
 from cda_cli.plurals import counted
 
 WAVES = 4  # batches that enter one after another; the first one captures CUDA graphs, and is not timed
@@ -41,6 +41,7 @@ class DecodeSpeed(NamedTuple):
     keys: float | None = None  # of the cache, null keys included, on average over the steps; None: all were read
     keys_read: float | None = None  # of them, by a head for a token
     mass_left_out: float | None = None  # the largest share of a row's weight that was on the others, as a bound
+    ff_weights_read: float = 1.0  # the share of the feed-forward's weights that the steps read
 
 
 def bench_decode(
@@ -70,7 +71,7 @@ def bench_decode(
             f"context of {context}; give a shorter --prompt-length or fewer --new-tokens"
         )
 
-    def arrivals(waves: int, new_tokens: int) -> tuple[list[float], KeyReads | None]:
+    def arrivals(waves: int, new_tokens: int) -> tuple[list[float], KeyReads | None, float | None]:
         """Seconds from the start until each token of each wave has come to all of its rows, and what was read."""
         requests = _requests(waves * batch_size, prompt_length, new_tokens, model.config.vocab_size)
         _synchronize(model.token_embedding.weight.device)
@@ -81,15 +82,18 @@ def bench_decode(
         for number, _ in enumerate(generation, 1):
             if number % batch_size == 0:
                 times.append(time.perf_counter() - began)
-        return times, generation.reads()
+        return times, generation.reads(), generation.weights_read()
 
-    times, reads = arrivals(WAVES, new_tokens)
+    times, reads, weights_read = arrivals(WAVES, new_tokens)
     waves = [times[start : start + new_tokens] for start in range(new_tokens, len(times), new_tokens)]
     step = statistics.median((wave[-1] - wave[0]) / (new_tokens - 1) for wave in waves)
     positions = prompt_length + new_tokens / 2
     if reads is not None:  # The bounds of a page are as long as a key and a value, but in float32.
         positions = reads.keys_read - model.config.null_kv + 4 / dtype.itemsize * reads.keys / PAGE
     step_bytes = bytes_of_step(model, dtype, batch_size, positions)
+    weights_read = 1.0 if weights_read is None else weights_read
+    of_units = model.config.depth * model.config.dim * feed_forward_activation(model.config).total_width
+    step_bytes -= int((1 - weights_read) * dtype.itemsize * of_units)
     return DecodeSpeed(
         batch_size,
         prompt_length,
@@ -102,6 +106,7 @@ def bench_decode(
         bandwidth_utilization=step_bytes / step / bandwidth,
         ceiling_tokens_per_second=batch_size * bandwidth / step_bytes,
         **(reads._asdict() if reads is not None else {}),
+        ff_weights_read=weights_read,
     )
 
 

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from cda_cli.generation.requests import Request
 from cda_cli.generation.sampling import Drawn, Sampler
-from cda_cli.model import KeyReads, KeySelection, KeyValueCache, StaticCache, Transformer
+from cda_cli.model import (
+    KeyReads,
+    KeySelection,
+    KeyValueCache,
+    StaticCache,
+    Transformer,
+    feed_forward_activation,
+    reading_active_units,
+    weights_read,
+)
 from cda_cli.runtime import autocast, to_device
 
 LEAST_BUCKET = 256  # positions of the shortest context for which a CUDA graph is captured
@@ -38,7 +47,8 @@ class Decoder:
     """A model, the cache of a batch of rows, and what draws their tokens. `dtype` is that of the matrix products.
 
     Steps are `compiled` by torch.compile if that is wanted, which takes some time at first. They read the keys of
-    `selection`, or all.
+    `selection`, or all. On a CPU, steps of one row that are not compiled read the weights of units that are not 0 alone
+    (`model.active_units`).
     """
 
     def __init__(
@@ -56,6 +66,9 @@ class Decoder:
         # FSDP gathers the weights of a layer for each pass. It has no copy of the model, and a graph would miss it.
         is_sharded = any(type(parameter) is not nn.Parameter for parameter in model.parameters())
         self._model = model if is_sharded else with_matrices(model, dtype)
+        has_zeros = feed_forward_activation(model.config).has_zeros
+        if has_zeros and rows == 1 and self.device.type == "cpu" and not is_sharded and not compiled:
+            self._model = reading_active_units(self._model)
         self._cache = StaticCache(model, rows, dtype, self._positions, selection)
         self._pages = self._cache.pages
         self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device, model.backend)
@@ -123,6 +136,10 @@ class Decoder:
     def reads(self) -> KeyReads | None:
         """What the steps read, if not all keys."""
         return None if self._pages is None else self._pages.reads()
+
+    def weights_read(self) -> float | None:
+        """The share of the weights of the feed-forward that the steps read, if not all."""
+        return weights_read(self._model)
 
     def _step(self, rows: int, longest: int) -> Drawn:
         return self._draw_after(self._bucketed_logits(rows, longest))

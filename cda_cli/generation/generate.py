@@ -93,6 +93,10 @@ class Generation:
         """What the steps so far read, once there was a token, if not all keys."""
         return self._decoder.reads()
 
+    def weights_read(self) -> float | None:
+        """The share of the weights of the feed-forward that the steps so far read, if not all."""
+        return self._decoder.weights_read()
+
     def end(self, request: int) -> None:
         """Ends a request: no further token of it comes, and its reason is "stop"."""
         self.reasons[request] = "stop"

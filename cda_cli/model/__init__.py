@@ -1,6 +1,7 @@
 """The model: token embeddings → blocks of attention and feed-forward → logits."""
 
 from cda_cli.model.activations import feed_forward_activation
+from cda_cli.model.active_units import reading_active_units, weights_read
 from cda_cli.model.auxiliary_losses import ActivationL1, ExcessSupport
 from cda_cli.model.cache import KeyValueCache, StaticCache
 from cda_cli.model.edits import Truncation, editing
@@ -44,6 +45,8 @@ __all__ = [
     "model_backend",
     "model_of_shapes",
     "padded_vocabulary",
+    "reading_active_units",
     "state_tensors",
     "uses_soft_topk",
+    "weights_read",
 ]

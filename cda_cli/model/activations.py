@@ -23,6 +23,7 @@ class Activation(ABC):
     """What a feed-forward layer does with its hidden units."""
 
     uses_operator = False  # `cda_cli.ops` computes it, with a solver and a backend.
+    has_zeros = False  # Many activations are exactly 0, so that their units need not be read.
     block_size: int | None = None  # the units of a block, where a router chooses among blocks
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
@@ -72,6 +73,8 @@ class TanhGelu(Activation):
 class ReluSquared(Activation):
     """max(0, x)², from Primer (arXiv 2109.08668): most units are exactly 0."""
 
+    has_zeros = True
+
     def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
         return F.relu(hidden).square()
 
@@ -81,6 +84,8 @@ class HardTopK(Activation):
 
     Source: Q-Sparse (arXiv 2407.10969), without its straight-through gradient.
     """
+
+    has_zeros = True
 
     def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
         return F.relu(_only_largest(hidden, self.config.ff_k)).square()
@@ -97,37 +102,62 @@ def _only_largest(x: Tensor, k: float) -> Tensor:
 
 
 class Gated(Activation):
-    """A function of the gate times x (arXiv 2002.05202). With ff_mult = 8/3 it has the weights of the others with 4."""
+    """Factors of a gate times values of the units. Each of the G factors is that of F/G neighbouring units.
+
+    Where there is a factor for each unit (arXiv 2002.05202), ff_mult = 8/3 gives the layer as many weights as the
+    others have with 4.
+    """
+
+    @abstractmethod
+    def factors(self, gate: Tensor) -> Tensor:
+        """Returns the factors [..., G] of a gate [..., G]; units whose factor is 0 are left out."""
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Returns what is multiplied, of the shape of `hidden`, which may be some of the units."""
+        return hidden
 
     @property
     def gate_width(self) -> int:
         return self.config.ff_units
 
+    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        assert gate is not None
+        values = self.values(hidden).unflatten(-1, (self.gate_width, -1))
+        return (self.factors(gate).to(values.dtype).unsqueeze(-1) * values).flatten(-2)
+
 
 class SwiGlu(Gated):
     """silu(gate) · x."""
 
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
-        assert gate is not None
-        return F.silu(gate) * hidden
+    def factors(self, gate: Tensor) -> Tensor:
+        return F.silu(gate)
 
 
 class ReGlu(Gated):
     """max(0, gate) · x: most units are exactly 0."""
 
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
-        assert gate is not None
-        return F.relu(gate) * hidden
+    has_zeros = True
+
+    def factors(self, gate: Tensor) -> Tensor:
+        return F.relu(gate)
+
+
+def _soft_topk(scores: Tensor, config: ModelConfig, backend: Backend) -> Tensor:
+    return soft_topk(scores, config.ff_k, eps=config.ff_eps, backend=backend, **solver_settings(config))
+
+
+def _kept_soft_topk(scores: Tensor, config: ModelConfig, backend: Backend) -> Tensor:
+    """The soft top-k weights of scores, where those up to `ff_tolerance` are 0."""
+    return F.threshold(_soft_topk(scores, config, backend), config.ff_tolerance, 0.0)
 
 
 class SoftTopKActivation(Activation):
-    """The soft top-k weights of the hidden units. They stand alone, without the units, as in the published model."""
+    """The soft top-k weights λ of the units. They stand alone, without the units, as in the published model."""
 
     uses_operator = True
 
     def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
-        config = self.config
-        return soft_topk(hidden, config.ff_k, eps=config.ff_eps, backend=self.backend, **solver_settings(config))
+        return _soft_topk(hidden, self.config, self.backend)
 
     def scratch(self, batch_size: int, choice: Choice) -> dict[str, int]:
         return _operator_scratch(self.config, self.config.ff_units, batch_size, choice)
@@ -138,53 +168,49 @@ class SoftTopKActivation(Activation):
 
 
 class SoftTopKLinear(SoftTopKActivation):
-    """λ · x, where λ is the soft top-k of the units x; what is up to `ff_tolerance` counts as 0."""
+    """λ · x. What is up to `ff_tolerance` of λ counts as 0, here and below."""
+
+    has_zeros = True
 
     def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
-        return self.kept_weights(hidden) * hidden
-
-    def kept_weights(self, scores: Tensor) -> Tensor:
-        return F.threshold(super().__call__(scores, None), self.config.ff_tolerance, 0.0)
+        return _kept_soft_topk(hidden, self.config, self.backend) * hidden
 
 
 class SoftTopKRelu2(SoftTopKLinear):
     """λ · relu²(x)."""
 
     def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
-        return self.kept_weights(hidden) * F.relu(hidden).square()
+        return _kept_soft_topk(hidden, self.config, self.backend) * F.relu(hidden).square()
 
 
-class SoftTopKGlu(Gated, SoftTopKLinear):
+class SoftTopKGlu(Gated, SoftTopKActivation):
     """λ · x, where λ is the soft top-k of the gate."""
 
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
-        assert gate is not None
-        return self.kept_weights(gate) * hidden
+    has_zeros = True
+
+    def factors(self, gate: Tensor) -> Tensor:
+        return _kept_soft_topk(gate, self.config, self.backend)
 
 
-class RoutedBlocks(Activation):
+class RoutedBlocks(Gated):
     """relu² of the units, in blocks of `ff_block_size`, each times the weight λ that a router gives it.
 
     The router is the gate: a score for each block and token. As the layer is linear behind its activations, it returns
     Σ λ_b · block_b(x), as a mixture of experts does (arXiv 1701.06538). No loss balances the blocks.
     """
 
+    has_zeros = True
+
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__(config, backend)
         self.block_size = config.ff_block_size
 
-    @abstractmethod
-    def weights(self, scores: Tensor) -> Tensor:
-        """Returns the weights [B, T, N] of the blocks for their scores [B, T, N]; a block with weight 0 is left out."""
+    def values(self, hidden: Tensor) -> Tensor:
+        return F.relu(hidden).square()
 
     @property
     def gate_width(self) -> int:
         return self.config.ff_units // self.config.ff_block_size
-
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
-        assert gate is not None
-        units = F.relu(hidden).square().unflatten(-1, (-1, self.config.ff_block_size))
-        return (units * self.weights(gate).to(units.dtype).unsqueeze(-1)).flatten(-2)
 
     def warnings(self) -> list[str]:
         k, blocks = self.config.ff_k, self.gate_width
@@ -192,14 +218,12 @@ class RoutedBlocks(Activation):
 
 
 class SoftTopKBlocks(RoutedBlocks):
-    """λ is the soft top-k of the scores; what is up to `ff_tolerance` counts as 0."""
+    """λ is the soft top-k of the scores."""
 
     uses_operator = True
 
-    def weights(self, scores: Tensor) -> Tensor:
-        config = self.config
-        weights = soft_topk(scores, config.ff_k, eps=config.ff_eps, backend=self.backend, **solver_settings(config))
-        return F.threshold(weights, config.ff_tolerance, 0.0)
+    def factors(self, gate: Tensor) -> Tensor:
+        return _kept_soft_topk(gate, self.config, self.backend)
 
     def scratch(self, batch_size: int, choice: Choice) -> dict[str, int]:
         return _operator_scratch(self.config, self.gate_width, batch_size, choice)
@@ -212,9 +236,9 @@ class HardTopKBlocks(RoutedBlocks):
     row without a capped weight, cut to its ⌊k⌋ largest entries.
     """
 
-    def weights(self, scores: Tensor) -> Tensor:
+    def factors(self, gate: Tensor) -> Tensor:
         k = self.config.ff_k
-        return _only_largest(k * (scores.float() / self.config.ff_eps).softmax(-1), k)
+        return _only_largest(k * (gate.float() / self.config.ff_eps).softmax(-1), k)
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cda_cli.config import ModelConfig
-from cda_cli.generation.benchmark import bytes_of_step
+from cda_cli.generation.benchmark import bench_decode, bytes_of_step
 from cda_cli.model import Transformer
 from tests.commands.helpers import Cda, assert_refused
 
@@ -74,3 +74,16 @@ def test_a_step_reads_each_weight_and_each_cached_position_once(tied: bool) -> N
     cache = 3 * 2 * 2 * (1 + 10) * 4
     expected = 2 * (matrices + cache) + 4 * (norms_and_null_keys + 3 * 8)
     assert bytes_of_step(Transformer(config), torch.bfloat16, 3, 10) == expected
+
+
+def test_weights_of_units_that_are_zero_are_not_among_the_bytes() -> None:
+    """On a CPU a single row reads a gate, and here nothing else of the feed-forward; several rows read it all."""
+    model = Transformer(ModelConfig(seq_len=16, dim=8, depth=2, heads=2, ff_width=32, ff="reglu")).eval()
+    for block in model.each_block():
+        assert block.feed_forward.proj_gate is not None
+        torch.nn.init.constant_(block.feed_forward.proj_gate.bias, -100.0)
+    for batch_size, share in ((1, 1 / 3), (2, 1.0)):
+        speed = bench_decode(model, torch.float32, 1e9, batch_size=batch_size, prompt_length=4, new_tokens=4)
+        assert speed.ff_weights_read == pytest.approx(share)
+        whole = bytes_of_step(model, torch.float32, batch_size, 6)
+        assert whole - speed.step_bytes == pytest.approx((1 - share) * 2 * 4 * 3 * 8 * 32, abs=1)

@@ -21,7 +21,7 @@ from cda_cli.training.distributed.processes import Processes
 GREEDY = SamplingSettings(temperature=0.0)
 WARM = SamplingSettings(temperature=1.0)
 OPTIONS: list[dict[str, Any]] = [
-    {"attention": "softmax"},
+    {"attention": "softmax", "ff": "blocks", "ff_k": 1.0, "ff_eps": 0.02, "ff_block_size": 4},
     {"attention": "coordinate-descent", "learned_k": True, "null_kv": 1, "position": "rotary", "qk_norm": True},
     {"attention": "coordinate-descent", "solver": "iterative", "ff": "coordinate-descent", "ff_k": 4.0},
 ]
