@@ -70,7 +70,7 @@ MODELS: list[dict[str, Any]] = [
     {"attention": "softmax"},
     {"attention": "softmax", "vocab_size": 5000},
     {"attention": "hard-topk", "null_kv": 1},
-    {"attention": "entmax", "ff": "relu2"},
+    {"attention": "entmax", "ff": "blocks", "ff_k": 2, "ff_block_size": 32},
     {"attention": "softmax", "ff": "swiglu"},
     {"attention": "softmax", "kv_heads": 1, "attn_bias": "all", "nope_layers": [1]},
     {"kv_heads": 1, "normalise": "k", "learned_k": True},
