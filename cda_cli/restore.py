@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
@@ -40,7 +40,7 @@ from cda_cli.runs.folder import locate_checkpoint, saved_config
 from cda_cli.runtime import pick_device, pick_dtype
 from cda_cli.settings import Dtype, Side
 from cda_cli.signals import StopRequest
-from cda_cli.storage import AVERAGE, WEIGHTS, Checkpoint, check_fits, load
+from cda_cli.storage import AVERAGE, WEIGHTS, Checkpoint, StoredTensor, check_fits, load
 
 TASK_EXAMPLES = 1024  # A task has no end, so the loss is that of so many of its examples.
 STREAMED_TOKENS = 2**20  # A stream has no end, so at most so many tokens of its held-out documents are evaluated.
@@ -270,7 +270,7 @@ def _task_side(restored: Restored | Saved, source: str, split: str | None) -> Te
     return TextSide([tokens], restored.tokenizer, seq_len, task.description, "validation")
 
 
-def check_weights(tensors: dict[str, Tensor], checkpoint: Checkpoint, config: Config) -> None:
+def check_weights(tensors: Mapping[str, Tensor | StoredTensor], checkpoint: Checkpoint, config: Config) -> None:
     """Raises CheckpointError if `tensors` do not fit the model that `config` describes, before it takes any memory.
 
     `tensors` are the weights of `checkpoint`, or their average.

@@ -21,6 +21,7 @@ from cda_cli.model.feed_forward import FeedForward
 from cda_cli.model.layers import add_then_norm, make_dropout, make_norm
 from cda_cli.model.left_padding import row_positions
 from cda_cli.model.loss import vocabulary_loss
+from cda_cli.model.rotary import RotaryPositions
 from cda_cli.model.rules import AttentionRule, attention_rule
 from cda_cli.ops import Backend, Choice
 
@@ -175,6 +176,12 @@ class Transformer(nn.Module):
         """The attention rule in a few words, with its k, its solver and its ε."""
         return self.attention_rule.description(self.attention_eps)
 
+    def fill_buffers(self) -> None:
+        """Computes the buffers, which no checkpoint holds, of a model whose memory has just been allocated."""
+        for module in self.modules():
+            if isinstance(module, (Attention, RotaryPositions)):
+                module.fill_buffers()
+
     def set_attention_eps(self, eps: float) -> None:
         """Sets the ε of every attention layer, for annealing."""
         for block in self.each_block():
@@ -222,10 +229,10 @@ class _NoInitialValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def model_of_shapes(config: ModelConfig) -> Transformer:
+def model_of_shapes(config: ModelConfig, backend: Backend = "auto") -> Transformer:
     """Returns a model on the device meta: its parameters have names, shapes and dtypes, and take no memory."""
     with torch.device("meta"), _NoInitialValues():
-        return Transformer(config)
+        return Transformer(config, backend)
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

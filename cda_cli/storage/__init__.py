@@ -14,6 +14,7 @@ from cda_cli.storage.checkpoint import (
     load,
     locate,
     newest,
+    open_checkpoint,
     pack_optimizer,
     publish,
     recorded_sha256,
@@ -24,9 +25,11 @@ from cda_cli.storage.checkpoint import (
 from cda_cli.storage.lock import LOCK, is_held, only_writer
 from cda_cli.storage.manifest import AVERAGE, WEIGHTS, sha256_of
 from cda_cli.storage.run_files import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, holds_run
-from cda_cli.storage.tensors import write_tensors
+from cda_cli.storage.shards import ALONE, Group, own_rows
+from cda_cli.storage.tensors import StoredTensor, write_tensors
 
 __all__ = [
+    "ALONE",
     "AVERAGE",
     "CHECKPOINTS",
     "CONFIG_FILE",
@@ -35,6 +38,8 @@ __all__ = [
     "STATE_FILE",
     "WEIGHTS",
     "Checkpoint",
+    "Group",
+    "StoredTensor",
     "best",
     "check_fits",
     "check_free",
@@ -46,6 +51,8 @@ __all__ = [
     "locate",
     "newest",
     "only_writer",
+    "open_checkpoint",
+    "own_rows",
     "pack_optimizer",
     "publish",
     "published_folder",

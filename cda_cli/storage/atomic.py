@@ -33,7 +33,7 @@ def write_file(path: Path, data: bytes) -> None:
     Raises StorageError if the write fails. The earlier file is then as it was.
     """
     path = Path(path)
-    with _explained("write", path):
+    with explained("write", path):
         _make_folder(path.parent)
         temporary = _hidden_sibling(path)
         try:
@@ -59,7 +59,7 @@ def published_folder(path: Path, *, over_empty: bool = False) -> Iterator[Path]:
     a StorageError.
     """
     path = Path(path).resolve() if over_empty else Path(path)
-    with _explained("write", path):
+    with explained("write", path):
         _refuse_existing(path, over_empty)
         _make_folder(path.parent)
         remove_stale(path.parent, path.name)
@@ -95,7 +95,7 @@ def remove_published(path: Path) -> None:
     """
     path = Path(path)
     hidden = _hidden_sibling(path)
-    with _explained("remove", path):
+    with explained("remove", path):
         path.rename(hidden)
         # Otherwise a power loss could bring back the name over a half-emptied folder.
         _fsync(path.parent)
@@ -162,6 +162,11 @@ def _settle(folder: Path) -> None:
         _fsync(Path(root))
 
 
+def sync(path: Path) -> None:
+    """Makes the content of a file durable."""
+    _fsync(path)
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -180,7 +185,8 @@ def _discard(hidden: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(verb: str, path: Path) -> Iterator[None]:
+def explained(verb: str, path: Path) -> Iterator[None]:
+    """Turns an OSError within it into a StorageError that names the remedy. A hidden `path` is named as it will be."""
     try:
         yield
     except OSError as error:

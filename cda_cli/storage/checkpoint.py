@@ -4,6 +4,8 @@
         model.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
         [ema.safetensors  tokenizer.json]
 
+Several processes write weights, moments and average in shards (see `shards`), such as model-00001-of-00004.safetensors.
+
 A checkpoint is published whole (see `atomic`) and verified before it is used (see `manifest`). No pointer to the latest
 one could go stale: `newest` verifies from the highest step down.
 """
@@ -15,6 +17,7 @@ import logging
 import os
 import re
 import shlex
+from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +32,14 @@ from cda_cli.storage.manifest import (
     DamagedError,
     damaged,
     recorded_sha256,
+    shards_of,
     verify,
     write_manifest,
 )
 from cda_cli.storage.optimizer_state import pack_optimizer, unpack_optimizer
 from cda_cli.storage.run_files import CHECKPOINTS
-from cda_cli.storage.tensors import check_fits, read_tensors, write_tensors
+from cda_cli.storage.shards import ALONE, Group, write_shards
+from cda_cli.storage.tensors import check_fits, open_tensors, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,14 +76,15 @@ VALIDATION_LOSS = "validation_loss"  # key in a checkpoint's state: the loss at 
 class Checkpoint:
     """The contents of a checkpoint. Tensors are on the CPU. A part that was not asked for is an empty dict.
 
-    `ema`, the moving average of the weights, is empty too if there is none.
+    `ema`, the moving average of the weights, is empty too if there is none. In a checkpoint that is only opened, each
+    of `model`, `optimizer` and `ema` is a `StoredTensor` in place of a tensor.
     """
 
     path: Path
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
     rng: dict[str, Tensor]
-    ema: dict[str, Tensor]
+    ema: dict[str, Any]
     state: dict[str, Any]
     tokenizer_json: str | None
 
@@ -114,8 +120,12 @@ def publish(
     ema: Mapping[str, Tensor] | None = None,
     keep: int = 2,
     keep_best: bool = False,
+    group: Group = ALONE,
 ) -> Path:
     """Saves a checkpoint, only then removes old ones, and returns its folder.
+
+    Each process of a `group` calls it with its rows of the tensors of `model`, `optimizer` and `ema` (see `own_rows`),
+    and the first returns once all is published. Another returns once it has written its shards.
 
     A checkpoint of this step that already verifies stays as it is: a resumed run reaches the same state again, and
     replacing it would mean a moment without it. A damaged one is removed first.
@@ -128,19 +138,24 @@ def publish(
     `state` that JSON does not return as it was (NaN, a tuple, a key that is no string).
     """
     path = step_folder(run, step)
+    files = {WEIGHTS: model, "optimizer.safetensors": optimizer} | ({AVERAGE: ema} if ema is not None else {})
+    if group.rank:
+        if hidden := group.broadcast(None):
+            group.gather(write_shards(Path(hidden), files, group))
+        return path
     state_json = _encode_state(state)
     remove_stale(path.parent)
-    if not _already_published(path):
+    if _already_published(path):
+        group.broadcast(None)
+    else:
         with published_folder(path) as folder:
-            write_tensors(folder / WEIGHTS, model)
-            write_tensors(folder / "optimizer.safetensors", optimizer)
+            group.broadcast(str(folder))
+            shards = group.gather(write_shards(folder, files, group))
             write_tensors(folder / "rng.safetensors", rng)
-            if ema is not None:
-                write_tensors(folder / AVERAGE, ema)
             (folder / STATE_FILE).write_bytes(state_json)
             if tokenizer_json is not None:
                 (folder / "tokenizer.json").write_bytes(tokenizer_json.encode())
-            write_manifest(folder)
+            write_manifest(folder, dict(ChainMap(*shards)), group.count)
     _prune(run, keep=max(keep, _ALWAYS_KEPT), keep_best=keep_best, published=path)
     return path
 
@@ -157,15 +172,43 @@ def load(path: Path, parts: Collection[str] = PARTS) -> Checkpoint:
     unknown = set(parts) - set(PARTS)
     if unknown:
         raise ValueError(f"a checkpoint has no part {sorted(unknown)[0]!r}; its parts are {', '.join(PARTS)}")
-    present = verify(path, {STATE_FILE, "tokenizer.json", *(f"{part}.safetensors" for part in parts)})
-    wanted = {part: part in parts and f"{part}.safetensors" in present for part in PARTS}
-    tensors = {part: read_tensors(path / f"{part}.safetensors") if wanted[part] else {} for part in PARTS}
+    present = verify(path, {STATE_FILE, "tokenizer.json", *map(_file_of, parts)})
+    return _checkpoint(path, present, {part: _read(path, shards_of(_file_of(part), present)) for part in parts})
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a checkpoint as `load` does, but reads weights, moments and average only when they are asked for.
+
+    A file with some of them is checked before the first is read from it.
+    """
+    path = Path(path)
+    present = verify(path, {STATE_FILE, "tokenizer.json", _file_of("rng")})
+    digests = recorded_sha256(path)
+    tensors: dict[str, dict[str, Any]] = {
+        part: open_tensors([path / name for name in shards_of(_file_of(part), present)], digests)
+        for part in ("model", "optimizer", "ema")
+    }
+    return _checkpoint(path, present, tensors | {"rng": _read(path, [_file_of("rng")])})
+
+
+def _file_of(part: str) -> str:
+    return f"{part}.safetensors"
+
+
+def _read(path: Path, names: list[str]) -> dict[str, Tensor]:
+    """The tensors of a file of a verified checkpoint, or of the shards that stand for it. Of no file there are none."""
+    if len(names) == 1:
+        return read_tensors(path / names[0])
+    return {name: tensor.read() for name, tensor in open_tensors([path / name for name in names]).items()}
+
+
+def _checkpoint(path: Path, present: Collection[str], tensors: Mapping[str, dict[str, Any]]) -> Checkpoint:
     return Checkpoint(
         path=path,
-        model=tensors["model"],
-        optimizer=tensors["optimizer"],
-        rng=tensors["rng"],
-        ema=tensors["ema"],
+        model=tensors.get("model", {}),
+        optimizer=tensors.get("optimizer", {}),
+        rng=tensors.get("rng", {}),
+        ema=tensors.get("ema", {}),
         state=_decode_state(path / STATE_FILE),
         tokenizer_json=_read_text(path / "tokenizer.json") if "tokenizer.json" in present else None,
     )

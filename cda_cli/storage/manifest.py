@@ -10,26 +10,38 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cda_cli.errors import CheckpointError
 from cda_cli.plurals import counted
 
-FORMAT = 1
+FORMAT, SHARDED_FORMAT = 1, 2
 MANIFEST = "manifest.json"
 WEIGHTS, AVERAGE = "model.safetensors", "ema.safetensors"  # the weights, and their moving average
 REQUIRED = frozenset({WEIGHTS, "optimizer.safetensors", "rng.safetensors", "state.json"})
 OPTIONAL = frozenset({"tokenizer.json", AVERAGE})
+# The files that a checkpoint of several processes cuts into shards, one for each process.
+SHARDED = frozenset({WEIGHTS, "optimizer.safetensors", AVERAGE})
 
 # Bounds on what is parsed in one piece; our own files stay far below them.
-MAX_MANIFEST_BYTES = 64 * 1024
+MAX_MANIFEST_BYTES = 1024**2
 MAX_HEADER_BYTES = 8 * 1024**2
 MAX_JSON_BYTES = 256 * 1024**2
 _CHUNK = 1024**2
+
+_SHARD = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}(\.safetensors)")
+
+
+class Content(NamedTuple):
+    """What the manifest says of a file."""
+
+    size: int
+    sha256: str
 
 
 class DamagedError(CheckpointError):
@@ -45,19 +57,50 @@ def damaged(path: Path, fault: str) -> DamagedError:
     return DamagedError(f"{path} {fault}")
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes the manifest of every file in `folder`, a checkpoint that is not published yet."""
-    paths = list(folder.iterdir())
+def shard_name(file: str, rank: int, count: int) -> str:
+    """The name of the shard that process `rank` of `count` writes of `file`; a single process writes `file` itself."""
+    if count == 1:
+        return file
+    stem, _, ending = file.rpartition(".")
+    return f"{stem}-{rank + 1:05d}-of-{count:05d}.{ending}"
+
+
+def shards_of(file: str, names: Collection[str]) -> list[str]:
+    """Those of the `names` of a checkpoint that hold the tensors of `file`, in order: the file, or its shards."""
+    return sorted(name for name in names if _whole_name(name) == file)
+
+
+def _whole_name(name: str) -> str:
+    """The file that `name` is a shard of, or else `name`."""
+    match = _SHARD.fullmatch(name)
+    return match[1] + match[2] if match else name
+
+
+def content_of(file: Path) -> Content:
+    """What the manifest will say of `file`. Raises OSError."""
+    return Content(file.stat().st_size, sha256_of(file))
+
+
+def write_manifest(folder: Path, shards: Mapping[str, Content] | None = None, count: int = 1) -> None:
+    """Writes the manifest of `folder`, a checkpoint of `count` processes that is not published yet.
+
+    It lists the `shards`, whose content is known, and every other file in the folder.
+    """
+    known = dict(shards or {})
+    paths = [path for path in folder.iterdir() if path.name not in known]
     digests = _sha256_of(paths)
-    files = {path.name: {"sha256": digests[path], "size": path.stat().st_size} for path in paths}
-    (folder / MANIFEST).write_bytes(_canonical({"files": files, "format": FORMAT}))
+    known |= {path.name: Content(path.stat().st_size, digests[path]) for path in paths}
+    content: dict[str, Any] = {"files": {name: one._asdict() for name, one in known.items()}, "format": FORMAT}
+    if count > 1:
+        content |= {"format": SHARDED_FORMAT, "shards": count}
+    (folder / MANIFEST).write_bytes(_canonical(content))
 
 
 def verify(path: Path, hashed: Collection[str] = REQUIRED | OPTIONAL) -> frozenset[str]:
     """Checks the checkpoint folder `path` and returns the names of its files.
 
-    It checks names, kinds and sizes of all files, and the SHA-256 of those in `hashed`. It only ever opens regular
-    files of the known names.
+    It checks names, kinds and sizes of all files, and the SHA-256 of those in `hashed`, by the names of whole files. It
+    only ever opens regular files of the known names.
 
     Raises a CheckpointError that names the file, its fault and the remedy.
     """
@@ -65,11 +108,11 @@ def verify(path: Path, hashed: Collection[str] = REQUIRED | OPTIONAL) -> frozens
     try:
         entries = _read_manifest(path)
         _check_names(path, entries)
-        for name, (size, _) in sorted(entries.items()):
-            _check_size(path / name, size)
-        digests = _sha256_of([path / name for name in sorted(entries) if name in hashed])
+        for name, content in sorted(entries.items()):
+            _check_size(path / name, content.size)
+        digests = _sha256_of([path / name for name in sorted(entries) if _whole_name(name) in hashed])
         for file, digest in digests.items():
-            _check_content(file, digest, entries[file.name][1])
+            _check_content(file, digest, entries[file.name].sha256)
     except OSError as error:
         broken = Path(os.fsdecode(error.filename)) if error.filename is not None else path
         raise damaged(broken, f"cannot be read ({error.strerror})") from error
@@ -79,15 +122,29 @@ def verify(path: Path, hashed: Collection[str] = REQUIRED | OPTIONAL) -> frozens
 def recorded_sha256(path: Path) -> dict[str, str]:
     """The SHA-256 of each file of the checkpoint folder `path`, by its name, as the manifest has them.
 
-    It does not look at the files. Raises CheckpointError as `verify` does.
+    Where shards stand for a file, its name has the SHA-256 of theirs, in order. It does not look at the files. Raises
+    CheckpointError as `verify` does.
     """
     try:
-        return {name: sha256 for name, (_, sha256) in _read_manifest(Path(path)).items()}
+        entries = _read_manifest(Path(path))
+        digests = {name: content.sha256 for name, content in entries.items()}
+        for file in SHARDED - digests.keys():
+            if shards := shards_of(file, entries):
+                digests[file] = hashlib.sha256("".join(digests[name] for name in shards).encode()).hexdigest()
+        return digests
     except OSError as error:
         raise damaged(Path(path), f"cannot be read ({error.strerror})") from error
 
 
-def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+def verify_file(file: Path, sha256: str) -> None:
+    """Checks one file of a checkpoint as `verify` does, given what `recorded_sha256` says of it."""
+    try:
+        _check_content(file, sha256_of(file), sha256)
+    except OSError as error:
+        raise damaged(file, f"cannot be read ({error.strerror})") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Content]:
     file = path / MANIFEST
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint at {path}; give a run's folder or one of its checkpoints")
@@ -101,30 +158,35 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
             raise damaged(file, "is not as it was written")
     except (ValueError, RecursionError) as error:
         raise damaged(file, "is not as it was written") from error
-    if not isinstance(content, dict) or content.keys() != {"files", "format"}:
+    if not isinstance(content, dict) or not {"files", "format"} <= content.keys() <= {"files", "format", "shards"}:
         raise damaged(file, "is not a manifest")
-    if type(content["format"]) is not int or content["format"] != FORMAT:
+    if type(content["format"]) is not int or content["format"] not in (FORMAT, SHARDED_FORMAT):
         raise CheckpointError(
-            f"{file} has format {content['format']!r} and this version reads {FORMAT}; "
+            f"{file} has format {content['format']!r} and this version reads {FORMAT} and {SHARDED_FORMAT}; "
             "use the version of cda that wrote it, or an earlier checkpoint"
         )
-    return _entries(file, content["files"])
-
-
-def _entries(file: Path, files: Any) -> dict[str, tuple[int, str]]:
-    if not isinstance(files, dict):
+    if (content["format"] == SHARDED_FORMAT) != ("shards" in content):
         raise damaged(file, "is not a manifest")
+    return _entries(file, content["files"], content.get("shards", 1))
+
+
+def _entries(file: Path, files: Any, count: Any) -> dict[str, Content]:
+    if not isinstance(files, dict) or type(count) is not int or not 1 <= count <= len(files):
+        raise damaged(file, "is not a manifest")
+
+    cut = [name for name in SHARDED if name in REQUIRED or shards_of(name, files)]
+    required = (REQUIRED - SHARDED).union(shard_name(name, rank, count) for name in cut for rank in range(count))
     entries = {}
     for name, entry in files.items():
-        if name not in REQUIRED | OPTIONAL:
+        if name not in required | OPTIONAL:
             raise damaged(file, f"lists {name!r}, which is no file of a checkpoint")
         if not isinstance(entry, dict) or entry.keys() != {"sha256", "size"}:
             raise damaged(file, f"says nothing usable about {name}")
         size, sha256 = entry["size"], entry["sha256"]
         if type(size) is not int or not isinstance(sha256, str):
             raise damaged(file, f"says nothing usable about {name}")
-        entries[name] = (size, sha256)
-    for name in sorted(REQUIRED - entries.keys()):
+        entries[name] = Content(size, sha256)
+    for name in sorted(required - entries.keys()):
         raise damaged(file, f"does not list {name}")
     return entries
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cda_cli.errors import CheckpointError, StorageError
-from cda_cli.storage.manifest import damaged
+from cda_cli.storage.manifest import damaged, verify_file
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,103 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise damaged(path, f"cannot be read as safetensors ({type(error).__name__})") from error
 
 
-def check_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+class ShardFile:
+    """A file of tensors in a checkpoint. If it has a `sha256` to check, that is done before a tensor is read."""
+
+    def __init__(self, path: Path, sha256: str | None) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._path, self._unchecked = path, sha256
+        try:
+            opened: Any = safe_open(path, "pt")
+            self._file, self.names = opened, list(opened.keys())
+        except (SafetensorError, *_MALFORMED) as error:
+            raise self._malformed(error) from error
+
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """What the header of the file says of a tensor."""
+        from safetensors import SafetensorError
+
+        try:
+            stored = self._file.get_slice(name)
+            shape = tuple(stored.get_shape())
+            return shape, (stored[0:0] if shape else self._file.get_tensor(name)).dtype
+        except (SafetensorError, *_MALFORMED) as error:
+            raise self._malformed(error) from error
+
+    def read(self, name: str, rows: slice, into: Tensor) -> None:
+        """Copies `rows` of a tensor, or all of one without dimensions, into `into`, which has their shape."""
+        from safetensors import SafetensorError
+
+        if self._unchecked is not None:
+            verify_file(self._path, self._unchecked)
+            self._unchecked = None
+        try:
+            # The file is mapped, so only these rows are read.
+            into.copy_(self._file.get_slice(name)[rows] if into.ndim else self._file.get_tensor(name))
+        except (SafetensorError, *_MALFORMED) as error:
+            raise self._malformed(error) from error
+
+    def _malformed(self, error: Exception) -> CheckpointError:
+        return damaged(self._path, f"cannot be read as safetensors ({type(error).__name__})")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a checkpoint, of which nothing is read yet. Its rows lie in `pieces`, one after another."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[tuple[ShardFile, int], ...]  # each with its number of rows
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows from `start` to `stop`, or all of the tensor, in memory of their own on the CPU.
+
+        Raises CheckpointError if a file with some of them is damaged.
+        """
+        import torch
+
+        if not self.shape:
+            whole = torch.empty((), dtype=self.dtype)
+            self.pieces[0][0].read(self.name, slice(None), whole)
+            return whole
+        stop = self.shape[0] if stop is None else stop
+        read = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        first = 0  # the row of the whole tensor with which the piece begins
+        for file, rows in self.pieces:
+            low, high = max(start, first), min(stop, first + rows)
+            if low < high:
+                file.read(self.name, slice(low - first, high - first), read[low - start : high - start])
+            first += rows
+        return read
+
+
+def open_tensors(paths: Sequence[Path], unchecked: Mapping[str, str] | None = None) -> dict[str, StoredTensor]:
+    """Opens the tensors of one file, or of the shards that stand for it.
+
+    `unchecked` has the SHA-256 of each file that is not verified yet, by its name. Raises CheckpointError if a file is
+    malformed, or if the shards do not fit together.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path in paths:
+        file = ShardFile(path, (unchecked or {}).get(path.name))
+        for name in file.names:
+            shape, dtype = file.shape_and_dtype(name)
+            piece = (file, shape[0] if shape else 1)
+            before = found.setdefault(name, StoredTensor(name, (0, *shape[1:]) if shape else (), dtype, ()))
+            if bool(shape) != bool(before.shape) or before.shape[1:] != shape[1:] or before.dtype != dtype:
+                raise damaged(path, f"has other rows of {name} than the shards before")
+            if not shape and before.pieces:
+                raise damaged(path, f"has {name} once more")
+            whole = (before.shape[0] + shape[0], *shape[1:]) if shape else ()
+            found[name] = StoredTensor(name, whole, dtype, (*before.pieces, piece))
+    return found
+
+
+def check_fits(
+    tensors: Mapping[str, Tensor | StoredTensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> None:
     """Compares names, shapes and dtypes with what the configuration asks for.
 
     Raises a CheckpointError that names the first difference.

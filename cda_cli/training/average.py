@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cda_cli.training.distributed.processes import shard_like
+from cda_cli.training.distributed.sharding import load_shards
 
 
 class WeightAverage:
@@ -37,9 +37,7 @@ class WeightAverage:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores what `tensors` returned. A weight that is not among them keeps the average that it has."""
-        for name, average in self._average.items():
-            if name in tensors:
-                average.copy_(shard_like(tensors[name], average))
+        load_shards(self._average, tensors)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

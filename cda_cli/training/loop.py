@@ -21,7 +21,7 @@ from cda_cli.runs.metrics import Metrics
 from cda_cli.runs.records import CheckpointRecord, Record, SampleRecord, TrainRecord, ValidationRecord
 from cda_cli.runtime import peak_memory
 from cda_cli.signals import StopRequest
-from cda_cli.storage import publish, step_folder
+from cda_cli.storage import publish
 from cda_cli.training.accounting.speed import Speed
 from cda_cli.training.display import Display
 from cda_cli.training.gradients import clip_gradients
@@ -174,11 +174,10 @@ class RunningLoss:
 
 def save(context: RunContext, state: TrainState, run: Run) -> Path:
     """Publishes a checkpoint of this moment, and returns its folder."""
-    contents, retention = state.checkpoint(context), context.config.run
-    if context.processes.first:
-        publish(run.path, **contents._asdict(), keep=retention.keep, keep_best=retention.keep_best)
-    context.processes.wait()
-    return step_folder(run.path, state.step)
+    contents, retention, processes = state.checkpoint(context), context.config.run, context.processes
+    path = publish(run.path, **contents._asdict(), keep=retention.keep, keep_best=retention.keep_best, group=processes)
+    processes.wait()
+    return path
 
 
 def validate(context: RunContext, stop: StopRequest) -> Evaluation | None:

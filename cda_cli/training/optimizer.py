@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.config import OptimConfig
-from cda_cli.training.distributed.processes import shard_like
+from cda_cli.training.distributed.sharding import shard_like
 from cda_cli.training.nonfinite import StepResult
 
 

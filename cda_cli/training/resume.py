@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ from cda_cli.settings_table import as_written
 from cda_cli.storage import Checkpoint, load, locate
 
 
-def find_checkpoint(run: Run, resume: str) -> tuple[Checkpoint | None, list[str]]:
-    """Loads the checkpoint that `run` goes on from, and returns it with a sentence for each damaged one passed over.
+def find_checkpoint(
+    run: Run, resume: str, read: Callable[[Path], Checkpoint] = load
+) -> tuple[Checkpoint | None, list[str]]:
+    """Finds the checkpoint that `run` goes on from, and returns what `read` gives, which takes its path.
+
+    Also returns a sentence for each damaged one passed over.
 
     `resume` "auto" takes the newest intact checkpoint of `run`, if there is one, and "never" wants a folder without a
     run. Anything else is the path of a run or checkpoint to go on from. If `run` has checkpoints already, that must be
@@ -31,7 +35,7 @@ def find_checkpoint(run: Run, resume: str) -> tuple[Checkpoint | None, list[str]
             raise CheckpointError(
                 f"no checkpoint in {run.path} is whole: {damaged[0]}; copy the run afresh, or start with another --out"
             )
-        return (load(path), damaged) if path else (None, [])
+        return (read(path), damaged) if path else (None, [])
     if resume == "never":
         if run.steps():
             raise ConfigError(f"{run.path} holds another run; choose another --out, or go on with --resume auto")
@@ -39,7 +43,7 @@ def find_checkpoint(run: Run, resume: str) -> tuple[Checkpoint | None, list[str]
     path = locate(Path(resume))
     if run.steps() and path.resolve() != (run.newest()[0] or run.path).resolve():
         raise ConfigError(f"{run.path} already holds a run that {path} is not the newest of; choose another --out")
-    return load(path), []
+    return read(path), []
 
 
 def check_same_beginning(before: Config, now: Config, checkpoint: Path) -> None:

@@ -24,7 +24,7 @@ from cda_cli.runs.records import InitRecord
 from cda_cli.runtime import available_memory, cpu_threads, describe_device, deterministic, peak_memory
 from cda_cli.settings import MOST_THREADS
 from cda_cli.signals import StopRequest
-from cda_cli.storage import Checkpoint, load, locate
+from cda_cli.storage import Checkpoint, load, locate, open_checkpoint
 from cda_cli.streams import when_stdout_is_lost
 from cda_cli.training.accounting.disk_space import check_space
 from cda_cli.training.accounting.memory_forecast import Forecast, forecast, is_small, memory_remark
@@ -263,11 +263,14 @@ def _threads(config: Config, checkpoint: Checkpoint | None, display: Display, pr
 
 
 def _find(run: Run, resume: str, display: Display, processes: Processes) -> Checkpoint | None:
-    """Finds the checkpoint to go on from. The first process looks for it, and the others take the same."""
+    """Finds the checkpoint to go on from. The first process looks for it, and the others take the same.
+
+    Several processes only open it, and each reads its part later. A single one loads it.
+    """
     if not processes.first:
         path = processes.store_wait("checkpoint")
-        return load(Path(path)) if path else None
-    checkpoint, damaged = find_checkpoint(run, resume)
+        return open_checkpoint(Path(path)) if path else None
+    checkpoint, damaged = find_checkpoint(run, resume, load if processes.count == 1 else open_checkpoint)
     for sentence in damaged:
         display.note(sentence)
     processes.store_set("checkpoint", str(checkpoint.path) if checkpoint else "")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cda_cli.config import Config, DataConfig
+from cda_cli.config import Config, DataConfig, annealed_eps
 from cda_cli.data import (
     Prefetched,
     Preparation,
@@ -45,13 +45,14 @@ from cda_cli.model import (
     uses_soft_topk,
 )
 from cda_cli.ops import Choice
-from cda_cli.restore import check_weights, load_weights
+from cda_cli.restore import check_weights
 from cda_cli.runtime import pick_dtype, start_compile_workers
 from cda_cli.storage import Checkpoint, unpack_optimizer
 from cda_cli.training.accounting.flops import peak_flops
 from cda_cli.training.auxiliary_losses import AuxiliaryLosses
 from cda_cli.training.average import WeightAverage
 from cda_cli.training.distributed.processes import ALONE, Processes
+from cda_cli.training.distributed.sharding import load_shards
 from cda_cli.training.gradients import GradientGraphs
 from cda_cli.training.initial_weights import InitialWeights
 from cda_cli.training.optimizer import (
@@ -168,11 +169,12 @@ def build(
     backend = resolve_backend(config, device)  # before any work, as it may raise
     if checkpoint:
         check_weights(checkpoint.model, checkpoint, config)
-    model = Transformer(config.model, config.run.backend).to(device)
+    if checkpoint and processes.divides_weights(config):
+        model = model_of_shapes(config.model, config.run.backend)  # No process need ever hold a whole one.
+    else:
+        model = Transformer(config.model, config.run.backend).to(device)
     model.activation_checkpointing = config.run.activation_checkpointing
-    if checkpoint:
-        load_weights(model, checkpoint.model, checkpoint, config)
-    elif initial:
+    if initial:
         load_state_tensors(model, state_tensors(model) | initial.carried.tensors)
     source = initial.source if initial else None
     begun = checkpoint or source
@@ -182,7 +184,10 @@ def build(
     is_compiled = uses_compile(config, device, note)
     if is_compiled and device.type == "cuda":
         start_compile_workers()
-    wrapped = processes.wrap(model, config, dtype, is_compiled)
+    wrapped = processes.wrap(model, config, device, dtype, is_compiled)
+    if checkpoint:
+        load_shards(state_tensors(model), checkpoint.model)
+        model.set_attention_eps(annealed_eps(config.model, checkpoint.state["step"], config.schedule_steps))
     captured = uses_cuda_graphs(config, backend, device, is_compiled, processes, note)
     optimizer = build_optimizer(model, config.optim)
     if checkpoint and checkpoint.state["optimizer"]:  # an imported model comes without

@@ -20,6 +20,7 @@ from cda_cli.training.accounting.flops import flops_per_token, peak_flops
 from cda_cli.training.auxiliary_losses import AuxiliaryLosses
 from cda_cli.training.average import WeightAverage
 from cda_cli.training.distributed.processes import Processes
+from cda_cli.training.distributed.sharding import own_shards
 from cda_cli.training.gradients import GradientGraphs
 from cda_cli.training.nonfinite import require_finite_weights
 from cda_cli.training.optimizer import Optimizer
@@ -117,13 +118,13 @@ class TrainState:
     validation_loss: float | None = None
 
     def checkpoint(self, context: RunContext) -> CheckpointContents:
-        """Gathers what a checkpoint of this moment holds, the same for any number of processes.
+        """Returns what a checkpoint of this moment holds: of each tensor the rows that this process writes.
 
-        All processes must call this; the first gets the tensors. Raises TrainingError if a weight is not finite.
+        All processes must call this. Raises TrainingError if a weight among these rows is not finite.
         """
         config, data, processes = context.config, context.data, context.processes
-        model = processes.gather_to_first(state_tensors(self.model))
-        average = processes.gather_to_first(self.average.tensors()) if self.average else None
+        model = own_shards(state_tensors(self.model), processes)
+        average = own_shards(self.average.tensors(), processes) if self.average else None
         require_finite_weights(self.step, model)
         require_finite_weights(self.step, {f"the average of {name}": one for name, one in (average or {}).items()})
         optimizer, plain = pack_optimizer(self.optimizer.state_dict())
@@ -142,7 +143,7 @@ class TrainState:
         return CheckpointContents(
             step=self.step,
             model=model,
-            optimizer=processes.gather_to_first(optimizer),
+            optimizer=own_shards(optimizer, processes),
             rng=processes.random_states(context.device),
             state=state,
             ema=average,

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cda_cli.errors import CdaError
-from cda_cli.storage import load, locate, newest
+from cda_cli.storage import load, locate, newest, open_checkpoint
 from tests.commands.helpers import run_cda
-from tests.reliability import micro
+from tests.reliability import micro, sharded
 from tests.reliability.harness import become_cda, exit_code, start
 from tests.reliability.variants import broken
 
@@ -72,9 +72,21 @@ KINDS: tuple[Callable[[bytes, bytes, random.Random], bytes], ...] = (
 
 def damaged_files(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
     """Damages every file of a real run's checkpoint, the manifest too, in all kinds of ways."""
+    yield from damaged(finished_run, COMMAND_EVERY, count, seed, variant)
+
+
+def damaged_shards(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
+    """The same for a checkpoint that several processes have saved."""
+    yield from damaged(sharded.finished_run, None, count, seed, variant)
+
+
+def damaged(
+    make_run: Callable[[Path], Path], command_every: int | None, count: int, seed: int, variant: str
+) -> Iterator[str | None]:
+    """Damages the newest checkpoint of a run, file by file. Of `command_every` trials one goes through a command."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
-        run = finished_run(Path(folder))
+        run = make_run(Path(folder))
         path, earlier = locate(run), sorted((run / "checkpoints").iterdir())[0]
         names = sorted(file.name for file in path.iterdir())
         with broken(variant):
@@ -85,7 +97,7 @@ def damaged_files(count: int, seed: int, variant: str = "") -> Iterator[str | No
                 while changed == whole:
                     changed = flipped(whole, whole, chance)
                 file.write_bytes(changed)
-                by_command = trial % COMMAND_EVERY == COMMAND_EVERY - 1
+                by_command = command_every is not None and trial % command_every == command_every - 1
                 fault = accepted_by_command(path) if by_command else accepted(run, path)
                 yield fault and f"{file.name}, {kind.__name__.replace('_', ' ')} in trial {trial}: {fault}"
                 file.write_bytes(whole)
@@ -109,11 +121,23 @@ def accepted(run: Path, path: Path) -> str | None:
         return "it was taken for whole"
     if found is None or len(passed_over) != 1 or str(path) not in passed_over[0]:
         return f"{found} was taken, and of the damaged one it was said {passed_over}"
-    try:
-        load(path)
-    except CdaError as error:
-        return None if ";" in str(error) and "\n" not in str(error) else f"no sentence with a remedy: {error}"
-    return "it was loaded"
+    for read in (load, read_by_parts):
+        try:
+            read(path)
+        except CdaError as error:
+            if ";" not in str(error) or "\n" in str(error):
+                return f"no sentence with a remedy: {error}"
+        else:
+            return "it was loaded"
+    return None
+
+
+def read_by_parts(path: Path) -> None:
+    """Reads a checkpoint as several processes do, which check a file only when they read some of it."""
+    opened = open_checkpoint(path)
+    for part in (opened.model, opened.optimizer, opened.ema):
+        for tensor in part.values():
+            tensor.read()
 
 
 def accepted_by_command(path: Path) -> str | None:

@@ -15,6 +15,7 @@ from tests.reliability import (
     other_text,
     resuming,
     saving,
+    sharded,
     stopping,
 )
 from tests.reliability.harness import Experiment, Sum, results
@@ -64,6 +65,21 @@ EXPERIMENTS: dict[str, Experiment] = {
         full=10_000,
         reduced=500,
         variants=("manifest not checked", "only sizes checked", "manifest in any spelling"),
+    ),
+    "kills in shards": Experiment(
+        "Where several processes save together, a kill of any of them loses neither the newest published checkpoint "
+        "nor the best, and ends the others",
+        sharded.kills,
+        full=100,
+        reduced=6,
+        variants=("saved in place", "shards not waited for"),
+    ),
+    "damaged shards": Experiment(
+        "A damaged shard is never taken for whole, and is said in one sentence",
+        damage.damaged_shards,
+        full=10_000,
+        reduced=200,
+        variants=("manifest not checked", "only sizes checked"),
     ),
     "cuts": Experiment(
         "60 steps that are cut after any of the first 59 and resumed in a fresh process are the run that was not cut, "

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cda_cli.errors import CdaError, StorageError
-from cda_cli.storage import best, list_steps, load, newest, publish, step_folder, verify
+from cda_cli.storage import ALONE, Group, best, list_steps, load, newest, own_rows, publish, step_folder, verify
 from tests.reliability.harness import FORKS, exit_code, start
 from tests.reliability.moments import Moments, changing_calls, every_call
 from tests.reliability.variants import broken
@@ -34,12 +34,20 @@ def validation_loss(step: int) -> float:
     return (step - 2) % 5 - step / 1000
 
 
-def save(run: Path, step: int) -> Path:
+def save(run: Path, step: int, group: Group = ALONE) -> Path:
     """Saves a checkpoint whose every value is its step. Of the others the newest and the best stay."""
-    part = {"w": torch.full((SIZE,), float(step))}
+    part = {"w": torch.full((SIZE,), float(step))[own_rows(SIZE, group.rank, group.count)]}
     state = {"step": step, "validation_loss": validation_loss(step)}
     return publish(
-        run, step=step, model=part, optimizer=part, rng=part, state=state, tokenizer_json="{}", keep_best=True
+        run,
+        step=step,
+        model=part,
+        optimizer=part,
+        rng=part,
+        state=state,
+        tokenizer_json="{}",
+        keep_best=True,
+        group=group,
     )
 
 

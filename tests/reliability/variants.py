@@ -77,6 +77,13 @@ def pruned_in_place(patch: Patch) -> None:
 
 
 @variant
+def shards_not_waited_for(patch: Patch) -> None:
+    """Publishes what the first process finds in the folder when its own shards are written."""
+    processes = cda_cli.training.distributed.processes.Processes
+    patch.setattr(processes, "gather", lambda self, value: [value])
+
+
+@variant
 def never_synced(patch: Patch) -> None:
     patch.setattr(atomic, "_fsync", lambda path: None)
 

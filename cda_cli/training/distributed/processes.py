@@ -26,20 +26,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from cda_cli.config import Config
 from cda_cli.data import Batch
 from cda_cli.errors import DeviceError
-from cda_cli.model import Transformer, full_tensor
+from cda_cli.model import Transformer
 from cda_cli.runtime import pick_device, random_states, restore_random_states
 from cda_cli.signals import StopRequest
 from cda_cli.training.distributed.launch import ERROR, POLL, ErrorCoordinator, Place, log_level
+from cda_cli.training.distributed.sharding import shard_model
 
-# One process may write a large checkpoint while the others wait in a collective.
+# One process may verify a large checkpoint while the others wait in a collective.
 TIMEOUT = timedelta(hours=1)
 
 # Nothing changes the model's buffers, so they need no broadcast. PyTorch 2.13 renamed the option.
@@ -56,7 +55,7 @@ class Processes:
     def __init__(self, place: Place, store: Any = None) -> None:
         self._place, self._store = place, store
         self._settings = ExitStack()
-        self.count = place.processes
+        self.count, self.rank = place.processes, place.rank
         self.first = place.rank == 0
 
     def __enter__(self) -> Processes:
@@ -115,6 +114,22 @@ class Processes:
         """Waits until all processes are here."""
         if self.count > 1:
             dist.all_reduce(torch.zeros(1))
+
+    def broadcast(self, value: Any) -> Any:
+        """Returns the first process's `value` in all. It waits for the first process."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the values of all processes, in all of them. It waits for all."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     # The work of a step.
 
@@ -181,7 +196,7 @@ class Processes:
         """Returns a request to stop that is the same in all processes (see `AgreedStop`)."""
         return AgreedStop(stop) if self.count > 1 else stop
 
-    # The model and its checkpoint.
+    # The model and its random states.
 
     def device(self, name: str) -> torch.device:
         """Returns the device of this process: of several, each takes the GPU of its number on this machine."""
@@ -195,10 +210,17 @@ class Processes:
             )
         return torch.device("cuda", self._place.local_rank)
 
-    def wrap(self, model: Transformer, config: Config, dtype: torch.dtype, compiled: bool) -> nn.Module:
-        """Returns the module to call in place of `model`.
+    def divides_weights(self, config: Config) -> bool:
+        """Whether each process has only a shard of the weights."""
+        return self.count > 1 and config.run.parallel == "fsdp"
 
-        It may replace parameters of `model` by sharded ones, so optimizers must be built afterwards.
+    def wrap(
+        self, model: Transformer, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool
+    ) -> nn.Module:
+        """Returns the module to call on `device` in place of `model`.
+
+        It may replace parameters of `model` by sharded ones, so optimizers must be built afterwards. A model that is to
+        be sharded may be on the device meta; it then gets memory here, but no values.
 
         The model is compiled as one. With ddp the gradients then travel after the last backward pass of a step and not
         during it, which costs less than many small compiled parts cost the host. Only where fsdp gathers and frees the
@@ -210,7 +232,7 @@ class Processes:
         empty = {parameter for parameter in model.parameters() if not parameter.numel()}
         for parameter in empty:
             parameter.requires_grad_(False)
-        if config.run.parallel == "fsdp":
+        if self.divides_weights(config):
             by_block = self.batches(config.optim.grad_accum) == 1
             if compiled and by_block:
                 model.compile_parts()
@@ -219,22 +241,13 @@ class Processes:
             # The losses are a view, which nothing overwrites.
             self._settings.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-            return _shard(model, dtype, empty, by_block)
+            return shard_model(model, device, dtype, empty, by_block)
         called: nn.Module = model
         if compiled:
             # Otherwise Dynamo would cut the graph at DDP's buckets. It reads the setting whenever it compiles.
             self._settings.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
             called = cast(nn.Module, torch.compile(model))
         return DistributedDataParallel(called, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
-
-    def gather_to_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the full tensors in the first process, gathering sharded ones one at a time, and {} in the others."""
-        gathered = {}
-        for name, tensor in tensors.items():
-            full = full_tensor(tensor)
-            if self.first:
-                gathered[name] = full.cpu() if full is not tensor else full
-        return gathered
 
     def random_states(self, device: torch.device) -> dict[str, Tensor]:
         """Returns the random states of all processes.
@@ -298,15 +311,6 @@ def join(coordinator: ErrorCoordinator, config: Config) -> Processes:
     return processes
 
 
-def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Returns this process's shard of a full `tensor` that belongs to `parameter`; all of it if that is not sharded."""
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor
-    return distribute_tensor(
-        tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
-
-
 @contextmanager
 def _keep_unsharded(model: FSDPModule) -> Iterator[None]:
     """Keeps the weights that the forward pass has gathered. Accumulated gradients take as much memory anyway."""
@@ -315,29 +319,6 @@ def _keep_unsharded(model: FSDPModule) -> Iterator[None]:
         yield
     finally:
         model.set_reshard_after_forward(True)
-
-
-def _shard(model: Transformer, dtype: torch.dtype, ignored: set[nn.Parameter], by_block: bool) -> nn.Module:
-    """Shards the model with FSDP2.
-
-    With `by_block` (one batch a step in each process) each block is gathered while the one before it is computed. The
-    parameters of blocks are gathered in the dtype of the matrix products, and gradients are summed in float32. The
-    residual stream, the embeddings and the logits keep the dtypes that autocast gives them, as in one process.
-
-    With more batches a step the accumulated gradients are full tensors, and so are the weights from the first batch to
-    the last. All parameters are then one group, in float32, for autocast as in one process.
-    """
-    device = next(model.parameters()).device
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy()
-    if dtype != torch.float32:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.each_block() if by_block else []:
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
-        register_fsdp_forward_method(block, "step")  # Otherwise a step of decoding would meet shards.
-    # Without resharding, the model's parameters would not be its shards after a forward pass without a backward pass.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
-    return model
 
 
 class AgreedStop(StopRequest):
