@@ -92,3 +92,7 @@ class RunSettings(Table):
     patience: Annotated[
         int, Setting("Validations in a row without a new lowest loss after which the run ends; 0: never.", ge=0)
     ] = 0
+    process_timeout: Annotated[
+        float,
+        Setting("Minutes that processes wait for one of them, before they name it and the run ends.", gt=0),
+    ] = 30.0

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from cda_cli.config import Config
+from cda_cli.config import Config, flat
 from cda_cli.data import PreparationStoppedError, Tokenizer, bpe_size, count_windows, digest
 from cda_cli.errors import ConfigError
 from cda_cli.model import editing
@@ -23,6 +23,7 @@ from cda_cli.runs.metrics import Metrics, NullMetrics
 from cda_cli.runs.records import InitRecord
 from cda_cli.runtime import available_memory, cpu_threads, describe_device, deterministic, peak_memory
 from cda_cli.settings import MOST_THREADS
+from cda_cli.settings_table import as_written
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, load, locate, open_checkpoint
 from cda_cli.streams import when_stdout_is_lost
@@ -57,6 +58,9 @@ from cda_cli.training.setup import (
 )
 from cda_cli.training.state import THREADS, RunContext, TrainState
 from cda_cli.training.trackers import check_trackers, open_trackers
+from cda_cli.version import __version__
+
+TEXT_PLACES = ("data.source", "data.tokenizer")  # settings that may differ from machine to machine
 
 
 class DryRun(NamedTuple):
@@ -85,6 +89,7 @@ def run_training(
     """
     with contextlib.ExitStack() as held:
         held.enter_context(when_stdout_is_lost(stop.lose))  # a failing print must not lose a run
+        _check_same_settings(config, processes)
         if processes.first:
             check_trackers(config.run.track)
             run.check()
@@ -101,7 +106,7 @@ def _run(
 ) -> None:
     with stop.at_once(STOPPED_BEFORE_START):
         context, state, beginning = _set_up(config, run, checkpoint, display, stop, processes)
-        _check_same_start(context, state)
+        _check_same_start(context, state, run)
     config = context.config
     if checkpoint and state.step >= config.optim.steps:
         display.note(f"{run.path} has all its {counted(state.step, 'step')}; raise --steps to go on")
@@ -298,11 +303,29 @@ def _with_beginning(config: Config, init_from: str | None) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"init_from": init_from})})
 
 
-def _check_same_start(context: RunContext, state: TrainState) -> None:
+def _check_same_settings(config: Config, processes: Processes) -> None:
+    """Raises ConfigError if the first process has other settings than this one, but for where the text lies."""
+    settings = {key: as_written(value) for key, value in flat(config).items() if key not in TEXT_PLACES}
+    settings |= {"cda": __version__, "torch": str(torch.__version__)}
+    first = json.loads(processes.broadcast_text("settings", lambda: json.dumps(settings)))
+    for key, here in settings.items():
+        if first.get(key) != here:
+            raise ConfigError(
+                f"the processes do not start from the same ({key} {here} here, {first.get(key)} in the first one); "
+                "give the same command and the same versions on all machines"
+            )
+
+
+def _check_same_start(context: RunContext, state: TrainState, run: Run) -> None:
     """Raises ConfigError if this machine sees another run folder, or another text, than the first process does.
 
     It would otherwise train on in vain.
     """
+    if not run.path.is_dir():
+        raise ConfigError(
+            f"this machine has no folder {run.path.absolute()}, into which the first process saves; give all machines "
+            "the same --out, on a disk that all see"
+        )
     data = context.data
     here = (
         f"step {state.step}, {data.windows} windows of text and {len(data.validation)} validation tokens, "

@@ -9,6 +9,7 @@ from tests.devices import DEVICES
 from tests.reliability import (
     damage,
     data_position,
+    hanging,
     hostile,
     non_finite,
     one_writer,
@@ -80,6 +81,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         full=10_000,
         reduced=200,
         variants=("manifest not checked", "only sizes checked"),
+    ),
+    "hangs": Experiment(
+        "Where one of several processes hangs, the others wait no longer than they may, and end with one sentence, "
+        "which names it",
+        hanging.hangs,
+        full=20,
+        reduced=1,
+        variants=("those that wait not told apart",),
     ),
     "cuts": Experiment(
         "60 steps that are cut after any of the first 59 and resumed in a fresh process are the run that was not cut, "

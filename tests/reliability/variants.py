@@ -35,7 +35,7 @@ import cda_cli.training.setup
 from cda_cli.data import digest
 from cda_cli.errors import StorageError
 from tests.racing import race_in_first_calls
-from tests.reliability import broken_stopping
+from tests.reliability import broken_processes, broken_stopping
 
 Patch = pytest.MonkeyPatch
 VARIANTS: dict[str, Callable[[Patch], None]] = {}
@@ -74,13 +74,6 @@ def saved_in_place(patch: Patch) -> None:
 @variant
 def pruned_in_place(patch: Patch) -> None:
     patch.setattr(checkpoint, "remove_published", shutil.rmtree)
-
-
-@variant
-def shards_not_waited_for(patch: Patch) -> None:
-    """Publishes what the first process finds in the folder when its own shards are written."""
-    processes = cda_cli.training.distributed.processes.Processes
-    patch.setattr(processes, "gather", lambda self, value: [value])
 
 
 @variant
@@ -335,6 +328,13 @@ def lock_is_a_file_that_exists(patch: Patch) -> None:
         (folder / ".lock").unlink()
 
     patch.setattr(cda_cli.runs.folder, "only_writer", only_writer)
+
+
+# Several processes
+
+
+for one in broken_processes.ALL:
+    variant(one)
 
 
 # Hostile files

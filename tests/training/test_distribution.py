@@ -237,17 +237,33 @@ def test_an_error_of_one_process_ends_all(nursery: Nursery, small: Config, tmp_p
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_other_data_on_another_machine_is_refused(nursery: Nursery, small: Config, tmp_path: Path) -> None:
-    """Otherwise each process would silently train on its own text."""
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("--config", "settings.yaml", "--out", "{tmp}/run", "--data", "text.txt"), "data "),
+        (("--config", "other.yaml", "--out", "{tmp}/run"), "(optim.lr 0.5 here, 0.25 in the first one)"),
+        (("--config", "settings.yaml", "--out", "run"), "this machine has no folder {tmp}/second/run"),
+    ],
+    ids=["text", "settings", "run folder"],
+)
+def test_what_differs_on_another_machine_is_refused(
+    nursery: Nursery, small: Config, tmp_path: Path, command: tuple[str, ...], says: str
+) -> None:
+    """Otherwise each process would silently train on its own text, with its own settings, or save where none looks."""
     text = Path(small.data.source).read_text(encoding="utf-8")
-    for name, length in (("first", 500), ("second", 400)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "text.txt").write_text(text[:length], encoding="utf-8")
-    command = ("train", "--config", settings(small, tmp_path), "--out", tmp_path / "run", "--data", "text.txt")
-    ended = nursery.run(2, *command, only={0: {"PWD": str(tmp_path / "first")}, 1: {"PWD": str(tmp_path / "second")}})
+    for name, length, rate in (("first", 500, 0.25), ("second", 400, 0.5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "text.txt").write_text(text[:length], encoding="utf-8")
+        settings(changed(small, lr=rate), folder).rename(folder / "other.yaml")
+        settings(small, folder)
+    arguments = [word.format(tmp=tmp_path) for word in command]
+    machines = {rank: {"PWD": str(tmp_path / name)} for rank, name in enumerate(("first", "second"))}
+    ended = nursery.run(2, "train", *arguments, only=machines)
     assert ended.codes == [2, 2]
     assert not ended.err[0]
-    assert "do not start from the same" in ended.err[1]
+    assert says.format(tmp=tmp_path) in ended.err[1]
+    assert ended.err[1].count("\n") == 1
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -29,6 +29,9 @@ from cda_cli.signals import StopRequest
 
 STOPPED_BEFORE_START = "stopped before the first step, with nothing to save; the same command starts again"
 ERROR = "error"  # the key in the store of the exit code, once a process has met an error
+WAITED, NAME = "waited", "name"  # keys in the store, each with a rank: a process waited in vain; what it is called
+TIMED_OUT = "timed out"  # the key in the store once a process has waited for run.process_timeout
+GRACE = 2.0  # seconds in which all processes that wait for the same one give up, once the first has
 HEAD_START = 1.0  # seconds that the first process has to report an error before another process does
 POLL = 0.1  # seconds between two looks at the store
 
@@ -213,17 +216,36 @@ class ErrorCoordinator:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         from torch.distributed import DistError
 
+        waited = isinstance(error, RuntimeError) and (isinstance(error, DistError) or "gloo" in str(error))
         try:
+            if waited:
+                self.store().set(f"{WAITED}/{self.place.rank}", "")
+                if "Timed out" in str(error):
+                    self.store().set(TIMED_OUT, "")
             code = self._claim(exit_code(error))
+            if code is None and waited:
+                raise TrainingError(self._waited_for()) from error
         except DistError:
             code = 1  # the store has ended, and with it the run
         if code is not None:
             sys.exit(code)
-        if isinstance(error, RuntimeError) and (isinstance(error, DistError) or "gloo" in str(error)):
-            raise TrainingError(
-                "another process of this run has gone without a word (out of memory, or killed); the same command "
-                "goes on from what was saved"
-            ) from error
+
+    def _waited_for(self) -> str:
+        """Says which process this one waited for in vain: all others soon say that they waited, too."""
+        time.sleep(GRACE)
+        store = self.store()
+        # The first that gives up closes its connections, so that others meet the same error as if one had gone.
+        if not store.check([TIMED_OUT]):
+            return (
+                "another process of this run has gone without a word (out of memory, or killed); the same command goes "
+                "on from what was saved"
+            )
+        silent = [rank for rank in range(self.place.processes) if not store.check([f"{WAITED}/{rank}"])]
+        names = [store.get(f"{NAME}/{rank}").decode() for rank in silent]
+        return (
+            f"{' and '.join(names) or 'a process'} hangs: the others have waited for run.process_timeout; look there "
+            "for what it waits for (py-spy dump), and the same command goes on from what was saved"
+        )
 
     def _claim(self, code: int) -> int | None:
         """Returns None if this process reports its error, and sets the exit code of all; else returns that code."""

@@ -12,6 +12,8 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
+import socket
 import sys
 import time
 import warnings
@@ -35,11 +37,8 @@ from cda_cli.errors import DeviceError
 from cda_cli.model import Transformer
 from cda_cli.runtime import pick_device, random_states, restore_random_states
 from cda_cli.signals import StopRequest
-from cda_cli.training.distributed.launch import ERROR, POLL, ErrorCoordinator, Place, log_level
+from cda_cli.training.distributed.launch import ERROR, NAME, POLL, ErrorCoordinator, Place, log_level
 from cda_cli.training.distributed.sharding import shard_model
-
-# One process may verify a large checkpoint while the others wait in a collective.
-TIMEOUT = timedelta(hours=1)
 
 # Nothing changes the model's buffers, so they need no broadcast. PyTorch 2.13 renamed the option.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -54,6 +53,7 @@ class Processes:
 
     def __init__(self, place: Place, store: Any = None) -> None:
         self._place, self._store = place, store
+        self._on_host: dist.ProcessGroup | None = None  # the group for what the host waits for; None is the default one
         self._settings = ExitStack()
         self.count, self.rank = place.processes, place.rank
         self.first = place.rank == 0
@@ -194,7 +194,22 @@ class Processes:
 
     def agreed(self, stop: StopRequest) -> StopRequest:
         """Returns a request to stop that is the same in all processes (see `AgreedStop`)."""
-        return AgreedStop(stop) if self.count > 1 else stop
+        return AgreedStop(stop, self._on_host) if self.count > 1 else stop
+
+    def meet(self, device: torch.device, minutes: float) -> None:
+        """Meets the other processes. From then on, each waits for another one for so many minutes at most."""
+        self.store_set(f"{NAME}/{self.rank}", f"process {self.rank} (pid {os.getpid()} on {socket.gethostname()})")
+        limit, on_gpu = timedelta(minutes=minutes), device.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=PrefixStore("group", self._store),
+            rank=self.rank,
+            world_size=self.count,
+            # NCCL kills a process that has waited for so long. By then gloo must have said whom it waits for.
+            timeout=2 * limit if on_gpu else limit,
+        )
+        if on_gpu:
+            self._on_host = dist.new_group(backend="gloo", timeout=limit)
 
     # The model and its random states.
 
@@ -299,13 +314,7 @@ def join(coordinator: ErrorCoordinator, config: Config) -> Processes:
     device = processes.device(config.run.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore("group", coordinator.store()),
-        rank=place.rank,
-        world_size=place.processes,
-        timeout=TIMEOUT,
-    )
+    processes.meet(device, config.run.process_timeout)
     if not processes.first:
         processes.silence_warnings()  # the first process meets the same ones, and shows them
     return processes
@@ -324,12 +333,12 @@ def _keep_unsharded(model: FSDPModule) -> Iterator[None]:
 class AgreedStop(StopRequest):
     """A request to stop that any process got, known to all of them from the same call of `agree` on."""
 
-    def __init__(self, own: StopRequest) -> None:
+    def __init__(self, own: StopRequest, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        self._own = own
+        self._own, self._group = own, group
 
     def agree(self) -> None:
         asked = torch.tensor(self._own.signal_number or 0)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, self._group)
         self.signal_number = int(asked) or None
         self.reason = self._own.reason
