@@ -72,14 +72,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         "nor the best, and ends the others",
         sharded.kills,
         full=100,
-        reduced=6,
+        reduced=4,
         variants=("saved in place", "shards not waited for"),
     ),
     "damaged shards": Experiment(
         "A damaged shard is never taken for whole, and is said in one sentence",
         damage.damaged_shards,
         full=10_000,
-        reduced=200,
+        reduced=70,
         variants=("manifest not checked", "only sizes checked"),
     ),
     "hangs": Experiment(

@@ -56,7 +56,7 @@ def saved(run: Path, count: int, tensors: dict[str, Tensor], step: int = 1) -> P
         return set(threads.map(save, range(count))).pop()
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     st.dictionaries(
         st.sampled_from("abcd"),
