@@ -86,7 +86,7 @@ def test_the_origin_of_each_value_is_the_layer_that_won(cda: Cda, tmp_path: Path
         ("width", ["model.dim", "model.dim_head", "model.ff_mult", "model.ff_width"]),
         ("gqa", ["model.kv_heads"]),
         ("rope-theta", ["model.rotary_base"]),
-        ("temperature", ["model.attn_eps", "model.ff_eps", "model.eps_anneal_start"]),
+        ("temperature", ["model.attn_eps", "model.ff_eps", "model.learned_eps", "model.eps_anneal_start"]),
         ("gpu", ["run.device", "run.compile", "run.deterministic", "run.parallel"]),
         (
             "checkpoint",

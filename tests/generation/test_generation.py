@@ -248,7 +248,7 @@ def test_a_model_in_shards_gives_the_same_text(options: dict[str, Any], batches:
     config = parse({"run": {"parallel": "fsdp"}, "optim": {"grad_accum": 2 * batches}})
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        Processes(Place(rank=0, processes=2)).wrap(model, config, dtype, compiled=False)
+        Processes(Place(rank=0, processes=2)).wrap(model, config, torch.device("cpu"), dtype, compiled=False)
         model(torch.tensor([[1]]))  # FSDP makes its buffers in a step of training.
         assert tokens(model, [1, 2], 8, GREEDY, dtype=dtype) == alone
         assert texts() == together
