@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from cda_cli.config import Config, flat
-from cda_cli.data import PreparationStoppedError, Tokenizer, bpe_size, count_windows, digest
-from cda_cli.errors import ConfigError
+from cda_cli.config import Config
+from cda_cli.data import PreparationStoppedError, Tokenizer, bpe_size, count_windows
 from cda_cli.model import editing
 from cda_cli.plurals import counted
 from cda_cli.restore import tokenizer_of
@@ -23,13 +22,13 @@ from cda_cli.runs.metrics import Metrics, NullMetrics
 from cda_cli.runs.records import InitRecord
 from cda_cli.runtime import available_memory, cpu_threads, describe_device, deterministic, peak_memory
 from cda_cli.settings import MOST_THREADS
-from cda_cli.settings_table import as_written
 from cda_cli.signals import StopRequest
 from cda_cli.storage import Checkpoint, load, locate, open_checkpoint
 from cda_cli.streams import when_stdout_is_lost
 from cda_cli.training.accounting.disk_space import check_space
 from cda_cli.training.accounting.memory_forecast import Forecast, forecast, is_small, memory_remark
 from cda_cli.training.display import Display, Plan
+from cda_cli.training.distributed.agreement import check_same_settings, check_same_start
 from cda_cli.training.distributed.launch import STOPPED_BEFORE_START
 from cda_cli.training.distributed.processes import ALONE, Processes
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
@@ -58,9 +57,6 @@ from cda_cli.training.setup import (
 )
 from cda_cli.training.state import THREADS, RunContext, TrainState
 from cda_cli.training.trackers import check_trackers, open_trackers
-from cda_cli.version import __version__
-
-TEXT_PLACES = ("data.source", "data.tokenizer")  # settings that may differ from machine to machine
 
 
 class DryRun(NamedTuple):
@@ -89,7 +85,7 @@ def run_training(
     """
     with contextlib.ExitStack() as held:
         held.enter_context(when_stdout_is_lost(stop.lose))  # a failing print must not lose a run
-        _check_same_settings(config, processes)
+        check_same_settings(config, processes)
         if processes.first:
             check_trackers(config.run.track)
             run.check()
@@ -106,7 +102,7 @@ def _run(
 ) -> None:
     with stop.at_once(STOPPED_BEFORE_START):
         context, state, beginning = _set_up(config, run, checkpoint, display, stop, processes)
-        _check_same_start(context, state, run)
+        check_same_start(context, state, run)
     config = context.config
     if checkpoint and state.step >= config.optim.steps:
         display.note(f"{run.path} has all its {counted(state.step, 'step')}; raise --steps to go on")
@@ -301,42 +297,6 @@ def _begin(config: Config, checkpoint: Checkpoint | None, processes: Processes) 
 
 def _with_beginning(config: Config, init_from: str | None) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"init_from": init_from})})
-
-
-def _check_same_settings(config: Config, processes: Processes) -> None:
-    """Raises ConfigError if the first process has other settings than this one, but for where the text lies."""
-    settings = {key: as_written(value) for key, value in flat(config).items() if key not in TEXT_PLACES}
-    settings |= {"cda": __version__, "torch": str(torch.__version__)}
-    first = json.loads(processes.broadcast_text("settings", lambda: json.dumps(settings)))
-    for key, here in settings.items():
-        if first.get(key) != here:
-            raise ConfigError(
-                f"the processes do not start from the same ({key} {here} here, {first.get(key)} in the first one); "
-                "give the same command and the same versions on all machines"
-            )
-
-
-def _check_same_start(context: RunContext, state: TrainState, run: Run) -> None:
-    """Raises ConfigError if this machine sees another run folder, or another text, than the first process does.
-
-    It would otherwise train on in vain.
-    """
-    if not run.path.is_dir():
-        raise ConfigError(
-            f"this machine has no folder {run.path.absolute()}, into which the first process saves; give all machines "
-            "the same --out, on a disk that all see"
-        )
-    data = context.data
-    here = (
-        f"step {state.step}, {data.windows} windows of text and {len(data.validation)} validation tokens, "
-        f"data {digest(data.identity)[:8]}"
-    )
-    first = context.processes.broadcast_text("start", lambda: here)
-    if here != first:
-        raise ConfigError(
-            f"the processes do not start from the same ({here} here, {first} in the first one); "
-            "give all machines the same run folder and --data"
-        )
 
 
 def _trained_tokenizer(
