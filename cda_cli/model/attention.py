@@ -51,7 +51,8 @@ class Attention(nn.Module):
         inner, of_keys = config.heads * config.head_width, config.key_heads * config.head_width
         self.to_qkv = nn.Linear(config.dim, inner + 2 * of_keys, bias=config.attn_bias != "none")
         self.to_out = nn.Linear(inner, config.dim, bias=config.attn_bias == "all")
-        self.null_kv = nn.Parameter(torch.randn(2, config.key_heads, config.null_kv, config.head_width))
+        self.null_kv = nn.Parameter(torch.empty(2, config.key_heads, config.null_kv, config.head_width))
+        nn.init.normal_(self.null_kv)
         self.query_norm, self.key_norm = make_head_norm(config), make_head_norm(config)
         rotary = config.position == "rotary" and layer not in config.nope_layers
         self.rotary = RotaryPositions(config) if rotary else None

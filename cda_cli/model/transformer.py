@@ -196,7 +196,8 @@ class Transformer(nn.Module):
 
         Without tied embeddings all weights stay as PyTorch draws them, which is how the published model starts.
         """
-        if not self.config.tied_embeddings:
+        # On the device meta there are no values, and PyTorch would import SymPy to divide them.
+        if not self.config.tied_embeddings or self.token_embedding.weight.is_meta:
             return
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         for block in self.each_block():
@@ -218,7 +219,7 @@ class _NoInitialValues(TorchFunctionMode):
     """Leaves out the functions of `torch.nn.init`.
 
     On the device meta they change nothing, but PyTorch imports its compiler for them, which takes longer than all else
-    that a command does before it reads a checkpoint.
+    that a command does before it reads a checkpoint. `torch.randn` would import SymPy there.
     """
 
     def __torch_function__(
