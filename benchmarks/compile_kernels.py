@@ -143,13 +143,17 @@ def decoding_calls(quick: bool) -> Iterator[Call]:
 
 
 def iterative_decoding_calls(quick: bool) -> Iterator[Call]:
-    """Decoding with the iterative solver, over short caches and the longest one."""
-    caches = ((LENGTH, False), (decoding_launches.LONGEST_ROW, True))
-    axes: Axes = (DTYPES[:1], (64,), ((LENGTH, True),)) if quick else (DTYPES, WIDTHS, caches)
-    for dtype, width, (length, of_each) in itertools.product(*axes):
-        words = f"{_name(dtype)} D={width}", f"a cache of {length}", "a length and k of each" if of_each else ""
-        query, key = torch.zeros(1, 2, 1, width, dtype=dtype), torch.zeros(1, 1, length, width, dtype=dtype)
-        lengths, budget = (torch.ones(1).long(), torch.ones(1, 2, 1)) if of_each else (None, 2.0)
+    """Decoding with the iterative solver, over short caches and the longest one, by few heads and by many."""
+    longest = decoding_launches.LONGEST_ROW
+    caches = ((LENGTH, 2, True),) if quick else ((LENGTH, 2, False), (longest, 2, True), (longest, 8, True))
+    axes: Axes = (DTYPES[:1], (64,), caches) if quick else (DTYPES, WIDTHS, caches)
+    for dtype, width, (length, heads, of_each) in itertools.product(*axes):
+        words = (
+            f"{_name(dtype)} D={width}", f"a cache of {length}", f"heads: {heads}",
+            "a length and k of each" if of_each else "",
+        )  # fmt: skip
+        query, key = torch.zeros(1, heads, 1, width, dtype=dtype), torch.zeros(1, 1, length, width, dtype=dtype)
+        lengths, budget = (torch.ones(1).long(), torch.ones(1, heads, 1)) if of_each else (None, 2.0)
         inputs = DecodingInputs(query, key, key, lengths, budget, None, SolveSpec("iterative", 0.1, 25, 4.0, 0.7), 1.0)
         yield _words(words), functools.partial(decode_iterative, inputs)
 
