@@ -144,9 +144,14 @@ def new_figure(style: Style, width: float, height: float, rows: int = 1, columns
 
 
 def draw_line(axes: Axes, style: Style, number: int, name: str, points: Sequence[Point]) -> None:
-    """Draws the line `number` of several without an order, with its intervals as a band."""
+    """Draws the line `number` of several without an order, with its intervals as a band.
+
+    A style has few colours, and begins them again with other dashes.
+    """
     x, y, low, high = zip(*sorted(points), strict=True)
-    colour, dash = style.colours[number % len(style.colours)], style.dashes[number % len(style.dashes)]
+    rounds, place = divmod(number, len(style.colours))
+    colour = style.colours[place]
+    dash = style.dashes[number % len(style.dashes)] if len(style.dashes) > 1 else DASHES[rounds % len(DASHES)]
     marker = MARKERS[number % len(MARKERS)]
     size = 3.5 * style.stroke
     axes.plot(x, y, dash, color=colour, marker=marker, markersize=size, linewidth=1.2 * style.stroke, label=name)

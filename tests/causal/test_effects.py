@@ -14,7 +14,7 @@ from cda_cli.data import Tokens
 from cda_cli.errors import ConfigError
 from cda_cli.evaluation import Sums, windows_as_units
 from cda_cli.model import Transformer
-from cda_cli.plots import require_plot
+from cda_cli.plots import STYLES, Point, Style, draw_line, new_figure, require_plot
 from tests.causal.models import (
     build,
     content_head,
@@ -126,3 +126,12 @@ def test_a_picture_is_drawn_in_each_format(tmp_path: Path, ending: str) -> None:
 def test_what_cannot_be_drawn_is_refused_before_anything_is_computed(tmp_path: Path, name: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         require_plot(tmp_path / name)
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+def test_no_two_lines_of_a_picture_look_alike(style: Style) -> None:
+    """A legend of two tasks and two checkpoints has ten lines, more than there are colours."""
+    _, (axes,) = new_figure(style, 1, 1)
+    for number in range(20):
+        draw_line(axes, style, number, str(number), [Point(1, 1), Point(2, 2)])
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.get_lines()}) == 20
