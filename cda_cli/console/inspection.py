@@ -43,9 +43,8 @@ def show_report(
         heads.add_row(f"{head.layer}.{head.head}", *columns.values())
     section(f"Attention: {restored.model.attention_description}", heads)
     _show_map(report, by, console)
-    has_blocks = any(each.units.blocks for each in report.layers)
-    of_units = ["units", "for 99%", "p95", "dead", "always on", "overlap", "by chance", "massive"]
-    units = table("layer", *of_units, *(("active blocks", "dead blocks") if has_blocks else ()))
+    units = table("layer", "units", "for 99%", "p95", "dead", "always on", "overlap", "by chance", "massive")
+    blocks = table("layer", "blocks", "active", "dead")
     for each in report.layers:
         unit = each.units
         units.add_row(
@@ -58,9 +57,12 @@ def show_report(
             _share(unit.neighbour_overlap),
             _share(unit.chance_overlap),
             f"{each.residual.massive_activations:.1f}",
-            *((f"{unit.active_blocks:.1f}/{unit.blocks}", str(unit.dead_blocks)) if has_blocks else ()),
         )
+        if unit.blocks:
+            blocks.add_row(str(each.layer), str(unit.blocks), f"{unit.active_blocks:.1f}", str(unit.dead_blocks))
     section(f"Feed-forward: {restored.config.model.ff}", units)
+    if blocks.rows:
+        section("Feed-forward: blocks of units", blocks)
     ids = [int(token) for token in text.sides[0].ids[: len(weights)]]
     labels = [restored.tokenizer.decode([token]) for token in ids]
     picture = heat_map(weights.tolist(), labels, console.width)

@@ -233,12 +233,17 @@ def test_softmax_is_inspected_too(cda: Cda, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_sparse_feed_forward_is_inspected_too(cda: Cda, tiny: Path, tmp_path: Path) -> None:
-    """With k = 4 of 128 units, few carry the sum."""
-    sparse = ("--ff", "coordinate-descent", "--ff-k", 4, "--eps", 0.01)
-    found = inspected(cda, trained(cda, tiny, tmp_path / "run", *sparse))
-    dense = inspected(cda, trained(cda, tiny, tmp_path / "dense"))
+    """With one of 8 blocks of 16 units on each token, few carry the sum."""
+    run = trained(
+        cda, tiny, tmp_path / "run", "--ff", "hard-topk-blocks", "--ff-k", 1, "--set", "model.ff_block_size=16"
+    )
+    found, dense = inspected(cda, run), inspected(cda, trained(cda, tiny, tmp_path / "dense"))
     for unit, other in zip(found["feed_forward"], dense["feed_forward"], strict=True):
-        assert 4 <= unit["units_99"] < other["units_99"]
+        assert 1 <= unit["units_99"] <= unit["nonzero_units"] <= 16 < other["units_99"]
+        assert (unit["blocks"], unit["active_blocks"]) == (8, pytest.approx(1, abs=0.01))
+        assert (other["blocks"], other["active_blocks"]) == (0, 0)
+    shown = cda("inspect-sparsity", run, "--max-batches", 1).out
+    assert re.search(r"blocks of units\nlayer +blocks +active +dead\n0 +8 +1\.0 +\d\n", shown)
 
 
 def test_k_beyond_every_row(cda: Cda, tiny: Path, tmp_path: Path) -> None:
