@@ -29,7 +29,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "the best",
         saving.kills,
         full=200,
-        reduced=20,
+        reduced=14,
         variants=("saved in place", "removed before the new one is there", "best pruned as the others"),
     ),
     "faults": Experiment(
@@ -64,7 +64,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "A damaged file of a checkpoint, the manifest too, is never taken for whole, and is said in one sentence",
         damage.damaged_files,
         full=10_000,
-        reduced=500,
+        reduced=400,
         variants=("manifest not checked", "only sizes checked", "manifest in any spelling"),
     ),
     "kills in shards": Experiment(
