@@ -82,6 +82,12 @@ in each epoch. `--streaming` puts no tokens into the cache. Hugging Face keeps i
 its own, which `HF_HOME` moves."""
 
 
+def table_row(*cells: str) -> str:
+    """Returns a row of a table. A cell may hold the sign that parts cells, as in |x|."""
+    escaped = [cell.replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
+
+
 def configuration() -> str:
     lines = [CONFIGURATION, "", "## Presets", "", "`cda presets` lists them, and `cda presets NAME` prints one.", ""]
     lines += ["| preset | parameters | purpose |", "|---|---|---|"]
@@ -96,7 +102,7 @@ def configuration() -> str:
                 spellings = [row.setting.short, *row.setting.flag.split("/")]
                 flag = " ".join(f"`{spelling}`" for spelling in spellings if spelling)
                 default = default_words({name: values[name][row.key] for name in values})
-                lines.append(f"| `{row.key}` | {flag} | {row.allowed} | {default} | {row.setting.help} |")
+                lines.append(table_row(f"`{row.key}`", flag, row.allowed, default, row.setting.help))
     return "\n".join(lines) + "\n"
 
 
@@ -148,9 +154,7 @@ def record_table(record: type[Any]) -> list[str]:
             words = " or ".join(TYPES[kind] for kind in kinds)
         else:
             words = f"{TYPES[kinds[0]]}, may be missing"
-        lines.append(
-            f"| `{field.name}` | {words} | {about.unit} | {about.meaning} |".replace("|activation|", r"\|activation\|")
-        )
+        lines.append(table_row(f"`{field.name}`", words, about.unit, about.meaning))
     return lines
 
 

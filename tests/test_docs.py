@@ -42,8 +42,19 @@ def test_every_file_is_listed() -> None:
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = sorted(path for path in RESULTS.glob("*.md") if path.name != "README.md")
+CELL = re.compile(r"(?<!\\)\|")  # the sign before a cell, and after the last one
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 TO_MAKE = "NAME"  # in the name of a file that a recipe has one make
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_rows_of_a_table_have_the_cells_of_its_head(page: Path) -> None:
+    """A cell with |x| in it would end there, and the rest of it would not be shown."""
+    cells = None
+    for line in FENCED.sub("", page.read_text(encoding="utf-8")).splitlines():
+        found = len(CELL.findall(line)) if line.startswith("|") else None
+        assert None in (cells, found) or cells == found, f"write \\| within a cell of {line}"
+        cells = found
 
 
 def page_name(page: Path) -> str:
