@@ -117,6 +117,7 @@ def metric_rows(status: RunStatus) -> dict[str, str]:
         "best": f"{best.loss:.4f} at step {best.step}" if best else "–",
         **({ALARMS: alarm_words(train.alarms)} if train.alarms else {}),
         "learning rate": f"{train.lr:.2e}, gradient norm {train.grad_norm:.2f}{annealed}",
+        **({"auxiliary": ", ".join(words)} if (words := auxiliary_words(train)) else {}),
         "speed": f"{count(train.tokens_per_second)} tokens/s, waiting for data {share(train.data_wait)} of a step",
         "tokens": f"{count(train.tokens)}, memory {memory(train.memory_bytes)}",
     }
@@ -129,6 +130,14 @@ def metric_rows(status: RunStatus) -> dict[str, str]:
         computed, dense = share(train.mfu_computed), share(train.mfu_dense)
         rows["utilisation"] = f"{computed} of the FLOPs computed, {dense} of a dense model's (6N + 12LdT)"
     return rows
+
+
+def auxiliary_words(train: TrainRecord) -> list[str]:
+    """What the auxiliary losses of a run have measured; empty where it has none."""
+    words = [] if train.ff_l1 is None else [f"L1 norm {train.ff_l1:.4g}"]
+    if train.support is not None and train.support_multiplier is not None:
+        words += [f"mean support {train.support:.2f}", f"multiplier {train.support_multiplier:.3g}"]
+    return words
 
 
 def alarm_words(alarms: Sequence[HeadAlarm]) -> str:
@@ -161,6 +170,7 @@ def train_words(record: TrainRecord, has_budget: bool, dash: str = "–") -> tup
         f"{record.bits_per_byte:.3f} bits/byte",
         f"lr {record.lr:.2e}",
         f"gradient {record.grad_norm:.2f}",
+        *auxiliary_words(record),
         f"{count(record.tokens_per_second)} tokens/s",
         f"{duration(record.seconds_left)} left",
     ]

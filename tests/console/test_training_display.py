@@ -117,6 +117,19 @@ def test_utilisation_names_both_figures(screen: MakeScreen) -> None:
     assert "utilisation" not in shown(screen())
 
 
+def test_auxiliary_losses_are_told_where_there_are_any(screen: MakeScreen) -> None:
+    made = screen()
+    measured = replace(TRAIN, ff_l1=12.34567, support=23.456, support_multiplier=0.125)
+    display = TrainingDisplay()
+    display.start(PLAN, [])
+    display.show(measured)
+    display.finish()
+    words = " ".join(made.getvalue().split())
+    assert "gradient 0.75 L1 norm 12.35 mean support 23.46 multiplier 0.125 1 k tokens/s" in words
+    assert "auxiliary L1 norm 12.35, mean support 23.46, multiplier 0.125" in words
+    assert "auxiliary" not in shown(screen())
+
+
 def test_heads_that_stop_to_select_are_named(screen: MakeScreen) -> None:
     """In the live view and at the end, as long as they do; off a terminal in a line, once."""
     states = [(layer, head, "spread") for layer in (0, 1) for head in range(4)] + [(2, 3, "sink")]
