@@ -173,13 +173,14 @@ class Attention(nn.Module):
             gains = gain, norms[1].weight
             query, key, value, packed = norm_and_rotate(projected_BTGD, *gains, *tables, H, K, norms[0].eps)
         else:
-            both, value, packed = projected_BTGD.split((H + K, K, projected_BTGD.shape[2] - H - 2 * K), dim=2)
+            rest = projected_BTGD.shape[2] - H - 2 * K
             if norms[0] and norms[1] and tables and not torch.is_grad_enabled():
                 # A step of decoding on a CPU takes as long as its calls are many. Together there are half as many. With
                 # a gradient, whose sums would have another order, old runs resume to the same bits.
+                both, value, packed = projected_BTGD.split((H + K, K, rest), dim=2)
                 query, key = rotate(norms[0].together(norms[1], both, H), tables).split((H, K), dim=2)
             else:
-                query, key = both.split((H, K), dim=2)
+                query, key, value, packed = projected_BTGD.split((H, K, K, rest), dim=2)
                 if norms[0] and norms[1]:
                     query, key = norms[0](query), norms[1](key)
                 if tables:
