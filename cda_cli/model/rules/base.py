@@ -181,7 +181,8 @@ class AttentionRule(ABC):
         if not isinstance(budget, Tensor):
             budget = torch.full((), budget, device=query.device)
         budget = budget.to(dtype).expand(query.shape[:3])[:, :, rows]
-        return self.weights(scores, budget, visible(S - T, T, S, None, query.device)[rows])
+        places = torch.arange(S, device=query.device)
+        return self.weights(scores, budget, places <= places[S - T :][rows].unsqueeze(1))
 
     def _scores(self, query_BHtD: Tensor, key_BHDS: Tensor) -> Tensor:
         with torch.autocast(query_BHtD.device.type, enabled=False):
