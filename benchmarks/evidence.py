@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -25,34 +24,66 @@ from pathlib import Path
 
 import torch
 
+from cda_cli.signals import StopRequest
 from cda_cli.sweep.files import read_spec
 
 FILES = {file.stem: file for file in sorted(Path(__file__).with_name("evidence").glob("*.yaml"))}
 JOBS_OF_A_GPU = 4  # which spend half of their time on starting and compiling
 
 
-def installed_source(folder: Path) -> Path:
+def installed_source(folder: Path, stop: StopRequest) -> Path:
     """Links the Python files of the installed packages, those that are UTF-8, into a folder."""
     packages = Path(sysconfig.get_path("purelib"))
-    for file in sorted(packages.rglob("*.py")):
+    for file in stop.until(sorted(packages.rglob("*.py"))):
         link = folder / file.relative_to(packages)
         try:
             file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
         if not link.exists():
+            link.unlink(missing_ok=True)  # It may name a file of packages that are gone.
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file)
     return folder
 
 
-def run(command: Sequence[object]) -> int:
+def run(command: Sequence[object], stop: StopRequest) -> int:
     """Runs a command, passes a request to stop on to it, and returns its exit code."""
     # A Ctrl-C of the terminal reaches this process alone, which does not end before the sweep has saved.
     process = subprocess.Popen(list(map(str, command)), start_new_session=True)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: process.send_signal(number))
+    # Not SIGINT, to which a process that is still importing answers with a traceback.
+    stop.answer = process.terminate
+    if stop:  # It may have come before there was a process to pass it on to.
+        process.terminate()
     return process.wait()
+
+
+def run_all(asked: argparse.Namespace, passed_on: Sequence[str], stop: StopRequest) -> list[str]:
+    """Runs the sweeps one after the other, until a stop is asked for. Returns those in which something failed."""
+    asked.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    failed: list[str] = []
+    for name in asked.names or FILES:
+        file = os.path.relpath(FILES[name])  # so that the page names it as a person would
+        sources: list[str | Path | None] = [None]
+        if "source" not in read_spec(FILES[name]).data:
+            sources = [installed_source(asked.out / "python-source", stop) if asked.full else "stdlib", *asked.text]
+        for source in sources:
+            words = [name, *([Path(source).stem] if source else []), *([] if asked.full else ["reduced"])]
+            out = asked.out / "-".join(words)
+            command = [sys.executable, "-m", "cda_cli", "sweep", file, "--out", out, "--jobs", asked.jobs, *passed_on]
+            command += [] if asked.full else ["--reduced"]
+            command += ["--set", f"data.source={source}"] if source else []
+            command += ["--markdown", f"{out}.md"]
+            command += ["--plot", f"{out}.svg"] if importlib.util.find_spec("matplotlib") else []
+            if stop:
+                return failed
+            code = run(command, stop)
+            if stop:
+                return failed
+            failed += [out.name] * bool(code)
+            print(f"{out}.md, after {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr, flush=True)
+    return failed
 
 
 def main() -> None:
@@ -65,25 +96,10 @@ def main() -> None:
     asked, passed_on = parser.parse_known_args()
     if unknown := set(asked.names) - set(FILES):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose of {', '.join(FILES)}")
-    asked.out.mkdir(parents=True, exist_ok=True)
-    started, failed = time.monotonic(), []
-    for name in asked.names or FILES:
-        file = os.path.relpath(FILES[name])  # so that the page names it as a person would
-        sources: list[str | Path | None] = [None]
-        if "source" not in read_spec(FILES[name]).data:
-            sources = [installed_source(asked.out / "python-source") if asked.full else "stdlib", *asked.text]
-        for source in sources:
-            out = asked.out / (f"{name}-{Path(source).stem}" if source else name)
-            command = [sys.executable, "-m", "cda_cli", "sweep", file, "--out", out, "--jobs", asked.jobs, *passed_on]
-            command += [] if asked.full else ["--reduced"]
-            command += ["--set", f"data.source={source}"] if source else []
-            command += ["--markdown", f"{out}.md"]
-            command += ["--plot", f"{out}.svg"] if importlib.util.find_spec("matplotlib") else []
-            code = run(command)
-            if code == 130:
-                sys.exit(code)
-            failed += [out.name] * bool(code)
-            print(f"{out}.md, after {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr, flush=True)
+    with StopRequest() as stop:
+        failed = run_all(asked, passed_on, stop)
+    if stop.signal_number:
+        sys.exit(128 + stop.signal_number)
     if failed:
         sys.exit(f"something failed in {', '.join(failed)}; the same command tries it again")
 
