@@ -169,13 +169,12 @@ class Result:
         return decide(self.sweep.spec, lambda arm, metric: [run.metric(metric) for run in by_name[arm]])
 
     def _require_metrics(self) -> None:
-        """Raises ConfigError where a claim names a metric that the evaluations do not have."""
+        """Raises ConfigError where the file names a metric that the evaluations do not have."""
         known = {name for run in self.runs for name in run.metrics if name.startswith(EVALUATED)}
-        for claim in self.sweep.spec.compare:
-            for name in (claim.metric, claim.of_control or claim.metric):
-                if known and name.startswith(EVALUATED) and name not in known:
-                    near = did_you_mean(name, known, otherwise="`--json` names those that there are")
-                    raise ConfigError(f"{self.sweep.file}: compare: no evaluation has the metric {name!r}: {near}")
+        for key, name in self.sweep.spec.metrics_named():
+            if known and name.startswith(EVALUATED) and name not in known:
+                near = did_you_mean(name, known, otherwise="`--json` names those that there are")
+                raise ConfigError(f"{self.sweep.file}: {key}: no evaluation has the metric {name!r}: {near}")
 
     @cached_property
     def registration(self) -> list[str]:

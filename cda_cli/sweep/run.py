@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 from cda_cli.config import Config
-from cda_cli.errors import CdaError, ConfigError
+from cda_cli.errors import CdaError, ConfigError, did_you_mean
 from cda_cli.signals import StopRequest
 from cda_cli.storage import only_writer
 from cda_cli.sweep.attempts import commit, machine, versions
 from cda_cli.sweep.claims import register
 from cda_cli.sweep.jobs import Display, Runner, Slot
 from cda_cli.sweep.plan import Sweep
-from cda_cli.sweep.spec import settings
+from cda_cli.sweep.spec import EVALUATED, settings
 
 LOCKED = ".sweep"  # a hidden folder in that of the sweep, which is no run, and so has no lock of its own
+
+# The metric of a task or of a cut, and the name of that.
+PART = re.compile(rf"{re.escape(EVALUATED)}(?:tasks\.(.+)\.metrics\.|([\w-]+\[\d+\])\.)")
 
 
 def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
@@ -33,12 +37,12 @@ def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
 def check_sweep(sweep: Sweep) -> None:
     """Raises ConfigError, before anything is trained, for what could not come to a result."""
     sweep.check(count_parameters)
-    wants = sweep.spec.eval
+    wants, measured = sweep.spec.eval, set[str]()
     if wants and wants.cut:
         from cda_cli.causal import Wanted
 
         try:
-            Wanted.parse(wants.cut, (), ())
+            measured |= {cut.name for cut in Wanted.parse(wants.cut, (), ()).interventions}
         except ConfigError as error:
             raise ConfigError(f"{sweep.file}: eval.cut: {error}") from error
     if wants and wants.tasks:
@@ -48,9 +52,20 @@ def check_sweep(sweep: Sweep) -> None:
         try:
             for arm in sweep.spec.arms:
                 own = own_task(settings(sweep.spec, *sweep.spec.layers(arm)))
-                find_tasks(wants.tasks, TaskOptions(limit=wants.limit, lengths=wants.lengths, own=own))
+                found = find_tasks(wants.tasks, TaskOptions(limit=wants.limit, lengths=wants.lengths, own=own))
+                measured |= {*found.tasks, *found.summaries}
         except CdaError as error:
             raise ConfigError(f"{sweep.file}: eval.tasks: {error}") from error
+    _require_measured(sweep, measured)
+
+
+def _require_measured(sweep: Sweep, measured: Collection[str]) -> None:
+    """Raises ConfigError where the file names a metric of a cut or a task that is none of those `measured`."""
+    for key, metric in sweep.spec.metrics_named():
+        found = PART.match(metric)
+        if found and (part := found[1] or found[2]) not in measured:
+            near = did_you_mean(part, measured, otherwise="the key eval says what is measured")
+            raise ConfigError(f"{sweep.file}: {key}: no evaluation measures {part!r}, of the metric {metric!r}: {near}")
 
 
 def count_parameters(config: Config) -> int:

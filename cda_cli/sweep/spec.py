@@ -230,15 +230,18 @@ class Spec(Settings):
         for claim in self.compare:
             self._require_arm("compare.arm", claim.arm)
             self._require_arm("compare.control", claim.control)
-            for name in filter(None, (claim.metric, claim.of_control)):
-                self._require_metric(name)
             if claim.arm == claim.control:
                 raise ValueError(f"compare: {claim.arm} is its own control; name another arm")
-        if self.drop:
-            self._require_metric(self.drop.metric, "drop")
+        for key, metric in self.metrics_named():
+            self._require_metric(key, metric)
         return self
 
-    def _require_metric(self, name: str, key: str = "compare") -> None:
+    def metrics_named(self) -> list[tuple[str, str]]:
+        """The metrics that the file names, each after the key that names it."""
+        found = [("compare", name) for claim in self.compare for name in (claim.metric, claim.of_control) if name]
+        return [*found, *([("drop", self.drop.metric)] if self.drop else [])]
+
+    def _require_metric(self, key: str, name: str) -> None:
         """Raises ValueError where no run can have the metric. Those of an evaluation are known once it has ended."""
         if name in METRICS or (self.eval and name.startswith(EVALUATED)):
             return

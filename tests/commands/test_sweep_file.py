@@ -92,6 +92,20 @@ WRONG: dict[str, tuple[str, str]] = {
         f"{FILE}compare: {{arm: sparse, claim: superior, margin: 1, metric: eval.loss}}",
         "which the key eval asks for; add it",
     ),
+    "a claim of a cut that is not measured": (
+        f"{FILE}eval: {{cut: ['top:4,8']}}\n"
+        "compare: {arm: sparse, claim: superior, margin: 1, metric: 'eval.top[16].bits_per_byte'}",
+        "compare: no evaluation measures 'top[16]'",
+    ),
+    "a drop by a cut without cuts": (
+        f"{FILE}eval: {{max_batches: 2}}\ndrop: {{metric: 'eval.top[4].bits_per_byte'}}",
+        "drop: no evaluation measures 'top[4]', of the metric 'eval.top[4].bits_per_byte': the key eval says",
+    ),
+    "a claim of a length that is not measured": (
+        f"{FILE}eval: {{tasks: ['task:sort'], lengths: [64]}}\ncompare: {{arm: sparse, claim: superior, margin: 1, "
+        "metric: 'eval.tasks.task:sort?length=46.metrics.exact_match,none'}",
+        "compare: no evaluation measures 'task:sort?length=46', of the metric",
+    ),
     "time without minutes": (f"{FILE}equal: time", "go together"),
     "steps at equal time": (f"{FILE}equal: time\nminutes: 1", "optim: the steps follow from"),
     "unequal tokens": (
