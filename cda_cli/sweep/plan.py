@@ -151,9 +151,12 @@ class Sweep:
         return min(finished, key=lambda each: each[0])[1] if finished else None
 
     def worse_at_first(self, arm: str) -> float:
-        """By how much an arm is worse than the control with the first seeds, if it is dropped for that; or else NaN."""
+        """By how much an arm is worse than the control with the first seeds, if it is dropped for that; or else NaN.
+
+        Without later seeds there are no runs of which it could be dropped.
+        """
         drop, control = self.spec.drop, self.spec.control
-        if drop is None or arm == control:
+        if drop is None or arm == control or not self.later_seeds:
             return math.nan
         sign = 1 if drop.better == "lower" else -1
         own, other = ([self._metric(name, seed, drop.metric) for seed in self.first_seeds] for name in (arm, control))
