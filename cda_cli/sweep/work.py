@@ -98,6 +98,11 @@ class TrainJob(Job):
         return self.beside("yaml")
 
     @property
+    def evaluation_file(self) -> Path:
+        """The document of the evaluation of the run."""
+        return self.beside("eval.json")
+
+    @property
     def output(self) -> Path:
         return self.log
 
@@ -129,6 +134,8 @@ class TrainJob(Job):
 
     def prepare(self) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if not self.folder.exists():  # The evaluation of a run that was removed is not that of the new one.
+            self.evaluation_file.unlink(missing_ok=True)
         write_file(self.settings_file, dump_yaml(self._as_begun()).encode())
 
     def _as_begun(self) -> Config:
@@ -182,10 +189,6 @@ class EvalJob(Job):
     def output(self) -> Path:
         return self.beside("eval.part")
 
-    @property
-    def result(self) -> Path:
-        return self.beside("eval.json")
-
     def arguments(self, device: str | None) -> list[str]:
         run = self.config.run
         where = {"--device": device or run.device, "--dtype": run.dtype}
@@ -198,7 +201,7 @@ class EvalJob(Job):
     def document(self) -> Mapping[str, Any]:
         """What `cda eval --json` gave for these very options; empty before that."""
         try:
-            kept = json.loads(self.result.read_text(encoding="utf-8"))
+            kept = json.loads(self.run.evaluation_file.read_text(encoding="utf-8"))
             return kept["result"] if kept["options"] == self.wants.options() else {}
         except (OSError, ValueError, LookupError, TypeError):
             return {}
@@ -211,5 +214,6 @@ class EvalJob(Job):
 
     def finish(self) -> None:
         found = json.loads(self.output.read_text(encoding="utf-8"))
-        write_file(self.result, strict_json.dumps({"options": self.wants.options(), "result": found}).encode())
+        kept = {"options": self.wants.options(), "result": found}
+        write_file(self.run.evaluation_file, strict_json.dumps(kept).encode())
         self.output.unlink()
