@@ -258,6 +258,15 @@ def test_lengths_may_change_between_the_runs_of_a_graph(k: float, how: dict[str,
         assert_right(this, torch.tensor(now), run().cpu(), how)
 
 
+@pytest.mark.parametrize("how", [EXACT, ITERATIVE])
+def test_numbers_may_be_whole_ones(how: dict[str, Any]) -> None:
+    """A launch keeps the kernel that was compiled at first, which may not hold the numbers of that call."""
+    this, lengths = problem((2, 1, 1, 36, 16), 2.0), torch.tensor([36, 9])
+    for eps, scale in ((1, 1), (0.25, 0.5), (1, 0.5), (0.25, 1)):
+        one = this._replace(eps=eps, scale=scale)
+        assert_right(one, lengths, decoded(one, lengths, **how), how)
+
+
 def test_other_scales_dtypes_and_strides() -> None:
     """A scale that is not above 0; keys and values that are slices of a longer cache, in another order."""
     for scale in (-0.4, 0.0):

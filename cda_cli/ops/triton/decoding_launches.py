@@ -211,12 +211,13 @@ def decode_iterative(inputs: DecodingInputs) -> Tensor:
     layout = Layout.of(query, key, value, *others, causal=True, documents=None)
     plan = Annealing.of(spec)
     units = tuple(eps * math.log(2) for eps in plan.steps)
+    # Triton compiles for the type of a number, and for a whole number 1 by itself. A launch keeps its first kernel.
+    numbers = (number, float(scale), spec.n_iters, plan.steps.index(plan.steps[-1]), float(plan.last))
     with torch.cuda.device_of(query):
         _iterative(layout, None if lengths is None else lengths.dtype, budgets is not None)(
             query, key, value, query if lengths is None else lengths, query if budgets is None else budgets,
             on_device((*units, *(1 / unit for unit in units)), query.device), output,
-            query.new_empty(B * H * T, key.shape[2], dtype=torch.float32), number, scale, spec.n_iters,
-            plan.steps.index(plan.steps[-1]), plan.last,
+            query.new_empty(B * H * T, key.shape[2], dtype=torch.float32), *numbers,
         )  # fmt: skip
     return output
 
