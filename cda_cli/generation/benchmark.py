@@ -1,7 +1,8 @@
 """The speed of decoding: time to the first token, tokens a second, and the memory that a step reads.
 
 A step of decoding reads every weight and every cached key and value once, and computes little with each. The bandwidth
-of the memory thus bounds its speed, and the figures here stand beside that bound.
+of the memory thus bounds its speed, and the figures here stand beside that bound. What a step leaves out, keys by
+`KeySelection` and weights by `ActiveUnits`, does not count.
 """
 
 from __future__ import annotations
