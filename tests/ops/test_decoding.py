@@ -265,6 +265,9 @@ def test_numbers_may_be_whole_ones(how: dict[str, Any]) -> None:
     for eps, scale in ((1, 1), (0.25, 0.5), (1, 0.5), (0.25, 1)):
         one = this._replace(eps=eps, scale=scale)
         assert_right(one, lengths, decoded(one, lengths, **how), how)
+    learned = problem((2, 1, 1, 36, 16), (2, 1, 1))
+    for bound in (9, 9.0):
+        assert_right(learned, lengths, decoded(learned, lengths, **how | {"largest_k": bound}), how)
 
 
 def test_other_scales_dtypes_and_strides() -> None:

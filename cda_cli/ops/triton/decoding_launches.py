@@ -231,7 +231,7 @@ def decode(inputs: DecodingInputs) -> Tensor:
     query, key, value, lengths, budget, largest_k, spec, scale = inputs
     assert largest_k is not None
     budgets = budget.contiguous() if isinstance(budget, Tensor) else None
-    number = largest_k if isinstance(budget, Tensor) else float(budget)
+    number = float(largest_k if isinstance(budget, Tensor) else budget)  # for the reason in `decode_iterative`
     lengths = None if lengths is None else lengths.contiguous()
     # The registration of an operator costs the host more than all else in a call, and is for the compiler alone.
     run = _decode_operator if torch.compiler.is_compiling() else _decode
