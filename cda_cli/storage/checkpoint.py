@@ -88,6 +88,14 @@ class Checkpoint:
     state: dict[str, Any]
     tokenizer_json: str | None
 
+    def release(self) -> None:
+        """Forgets the tensors, which frees their memory and closes the files of those that are not read yet.
+
+        The disk keeps the content of a file that is open, even once the checkpoint is removed.
+        """
+        for part in (self.model, self.optimizer, self.rng, self.ema):
+            part.clear()
+
 
 def step_folder(run: Path, step: int) -> Path:
     """The folder of the checkpoint of `step`, whether it exists or not."""

@@ -102,6 +102,8 @@ def _run(
 ) -> None:
     with stop.at_once(STOPPED_BEFORE_START):
         context, state, beginning = _set_up(config, run, checkpoint, display, stop, processes)
+        if checkpoint:
+            checkpoint.release()  # All of it is in model, optimizer and average by now.
         check_same_start(context, state, run)
     config = context.config
     if checkpoint and state.step >= config.optim.steps:

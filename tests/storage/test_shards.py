@@ -94,6 +94,16 @@ def test_a_process_reads_and_checks_only_the_shards_of_its_rows(tmp_path: Path) 
     assert newest(tmp_path) == (None, [f"{file} is damaged (its SHA-256 is not the manifest's)"])
 
 
+def test_a_checkpoint_that_is_released_keeps_no_file_open(tmp_path: Path) -> None:
+    """The disk would keep the content of a checkpoint that a resumed run has pruned, for as long as the run lasts."""
+    path, held = saved(tmp_path, 2, {"w": torch.arange(8.0)}), Path("/proc/self/maps")
+    opened = open_checkpoint(path)
+    assert opened.model["w"].read().tolist() == list(range(8))
+    assert str(path) in held.read_text(encoding="utf-8")
+    opened.release()
+    assert str(path) not in held.read_text(encoding="utf-8")
+
+
 def test_a_missing_shard_and_one_of_another_number_are_named(tmp_path: Path) -> None:
     path, other = (saved(tmp_path / str(count), count, {"w": torch.arange(8.0)}) for count in (2, 3))
     file = path / "optimizer-00001-of-00002.safetensors"
