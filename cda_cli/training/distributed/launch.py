@@ -241,7 +241,9 @@ class ErrorCoordinator:
                 "on from what was saved"
             )
         silent = [rank for rank in range(self.place.processes) if not store.check([f"{WAITED}/{rank}"])]
-        names = [store.get(f"{NAME}/{rank}").decode() for rank in silent]
+        keys = {rank: f"{NAME}/{rank}" for rank in silent}
+        # A process that hangs before it meets the others has not said what it is called.
+        names = [store.get(key).decode() if store.check([key]) else f"process {rank}" for rank, key in keys.items()]
         return (
             f"{' and '.join(names) or 'a process'} hangs: the others have waited for run.process_timeout; look there "
             "for what it waits for (py-spy dump), and the same command goes on from what was saved"

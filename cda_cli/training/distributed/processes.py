@@ -113,14 +113,14 @@ class Processes:
     def wait(self) -> None:
         """Waits until all processes are here."""
         if self.count > 1:
-            dist.all_reduce(torch.zeros(1))
+            dist.all_reduce(torch.zeros(1), group=self._on_host)
 
     def broadcast(self, value: Any) -> Any:
         """Returns the first process's `value` in all. It waits for the first process."""
         if self.count == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, group=self._on_host)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -128,7 +128,7 @@ class Processes:
         if self.count == 1:
             return [value]
         values = [None] * self.count
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self._on_host)
         return values
 
     # The work of a step.
@@ -182,14 +182,17 @@ class Processes:
 
     def any(self, here: bool) -> bool:
         """Whether `here` is true in any process."""
-        return bool(self.sum(torch.tensor(int(here))))
+        anywhere = torch.tensor(int(here))
+        if self.count > 1:
+            dist.all_reduce(anywhere, group=self._on_host)
+        return bool(anywhere)
 
     def broadcast_value(self, value: float) -> float:
         """Returns the first process's `value` in all, so that all decide alike."""
         if self.count == 1:
             return value
         shared = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(shared, 0)
+        dist.broadcast(shared, 0, self._on_host)
         return shared.item()
 
     def agreed(self, stop: StopRequest) -> StopRequest:
@@ -275,7 +278,7 @@ class Processes:
         own = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
         for name, state in zip(("cpu", "cuda"), own, strict=False):
             each = [torch.empty_like(state) for _ in range(self.count)]
-            dist.all_gather(each, state)
+            dist.all_gather(each, state, self._on_host)
             states |= {f"rank{rank}.{name}": each[rank] for rank in range(1, self.count)}
         return states
 
