@@ -239,7 +239,7 @@ def test_an_error_of_one_process_ends_all(nursery: Nursery, small: Config, tmp_p
     ("command", "says"),
     [
         (("--config", "settings.yaml", "--out", "{tmp}/run", "--data", "text.txt"), "data "),
-        (("--config", "other.yaml", "--out", "{tmp}/run"), "(optim.lr 0.5 here, 0.25 in the first one)"),
+        (("--config", "other.yaml", "--out", "{tmp}/run"), "optim.lr is 0.5 here and 0.25 in the first one;"),
         (("--config", "settings.yaml", "--out", "run"), "this machine has no folder {tmp}/second/run"),
     ],
     ids=["text", "settings", "run folder"],

@@ -26,7 +26,7 @@ def check_same_settings(config: Config, processes: Processes) -> None:
     for key, here in settings.items():
         if first.get(key) != here:
             raise ConfigError(
-                f"the processes do not start from the same ({key} {here} here, {first.get(key)} in the first one); "
+                f"the processes do not start alike: {key} is {here} here and {first.get(key)} in the first one; "
                 "give the same command and the same versions on all machines"
             )
 
@@ -46,6 +46,6 @@ def check_same_start(context: RunContext, state: TrainState, run: Run) -> None:
     first = context.processes.broadcast_text("start", lambda: here)
     if here != first:
         raise ConfigError(
-            f"the processes do not start from the same ({here} here, {first} in the first one); "
+            f"the processes do not start alike: this one has {here}, and the first one {first}; "
             "give all machines the same run folder and --data"
         )
