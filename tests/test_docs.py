@@ -132,6 +132,17 @@ def heading_anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", [*PAGES, RESULTS / "README.md", *RUNS], ids=page_name)
+def test_rows_of_a_table_have_the_cells_of_its_head(page: Path) -> None:
+    """A plain | in a row ends its cell, and what lies beyond the head is not shown."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    wrong = []
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, *rows = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
+        wrong += [row for row, cells in zip(table.splitlines()[1:], rows, strict=True) if cells != head]
+    assert not wrong, f"{page_name(page)} has rows with too few or too many cells: {wrong[0]}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, RESULTS / "README.md", *RUNS], ids=page_name)
 def test_links_lead_somewhere(page: Path) -> None:
     dead = []
     for link in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text(encoding="utf-8"))):

@@ -19,10 +19,10 @@ def sweep(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder of all its runs.", show_default="runs/NAME-OF-FILE[-reduced]"),
+        typer.Option("--out", "-o", help="Folder of all its runs.", show_default="runs/NAME of NAME.yaml"),
     ] = None,
     reduced: Annotated[
-        bool, typer.Option("--reduced", help="The reduced form that FILE describes, for a smaller machine.")
+        bool, typer.Option("--reduced", help="The reduced form that FILE describes, in runs/NAME-reduced.")
     ] = False,
     set_: SetOption = None,
     jobs: Annotated[

@@ -46,19 +46,21 @@ class OptimSettings(Table):
     ff_l1: Annotated[
         float,
         Setting(
-            "Coefficient of an L1 norm in the loss, such as 3e-4: of the mean over layers and tokens of Σ|h|, the "
-            "activations of the feed-forward; 0: none.",
+            "Coefficient, such as 3e-4, of an L1 norm in the loss: the mean over layers and tokens of Σ|h|, where h "
+            "are the activations of the feed-forward; 0: none.",
             ge=0,
         ),
     ] = 0.0
     support_target: Annotated[
         float | None,
         Setting(
-            "Keys to which training constrains the mean effective support of attention from above; null: none.", ge=1
+            "Largest mean effective support of attention, in keys, to which training constrains it; null: no "
+            "constraint.",
+            ge=1,
         ),
     ] = None
     support_rate: Annotated[
-        float, Setting("Step of the multiplier of that constraint where the support is twice its target.", gt=0)
+        float, Setting("Step of the multiplier of support_target where the support is twice that target.", gt=0)
     ] = 1e-3
     ema_decay: Annotated[
         float, Setting("Decay of a moving average of the weights, such as 0.999; 0: none.", ge=0, lt=1)
