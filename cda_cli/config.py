@@ -29,7 +29,7 @@ from cda_cli.settings import (
     RunSettings,
     preset_names,
 )
-from cda_cli.settings_table import TABLE, as_written
+from cda_cli.settings_table import TABLE, as_written, settings_meant
 
 
 class Section(BaseModel):
@@ -360,9 +360,11 @@ def _check_keys(layer: Mapping[str, Any]) -> None:
             raise ConfigError(f"unknown section {section!r}: {did_you_mean(str(section), SECTIONS)}")
         if not isinstance(values, Mapping):
             raise ConfigError(f"section {section!r} holds settings, not {values!r}; write {section}.key=value")
-        for key in (f"{section}.{name}" for name in values):
-            if key not in TABLE:
-                near = did_you_mean(key, [row.key for row in TABLE.values() if row.section == section])
+        for name in values:
+            if (key := f"{section}.{name}") not in TABLE:
+                known = [row.key for row in TABLE.values() if row.section == section]
+                meant = [f"{section}.{word}" for word in settings_meant(str(name)) if f"{section}.{word}" in TABLE]
+                near = f"did you mean '{meant[0]}'?" if meant else did_you_mean(key, known)
                 raise ConfigError(f"unknown setting '{key}': {near}")
 
 

@@ -106,6 +106,11 @@ SYNONYMS = {
 }  # fmt: skip
 
 
+def settings_meant(name: str) -> list[str]:
+    """The names of the settings for which a name of another program, also in its plural, is a synonym."""
+    return SYNONYMS.get(name.removesuffix("s"), "").split()
+
+
 def find_settings(word: str) -> list[Row]:
     """The settings of a section, or those with a word in their name that begins so; else those whose help holds it.
 
@@ -119,6 +124,6 @@ def find_settings(word: str) -> list[Row]:
         for row in TABLE.values()
         if f"_{name}" in f"_{row.name}" or row.key.startswith(name) or name == row.setting.parameter
     ]
-    also = {each for known, names in SYNONYMS.items() if name.removesuffix("s") == known for each in names.split()}
+    also = settings_meant(name)
     found = named or [row for row in TABLE.values() if word in f"{row.meaning} {row.setting.flag_help}".lower()]
     return [row for row in TABLE.values() if row in found or row.name in also]

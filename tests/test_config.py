@@ -146,6 +146,8 @@ BAD_SETS = [
     ("run.parallel=[1]", "run.parallel = ['1'] is not possible: input should be 'ddp' or 'fsdp'"),
     ("model.atn_k=2", "unknown setting 'model.atn_k': did you mean 'model.attn_k'?"),
     ("optim.learning=1", "unknown setting 'optim.learning': did you mean 'optim."),
+    ("model.layers=2", "unknown setting 'model.layers': did you mean 'model.depth'?"),
+    ("optim.learning_rate=1", "unknown setting 'optim.learning_rate': did you mean 'optim.lr'?"),
     ("modle.dim=64", "unknown section 'modle': did you mean 'model'?"),
     ("xyzzy.dim=64", "unknown section 'xyzzy': known: data, model, optim, run"),
     ("model.dim.x=64", "unknown setting 'model.dim.x': did you mean 'model.dim'?"),
