@@ -19,8 +19,8 @@ MaxKeysOption = Annotated[
     typer.Option(
         "--max-keys",
         metavar=f"{AUTO}|N",
-        help=f"Read at most N cached keys for each token and head, in pages that may matter most; {AUTO}: so few that "
-        "no row leaves out more than --tolerance.",
+        help="Read at most N cached keys (128 or more) for each token and head, in pages that may matter most; "
+        f"{AUTO}: so few that no row leaves out more than --tolerance.",
         show_default="all keys",
     ),
 ]

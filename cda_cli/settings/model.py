@@ -35,7 +35,7 @@ class ModelSettings(Table):
     ff_mult: Annotated[
         float,
         Setting(
-            "Width of the feed-forward, as a multiple of dim; 8/3 gives swiglu the weights of the others with 4.", gt=0
+            "Width of the feed-forward, as a multiple of dim; with a gate 2.6667 has the weights of 4 without.", gt=0
         ),
     ] = 4.0
     ff_width: Annotated[
