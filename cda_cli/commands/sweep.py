@@ -54,7 +54,7 @@ def sweep(
     from cda_cli.sweep.pictures import draw_sweep
     from cda_cli.sweep.plan import Sweep
     from cda_cli.sweep.result import collect
-    from cda_cli.sweep.run import check_sweep, run_sweep
+    from cda_cli.sweep.run import check_devices, check_sweep, run_sweep
 
     if plot:
         require_plot(plot)
@@ -67,6 +67,7 @@ def sweep(
         raise ConfigError(f"{file} holds time equal, which runs on one device take from each other; leave --jobs out")
     check_sweep(planned)
     if run:
+        check_devices(slots)
         with SweepDisplay() as display:
             run_sweep(planned, slots, display)
     result = collect(planned, shlex.join(["cda", *sys.argv[1:]]))

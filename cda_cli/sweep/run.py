@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from cda_cli.config import Config
-from cda_cli.errors import CdaError, ConfigError, did_you_mean
+from cda_cli.errors import CdaError, ConfigError, DeviceError, did_you_mean
 from cda_cli.signals import StopRequest
 from cda_cli.storage import only_writer
 from cda_cli.sweep.attempts import commit, machine, versions
@@ -32,6 +32,21 @@ def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
         for jobs in sweep.stages():
             runner.run(jobs)
             stop.check("stopped, and what was running is saved; the same command goes on")
+
+
+def check_devices(slots: Sequence[Slot]) -> None:
+    """Raises ConfigError, before anything is trained, for a device of a slot that this machine does not have."""
+    if devices := {slot.device for slot in slots if slot.device}:
+        from cda_cli.runtime import pick_device
+
+        for device in sorted(devices):
+            try:
+                pick_device(device)
+            except DeviceError as error:
+                missing = str(error).partition(";")[0]
+                raise ConfigError(
+                    f"--devices: {missing}; give those of this machine, or leave --devices out"
+                ) from error
 
 
 def check_sweep(sweep: Sweep) -> None:

@@ -132,6 +132,7 @@ def test_what_is_wrong_in_the_file_is_told_with_its_place(cda: Cda, sweep: Path,
     [
         (["--devices", "cuda:0,"], "names no device"),
         (["--devices", "cuda:0,cuda:1", "--jobs", 1], "would leave devices"),
+        (["--devices", "cpu,cuda:99"], "no device 'cuda:99'"),
         (["--markdown", "no/table.md"], "make no first"),
         (["--plot", "table.txt"], "is no picture"),
         (["--reduced"], "has no reduced form"),
