@@ -112,6 +112,15 @@ def test_truncated_steps_and_auxiliary_losses_take_more(optim: dict[str, Any]) -
     assert found.peak - found.optimizer == pytest.approx(measured(config, torch.float32), rel=0.15)
 
 
+def test_graphs_of_both_kinds_of_steps_keep_their_gradients() -> None:
+    every, half = (
+        forecast(a_config(truncated_share=share), CPU, torch.float32, False, True, Choice("torch", "a test"))
+        for share in (1.0, 0.5)
+    )
+    assert half.gradients == 2 * every.gradients
+    assert half.peak - every.peak == every.gradients
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_what_stays_is_what_is_allocated(name: str) -> None:
     config = a_config(optimizer=name, ema_decay=0.9)

@@ -71,6 +71,8 @@ def forecast(
     optimizer = 2 * weights - (matrices if optim.optimizer == "muon" else 0)  # Muon keeps one tensor, AdamW two
     average = weights if optim.ema_decay else 0
     accumulated = weights if optim.grad_accum > 1 else 0
+    # CUDA graphs of truncated steps and those of others each keep gradients of their own.
+    graphs = 2 if captured and 0 < optim.truncated_share < 1 else 1
     workspaces, scratch = _workspaces(device, captured), _scratch(config, device, choice)
     if compiled:
         kept = _saved_compiled(config, device, dtype)
@@ -81,14 +83,14 @@ def forecast(
         at_loss, at_end = _traced_peak(config, device, dtype, scratch), 2 * weights
     return Forecast(
         weights=weights,
-        gradients=weights,
+        gradients=graphs * weights,
         optimizer=optimizer,
         average=average,
         activations=kept.activations,
         logits=kept.logits,
         workspaces=workspaces,
         # The peak is either at the loss, or at the end of a step, when all gradients exist and nothing else does.
-        peak=max(at_loss, at_end) + optimizer + average + workspaces,
+        peak=max(at_loss, at_end) + (graphs - 1) * weights + optimizer + average + workspaces,
     )
 
 
