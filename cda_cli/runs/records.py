@@ -71,7 +71,9 @@ class TrainRecord(Record):
         float, About("bits per byte", "All nats of those steps, in bits, over the bytes of text of their targets.")
     ]
     lr: Annotated[float, About("", "Learning rate of this step.")]
-    eps: Annotated[float, About("", "Temperature ε of the attention in this step.")]
+    eps: Annotated[
+        float, About("", "Temperature ε of the attention in this step, without the factors of `model.learned_eps`.")
+    ]
     grad_norm: Annotated[float, About("", "Euclidean norm of the gradient of this step, before clipping.")]
     ff_l1: Annotated[
         float | None, About("", "Mean over layers and tokens of Σ|h| of the feed-forward (`optim.ff_l1`).")
