@@ -115,6 +115,18 @@ def test_batches_of_a_step_make_up_the_large_batch() -> None:
         torch.testing.assert_close(found, right)
 
 
+def test_blocks_that_are_recomputed_add_their_terms_once() -> None:
+    """Activation checkpointing runs each block twice."""
+    found = []
+    for recomputes in (False, True):
+        model = a_model("cpu", ff="relu2", learned_eps=True)
+        model.activation_checkpointing = recomputes
+        auxiliary = added(model, ff_l1=0.1, support_target=2.0, multiplier=0.7)
+        found.append(gradients(model, [a_batch()]) + list(auxiliary.measured(ALONE).values()))
+    for recomputed, right in zip(found[1], found[0], strict=True):
+        assert torch.equal(recomputed, right)
+
+
 def test_the_multiplier_rises_above_the_target_and_falls_below_it_but_not_under_0() -> None:
     model = a_model("cpu")
     auxiliary = added(model, support_target=4.0, support_rate=0.1)
