@@ -24,8 +24,10 @@ PART = re.compile(rf"{re.escape(EVALUATED)}(?:tasks\.(.+)\.metrics\.|([\w-]+\[\d
 def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
     """Trains what is missing.
 
-    Raises InterruptedRunError once it was stopped, and StorageError if another process runs this sweep.
+    Raises ConfigError if a text is missing, InterruptedRunError once it was stopped, and StorageError if another
+    process runs this sweep.
     """
+    _require_texts(sweep)
     with StopRequest() as stop, only_writer(sweep.out / LOCKED, lambda _: None):
         register(sweep.spec, sweep.out)
         runner = Runner(slots, sweep.out, display, stop, machine(), commit(), versions())
@@ -47,6 +49,20 @@ def check_devices(slots: Sequence[Slot]) -> None:
                 raise ConfigError(
                     f"--devices: {missing}; give those of this machine, or leave --devices out"
                 ) from error
+
+
+def _require_texts(sweep: Sweep) -> None:
+    """Raises ConfigError where the text of a run that is missing is not there: all runs would fail, one by one."""
+    from cda_cli.data import is_there
+
+    jobs = [*sweep.speed_jobs(), *sweep.trunk_jobs(), *sweep.tuning_jobs(), *sweep.jobs()]
+    texts = {job.config.data.source for job in jobs if not job.is_done()}
+    wants = sweep.spec.eval
+    if wants and wants.data and (texts or not all(job.is_done() for job in sweep.evaluations())):
+        texts.add(wants.data)
+    for text in sorted(texts):
+        if not is_there(text):
+            raise ConfigError(f"{sweep.file}: there is no text {text}; name one that is there, as by --set data.source")
 
 
 def check_sweep(sweep: Sweep) -> None:

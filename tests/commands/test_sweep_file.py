@@ -137,11 +137,13 @@ def test_what_is_wrong_in_the_file_is_told_with_its_place(cda: Cda, sweep: Path,
         (["--plot", "table.txt"], "is no picture"),
         (["--reduced"], "has no reduced form"),
         (["--set", "optim.stps=3"], "unknown setting 'optim.stps'"),
+        (["--set", "data.source=no.txt"], "there is no text no.txt"),
     ],
 )
 def test_wrong_options_are_refused(cda: Cda, sweep: Path, options: list[Any], words: str) -> None:
     sweep.write_text(FILE)
     assert_refused(cda("sweep", sweep, *options), words)
+    assert not Path("runs").exists()
 
 
 def test_runs_at_equal_time_do_not_share_a_device(cda: Cda, sweep: Path) -> None:
