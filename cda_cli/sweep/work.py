@@ -112,7 +112,8 @@ class TrainJob(Job):
 
     def check(self) -> None:
         """Raises ConfigError if the run began with settings that would have given another result."""
-        if not self.settings_file.exists():
+        # A process that ended before it made the folder, as without a text, has begun nothing.
+        if not (self.settings_file.exists() and self.folder.exists()):
             return
         before, now = flat(parse(read_yaml(self.settings_file, "remove it"))), flat(self.config)
         for key, value in now.items():

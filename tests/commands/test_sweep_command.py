@@ -198,6 +198,8 @@ def test_a_run_that_began_with_other_settings_is_refused(cda: Cda, sweep: Path, 
     assert cda("sweep", sweep, "--no-run").code == 1, "how often it logs changes no loss"
     sweep.write_text(FILE.replace("{steps: 40}", "{steps: 40, lr: 0.5}"))
     assert_refused(cda("sweep", sweep), "optim.lr 0.003", "now has 0.5", "another --out")
+    shutil.rmtree(trained / "plain" / "seed-0")
+    assert cda("sweep", sweep, "--no-run").code == 1, "a run is refused of which nothing is there"
 
 
 CLAIMS = """compare:
