@@ -73,7 +73,8 @@ class Decoder:
         self._pages = self._cache.pages
         self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device, model.backend)
         self._tokens_B = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self._bucketed_logits = _compiled(self._logits_of_step) if compiled else self._logits_of_step
+        # Its own method, kept here, would keep the decoder and its copies of weights alive until a search for garbage.
+        self._compiled_logits = _compiled(self._logits_of_step) if compiled else None
         fits_graph = self._pages is None or self._pages.fits_cuda_graph
         self._has_graphs = model.fits_cuda_graph and fits_graph and not is_sharded
         self._needs_buckets = compiled or self.device.type == "cuda"
@@ -142,7 +143,8 @@ class Decoder:
         return weights_read(self._model)
 
     def _step(self, rows: int, longest: int) -> Drawn:
-        return self._draw_after(self._bucketed_logits(rows, longest))
+        logits_of_step = self._compiled_logits or self._logits_of_step
+        return self._draw_after(logits_of_step(rows, longest))
 
     def _logits_of_step(self, rows: int, longest: int) -> Tensor:
         return self._read(rows, self._cache.step(rows, longest))

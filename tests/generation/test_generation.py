@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import distributed as dist
 from cda_cli.config import ModelConfig, parse
 from cda_cli.errors import ConfigError
 from cda_cli.generation import Generation, Request, SamplingSettings, filtered_distribution, generate
-from cda_cli.model import Transformer
+from cda_cli.model import StaticCache, Transformer
 from cda_cli.training.distributed.launch import Place
 from cda_cli.training.distributed.processes import Processes
 
@@ -224,6 +225,24 @@ def test_bf16_runs_with_a_cache_of_its_own_dtype() -> None:
     model.register_forward_hook(lambda module, args, out: dtypes.add((out.dtype, args[1].cache.keys.dtype)))
     assert len(tokens(model, [1, 2], 25, WARM, dtype=torch.bfloat16)) == 25
     assert dtypes == {(torch.bfloat16, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_generation_that_is_over_leaves_no_cache_and_no_copy_of_weights(dtype: torch.dtype) -> None:
+    """Not until Python looks for garbage, which may be much later: a training makes a sample every so many steps."""
+    model = build(**OPTIONS[0])
+
+    def large_ones() -> int:
+        return sum(type(each) in (StaticCache, Transformer) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = large_ones()
+        assert len(tokens(model, [1, 2], 5, GREEDY, dtype=dtype)) == 5
+        assert large_ones() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
