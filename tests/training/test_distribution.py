@@ -240,7 +240,10 @@ def test_an_error_of_one_process_ends_all(nursery: Nursery, small: Config, tmp_p
     [
         (("--config", "settings.yaml", "--out", "{tmp}/run", "--data", "text.txt"), "data "),
         (("--config", "other.yaml", "--out", "{tmp}/run"), "optim.lr is 0.5 here and 0.25 in the first one;"),
-        (("--config", "settings.yaml", "--out", "run"), "this machine has no folder {tmp}/second/run"),
+        (
+            ("--config", "settings.yaml", "--out", "run"),
+            "{tmp}/second/run is not the folder into which the first process saves",
+        ),
     ],
     ids=["text", "settings", "run folder"],
 )
@@ -255,6 +258,7 @@ def test_what_differs_on_another_machine_is_refused(
         (folder / "text.txt").write_text(text[:length], encoding="utf-8")
         settings(changed(small, lr=rate), folder).rename(folder / "other.yaml")
         settings(small, folder)
+    (tmp_path / "second" / "run").mkdir()  # as another run may have left it
     arguments = [word.format(tmp=tmp_path) for word in command]
     machines = {rank: {"PWD": str(tmp_path / name)} for rank, name in enumerate(("first", "second"))}
     ended = nursery.run(2, "train", *arguments, only=machines)

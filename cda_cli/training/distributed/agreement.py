@@ -11,6 +11,7 @@ from cda_cli.data import digest
 from cda_cli.errors import ConfigError
 from cda_cli.runs.folder import Run
 from cda_cli.settings_table import as_written
+from cda_cli.storage import LOCK
 from cda_cli.training.distributed.processes import Processes
 from cda_cli.training.state import RunContext, TrainState
 from cda_cli.version import __version__
@@ -33,10 +34,10 @@ def check_same_settings(config: Config, processes: Processes) -> None:
 
 def check_same_start(context: RunContext, state: TrainState, run: Run) -> None:
     """Raises ConfigError if this machine sees another run folder, or another text, than the first process does."""
-    if not run.path.is_dir():
+    if not (run.path / LOCK).exists():  # A folder of that name may be left from another run on a disk of its own.
         raise ConfigError(
-            f"this machine has no folder {run.path.absolute()}, into which the first process saves; give all machines "
-            "the same --out, on a disk that all see"
+            f"{run.path.absolute()} is not the folder into which the first process saves; give all machines the same "
+            "--out, on a disk that all see"
         )
     data = context.data
     here = (
