@@ -5,9 +5,10 @@
     python benchmarks/evidence.py length-sort --full --devices cuda:0,cuda:1
 
 The page of a sweep, OUT/NAME.md, has its tables with date, machine, versions, commit, command, seeds and hours, as
-benchmarks/results/ wants it, and OUT/NAME/ its runs. The same command goes on where it was stopped. Sweeps that model
-a language take the Python source of the installed packages, or in the reduced form that of the standard library, and
-each text that `--text` names. What this program does not know, it passes to `cda sweep`.
+benchmarks/results/ wants it, and OUT/NAME/ its runs, where NAME also has the text and the reduced form. The same
+command goes on where it was stopped. Sweeps that model a language take the Python source of the installed packages, or
+in the reduced form that of the standard library, and each text that `--text` names. Options that this program does not
+know go to `cda sweep`.
 """
 
 from __future__ import annotations
@@ -91,8 +92,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FILES)}; all by default")
     parser.add_argument("--out", type=Path, default=Path("runs") / "evidence", help="folder of runs and pages")
     parser.add_argument("--text", type=Path, action="append", default=[], help="a text to model, besides Python source")
-    parser.add_argument("--full", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--jobs", type=int, default=JOBS_OF_A_GPU if torch.cuda.is_available() else os.cpu_count())
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument("--full", action=argparse.BooleanOptionalAction, default=has_gpu, help="by default on a GPU")
+    jobs = JOBS_OF_A_GPU if has_gpu else os.cpu_count()
+    parser.add_argument("--jobs", type=int, default=jobs, help=f"runs at once; here {jobs} by default")
     asked, passed_on = parser.parse_known_args()
     if unknown := set(asked.names) - set(FILES):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose of {', '.join(FILES)}")
