@@ -37,6 +37,7 @@ EvalOption = Annotated[
         "--eval/--no-eval",
         help="Open the models, for their losses on one text and what they read, or read the records alone.",
         show_default="open them where all runs have a checkpoint and the text is there",
+        rich_help_panel="Models",  # The second column of a switch would leave too little room for the other options.
     ),
 ]
 HtmlOption = Annotated[

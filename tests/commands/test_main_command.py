@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,7 @@ def test_help_splits_no_value_in_a_narrow_terminal(cda: Cda, name: str, monkeypa
     words = set(cda(name, "--help").out.split())
     for parameter in COMMANDS[name].params:
         assert set((parameter.metavar or "").split()) <= words, f"{parameter.name} is torn"
+    assert not [word for word in words if re.search(r"\w…", word)], "a word is cut off"
     assert not [word for word in words if len(word) > 12 and word.strip("[]x<>=").isdigit()], "an endless number"
 
 
