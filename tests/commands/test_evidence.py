@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
+import os
 from pathlib import Path
+from signal import SIGTERM
 
 import pytest
 
+from cda_cli.signals import StopRequest
 from cda_cli.sweep.files import read_spec
 from cda_cli.sweep.plan import Sweep
 from cda_cli.sweep.run import check_sweep
@@ -53,3 +58,25 @@ def test_the_smallest_form_of_language_modelling_gives_its_table(
     arms = {arm["name"]: arm["runs"][0] for arm in json.loads(cda("sweep", file, *options).out)["arms"]}
     assert {name for name, run in arms.items() if run["state"] == "finished"} == evaluated
     assert all("eval.top[16].bits_per_byte" in arms[name]["metrics"] for name in evaluated)
+
+
+def test_a_stop_of_the_experiments_reaches_the_sweep_and_no_other_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
+    assert spec
+    assert spec.loader
+    evidence = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(evidence)
+    # In place of `cda sweep`: it writes that it began, asks for the stop, and goes on until it is stopped itself.
+    begins = f"open('began', 'a').write('.'); import os, signal; os.kill({os.getpid()}, {SIGTERM}); signal.pause()"
+    (tmp_path / "cda_cli").mkdir()
+    (tmp_path / "cda_cli" / "__init__.py").touch()
+    (tmp_path / "cda_cli" / "__main__.py").write_text(begins)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    asked = argparse.Namespace(names=["length-sort", "length-copy"], out=tmp_path, text=[], full=False, jobs=1)
+    with StopRequest() as stop:
+        evidence.run_all(asked, [], stop)
+    assert stop.signal_number == SIGTERM
+    assert Path("began").read_text() == ".", "the next sweep began after the stop"
