@@ -272,6 +272,9 @@ def test_evaluations_give_the_loss_against_the_keys_kept(cda: Cda, sweep: Path, 
     assert all(f">{words}<" in drawn for words in ("plain", "sparse", "keys kept (top)"))
     sweep.write_text(sweep.read_text().replace("eval.loss", "eval.los"))
     assert_refused(cda("sweep", sweep, "--no-run"), "no evaluation has the metric 'eval.los': did you mean")
+    shutil.rmtree(first.folder)
+    first.run.prepare()
+    assert not first.is_done(), "the evaluation of a run that was removed stands for the next one"
 
 
 def test_tasks_are_scored_by_length(cda: Cda, sweep: Path, trained: Path) -> None:
