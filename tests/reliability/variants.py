@@ -276,7 +276,9 @@ def what_is_not_finite_let_through(patch: Patch) -> None:
 @variant
 def only_the_loss_looked_at(patch: Patch) -> None:
     result = cda_cli.training.nonfinite.StepResult
-    patch.setattr(cda_cli.training.loop, "StepResult", lambda loss, norm: result(loss, torch.zeros(())))
+    patch.setattr(
+        cda_cli.training.loop, "StepResult", lambda loss, norm, measured: result(loss, torch.zeros(()), measured)
+    )
 
 
 @variant
