@@ -1,4 +1,4 @@
-"""A cache of its own for each test, and one finished tiny run that the commands read."""
+"""A cache of its own for each test, one finished tiny run that the commands read, and the file of a sweep."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.helpers import TINY, Cda, real_text, run_cda
+from tests.commands.sweeps import FILE
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +46,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
         result = run_cda("train", "--config", tiny, "--out", folder / "run")
     assert result.code == 0, result.err
     return folder / "run"
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a sweep in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "sweep.yaml"
+    file.write_text(FILE)
+    return file

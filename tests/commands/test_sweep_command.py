@@ -44,15 +44,6 @@ sys.addaudithook(hook)
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a sweep in the working folder."""
-    monkeypatch.chdir(tmp_path)
-    file = tmp_path / "sweep.yaml"
-    file.write_text(FILE)
-    return file
-
-
-@pytest.fixture
 def trained(sweep: Path) -> Path:
     """The folder of a sweep whose last run failed."""
     out = sweep.parent / "runs" / "sweep"

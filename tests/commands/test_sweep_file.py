@@ -12,14 +12,6 @@ from cda_cli.sweep.plan import Sweep
 from tests.commands.helpers import Cda, assert_refused
 from tests.commands.sweeps import FILE, ROOT
 
-
-@pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a sweep in the working folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "sweep.yaml"
-
-
 WRONG: dict[str, tuple[str, str]] = {
     "no arms": ("seeds: [0]", "the key 'arms' is missing"),
     "no mapping": ("[1]", "does not hold"),

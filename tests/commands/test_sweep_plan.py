@@ -16,15 +16,6 @@ from tests.comparison.runs import write_run
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a sweep in the working folder."""
-    monkeypatch.chdir(tmp_path)
-    file = tmp_path / "sweep.yaml"
-    file.write_text(FILE)
-    return file
-
-
-@pytest.fixture
 def tuned(sweep: Path) -> Path:
     """The folder of a sweep whose arms are tuned, but for a run that failed."""
     sweep.write_text(f"{FILE}tune: {{seed: 9, grid: {{optim.lr: [1e-3, 1e-2, 1e-1]}}}}\n")
