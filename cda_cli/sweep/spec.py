@@ -85,9 +85,13 @@ class Trunk(Settings):
 
 
 class Tune(Part):
-    """The settings of each arm that are chosen on the seed `seed`: by key, the values to try, in all combinations."""
+    """The settings of each arm that are chosen on the seed `seed`: by key, the values to try, in all combinations.
+
+    Each is tried for `steps` steps, by default those of the file.
+    """
 
     seed: Seed
+    steps: int | None = Field(None, ge=1)
     grid: Grid = Field(min_length=1)
 
 

@@ -18,7 +18,7 @@ from tests.comparison.runs import write_run
 @pytest.fixture
 def tuned(sweep: Path) -> Path:
     """The folder of a sweep whose arms are tuned, but for a run that failed."""
-    sweep.write_text(f"{FILE}tune: {{seed: 9, grid: {{optim.lr: [1e-3, 1e-2, 1e-1]}}}}\n")
+    sweep.write_text(f"{FILE}tune: {{seed: 9, steps: 3, grid: {{optim.lr: [1e-3, 1e-2, 1e-1]}}}}\n")
     out = sweep.parent / "runs" / "sweep"
     for arm, losses in {"plain": (3.0, 2.0, 2.5), "sparse": (2.0, 2.2, None)}.items():
         for rate, loss in zip(("1e-3", "1e-2", "1e-1"), losses, strict=True):
@@ -31,7 +31,8 @@ def tuned(sweep: Path) -> Path:
 def test_each_arm_goes_on_with_what_its_tuning_chose(cda: Cda, sweep: Path, tuned: Path) -> None:
     planned = Sweep(read_spec(sweep), sweep, tuned)
     tuning, jobs = planned.tuning_jobs(), planned.jobs()
-    assert {job.config.run.seed for job in tuning} == {9}
+    assert {(job.config.run.seed, job.config.optim.steps) for job in tuning} == {(9, 3)}
+    assert {job.config.optim.steps for job in jobs} == {40}
     assert [job.config.optim.lr for job in tuning] == [1e-3, 1e-2, 1e-1] * 2
     assert {job.name.partition(",")[0]: job.config.optim.lr for job in jobs} == {"plain": 1e-2, "sparse": 1e-3}
     done = cda("sweep", sweep, "--no-run")
@@ -60,7 +61,7 @@ def test_a_failed_tuning_is_tried_again_and_changes_no_arm_that_has_gone_on(cda:
 
 
 def test_an_arm_whose_tuning_failed_has_failed(cda: Cda, sweep: Path) -> None:
-    sweep.write_text(f"{FILE}tune: {{seed: 9, grid: {{optim.lr: [9]}}}}\n")
+    sweep.write_text(f"{FILE}tune: {{seed: 9, steps: 3, grid: {{optim.lr: [9]}}}}\n")
     out = sweep.parent / "runs" / "sweep"
     out.mkdir(parents=True)
     for arm in ("plain", "sparse"):
