@@ -118,19 +118,21 @@ class Runner:
     versions: str
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Runs those of the `jobs` that are not done. A job that fails does not keep the others from running.
+        """Runs those of the `jobs` that are not done, each once what it waits for is done.
 
-        Once a stop is asked for, it starts no more, passes the request on, and returns when all have saved.
+        A job that fails does not keep the others from running, but for those that wait for it. Once a stop is asked
+        for, it starts no more, passes the request on, and returns when all have saved.
         """
-        waiting = [job for job in jobs if not job.is_done() and not job.is_blocked()]
+        blocked = [job for job in jobs if not job.is_done()]
         running: dict[int, Running] = {}
         try:
-            self._run(waiting, running)
+            self._run(blocked, running)
         finally:  # No process stays behind an error, such as a disk that is full.
             _ask_to_stop(running.values())
 
-    def _run(self, waiting: list[Job], running: dict[int, Running]) -> None:
+    def _run(self, blocked: list[Job], running: dict[int, Running]) -> None:
         asked, looked = False, 0.0
+        waiting = _take_ready(blocked)
         while running or (waiting and not self.stop):
             for number, slot in enumerate(self.slots):
                 if number not in running and not self.stop and (job := self._next(waiting)):
@@ -141,6 +143,7 @@ class Runner:
                 asked = True
                 _ask_to_stop(running.values())
             time.sleep(POLL)
+            ended = False
             for number, each in list(running.items()):
                 if each.process.poll() is not None:
                     del running[number]
@@ -148,11 +151,15 @@ class Runner:
                         waiting.append(each.job)  # Another process was about to do it, and does.
                     else:
                         self._end(each)
+                        ended = True
+            if ended or not (running or waiting):  # Where none is left to wait, another process may have ended one.
+                waiting += _take_ready(blocked)
             if time.monotonic() >= looked + READ:
                 looked = time.monotonic()
                 for each in running.values():
                     each.look()
-            self.display.refresh(list(running.values()), len(waiting), held=held, stopping=bool(self.stop))
+            left = len(waiting) + len(blocked)
+            self.display.refresh(list(running.values()), left, held=held, stopping=bool(self.stop))
 
     def _next(self, waiting: list[Job]) -> Job | None:
         """Takes a job from those that are `waiting` and that no other process does, or has done meanwhile."""
@@ -183,6 +190,13 @@ class Runner:
         attempt = running.attempt(self.machine, self.commit, self.versions)
         append(self.out, attempt)
         self.display.ended(attempt, running)
+
+
+def _take_ready(blocked: list[Job]) -> list[Job]:
+    """Takes those jobs from the `blocked` ones that need to wait for no other any longer."""
+    ready = [job for job in blocked if not job.is_blocked()]
+    blocked[:] = [job for job in blocked if job not in ready]
+    return ready
 
 
 def _ask_to_stop(running: Iterable[Running]) -> None:

@@ -38,11 +38,9 @@ class Sweep:
     def stages(self) -> Iterator[Sequence[Job]]:
         """The runs in stages, each to be asked for once those before it have ended."""
         yield self.speed_jobs()
-        yield self.trunk_jobs()
-        yield self.tuning_jobs()
+        yield [*self.trunk_jobs(), *self.tuning_jobs()]
         for seeds in filter(None, (self.first_seeds, self.later_seeds)):
-            yield self.jobs(seeds)
-            yield self.evaluations(seeds)
+            yield [*self.jobs(seeds), *self.evaluations(seeds)]
 
     @property
     def first_seeds(self) -> list[int]:
