@@ -39,6 +39,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from cda_cli.ops.backends.triton_kernels import WIDEST_HEAD
 from cda_cli.ops.decoding import MOST_QUERIES, DecodingInputs
 from cda_cli.ops.decoding_step import HeadBudgets
+from cda_cli.ops.largest import LONGEST_ROW
 from cda_cli.ops.solve_spec import SolveSpec
 from cda_cli.ops.triton import attention_launches, decoding_launches, heads_launches, row_launches
 from cda_cli.ops.triton.fused_attention import FEW_QUERIES, fused_attention
@@ -170,6 +171,14 @@ def row_calls(quick: bool) -> Iterator[Call]:
         yield f"{_name(dtype)} rows: {R} × {n}", functools.partial(solve, torch.zeros(R, n, dtype=dtype))
 
 
+def selection_calls(quick: bool) -> Iterator[Call]:
+    """The largest entries of rows of every block, as long as it and shorter."""
+    blocks = [1024] if quick else [2**power for power in range(1, LONGEST_ROW.bit_length())]
+    shapes = [(32, block) for block in blocks] + [(33, block - 1) for block in blocks[1:] if not quick]
+    for dtype, (R, n) in itertools.product(DTYPES[:1] if quick else DTYPES, shapes):
+        yield f"{_name(dtype)} rows: {R} × {n}", functools.partial(select, torch.zeros(R, n, dtype=dtype))
+
+
 def heads_calls(quick: bool) -> Iterator[Call]:
     axes: Axes = (DTYPES[:1], (64,), (0,), (1,)) if quick else (DTYPES, WIDTHS, (0, 2), (1, 2))
     for dtype, width, rest, sharing in itertools.product(*axes):
@@ -219,6 +228,10 @@ def iterative_rows(scores: Tensor) -> None:
     row_launches.iterative_backward(scores, scores, budget, history, (1.0, 0.1), 0.1)
 
 
+def select(scores: Tensor) -> None:
+    row_launches.largest_entries(scores, 1)
+
+
 def norm_and_rotate(projected: Tensor, key_heads: int) -> None:
     gain, angles = torch.ones(projected.shape[-1]), torch.zeros(projected.shape[1], projected.shape[-1])
     outputs = heads_launches.norm_and_rotate(projected.requires_grad_(), gain, gain, angles, angles, 4, key_heads, 1e-6)
@@ -266,7 +279,8 @@ def selected(arch: int, quick: bool) -> list[Variant]:
         launches.cache_clear()
     attention_launches.backward.cache_clear()
     for calls in (
-        attention_calls, few_queries_calls, decoding_calls, iterative_decoding_calls, row_calls, heads_calls, step_calls
+        attention_calls, few_queries_calls, decoding_calls, iterative_decoding_calls, row_calls, selection_calls,
+        heads_calls, step_calls,
     ):  # fmt: skip
         for words, call in calls(quick):
             triton.knobs.runtime.jit_cache_hook = functools.partial(_note, found, arch, words)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.layers import solver_settings
-from cda_cli.ops import Backend, Choice, soft_topk
+from cda_cli.ops import Backend, Choice, largest_entries, soft_topk
 
 
 class Activation(ABC):
@@ -97,8 +96,7 @@ class HardTopK(Activation):
 
 def _only_largest(x: Tensor, k: float) -> Tensor:
     """Returns `x` where it is among the ⌊k⌋ largest (at least one) of the last dimension, and 0 elsewhere."""
-    largest = x.topk(min(max(1, int(k)), x.shape[-1]), -1)
-    return torch.zeros_like(x).scatter(-1, largest.indices, largest.values)
+    return x.where(largest_entries(x, max(1, int(k))), 0)
 
 
 class Gated(Activation):

@@ -28,6 +28,7 @@ from .decoding import DecodingInputs
 from .decoding_step import WIDEST_STREAM, HeadBudgets, add_and_norm, draw_token, heads_of_step
 from .dense import for_each_query
 from .heads import Heads, norm_and_rotate
+from .largest import largest_entries
 from .precision import FLOAT32_MAX, autocast_dtype, settle_vector_functions
 from .reference import reference_attention, reference_gradients, reference_soft_topk
 from .solve_spec import Solver, SolverSettings
@@ -47,6 +48,7 @@ __all__ = [
     "draw_token",
     "for_each_query",
     "heads_of_step",
+    "largest_entries",
     "norm_and_rotate",
     "reference_attention",
     "reference_gradients",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -10,13 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cda_cli.config import ModelConfig, parse
-from cda_cli.errors import DeviceError
+from cda_cli.config import ModelConfig
 from cda_cli.model import StaticCache, Transformer
 from cda_cli.model.observe import ObservedAttention, observing
 from cda_cli.model.rules import RULES, AttentionRule, attention_rule
 from cda_cli.ops import Backend, reference_soft_topk
-from cda_cli.training.setup import resolve_backend
 from tests.devices import DEVICES
 from tests.model.cases import build, tiny, tokens
 
@@ -205,10 +202,3 @@ def test_the_tempered_softmax_is_the_soft_topk_with_a_budget_of_one() -> None:
     torch.testing.assert_close(tempered, soft, rtol=0, atol=1e-5)
     plain = [attention_rule(tiny(attention="softmax", attn_eps=eps)).attend(query, key, value, 1.0) for eps in (1, 0.1)]
     assert plain[0].equal(plain[1])
-
-
-def test_a_missing_package_is_one_sentence_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error comes before any work, not at the first step."""
-    monkeypatch.setitem(sys.modules, "entmax", None)
-    with pytest.raises(DeviceError, match=r"needs the package entmax; install it \(pip install entmax\), or choose"):
-        resolve_backend(parse({"model": {"attention": "entmax"}}), CPU)

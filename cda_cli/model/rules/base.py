@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from cda_cli.config import ModelConfig
-from cda_cli.ops import Backend, Choice, choose_backend, for_each_query
+from cda_cli.ops import Backend, Choice, choose_backend, for_each_query, largest_entries
 
 # Dense weights are computed for at most so many scores at a time, but at least for one row. With 8192 keys and 8 heads
-# that is 256 rows. An observer measures them in float64, where one copy takes 128 MiB.
-BLOCK_SCORES = 2**24
+# that is 256 rows. An observer measures them in float64, where one copy takes 128 MiB. Nothing else keeps a copy of a
+# block but the backward, and on a GPU larger blocks are fewer launches, and fewer kernels to compile.
+BLOCK_SCORES, BLOCK_SCORES_OF_A_GPU = 2**24, 2**26
 
 ObserveBlock = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
 
@@ -50,9 +51,7 @@ class Rows(NamedTuple):
         is_key = self.mask.clone()
         is_key[:, : self.null_keys] = False
         ranks = ranks.detach().to(torch.float32).masked_fill(~is_key, -torch.inf)
-        kept = ranks.topk(min(n, ranks.shape[-1]), -1).indices
-        keep = torch.zeros_like(ranks, dtype=torch.bool).scatter(-1, kept, True) & is_key
-        return keep | (self.mask & ~is_key)
+        return (largest_entries(ranks, n) & is_key) | (self.mask & ~is_key)
 
 
 EditRows = Callable[[Rows], Tensor]
@@ -147,7 +146,8 @@ class AttentionRule(ABC):
         key_BHDS = key.to(dtype).transpose(-1, -2)
         if not isinstance(budget, Tensor):
             budget = torch.full((), budget, device=query.device)  # A copy from the host would wait for the GPU.
-        rows = max(1, BLOCK_SCORES // (B * H * S))
+        small = observe is not None or query.device.type == "cpu"
+        rows = max(1, (BLOCK_SCORES if small else BLOCK_SCORES_OF_A_GPU) // (B * H * S))
         scores_of = partial(self._scores_of, query.to(dtype), key_BHDS)
         outputs = []
         blocks = zip(query.split(rows, 2), budget.to(dtype).expand(B, H, T).split(rows, 2), strict=True)

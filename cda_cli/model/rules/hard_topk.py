@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from cda_cli.model.rules.base import AttentionRule
+from cda_cli.ops import largest_entries
 
 
 class HardTopK(AttentionRule):
     """The weights are softmax(scores/ε) over the ⌊attn_k⌋ largest scores of a row (at least one), and 0 elsewhere.
 
-    Rows sum to 1. The selection has no gradient: only the kept scores have one. Among equal scores PyTorch chooses.
+    Rows sum to 1. The selection has no gradient: only the kept scores have one. Which of equal scores are kept is open.
     """
 
     @property
@@ -25,8 +26,7 @@ class HardTopK(AttentionRule):
 
     def weights(self, scores: Tensor, budget: Tensor, mask: Tensor) -> Tensor:
         scores = scores.masked_fill(~mask, -torch.inf)
-        largest = scores.topk(min(self.kept, scores.shape[-1]), dim=-1)
-        return torch.zeros_like(scores).scatter(-1, largest.indices, (largest.values / self.eps).softmax(-1))
+        return (scores / self.eps).masked_fill(~largest_entries(scores, self.kept), -torch.inf).softmax(-1)
 
     def selection(self) -> str:
         return f"k = {self.kept}"

@@ -1,4 +1,4 @@
-"""The launches of the row kernels, for both solvers: a kernel reads a row once and writes it once.
+"""The launches of the row kernels, for both solvers and a selection: a kernel reads a row once and writes it once.
 
 One program holds a row of up to `REGISTER_LIMIT` scores in registers; several short rows share a program. A longer row
 is read again, in parts, for every step of its solver. Scores are float32, bf16 or fp16, and −inf where they are masked;
@@ -29,6 +29,7 @@ from .rows_iterative import (
     iterative_forward_kernel,
     iterative_forward_parts_kernel,
 )
+from .rows_selection import largest_entries_kernel
 
 REGISTER_LIMIT = 16384  # the largest n of a row that is held in registers
 # In generation, programs of so many rows leave multiprocessors idle, so each takes one row, and more warps. In training
@@ -114,6 +115,18 @@ def iterative_backward(
             grid, options = _tile(R, n, entries_per_thread=16)
             iterative_backward_kernel[grid](*tensors, R, n, len(eps_steps), last_eps, **options)
     return grad_scores, grad_budget
+
+
+def largest_entries(rows: Tensor, count: int) -> Tensor:
+    """`ops.largest_entries` of rows [R, n], of at most LONGEST_ROW entries and more than `count`: bool [R, n]."""
+    R, n = rows.shape
+    rows = rows.contiguous()
+    chosen = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+    if R:
+        grid, options = _tile(R, n, entries_per_thread=32)
+        with torch.cuda.device_of(rows):
+            largest_entries_kernel[grid](rows, chosen, R, n, count, **options)
+    return chosen.view(torch.bool)
 
 
 def _tile(
