@@ -45,7 +45,7 @@ def test_the_smallest_form_of_language_modelling_gives_its_table(
     file = ROOT / "benchmarks" / "evidence" / "language-modelling.yaml"
     sets = [f"{key}={value}" for key, value in SMALLEST.items()] + [f"data.source={text}", "model.seq_len=32"]
     planned = Sweep(read_spec(file, reduced=True, sets=sets), file, Path("out"))
-    trained = ("gated-trunk", "tempered-gate", "tempered-gate-hard", "soft-topk-annealed")
+    trained = ("gated-trunk", "learned-trunk", "tempered-gate", "tempered-gate-hard", "soft-topk-annealed")
     evaluated = {"tempered-gate", "soft-topk-annealed"}
     wanted = {f"{arm}, seed 0" for arm in trained} | {f"{arm}, seed 0, evaluation" for arm in evaluated}
     for job in (job for jobs in planned.stages() for job in jobs if job.name in wanted):
