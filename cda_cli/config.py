@@ -31,6 +31,9 @@ from cda_cli.settings import (
 )
 from cda_cli.settings_table import TABLE, as_written, settings_meant
 
+# Of an ALiBi head, the channels that hold the position, and the positions that they hold exactly in bf16.
+POSITION_CHANNELS, MOST_ALIBI_POSITIONS = 4, 2**16
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -81,6 +84,14 @@ class ModelConfig(Section, ModelSettings):
             raise ValueError(
                 f"rotary positions turn pairs, and a head is {self.head_width} wide; choose an even model.dim_head"
             )
+        if self.position == "nape":
+            if self.heads % 2 or self.key_heads % 2 or self.head_width <= POSITION_CHANNELS:
+                raise ValueError(
+                    f"nape positions take {POSITION_CHANNELS} channels of half of the heads; choose an even "
+                    f"model.heads and model.kv_heads, and a model.dim_head above {POSITION_CHANNELS}"
+                )
+            if self.seq_len > MOST_ALIBI_POSITIONS:
+                raise ValueError(f"nape positions end at {MOST_ALIBI_POSITIONS}; choose a model.seq_len up to that")
         if any(not 0 <= layer < self.depth for layer in self.nope_layers):
             raise ValueError(
                 f"model.nope_layers {as_written(self.nope_layers)} names a layer that there is not; choose from 0 to "
@@ -112,6 +123,11 @@ class ModelConfig(Section, ModelSettings):
     @property
     def key_heads(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def scaled_heads(self) -> int:
+        """The number of heads, the last ones, on which a length scaling acts."""
+        return self.heads // 2 if self.position == "nape" else self.heads
 
     @property
     def rotary_trained_len(self) -> int:

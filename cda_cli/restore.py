@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
-from cda_cli.config import Config, ModelConfig, annealed_eps, parse
+from cda_cli.config import MOST_ALIBI_POSITIONS, Config, ModelConfig, annealed_eps, parse
 from cda_cli.data import (
     Batch,
     Preparation,
@@ -120,6 +120,8 @@ def _with_context(config: ModelConfig, context: int | None, path: Path) -> Model
             f"{path} has learned positions for {config.seq_len} tokens, and {context} are asked for; give --context "
             f"{config.seq_len} or less"
         )
+    if config.position == "nape" and context > MOST_ALIBI_POSITIONS:
+        raise ConfigError(f"nape positions end at {MOST_ALIBI_POSITIONS}; give a --context up to that")
     return config.model_copy(update={"seq_len": context, "rotary_original_len": config.rotary_trained_len})
 
 

@@ -84,7 +84,8 @@ TABLE = {row.key: row for section in SECTIONS for row in _rows(section)}  # by k
 
 # Words of other programs by which one looks for settings that have other names here, with those names.
 SYNONYMS = {
-    "accumulation": "grad_accum", "adam": "optimizer beta1 beta2", "auxiliary": "ff_l1 support_target",
+    "accumulation": "grad_accum", "adam": "optimizer beta1 beta2", "alibi": "position",
+    "asentmax": "attention length_scaling", "auxiliary": "ff_l1 support_target",
     "average": "ema_decay", "block": "depth ff_block_size", "block_size": "seq_len",
     "checkpoint": "save_every save_minutes keep keep_best", "constraint": "support_target support_rate",
     "context": "seq_len", "core": "threads", "corpus": "source", "cpu": "device threads", "d_model": "dim",
@@ -94,13 +95,15 @@ SYNONYMS = {
     "gpu": "device parallel", "gqa": "kv_heads", "gradient": "clip grad_accum", "hidden": "dim ff_mult ff_width",
     "intermediate_size": "ff_width", "iteration": "steps n_iters", "kernel": "backend",
     "lagrangian": "support_target support_rate", "layer": "depth",
-    "learning_rate": "lr min_lr_ratio schedule warmup_steps", "length": "seq_len", "logging": "log_every track",
-    "max_iters": "steps", "memory": "batch_size grad_accum activation_checkpointing", "mixture": "ff ff_block_size",
+    "learning_rate": "lr min_lr_ratio schedule warmup_steps", "length": "seq_len length_scaling",
+    "logging": "log_every track", "max_iters": "steps",
+    "memory": "batch_size grad_accum activation_checkpointing", "mixture": "ff ff_block_size",
     "mlp": "ff ff_mult ff_width ff_bias", "momentum": "beta1", "n_ctx": "seq_len", "n_embd": "dim", "n_head": "heads",
     "n_layer": "depth", "penalty": "ff_l1 support_target", "precision": "dtype", "random": "seed",
     "regularization": "weight_decay dropout ff_l1", "rope": "position rotary_base rotary_scaling nope_layers",
     "rope_theta": "rotary_base", "sequence": "seq_len batch_size",
     "sparsity": "attention attn_k ff ff_k learned_k ff_l1 support_target", "speed": "compile dtype cuda_graphs",
+    "ssmax": "length_scaling",
     "temperature": "attn_eps ff_eps eps_anneal_start", "text": "source text_column", "top_k": "attn_k ff_k",
     "topk": "attn_k ff_k", "tracker": "track", "validation": "eval_every eval_batches validation_fraction",
     "vocabulary": "tokenizer vocab_size", "width": "dim dim_head ff_mult ff_width", "window": "seq_len",

@@ -204,8 +204,8 @@ exact match is that of free greedy decoding, which gives the whole answer if and
 likeliest after the right ones. The token accuracy is not, as free decoding goes on from its own mistakes.
 
 What a name leaves out is as in the task of the run: all parameters of the same task, and `vocab` of another. With
-`model.position` `rotary` or `none`, lengths may exceed the context of training; learned positions end with it. Each
-length is kept as it ends, and the same command goes on ([evaluation-tasks.md](evaluation-tasks.md))."""
+`model.position` `rotary`, `nape` or `none`, lengths may exceed the context of training; learned positions end with it.
+Each length is kept as it ends, and the same command goes on ([evaluation-tasks.md](evaluation-tasks.md))."""
 
 
 def tasks() -> str:

@@ -60,8 +60,12 @@ class LiveHead(NamedTuple):
 
 
 def follows_from_scores(model: Transformer) -> bool:
-    """Whether the weights of attention are the exact soft top-k of the scores, so that rows follow from live heads."""
-    return model.attention_rule.uses_operator and model.config.solver == "exact"
+    """Whether the weights of attention are the exact soft top-k of the scores, so that rows follow from live heads.
+
+    They do not with nape: the channels of positions are so large that 8 bits leave nothing of the others.
+    """
+    is_exact = model.attention_rule.uses_operator and model.config.solver == "exact"
+    return is_exact and model.config.position != "nape"
 
 
 def live_bytes(queries: int, null_keys: int, width: int) -> int:

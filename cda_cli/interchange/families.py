@@ -48,7 +48,10 @@ class Family:
 
 
 # What every family has, whatever it is.
-PLAIN = {"attention": "softmax", "null_kv": 0, "output_gate": False, "nope_layers": [], "dropout": 0.0}
+PLAIN = {
+    "attention": "softmax", "null_kv": 0, "output_gate": False, "nope_layers": [], "length_scaling": "none",
+    "dropout": 0.0,
+}  # fmt: skip
 
 LLAMA_KEYS = {
     "vocab_size": "vocab_size",

@@ -36,6 +36,7 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "normalise": ("none",),
     "output_gate": (False,),
     "learned_eps": (False,),
+    "length_scaling": ("none",),
 }
 # The package fixes these too, where attention or feed-forward is sparse.
 REQUIRED_IF_SPARSE: dict[str, tuple[Any, ...]] = {"solver": ("iterative",), "eps_init": (4.0,), "eps_decay": (0.7,)}

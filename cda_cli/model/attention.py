@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
+from cda_cli.model.alibi import AlibiPositions
 from cda_cli.model.auxiliary_losses import ExcessSupport
 from cda_cli.model.cache import CachedStep, KeyValueCache
 from cda_cli.model.edits import EditLayer
 from cda_cli.model.head_projection import PackedProjection, head_logits, project_heads
-from cda_cli.model.layers import make_head_norm
+from cda_cli.model.layers import head_linear, make_head_norm
 from cda_cli.model.left_padding import padding_first, padding_or_text
+from cda_cli.model.length_scaling import SCALINGS
 from cda_cli.model.observe import ObservedAttention, Observer
 from cda_cli.model.rotary import RotaryPositions, rotate
 from cda_cli.model.rules import EditRows, attention_rule
@@ -56,14 +58,19 @@ class Attention(nn.Module):
         self.query_norm, self.key_norm = make_head_norm(config), make_head_norm(config)
         rotary = config.position == "rotary" and layer not in config.nope_layers
         self.rotary = RotaryPositions(config) if rotary else None
+        self.alibi = AlibiPositions(config) if config.position == "nape" else None
+        scaled = config.length_scaling
+        self.length_scaling = SCALINGS[scaled](config) if scaled != "none" else None
         learns_eps = config.learned_eps and self.rule.has_eps
         self.log_eps = nn.Parameter(torch.zeros(config.heads)) if learns_eps else None
         self.divides_by_k = config.normalise == "k" and self.rule.has_budget
-        self.to_learned_k = _head_linear(config, config.learned_k_bias) if self.rule.learns_budget else None
+        self.to_learned_k = (
+            head_linear(config.dim, config.heads, config.learned_k_bias) if self.rule.learns_budget else None
+        )
         self.gate_is_unit = config.output_gate_range == "unit"
         self.largest_gate = config.output_gate_max or config.attn_k
         gate_bias = 0.0 if self.gate_is_unit else config.learned_k_bias
-        self.to_gate = _head_linear(config, gate_bias) if config.output_gate else None
+        self.to_gate = head_linear(config.dim, config.heads, gate_bias) if config.output_gate else None
 
     def set_eps(self, eps: float) -> None:
         """Changes the temperature ε of the weights: scores/ε = (scale · attn_eps/ε) · query·key / attn_eps."""
@@ -94,9 +101,11 @@ class Attention(nn.Module):
             learned_BHT = None
         if self.log_eps is not None:
             query = query * (-LOG_EPS_SCALE * self.log_eps).exp().to(query.dtype).view(-1, 1, 1)
+        logits = partial(head_logits, x_BTC, packed, linears)
+        if self.length_scaling is not None:
+            query = self.length_scaling(query, cache.length if cache is not None else 0, padding_B, logits)
         documents = None if padding_B is None else padding_or_text(padding_B, key.shape[2])
         visible_B = cache.visible_B if cache is not None else None
-        logits = partial(head_logits, x_BTC, packed, linears)
         if learned_BHT is None and "k" in linears:
             learned_BHT = _one_to(self.config.attn_k, logits("k"))
         budget = self._constant_budget if learned_BHT is None else learned_BHT
@@ -132,8 +141,9 @@ class Attention(nn.Module):
 
     @property
     def _head_linears(self) -> dict[str, nn.Linear]:
-        """The linears that make a number for each head."""
-        linears = {"k": self.to_learned_k, "gate": self.to_gate}
+        """The linears that make a number for each head, or for each of some heads."""
+        scaling = self.length_scaling.linears if self.length_scaling is not None else {}
+        linears = {"k": self.to_learned_k, "gate": self.to_gate, **scaling}
         return {name: linear for name, linear in linears.items() if linear is not None}
 
     @property
@@ -151,6 +161,11 @@ class Attention(nn.Module):
             scale = scale / budget
         return scale if logits_BHT is None else scale * self._gate(logits_BHT)
 
+    def null_heads(self, null_kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the null keys and their values, [K, N, D] each, of the whole parameter `null_kv`."""
+        null_key, null_value = null_kv
+        return (null_key if self.alibi is None else self.alibi.null_keys(null_key)), null_value
+
     def _prepare_heads(
         self, projected_BTGD: Tensor, cache: KeyValueCache | None, padding_B: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -162,8 +177,8 @@ class Attention(nn.Module):
         # Heads move in front of positions only at the end. Norm, rotation and their gradients thus keep the order of
         # the memory: they compile to few kernels, and the three gradients lie where the matrix product reads them.
         tables = None
+        start, T = cache.length if cache is not None else 0, projected_BTGD.shape[1]
         if self.rotary is not None:
-            start, T = cache.length if cache is not None else 0, projected_BTGD.shape[1]
             step = cache if isinstance(cache, CachedStep) else None
             tables = self.rotary.at(start, T, padding_B) if step is None else step.rotary_tables(self.rotary)
         one_after_another = padding_B is None and not isinstance(cache, CachedStep)
@@ -185,13 +200,17 @@ class Attention(nn.Module):
                     query, key = norms[0](query), norms[1](key)
                 if tables:
                     query, key = rotate(query, tables), rotate(key, tables)
+                if self.alibi is not None:
+                    query, key = self.alibi(query, key, start, padding_B)
             if self.query_scale is not None:
                 query = query * self.query_scale
         query, key, value = (heads_BTHD.transpose(1, 2) for heads_BTHD in (query, key, value))
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
         if self.config.null_kv and not (cache is not None and cache.holds_null_keys):
-            null_key, null_value = self.null_kv.to(key.dtype).unsqueeze(1).expand(-1, len(query), -1, -1, -1)
+            null_key, null_value = (
+                null_KND.to(key.dtype).expand(len(query), -1, -1, -1) for null_KND in self.null_heads(self.null_kv)
+            )
             key, value = torch.cat((null_key, key), 2), torch.cat((null_value, value), 2)
         if self.config.null_kv and padding_B is not None:
             key, value = (padding_first(heads, self.config.null_kv, padding_B) for heads in (key, value))
@@ -231,7 +250,7 @@ class Attention(nn.Module):
 
     def _has_kernels_of_step(self, projected: Tensor) -> bool:
         """Whether a Triton kernel can do so for one position a row. It has no gradient, and the compiler needs none."""
-        is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        is_plain = self.alibi is None and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         return is_plain and self._has_kernels(projected)
 
     def _observe(
@@ -256,10 +275,3 @@ class Attention(nn.Module):
 
 def _one_to(largest: float, logits: Tensor) -> Tensor:
     return 1 + (largest - 1) * logits.sigmoid()
-
-
-def _head_linear(config: ModelConfig, bias: float) -> nn.Linear:
-    """Makes a linear with one output for each head, whose bias starts at `bias`."""
-    linear = nn.Linear(config.dim, config.heads)
-    nn.init.constant_(linear.bias, bias)
-    return linear

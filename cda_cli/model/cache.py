@@ -79,7 +79,7 @@ class StaticCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths_B = torch.zeros(batch_size, device=device, dtype=torch.int64)
         for layer, block in enumerate(model.each_block()):
-            null_key, null_value = _whole(block.attention.null_kv)
+            null_key, null_value = block.attention.null_heads(_whole(block.attention.null_kv))
             self.keys[layer, :, :, : self.null_keys] = null_key
             self.values[layer, :, :, : self.null_keys] = null_value
         self.pages = None if selection is None or selection.holds(slots) else KeyPages(selection, self.keys)

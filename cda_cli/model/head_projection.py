@@ -1,6 +1,7 @@
 """Projects queries, keys, values, and a few further numbers of every head, by one matrix product.
 
-The further numbers (the logits of a learned k and of an output gate) have linears of their own, with H outputs each.
+The further numbers (such as the logits of a learned k and of an output gate) have linears of their own, with H outputs
+each, or fewer where they are of some heads only.
 A GPU takes as long for a product with so few columns as for one with many. In compiled code, and in a model that is
 copied for decoding, these columns are therefore packed behind those of queries, keys and values, and padded with zeros
 to a multiple of the head width.
@@ -47,7 +48,7 @@ def _packed(to_qkv: nn.Linear, head_linears: Mapping[str, nn.Linear], head_width
 
 
 def head_logits(x_BTC: Tensor, packed_BTGD: Tensor, head_linears: Mapping[str, nn.Linear], name: str) -> Tensor:
-    """Returns the output [B, H, T] of one of `head_linears`.
+    """Returns the output [B, H, T] of one of `head_linears`, or of fewer heads.
 
     `packed_BTGD` are the heads that `project_heads` returned behind the values. There are none if it packed nothing.
     """
@@ -55,6 +56,7 @@ def head_logits(x_BTC: Tensor, packed_BTGD: Tensor, head_linears: Mapping[str, n
     if not packed_BTGD.shape[2]:
         outputs_BTH = linear(x_BTC)
     else:
-        first = list(head_linears).index(name) * linear.out_features
+        names = list(head_linears)
+        first = sum(head_linears[other].out_features for other in names[: names.index(name)])
         outputs_BTH = packed_BTGD.flatten(2)[..., first : first + linear.out_features] + linear.bias
     return outputs_BTH.transpose(1, 2)

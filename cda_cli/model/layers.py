@@ -1,4 +1,4 @@
-"""The norms, dropout, and the settings of the solver.
+"""The norms, dropout, a linear for numbers of heads, and the settings of the solver.
 
 Shapes: B batch, H heads, T positions, D head width.
 """
@@ -44,6 +44,13 @@ def make_dropout(config: ModelConfig) -> nn.Module:
 def make_head_norm(config: ModelConfig) -> HeadNorm | None:
     """Makes the norm of queries or of keys, where the model has one."""
     return HeadNorm(config.head_width, config.norm_eps or RMSNORM_EPS) if config.qk_norm else None
+
+
+def head_linear(dim: int, heads: int, bias: float) -> nn.Linear:
+    """Makes a linear with one output for each of some heads, whose bias starts at `bias`."""
+    linear = nn.Linear(dim, heads)
+    nn.init.constant_(linear.bias, bias)
+    return linear
 
 
 def solver_settings(config: ModelConfig) -> SolverSettings:

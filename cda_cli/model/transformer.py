@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.activations import feed_forward_activation
+from cda_cli.model.alibi import AlibiPositions
 from cda_cli.model.attention import Attention
 from cda_cli.model.cache import CachedStep, KeyValueCache
 from cda_cli.model.feed_forward import FeedForward
@@ -179,7 +180,7 @@ class Transformer(nn.Module):
     def fill_buffers(self) -> None:
         """Computes the buffers, which no checkpoint holds, of a model whose memory has just been allocated."""
         for module in self.modules():
-            if isinstance(module, (Attention, RotaryPositions)):
+            if isinstance(module, (AlibiPositions, Attention, RotaryPositions)):
                 module.fill_buffers()
 
     def set_attention_eps(self, eps: float) -> None:

@@ -43,7 +43,13 @@ class ModelSettings(Table):
     ] = None
     ff_bias: Annotated[bool, Setting("Biases of the feed-forward.")] = True
     dropout: Annotated[float, Setting("Dropout on the embeddings and on each residual branch.", ge=0, lt=1)] = 0.0
-    position: Annotated[Literal["learned", "rotary", "none"], Setting("Position embedding.")] = "learned"
+    position: Annotated[
+        Literal["learned", "rotary", "none", "nape"],
+        Setting(
+            "Position embedding: learned, rotary or none; nape is ALiBi in the first half of the heads, with slopes 1, "
+            "1/2, 1/3, …, and nothing in the others."
+        ),
+    ] = "learned"
     nope_layers: Annotated[list[int], Setting("Layers, counted from 0, whose attention has no rotary positions.")] = []  # noqa: RUF012 - pydantic gives each configuration a list of its own
     rotary_base: Annotated[float, Setting("Wavelength base of the rotary positions.", gt=1)] = 10000.0
     rotary_scaling: Annotated[
@@ -114,6 +120,14 @@ class ModelSettings(Table):
     learned_eps: Annotated[
         bool, Setting("A temperature of each head: ε times a learned factor, which begins at 1.")
     ] = False
+    length_scaling: Annotated[
+        Literal["none", "log-n", "adaptive"],
+        Setting(
+            "Factor on the scores of a query that sees n keys, but in ALiBi heads: none; log-n, s·log n with a learned "
+            "s of each head, which makes it 1 at seq_len at first; adaptive, 1 + softplus(β)·log(n + 1)^(2·tanh γ), "
+            "with β and γ linear in the normed input, which is near 1 at first."
+        ),
+    ] = "none"
     normalise: Annotated[
         Literal["none", "k"],
         Setting(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cda_cli.config import ModelConfig
 from cda_cli.model import Transformer
+from cda_cli.model.length_scaling import AdaptiveScaling
 
 # Each option has two sides, and settings with little to do with each other share one. The sizes
 # are such that nothing hides: T is no multiple of anything, heads ≠ head width.
@@ -38,6 +39,14 @@ FAMILIES: tuple[dict[str, Any], ...] = (
         "position": "rotary", "rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_original_len": 8,
         "nope_layers": [0], "norm": "rmsnorm", "qk_norm": True, "ff": "swiglu", "heads": 4, "kv_heads": 2,
         "dim_head": 8, "attention": "coordinate-descent", "normalise": "k",
+    },
+    {
+        "position": "nape", "length_scaling": "log-n", "heads": 4, "kv_heads": 2, "dim_head": 8, "null_kv": 2,
+        "attention": "entmax", "qk_norm": True,
+    },
+    {
+        "position": "nape", "length_scaling": "adaptive", "heads": 4, "dim_head": 7, "null_kv": 1, "learned_k": True,
+        "attention": "coordinate-descent", "solver": "iterative", "output_gate": True,
     },
 )  # fmt: skip
 TINY: dict[str, Any] = {
@@ -94,6 +103,10 @@ def build(config: ModelConfig, seed: int = 0) -> Transformer:
     model = Transformer(config).eval()
     if config.tied_embeddings:
         torch.nn.init.normal_(model.token_embedding.weight, std=0.5)
+    for module in model.modules():
+        if isinstance(module, AdaptiveScaling):
+            for parameter in module.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
     return model
 
 

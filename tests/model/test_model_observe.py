@@ -95,7 +95,7 @@ def test_k_is_that_of_each_row_and_the_rows_sum_to_it(config: ModelConfig) -> No
         if not isinstance(one, ObservedAttention):
             continue
         attention = model.each_block()[one.layer].attention
-        expected = torch.tensor(1.0 if config.attention == "softmax" else config.attn_k)
+        expected = torch.tensor(config.attn_k if attention.rule.has_budget else 1.0)
         if attention.to_learned_k is not None:
             with torch.no_grad():
                 raw = attention.to_learned_k(through[attention][0]).transpose(1, 2)

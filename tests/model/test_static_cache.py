@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cda_cli.config import ModelConfig
 from cda_cli.model import StaticCache, Transformer
+from cda_cli.model.length_scaling import AdaptiveScaling
 from cda_cli.ops import Backend
 from tests.devices import DEVICES
 from tests.model.cases import TINY
@@ -20,6 +21,8 @@ NORMED: dict[str, Any] = {"position": "rotary", "qk_norm": True, "attention": "c
 OPTIONS: list[tuple[dict[str, Any], bool]] = [
     ({"null_kv": 1, "learned_k": True, "norm": "rmsnorm", "nope_layers": [1], "learned_eps": True}, False),
     ({"eps_anneal_start": 2.0, "qk_norm": False, "position": "learned", "dim_head": 5, "output_gate": True}, False),
+    ({"position": "nape", "length_scaling": "log-n", "heads": 4, "kv_heads": 2, "null_kv": 2}, False),
+    ({"length_scaling": "adaptive", "learned_k": True}, True),
     ({"kv_heads": 1, "learned_k": True, "output_gate": True, "attn_bias": "all", "eps_anneal_start": 2.0}, True),
 ]
 
@@ -30,6 +33,8 @@ def build(backend: Backend, **options: Any) -> Transformer:
     for block in model.each_block():
         if block.attention.log_eps is not None:
             torch.nn.init.uniform_(block.attention.log_eps, -0.1, 0.1)
+        if isinstance(block.attention.length_scaling, AdaptiveScaling):
+            torch.nn.init.normal_(block.attention.length_scaling.to_gamma.weight)
     return model.eval().to(DEVICE)
 
 

@@ -85,4 +85,5 @@ def _block_weights(model: ModelConfig) -> int:
     inner, of_keys = model.heads * model.head_width, model.key_heads * model.head_width
     per_head = attention_rule(model).learns_budget + model.output_gate
     units = feed_forward_activation(model).total_width
-    return model.dim * (2 * inner + 2 * of_keys + units + per_head * model.heads)
+    scaling = 2 * model.scaled_heads if model.length_scaling == "adaptive" else 0
+    return model.dim * (2 * inner + 2 * of_keys + units + per_head * model.heads + scaling)
