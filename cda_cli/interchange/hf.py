@@ -16,8 +16,7 @@ from cda_cli.config import ModelConfig, parse
 from cda_cli.errors import ConfigError, brief
 from cda_cli.interchange.hf_files import AUTO_MAP, MODEL_TYPE, write_remote_code
 from cda_cli.model import KeyValueCache, Transformer
-from cda_cli.model.attention import Attention
-from cda_cli.model.rotary import RotaryPositions
+from cda_cli.model.transformer import WITH_BUFFERS
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -120,7 +119,7 @@ class CdaForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Fills the buffers that no file holds. The weights are as `Transformer` draws them, or are loaded."""
-        if isinstance(module, (Attention, RotaryPositions)):
+        if isinstance(module, WITH_BUFFERS):
             module.fill_buffers()
 
     @can_return_tuple  # type: ignore[untyped-decorator]

@@ -26,6 +26,9 @@ from cda_cli.model.rotary import RotaryPositions
 from cda_cli.model.rules import AttentionRule, attention_rule
 from cda_cli.ops import Backend, Choice
 
+# The modules with buffers that no checkpoint holds, which their `fill_buffers` computes.
+WITH_BUFFERS = (AlibiPositions, Attention, RotaryPositions)
+
 
 class Block(nn.Module):
     """A pre-norm block: each branch reads the normalised residual stream and adds its output to the stream."""
@@ -180,7 +183,7 @@ class Transformer(nn.Module):
     def fill_buffers(self) -> None:
         """Computes the buffers, which no checkpoint holds, of a model whose memory has just been allocated."""
         for module in self.modules():
-            if isinstance(module, (AlibiPositions, Attention, RotaryPositions)):
+            if isinstance(module, WITH_BUFFERS):
                 module.fill_buffers()
 
     def set_attention_eps(self, eps: float) -> None:

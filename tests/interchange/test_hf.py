@@ -33,7 +33,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "attention": "tempered-softmax", "position": "rotary", "norm": "rmsnorm", "qk_norm": True, "ff": "swiglu",
         "tied_embeddings": True, "null_kv": 1, "eps_anneal_start": 1.0,
     },
-    "softmax, tied": {"attention": "softmax", "tied_embeddings": True},
+    "softmax, tied": {
+        "attention": "softmax", "tied_embeddings": True, "position": "nape", "length_scaling": "log-n",
+        "heads": 4, "dim_head": 8,
+    },
 }  # fmt: skip
 each_model = pytest.mark.parametrize("settings", MODELS.values(), ids=list(MODELS))
 
