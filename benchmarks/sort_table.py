@@ -6,8 +6,9 @@
 Settings are those of deep-spin/asentmax, synthetic/configs/experiment/entmax/sort.yaml: two layers of width 256 with
 eight heads of 32, a feed-forward of 1024 (theirs is a GeGLU), 32 symbols, batches of 128 with lengths from 32 to 64,
 bf16, AdamW (0.9, 0.99) without weight decay, clipped at 1, the loss on the answer alone, a cosine after a warm-up of
-6.4 % of the steps, and entmax with α = 1.5. Half of their heads have ALiBi, which this model lacks; the other half have
-no positions, as all have here. They name no learning rate: the paper takes the best of several, and of three seeds.
+6.4 % of the steps, and entmax with α = 1.5. Half of their heads have ALiBi, as `--position nape` has it; the other half
+have no positions, as all have here by default. They name no learning rate: the paper takes the best of several, and of
+three seeds.
 
 With `--seconds` short runs measure the speed, which decides the number of steps; what still trains near the end is
 stopped and scored as it is. Ctrl-C prints the table of what is scored. A run that was cut goes on with
@@ -239,7 +240,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=312_500)
     parser.add_argument("--seconds", type=float, help="the time for all, which decides the steps in place of --steps")
     parser.add_argument("--lr", nargs="+", type=float, default=[4e-4], help="learning rates, each with all seeds")
-    parser.add_argument("--position", choices=("none", "rotary"), default="none")
+    parser.add_argument("--position", choices=("none", "nape", "rotary"), default="none")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--num-examples", type=int, default=1000, help="of each length")
