@@ -100,7 +100,7 @@ class ModelSettings(Table):
         Setting(
             "Attention weights of the scores s: softmax(s); coordinate-descent, the soft top-k; or as its controls "
             "tempered-softmax, softmax(s/ε); hard-topk, softmax(s/ε) of the ⌊attn_k⌋ largest; entmax, entmax 1.5 of "
-            "s/ε (an optional package).",
+            "s/ε.",
             flag="--attention",
         ),
     ] = "coordinate-descent"

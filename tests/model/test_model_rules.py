@@ -7,6 +7,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from cda_cli.config import ModelConfig
@@ -202,3 +204,19 @@ def test_the_tempered_softmax_is_the_soft_topk_with_a_budget_of_one() -> None:
     torch.testing.assert_close(tempered, soft, rtol=0, atol=1e-5)
     plain = [attention_rule(tiny(attention="softmax", attn_eps=eps)).attend(query, key, value, 1.0) for eps in (1, 0.1)]
     assert plain[0].equal(plain[1])
+
+
+@given(
+    n=st.integers(1, 3000),
+    scale=st.floats(-3, 3).map(lambda power: 10**power),
+    power=st.sampled_from([0.1, 1.0, 3.0]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40)
+def test_entmax_finds_its_threshold_in_rows_of_every_length_and_scale(
+    n: int, scale: float, power: float, seed: int
+) -> None:
+    """Its steps are as many for every row, so that too few of them would show in some."""
+    scores = scale * torch.rand(3, n, generator=torch.Generator().manual_seed(seed)) ** power
+    weights = rule_of("entmax").weights(scores, torch.ones(3), torch.ones(3, n, dtype=torch.bool))
+    torch.testing.assert_close(weights.double(), _entmax((scores / EPS).double()), rtol=0, atol=2e-6)
