@@ -43,7 +43,7 @@ from cda_cli.ops.largest import LONGEST_ROW
 from cda_cli.ops.solve_spec import SolveSpec
 from cda_cli.ops.triton import attention_launches, decoding_launches, heads_launches, row_launches
 from cda_cli.ops.triton.fused_attention import FEW_QUERIES, fused_attention
-from cda_cli.ops.triton.step_launches import add_and_norm, draw_token, heads_of_step
+from cda_cli.ops.triton.step_launches import add_and_norm, draw_token, heads_of_step, routed_blocks
 
 # Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, compute capabilities).
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -196,6 +196,16 @@ def step_calls(quick: bool) -> Iterator[Call]:
         yield _words(words), functools.partial(step, torch.zeros(1, 4, width, dtype=dtype), normed)
 
 
+def routed_calls(quick: bool) -> Iterator[Call]:
+    """A feed-forward of routed blocks: of presets, with a bias and a count, and of sizes that divide nothing."""
+    axes: Axes = (DTYPES[:1], ((512, 32, 64),), (True,)) if quick else (
+        DTYPES, ((512, 32, 64), (768, 48, 64), (4096, 224, 64), (36, 5, 7)), (True, False)
+    )  # fmt: skip
+    for dtype, (width, blocks, size), counts in itertools.product(*axes):
+        words = f"{_name(dtype)} C={width}", f"blocks: {blocks} × {size}", "bias and count" if counts else ""
+        yield _words(words), functools.partial(route, dtype, width, blocks, size, counts)
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, packed: bool, at_most_two: bool, trained: bool
 ) -> None:
@@ -250,6 +260,14 @@ def step(projected: Tensor, normed: bool) -> None:
     add_and_norm(x.float(), x if normed else None, x[0], x[0], 1e-6, normed, projected.dtype)
 
 
+def route(dtype: torch.dtype, width: int, blocks: int, size: int, counts: bool) -> None:
+    x, factors = torch.zeros(1, width, dtype=dtype), torch.zeros(1, blocks, dtype=dtype)
+    up, down = torch.zeros(blocks * size, width, dtype=dtype), torch.zeros(width, blocks * size, dtype=dtype)
+    biases = (up[:, 0].contiguous(), x[0]) if counts else (None, None)
+    read = torch.zeros(2, dtype=torch.int64) if counts else None
+    routed_blocks(x, factors, up, biases[0], down, biases[1], tolerance=1e-3, dtype=dtype, read=read)
+
+
 def _inputs(dtype: torch.dtype, width: int, memory: str) -> tuple[Tensor, Tensor, Tensor]:
     """query [1, 4, LENGTH, width], key and value, new ones."""
     H, G = 4, 2 if memory == "grouped" else 4
@@ -280,7 +298,7 @@ def selected(arch: int, quick: bool) -> list[Variant]:
     attention_launches.backward.cache_clear()
     for calls in (
         attention_calls, few_queries_calls, decoding_calls, iterative_decoding_calls, row_calls, selection_calls,
-        heads_calls, step_calls,
+        heads_calls, step_calls, routed_calls,
     ):  # fmt: skip
         for words, call in calls(quick):
             triton.knobs.runtime.jit_cache_hook = functools.partial(_note, found, arch, words)

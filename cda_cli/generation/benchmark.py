@@ -2,7 +2,7 @@
 
 A step of decoding reads every weight and every cached key and value once, and computes little with each. The bandwidth
 of the memory thus bounds its speed, and the figures here stand beside that bound. What a step leaves out, keys by
-`KeySelection` and weights by `ActiveUnits`, does not count.
+`KeySelection` and weights by `active_units`, does not count.
 """
 
 from __future__ import annotations

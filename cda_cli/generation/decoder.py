@@ -24,7 +24,6 @@ from cda_cli.model import (
     KeyValueCache,
     StaticCache,
     Transformer,
-    feed_forward_activation,
     reading_active_units,
     weights_read,
 )
@@ -47,8 +46,8 @@ class Decoder:
     """A model, the cache of a batch of rows, and what draws their tokens. `dtype` is that of the matrix products.
 
     Steps are `compiled` by torch.compile if that is wanted, which takes some time at first. They read the keys of
-    `selection`, or all. On a CPU, steps of one row that are not compiled read the weights of units that are not 0 alone
-    (`model.active_units`).
+    `selection`, or all. Steps of few rows that are not compiled read the weights of units that are not 0 alone, where
+    they can (`model.active_units`).
     """
 
     def __init__(
@@ -66,9 +65,8 @@ class Decoder:
         # FSDP gathers the weights of a layer for each pass. It has no copy of the model, and a graph would miss it.
         is_sharded = any(type(parameter) is not nn.Parameter for parameter in model.parameters())
         self._model = model if is_sharded else with_matrices(model, dtype)
-        has_zeros = feed_forward_activation(model.config).has_zeros
-        if has_zeros and rows == 1 and self.device.type == "cpu" and not is_sharded and not compiled:
-            self._model = reading_active_units(self._model)
+        if not is_sharded and not compiled:
+            self._model = reading_active_units(self._model, rows)
         self._cache = StaticCache(model, rows, dtype, self._positions, selection)
         self._pages = self._cache.pages
         self._sampler = Sampler(requests, rows, model.config.vocab_size, self.device, model.backend)

@@ -198,10 +198,18 @@ class RoutedBlocks(Gated):
     """
 
     has_zeros = True
+    tolerance = 0.0  # A weight up to it counts as 0.
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__(config, backend)
         self.block_size = config.ff_block_size
+
+    @abstractmethod
+    def weights(self, gate: Tensor) -> Tensor:
+        """Returns the weights [..., N] of scores [..., N], none below 0."""
+
+    def factors(self, gate: Tensor) -> Tensor:
+        return F.threshold(self.weights(gate), self.tolerance, 0.0)
 
     def values(self, hidden: Tensor) -> Tensor:
         return F.relu(hidden).square()
@@ -220,8 +228,12 @@ class SoftTopKBlocks(RoutedBlocks):
 
     uses_operator = True
 
-    def factors(self, gate: Tensor) -> Tensor:
-        return _kept_soft_topk(gate, self.config, self.backend)
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        super().__init__(config, backend)
+        self.tolerance = config.ff_tolerance
+
+    def weights(self, gate: Tensor) -> Tensor:
+        return _soft_topk(gate, self.config, self.backend)
 
     def scratch(self, batch_size: int, choice: Choice) -> dict[str, int]:
         return _operator_scratch(self.config, self.gate_width, batch_size, choice)
@@ -234,7 +246,7 @@ class HardTopKBlocks(RoutedBlocks):
     row without a capped weight, cut to its ⌊k⌋ largest entries.
     """
 
-    def factors(self, gate: Tensor) -> Tensor:
+    def weights(self, gate: Tensor) -> Tensor:
         k = self.config.ff_k
         return _only_largest(k * (gate.float() / self.config.ff_eps).softmax(-1), k)
 

@@ -25,7 +25,7 @@ from .checks import (
     row_budgets,
 )
 from .decoding import DecodingInputs
-from .decoding_step import WIDEST_STREAM, HeadBudgets, add_and_norm, draw_token, heads_of_step
+from .decoding_step import WIDEST_STREAM, HeadBudgets, add_and_norm, draw_token, heads_of_step, routed_blocks
 from .dense import for_each_query
 from .heads import Heads, norm_and_rotate
 from .largest import largest_entries
@@ -53,6 +53,7 @@ __all__ = [
     "reference_attention",
     "reference_gradients",
     "reference_soft_topk",
+    "routed_blocks",
     "scores_at_once",
     "soft_topk",
     "soft_topk_attention",

@@ -1,7 +1,7 @@
 """What a step of decoding does around attention, in which each row has one position, by one kernel each.
 
 Shapes: B rows, V vocabulary, C width of the residual stream, H query heads, K key heads, G heads of a projection, S
-slots of a cache, D head width.
+slots of a cache, D head width, F units of the feed-forward, N blocks of them.
 """
 
 from __future__ import annotations
@@ -90,3 +90,28 @@ def draw_token(logits: Tensor, temperature: Tensor, greedy: Tensor, uniform: Ten
     from .triton.step_launches import draw_token as launch
 
     return launch(logits, temperature, greedy, uniform, count)
+
+
+def routed_blocks(
+    x: Tensor,
+    factors: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *,
+    tolerance: float,
+    dtype: torch.dtype,
+    read: Tensor | None = None,
+) -> Tensor:
+    """Returns Σ λ_b · down_b · relu²(up_b · x) over the N blocks b of F/N neighbouring units, [B, C] in `dtype`.
+
+    The rows are few. x is [B, C], the `factors` λ are [B, N], `up` is [F, C] and `down` [C, F], the biases are [F] and
+    [C]; they may have any dtype of the kernels. Where the λ of a row is at most `tolerance`, rounded to its dtype, the
+    row does not read the weights of the block. `read`, int64 [2], grows by the number of blocks that any row reads, and
+    by N. The arithmetic is float32, and a row is as it is alone, bit for bit. There is no gradient. See
+    `can_run_kernels`.
+    """
+    from .triton.step_launches import routed_blocks as launch
+
+    return launch(x, factors, up, up_bias, down, down_bias, tolerance=tolerance, dtype=dtype, read=read)

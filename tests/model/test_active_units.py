@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from cda_cli.generation import Generation, Request, SamplingSettings
+from cda_cli.model import Transformer
 from cda_cli.model.activations import ACTIVATIONS
-from cda_cli.model.active_units import ActiveUnits, reading_active_units, weights_read
+from cda_cli.model.active_units import MOST_ROWS, ActiveBlocks, ActiveUnits, reading_active_units, weights_read
 from cda_cli.model.feed_forward import FeedForward
+from cda_cli.ops import Backend
+from tests.devices import DEVICES
 from tests.model.cases import build, tiny, tokens
 
 SPARSE = sorted(name for name, activation in ACTIVATIONS.items() if activation.has_zeros)
@@ -109,3 +113,49 @@ def test_a_model_shares_its_parameters_and_says_what_it_read() -> None:
     torch.testing.assert_close(active(batch), model(batch), rtol=1e-5, atol=1e-6)
     assert weights_read(active) == pytest.approx(1 / 3), "the gate alone is read"
     assert {id(p) for p in active.parameters()} == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["blocks", "hard-topk-blocks"])
+@torch.inference_mode()
+def test_rows_read_the_blocks_that_their_router_selects(name: str, dtype: torch.dtype) -> None:
+    """By kernels, for few rows with a token each; all else goes through the whole layer."""
+    layer = layer_of(name, dtype).to(DEVICES[-1])
+    active, rows = ActiveBlocks(layer), torch.cat([token(seed) for seed in range(3)]).to(DEVICES[-1], dtype)
+    assert layer.proj_gate is not None
+    gate = layer.proj_gate(rows)
+    selected = int((layer.activation.factors(gate) != 0).flatten(0, 1).any(0).sum())  # type: ignore[attr-defined]
+    assert 0 < selected < 24
+    found, whole = active(rows), layer(rows)
+    assert found.dtype == whole.dtype == dtype
+    # Errors of 2⁻⁸ in bf16: the whole layer rounds each unit, which counts twice in its square, the square, and its
+    # product with λ, and both round the output. `sizes` is rounded as well.
+    units, down = layer.activation(layer.proj_in(rows), gate), layer.proj_out
+    sizes = units.abs() @ down.weight.abs().T + down.bias.abs()
+    bound = {torch.float32: 1e-5, torch.bfloat16: 7 * 2**-8}[dtype] * sizes.double()
+    assert ((found.double() - whole.double()).abs() <= bound).all()
+    assert (active.steps, active.rows_read) == (1, 24 + 2 * 4 * selected)
+    for several in (rows.transpose(0, 1), rows[:1].expand(MOST_ROWS + 1, -1, -1)):
+        assert torch.equal(active(several), layer(several))
+    assert active.steps == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["blocks", "hard-topk-blocks"])
+def test_texts_are_those_of_the_whole_layer(name: str, device: str) -> None:
+    """On a GPU steps are CUDA graphs, of one row, two and four."""
+
+    def texts(backend: Backend, device: str) -> tuple[list[tuple[int, int]], float | None]:
+        torch.manual_seed(0)
+        config = tiny(ff=name, ff_mult=8.0, ff_k=2.0, ff_eps=0.02, depth=1, attention="softmax", dim_head=16)
+        model = Transformer(config, backend).eval().to(device)
+        torch.nn.init.normal_(model.to_logits.weight, std=0.6)
+        requests = [Request([1, 2, 3 + seed], 3 + seed, SamplingSettings(0.8), seed) for seed in range(3)]
+        generation = Generation(model, requests, batch_size=3)
+        return sorted((each.request, each.token) for each in generation), generation.weights_read()
+
+    (expected, whole), (found, share) = texts("torch", "cpu"), texts("triton", device)
+    assert found == expected
+    assert whole is None
+    assert share is not None
+    assert share < 0.9

@@ -1,4 +1,4 @@
-"""The launches of `step_kernels`."""
+"""The launches of `step_kernels` and of `routed_blocks`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import triton
 from torch import Tensor
 
 from ..decoding_step import HeadBudgets, StepHeads
+from .routed_blocks import routed_sum_kernel, routed_units_kernel
 from .step_kernels import add_norm_kernel, draw_kernel, step_heads_kernel
 
 BLOCK_LOGITS = 4096  # of which a program takes so many at a time, in float64
+# Weights of a tile of routed blocks: 32 for each of 128 threads.
+ROUTED_TILE = 4096
+FEW_ROWS = 16  # One kernel serves up to so many.
 
 
 def add_and_norm(
@@ -76,3 +80,42 @@ def draw_token(logits: Tensor, temperature: Tensor, greedy: Tensor, uniform: Ten
             UNIFORMS=uniform.shape[1], BLOCK=block, num_warps=min(8, max(1, block // 256)),
         )  # fmt: skip
     return tokens
+
+
+def routed_blocks(
+    x: Tensor,
+    factors: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *,
+    tolerance: float,
+    dtype: torch.dtype,
+    read: Tensor | None,
+) -> Tensor:
+    """`ops.routed_blocks`."""
+    (B, C), N, F = x.shape, factors.shape[1], up.shape[0]
+    size, unused = F // N, x  # a pointer that a kernel does not read
+    factors, output = factors.contiguous(), x.new_empty(B, C, dtype=dtype)
+    if not B:
+        return output
+    units = x.new_empty(B, F, dtype=torch.float32)
+    least = torch.tensor(tolerance).to(factors.dtype).item()
+    side = min(ROUTED_TILE, triton.next_power_of_2(C))
+    some = min(ROUTED_TILE // side, triton.next_power_of_2(size))
+    parts, shape = triton.cdiv(size, some), {"C": C, "N": N, "SIZE": size}
+    with torch.cuda.device_of(x):
+        routed_units_kernel[(N * parts, B)](
+            x.contiguous(), factors, up.contiguous(), unused if up_bias is None else up_bias, units,
+            unused if read is None else read, least, B, **shape, PARTS=parts, BLOCK_U=some, BLOCK_C=side,
+            ROWS=max(FEW_ROWS, triton.next_power_of_2(B)), BIAS=up_bias is not None, COUNTS=read is not None,
+        )  # fmt: skip
+        padded = triton.next_power_of_2(size)
+        blocks = min(max(1, ROUTED_TILE // (2 * padded)), triton.next_power_of_2(N))
+        some = min(max(1, ROUTED_TILE // (blocks * padded)), triton.next_power_of_2(C))
+        routed_sum_kernel[(triton.cdiv(C, some), B)](
+            units, factors, down.contiguous(), unused if down_bias is None else down_bias, output, least, **shape,
+            BLOCK_C=some, BLOCK_N=blocks, BLOCK_S=padded, BIAS=down_bias is not None,
+        )  # fmt: skip
+    return output
