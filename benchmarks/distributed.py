@@ -85,7 +85,7 @@ def work(preset: str, sets: list[str], result: Path) -> None:
     """Trains in this process. The first one writes [tokens a second, share of a step that waits for data]."""
     config = run_settings(preset, sets)
     with ErrorCoordinator() as coordinator, StopRequest(), join(coordinator, config) as processes:
-        found = measure(*build(config, random_data(config), processes=processes))
+        found = measure(*build(config, random_data(config, processes), processes=processes))
         tokens = config.optim.batch_size * config.optim.grad_accum * config.model.seq_len
         if processes.first:
             result.write_text(json.dumps([tokens / found.seconds, found.waited]), encoding="utf-8")

@@ -42,7 +42,8 @@ class StreamedBatches:
     unless the data comes with a validation split. Raises DataError for bad data, for data of a single document (nothing
     would be left to validate on), and for a `state` of other data or another tokenizer.
 
-    `source` is what `config` names, if it is open already.
+    Only the `rows` of each batch are made, as those of `TrainBatches` are. `source` is what `config` names, if it is
+    open already.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class StreamedBatches:
         seq_len: int,
         batch_size: int,
         state: Mapping[str, Any] | None = None,
+        rows: slice = slice(None),
         source: Source | None = None,
     ) -> None:
         self._source = source or streamed_source(config)
         self._tokenizer = tokenizer
         self._seq_len = seq_len
         self._batch_size = batch_size
+        self._rows = rows
         self._rule = HashRule.of_fraction(config.validation_fraction)
         self._identity = {
             "data": digest(
@@ -85,7 +88,7 @@ class StreamedBatches:
             self._buffered += len(part.encoded.ids)
         # Neighbouring windows share a token: the last target of one is the first input of the next.
         rows, sizes = (
-            np.lib.stride_tricks.sliding_window_view(values, self._seq_len + 1)[:: self._seq_len]
+            np.lib.stride_tricks.sliding_window_view(values, self._seq_len + 1)[:: self._seq_len][self._rows]
             for values in self._peek(count + 1)
         )
         self._advance(count)

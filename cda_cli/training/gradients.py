@@ -24,23 +24,29 @@ def accumulate_gradients(
     processes: Processes = ALONE,
     graphs: GradientGraphs | None = None,
 ) -> Tensor:
-    """Adds the gradients of the mean loss over the tokens of all `batches`, and returns that loss, a scalar.
+    """Adds the gradients of the mean loss over the tokens of a step, and returns that loss, a scalar.
 
-    The sum of each batch is divided by the number of tokens of all. Accumulation thus equals one large batch, however
-    the processes share its rows. With `graphs` (of this model, in one process) gradients start at 0 instead.
+    The step is the `batches` of all `processes`. The sum of each batch is divided by the number of tokens of all.
+    Accumulation thus equals one large batch, however the processes share its rows. With `graphs` (of this model, in one
+    process) gradients start at 0 instead.
     """
     batches = list(batches)
     # The tensor is filled on the device. A copy to a GPU would wait for all work that is queued there.
-    tokens = torch.full((), float(sum(int((batch.targets != IGNORE).sum()) for batch in batches)), device=device)
+    targets = torch.full((), sum(map(count_targets, batches)), dtype=torch.int64, device=device)
+    tokens = processes.sum(targets).to(torch.float32)
     total = torch.zeros((), device=device)
-    shared = processes.share(batches)
-    for number, batch in enumerate(shared, start=1):
-        with processes.accumulating(model, number, len(shared)):
+    for number, batch in enumerate(batches, start=1):
+        with processes.accumulating(model, number, len(batches)):
             if graphs:
                 total += graphs.add(batch, tokens, first=number == 1)
             else:
                 total += _add_gradients(model, batch, tokens, device, dtype, processes.count)
     return processes.sum(total)
+
+
+def count_targets(batch: Batch) -> int:
+    """Returns the number of targets that have a loss."""
+    return int((batch.targets != IGNORE).sum())
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:

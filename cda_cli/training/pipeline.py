@@ -33,8 +33,9 @@ class StepAttention(NamedTuple):
 class PendingStep(NamedTuple):
     """A step whose gradients are computed, or are being computed on the device, and nothing more.
 
-    `position` is the position in the data after its `batches`; `loss` is a scalar on the device. `attention` is what
-    attention computes them with. `measured` are the values of the auxiliary losses, by name, scalars on the device.
+    `batches` are those of this process, and `position` is the position in the data after those of all. `loss` is a
+    scalar on the device. `attention` is what attention computes them with. `measured` are the values of the auxiliary
+    losses, by name, scalars on the device.
     """
 
     batches: list[Batch]
@@ -131,7 +132,7 @@ def are_imports_frozen() -> bool:
 def launch_step(context: RunContext, state: TrainState, speed: Speed, step: int) -> PendingStep:
     """Draws the batches of the step with index `step`, counted from 0, and computes their gradients."""
     with speed.waiting():
-        batches, position = draw(state, context.config.optim.grad_accum)
+        batches, position = draw(state, context.processes.share(context.config.optim).batches)
     return compute_gradients(context, state, batches, position, step)
 
 
@@ -191,7 +192,7 @@ class Inspection(NamedTuple):
 def inspect_first(
     context: RunContext, state: TrainState, batches: list[Batch], stream: torch.cuda.Stream | None = None
 ) -> Inspection:
-    """Inspects what each layer selects on the first sequence of a step."""
+    """Inspects what each layer selects on the first sequence of a step; the first process has the first of all."""
     first = batches[0].map(lambda values: values[:1])
     # A module that fsdp compiles in place would otherwise be compiled once more, for this shape.
     with torch.compiler.set_stance("force_eager"), torch.cuda.stream(stream):

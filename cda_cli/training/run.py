@@ -335,6 +335,7 @@ def _set_up(
                 should_stop=lambda: bool(stop),
                 spare_cache=spare_cache,
                 tokenizer=_trained_tokenizer(config, checkpoint, initial),
+                processes=processes,
             )
     except PreparationStoppedError as error:
         stop.check(str(error))

@@ -72,17 +72,19 @@ def open_data(
     should_stop: Callable[[], bool] = lambda: False,
     spare_cache: Path | None = None,
     tokenizer: Tokenizer | None = None,
+    processes: Processes = ALONE,
 ) -> RunData:
     """Prepares the text, or opens it as a stream. Raises DataError if a side is shorter than one sequence.
 
-    The examples of a task are made while the model trains.
+    The examples of a task are made while the model trains. The batches are the share of this process.
 
     `spare_cache` takes what is not in the cache yet, for a run that must leave nothing behind. `tokenizer` replaces the
     one that the settings name.
     """
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
     if is_task(data.source):
-        return _task_data(config, tokenizer)
+        return _task_data(config, tokenizer, processes)
+    share = processes.share(optim)
     if data.streaming:
         preparation = Preparation(show_progress, should_stop, spare_cache)
         tokenizer = tokenizer or load_tokenizer(data.tokenizer, data.bos, data.eos)
@@ -97,7 +99,7 @@ def open_data(
             f"{source.description}, streamed",
             None,
             loss_of_text([validation]),
-            lambda position: StreamedBatches(data, tokenizer, seq_len, optim.batch_size, position, source),
+            lambda position: StreamedBatches(data, tokenizer, seq_len, share.size, position, share.rows, source),
             {"tokenizer": tokenizer.fingerprint, **source.identity},
         )
     corpus = prepare(
@@ -110,7 +112,7 @@ def open_data(
         corpus.description,
         count_windows(corpus.train, seq_len),
         loss_of_text([corpus.train, corpus.validation]),
-        lambda position: TrainBatches(corpus.train, seq_len, optim.batch_size, config.run.seed, position),
+        lambda position: TrainBatches(corpus.train, seq_len, share.size, config.run.seed, position, share.rows),
         {
             "tokenizer": corpus.tokenizer.fingerprint,
             "training tokens": len(corpus.train),
@@ -120,7 +122,7 @@ def open_data(
     )
 
 
-def _task_data(config: Config, tokenizer: Tokenizer | None) -> RunData:
+def _task_data(config: Config, tokenizer: Tokenizer | None, processes: Processes) -> RunData:
     """Opens a synthetic task. Raises DataError if an example is longer than a sequence."""
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
     task = parse_task(data.source)
@@ -130,13 +132,14 @@ def _task_data(config: Config, tokenizer: Tokenizer | None) -> RunData:
     if tokenizer:
         check_task_tokenizer(task, tokenizer)
     tokenizer = task_tokenizer(task)
+    share = processes.share(optim)
     return RunData(
         tokenizer,
         task_tokens(task, seq_len, config.run.eval_batches * optim.batch_size),
         task.description,
         None,
         None,
-        lambda position: TaskBatches(task, seq_len, optim.batch_size, config.run.seed, position),
+        lambda position: TaskBatches(task, seq_len, share.size, config.run.seed, position, share.rows),
         {"tokenizer": tokenizer.fingerprint, "task": task.spec},
         prompt=None,
     )
@@ -179,8 +182,8 @@ def build(
     source = initial.source if initial else None
     begun = checkpoint or source
     saved: Mapping[str, Any] = begun.state if begun else {"step": 0, "tokens": 0, "position": None}
-    batches = processes.batches(config.optim.grad_accum)
-    auxiliary = AuxiliaryLosses(config.optim, model, batches, device, saved)
+    share = processes.share(config.optim)
+    auxiliary = AuxiliaryLosses(config.optim, model, share.batches, device, saved)
     is_compiled = uses_compile(config, device, note)
     if is_compiled and device.type == "cuda":
         start_compile_workers()
@@ -223,7 +226,7 @@ def build(
         optimizer=optimizer,
         average=average,
         # A thread makes the batches of the next step during this one.
-        batches=Prefetched(_pinned(data.open_batches(saved["position"]), device), ahead=config.optim.grad_accum),
+        batches=Prefetched(_pinned(data.open_batches(saved["position"]), device), ahead=share.batches),
         step=saved["step"],
         tokens=saved["tokens"],
         position=saved["position"],

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from cda_cli.config import Config, dump_yaml, parse
-from cda_cli.data import Batch
+from cda_cli.data import share_of
 from cda_cli.errors import ConfigError
 from cda_cli.model import Transformer
 from cda_cli.signals import StopRequest
@@ -299,13 +299,16 @@ def test_the_launcher_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("accumulated", "rows", "count"), [(1, 4, 2), (4, 1, 2), (2, 2, 4), (6, 3, 9), (3, 6, 2)])
 def test_rows_are_shared_once_and_evenly(accumulated: int, rows: int, count: int) -> None:
-    numbers = torch.arange(accumulated * rows).view(accumulated, rows, 1)
-    batches = [Batch(part, part, part) for part in numbers]
-    shares = [Processes(Place(rank, count)).share(batches) for rank in range(count)]
-    taken = [torch.cat([batch.inputs.flatten() for batch in share]).tolist() for share in shares]
-    assert sorted(itertools.chain(*taken)) == list(range(accumulated * rows))
+    shares = [share_of(rank, count, rows, accumulated) for rank in range(count)]
+    numbers = list(range(accumulated * rows))
+    taken = [
+        list(itertools.chain(*(numbers[at : at + size][own] for at in range(0, len(numbers), size))))
+        for size, _, own in shares
+    ]
+    assert sorted(itertools.chain(*taken)) == numbers
     assert {len(part) for part in taken} == {accumulated * rows // count}
-    assert all(len(batch.inputs) <= rows for share in shares for batch in share)
+    assert all(len(numbers[:size][own]) <= rows for size, _, own in shares)
+    assert {size * batches for size, batches, _ in shares} == {len(numbers)}
 
 
 def test_a_batch_that_cannot_be_shared_names_the_remedy(small: Config) -> None:

@@ -1,23 +1,20 @@
 """Runs one training in several processes, with PyTorch's DDP or FSDP2 (`fully_shard`).
 
-Every process reads the data in its full order and takes its own rows of each step. The processes combine gradients,
+Every process follows the data in its full order and makes its own rows of each step. The processes combine gradients,
 losses and requests to stop. Only the first process (rank 0) prints and writes. The loop is the same for one process,
 where nothing here has an effect.
-
-W processes, B = batch_size, A = grad_accum.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import math
 import os
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from hashlib import blake2b
@@ -31,8 +28,8 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from cda_cli.config import Config
-from cda_cli.data import Batch
+from cda_cli.config import Config, OptimConfig
+from cda_cli.data import Share, share_of
 from cda_cli.errors import DeviceError
 from cda_cli.model import Transformer
 from cda_cli.runtime import pick_device, random_states, restore_random_states
@@ -133,23 +130,9 @@ class Processes:
 
     # The work of a step.
 
-    def batches(self, grad_accum: int) -> int:
-        """Returns how many batches a step has in each process (see `share`)."""
-        return grad_accum // math.gcd(grad_accum, self.count)
-
-    def share(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Returns this process's rows of a step's A batches of B rows: A·B/W of them, in batches of at most B.
-
-        Large batches run faster, so each process takes whole batches as far as A and W have common factors. Beyond
-        that, batches are cut into parts.
-        """
-        if self.count == 1:
-            return list(batches)
-        parts = self.count // math.gcd(len(batches), self.count)
-        group, part = divmod(self._place.rank, parts)
-        rows = len(batches[0].inputs) // parts
-        here = slice(part * rows, (part + 1) * rows)
-        return [batch.map(lambda values: values[here]) for batch in batches[group :: self.count // parts]]
+    def share(self, optim: OptimConfig) -> Share:
+        """Returns which rows of each step this process makes and trains on."""
+        return share_of(self.rank, self.count, optim.batch_size, optim.grad_accum)
 
     def accumulating(self, model: nn.Module, number: int, batches: int) -> AbstractContextManager[object]:
         """Surrounds forward and backward of batch `number` of a step's `batches`, counted from 1.
@@ -251,7 +234,7 @@ class Processes:
         for parameter in empty:
             parameter.requires_grad_(False)
         if self.divides_weights(config):
-            by_block = self.batches(config.optim.grad_accum) == 1
+            by_block = self.share(config.optim).batches == 1
             if compiled and by_block:
                 model.compile_parts()
             elif compiled:
