@@ -12,7 +12,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ class Source:
     validation: Documents | None = None
     single: bool = False
     total_bytes: int | None = None
+
+    def without_documents(self) -> Source:
+        """The same source for another process, which is told about it and does not read it."""
+        nothing = FileDocuments([], "", UTF8, self.description)
+        return replace(self, training=nothing, validation=nothing if self.validation else None)
 
 
 def open_source(config: DataConfig, preparation: Preparation = QUIETLY) -> Source:

@@ -328,15 +328,14 @@ def _set_up(
     """Also returns which weights of another run it starts from. They are not kept beside the model."""
     config, initial = _begin(config, checkpoint, processes)
     try:
-        with processes.first_process_first():
-            data = open_data(
-                config,
-                show_progress=display.interactive,
-                should_stop=lambda: bool(stop),
-                spare_cache=spare_cache,
-                tokenizer=_trained_tokenizer(config, checkpoint, initial),
-                processes=processes,
-            )
+        data = open_data(
+            config,
+            show_progress=display.interactive,
+            should_stop=lambda: bool(stop),
+            spare_cache=spare_cache,
+            tokenizer=_trained_tokenizer(config, checkpoint, initial),
+            processes=processes,
+        )
     except PreparationStoppedError as error:
         stop.check(str(error))
         raise

@@ -84,27 +84,14 @@ def open_data(
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
     if is_task(data.source):
         return _task_data(config, tokenizer, processes)
-    share = processes.share(optim)
+    preparation = Preparation(show_progress, should_stop, spare_cache)
     if data.streaming:
-        preparation = Preparation(show_progress, should_stop, spare_cache)
-        tokenizer = tokenizer or load_tokenizer(data.tokenizer, data.bos, data.eos)
-        # It is opened once: that may list a folder, read thousands of files, or ask a hub.
-        source = streamed_source(data, preparation)
-        wanted = config.run.eval_batches * optim.batch_size * seq_len + 1
-        validation = streamed_validation(data, tokenizer, wanted, source)
-        count_windows(validation, seq_len, "validation")
-        return RunData(
-            tokenizer,
-            validation,
-            f"{source.description}, streamed",
-            None,
-            loss_of_text([validation]),
-            lambda position: StreamedBatches(data, tokenizer, seq_len, share.size, position, share.rows, source),
-            {"tokenizer": tokenizer.fingerprint, **source.identity},
+        return _streamed_data(config, preparation, tokenizer, processes)
+    share = processes.share(optim)
+    with processes.first_process_first():
+        corpus = prepare(
+            data, show_progress=show_progress, should_stop=should_stop, spare_cache=spare_cache, tokenizer=tokenizer
         )
-    corpus = prepare(
-        data, show_progress=show_progress, should_stop=should_stop, spare_cache=spare_cache, tokenizer=tokenizer
-    )
     check_lengths(corpus, seq_len)
     return RunData(
         corpus.tokenizer,
@@ -119,6 +106,36 @@ def open_data(
             "validation tokens": len(corpus.validation),
             "content": [corpus.train.digest, corpus.validation.digest],
         },
+    )
+
+
+def _streamed_data(
+    config: Config, preparation: Preparation, tokenizer: Tokenizer | None, processes: Processes
+) -> RunData:
+    """Opens the text as a stream in the first process, which alone reads it."""
+    data, optim, seq_len = config.data, config.optim, config.model.seq_len
+    with processes.first_process_first():
+        tokenizer = tokenizer or load_tokenizer(data.tokenizer, data.bos, data.eos)
+        if processes.first:
+            # It is opened once: that may list a folder, read thousands of files, or ask a hub.
+            source = streamed_source(data, preparation)
+            wanted = config.run.eval_batches * optim.batch_size * seq_len + 1
+            validation = streamed_validation(data, tokenizer, wanted, source)
+            count_windows(validation, seq_len, "validation")
+    if processes.count > 1:
+        known = processes.broadcast((source.without_documents(), validation) if processes.first else None)
+        source, validation = (source, validation) if processes.first else known
+    share = processes.share(optim)
+    return RunData(
+        tokenizer,
+        validation,
+        f"{source.description}, streamed",
+        None,
+        loss_of_text([validation]),
+        lambda position: StreamedBatches(
+            data, tokenizer, seq_len, share.size, position, share.rows, source, processes, share.batches
+        ),
+        {"tokenizer": tokenizer.fingerprint, **source.identity},
     )
 
 
@@ -225,8 +242,12 @@ def build(
         auxiliary=auxiliary,
         optimizer=optimizer,
         average=average,
-        # A thread makes the batches of the next step during this one.
-        batches=Prefetched(_pinned(data.open_batches(saved["position"]), device), ahead=share.batches),
+        # A thread makes the batches of the next step during this one. Those of a stream are made when they are asked
+        # for if processes exchange their tokens, as the exchanges of all processes must come in the same order.
+        batches=Prefetched(
+            _pinned(data.open_batches(saved["position"]), device),
+            ahead=0 if config.data.streaming and processes.count > 1 else share.batches,
+        ),
         step=saved["step"],
         tokens=saved["tokens"],
         position=saved["position"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import re
@@ -176,6 +177,26 @@ def test_a_run_goes_on_in_any_layout(nursery: Nursery, small: Config, alone: Pat
     saved, expected = load(locate(run)), load(locate(alone))
     for part in ("model", "optimizer", "ema"):
         torch.testing.assert_close(getattr(saved, part), getattr(expected, part), rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_first_process_reads_a_stream(nursery: Nursery, plain: tuple[Config, Path], tmp_path: Path) -> None:
+    """The others have no text, and get its tokens. A run goes on at its place with any number of processes."""
+    lines = Path(plain[0].data.source).read_text(encoding="utf-8").splitlines()
+    rows = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    path, elsewhere = settings(changed(plain[0], steps=3, schedule_steps=3), tmp_path), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = ("train", "--config", path, "--data", "rows.jsonl", "--streaming")
+    for run, layouts in (("one", {3: 1}), ("several", {1: 2, 2: 4, 3: 1})):
+        for steps, count in layouts.items():
+            only = {rank: {"PWD": str(elsewhere if rank else tmp_path)} for rank in range(count)}
+            ended = nursery.run(count, *command, "--out", tmp_path / run, "--steps", steps, only=only)
+            assert ended.codes == [0] * count, ended.err
+    assert losses(tmp_path / "several") == pytest.approx(losses(tmp_path / "one"), rel=0, abs=TOLERANCE)
+    places = [load(locate(tmp_path / run)).state["position"] for run in ("one", "several")]
+    assert places[0] == places[1]
+    figures = [metrics(tmp_path / run, "train")[-1]["bits_per_byte"] for run in ("one", "several")]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-5)
 
 
 def test_processes_start_from_the_same_weights(nursery: Nursery, small: Config, alone: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from hashlib import blake2b
@@ -127,6 +127,14 @@ class Processes:
         values = [None] * self.count
         dist.all_gather_object(values, value, self._on_host)
         return values
+
+    def scatter(self, values: Sequence[Any] | None) -> Any:
+        """Returns this process's one of the `values` that the first gives, one for each. It waits for the first."""
+        if self.count == 1:
+            return values[0] if values else None
+        own = [None]
+        dist.scatter_object_list(own, list(values) if values else None, group=self._on_host)
+        return own[0]
 
     # The work of a step.
 
