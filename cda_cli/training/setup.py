@@ -90,7 +90,12 @@ def open_data(
     share = processes.share(optim)
     with processes.first_process_first():
         corpus = prepare(
-            data, show_progress=show_progress, should_stop=should_stop, spare_cache=spare_cache, tokenizer=tokenizer
+            data,
+            show_progress=show_progress,
+            should_stop=should_stop,
+            spare_cache=spare_cache,
+            tokenizer=tokenizer,
+            once=processes.once_on_machine if processes.count > 1 else None,
         )
     check_lengths(corpus, seq_len)
     return RunData(

@@ -10,15 +10,15 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from cda_cli.config import Config, dump_yaml, parse
-from cda_cli.data import share_of
+from cda_cli.config import Config, DataConfig, dump_yaml, parse
+from cda_cli.data import prepare, share_of
 from cda_cli.errors import ConfigError
 from cda_cli.model import Transformer
 from cda_cli.signals import StopRequest
@@ -316,6 +316,36 @@ def test_the_launcher_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> 
         assert launch(2, stop) == 0
     assert dict(os.environ) == before
     assert not [thread for thread in threading.enumerate() if thread not in threads]
+
+
+def test_a_machine_looks_into_the_files_of_a_text_once(tmp_path: Path) -> None:
+    """Its other processes are told what is in them. Another machine looks itself, and so does who has other files."""
+    folder, store = tmp_path / "text", dist.HashStore()
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(f"document {number}")
+    (folder / "binary").write_bytes(b"\0\1")
+
+    def looks(place: Place) -> tuple[int, str]:
+        """How often a process looks into files, and the tokens that it has."""
+        processes, looked = Processes(place, store), []
+
+        def once(key: str, find: Callable[[], str]) -> str:
+            return processes.once_on_machine(key, lambda: looked.append(key) or find())  # type: ignore[func-returns-value]
+
+        corpus = prepare(DataConfig(source=str(folder)), show_progress=False, once=once)
+        assert corpus.description.endswith("20 files; left out: 1 binary")
+        return len(looked), corpus.train.digest
+
+    first = looks(Place(0, 4, 0, 2, 0))
+    assert first[0] == 2, "neither the kinds of files nor their content"
+    assert looks(Place(1, 4, 1, 2, 0)) == (0, first[1])
+    assert looks(Place(2, 4, 0, 2, 1)) == first
+    (folder / "0.txt").write_text("document x")
+    (folder / "1.txt").write_text("document y")
+    changed_text = looks(Place(3, 4, 1, 2, 1))
+    assert changed_text[0] == 2
+    assert changed_text[1] != first[1]
 
 
 @pytest.mark.parametrize(("accumulated", "rows", "count"), [(1, 4, 2), (4, 1, 2), (2, 2, 4), (6, 3, 9), (3, 6, 2)])

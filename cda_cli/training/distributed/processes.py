@@ -93,6 +93,15 @@ class Processes:
         self.store_set(key, text)
         return text
 
+    def once_on_machine(self, key: str, find: Callable[[], str]) -> str:
+        """Returns what `find` returns; where the first process of this machine has called it already, from there."""
+        key = f"found/{self._place.machine}/{key}"
+        if self.count > 1 and self._place.local_rank and self._store.check([key]):
+            return cast(bytes, self._store.get(key)).decode()
+        text = find()
+        self.store_set(key, text)
+        return text
+
     @contextmanager
     def first_process_first(self) -> Iterator[None]:
         """Lets in the first process, then the first of each other machine, then all, so that caches are filled once."""
