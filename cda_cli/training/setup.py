@@ -129,7 +129,8 @@ def _streamed_data(
             count_windows(validation, seq_len, "validation")
     if processes.count > 1:
         known = processes.broadcast((source.without_documents(), validation) if processes.first else None)
-        source, validation = (source, validation) if processes.first else known
+        if not processes.first:
+            source, validation = known
     share = processes.share(optim)
     return RunData(
         tokenizer,
