@@ -55,7 +55,10 @@ class RotaryPositions(nn.Module):
 
     def at(self, start: int | Tensor, T: int, padding_B: Tensor | None = None) -> RotaryTables:
         """Returns the tables at `row_positions`: [T, D], or [B, T, D]."""
-        positions = row_positions(start, T, padding_B)
+        return self.of(row_positions(start, T, padding_B))
+
+    def of(self, positions: slice | Tensor) -> RotaryTables:
+        """Returns the tables at some positions."""
         return RotaryTables(self.cos[positions], self.sin[positions])
 
     def forward(self, x_BTHD: Tensor, start: int | Tensor, padding_B: Tensor | None = None) -> Tensor:

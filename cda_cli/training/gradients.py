@@ -39,8 +39,8 @@ def accumulate_gradients(
             if graphs:
                 total += graphs.add(batch, tokens, first=number == 1)
             else:
-                total += _add_gradients(model, batch, tokens, device, dtype, processes.count)
-    return processes.sum(total)
+                total += _add_gradients(model, batch, tokens, device, dtype, processes.mesh.groups)
+    return processes.sum(total) / processes.mesh.parts
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
@@ -49,14 +49,15 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 
 
 def _add_gradients(
-    model: nn.Module, batch: Batch, tokens: Tensor, device: torch.device, dtype: torch.dtype, processes: int = 1
+    model: nn.Module, batch: Batch, tokens: Tensor, device: torch.device, dtype: torch.dtype, groups: int = 1
 ) -> Tensor:
     """Adds the gradients of the sum of a batch's losses over `tokens`, and returns that sum, a scalar.
 
-    With several `processes` the gradients are scaled by their number, as DDP and FSDP take the mean over them later.
+    With several processes the gradients are scaled by the number of their `groups`. DDP and FSDP take the mean over all
+    processes later, and the processes of a group, which have the same losses, add up the gradients of these.
     """
     loss = token_losses(model, batch, device, dtype).sum() / tokens
-    (loss * processes).backward()
+    (loss * groups).backward()
     return loss.detach()
 
 

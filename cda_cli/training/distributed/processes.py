@@ -4,7 +4,9 @@ Every process reads the data in its full order and takes its own rows of each st
 losses and requests to stop. Only the first process (rank 0) prints and writes. The loop is the same for one process,
 where nothing here has an effect.
 
-W processes, B = batch_size, A = grad_accum.
+With context parallelism, groups of neighbouring processes take the same rows, of which each computes a part.
+
+W processes in D groups, B = batch_size, A = grad_accum.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ from torch.nn.parallel import DistributedDataParallel
 from cda_cli.config import Config
 from cda_cli.data import Batch
 from cda_cli.errors import DeviceError
-from cda_cli.model import Transformer
+from cda_cli.model import ContextPart, Transformer
 from cda_cli.runtime import pick_device, random_states, restore_random_states
 from cda_cli.signals import StopRequest
-from cda_cli.training.distributed.launch import ERROR, NAME, POLL, ErrorCoordinator, Place, log_level
+from cda_cli.training.distributed.launch import ERROR, NAME, POLL, ErrorCoordinator, Mesh, Place, log_level
 from cda_cli.training.distributed.sharding import shard_model
 
 # Nothing changes the model's buffers, so they need no broadcast. PyTorch 2.13 renamed the option.
@@ -51,8 +53,11 @@ class Processes:
     When it is left, the settings of PyTorch that it changed are restored.
     """
 
-    def __init__(self, place: Place, store: Any = None) -> None:
+    def __init__(self, place: Place, store: Any = None, mesh: Mesh | None = None) -> None:
         self._place, self._store = place, store
+        self.mesh = mesh or Mesh(place.processes, 1, shards=False)
+        self.group = place.rank // self.mesh.parts  # the number of the group that has the same rows
+        self._context: dist.ProcessGroup | None = None  # that group, if it has several processes
         self._on_host: dist.ProcessGroup | None = None  # the group for what the host waits for; None is the default one
         self._settings = ExitStack()
         self.count, self.rank = place.processes, place.rank
@@ -135,21 +140,22 @@ class Processes:
 
     def batches(self, grad_accum: int) -> int:
         """Returns how many batches a step has in each process (see `share`)."""
-        return grad_accum // math.gcd(grad_accum, self.count)
+        return grad_accum // math.gcd(grad_accum, self.mesh.groups)
 
     def share(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Returns this process's rows of a step's A batches of B rows: A·B/W of them, in batches of at most B.
+        """Returns the rows of this process's group of a step's A batches of B rows: A·B/D, in batches of at most B.
 
-        Large batches run faster, so each process takes whole batches as far as A and W have common factors. Beyond
-        that, batches are cut into parts.
+        Large batches run faster, so each group takes whole batches as far as A and D have common factors. Beyond that,
+        batches are cut into parts.
         """
-        if self.count == 1:
+        groups = self.mesh.groups
+        if groups == 1:
             return list(batches)
-        parts = self.count // math.gcd(len(batches), self.count)
-        group, part = divmod(self._place.rank, parts)
+        parts = groups // math.gcd(len(batches), groups)
+        first, part = divmod(self.group, parts)
         rows = len(batches[0].inputs) // parts
         here = slice(part * rows, (part + 1) * rows)
-        return [batch.map(lambda values: values[here]) for batch in batches[group :: self.count // parts]]
+        return [batch.map(lambda values: values[here]) for batch in batches[first :: groups // parts]]
 
     def accumulating(self, model: nn.Module, number: int, batches: int) -> AbstractContextManager[object]:
         """Surrounds forward and backward of batch `number` of a step's `batches`, counted from 1.
@@ -213,6 +219,8 @@ class Processes:
         )
         if on_gpu:
             self._on_host = dist.new_group(backend="gloo", timeout=limit)
+        if self.mesh.parts > 1:
+            self._context, _ = dist.new_subgroups(self.mesh.parts, timeout=2 * limit if on_gpu else limit)
 
     # The model and its random states.
 
@@ -227,10 +235,6 @@ class Processes:
                 f"{torch.cuda.device_count()}; start as many, or give --device cpu"
             )
         return torch.device("cuda", self._place.local_rank)
-
-    def divides_weights(self, config: Config) -> bool:
-        """Whether each process has only a shard of the weights."""
-        return self.count > 1 and config.run.parallel == "fsdp"
 
     def wrap(
         self, model: Transformer, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool
@@ -250,7 +254,9 @@ class Processes:
         empty = {parameter for parameter in model.parameters() if not parameter.numel()}
         for parameter in empty:
             parameter.requires_grad_(False)
-        if self.divides_weights(config):
+        if self._context is not None:
+            model.split_context(ContextPart(self._context))
+        if self.mesh.shards:
             by_block = self.batches(config.optim.grad_accum) == 1
             if compiled and by_block:
                 model.compile_parts()
@@ -313,7 +319,7 @@ def join(coordinator: ErrorCoordinator, config: Config) -> Processes:
     place = coordinator.place
     if place.processes == 1:
         return ALONE
-    processes = Processes(place, coordinator.store())
+    processes = Processes(place, coordinator.store(), Mesh.of(config.run, place.processes))
     device = processes.device(config.run.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
