@@ -190,13 +190,9 @@ class Attention(nn.Module):
         # the memory: they compile to few kernels, and the three gradients lie where the matrix product reads them.
         tables = None
         if self.rotary is not None:
-            start, T = cache.length if cache is not None else 0, projected_BTGD.shape[1]
-            if part is not None:
-                tables = self.rotary.of(part.positions(T, projected_BTGD.device))
-            elif isinstance(cache, CachedStep):
-                tables = cache.rotary_tables(self.rotary)
-            else:
-                tables = self.rotary.at(start, T, padding_B)
+            start, T = cache.length if cache is not None else part or 0, projected_BTGD.shape[1]
+            step = cache if isinstance(cache, CachedStep) else None
+            tables = self.rotary.at(start, T, padding_B) if step is None else step.rotary_tables(self.rotary)
         one_after_another = padding_B is None and not isinstance(cache, CachedStep)
         if norms[0] and norms[1] and tables and one_after_another and self._has_kernels(projected_BTGD):
             # Rotation is linear, so a factor on the gain is a factor on the query, without a pass over the query.

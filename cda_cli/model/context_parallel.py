@@ -22,10 +22,10 @@ _GROUPS: dict[str, ProcessGroup] = {}  # by name, as a custom operator takes no 
 
 
 class ContextPart:
-    """The part of each sequence that this process of a `group` computes. It makes no copy of a group of one."""
+    """The part of each sequence that this process of a `group` computes, on `device`."""
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.index, self.count, self._name = group.rank(), group.size(), group.group_name
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        self.index, self.count, self.device, self._name = group.rank(), group.size(), device, group.group_name
         _GROUPS[self._name] = group
 
     @property
@@ -38,9 +38,9 @@ class ContextPart:
         length = x.shape[dim] // (2 * self.count)
         return torch.cat([x.narrow(dim, chunk * length, length) for chunk in self.chunks], dim)
 
-    def positions(self, own: int, device: torch.device) -> Tensor:
+    def positions(self, own: int) -> Tensor:
         """Returns the positions in their sequence of the `own` positions that this process has, int64 [own]."""
-        return self.own(torch.arange(own * self.count, device=device), 0)
+        return self.own(torch.arange(own * self.count, device=self.device), 0)
 
     def whole(self, x: Tensor, dim: int) -> Tensor:
         """Returns whole sequences along `dim`, in every process, from the own positions of each. They have no padding.

@@ -20,7 +20,7 @@ from cda_cli.model.cache import CachedStep, KeyValueCache
 from cda_cli.model.context_parallel import ContextPart
 from cda_cli.model.feed_forward import FeedForward
 from cda_cli.model.layers import add_then_norm, make_dropout, make_norm
-from cda_cli.model.left_padding import row_positions
+from cda_cli.model.left_padding import Start, row_positions
 from cda_cli.model.loss import vocabulary_loss
 from cda_cli.model.rotary import RotaryPositions
 from cda_cli.model.rules import AttentionRule, attention_rule
@@ -118,12 +118,12 @@ class Transformer(nn.Module):
 
         After `split_context` these are the tokens and the stream of this process.
         """
-        start, T = (cache.length if cache is not None else 0), tokens_BT.shape[1]
-        part = self.context_part if cache is None else None
-        positions = T if part is None else T * part.count
-        if isinstance(start, int) and start + positions > self.config.seq_len:
-            raise ValueError(f"{start + positions} positions exceed the context of {self.config.seq_len}")
-        x_BTC = self.dropout(self._embedded(tokens_BT, start, padding_B, part))
+        start: Start = cache.length if cache is not None else self.context_part or 0
+        T = tokens_BT.shape[1]
+        stop = T * start.count if isinstance(start, ContextPart) else start + T
+        if isinstance(stop, int) and stop > self.config.seq_len:
+            raise ValueError(f"{stop} positions exceed the context of {self.config.seq_len}")
+        x_BTC = self.dropout(self._embedded(tokens_BT, start, padding_B))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Without dropout a block draws no random numbers, so the checkpoint need not keep their state.
@@ -135,19 +135,11 @@ class Transformer(nn.Module):
             cache.advance(T)
         return x_BTC
 
-    def _embedded(
-        self,
-        tokens_BT: Tensor,
-        start: int | Tensor,
-        padding_B: Tensor | None = None,
-        part: ContextPart | None = None,
-    ) -> Tensor:
+    def _embedded(self, tokens_BT: Tensor, start: Start, padding_B: Tensor | None = None) -> Tensor:
         x_BTC: Tensor = self.token_embedding(tokens_BT)
         if self.position_embedding is None:
             return x_BTC
-        T, device = tokens_BT.shape[1], tokens_BT.device
-        positions = row_positions(start, T, padding_B) if part is None else part.positions(T, device)
-        return x_BTC + self.position_embedding.weight[positions]
+        return x_BTC + self.position_embedding.weight[row_positions(start, tokens_BT.shape[1], padding_B)]
 
     def _logits_of_step(self, tokens_B1: Tensor, cache: CachedStep) -> Tensor:
         """What `forward` does with one position of each row, by the steps of its blocks."""

@@ -255,7 +255,7 @@ class Processes:
         for parameter in empty:
             parameter.requires_grad_(False)
         if self._context is not None:
-            model.split_context(ContextPart(self._context))
+            model.split_context(ContextPart(self._context, device))
         if self.mesh.shards:
             by_block = self.batches(config.optim.grad_accum) == 1
             if compiled and by_block:
