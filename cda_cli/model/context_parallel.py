@@ -9,7 +9,6 @@ Source: Llama 3 (arXiv 2407.21783, section 3.3.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,14 +49,16 @@ class ContextPart:
         gathered: Tensor = gather_positions(x, dim, self._name)
         return gathered
 
-    def halves(self, own: int, earlier: int = 0) -> Iterator[tuple[slice, int]]:
-        """Yields each chunk's place among the `own` positions, and where the keys end that its last query sees.
+    def halves(self, own: int, earlier: int = 0) -> list[tuple[slice, int]]:
+        """Returns each chunk's place among the `own` positions, and where the keys end that its last query sees.
 
         The keys of a sequence come behind `earlier` others.
         """
-        length = own // 2
-        for half, chunk in enumerate(self.chunks):
-            yield slice(half * length, (half + 1) * length), earlier + (chunk + 1) * length
+        length, (head, tail) = own // 2, self.chunks
+        return [
+            (slice(0, length), earlier + (head + 1) * length),
+            (slice(length, own), earlier + (tail + 1) * length),
+        ]
 
 
 @torch.library.custom_op("cda::gather_positions", mutates_args=())

@@ -220,7 +220,8 @@ class Processes:
         if on_gpu:
             self._on_host = dist.new_group(backend="gloo", timeout=limit)
         if self.mesh.parts > 1:
-            self._context, _ = dist.new_subgroups(self.mesh.parts, timeout=2 * limit if on_gpu else limit)
+            backend, waits = ("nccl", 2 * limit) if on_gpu else ("gloo", limit)
+            self._context, _ = dist.new_subgroups(self.mesh.parts, timeout=waits, backend=backend)
 
     # The model and its random states.
 
