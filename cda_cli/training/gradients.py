@@ -33,15 +33,15 @@ def accumulate_gradients(
     batches = list(batches)
     # The tensor is filled on the device. A copy to a GPU would wait for all work that is queued there.
     targets = torch.full((), sum(map(count_targets, batches)), dtype=torch.int64, device=device)
-    tokens = processes.sum(targets).to(torch.float32)
+    tokens = (processes.sum(targets) // processes.mesh.parts).to(torch.float32)  # A group has the same rows.
     total = torch.zeros((), device=device)
     for number, batch in enumerate(batches, start=1):
         with processes.accumulating(model, number, len(batches)):
             if graphs:
                 total += graphs.add(batch, tokens, first=number == 1)
             else:
-                total += _add_gradients(model, batch, tokens, device, dtype, processes.count)
-    return processes.sum(total)
+                total += _add_gradients(model, batch, tokens, device, dtype, processes.mesh.groups)
+    return processes.sum(total) / processes.mesh.parts
 
 
 def count_targets(batch: Batch) -> int:
@@ -55,14 +55,15 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 
 
 def _add_gradients(
-    model: nn.Module, batch: Batch, tokens: Tensor, device: torch.device, dtype: torch.dtype, processes: int = 1
+    model: nn.Module, batch: Batch, tokens: Tensor, device: torch.device, dtype: torch.dtype, groups: int = 1
 ) -> Tensor:
     """Adds the gradients of the sum of a batch's losses over `tokens`, and returns that sum, a scalar.
 
-    With several `processes` the gradients are scaled by their number, as DDP and FSDP take the mean over them later.
+    With several processes the gradients are scaled by the number of their `groups`. DDP and FSDP take the mean over all
+    processes later, and the processes of a group, which have the same losses, add up the gradients of these.
     """
     loss = token_losses(model, batch, device, dtype).sum() / tokens
-    (loss * processes).backward()
+    (loss * groups).backward()
     return loss.detach()
 
 

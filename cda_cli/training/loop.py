@@ -171,7 +171,8 @@ class RunningLoss:
 
     def totals(self, processes: Processes) -> tuple[float, int]:
         """All the losses, in nats, and the bytes of their text. It waits for all processes."""
-        *targets, text_bytes = map(sum, zip(*processes.gather([*self._targets, self._bytes]), strict=True))
+        of_groups = processes.gather([*self._targets, self._bytes])[:: processes.mesh.parts]
+        *targets, text_bytes = map(sum, zip(*of_groups, strict=True))
         return sum(loss * count for loss, count in zip(self._losses, targets, strict=True)), text_bytes
 
 

@@ -18,6 +18,7 @@ from cda_cli.data import Batch
 from cda_cli.inspection import Recorded, RecordWatcher, inspect
 from cda_cli.model import editing
 from cda_cli.training.accounting.speed import Speed
+from cda_cli.training.distributed.processes import Processes
 from cda_cli.training.gradients import accumulate_gradients
 from cda_cli.training.schedule import due, is_one_of
 from cda_cli.training.state import RunContext, TrainState
@@ -183,9 +184,13 @@ class Inspection(NamedTuple):
 
     watcher: RecordWatcher
     stream: torch.cuda.Stream | None
+    processes: Processes
 
     def recorded(self) -> Recorded:
         with torch.cuda.stream(self.stream):
+            parts = self.processes.mesh.parts
+            if parts > 1:  # The first group has the first sequence of all.
+                self.watcher.join(lambda seen: self.processes.gather(seen)[:parts])
             return self.watcher.recorded()
 
 
@@ -198,4 +203,4 @@ def inspect_first(
     with torch.compiler.set_stance("force_eager"), torch.cuda.stream(stream):
         watcher = RecordWatcher()
         inspect(state.model, [first], context.device, context.dtype, watcher)
-        return Inspection(watcher, stream)
+        return Inspection(watcher, stream, context.processes)

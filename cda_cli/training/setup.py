@@ -195,7 +195,7 @@ def build(
     backend = resolve_backend(config, device)  # before any work, as it may raise
     if checkpoint:
         check_weights(checkpoint.model, checkpoint, config)
-    if checkpoint and processes.divides_weights(config):
+    if checkpoint and processes.mesh.shards:
         model = model_of_shapes(config.model, config.run.backend)  # No process need ever hold a whole one.
     else:
         model = Transformer(config.model, config.run.backend).to(device)

@@ -3,6 +3,8 @@
 Every process follows the data in its full order and makes its own rows of each step. The processes combine gradients,
 losses and requests to stop. Only the first process (rank 0) prints and writes. The loop is the same for one process,
 where nothing here has an effect.
+
+With context parallelism, groups of neighbouring processes take the same rows, of which each computes a part.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ from torch.nn.parallel import DistributedDataParallel
 from cda_cli.config import Config, OptimConfig
 from cda_cli.data import Share, share_of
 from cda_cli.errors import DeviceError
-from cda_cli.model import Transformer
+from cda_cli.model import ContextPart, Transformer
 from cda_cli.runtime import pick_device, random_states, restore_random_states
 from cda_cli.signals import StopRequest
-from cda_cli.training.distributed.launch import ERROR, NAME, POLL, ErrorCoordinator, Place, log_level
+from cda_cli.training.distributed.launch import ERROR, NAME, POLL, ErrorCoordinator, Mesh, Place, log_level
 from cda_cli.training.distributed.sharding import shard_model
 
 # Nothing changes the model's buffers, so they need no broadcast. PyTorch 2.13 renamed the option.
@@ -48,8 +50,11 @@ class Processes:
     When it is left, the settings of PyTorch that it changed are restored.
     """
 
-    def __init__(self, place: Place, store: Any = None) -> None:
+    def __init__(self, place: Place, store: Any = None, mesh: Mesh | None = None) -> None:
         self._place, self._store = place, store
+        self.mesh = mesh or Mesh(place.processes, 1, shards=False)
+        self.group = place.rank // self.mesh.parts  # the number of the group that has the same rows
+        self._context: dist.ProcessGroup | None = None  # that group, if it has several processes
         self._on_host: dist.ProcessGroup | None = None  # the group for what the host waits for; None is the default one
         self._settings = ExitStack()
         self.count, self.rank = place.processes, place.rank
@@ -148,8 +153,8 @@ class Processes:
     # The work of a step.
 
     def share(self, optim: OptimConfig) -> Share:
-        """Returns which rows of each step this process makes and trains on."""
-        return share_of(self.rank, self.count, optim.batch_size, optim.grad_accum)
+        """Returns which rows of each step this process makes and trains on: those of its group."""
+        return share_of(self.group, self.mesh.groups, optim.batch_size, optim.grad_accum)
 
     def accumulating(self, model: nn.Module, number: int, batches: int) -> AbstractContextManager[object]:
         """Surrounds forward and backward of batch `number` of a step's `batches`, counted from 1.
@@ -213,6 +218,9 @@ class Processes:
         )
         if on_gpu:
             self._on_host = dist.new_group(backend="gloo", timeout=limit)
+        if self.mesh.parts > 1:
+            backend, waits = ("nccl", 2 * limit) if on_gpu else ("gloo", limit)
+            self._context, _ = dist.new_subgroups(self.mesh.parts, timeout=waits, backend=backend)
 
     # The model and its random states.
 
@@ -227,10 +235,6 @@ class Processes:
                 f"{torch.cuda.device_count()}; start as many, or give --device cpu"
             )
         return torch.device("cuda", self._place.local_rank)
-
-    def divides_weights(self, config: Config) -> bool:
-        """Whether each process has only a shard of the weights."""
-        return self.count > 1 and config.run.parallel == "fsdp"
 
     def wrap(
         self, model: Transformer, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool
@@ -250,7 +254,9 @@ class Processes:
         empty = {parameter for parameter in model.parameters() if not parameter.numel()}
         for parameter in empty:
             parameter.requires_grad_(False)
-        if self.divides_weights(config):
+        if self._context is not None:
+            model.split_context(ContextPart(self._context, device))
+        if self.mesh.shards:
             by_block = self.share(config.optim).batches == 1
             if compiled and by_block:
                 model.compile_parts()
@@ -313,7 +319,7 @@ def join(coordinator: ErrorCoordinator, config: Config) -> Processes:
     place = coordinator.place
     if place.processes == 1:
         return ALONE
-    processes = Processes(place, coordinator.store())
+    processes = Processes(place, coordinator.store(), Mesh.of(config.run, place.processes))
     device = processes.device(config.run.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
