@@ -1,4 +1,4 @@
-"""Measures the tokens a second of one process and of several, with a GPU each, with DDP and with FSDP2.
+"""Measures the tokens a second of one process and of several, with a GPU each, with DDP, FSDP2 and divided sequences.
 
     python benchmarks/distributed.py
     python benchmarks/distributed.py --devices 4 --set model.attention=softmax --set model.learned_k=false
@@ -6,7 +6,8 @@
 
 It runs the loop of `cda train` on a preset with GPT-2's vocabulary and its own batch, compiled, in bf16. Every run has
 the same tokens a step (strong scaling): W processes share the grad_accum batches of a step. If grad_accum is a multiple
-of W, each batch is as large as with one process. torchrun starts this file again for each row.
+of W, each batch is as large as with one process. Processes that divide sequences take all batches. torchrun starts this
+file again for each row.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
 def table(preset: str, devices: int, device: str) -> None:
     header(f"Training in several processes, preset {preset}, on a {'GPU each' if device == 'cuda' else 'CPU'}",
            "processes", "tokens/s", "× one", "waiting for data", "seconds, with start and compiling")  # fmt: skip
-    rows = {"1": (1, "ddp"), **{f"{devices}, {parallel}": (devices, parallel) for parallel in ("ddp", "fsdp")}}
+    rows = {"1": (1, "ddp"), **{f"{devices}, {parallel}": (devices, parallel) for parallel in ("ddp", "fsdp", "cp")}}
     speeds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="cda-bench-") as folder:
         for name, (count, parallel) in rows.items():
@@ -85,7 +86,7 @@ def work(preset: str, sets: list[str], result: Path) -> None:
     """Trains in this process. The first one writes [tokens a second, share of a step that waits for data]."""
     config = run_settings(preset, sets)
     with ErrorCoordinator() as coordinator, StopRequest(), join(coordinator, config) as processes:
-        found = measure(*build(config, random_data(config), processes=processes))
+        found = measure(*build(config, random_data(config, processes), processes=processes))
         tokens = config.optim.batch_size * config.optim.grad_accum * config.model.seq_len
         if processes.first:
             result.write_text(json.dumps([tokens / found.seconds, found.waited]), encoding="utf-8")

@@ -19,6 +19,7 @@ import torch
 from cda_cli.config import Config, resolve
 from cda_cli.data import Tokens, TrainBatches, load_tokenizer
 from cda_cli.sweep.student_t import mean_of
+from cda_cli.training.distributed.processes import ALONE, Processes
 from cda_cli.training.state import RunData
 
 VOCABULARY = 50304  # GPT-2's, rounded up to a multiple of 64
@@ -45,13 +46,13 @@ def on_gpu(wanted: Sequence[str] = (), known: Collection[str] = ()) -> list[str]
     return [name for name in known if not wanted or name in wanted]
 
 
-def random_data(config: Config) -> RunData:
+def random_data(config: Config, processes: Processes = ALONE) -> RunData:
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, TOKENS, dtype=np.uint16)
     tokens = Tokens(ids, np.full(TOKENS, 4, np.uint8), text_bytes=4 * TOKENS)
-    seq_len, batch_size = config.model.seq_len, config.optim.batch_size
+    seq_len, share = config.model.seq_len, processes.share(config.optim)
 
     def open_batches(position: Any) -> TrainBatches:
-        return TrainBatches(tokens, seq_len, batch_size, 0, position)
+        return TrainBatches(tokens, seq_len, share.size, 0, position, share.rows)
 
     return RunData(load_tokenizer("bytes"), tokens, "random tokens", TOKENS // seq_len, None, open_batches)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -161,6 +162,13 @@ class OptimConfig(Section, OptimSettings):
 
 class RunConfig(Section, RunSettings):
     """The settings of the run itself."""
+
+    @field_validator("mesh")
+    @classmethod
+    def _is_mesh(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"(dp=[1-9]\d*,)?cp=[1-9]\d*", value):
+            raise ValueError("input should be such as dp=2,cp=2 or cp=2")
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:

@@ -19,9 +19,11 @@ batches → ahead      prefetch    a thread makes them before they are asked for
 
 from cda_cli.data.batches import (
     Batch,
+    Share,
     TrainBatches,
     check_lengths,
     count_windows,
+    share_of,
     to_batch,
 )
 from cda_cli.data.bpe import bpe_size
@@ -58,6 +60,7 @@ __all__ = [
     "Prefetched",
     "Preparation",
     "PreparationStoppedError",
+    "Share",
     "Source",
     "StreamDecoder",
     "StreamedBatches",
@@ -86,6 +89,7 @@ __all__ = [
     "parse_task",
     "prepare",
     "prepare_whole",
+    "share_of",
     "streamed_source",
     "streamed_validation",
     "task_examples",

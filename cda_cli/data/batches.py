@@ -7,10 +7,11 @@ exactly once in a pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,28 @@ class Batch:
         return Batch(change(self.inputs), change(self.targets), change(self.target_bytes))
 
 
+class Share(NamedTuple):
+    """The rows of a step that one of several processes makes: the slice `rows` of each of `batches` batches of `size`.
+
+    Those `batches` are all of the step's rows. A process that is alone makes every row.
+    """
+
+    size: int
+    batches: int
+    rows: slice = slice(None)
+
+
+def share_of(rank: int, count: int, batch_size: int, grad_accum: int) -> Share:
+    """Returns the share of process `rank` of `count` in a step of A = `grad_accum` batches of B = `batch_size` rows.
+
+    Large batches run faster, so each process takes whole batches of B as far as A and `count` have common factors.
+    Beyond that, batches are cut into parts. `count` must divide A·B.
+    """
+    together = math.gcd(grad_accum, count)  # whole batches that are trained on at the same time
+    rows = batch_size * together // count
+    return Share(batch_size * together, grad_accum // together, slice(rank * rows, (rank + 1) * rows))
+
+
 def count_windows(tokens: Tokens, seq_len: int, side: str = "text") -> int:
     """The number of windows in a pass, ceil((N − 1) / T). Raises DataError if the text is shorter than one sequence."""
     if len(tokens) <= seq_len:
@@ -66,14 +89,23 @@ class TrainBatches:
     Each pass (epoch) takes every window once, in an order that depends on the seed and the epoch alone. A batch may
     span two passes. Raises DataError if the text is shorter than one sequence, or if `state` belongs to other data or
     another seq_len. A given `state` brings its seed; its batch size may have been another.
+
+    Only the `rows` of each batch are made and read, and the state is the place after all of them (see `Share`).
     """
 
     def __init__(
-        self, tokens: Tokens, seq_len: int, batch_size: int, seed: int, state: Mapping[str, Any] | None = None
+        self,
+        tokens: Tokens,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        state: Mapping[str, Any] | None = None,
+        rows: slice = slice(None),
     ) -> None:
         self._tokens = tokens
         self._seq_len = seq_len
         self._batch_size = batch_size
+        self._rows = rows
         self._windows = count_windows(tokens, seq_len, "training text")
         self._seed, self._epoch, self._position = seed, 0, 0
         if state is not None:
@@ -96,7 +128,7 @@ class TrainBatches:
             self._position += len(part)
             missing -= len(part)
             chosen.append(part)
-        return _gather(self._tokens, self._seq_len, np.concatenate(chosen)), self.state()
+        return _gather(self._tokens, self._seq_len, np.concatenate(chosen)[self._rows]), self.state()
 
     def state(self) -> State:
         """The place of the iterator: `position` windows into pass `epoch`."""

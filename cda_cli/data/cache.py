@@ -5,14 +5,16 @@ An entry is a folder. It is written whole under another name and then renamed, s
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from cda_cli.data.fingerprint import digest, stats
 from cda_cli.errors import CdaError, StorageError
 from cda_cli.storage import published_folder, remove_published, remove_stale
 
@@ -36,12 +38,22 @@ def cache_folder() -> Path:
 class Preparation:
     """How data is prepared: whether progress is shown, when to stop, and where new entries of the cache go.
 
-    `spare_cache` takes the entries that are not in the cache yet, for a caller that must leave nothing behind.
+    `spare_cache` takes the entries that are not in the cache yet, for a caller that must leave nothing behind. Of
+    several processes that prepare the same data, `once` takes a key and a function, and returns what the function has
+    returned where it was first called with that key.
     """
 
     show_progress: bool = False
     should_stop: Callable[[], bool] = lambda: False
     spare_cache: Path | None = None
+    once: Callable[[str, Callable[[], str]], str] | None = None
+
+    def of_content(self, what: str, paths: Sequence[Path], find: Callable[[], T]) -> T:
+        """What `find` returns, plain JSON, which depends on the content of `paths` and on `what`. It may be known."""
+        if self.once is None:
+            return find()
+        found: T = json.loads(self.once(digest(what, stats(paths)), lambda: json.dumps(find())))
+        return found
 
     def bar(self, description: str, total: int | None) -> tqdm[Any]:
         """A progress bar that counts bytes up to `total`, if that is known."""

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from cda_cli.data.cache import Preparation
 from cda_cli.data.documents import DataFile
 from cda_cli.data.files import NotTextError, check_is_text
 from cda_cli.data.row_readers import NoColumnError, NoTableError, kind_by_name, probe
@@ -28,22 +29,19 @@ class FolderFiles:
     there. Raises OSError, and DataError for a file that its ending calls text or a table and that cannot be read.
     """
 
-    def __init__(self, folder: Path, column: str, encoding: str) -> None:
+    def __init__(self, folder: Path, column: str, encoding: str, preparation: Preparation) -> None:
         self._left_out: Counter[str] = Counter()
         self._runs = 0
         self.files: list[DataFile] = []
-        for path in sorted(self._paths(folder), key=lambda path: path.relative_to(folder).as_posix()):
-            kind = kind_by_name(path.name) or self._kind_by_content(path, encoding)
-            if kind is None:
-                self._left_out["binary"] += 1
-                continue
-            try:
-                probe(path, kind, column, encoding)
+        paths = sorted(self._paths(folder), key=lambda path: path.relative_to(folder).as_posix())
+        looked = preparation.of_content(
+            f"kinds {column} {encoding}", paths, lambda: [_kind_or_fault(path, column, encoding) for path in paths]
+        )
+        for path, (kind, fault) in zip(paths, looked, strict=True):
+            if fault:
+                self._left_out[fault] += 1
+            else:
                 self.files.append(DataFile(path, kind))
-            except NoColumnError:
-                self._left_out[f"without a column {column!r}"] += 1
-            except NoTableError:
-                self._left_out["not a table of text"] += 1
 
     @property
     def left_out(self) -> str:
@@ -75,12 +73,23 @@ class FolderFiles:
                 elif path.stat().st_size:
                     yield path
 
-    def _kind_by_content(self, path: Path, encoding: str) -> str | None:
+
+def _kind_or_fault(path: Path, column: str, encoding: str) -> tuple[str, str]:
+    """The reader of a file, and why it is left out, or ""."""
+    kind = kind_by_name(path.name)
+    if kind is None:
+        kind = "text"
         try:
             check_is_text(path, encoding)
         except NotTextError:
-            return None
-        return "text"
+            return kind, "binary"
+    try:
+        probe(path, kind, column, encoding)
+    except NoColumnError:
+        return kind, f"without a column {column!r}"
+    except NoTableError:
+        return kind, "not a table of text"
+    return kind, ""
 
 
 def saved_splits(folder: Path) -> dict[str, list[DataFile]] | None:

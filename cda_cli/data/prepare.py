@@ -86,16 +86,17 @@ def prepare(
     should_stop: Callable[[], bool] = lambda: False,
     tokenizer: Tokenizer | None = None,
     spare_cache: Path | None = None,
+    once: Callable[[str, Callable[[], str]], str] | None = None,
 ) -> Corpus:
     """The tokens of both sides, from the cache or else made now, a few megabytes of text at a time.
 
     `tokenizer` stands in for the one that `config` names. `spare_cache` takes what is not in the cache yet, for a
-    caller that must leave nothing behind.
+    caller that must leave nothing behind. `once` is for several processes (see `Preparation`).
 
     Only a single document is ever held in memory. Raises DataError for bad data, StorageError if the cache cannot be
     written, and PreparationStoppedError once `should_stop()`. None of them leaves anything half-written.
     """
-    preparation = Preparation(show_progress, should_stop, spare_cache)
+    preparation = Preparation(show_progress, should_stop, spare_cache, once)
     size = None if tokenizer else bpe_size(config.tokenizer)
     if size is None:
         tokenizer = tokenizer or load_tokenizer(config.tokenizer, config.bos, config.eos)

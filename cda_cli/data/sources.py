@@ -12,7 +12,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,11 @@ class Source:
     single: bool = False
     total_bytes: int | None = None
 
+    def without_documents(self) -> Source:
+        """The same source for another process, which is told about it and does not read it."""
+        nothing = FileDocuments([], "", UTF8, self.description)
+        return replace(self, training=nothing, validation=nothing if self.validation else None)
+
 
 def open_source(config: DataConfig, preparation: Preparation = QUIETLY) -> Source:
     """The source that `config.source` names, downloaded if it is an address.
@@ -65,7 +70,7 @@ def open_source(config: DataConfig, preparation: Preparation = QUIETLY) -> Sourc
     Raises DataError if it is missing, empty or binary, and StorageError if a download cannot be stored.
     """
     if config.source == STDLIB:
-        return _stdlib(config)
+        return _stdlib(config, preparation)
     if config.source.startswith(HUB_PREFIX):
         return _hub(config)
     return _local(config, preparation)
@@ -98,14 +103,15 @@ def _is_path(source: str) -> bool:
     return source != STDLIB and not source.startswith(HUB_PREFIX) and not is_address(source) and not is_task(source)
 
 
-def _stdlib(config: DataConfig) -> Source:
+def _stdlib(config: DataConfig, preparation: Preparation) -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     paths = sorted(_python_files(root), key=lambda path: path.relative_to(root).as_posix())
     if not paths:
         raise DataError("this Python comes without the source of its standard library; give --data a text file")
     version = ".".join(map(str, sys.version_info[:3]))
     files = [DataFile(path, "text") for path in paths]
-    return _of_files(files, config, f"the standard library of Python {version}, {counted(len(paths), 'file')}", UTF8)
+    description = f"the standard library of Python {version}, {counted(len(paths), 'file')}"
+    return _of_files(files, config, description, UTF8, preparation)
 
 
 def _python_files(root: Path) -> Iterator[Path]:
@@ -120,40 +126,40 @@ def _local(config: DataConfig, preparation: Preparation) -> Source:
     try:
         if is_address(source):
             path = downloaded(source, preparation)
-            return _of_files([DataFile(path, _kind(path, encoding))], config, source.partition("#")[0], encoding)
+            files = [DataFile(path, _kind(path, encoding))]
+            return _of_files(files, config, source.partition("#")[0], encoding, preparation)
         folder = Path(os.path.expanduser(source))  # noqa: PTH111 - see absolute_source
         if folder.is_dir():
-            return _folder(folder, config)
+            return _folder(folder, config, preparation)
         paths = [path for path in _matches(source) if path.stat().st_size]
         files = [DataFile(path, _kind(path, encoding)) for path in paths]
         if not files:
             raise DataError(f"{source} is empty; give --data a file that holds text")
         description = str(paths[0]) if len(paths) == 1 else f"{source}, {counted(len(paths), 'file')}"
-        return _of_files(files, config, description, encoding)
+        return _of_files(files, config, description, encoding, preparation)
     except OSError as error:
         name = error.filename or source
         raise DataError(f"{name} cannot be read ({error.strerror}); give --data a file that can") from error
 
 
-def _folder(folder: Path, config: DataConfig) -> Source:
+def _folder(folder: Path, config: DataConfig, preparation: Preparation) -> Source:
     splits = saved_splits(folder)
     if splits is not None:
-        return _saved_dataset(splits, config)
-    found = FolderFiles(folder, config.text_column, config.encoding)
+        return _saved_dataset(splits, config, preparation)
+    found = FolderFiles(folder, config.text_column, config.encoding, preparation)
     left_out = f"; left out: {found.left_out}" if found.left_out else ""
     if not found.files:
         raise DataError(f"{config.source} has no file that holds text{left_out}; give --data another folder, or a file")
     description = f"{config.source}, {counted(len(found.files), 'file')}{left_out}"
-    return _of_files(found.files, config, description, config.encoding)
+    return _of_files(found.files, config, description, config.encoding, preparation)
 
 
-def _saved_dataset(splits: dict[str, list[DataFile]], config: DataConfig) -> Source:
+def _saved_dataset(splits: dict[str, list[DataFile]], config: DataConfig, preparation: Preparation) -> Source:
     split = next(iter(splits)) if list(splits) == [""] else config.split
     held_out = _held_out(splits, split, config.source)
     description = f"{config.source} ({split})" if split else config.source
-    return _of_files(
-        splits[split], config, description, UTF8, validation=splits[held_out] if held_out is not None else None
-    )
+    validation = splits[held_out] if held_out is not None else None
+    return _of_files(splits[split], config, description, UTF8, preparation, validation)
 
 
 def _of_files(
@@ -161,17 +167,22 @@ def _of_files(
     config: DataConfig,
     description: str,
     encoding: str,
+    preparation: Preparation,
     validation: list[DataFile] | None = None,
 ) -> Source:
     every = [*files, *(validation or [])]
     paths, kinds = [file.path for file in every], [file.kind for file in every]
     sizes = [path.stat().st_size for path in paths]
     total = sum(sizes)
-    content = content_digest(paths, sizes)
+    whole = set(kinds) == {"text"}  # each file is a document
+
+    def look() -> tuple[str, bool]:
+        return content_digest(paths, sizes), whole and any(compression(head_of(path)) for path in paths)
+
+    content, packed = preparation.of_content("digest", paths, look)
     if len(set(kinds)) > 1 or validation is not None:  # the same bytes may be other documents
         content = digest(content, kinds, len(files))
     identity = {"kind": ", ".join(sorted(set(kinds))), "files": len(paths), "bytes": total, "content": content}
-    whole = set(kinds) == {"text"}  # each file is a document
     return Source(
         description=description,
         fingerprint=digest(
@@ -181,7 +192,7 @@ def _of_files(
         training=FileDocuments(files, config.text_column, encoding, description),
         validation=FileDocuments(validation, config.text_column, encoding, description) if validation else None,
         single=whole and len(paths) == 1,
-        total_bytes=total if whole and not any(compression(head_of(path)) for path in paths) else None,
+        total_bytes=total if whole and not packed else None,
     )
 
 

@@ -96,14 +96,21 @@ class TaskBatches:
 
     Row by row the batches are the examples of the training side from number 0. A given `state` brings its seed; its
     batch size may have been another. Raises DataError if an example does not fit into `seq_len` tokens, or if `state`
-    belongs to another task or seq_len.
+    belongs to another task or seq_len. Only the `rows` of each batch are made, as those of `TrainBatches` are.
     """
 
     def __init__(
-        self, task: Task, seq_len: int, batch_size: int, seed: int, state: Mapping[str, Any] | None = None
+        self,
+        task: Task,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        state: Mapping[str, Any] | None = None,
+        rows: slice = slice(None),
     ) -> None:
         check_rows(task, seq_len)
         self._task, self._seq_len, self._batch_size = task, seq_len, batch_size
+        self._rows = range(batch_size)[rows]
         self._seed, self._position = seed, 0
         self._token_sizes = _sizes(task)
         if state is not None:
@@ -115,7 +122,8 @@ class TaskBatches:
         return self
 
     def __next__(self) -> tuple[Batch, State]:
-        rows, is_answer = self._task.rows("train", self._seed, self._position, self._batch_size, self._seq_len + 1)
+        first = self._position + self._rows.start
+        rows, is_answer = self._task.rows("train", self._seed, first, len(self._rows), self._seq_len + 1)
         self._position += self._batch_size
         return to_batch(rows, self._token_sizes[rows], is_answer[:, 1:]), self.state()
 

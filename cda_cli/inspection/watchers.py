@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,20 @@ class RecordWatcher(Watcher):
         else:
             _add(self.attention[seen.layer], SeenRows(seen), RECORDED)
             self.tokens, self.null_keys = seen.position + seen.weights.shape[2], seen.null_keys
+
+    def join(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Adds what other processes have seen of the same windows, where each saw as many positions of them.
+
+        `gather` returns what each process gives it, in all of them.
+        """
+        layers = sorted(self.attention)
+        means = {layer: (self.attention[layer].sums.cpu(), self.attention[layer].counts.cpu()) for layer in layers}
+        seen = gather((means, {layer: self.active[layer].cpu() for layer in layers}, self.tokens))
+        for layer in layers:
+            together = self.attention[layer]
+            together.sums, together.counts = (sum(each) for each in zip(*(of[layer] for of, *_ in seen), strict=True))
+            self.active[layer] = torch.stack([active[layer] for _, active, _ in seen]).mean(0)
+        self.tokens = max(tokens for *_, tokens in seen)
 
     def heads(self) -> dict[str, Tensor]:
         """Each measure of each head, float64 [L, H] on the CPU; 0 where no row has it, as of caps where none binds."""

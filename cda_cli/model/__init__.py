@@ -4,6 +4,7 @@ from cda_cli.model.activations import feed_forward_activation
 from cda_cli.model.active_units import reading_active_units, weights_read
 from cda_cli.model.auxiliary_losses import ActivationL1, ExcessSupport
 from cda_cli.model.cache import KeyValueCache, StaticCache
+from cda_cli.model.context_parallel import ContextPart
 from cda_cli.model.edits import Truncation, editing
 from cda_cli.model.key_pages import KeyReads
 from cda_cli.model.loss import padded_vocabulary
@@ -26,6 +27,7 @@ __all__ = [
     "PAGE",
     "ActivationL1",
     "AttentionRule",
+    "ContextPart",
     "ExcessSupport",
     "KeyReads",
     "KeySelection",

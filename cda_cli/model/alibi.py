@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cda_cli.config import POSITION_CHANNELS, ModelConfig
-from cda_cli.model.left_padding import row_positions
+from cda_cli.model.left_padding import Start, row_positions
 
 PART = 256  # bf16 holds the whole numbers up to this one, so two of them hold positions up to its square.
 
@@ -59,7 +59,7 @@ class AlibiPositions(nn.Module):
         self.query_channels.copy_(torch.stack((PART * slope, slope, rounded, ahead - rounded), -1))
 
     def forward(
-        self, query_BTHD: Tensor, key_BTKD: Tensor, start: int | Tensor, padding_B: Tensor | None
+        self, query_BTHD: Tensor, key_BTKD: Tensor, start: Start, padding_B: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Returns query and key with the channels of their `row_positions`."""
         positions = row_positions(start, query_BTHD.shape[1], padding_B)

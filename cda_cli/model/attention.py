@@ -15,10 +15,11 @@ from cda_cli.config import ModelConfig
 from cda_cli.model.alibi import AlibiPositions
 from cda_cli.model.auxiliary_losses import ExcessSupport
 from cda_cli.model.cache import CachedStep, KeyValueCache
+from cda_cli.model.context_parallel import ContextPart
 from cda_cli.model.edits import EditLayer
 from cda_cli.model.head_projection import PackedProjection, head_logits, project_heads
 from cda_cli.model.layers import head_linear, make_head_norm
-from cda_cli.model.left_padding import padding_first, padding_or_text
+from cda_cli.model.left_padding import Start, padding_first, padding_or_text
 from cda_cli.model.length_scaling import SCALINGS
 from cda_cli.model.observe import ObservedAttention, Observer
 from cda_cli.model.rotary import RotaryPositions, rotate
@@ -48,6 +49,7 @@ class Attention(nn.Module):
         self.edit_rows: EditRows | None = None
         self.edit_budget: EditLayer | None = None
         self.auxiliary_loss: ExcessSupport | None = None  # of training, where gradients are taken
+        self.context_part: ContextPart | None = None  # Several processes share the queries of each sequence.
         self.is_recomputed = False  # Activation checkpointing computes this layer again in the backward.
 
         inner, of_keys = config.heads * config.head_width, config.key_heads * config.head_width
@@ -103,9 +105,8 @@ class Attention(nn.Module):
             query = query * (-LOG_EPS_SCALE * self.log_eps).exp().to(query.dtype).view(-1, 1, 1)
         logits = partial(head_logits, x_BTC, packed, linears)
         if self.length_scaling is not None:
-            query = self.length_scaling(query, cache.length if cache is not None else 0, padding_B, logits)
+            query = self.length_scaling(query, self._start(cache), padding_B, logits)
         documents = None if padding_B is None else padding_or_text(padding_B, key.shape[2])
-        visible_B = cache.visible_B if cache is not None else None
         if learned_BHT is None and "k" in linears:
             learned_BHT = _one_to(self.config.attn_k, logits("k"))
         budget = self._constant_budget if learned_BHT is None else learned_BHT
@@ -115,23 +116,52 @@ class Attention(nn.Module):
                 dtype = torch.promote_types(query.dtype, torch.float32)
                 budget = query.new_full(query.shape[:3], budget, dtype=dtype)
             budget = self.edit_budget(self.layer, budget)
-        if self.auxiliary_loss is not None and torch.is_grad_enabled():
-            query = self.auxiliary_loss(self.rule, query, key, budget)
-        if self.observer is not None or self.edit_rows is not None:
-            observe = None
-            if self.observer is not None:
-                observe = partial(self._observe, self._output_scale(budget, gate_logits, query))
-            watch = (observe, self.edit_rows)
-            out_BHTD = self.rule.attend_densely(query, key, value, budget, *watch, documents, visible_B)
-        elif cache is not None and (visible_B is not None or self._decodes(query, documents)):
-            out_BHTD = cache.decode(self.layer, self.rule, query, key, value, budget)
+        if self.context_part is None or cache is not None:
+            out_BHTD = self._attend(query, key, value, budget, gate_logits, documents, cache)
         else:
-            out_BHTD = self.rule.attend(query, key, value, budget, documents)
+            # Each of two chunks is a run of queries, the last of which sees the keys up to its own.
+            of_chunks = []
+            for rows, stop in self.context_part.halves(query.shape[2], self.config.null_kv):
+                seen = key[:, :, :stop], value[:, :, :stop]
+                k = budget[:, :, rows] if isinstance(budget, Tensor) else budget
+                logits_of_rows = gate_logits[:, :, rows] if gate_logits is not None else None
+                of_keys = documents[:, :stop] if documents is not None else None
+                of_chunks.append(self._attend(query[:, :, rows], *seen, k, logits_of_rows, of_keys))
+            out_BHTD = torch.cat(of_chunks, 2)
         if self.divides_by_k:
             out_BHTD = out_BHTD / (budget.unsqueeze(-1) if isinstance(budget, Tensor) else budget)
         if gate_logits is not None:
             out_BHTD = out_BHTD * self._gate(gate_logits).unsqueeze(-1)
         return self.to_out(out_BHTD.transpose(1, 2).flatten(2))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        budget: float | Tensor,
+        gate_logits: Tensor | None,
+        documents: Tensor | None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Returns the output of the rule, [B, H, T, D], for queries that stand at the last of the keys."""
+        if self.auxiliary_loss is not None and torch.is_grad_enabled():
+            parts = 1 if self.context_part is None else self.context_part.count
+            query = self.auxiliary_loss(self.rule, query, key, budget, parts)
+        visible_B = cache.visible_B if cache is not None else None
+        if self.observer is not None or self.edit_rows is not None:
+            observe = None
+            if self.observer is not None:
+                observe = partial(self._observe, self._output_scale(budget, gate_logits, query))
+            watch = (observe, self.edit_rows)
+            return self.rule.attend_densely(query, key, value, budget, *watch, documents, visible_B)
+        if cache is not None and (visible_B is not None or self._decodes(query, documents)):
+            return cache.decode(self.layer, self.rule, query, key, value, budget)
+        return self.rule.attend(query, key, value, budget, documents)
+
+    def _start(self, cache: KeyValueCache | None) -> Start:
+        """Where the first of the queries stands, or the part of a sequence that they are."""
+        return cache.length if cache is not None else self.context_part or 0
 
     @staticmethod
     def _decodes(query_BHTD: Tensor, documents: Tensor | None) -> bool:
@@ -174,10 +204,11 @@ class Attention(nn.Module):
         Null keys come first and cached ones next. In a padded row, its padding stands in front of all of them.
         """
         H, K, norms = self.heads, self.key_heads, (self.query_norm, self.key_norm)
+        part = self.context_part if cache is None else None
         # Heads move in front of positions only at the end. Norm, rotation and their gradients thus keep the order of
         # the memory: they compile to few kernels, and the three gradients lie where the matrix product reads them.
         tables = None
-        start, T = cache.length if cache is not None else 0, projected_BTGD.shape[1]
+        start, T = self._start(cache), projected_BTGD.shape[1]
         if self.rotary is not None:
             step = cache if isinstance(cache, CachedStep) else None
             tables = self.rotary.at(start, T, padding_B) if step is None else step.rotary_tables(self.rotary)
@@ -205,6 +236,8 @@ class Attention(nn.Module):
             if self.query_scale is not None:
                 query = query * self.query_scale
         query, key, value = (heads_BTHD.transpose(1, 2) for heads_BTHD in (query, key, value))
+        if part is not None:
+            key, value = part.whole(torch.stack((key, value)), 3)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
         if self.config.null_kv and not (cache is not None and cache.holds_null_keys):

@@ -61,11 +61,20 @@ class ExcessSupport:
     def __init__(self, weight: Tensor, target: float, parts: int) -> None:
         self.weight, self.target, self.parts = weight, target, parts
 
-    def __call__(self, rule: AttentionRule, query_BHTD: Tensor, key_BKSD: Tensor, budget: float | Tensor) -> Tensor:
-        """Returns the query. The budget is that of `AttentionRule.attend`."""
-        apart = max(1, query_BHTD.shape[2] // SAMPLED_ROWS)
-        weights = rule.weights_of(query_BHTD, key_BKSD, budget, slice(apart // 2, None, apart))
-        excess = effective_support(weights).mean() / self.target - 1
+    def __call__(
+        self, rule: AttentionRule, query_BHTD: Tensor, key_BKSD: Tensor, budget: float | Tensor, processes: int = 1
+    ) -> Tensor:
+        """Returns the query. The budget is that of `AttentionRule.attend`.
+
+        Of `processes` that share a sequence, each calls it for its two chunks. The mean over them is that of all rows.
+        """
+        B, H, T = query_BHTD.shape[:3]
+        whole = T if processes == 1 else 2 * processes * T
+        first = key_BKSD.shape[2] - rule.config.null_kv - T
+        apart = max(1, whole // SAMPLED_ROWS)
+        weights = rule.weights_of(query_BHTD, key_BKSD, budget, slice((apart // 2 - first) % apart, None, apart))
+        rows = B * H * len(range(apart // 2, whole, apart)) / processes
+        excess = (effective_support(weights) / self.target - 1).sum() / rows
         return with_auxiliary_loss(query_BHTD, self.weight * (excess / self.parts))
 
 

@@ -8,15 +8,25 @@ Shapes: B batch, T positions, S keys, H heads, D head width. `padding_B` is the 
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
+from cda_cli.model.context_parallel import ContextPart
 
-def row_positions(start: int | Tensor, T: int, padding_B: Tensor | None) -> slice | Tensor:
-    """Returns the positions of T tokens after `start` others: a slice for all rows, or [B, T]; 0 in the padding.
+# How many tokens stand before those of a pass: as many in each row, or int64 [B]. Or the part of each sequence that
+# this process has.
+Start: TypeAlias = int | Tensor | ContextPart
 
-    `start` may be int64 [B]; such rows have no padding.
+
+def row_positions(start: Start, T: int, padding_B: Tensor | None) -> slice | Tensor:
+    """Returns the positions of T tokens after `start` others: a slice or [T] for all rows, or [B, T]; 0 in the padding.
+
+    `start` may be int64 [B], or the part of a sequence that has these tokens; such rows have no padding.
     """
+    if isinstance(start, ContextPart):
+        return start.positions(T)
     if isinstance(start, Tensor):
         return start.unsqueeze(1) + torch.arange(T, device=start.device) if T > 1 else start.unsqueeze(1)
     if padding_B is None:

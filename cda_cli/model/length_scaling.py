@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
 from cda_cli.model.layers import head_linear
-from cda_cli.model.left_padding import row_positions
+from cda_cli.model.left_padding import Start, row_positions
 
 # softplus(−4) is 0.02. The published code has rows that begin with a factor of 5, and are sharp before they learn.
 FIRST_BETA = -4.0
@@ -41,7 +41,7 @@ class LengthScaling(nn.Module, ABC):
         """Returns the factors [B or 1, h, T] for the numbers of `keys` [B or 1, 1, T]; `logits` are [B, h, T]."""
 
     def forward(
-        self, query_BHTD: Tensor, start: int | Tensor, padding_B: Tensor | None, logits: Callable[[str], Tensor]
+        self, query_BHTD: Tensor, start: Start, padding_B: Tensor | None, logits: Callable[[str], Tensor]
     ) -> Tensor:
         """Scales the queries at their `row_positions`, each of which sees the keys up to its own, and the null keys."""
         H, T = query_BHTD.shape[1:3]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
-from cda_cli.model.left_padding import row_positions
+from cda_cli.model.left_padding import Start, row_positions
 
 
 class RotaryTables(NamedTuple):
@@ -53,12 +53,12 @@ class RotaryPositions(nn.Module):
         self.cos.copy_(torch.cat((cos, cos), 1))
         self.sin.copy_(torch.cat((-sin, sin), 1))
 
-    def at(self, start: int | Tensor, T: int, padding_B: Tensor | None = None) -> RotaryTables:
+    def at(self, start: Start, T: int, padding_B: Tensor | None = None) -> RotaryTables:
         """Returns the tables at `row_positions`: [T, D], or [B, T, D]."""
         positions = row_positions(start, T, padding_B)
         return RotaryTables(self.cos[positions], self.sin[positions])
 
-    def forward(self, x_BTHD: Tensor, start: int | Tensor, padding_B: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTHD: Tensor, start: Start, padding_B: Tensor | None = None) -> Tensor:
         """Rotates x [B, T, H, D] at its `row_positions`."""
         return rotate(x_BTHD, self.at(start, x_BTHD.shape[1], padding_B))
 

@@ -18,9 +18,10 @@ from cda_cli.model.activations import feed_forward_activation
 from cda_cli.model.alibi import AlibiPositions
 from cda_cli.model.attention import Attention
 from cda_cli.model.cache import CachedStep, KeyValueCache
+from cda_cli.model.context_parallel import ContextPart
 from cda_cli.model.feed_forward import FeedForward
 from cda_cli.model.layers import add_then_norm, make_dropout, make_norm
-from cda_cli.model.left_padding import row_positions
+from cda_cli.model.left_padding import Start, row_positions
 from cda_cli.model.loss import vocabulary_loss
 from cda_cli.model.rotary import RotaryPositions
 from cda_cli.model.rules import AttentionRule, attention_rule
@@ -72,6 +73,7 @@ class Transformer(nn.Module):
         if config.tied_embeddings:
             self.to_logits.weight = self.token_embedding.weight
         self.activation_checkpointing = False
+        self.context_part: ContextPart | None = None
         self._scale_initial_weights()
 
     def forward(
@@ -94,16 +96,37 @@ class Transformer(nn.Module):
         """
         if isinstance(cache, CachedStep):
             return self._logits_of_step(tokens_BT, cache)
+        part = self.context_part if cache is None else None
+        if part is not None:
+            tokens_BT = part.own(tokens_BT, 1)
         x_BTC = self.stream(tokens_BT, cache, padding_B)
+        if part is not None:
+            if targets_BT is not None:
+                return part.whole(self.head(x_BTC, part.own(targets_BT, 1)), 1)
+            x_BTC = part.whole(x_BTC, 1)
         if wanted_B is not None:
             x_BTC = x_BTC.take_along_dim(wanted_B.view(-1, 1, 1), 1)
         return self.head(x_BTC, targets_BT)
 
+    def split_context(self, part: ContextPart) -> None:
+        """From now on each process of a group computes a part of each sequence, unless it is given a cache.
+
+        `forward` takes and returns what it does in one process, in all of them.
+        """
+        self.context_part = part
+        for block in self.each_block():
+            block.attention.context_part = part
+
     def stream(self, tokens_BT: Tensor, cache: KeyValueCache | None = None, padding_B: Tensor | None = None) -> Tensor:
-        """Returns the residual stream after the last block, [B, T, C], for the arguments of `forward`."""
-        start, T = (cache.length if cache is not None else 0), tokens_BT.shape[1]
-        if isinstance(start, int) and start + T > self.config.seq_len:
-            raise ValueError(f"{start + T} positions exceed the context of {self.config.seq_len}")
+        """Returns the residual stream after the last block, [B, T, C], for the arguments of `forward`.
+
+        After `split_context` these are the tokens and the stream of this process.
+        """
+        start: Start = cache.length if cache is not None else self.context_part or 0
+        T = tokens_BT.shape[1]
+        stop = T * start.count if isinstance(start, ContextPart) else start + T
+        if isinstance(stop, int) and stop > self.config.seq_len:
+            raise ValueError(f"{stop} positions exceed the context of {self.config.seq_len}")
         x_BTC = self.dropout(self._embedded(tokens_BT, start, padding_B))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -116,7 +139,7 @@ class Transformer(nn.Module):
             cache.advance(T)
         return x_BTC
 
-    def _embedded(self, tokens_BT: Tensor, start: int | Tensor, padding_B: Tensor | None = None) -> Tensor:
+    def _embedded(self, tokens_BT: Tensor, start: Start, padding_B: Tensor | None = None) -> Tensor:
         x_BTC: Tensor = self.token_embedding(tokens_BT)
         if self.position_embedding is None:
             return x_BTC

@@ -57,11 +57,22 @@ class RunSettings(Table):
         bool, Setting("Keep only each block's input for the backward and compute the rest again.")
     ] = False
     parallel: Annotated[
-        Literal["ddp", "fsdp"],
+        Literal["ddp", "fsdp", "cp"],
         Setting(
-            "How several processes hold the weights: as whole copies (ddp) or as shards (fsdp).", flag="--parallel"
+            "What several processes divide: the sequences of a step (ddp), these and the weights (fsdp), or each "
+            "sequence (cp).",
+            flag="--parallel",
         ),
     ] = "ddp"
+    mesh: Annotated[
+        str | None,
+        Setting(
+            "A mesh of processes in place of that, such as dp=2,cp=2: groups of cp processes divide each sequence, and "
+            "all of them the weights; null: none.",
+            flag="--mesh",
+            flag_help="A mesh of processes, such as dp=2,cp=2: cp of them divide each sequence, and all the weights.",
+        ),
+    ] = None
     backend: Annotated[
         Literal["auto", "torch", "triton", "colt5"], Setting("Backend of the operator.", flag="--backend")
     ] = "auto"

@@ -24,23 +24,29 @@ def accumulate_gradients(
     processes: Processes = ALONE,
     graphs: GradientGraphs | None = None,
 ) -> Tensor:
-    """Adds the gradients of the mean loss over the tokens of all `batches`, and returns that loss, a scalar.
+    """Adds the gradients of the mean loss over the tokens of a step, and returns that loss, a scalar.
 
-    The sum of each batch is divided by the number of tokens of all. Accumulation thus equals one large batch, however
-    the processes share its rows. With `graphs` (of this model, in one process) gradients start at 0 instead.
+    The step is the `batches` of all `processes`. The sum of each batch is divided by the number of tokens of all.
+    Accumulation thus equals one large batch, however the processes share its rows. With `graphs` (of this model, in one
+    process) gradients start at 0 instead.
     """
     batches = list(batches)
     # The tensor is filled on the device. A copy to a GPU would wait for all work that is queued there.
-    tokens = torch.full((), float(sum(int((batch.targets != IGNORE).sum()) for batch in batches)), device=device)
+    targets = torch.full((), sum(map(count_targets, batches)), dtype=torch.int64, device=device)
+    tokens = (processes.sum(targets) // processes.mesh.parts).to(torch.float32)  # A group has the same rows.
     total = torch.zeros((), device=device)
-    shared = processes.share(batches)
-    for number, batch in enumerate(shared, start=1):
-        with processes.accumulating(model, number, len(shared)):
+    for number, batch in enumerate(batches, start=1):
+        with processes.accumulating(model, number, len(batches)):
             if graphs:
                 total += graphs.add(batch, tokens, first=number == 1)
             else:
-                total += _add_gradients(model, batch, tokens, device, dtype, processes.count)
-    return processes.sum(total)
+                total += _add_gradients(model, batch, tokens, device, dtype, processes.mesh.groups)
+    return processes.sum(total) / processes.mesh.parts
+
+
+def count_targets(batch: Batch) -> int:
+    """Returns the number of targets that have a loss."""
+    return int((batch.targets != IGNORE).sum())
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
@@ -49,14 +55,15 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 
 
 def _add_gradients(
-    model: nn.Module, batch: Batch, tokens: Tensor, device: torch.device, dtype: torch.dtype, processes: int = 1
+    model: nn.Module, batch: Batch, tokens: Tensor, device: torch.device, dtype: torch.dtype, groups: int = 1
 ) -> Tensor:
     """Adds the gradients of the sum of a batch's losses over `tokens`, and returns that sum, a scalar.
 
-    With several `processes` the gradients are scaled by their number, as DDP and FSDP take the mean over them later.
+    With several processes the gradients are scaled by the number of their `groups`. DDP and FSDP take the mean over all
+    processes later, and the processes of a group, which have the same losses, add up the gradients of these.
     """
     loss = token_losses(model, batch, device, dtype).sum() / tokens
-    (loss * processes).backward()
+    (loss * groups).backward()
     return loss.detach()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cda_cli.data import IGNORE, Batch, evaluation_batches
+from cda_cli.data import Batch, evaluation_batches
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate
 from cda_cli.generation import SamplingSettings, generate
 from cda_cli.runs.early_stop import Patience
@@ -24,7 +24,8 @@ from cda_cli.signals import StopRequest
 from cda_cli.storage import publish
 from cda_cli.training.accounting.speed import Speed
 from cda_cli.training.display import Display
-from cda_cli.training.gradients import clip_gradients
+from cda_cli.training.distributed.processes import Processes
+from cda_cli.training.gradients import clip_gradients, count_targets
 from cda_cli.training.nonfinite import Refusals, StepResult
 from cda_cli.training.optimizer import GuardedOptimizer, learning_rate, set_learning_rate
 from cda_cli.training.pipeline import Pipeline, eps_of_step, restore_gc
@@ -49,6 +50,7 @@ def train(
     config, processes, model = context.config, context.processes, state.model
     optim, every = config.optim, config.run
     optimizer = GuardedOptimizer(state.optimizer, lambda: processes.gather_ahead(context.compiled))
+    tokens = optim.batch_size * optim.grad_accum * config.model.seq_len  # of a step
     speed = Speed()
     pipeline = Pipeline(context, state, speed, optimizer.steps_at_launch)
     running = RunningLoss()
@@ -85,7 +87,6 @@ def train(
         if state.average:
             state.average.update(state.step)
         state.validation_loss = None
-        tokens = sum(batch.inputs.numel() for batch in batches)
         state.tokens += tokens
         running.add(values.loss, batches)
         speed.add(tokens)
@@ -95,11 +96,12 @@ def train(
         if is_logged(state.step) or stop:
             speed.mark()
             recorded = pipeline.recorded(batches, pending.attention.eps)
+            nats, text_bytes = running.totals(processes)
             report(
                 TrainRecord(
                     step=state.step,
                     loss=running.loss,
-                    bits_per_byte=running.bits_per_byte,
+                    bits_per_byte=bits_per_byte(nats, text_bytes),
                     lr=rate,
                     eps=pending.attention.eps,
                     grad_norm=values.norm,
@@ -153,12 +155,13 @@ class RunningLoss:
 
     def __init__(self) -> None:
         self._losses: list[float] = []
-        self._nats, self._bytes = 0.0, 0
+        self._targets: list[int] = []  # of each step, those of this process
+        self._bytes = 0
 
     def add(self, loss: float, batches: list[Batch]) -> None:
-        """A step: its mean loss over the targets of `batches`."""
+        """A step: its mean loss over the targets of all processes, and the `batches` of this one."""
         self._losses.append(loss)
-        self._nats += loss * sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+        self._targets.append(sum(map(count_targets, batches)))
         self._bytes += sum(int(batch.target_bytes.sum()) for batch in batches)
 
     @property
@@ -166,10 +169,11 @@ class RunningLoss:
         """Mean of the losses, nats per token."""
         return statistics.fmean(self._losses)
 
-    @property
-    def bits_per_byte(self) -> float:
-        """All the losses, in bits, spread over the bytes of their text."""
-        return bits_per_byte(self._nats, self._bytes)
+    def totals(self, processes: Processes) -> tuple[float, int]:
+        """All the losses, in nats, and the bytes of their text. It waits for all processes."""
+        of_groups = processes.gather([*self._targets, self._bytes])[:: processes.mesh.parts]
+        *targets, text_bytes = map(sum, zip(*of_groups, strict=True))
+        return sum(loss * count for loss, count in zip(self._losses, targets, strict=True)), text_bytes
 
 
 def save(context: RunContext, state: TrainState, run: Run) -> Path:

@@ -18,6 +18,7 @@ from cda_cli.data import Batch
 from cda_cli.inspection import Recorded, RecordWatcher, inspect
 from cda_cli.model import editing
 from cda_cli.training.accounting.speed import Speed
+from cda_cli.training.distributed.processes import Processes
 from cda_cli.training.gradients import accumulate_gradients
 from cda_cli.training.schedule import due, is_one_of
 from cda_cli.training.state import RunContext, TrainState
@@ -33,8 +34,9 @@ class StepAttention(NamedTuple):
 class PendingStep(NamedTuple):
     """A step whose gradients are computed, or are being computed on the device, and nothing more.
 
-    `position` is the position in the data after its `batches`; `loss` is a scalar on the device. `attention` is what
-    attention computes them with. `measured` are the values of the auxiliary losses, by name, scalars on the device.
+    `batches` are those of this process, and `position` is the position in the data after those of all. `loss` is a
+    scalar on the device. `attention` is what attention computes them with. `measured` are the values of the auxiliary
+    losses, by name, scalars on the device.
     """
 
     batches: list[Batch]
@@ -131,7 +133,7 @@ def are_imports_frozen() -> bool:
 def launch_step(context: RunContext, state: TrainState, speed: Speed, step: int) -> PendingStep:
     """Draws the batches of the step with index `step`, counted from 0, and computes their gradients."""
     with speed.waiting():
-        batches, position = draw(state, context.config.optim.grad_accum)
+        batches, position = draw(state, context.processes.share(context.config.optim).batches)
     return compute_gradients(context, state, batches, position, step)
 
 
@@ -182,19 +184,23 @@ class Inspection(NamedTuple):
 
     watcher: RecordWatcher
     stream: torch.cuda.Stream | None
+    processes: Processes
 
     def recorded(self) -> Recorded:
         with torch.cuda.stream(self.stream):
+            parts = self.processes.mesh.parts
+            if parts > 1:  # The first group has the first sequence of all.
+                self.watcher.join(lambda seen: self.processes.gather(seen)[:parts])
             return self.watcher.recorded()
 
 
 def inspect_first(
     context: RunContext, state: TrainState, batches: list[Batch], stream: torch.cuda.Stream | None = None
 ) -> Inspection:
-    """Inspects what each layer selects on the first sequence of a step."""
+    """Inspects what each layer selects on the first sequence of a step; the first process has the first of all."""
     first = batches[0].map(lambda values: values[:1])
     # A module that fsdp compiles in place would otherwise be compiled once more, for this shape.
     with torch.compiler.set_stance("force_eager"), torch.cuda.stream(stream):
         watcher = RecordWatcher()
         inspect(state.model, [first], context.device, context.dtype, watcher)
-        return Inspection(watcher, stream)
+        return Inspection(watcher, stream, context.processes)

@@ -223,7 +223,7 @@ def _try_steps(context: RunContext, state: TrainState) -> tuple[float, int]:
 
 
 def make_plan(context: RunContext, state: TrainState, run: Run) -> Plan:
-    config, windows, processes = context.config, context.data.windows, context.processes.count
+    config, windows = context.config, context.data.windows
     per_step = config.optim.batch_size * config.optim.grad_accum
     validation = context.data.validation
     return Plan(
@@ -243,7 +243,7 @@ def make_plan(context: RunContext, state: TrainState, run: Run) -> Plan:
         tokens_per_step=per_step * config.model.seq_len,
         epochs=config.optim.steps * per_step / windows if windows else None,
         validation_windows=count_windows(validation, config.model.seq_len) if windows else None,
-        processes=f"{processes}, {config.run.parallel}" if processes > 1 else "1",
+        processes=str(context.processes.mesh),
         prompt=context.data.prompt,
     )
 
@@ -328,14 +328,14 @@ def _set_up(
     """Also returns which weights of another run it starts from. They are not kept beside the model."""
     config, initial = _begin(config, checkpoint, processes)
     try:
-        with processes.first_process_first():
-            data = open_data(
-                config,
-                show_progress=display.interactive,
-                should_stop=lambda: bool(stop),
-                spare_cache=spare_cache,
-                tokenizer=_trained_tokenizer(config, checkpoint, initial),
-            )
+        data = open_data(
+            config,
+            show_progress=display.interactive,
+            should_stop=lambda: bool(stop),
+            spare_cache=spare_cache,
+            tokenizer=_trained_tokenizer(config, checkpoint, initial),
+            processes=processes,
+        )
     except PreparationStoppedError as error:
         stop.check(str(error))
         raise

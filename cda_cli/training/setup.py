@@ -72,37 +72,31 @@ def open_data(
     should_stop: Callable[[], bool] = lambda: False,
     spare_cache: Path | None = None,
     tokenizer: Tokenizer | None = None,
+    processes: Processes = ALONE,
 ) -> RunData:
     """Prepares the text, or opens it as a stream. Raises DataError if a side is shorter than one sequence.
 
-    The examples of a task are made while the model trains.
+    The examples of a task are made while the model trains. The batches are the share of this process.
 
     `spare_cache` takes what is not in the cache yet, for a run that must leave nothing behind. `tokenizer` replaces the
     one that the settings name.
     """
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
     if is_task(data.source):
-        return _task_data(config, tokenizer)
+        return _task_data(config, tokenizer, processes)
+    preparation = Preparation(show_progress, should_stop, spare_cache)
     if data.streaming:
-        preparation = Preparation(show_progress, should_stop, spare_cache)
-        tokenizer = tokenizer or load_tokenizer(data.tokenizer, data.bos, data.eos)
-        # It is opened once: that may list a folder, read thousands of files, or ask a hub.
-        source = streamed_source(data, preparation)
-        wanted = config.run.eval_batches * optim.batch_size * seq_len + 1
-        validation = streamed_validation(data, tokenizer, wanted, source)
-        count_windows(validation, seq_len, "validation")
-        return RunData(
-            tokenizer,
-            validation,
-            f"{source.description}, streamed",
-            None,
-            loss_of_text([validation]),
-            lambda position: StreamedBatches(data, tokenizer, seq_len, optim.batch_size, position, source),
-            {"tokenizer": tokenizer.fingerprint, **source.identity},
+        return _streamed_data(config, preparation, tokenizer, processes)
+    share = processes.share(optim)
+    with processes.first_process_first():
+        corpus = prepare(
+            data,
+            show_progress=show_progress,
+            should_stop=should_stop,
+            spare_cache=spare_cache,
+            tokenizer=tokenizer,
+            once=processes.once_on_machine if processes.count > 1 else None,
         )
-    corpus = prepare(
-        data, show_progress=show_progress, should_stop=should_stop, spare_cache=spare_cache, tokenizer=tokenizer
-    )
     check_lengths(corpus, seq_len)
     return RunData(
         corpus.tokenizer,
@@ -110,7 +104,7 @@ def open_data(
         corpus.description,
         count_windows(corpus.train, seq_len),
         loss_of_text([corpus.train, corpus.validation]),
-        lambda position: TrainBatches(corpus.train, seq_len, optim.batch_size, config.run.seed, position),
+        lambda position: TrainBatches(corpus.train, seq_len, share.size, config.run.seed, position, share.rows),
         {
             "tokenizer": corpus.tokenizer.fingerprint,
             "training tokens": len(corpus.train),
@@ -120,7 +114,38 @@ def open_data(
     )
 
 
-def _task_data(config: Config, tokenizer: Tokenizer | None) -> RunData:
+def _streamed_data(
+    config: Config, preparation: Preparation, tokenizer: Tokenizer | None, processes: Processes
+) -> RunData:
+    """Opens the text as a stream in the first process, which alone reads it."""
+    data, optim, seq_len = config.data, config.optim, config.model.seq_len
+    with processes.first_process_first():
+        tokenizer = tokenizer or load_tokenizer(data.tokenizer, data.bos, data.eos)
+        if processes.first:
+            # It is opened once: that may list a folder, read thousands of files, or ask a hub.
+            source = streamed_source(data, preparation)
+            wanted = config.run.eval_batches * optim.batch_size * seq_len + 1
+            validation = streamed_validation(data, tokenizer, wanted, source)
+            count_windows(validation, seq_len, "validation")
+    if processes.count > 1:
+        known = processes.broadcast((source.without_documents(), validation) if processes.first else None)
+        if not processes.first:
+            source, validation = known
+    share = processes.share(optim)
+    return RunData(
+        tokenizer,
+        validation,
+        f"{source.description}, streamed",
+        None,
+        loss_of_text([validation]),
+        lambda position: StreamedBatches(
+            data, tokenizer, seq_len, share.size, position, share.rows, source, processes, share.batches
+        ),
+        {"tokenizer": tokenizer.fingerprint, **source.identity},
+    )
+
+
+def _task_data(config: Config, tokenizer: Tokenizer | None, processes: Processes) -> RunData:
     """Opens a synthetic task. Raises DataError if an example is longer than a sequence."""
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
     task = parse_task(data.source)
@@ -130,13 +155,14 @@ def _task_data(config: Config, tokenizer: Tokenizer | None) -> RunData:
     if tokenizer:
         check_task_tokenizer(task, tokenizer)
     tokenizer = task_tokenizer(task)
+    share = processes.share(optim)
     return RunData(
         tokenizer,
         task_tokens(task, seq_len, config.run.eval_batches * optim.batch_size),
         task.description,
         None,
         None,
-        lambda position: TaskBatches(task, seq_len, optim.batch_size, config.run.seed, position),
+        lambda position: TaskBatches(task, seq_len, share.size, config.run.seed, position, share.rows),
         {"tokenizer": tokenizer.fingerprint, "task": task.spec},
         prompt=None,
     )
@@ -169,7 +195,7 @@ def build(
     backend = resolve_backend(config, device)  # before any work, as it may raise
     if checkpoint:
         check_weights(checkpoint.model, checkpoint, config)
-    if checkpoint and processes.divides_weights(config):
+    if checkpoint and processes.mesh.shards:
         model = model_of_shapes(config.model, config.run.backend)  # No process need ever hold a whole one.
     else:
         model = Transformer(config.model, config.run.backend).to(device)
@@ -179,8 +205,8 @@ def build(
     source = initial.source if initial else None
     begun = checkpoint or source
     saved: Mapping[str, Any] = begun.state if begun else {"step": 0, "tokens": 0, "position": None}
-    batches = processes.batches(config.optim.grad_accum)
-    auxiliary = AuxiliaryLosses(config.optim, model, batches, device, saved)
+    share = processes.share(config.optim)
+    auxiliary = AuxiliaryLosses(config.optim, model, share.batches, device, saved)
     is_compiled = uses_compile(config, device, note)
     if is_compiled and device.type == "cuda":
         start_compile_workers()
@@ -222,8 +248,12 @@ def build(
         auxiliary=auxiliary,
         optimizer=optimizer,
         average=average,
-        # A thread makes the batches of the next step during this one.
-        batches=Prefetched(_pinned(data.open_batches(saved["position"]), device), ahead=config.optim.grad_accum),
+        # A thread makes the batches of the next step during this one. Those of a stream are made when they are asked
+        # for if processes exchange their tokens, as the exchanges of all processes must come in the same order.
+        batches=Prefetched(
+            _pinned(data.open_batches(saved["position"]), device),
+            ahead=0 if config.data.streaming and processes.count > 1 else share.batches,
+        ),
         step=saved["step"],
         tokens=saved["tokens"],
         position=saved["position"],

@@ -87,7 +87,7 @@ def test_the_origin_of_each_value_is_the_layer_that_won(cda: Cda, tmp_path: Path
         ("gqa", ["model.kv_heads"]),
         ("rope-theta", ["model.rotary_base"]),
         ("temperature", ["model.attn_eps", "model.ff_eps", "model.learned_eps", "model.eps_anneal_start"]),
-        ("gpu", ["run.device", "run.compile", "run.deterministic", "run.parallel"]),
+        ("gpu", ["run.device", "run.compile", "run.deterministic", "run.parallel", "run.mesh"]),
         (
             "checkpoint",
             ["run.activation_checkpointing", "run.save_every", "run.save_minutes", "run.keep", "run.keep_best"],

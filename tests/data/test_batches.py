@@ -21,6 +21,7 @@ from cda_cli.data import (
     check_lengths,
     count_windows,
     evaluation_batches,
+    share_of,
 )
 from cda_cli.errors import DataError
 
@@ -70,6 +71,47 @@ def test_a_pass_of_training_counts_each_token_but_the_first_once(shape: tuple[in
     batches = [batch for batch, _ in islice(TrainBatches(numbered(count), seq_len, batch_size, seed), windows)]
     assert sorted(targets(batches)) == sorted(list(range(1, count)) * passes)
     assert all(batch.inputs.shape == (batch_size, seq_len) for batch in batches)
+
+
+class Seen:
+    """Numbers that remember which of them were read."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values, self.places = values, set[int]()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        self.places |= set(places.flatten().tolist())
+        return self._values[places]
+
+
+@given(SHAPES, st.integers(1, 4), st.integers(1, 4))
+def test_processes_read_their_own_rows_of_the_batches_of_one(
+    shape: tuple[int, int, int], accumulated: int, count: int
+) -> None:
+    length, seq_len, rows = shape
+    rows *= count
+    step = [batch for batch, _ in islice(TrainBatches(numbered(length), seq_len, rows, 0), accumulated)]
+    after = [state for _, state in islice(TrainBatches(numbered(length), seq_len, rows, 0), accumulated)][-1]
+    found = []
+    for rank in range(count):
+        whole = numbered(length)
+        seen = Tokens(Seen(whole.ids), Seen(whole.sizes), whole.text_bytes)  # type: ignore[arg-type]
+        share = share_of(rank, count, rows, accumulated)
+        own, states = zip(
+            *islice(TrainBatches(seen, seq_len, share.size, 0, None, share.rows), share.batches), strict=True
+        )
+        assert states[-1] == after
+        read = {
+            number for batch in own for row in (batch.inputs, batch.inputs + 1) for number in row.flatten().tolist()
+        }
+        assert seen.ids.places == seen.sizes.places == read, "tokens of other processes were read"  # type: ignore[attr-defined]
+        found.append(own)
+    for name in ("inputs", "targets", "target_bytes"):
+        together = [getattr(batch, name) for one in zip(*found, strict=True) for batch in one]
+        assert torch.equal(torch.cat(together), torch.cat([getattr(batch, name) for batch in step]))
 
 
 @given(SHAPES, st.lists(st.integers(0, 12), min_size=1, max_size=3))

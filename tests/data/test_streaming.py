@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import gzip
 import json
-from itertools import islice
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cda_cli.config import DataConfig
-from cda_cli.data import Batch, ByteTokenizer, StreamedBatches, load_tokenizer, prepare, streamed_validation
+from cda_cli.data import (
+    Batch,
+    ByteTokenizer,
+    Encoded,
+    StreamedBatches,
+    load_tokenizer,
+    prepare,
+    share_of,
+    streamed_source,
+    streamed_validation,
+)
 from cda_cli.errors import DataError
 from tests.data.samples import LETTERS, UNICODE
 
@@ -143,3 +157,113 @@ def test_faults_of_a_stream_are_one_sentence(folder: Path) -> None:
         streamed_validation(config("rows.jsonl", validation_fraction=0.0001), ByteTokenizer(), 10)
     with pytest.raises(DataError, match=r"has no column 'body'; choose --text-column from text$"):
         next(batches(config("rows.jsonl", text_column="body")))
+
+
+class Counting(ByteTokenizer):
+    """Counts the characters that it encodes."""
+
+    characters = 0
+
+    def encode_batch(self, pieces: Sequence[str]) -> list[Encoded]:
+        self.characters += sum(map(len, pieces))
+        return super().encode_batch(pieces)
+
+
+class Worker:
+    """One of the threads that make a stream together. They share `values`, with one of each."""
+
+    def __init__(self, rank: int, values: list[Any], barrier: threading.Barrier) -> None:
+        self._rank, self._values, self._barrier = rank, values, barrier
+        self.count, self.first = len(values), rank == 0
+
+    def scatter(self, values: Sequence[Any] | None) -> Any:
+        return self._exchange(values)[0][self._rank]
+
+    def gather(self, value: Any) -> list[Any]:
+        return self._exchange(value)
+
+    def _exchange(self, value: Any) -> list[Any]:
+        self._values[self._rank] = value
+        self._barrier.wait()
+        values = list(self._values)
+        self._barrier.wait()
+        return values
+
+
+def together(
+    config: DataConfig, workers: int, length: int, state: Any = None, batch_size: int = 2, accumulated: int = 2
+) -> tuple[list[torch.Tensor], Any, list[int]]:
+    """Reads `length` steps of a stream with so many workers.
+
+    Returns the inputs, targets and bytes of each step, row by row and joined over the workers, the last state, and the
+    characters that each worker has encoded.
+    """
+    source, values, barrier = streamed_source(config), [None] * workers, threading.Barrier(workers, timeout=60)
+
+    def work(rank: int) -> tuple[list[list[torch.Tensor]], Any, int]:
+        share, tokenizer = share_of(rank, workers, batch_size, accumulated), Counting()
+        own = source if rank == 0 else source.without_documents()
+        worker = Worker(rank, values, barrier)
+        stream = StreamedBatches(config, tokenizer, 16, share.size, state, share.rows, own, worker, share.batches)
+        steps, after = [], state
+        for _ in range(length):
+            made, states = zip(*islice(stream, share.batches), strict=True)
+            steps.append([told(batch) for batch in made])
+            after = states[-1]
+        return steps, after, tokenizer.characters
+
+    with ThreadPoolExecutor(workers) as threads:
+        ranks, states, characters = zip(*threads.map(work, range(workers)), strict=True)
+    assert all(one == states[0] for one in states), "the processes are in different places"
+    steps = []
+    for step in zip(*ranks, strict=True):
+        # The batches that are trained on at the same time lie side by side in the text.
+        steps.append(torch.cat(list(chain(*zip(*step, strict=True)))))
+    return steps, states[0], list(characters)
+
+
+def told(batch: Batch) -> torch.Tensor:
+    return torch.cat([batch.inputs, batch.targets, batch.target_bytes[:, None]], 1)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_several_processes_have_the_stream_of_one(config: DataConfig, workers: int) -> None:
+    """Together they have its rows, in its order. Any other number of processes goes on from each place."""
+    alone = [told(batch) for batch, _ in islice(batches(config, shape=(16, 4)), 14)]
+    found, state, _ = together(config, workers, 9)
+    rest, _, _ = together(config, 6 - workers, 4, json.loads(json.dumps(state)))
+    last, _ = next(batches(config, json.loads(json.dumps(state)), shape=(16, 4)))
+    for number, (one, several) in enumerate(zip(alone, found + rest, strict=False)):
+        assert torch.equal(one, several), f"step {number} differs"
+    assert torch.equal(told(last), alone[9])
+
+
+@pytest.fixture
+def long(folder: Path) -> DataConfig:
+    """Two documents that are longer than what a tokenizer takes at once, and a short one between them."""
+    texts = ["".join(chr(97 + number * number % 26) for number in range(length)) for length in (300_000, 20, 200_000)]
+    (folder / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return DataConfig(source=str(folder / "long.jsonl"), streaming=True, validation_fraction=1e-9)
+
+
+def test_each_process_tokenises_its_part(long: DataConfig) -> None:
+    """Long documents are shared too, and a position may lie in the midst of one."""
+    alone = batches(long, shape=(16, 8192))
+    expected = [told(batch) for batch, _ in islice(alone, 5)]
+    found, state, characters = together(long, 2, 3, batch_size=4096)
+    assert 0 < state["offset"] < 500_000
+    rest, _, _ = together(long, 4, 2, json.loads(json.dumps(state)), batch_size=4096)
+    assert all(torch.equal(one, several) for one, several in zip(expected, found + rest, strict=True))
+    assert sum(characters) >= 3 * 8192 * 16
+    assert max(characters) <= sum(characters) / 2 + 2**17, "a process tokenised the part of another"
+
+
+def test_a_fault_comes_to_all_processes_in_its_turn(folder: Path) -> None:
+    good = "".join(json.dumps({"text": text}) + "\n" for text in LETTERS)
+    (folder / "rows.jsonl").write_text(good + "no JSON\n")
+    config = DataConfig(source=str(folder / "rows.jsonl"), streaming=True, validation_fraction=1e-9)
+    steps = (sum(len(text.encode()) + 1 for text in LETTERS) - 1) // 64
+    found, state, _ = together(config, 2, steps)
+    assert len(found) == steps, "the text before the fault is good"
+    with pytest.raises(DataError, match=rf"^line {len(LETTERS) + 1} of .* is not JSON"):
+        together(config, 2, 1, state)

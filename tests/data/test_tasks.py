@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -208,6 +209,11 @@ def test_batches_hold_one_example_a_row(task: Task, batch_size: int, other_size:
     shared = min(batch_size, other_size)
     assert (resumed.inputs[:shared] == following.inputs[:shared]).all()
     assert (resumed.targets[:shared] == following.targets[:shared]).all()
+    rows = slice(batch_size // 2, batch_size)
+    own, own_place = next(TaskBatches(task, seq_len, batch_size, seed=5, rows=rows))
+    assert own_place == place
+    assert torch.equal(own.inputs, first.inputs[rows]), "a process has other examples than its own"
+    assert torch.equal(own.targets, first.targets[rows])
 
 
 @given(tasks(), st.integers(1, 4), st.integers(0, 3))

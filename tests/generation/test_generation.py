@@ -16,7 +16,7 @@ from cda_cli.config import ModelConfig, parse
 from cda_cli.errors import ConfigError
 from cda_cli.generation import Generation, Request, SamplingSettings, filtered_distribution, generate
 from cda_cli.model import StaticCache, Transformer
-from cda_cli.training.distributed.launch import Place
+from cda_cli.training.distributed.launch import Mesh, Place
 from cda_cli.training.distributed.processes import Processes
 
 GREEDY = SamplingSettings(temperature=0.0)
@@ -268,7 +268,8 @@ def test_a_model_in_shards_gives_the_same_text(options: dict[str, Any], batches:
     config = parse({"run": {"parallel": "fsdp"}, "optim": {"grad_accum": 2 * batches}})
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        Processes(Place(rank=0, processes=2)).wrap(model, config, torch.device("cpu"), dtype, compiled=False)
+        mesh = Mesh.of(config.run, 2)
+        Processes(Place(rank=0, processes=2), mesh=mesh).wrap(model, config, torch.device("cpu"), dtype, compiled=False)
         model(torch.tensor([[1]]))  # FSDP makes its buffers in a step of training.
         assert tokens(model, [1, 2], 8, GREEDY, dtype=dtype) == alone
         assert texts() == together

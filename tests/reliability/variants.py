@@ -231,16 +231,16 @@ def offset_in_the_document_lost(patch: Patch) -> None:
 @variant
 def epoch_of_the_stream_lost(patch: Patch) -> None:
     """Starts the second pass where the first was resumed."""
-    documents = streaming.StreamedBatches._documents
+    blocks = streaming.StreamedBatches._blocks
 
-    def stuck(self: Any, epoch: int, position: Any) -> Iterator[Any]:
+    def stuck(self: Any, place: Any, characters: int) -> Iterator[Any]:
         while True:
-            for part in documents(self, epoch, position):
-                if part.epoch > epoch:
+            for block in blocks(self, place, characters):
+                yield block
+                if block.whole_pass is not None:
                     break
-                yield part
 
-    patch.setattr(streaming.StreamedBatches, "_documents", stuck)
+    patch.setattr(streaming.StreamedBatches, "_blocks", stuck)
 
 
 # Another text

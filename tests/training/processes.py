@@ -50,13 +50,23 @@ class Nursery:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._process.communicate()
 
-    def run(self, count: int, *args: object, only: Mapping[int, Mapping[str, str]] | None = None) -> Ended:
-        """Runs `cda ARGS` in `count` processes, with `only[rank]` in the environment of one."""
+    def run(
+        self,
+        count: int,
+        *args: object,
+        only: Mapping[int, Mapping[str, str]] | None = None,
+        module: str = "cda_cli.main",
+    ) -> Ended:
+        """Runs `cda ARGS` in `count` processes, with `only[rank]` in the environment of one.
+
+        Another `module` has another function `run`, which they call.
+        """
         self._runs += 1
         said = [[self._folder / f"{self._runs}.{rank}.{stream}" for stream in ("out", "err")] for rank in range(count)]
         here = {**os.environ, **NO_GPUS, "PWD": str(Path.cwd())}
         environments = [{**here, **(only or {}).get(rank, {})} for rank in range(count)]
-        job = {"args": [str(arg) for arg in args], "said": said, "environments": environments}
+        called = {"module": module, "args": [str(arg) for arg in args]}
+        job = {**called, "said": said, "environments": environments}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(job, default=str), file=self._process.stdin, flush=True)
@@ -106,8 +116,6 @@ def fork(job: dict[str, Any], rank: int, port: int, attempt: int) -> int:
     child = os.fork()
     if child:
         return child
-    from cda_cli.main import run
-
     for stream, path in enumerate(job["said"][rank], start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     count = str(len(job["said"]))
@@ -119,9 +127,12 @@ def fork(job: dict[str, Any], rank: int, port: int, attempt: int) -> int:
     sys.argv = ["cda", *job["args"]]
     code: Any = 0
     try:
-        run()
+        importlib.import_module(job["module"]).run()
     except SystemExit as leaving:
         code = leaving.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

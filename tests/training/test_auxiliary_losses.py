@@ -14,7 +14,7 @@ from cda_cli.config import Config, OptimConfig
 from cda_cli.data import Batch
 from cda_cli.errors import InterruptedRunError
 from cda_cli.inspection import RecordWatcher, inspect
-from cda_cli.model import Transformer
+from cda_cli.model import ExcessSupport, Transformer, attention_rule
 from cda_cli.runs.records import TrainRecord
 from cda_cli.storage import locate
 from cda_cli.training.auxiliary_losses import AuxiliaryLosses
@@ -102,6 +102,27 @@ def test_the_support_is_that_of_an_inspection(rule: dict[str, Any], backend: Any
             if parameter.grad is not None:
                 parameter -= 1e-5 * parameter.grad
     assert support()[0] < before[0]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 24])
+def test_processes_that_divide_a_sequence_measure_the_rows_of_one(processes: int) -> None:
+    """Each has two of its chunks, in which the sampled rows lie as in the whole. Some chunks may have none of them."""
+    rule, T, null = attention_rule(tiny(attention="softmax", null_kv=2)), 96, 2
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 3, length, 4, generator=generator) for length in (T, null + T))
+
+    def excess(sequences: list[tuple[int, int]], count: int) -> float:
+        weight = torch.ones((), requires_grad=True)
+        term = ExcessSupport(weight, target=2.0, parts=1)
+        for first, stop in sequences:
+            rows = query[:, :, first:stop].clone().requires_grad_()
+            term(rule, rows, key[:, :, : null + stop], 1.0, count).sum().backward()
+        assert weight.grad is not None
+        return weight.grad.item() / count
+
+    length = T // (2 * processes)
+    chunks = [(first, first + length) for first in range(0, T, length)]
+    assert excess(chunks, processes) == pytest.approx(excess([(0, T)], 1), rel=1e-5)
 
 
 def test_batches_of_a_step_make_up_the_large_batch() -> None:

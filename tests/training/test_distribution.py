@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import logging
 import os
 import re
@@ -17,15 +17,14 @@ import torch
 import torch.distributed as dist
 
 from cda_cli.config import Config, dump_yaml, parse
-from cda_cli.data import Batch
 from cda_cli.errors import ConfigError
 from cda_cli.model import Transformer
 from cda_cli.signals import StopRequest
 from cda_cli.storage import load, locate
-from cda_cli.training.distributed.launch import Place, count_processes, launch
+from cda_cli.training.distributed.launch import Mesh, Place, count_processes, launch
 from cda_cli.training.distributed.processes import Processes
 from tests.commands.helpers import OVERFLOWING, contents, metrics
-from tests.training.helpers import changed, losses, trained
+from tests.training.helpers import changed, losses, trained, with_settings
 from tests.training.processes import Nursery
 
 STEPS, HALF = 8, 4
@@ -70,13 +69,12 @@ def settings(config: Config, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("parallel", "batches"), [("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2), ("cp", 1)])
 def test_the_number_of_processes_changes_no_loss(
     nursery: Nursery, small: Config, alone: Path, tmp_path: Path, parallel: str, batches: int
 ) -> None:
-    """Neither does the number of batches in each process. Gradient norm, data position and checkpoints are the same
-    too, and only the first process prints."""
+    """Neither does the number of batches in each process. Gradient norm, what the layers select, data position and
+    checkpoints are the same too, and only the first process prints."""
     run, optim = tmp_path / "run", small.optim
     finer = ("--batch-size", optim.batch_size // batches, "--grad-accum", optim.grad_accum * batches)
     evaluation = ("--set", f"run.eval_batches={small.run.eval_batches * batches}")
@@ -91,6 +89,9 @@ def test_the_number_of_processes_changes_no_loss(
     for kind, figure in (("train", "grad_norm"), ("validation", "loss")):
         wanted = {record["step"]: record[figure] for record in metrics(alone, kind) if record["step"] <= HALF}
         assert {record["step"]: record[figure] for record in metrics(run, kind)} == pytest.approx(wanted, rel=1e-5)
+    for one, several in zip(metrics(alone, "train"), metrics(run, "train"), strict=False):
+        for layer, expected_layer in zip(several["layers"], one["layers"], strict=True):
+            assert layer == pytest.approx(expected_layer, rel=1e-4)
     last = f"step-{HALF:08}"
     names = {name: re.sub(r"-[0-9]{5}-of-[0-9]{5}", "", name) for name in contents(locate(run))}
     assert set(names.values()) == contents(alone / "checkpoints" / last).keys()
@@ -143,10 +144,21 @@ def test_muon_in_several_processes(nursery: Nursery, small: Config, tmp_path: Pa
         count = 1 + runs.index(run)
         assert nursery.run(count, "train", "--config", settings(config, tmp_path), "--out", run).codes == [0] * count
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=0, abs=1e-5)
-    sharded = config.model_copy(update={"run": config.run.model_copy(update={"parallel": "fsdp"})})
-    assert count_processes(sharded, Place(), 1, dry_run=False) == 1
-    with pytest.raises(ConfigError, match="Muon takes whole matrices, and fsdp cuts them; give --parallel ddp"):
-        count_processes(sharded, Place(), 2, dry_run=False)
+    for settings_of_run, remedy in (
+        ({"run.parallel": "fsdp"}, "fsdp cuts them; give --parallel ddp"),
+        ({"run.mesh": "dp=1,cp=2"}, "a mesh cuts them; give --parallel cp and --set run.mesh=null"),
+    ):
+        sharded = with_settings(config, settings_of_run)
+        assert count_processes(sharded, Place(), 1, dry_run=False) == 1
+        with pytest.raises(ConfigError, match=f"Muon takes whole matrices, and {remedy}"):
+            count_processes(sharded, Place(), 2, dry_run=False)
+
+
+def test_every_model_divides_its_sequences(nursery: Nursery) -> None:
+    """Each attention rule and kind of position, with null keys and shared ones, has the loss and the gradients that it
+    has alone, also where blocks are computed again."""
+    ended = nursery.run(2, module="tests.training.divided_sequences")
+    assert ended.codes == [0, 0], ended.err
 
 
 def test_auxiliary_losses_and_truncated_steps_in_several_processes(
@@ -156,26 +168,48 @@ def test_auxiliary_losses_and_truncated_steps_in_several_processes(
     penalised = {"ff_l1": 0.01, "support_target": 1.5, "support_rate": 0.1, "truncated_share": 0.5, "truncated_keys": 3}
     config = changed(plain[0], steps=3, **penalised)
     trained(config, tmp_path / "one")
-    command = ("train", "--config", settings(config, tmp_path), "--out", tmp_path / "two", "--parallel", "fsdp")
-    assert nursery.run(2, *command).codes == [0, 0]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=0, abs=TOLERANCE)
-    for figure in ("grad_norm", "ff_l1", "support", "support_multiplier"):
-        one, two = ([record[figure] for record in metrics(tmp_path / name, "train")] for name in ("one", "two"))
-        assert two == pytest.approx(one, rel=1e-5), figure
+    for parallel in ("fsdp", "cp"):
+        run = tmp_path / parallel
+        command = ("train", "--config", settings(config, tmp_path), "--out", run, "--parallel", parallel)
+        assert nursery.run(2, *command).codes == [0, 0]
+        assert losses(run) == pytest.approx(losses(tmp_path / "one"), rel=0, abs=TOLERANCE)
+        for figure in ("grad_norm", "ff_l1", "support", "support_multiplier"):
+            one, two = ([record[figure] for record in metrics(of, "train")] for of in (tmp_path / "one", run))
+            assert two == pytest.approx(one, rel=1e-5), figure
 
 
 def test_a_run_goes_on_in_any_layout(nursery: Nursery, small: Config, alone: Path, tmp_path: Path) -> None:
     """Each layout resumes what each other one has saved, and the end is that of the run in one process."""
     run, path = tmp_path / "run", settings(small, tmp_path)
-    layouts = [(2, "fsdp"), (4, "ddp"), (2, "fsdp"), (1, "ddp"), (2, "ddp"), (1, "ddp"), (4, "fsdp")]
-    for steps, (count, parallel) in zip((1, 2, 3, 4, 5, 6, STEPS), layouts, strict=True):
-        command = ("train", "--config", path, "--out", run, "--parallel", parallel, "--steps", steps)
-        ended = nursery.run(count, *command)
+    fsdp, ddp, cp, mesh = [("--parallel", word) for word in ("fsdp", "ddp", "cp")] + [("--mesh", "dp=2,cp=2")]
+    layouts = [(2, fsdp), (4, ddp), (2, cp), (1, ddp), (4, mesh), (2, fsdp), (1, ddp), (2, cp)]
+    for steps, (count, layout) in enumerate(layouts, start=1):
+        ended = nursery.run(count, "train", "--config", path, "--out", run, *layout, "--steps", steps)
         assert ended.codes == [0] * count, ended.err
     assert losses(run) == pytest.approx(losses(alone), rel=0, abs=TOLERANCE)
     saved, expected = load(locate(run)), load(locate(alone))
     for part in ("model", "optimizer", "ema"):
         torch.testing.assert_close(getattr(saved, part), getattr(expected, part), rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_first_process_reads_a_stream(nursery: Nursery, plain: tuple[Config, Path], tmp_path: Path) -> None:
+    """The others have no text, and get its tokens. A run goes on at its place with any number of processes."""
+    lines = Path(plain[0].data.source).read_text(encoding="utf-8").splitlines()
+    rows = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    path, elsewhere = settings(changed(plain[0], steps=3, schedule_steps=3), tmp_path), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = ("train", "--config", path, "--data", "rows.jsonl", "--streaming")
+    for run, layouts in (("one", {3: 1}), ("several", {1: 2, 2: 4, 3: 1})):
+        for steps, count in layouts.items():
+            only = {rank: {"PWD": str(elsewhere if rank else tmp_path)} for rank in range(count)}
+            ended = nursery.run(count, *command, "--out", tmp_path / run, "--steps", steps, only=only)
+            assert ended.codes == [0] * count, ended.err
+    assert losses(tmp_path / "several") == pytest.approx(losses(tmp_path / "one"), rel=0, abs=TOLERANCE)
+    places = [load(locate(tmp_path / run)).state["position"] for run in ("one", "several")]
+    assert places[0] == places[1]
+    figures = [metrics(tmp_path / run, "train")[-1]["bits_per_byte"] for run in ("one", "several")]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-5)
 
 
 def test_processes_start_from_the_same_weights(nursery: Nursery, small: Config, alone: Path, tmp_path: Path) -> None:
@@ -193,7 +227,7 @@ def test_processes_start_from_the_same_weights(nursery: Nursery, small: Config, 
     assert metrics(runs[1], "init") == metrics(runs[0], "init")
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "cp"])
 def test_dropout_goes_on_where_it_was(nursery: Nursery, config: Config, tmp_path: Path, parallel: str) -> None:
     """Each process has its own random numbers, and the same number of processes resumes them to the last bit."""
     path = settings(changed(config, steps=6, schedule_steps=6), tmp_path)
@@ -275,10 +309,10 @@ def test_settings_of_python_and_pytorch_are_restored(small: Config, parallel: st
     def settings_now() -> list[object]:
         return [list(warnings.filters), logging.getLogger("torch").level, torch._dynamo.config.optimize_ddp]
 
-    config = small.model_copy(update={"run": small.run.model_copy(update={"parallel": parallel})})
+    config = with_settings(small, {"run.parallel": parallel})
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     before = settings_now()
-    with Processes(Place(rank=1, processes=2)) as processes:
+    with Processes(Place(rank=1, processes=2), mesh=Mesh.of(config.run, 2)) as processes:
         processes.silence_warnings()
         silent = settings_now()
         processes.wrap(Transformer(config.model), config, torch.device("cpu"), torch.float32, compiled=True)
@@ -297,22 +331,30 @@ def test_the_launcher_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> 
     assert not [thread for thread in threading.enumerate() if thread not in threads]
 
 
-@pytest.mark.parametrize(("accumulated", "rows", "count"), [(1, 4, 2), (4, 1, 2), (2, 2, 4), (6, 3, 9), (3, 6, 2)])
-def test_rows_are_shared_once_and_evenly(accumulated: int, rows: int, count: int) -> None:
-    numbers = torch.arange(accumulated * rows).view(accumulated, rows, 1)
-    batches = [Batch(part, part, part) for part in numbers]
-    shares = [Processes(Place(rank, count)).share(batches) for rank in range(count)]
-    taken = [torch.cat([batch.inputs.flatten() for batch in share]).tolist() for share in shares]
-    assert sorted(itertools.chain(*taken)) == list(range(accumulated * rows))
-    assert {len(part) for part in taken} == {accumulated * rows // count}
-    assert all(len(batch.inputs) <= rows for share in shares for batch in share)
-
-
 def test_a_batch_that_cannot_be_shared_names_the_remedy(small: Config) -> None:
     config = changed(small, batch_size=3, grad_accum=2)
     assert count_processes(config, Place(), 6, dry_run=False) == 6
     with pytest.raises(ConfigError, match=r"6 sequences \(batch_size 3 × grad_accum 2\), which 4 .* a multiple of 4"):
         count_processes(config, Place(), 4, dry_run=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "says"),
+    [
+        ({"run.parallel": "cp"}, 3, "3 processes divide a sequence into 6 equal chunks, and it has 16 tokens; choose "),
+        ({"run.mesh": "dp=2,cp=2"}, 2, "there are 2 processes, which --mesh dp=2,cp=2 does not make up; give another "),
+        ({"run.mesh": "cp=3"}, 4, "there are 4 processes, which --mesh cp=3 does not make up; give another --mesh, "),
+        ({"run.mesh": "cp=2", "optim.grad_accum": 1}, 6, "a step has 2 sequences .* which 3 groups of processes "),
+    ],
+)
+def test_what_a_mesh_cannot_divide_names_the_remedy(
+    small: Config, changes: dict[str, object], count: int, says: str
+) -> None:
+    """One process goes on with any of these runs."""
+    config = with_settings(small, changes)
+    assert count_processes(config, Place(), 1, dry_run=False) == 1
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        count_processes(config, Place(), count, dry_run=False)
 
 
 def test_the_place_comes_from_the_environment() -> None:

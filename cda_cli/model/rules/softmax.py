@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cda_cli.model.rules.base import AttentionRule, Products, visible
-from cda_cli.ops import can_run_kernels, decode_attention, for_each_query
+from cda_cli.ops import can_run_kernels, decode_attention, for_each_query, soft_topk_attention
 
 
 class Softmax(AttentionRule):
@@ -23,7 +23,18 @@ class Softmax(AttentionRule):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, documents: Tensor | None = None
     ) -> Tensor:
-        return _sdpa(query, key, value, self.scale, documents)
+        return self._attend(query, key, value, self.scale, documents)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Tensor | None) -> Tensor:
+        """Computes attention with the scores scale · query·key.
+
+        Queries that follow others take a mask in SDPA, which has T × S entries. On a GPU they take the kernels of the
+        soft top-k, which with k = 1 and ε = 1 is softmax.
+        """
+        follow = key.shape[2] - query.shape[2] > self.config.null_kv
+        if follow and documents is None and can_run_kernels(self.backend, query.device, query.dtype, query.shape[-1]):
+            return soft_topk_attention(query, key, value, 1.0, eps=1.0, scale=scale, backend="triton")
+        return _sdpa(query, key, value, scale, documents)
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, visible_B: Tensor | None
@@ -51,7 +62,7 @@ class TemperedSoftmax(Softmax):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, documents: Tensor | None = None
     ) -> Tensor:
-        return _sdpa(query, key, value, self.scale / self.eps, documents)
+        return self._attend(query, key, value, self.scale / self.eps, documents)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Tensor | None) -> Tensor:

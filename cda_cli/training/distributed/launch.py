@@ -21,9 +21,9 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-from cda_cli.config import Config
+from cda_cli.config import Config, RunConfig
 from cda_cli.errors import ConfigError, TrainingError, exit_code
 from cda_cli.signals import StopRequest
 
@@ -61,10 +61,46 @@ class Place:
         )
 
 
+class Mesh(NamedTuple):
+    """`groups` groups of `parts` processes each. The groups divide the sequences of a step, and a group each of them.
+
+    `shards` says whether all processes together divide the weights.
+    """
+
+    groups: int
+    parts: int
+    shards: bool
+
+    @staticmethod
+    def of(run: RunConfig, processes: int) -> Mesh:
+        """Returns the mesh that the settings ask for. Raises ConfigError if the `processes` do not make it up.
+
+        A single process is a mesh by itself, so that it can go on with a run of several.
+        """
+        if processes == 1 or (run.mesh is None and run.parallel == "cp"):
+            return Mesh(1, processes, shards=False)
+        if run.mesh is None:
+            return Mesh(processes, 1, shards=run.parallel == "fsdp")
+        axes = {name: int(size) for name, size in (axis.split("=") for axis in run.mesh.split(","))}
+        groups, parts = axes.get("dp", processes // axes["cp"]), axes["cp"]
+        if groups * parts != processes:
+            raise ConfigError(
+                f"there are {processes} processes, which --mesh {run.mesh} does not make up; give another --mesh, "
+                "another number of --devices, or --set run.mesh=null"
+            )
+        return Mesh(groups, parts, shards=True)
+
+    def __str__(self) -> str:
+        """In the words of the settings: "4, fsdp"."""
+        names = ["fsdp"] if self.shards else ["ddp"] if self.groups > 1 else []
+        names += [f"cp={self.parts}"] if self.parts > 1 and self.groups > 1 else ["cp"] if self.parts > 1 else []
+        return ", ".join([str(self.groups * self.parts), *names])
+
+
 def count_processes(config: Config, place: Place, devices: int, dry_run: bool) -> int:
     """Returns the number of processes that torchrun has started, or else `devices`.
 
-    Raises ConfigError if they cannot share the sequences of a step evenly, or if settings exclude each other.
+    Raises ConfigError if they cannot share a step evenly, or if settings exclude each other.
     """
     started, optim = place.processes, config.optim
     if started > 1 and devices not in (1, place.local_processes):
@@ -76,15 +112,28 @@ def count_processes(config: Config, place: Place, devices: int, dry_run: bool) -
         raise ConfigError("--dry-run tries one process; leave out --devices, or torchrun")
     if processes > 1 and ":" in config.run.device:
         raise ConfigError(f"--device {config.run.device} is for one process, and there are {processes}; give cuda")
-    if processes > 1 and config.run.parallel == "fsdp" and optim.optimizer == "muon":
+    mesh = Mesh.of(config.run, processes)
+    if mesh.shards and optim.optimizer == "muon":
+        if config.run.mesh is not None:
+            raise ConfigError(
+                "Muon takes whole matrices, and a mesh cuts them; give --parallel cp and --set run.mesh=null, or --set "
+                "optim.optimizer=adamw"
+            )
         raise ConfigError(
             "Muon takes whole matrices, and fsdp cuts them; give --parallel ddp, or --set optim.optimizer=adamw"
         )
-    if sequences % processes:
+    if sequences % mesh.groups:
+        sharing = f"{processes} processes" if mesh.parts == 1 else f"{mesh.groups} groups of processes"
         raise ConfigError(
             f"a step has {sequences} sequences (batch_size {optim.batch_size} × grad_accum {optim.grad_accum}), which "
-            f"{processes} processes cannot share evenly; choose --batch-size or --grad-accum so that their product is "
-            f"a multiple of {processes}"
+            f"{sharing} cannot share evenly; choose --batch-size or --grad-accum so that their product is "
+            f"a multiple of {mesh.groups}"
+        )
+    if mesh.parts > 1 and config.model.seq_len % (2 * mesh.parts):
+        raise ConfigError(
+            f"{mesh.parts} processes divide a sequence into {2 * mesh.parts} equal chunks, and it has "
+            f"{config.model.seq_len} tokens; choose --seq-len so that it is a multiple of {2 * mesh.parts}, or divide "
+            "it among another number of processes"
         )
     return processes
 

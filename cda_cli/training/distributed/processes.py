@@ -1,17 +1,16 @@
 """Runs one training in several processes, with PyTorch's DDP or FSDP2 (`fully_shard`).
 
-Every process reads the data in its full order and takes its own rows of each step. The processes combine gradients,
+Every process follows the data in its full order and makes its own rows of each step. The processes combine gradients,
 losses and requests to stop. Only the first process (rank 0) prints and writes. The loop is the same for one process,
 where nothing here has an effect.
 
-W processes, B = batch_size, A = grad_accum.
+With context parallelism, groups of neighbouring processes take the same rows, of which each computes a part.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import math
 import os
 import socket
 import sys
@@ -31,13 +30,13 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from cda_cli.config import Config
-from cda_cli.data import Batch
+from cda_cli.config import Config, OptimConfig
+from cda_cli.data import Share, share_of
 from cda_cli.errors import DeviceError
-from cda_cli.model import Transformer
+from cda_cli.model import ContextPart, Transformer
 from cda_cli.runtime import pick_device, random_states, restore_random_states
 from cda_cli.signals import StopRequest
-from cda_cli.training.distributed.launch import ERROR, NAME, POLL, ErrorCoordinator, Place, log_level
+from cda_cli.training.distributed.launch import ERROR, NAME, POLL, ErrorCoordinator, Mesh, Place, log_level
 from cda_cli.training.distributed.sharding import shard_model
 
 # Nothing changes the model's buffers, so they need no broadcast. PyTorch 2.13 renamed the option.
@@ -51,8 +50,11 @@ class Processes:
     When it is left, the settings of PyTorch that it changed are restored.
     """
 
-    def __init__(self, place: Place, store: Any = None) -> None:
+    def __init__(self, place: Place, store: Any = None, mesh: Mesh | None = None) -> None:
         self._place, self._store = place, store
+        self.mesh = mesh or Mesh(place.processes, 1, shards=False)
+        self.group = place.rank // self.mesh.parts  # the number of the group that has the same rows
+        self._context: dist.ProcessGroup | None = None  # that group, if it has several processes
         self._on_host: dist.ProcessGroup | None = None  # the group for what the host waits for; None is the default one
         self._settings = ExitStack()
         self.count, self.rank = place.processes, place.rank
@@ -96,6 +98,15 @@ class Processes:
         self.store_set(key, text)
         return text
 
+    def once_on_machine(self, key: str, find: Callable[[], str]) -> str:
+        """Returns what `find` returns; where the first process of this machine has called it already, from there."""
+        key = f"found/{self._place.machine}/{key}"
+        if self.count > 1 and self._place.local_rank and self._store.check([key]):
+            return cast(bytes, self._store.get(key)).decode()
+        text = find()
+        self.store_set(key, text)
+        return text
+
     @contextmanager
     def first_process_first(self) -> Iterator[None]:
         """Lets in the first process, then the first of each other machine, then all, so that caches are filled once."""
@@ -131,25 +142,19 @@ class Processes:
         dist.all_gather_object(values, value, self._on_host)
         return values
 
+    def scatter(self, values: Sequence[Any] | None) -> Any:
+        """Returns this process's one of the `values` that the first gives, one for each. It waits for the first."""
+        if self.count == 1:
+            return values[0] if values else None
+        own = [None]
+        dist.scatter_object_list(own, list(values) if values else None, group=self._on_host)
+        return own[0]
+
     # The work of a step.
 
-    def batches(self, grad_accum: int) -> int:
-        """Returns how many batches a step has in each process (see `share`)."""
-        return grad_accum // math.gcd(grad_accum, self.count)
-
-    def share(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Returns this process's rows of a step's A batches of B rows: A·B/W of them, in batches of at most B.
-
-        Large batches run faster, so each process takes whole batches as far as A and W have common factors. Beyond
-        that, batches are cut into parts.
-        """
-        if self.count == 1:
-            return list(batches)
-        parts = self.count // math.gcd(len(batches), self.count)
-        group, part = divmod(self._place.rank, parts)
-        rows = len(batches[0].inputs) // parts
-        here = slice(part * rows, (part + 1) * rows)
-        return [batch.map(lambda values: values[here]) for batch in batches[group :: self.count // parts]]
+    def share(self, optim: OptimConfig) -> Share:
+        """Returns which rows of each step this process makes and trains on: those of its group."""
+        return share_of(self.group, self.mesh.groups, optim.batch_size, optim.grad_accum)
 
     def accumulating(self, model: nn.Module, number: int, batches: int) -> AbstractContextManager[object]:
         """Surrounds forward and backward of batch `number` of a step's `batches`, counted from 1.
@@ -213,6 +218,9 @@ class Processes:
         )
         if on_gpu:
             self._on_host = dist.new_group(backend="gloo", timeout=limit)
+        if self.mesh.parts > 1:
+            backend, waits = ("nccl", 2 * limit) if on_gpu else ("gloo", limit)
+            self._context, _ = dist.new_subgroups(self.mesh.parts, timeout=waits, backend=backend)
 
     # The model and its random states.
 
@@ -227,10 +235,6 @@ class Processes:
                 f"{torch.cuda.device_count()}; start as many, or give --device cpu"
             )
         return torch.device("cuda", self._place.local_rank)
-
-    def divides_weights(self, config: Config) -> bool:
-        """Whether each process has only a shard of the weights."""
-        return self.count > 1 and config.run.parallel == "fsdp"
 
     def wrap(
         self, model: Transformer, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool
@@ -250,8 +254,10 @@ class Processes:
         empty = {parameter for parameter in model.parameters() if not parameter.numel()}
         for parameter in empty:
             parameter.requires_grad_(False)
-        if self.divides_weights(config):
-            by_block = self.batches(config.optim.grad_accum) == 1
+        if self._context is not None:
+            model.split_context(ContextPart(self._context, device))
+        if self.mesh.shards:
+            by_block = self.share(config.optim).batches == 1
             if compiled and by_block:
                 model.compile_parts()
             elif compiled:
@@ -313,7 +319,7 @@ def join(coordinator: ErrorCoordinator, config: Config) -> Processes:
     place = coordinator.place
     if place.processes == 1:
         return ALONE
-    processes = Processes(place, coordinator.store())
+    processes = Processes(place, coordinator.store(), Mesh.of(config.run, place.processes))
     device = processes.device(config.run.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
