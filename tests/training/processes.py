@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from cda_cli.training.distributed.launch import QUIET
+
 PRELOADED = (
     "cda_cli.console", "cda_cli.main", "cda_cli.training.run", "einops._torch_specific", "torch._inductor.compile_fx",
     "torch._numpy",
@@ -43,7 +45,7 @@ class Nursery:
         self._folder, self._runs = folder, 0
 
     def __enter__(self) -> Nursery:
-        command, here = [sys.executable, "-m", __name__], {**os.environ, **NO_GPUS}
+        command, here = [sys.executable, "-m", __name__], {**os.environ, **NO_GPUS, **dict([QUIET])}
         self._process = subprocess.Popen(command, env=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self
 

@@ -34,6 +34,9 @@ TIMED_OUT = "timed out"  # the key in the store once a process has waited for ru
 GRACE = 2.0  # seconds in which all processes that wait for the same one give up, once the first has
 HEAD_START = 1.0  # seconds that the first process has to report an error before another process does
 POLL = 0.1  # seconds between two looks at the store
+# PyTorch reads it when it is imported. It then does not warn of sockets and groups left behind, nor of an option of DDP
+# that a run needs for other reasons than DDP expects.
+QUIET = "TORCH_CPP_LOG_LEVEL", "ERROR"
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def agent_environment(processes: int) -> Iterator[None]:
     """Sets the variables that torchrun's agent reads and passes on to its workers, and restores them at the end."""
     before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warnings about sockets and groups left behind
+    os.environ.setdefault(*QUIET)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # If the agent handled SIGTERM, it would wait for half a minute only, and hide how the run ended. So it handles only
     # SIGQUIT, which ends a run in one process too.
@@ -243,6 +246,8 @@ class ErrorCoordinator:
 
     def __init__(self) -> None:
         self.place = Place.of(os.environ)
+        if self.place.processes > 1:
+            os.environ.setdefault(*QUIET)
         self._store: Any = None
 
     def store(self) -> Any:

@@ -271,7 +271,11 @@ class Processes:
             # Otherwise Dynamo would cut the graph at DDP's buckets. It reads the setting whenever it compiles.
             self._settings.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
             called = cast(nn.Module, torch.compile(model))
-        return DistributedDataParallel(called, gradient_as_bucket_view=True, **_CONSTANT_BUFFERS)
+        # Without `find_unused_parameters` DDP orders its buckets anew after the first step. More than two processes add
+        # a gradient in an order that depends on its place there, so that a resumed run would end with other bits.
+        return DistributedDataParallel(
+            called, gradient_as_bucket_view=True, find_unused_parameters=True, **_CONSTANT_BUFFERS
+        )
 
     def random_states(self, device: torch.device) -> dict[str, Tensor]:
         """Returns the random states of all processes.
