@@ -176,7 +176,12 @@ def fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         made.append(whole)
         return whole[FENCE : FENCE + sizes.numel()].view(sizes)
 
+    def new_empty_strided(self: Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+        last = sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+        return new_empty(self, last + 1).as_strided(size, stride)
+
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch.Tensor, "new_empty_strided", new_empty_strided)
     yield made
     for whole in made:
         mark = torch.full((FENCE,), MARK, dtype=whole.dtype)

@@ -6,12 +6,12 @@ import math
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .decoding import MOST_QUERIES
-from .precision import arithmetic_dtype
+from .precision import FLOAT32_MAX, arithmetic_dtype
 from .solve_spec import Solver, SolveSpec
-from .transforms import transformed
+from .transforms import PLAIN, transformed
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -127,7 +127,8 @@ def row_budgets(sparsity_k: float | Tensor, like: Tensor, shape: torch.Size) -> 
     dtype = arithmetic_dtype(like.dtype)
     if not isinstance(sparsity_k, Tensor):
         check_positive("sparsity_k", sparsity_k, infinite=True)
-        return torch.full(shape, min(sparsity_k, torch.finfo(dtype).max), device=like.device, dtype=dtype)
+        largest = FLOAT32_MAX if dtype == torch.float32 else torch.finfo(dtype).max
+        return torch.full(shape, min(sparsity_k, largest), device=like.device, dtype=dtype)
     if sparsity_k.dtype not in FLOATING + WHOLE:
         raise TypeError(f"sparsity_k must hold numbers, not {sparsity_k.dtype}")
     if not _broadcasts(sparsity_k.shape, shape):
@@ -139,7 +140,7 @@ def row_budgets(sparsity_k: float | Tensor, like: Tensor, shape: torch.Size) -> 
 
 def _readable(tensor: Tensor) -> bool:
     """Whether a look at its numbers costs nothing. A tensor of a subclass may have no numbers."""
-    plain = tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
+    plain = tensor.device.type == "cpu" and type(tensor) in PLAIN
     return plain and not torch.compiler.is_compiling() and not transformed()
 
 

@@ -1,4 +1,4 @@
-"""What PyTorch does to a function besides one backward: torch.func, forward mode, gradients of gradients.
+"""What PyTorch does to a function besides one backward: torch.func, forward mode, gradients of gradients, tracing.
 
 The custom operators have a formula for one backward only. Where more is asked, doors and backwards compute with
 PyTorch's own operators instead, from the same solution of the rows, and PyTorch differentiates these.
@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+# The tensors that hold their numbers themselves. Those of another class may have none.
+PLAIN = (Tensor, nn.Parameter)
 
 
 def transformed() -> bool:
@@ -19,6 +22,20 @@ def transformed() -> bool:
     Both questions are PyTorch's own, and neither has a public form that a graph of torch.compile can hold.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def observed(*tensors: Tensor) -> bool:
+    """Whether more than autograd looks at this call: the compiler, a tracer, a dispatch mode, a subclass of tensors.
+
+    It then needs the registered operator. Elsewhere the registration only costs the host, more than all else in a call.
+    The count of modes has no public form.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    for tensor in tensors:  # noqa: SIM110 - each call of the operator asks, and `any` would cost it more
+        if type(tensor) not in PLAIN:
+            return True
+    return False
 
 
 def differentiated_again() -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cda_cli.ops import reference_soft_topk, soft_topk_attention
 from cda_cli.ops.triton.fused_attention import fused_attention, fused_attention_backward
@@ -277,6 +281,45 @@ def test_the_registered_operators_keep_the_rules_of_torch(dtype: torch.dtype, do
         summed = free if free.numel() else output
         backward = output, query, key, value, summed, stats, leaders, documents, eps, scale, causal
         torch.library.opcheck(fused_attention_backward, backward, test_utils=("test_schema", "test_faketensor"))
+
+
+class Operators(TorchDispatchMode):
+    """Notes the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("k", [2.0, 6.0])
+def test_a_dispatch_mode_sees_the_operators_and_changes_no_bit(k: float) -> None:
+    """Without one, a call does without their registration."""
+    this = problem((1, 2, 20, 23, 16), k, dtype=torch.bfloat16)
+    with Operators() as seen:
+        observed = fused(this, largest_k=k)
+    assert seen.names >= {"cda::fused_attention", "cda::fused_attention_backward"}
+    for name, mine, theirs in zip(NAMES, fused(this, largest_k=k), observed, strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_tensors_without_numbers_launch_nothing() -> None:
+    """The fake tensors of a forecast of memory: shapes and strides, forward and backward."""
+    real = torch.zeros(2, 3, 10, 16, device=DEVICE, requires_grad=True)
+    output = soft_topk_attention(real, real, real, 2.0, backend="triton")
+    with FakeTensorMode():
+        fake = torch.zeros(2, 3, 10, 16, device=DEVICE, requires_grad=True)
+        result = soft_topk_attention(fake, fake, fake, 2.0, backend="triton")
+        (grad,) = torch.autograd.grad(result, fake, torch.ones_like(result))
+        decoded = soft_topk_attention(fake[:, :, :1].detach(), fake.detach(), fake.detach(), 2.0, backend="triton")
+    for made in (result, grad, decoded):
+        assert isinstance(made, FakeTensor)
+    assert (result.shape, result.stride()) == (output.shape, output.stride())
+    assert grad.shape == fake.shape
+    assert decoded.shape == (2, 3, 1, 16)
 
 
 def test_compiled_attention_equals_eager_attention() -> None:

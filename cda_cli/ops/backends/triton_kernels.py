@@ -65,7 +65,7 @@ def _fused(
     inputs: AttentionInputs, spec: SolveSpec, largest_k: float | None, return_threshold: bool
 ) -> tuple[Tensor, Tensor | None]:
     from ..triton.decoding_launches import can_decode, decode
-    from ..triton.fused_attention import fused_attention, threshold
+    from ..triton.fused_attention import attend, threshold
 
     budget, documents, causal = inputs.budget, inputs.documents, inputs.causal
     query, key, value, scale = _as_kernels_take_them(*inputs[:3], inputs.scale)
@@ -76,9 +76,7 @@ def _fused(
         return decode(DecodingInputs(query, key, value, None, budget, largest_k, spec, scale)), None
     at_most_two = largest_k is not None and largest_k <= 2
     budget = budget.contiguous()  # here, so that the compiler makes it contiguous as it computes it
-    output, stats, *_ = fused_attention(
-        query, key, value, budget, documents, spec.eps, scale, causal, at_most_two, trained
-    )
+    output, stats, *_ = attend(query, key, value, budget, documents, spec.eps, scale, causal, at_most_two, trained)
     return output, threshold(stats.detach(), spec.eps, scale) if return_threshold else None
 
 
@@ -97,7 +95,8 @@ def _as_kernels_take_them(
     if scale <= 0:
         # The kernels compare the products q·k themselves, and a negative scale would reverse their order.
         query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     return query, key, value, scale
 
 

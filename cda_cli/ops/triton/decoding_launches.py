@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..decoding import DecodingInputs
 from ..solvers.iterative import Annealing
+from ..transforms import observed
 from .arrivals import arrivals
 from .attention_launches import LAYOUTS, Launch, Layout, heads_inside, padded
 from .decoding_iterative import decode_iterative_kernel
@@ -233,8 +234,7 @@ def decode(inputs: DecodingInputs) -> Tensor:
     budgets = budget.contiguous() if isinstance(budget, Tensor) else None
     number = float(largest_k if isinstance(budget, Tensor) else budget)  # for the reason in `decode_iterative`
     lengths = None if lengths is None else lengths.contiguous()
-    # The registration of an operator costs the host more than all else in a call, and is for the compiler alone.
-    run = _decode_operator if torch.compiler.is_compiling() else _decode
+    run = _decode_operator if observed(query, key, value) else _decode
     return run(query, key, value, lengths, budgets, number, largest_k, scale / spec.eps * math.log2(math.e))
 
 

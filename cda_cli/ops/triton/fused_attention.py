@@ -8,6 +8,7 @@ from free entries (any k).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..dense import differentiable_attention
 from ..documents import VisibleRanges, visible_ranges
 from ..precision import in_own_precision
 from ..solve_spec import SolveSpec
-from ..transforms import differentiated_again, gradients
+from ..transforms import differentiated_again, gradients, observed
 from .attention_few_queries import few_scores_kernel
 from .attention_launches import (
     Layout,
@@ -115,8 +116,17 @@ def _factor(eps: float, scale: float) -> float:
     return scale / eps * math.log2(math.e)
 
 
-@torch.library.custom_op("cda::fused_attention", mutates_args=())
-def fused_attention(
+def attend(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `fused_attention` gives for the same inputs, with its gradient if `trained`, which is the last of them.
+
+    Where nothing needs the registration, it does without.
+    """
+    if observed(*inputs[:4]):
+        return fused_attention(*inputs)
+    return _Attention.apply(*inputs) if inputs[-1] else _forward(*inputs)  # type: ignore[no-untyped-call]
+
+
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -166,6 +176,9 @@ def fused_attention(
     return output, stats, leaders, free_output
 
 
+fused_attention = torch.library.custom_op("cda::fused_attention", mutates_args=())(_forward)
+
+
 def _outputs(query: Tensor, at_most_two: bool, trained: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Empty tensors for output, leaders and the free part of the output, as `fused_attention` returns them."""
     T = query.shape[2]
@@ -181,8 +194,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, budget: Tensor, *settings: Any)
     return output, budget.new_empty(4, *query.shape[:3]), leaders, free_output
 
 
-@torch.library.custom_op("cda::fused_attention_backward", mutates_args=())
-def fused_attention_backward(
+def _gradients(
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -226,6 +238,9 @@ def fused_attention_backward(
     return grad_query, grad_key, grad_value, grad_budget
 
 
+fused_attention_backward = torch.library.custom_op("cda::fused_attention_backward", mutates_args=())(_gradients)
+
+
 @fused_attention_backward.register_fake
 def _(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, summed: Tensor, stats: Tensor, *_: Any
@@ -246,13 +261,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     result, stats, leaders, free_output = output
     summed = free_output if free_output.numel() else result
     ctx.save_for_backward(query, key, value, summed, stats, leaders, documents, budget)
+    ctx.mark_non_differentiable(stats, leaders, free_output)
+    ctx.set_materialize_grads(False)  # Else each backward would fill a tensor of zeros for each of these.
 
 
-def _backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Any, ...]:
     eps, scale, causal, _, _ = ctx.settings
     *saved, documents, budget = ctx.saved_tensors
     grads: tuple[Tensor | None, ...]
-    if differentiated_again():
+    if grad_output is None:
+        grads = (None,) * 4
+    elif differentiated_again():
         spec = SolveSpec("exact", eps)
         grads = gradients(
             lambda *qkvb: differentiable_attention(AttentionInputs._make((*qkvb, documents, scale, causal)), spec)[0],
@@ -261,8 +280,23 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Any, ...]:
             grad_output,
         )
     else:
-        grads = fused_attention_backward(grad_output, *saved, documents, eps, scale, causal)
-    return (*grads, None, *(None for _ in ctx.settings))
+        run: Callable[..., tuple[Tensor, ...]] = (
+            fused_attention_backward if observed(grad_output, *saved) else _gradients
+        )
+        grads = run(grad_output, *saved, documents, eps, scale, causal)
+    return (*grads, None, *[None] * len(ctx.settings))
 
 
 fused_attention.register_autograd(_backward, setup_context=_save)
+
+
+class _Attention(torch.autograd.Function):
+    """What the registration makes of the operator for autograd, without the registration."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs = _forward(*inputs)
+        _save(ctx, inputs, outputs)
+        return outputs
+
+    backward = staticmethod(_backward)
