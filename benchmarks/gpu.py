@@ -4,8 +4,9 @@
 
 Every table is one run. Times are medians of CUDA graphs on the device, so they contain no time of the host. The
 published operator and the package `adasplash`, which is timed if it is installed, cannot be captured;
-`triton.testing.do_bench` times them. `python benchmarks/gpu.py rows` (or attention, decoding, adasplash) makes that
-table only. benchmarks/results/ has the tables of earlier runs.
+`triton.testing.do_bench` times them. The table `eager` is about the host: it times calls as the user of a library makes
+them. `python benchmarks/gpu.py rows` (or attention, eager, decoding, adasplash) makes that table only.
+benchmarks/results/ has the tables of earlier runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.util
+import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +42,8 @@ SHAPES = (
     (1, 8, 65536, 128),
 )
 PUBLISHED_SHAPES = SHAPES[:2]
+EAGER_SHAPES = ((8, 12, 2048, 64), (3, 12, 1536, 80))
+EAGER_ROUNDS, EAGER_WARMUP = 100, 20
 SDPA = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -60,6 +65,7 @@ def main(wanted: Sequence[str]) -> None:
     tables = {
         "rows": rows_table,
         "attention": attention_table,
+        "eager": eager_table,
         "decoding": decoding_table,
         "adasplash": adasplash_table,
     }
@@ -79,12 +85,23 @@ def median(function: Callable[[], object], captured: bool = True) -> float:
 def forward_and_both(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], captured: bool = True
 ) -> tuple[float, float]:
-    """Returns the milliseconds of the forward without gradients, and of forward and backward."""
-    with torch.no_grad():
-        forward = median(lambda: function(*inputs), captured)
+    """Returns the milliseconds of `passes`."""
+    forward, both = passes(function, inputs)
+    return median(forward, captured), median(both, captured)
+
+
+def passes(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Returns the forward without gradients, and forward and backward."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    grad = torch.randn_like(function(*leaves))
-    return forward, median(lambda: torch.autograd.grad(function(*leaves), leaves, grad), captured)
+    grad = torch.randn_like(inputs[0])
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return forward, lambda: torch.autograd.grad(function(*leaves), leaves, grad)
 
 
 def forward_and_backward(
@@ -195,6 +212,42 @@ def attention_cell(way: Callable[..., Tensor], inputs: Sequence[Tensor], capture
     except Exception as error:  # noqa: BLE001 - another library's limit is a cell of the table
         return type(error).__name__
     return f"{forward:.3f} / {both:.3f}"
+
+
+def eager_table() -> None:
+    """The ways take turns, so that what else the host does falls on both."""
+    header("Eager calls of causal attention, bf16, ε = 0.1, with the host: ms of one of ten; µs until one returns",
+           "B,H,T,D", "SDPA", "k = 2", "k = 2 / SDPA", "SDPA returns", "k = 2 returns")  # fmt: skip
+    for shape in EAGER_SHAPES:
+        inputs = [normal(*shape) for _ in range(3)]
+        ways = [passes(way, inputs) for way in (causal_sdpa, ours(2.0))]
+        for name, calls in zip(("forward", "forward + backward"), zip(*ways, strict=True), strict=True):
+            theirs, mine = interleaved(calls, 10, wait=True)
+            returns = [f"{1e6 * seconds:.0f}" for seconds in interleaved(calls, 1, wait=False)]
+            row(f"{','.join(map(str, shape))} {name}", 1e3 * theirs, 1e3 * mine, f"{mine / theirs:.2f}", *returns)
+
+
+def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """With the backend that PyTorch takes by itself."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def interleaved(functions: Sequence[Callable[[], object]], calls: int, wait: bool) -> list[float]:
+    """Returns the median of the seconds of a call of each function, among `calls` calls in a row on an idle GPU.
+
+    With `wait` they end when the GPU has done them, and otherwise when the last call returns.
+    """
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(EAGER_WARMUP + EAGER_ROUNDS):
+        for function, kept in zip(functions, times, strict=True):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            if wait:
+                torch.cuda.synchronize()
+            kept.append((time.perf_counter() - start) / calls)
+    return [statistics.median(kept[EAGER_WARMUP:]) for kept in times]
 
 
 def decoding_table() -> None:

@@ -163,15 +163,10 @@ class OptimConfig(Section, OptimSettings):
 class RunConfig(Section, RunSettings):
     """The settings of the run itself."""
 
-    @field_validator("mesh")
-    @classmethod
-    def _is_mesh(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"(dp=[1-9]\d*,)?cp=[1-9]\d*", value):
-            raise ValueError("input should be such as dp=2,cp=2 or cp=2")
-        return value
-
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
+        if self.mesh is not None and not re.fullmatch(r"(dp=[1-9]\d*,)?cp=[1-9]\d*", self.mesh):
+            raise ValueError(f"run.mesh {self.mesh!r} is no mesh; give one such as dp=2,cp=2 or cp=2")
         if self.fork and self.init_from is None:
             raise ValueError("run.fork goes on from the run that run.init_from names, and it names none; set that too")
         return self
