@@ -20,6 +20,7 @@ from .attention_backward import query_kernel
 from .attention_backward_keys import key_value_kernel
 from .attention_forward import output_kernel, solve_kernel
 from .attention_leader import leader_kernel, leader_output_kernel
+from .prepared_launch import LaunchOnStream, prepare
 from .tiles import INTERPRETED
 
 # So many layouts are remembered. A process is not likely to alternate between more lengths.
@@ -119,6 +120,7 @@ class Launch:
         self._kept = layout.aligned  # Other pointers may need another compiled kernel.
         self._device = layout.device.index
         self._compiled: Any = None
+        self._again: LaunchOnStream
         self._rest: tuple[Any, ...] = ()
         self._block = [1, 1, rows, padded(layout.query[-1])] if options.get("BULK") else None
 
@@ -128,18 +130,15 @@ class Launch:
             self._launch_first(varying)
         elif _hooked():
             compiled[self._grid](*varying, *self._rest)
-        else:  # what the line above does, as PyTorch's compiler launches its kernels
-            stream = triton.runtime.driver.active.get_current_stream(self._device)
-            compiled.run(
-                *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *varying,
-                *self._rest,
-            )  # fmt: skip
+        else:
+            self._again(triton.runtime.driver.active.get_current_stream(self._device), varying)
 
     def _launch_first(self, varying: tuple[Any, ...]) -> None:
         compiled = self._kernel[self._grid](*varying, *self._numbers, **self._options)
         if self._kept and compiled is not None:  # The interpreter compiles nothing.
             constants = self._kernel.arg_names[len(varying) + len(self._numbers) :]
             self._rest = (*self._numbers, *(self._options[name] for name in constants))
+            self._again = prepare(compiled, self._grid, self._rest)
             self._compiled = compiled
 
     def blocks(self, tensor: Tensor) -> Tensor | TensorDescriptor | Blocks:
