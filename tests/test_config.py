@@ -144,7 +144,7 @@ BAD_SETS = [
     ("run.keep=1", "run.keep = 1 is not possible: input should be greater than or equal to 2"),
     ("model.learned_k=perhaps", "model.learned_k = 'perhaps' is not possible: input should be a valid boolean"),
     ("run.parallel=[1]", "run.parallel = ['1'] is not possible: input should be 'ddp', 'fsdp' or 'cp'"),
-    ("run.mesh=2x2", "run.mesh = '2x2' is not possible: input should be such as dp=2,cp=2 or cp=2;"),
+    ("run.mesh=2x2", "run.mesh '2x2' is no mesh; give one such as dp=2,cp=2 or cp=2"),
     ("model.atn_k=2", "unknown setting 'model.atn_k': did you mean 'model.attn_k'?"),
     ("optim.learning=1", "unknown setting 'optim.learning': did you mean 'optim."),
     ("model.layers=2", "unknown setting 'model.layers': did you mean 'model.depth'?"),
