@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from cda_cli.config import resolve
 from cda_cli.generation.benchmark import bench_decode, memory_bandwidth
 from cda_cli.model import StaticCache, Transformer, active_units, reading_active_units, weights_read
+from cda_cli.ops import Backend
 
 PRESETS = ("small", "base")
 PROMPT, STEPS = 128, 64
@@ -102,7 +103,8 @@ def prepared(preset: str, kind: str, share: float, device: torch.device) -> tupl
     torch.manual_seed(0)
     config = resolve(preset=preset, sets=[f"model.ff={kind}", *KINDS.get(kind, ())]).model
     blocks = config.ff_units // config.ff_block_size
-    model = Transformer(config.model_copy(update={"ff_k": max(1.0, round(share * blocks))})).eval()
+    backend: Backend = "triton" if device.type == "cuda" else "auto"
+    model = Transformer(config.model_copy(update={"ff_k": max(1.0, round(share * blocks))}), backend).eval()
     tokens = torch.randint(config.vocab_size, (1, PROMPT + STEPS)).to(device)
     return model, tokens, with_active_share(model.to(device), share, tokens)
 

@@ -134,9 +134,9 @@ class ActiveBlocks(nn.Module):
 def reading_active_units(model: Transformer, rows: int = 1) -> Transformer:
     """Returns a model for steps of `rows` rows that shares all but its feed-forward with `model`, or `model` itself.
 
-    The feed-forward is `ActiveBlocks` where a router chooses blocks, there are few rows, and kernels can run; and
-    `ActiveUnits` for a single row on a CPU, for activations of which many are 0 (`Activation.has_zeros`). It takes no
-    gradient.
+    The feed-forward is `ActiveBlocks` where a router chooses blocks, there are few rows, and backend "triton" is asked
+    for; and `ActiveUnits` for a single row on a CPU, for activations of which many are 0 (`Activation.has_zeros`). It
+    takes no gradient.
     """
     layer = model.each_block()[0].feed_forward
     weight, activation = layer.proj_in.weight, layer.activation
@@ -144,6 +144,7 @@ def reading_active_units(model: Transformer, rows: int = 1) -> Transformer:
     if (
         isinstance(activation, RoutedBlocks)
         and rows <= MOST_ROWS
+        and model.backend == "triton"  # not by itself, as no GPU has shown yet that the kernels are right
         and can_run_kernels(model.backend, weight.device, weight.dtype, 0)
     ):
         reads = ActiveBlocks

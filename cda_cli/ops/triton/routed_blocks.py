@@ -86,7 +86,7 @@ def routed_sum_kernel(
             mask=(channels < C)[:, None, None] & selected[None, :, :], other=0.0,
         )  # fmt: skip
         products += weights.to(tl.float32) * values[None, :, :]
-    result = tl.sum(tl.reshape(products, [BLOCK_C, BLOCK_N * BLOCK_S]), 1)
+    result = tl.sum(tl.sum(products, 2), 1)
     if BIAS:
         result += tl.load(down_bias + channels, mask=channels < C, other=0.0).to(tl.float32)
     tl.store(output + row * C + channels, rounded(result, output.dtype.element_ty), mask=channels < C)
