@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from cda_cli.training.distributed.processes import Processes
 from cda_cli.training.gradients import accumulate_gradients
 from cda_cli.training.schedule import due, is_one_of
 from cda_cli.training.state import RunContext, TrainState
+
+MOST_INSPECTED = 8192  # tokens of which a log line shows what each layer selects
 
 
 class StepAttention(NamedTuple):
@@ -197,8 +200,13 @@ class Inspection(NamedTuple):
 def inspect_first(
     context: RunContext, state: TrainState, batches: list[Batch], stream: torch.cuda.Stream | None = None
 ) -> Inspection:
-    """Inspects what each layer selects on the first sequence of a step; the first process has the first of all."""
+    """Inspects what each layer selects on the first sequence of a step; the first process has the first of all.
+
+    Of a longer sequence it takes the first MOST_INSPECTED tokens, as the dense weights are the square of their number.
+    """
+    chunks = 2 * context.processes.mesh.parts  # equal ones, into which processes divide a sequence
     first = batches[0].map(lambda values: values[:1])
+    first = replace(first, inputs=first.inputs[:, : MOST_INSPECTED // chunks * chunks])
     # A module that fsdp compiles in place would otherwise be compiled once more, for this shape.
     with torch.compiler.set_stance("force_eager"), torch.cuda.stream(stream):
         watcher = RecordWatcher()

@@ -24,6 +24,7 @@ from cda_cli.runs.folder import Run
 from cda_cli.runs.records import VERSION, TrainRecord, to_json
 from cda_cli.signals import StopRequest
 from cda_cli.storage import list_steps
+from cda_cli.training import pipeline
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.run import run_training
 from cda_cli.training.schedule import due
@@ -160,6 +161,18 @@ def test_alarms_are_recorded_once_the_warm_up_is_over(config: Config, tmp_path: 
     heads = config.model.depth * config.model.heads
     assert [len(line.alarms) for line in lines] == [0, 0, heads]
     assert {alarm.state for alarm in lines[-1].alarms} == {"spread"}
+
+
+def test_a_log_line_inspects_the_beginning_of_a_long_sequence(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its dense weights would take longer than a step. Query t of an even head reads t + 1 keys and the null key."""
+    monkeypatch.setattr(pipeline, "MOST_INSPECTED", 5)  # of which two chunks have 2 tokens each
+    even = with_settings(config, {"model.attn_eps": 1e6, "model.eps_anneal_start": None})
+    (line,) = (
+        line for line in trained(changed(even, steps=1), tmp_path / "run").records if isinstance(line, TrainRecord)
+    )
+    assert line.layers[0].effective_support == pytest.approx((2 + 3 + 4 + 5) / 4, rel=1e-3)
 
 
 @pytest.fixture
