@@ -14,7 +14,9 @@ know go to `cda sweep`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -26,26 +28,27 @@ from pathlib import Path
 import torch
 
 from cda_cli.signals import StopRequest
+from cda_cli.storage import write_file
 from cda_cli.sweep.files import read_spec
 
 FILES = {file.stem: file for file in sorted(Path(__file__).with_name("evidence").glob("*.yaml"))}
 JOBS_OF_A_GPU = 4  # which spend half of their time on starting and compiling
 
 
-def installed_source(folder: Path, stop: StopRequest) -> Path:
-    """Links the Python files of the installed packages, those that are UTF-8, into a folder."""
-    packages = Path(sysconfig.get_path("purelib"))
-    for file in stop.until(sorted(packages.rglob("*.py"))):
-        link = folder / file.relative_to(packages)
-        try:
-            file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        if not link.exists():
-            link.unlink(missing_ok=True)  # It may name a file of packages that are gone.
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(file)
-    return folder
+def installed_source(file: Path, stop: StopRequest) -> Path:
+    """Writes the Python files of the installed packages, those that are UTF-8, into `file`, each as a line of JSON.
+
+    Each run looks at all files of its text, and tens of thousands of them take seconds. A `file` that is there stays,
+    since runs that have begun have it.
+    """
+    if not file.exists():
+        lines = []
+        for source in stop.until(sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))):
+            with contextlib.suppress(UnicodeDecodeError):
+                lines.append(json.dumps({"text": source.read_text(encoding="utf-8")}) + "\n")
+        if not stop:
+            write_file(file, "".join(lines).encode())
+    return file
 
 
 def run(command: Sequence[object], stop: StopRequest) -> int:
@@ -68,7 +71,10 @@ def run_all(asked: argparse.Namespace, passed_on: Sequence[str], stop: StopReque
         file = os.path.relpath(FILES[name])  # so that the page names it as a person would
         sources: list[str | Path | None] = [None]
         if "source" not in read_spec(FILES[name]).data:
-            sources = [installed_source(asked.out / "python-source", stop) if asked.full else "stdlib", *asked.text]
+            sources = [
+                installed_source(asked.out / "python-source.jsonl", stop) if asked.full else "stdlib",
+                *asked.text,
+            ]
         for source in sources:
             words = [name, *([Path(source).stem] if source else []), *([] if asked.full else ["reduced"])]
             out = asked.out / "-".join(words)
