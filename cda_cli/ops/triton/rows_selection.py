@@ -24,7 +24,7 @@ def largest_entries_kernel(rows, chosen, R, n, count, ROWS: tl.constexpr, BLOCK:
     # The threshold is the largest integer with at least `count` entries from it on: first its sign, then bit by bit.
     enough = tl.sum((order >= 0).to(tl.int32), 1) >= count
     threshold = tl.where(enough, 0, -0x7FFFFFFF - 1)
-    for place in tl.static_range(31):
+    for place in range(31):
         higher = threshold + (1 << (30 - place))
         enough = tl.sum((order >= higher[:, None]).to(tl.int32), 1) >= count
         threshold = tl.where(enough, higher, threshold)
