@@ -29,14 +29,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         "the best",
         saving.kills,
         full=200,
-        reduced=14,
+        reduced=10,
         variants=("saved in place", "removed before the new one is there", "best pruned as the others"),
     ),
     "faults": Experiment(
         "The same for a kill, or an error of the disk, before and after every call that changes it",
         saving.faults,
         full=10_000,
-        reduced=40,
+        reduced=28,
         variants=(
             "saved in place",
             "pruned in place",
@@ -57,14 +57,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         "A full disk, at any byte of any file, leaves the checkpoint before, nothing half, and one sentence",
         saving.full_disks,
         full=50,
-        reduced=12,
+        reduced=9,
         variants=("saved in place",),
     ),
     "damage": Experiment(
         "A damaged file of a checkpoint, the manifest too, is never taken for whole, and is said in one sentence",
         damage.damaged_files,
         full=10_000,
-        reduced=400,
+        reduced=300,
         variants=("manifest not checked", "only sizes checked", "manifest in any spelling"),
     ),
     "kills in shards": Experiment(
@@ -79,7 +79,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "A damaged shard is never taken for whole, and is said in one sentence",
         damage.damaged_shards,
         full=10_000,
-        reduced=70,
+        reduced=50,
         variants=("manifest not checked", "only sizes checked"),
     ),
     "hangs": Experiment(
@@ -115,7 +115,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "The position in a memory-mapped text resumes exactly after random cuts: no token lost, none doubled",
         data_position.mapped,
         full=200,
-        reduced=100,
+        reduced=70,
         variants=(
             "order from hidden random state",
             "order of the first epoch only",
@@ -126,7 +126,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "The same for a streamed text, of 1, 3 and 7 files",
         data_position.streamed,
         full=200,
-        reduced=20,
+        reduced=14,
         variants=("offset in the document lost", "epoch of the stream lost"),
     ),
     "texts": Experiment(
@@ -134,7 +134,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "where a file is replaced with its time kept; it is refused, and nothing changes",
         other_text.texts,
         full=200,
-        reduced=8,
+        reduced=6,
         variants=("another text let through", "text known by its length"),
     ),
     "signals": Experiment(
@@ -142,7 +142,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "code 143, 130 or 129, lose no step, and the run goes on as if it had not been stopped",
         stopping.signals,
         full=105,
-        reduced=7,
+        reduced=5,
         variants=(
             "stop not asked for while evaluating",
             "only one signal heard",
@@ -164,7 +164,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "checkpoint, with AdamW or Muon; the step is named",
         non_finite.poisoned_steps,
         full=360,
-        reduced=12,
+        reduced=9,
         variants=(
             "what is not finite let through",
             "only the loss looked at",
