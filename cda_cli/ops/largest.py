@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import choose_backend
-from .transforms import transformed
+from .backends import can_run_kernels
 
 LONGEST_ROW = 8192  # which a program of the kernel holds in registers
 
@@ -27,8 +26,7 @@ def largest_entries(scores: Tensor, count: int) -> Tensor:
     scores = scores.detach()
     if count >= scores.shape[-1]:
         return torch.ones_like(scores, dtype=torch.bool)
-    has_kernel = choose_backend("auto", "exact", scores.device, scores.dtype).name == "triton"
-    if has_kernel and scores.shape[-1] <= LONGEST_ROW and not transformed():
+    if scores.shape[-1] <= LONGEST_ROW and can_run_kernels("auto", scores.device, scores.dtype, 0):
         return _largest_entries(scores, count)
     kept = scores.topk(count, -1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, kept, True)
