@@ -49,9 +49,9 @@ def bench_decode(
 
     A step reads every weight, and the keys and values of every row. At the bandwidth that is measured at the start, it
     could take no less time: that is the ceiling. What --max-keys leaves out does not count, and neither do the weights
-    of feed-forward units that are 0 where they are left out: by a single row on a CPU, and on a GPU by up to 16 rows,
-    those of blocks that no row selects. Times are medians of three batches; kernels are compiled before. The time to
-    the first token includes that of a cache, and of a copy of the weights where --dtype is not float32.
+    of feed-forward units that are 0 where they are left out: by a single row on a CPU, and with --backend triton by up
+    to 16 rows, those of blocks that no row selects. Times are medians of three batches; kernels are compiled before.
+    The time to the first token includes that of a cache, and of a copy of the weights where --dtype is not float32.
     """
     from cda_cli.console import print_json, show_decode_speed
     from cda_cli.errors import ConfigError
