@@ -96,7 +96,10 @@ class Tune(Part):
 
 
 class Evaluation(Part):
-    """What `cda eval` measures of each run that has finished, by its options: on a text, or in tasks."""
+    """What `cda eval` measures of each run that has finished, by its options: on a text, or in tasks.
+
+    With `best` it measures the checkpoint with the lowest validation loss in place of the newest.
+    """
 
     cut: list[str] = Field(default_factory=list)
     max_batches: int | None = Field(None, ge=1)
@@ -106,6 +109,7 @@ class Evaluation(Part):
     lengths: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     limit: int | None = Field(None, ge=1)
     batch_size: int | None = Field(None, ge=1)
+    best: bool = False
 
     @model_validator(mode="after")
     def _is_of_a_text_or_of_tasks(self) -> Evaluation:
@@ -124,7 +128,7 @@ class Evaluation(Part):
         for name in ("max_batches", "limit", "batch_size", "context", "data"):
             if (value := getattr(self, name)) is not None:
                 found += [f"--{name.replace('_', '-')}", str(value)]
-        return found
+        return [*found, "--best"] if self.best else found
 
 
 class Drop(Part):
