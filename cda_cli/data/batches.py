@@ -1,8 +1,8 @@
 """tokens → batches. T = seq_len, B = batch_size, N = tokens of a split.
 
-Window i covers the targets [i·T + 1, (i + 1)·T]. If the last window would be short, it is shifted back until it is
-full, and the targets that it shares with the window before are IGNORE. So each token but the very first is a target
-exactly once in a pass.
+Window i covers the targets [i·T + 1, (i + 1)·T], or with a shift s < T of a pass those from i·T + 1 − s. If the first
+or the last window would be short, it is moved until it is full, and the targets that it shares with its neighbour are
+IGNORE. So each token but the very first is a target exactly once in a pass.
 """
 
 from __future__ import annotations
@@ -86,9 +86,10 @@ def check_lengths(corpus: Corpus, seq_len: int) -> None:
 class TrainBatches:
     """An endless iterator of (batch, state). The state, plain JSON, resumes *after* that batch.
 
-    Each pass (epoch) takes every window once, in an order that depends on the seed and the epoch alone. A batch may
-    span two passes. Raises DataError if the text is shorter than one sequence, or if `state` belongs to other data or
-    another seq_len. A given `state` brings its seed; its batch size may have been another.
+    Each pass (epoch) takes every window once, in an order that depends on the seed and the epoch alone, and so does the
+    shift of its windows, which is 0 unless they are `shifted`. A batch may span two passes. Raises DataError if the
+    text is shorter than one sequence, or if `state` belongs to other data, another seq_len, or windows that are
+    `shifted` where these are not. A given `state` brings its seed; its batch size may have been another.
 
     Only the `rows` of each batch are made and read, and the state is the place after all of them (see `Share`).
     """
@@ -101,18 +102,25 @@ class TrainBatches:
         seed: int,
         state: Mapping[str, Any] | None = None,
         rows: slice = slice(None),
+        *,
+        shifted: bool = False,
     ) -> None:
         self._tokens = tokens
         self._seq_len = seq_len
         self._batch_size = batch_size
         self._rows = rows
-        self._windows = count_windows(tokens, seq_len, "training text")
+        self._shifted = shifted
+        count_windows(tokens, seq_len, "training text")
         self._seed, self._epoch, self._position = seed, 0, 0
         if state is not None:
-            check_state(state, {"seq_len": seq_len, "tokens": len(tokens)})
-            check_counts(state, {"seed": 2**63, "epoch": 2**63, "position": self._windows})
-            self._seed, self._epoch, self._position = state["seed"], state["epoch"], state["position"]
-        self._order = self._epoch_order()
+            # Only the state of shifted windows has the key.
+            check_state(state, {"seq_len": seq_len, "tokens": len(tokens), "shifted": shifted or None})
+            check_counts(state, {"seed": 2**63, "epoch": 2**63})
+            self._seed, self._epoch = state["seed"], state["epoch"]
+        self._shift, self._order = self._plan_epoch()
+        if state is not None:
+            check_counts(state, {"position": len(self._order)})
+            self._position = state["position"]
 
     def __iter__(self) -> Iterator[tuple[Batch, State]]:
         return self
@@ -121,13 +129,13 @@ class TrainBatches:
         chosen: list[NDArray[np.int64]] = []
         missing = self._batch_size
         while missing:
-            if self._position == self._windows:
+            if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
-                self._order = self._epoch_order()
+                self._shift, self._order = self._plan_epoch()
             part = self._order[self._position : self._position + missing]
             self._position += len(part)
             missing -= len(part)
-            chosen.append(part)
+            chosen.append(part * self._seq_len - self._shift)
         return _gather(self._tokens, self._seq_len, np.concatenate(chosen)[self._rows]), self.state()
 
     def state(self) -> State:
@@ -138,13 +146,17 @@ class TrainBatches:
             "position": self._position,
             "seq_len": self._seq_len,
             "tokens": len(self._tokens),
+            **({"shifted": True} if self._shifted else {}),
         }
 
-    def _epoch_order(self) -> NDArray[np.int64]:
+    def _plan_epoch(self) -> tuple[int, NDArray[np.int64]]:
+        """The shift of the windows of this pass, and their order."""
         # One hash of both, so that no (seed, epoch) shares its order with a neighbour such as (seed + 1, epoch − 1).
         mixed = blake2b(f"{self._seed}/{self._epoch}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(mixed, "big") >> 1)
-        return torch.randperm(self._windows, generator=generator).numpy()
+        shift = int(torch.randint(self._seq_len, (), generator=generator)) if self._shifted else 0
+        windows = -(-(len(self._tokens) - 1 + shift) // self._seq_len)
+        return shift, torch.randperm(windows, generator=generator).numpy()
 
 
 def to_batch(rows: NDArray[Any], sizes: NDArray[Any], counts: NDArray[np.bool_] | None = None) -> Batch:
@@ -161,11 +173,12 @@ def to_batch(rows: NDArray[Any], sizes: NDArray[Any], counts: NDArray[np.bool_] 
     )
 
 
-def _gather(tokens: Tokens, seq_len: int, windows: NDArray[np.int64]) -> Batch:
-    wanted = windows * seq_len
-    starts = np.minimum(wanted, len(tokens) - seq_len - 1)
+def _gather(tokens: Tokens, seq_len: int, wanted: NDArray[np.int64]) -> Batch:
+    """The windows whose first inputs are at the places `wanted`, moved into the text where they reach beyond it."""
+    starts = np.clip(wanted, 0, len(tokens) - seq_len - 1)
     places = starts[:, None] + np.arange(seq_len + 1)
-    return to_batch(tokens.ids[places], tokens.sizes[places], np.arange(seq_len) >= (wanted - starts)[:, None])
+    of_wanted = np.arange(seq_len) + (starts - wanted)[:, None]  # the places of the targets in the wanted windows
+    return to_batch(tokens.ids[places], tokens.sizes[places], (of_wanted >= 0) & (of_wanted < seq_len))
 
 
 def check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -45,3 +45,7 @@ class DataSettings(Table):
     validation_fraction: Annotated[float, Setting("Share of the text that is held out for validation.", gt=0, lt=1)] = (
         0.1
     )
+    shift_windows: Annotated[
+        bool,
+        Setting("Begin the windows of each pass at another place, so that a text read many times is overfitted later."),
+    ] = False

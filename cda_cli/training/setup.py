@@ -104,7 +104,9 @@ def open_data(
         corpus.description,
         count_windows(corpus.train, seq_len),
         loss_of_text([corpus.train, corpus.validation]),
-        lambda position: TrainBatches(corpus.train, seq_len, share.size, config.run.seed, position, share.rows),
+        lambda position: TrainBatches(
+            corpus.train, seq_len, share.size, config.run.seed, position, share.rows, shifted=data.shift_windows
+        ),
         {
             "tokenizer": corpus.tokenizer.fingerprint,
             "training tokens": len(corpus.train),
@@ -119,6 +121,8 @@ def _streamed_data(
 ) -> RunData:
     """Opens the text as a stream in the first process, which alone reads it."""
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
+    if data.shift_windows:
+        raise DataError("a stream has no windows to shift; leave out data.shift_windows, or data.streaming")
     with processes.first_process_first():
         tokenizer = tokenizer or load_tokenizer(data.tokenizer, data.bos, data.eos)
         if processes.first:
@@ -149,7 +153,11 @@ def _task_data(config: Config, tokenizer: Tokenizer | None, processes: Processes
     """Opens a synthetic task. Raises DataError if an example is longer than a sequence."""
     data, optim, seq_len = config.data, config.optim, config.model.seq_len
     task = parse_task(data.source)
-    given = [f"data.{name}" for name in ("tokenizer", "bos", "eos", "streaming") if name in _not_default(data)]
+    given = [
+        f"data.{name}"
+        for name in ("tokenizer", "bos", "eos", "streaming", "shift_windows")
+        if name in _not_default(data)
+    ]
     if given:
         raise DataError(f"{data.source} has tokens of its own; leave out {' and '.join(given)}")
     if tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -63,14 +64,31 @@ def test_evaluation_stops_after_max_batches() -> None:
     assert targets(list(evaluation_batches(numbered(100), 10, 3, max_batches=99))) == list(range(1, 100))
 
 
-@given(SHAPES, st.integers(0, 5))
-def test_a_pass_of_training_counts_each_token_but_the_first_once(shape: tuple[int, int, int], seed: int) -> None:
-    count, seq_len, batch_size = shape
-    windows = count_windows(numbered(count), seq_len)
-    passes = batch_size  # so that whole passes are whole batches
-    batches = [batch for batch, _ in islice(TrainBatches(numbered(count), seq_len, batch_size, seed), windows)]
-    assert sorted(targets(batches)) == sorted(list(range(1, count)) * passes)
-    assert all(batch.inputs.shape == (batch_size, seq_len) for batch in batches)
+@given(SHAPES, st.integers(0, 5), st.booleans())
+def test_a_pass_of_training_counts_each_token_but_the_first_once(
+    shape: tuple[int, int, int], seed: int, shifted: bool
+) -> None:
+    count, seq_len, _ = shape
+    batches = TrainBatches(numbered(count), seq_len, 1, seed, shifted=shifted)
+    for _ in range(3):
+        found: list[int] = []
+        while len(found) < count - 1:
+            batch, _ = next(batches)
+            assert batch.inputs.shape == (1, seq_len)
+            found += targets([batch])
+        assert sorted(found) == list(range(1, count))
+
+
+def test_shifted_windows_begin_elsewhere_in_each_pass() -> None:
+    def starts(shifted: bool) -> list[set[int]]:
+        batches = TrainBatches(numbered(161), 16, 1, 0, shifted=shifted)
+        return [{int(next(batches)[0].inputs[0, 0]) for _ in range(9)} for _ in range(3)]
+
+    assert len({start % 16 for starts_of_pass in starts(shifted=False) for start in starts_of_pass}) == 1
+    assert len({start % 16 for starts_of_pass in starts(shifted=True) for start in starts_of_pass}) >= 3
+    _, state = next(TrainBatches(numbered(161), 16, 1, 0, shifted=True))
+    with pytest.raises(DataError, match="shifted"):
+        TrainBatches(numbered(161), 16, 1, 0, state)
 
 
 class Seen:
@@ -114,18 +132,18 @@ def test_processes_read_their_own_rows_of_the_batches_of_one(
         assert torch.equal(torch.cat(together), torch.cat([getattr(batch, name) for batch in step]))
 
 
-@given(SHAPES, st.lists(st.integers(0, 12), min_size=1, max_size=3))
-def test_training_resumes_exactly_again_and_again(shape: tuple[int, int, int], stops: list[int]) -> None:
+@given(SHAPES, st.lists(st.integers(0, 12), min_size=1, max_size=3), st.booleans())
+def test_training_resumes_exactly_again_and_again(shape: tuple[int, int, int], stops: list[int], shifted: bool) -> None:
     count, seq_len, batch_size = shape
-    tokens = numbered(count)
-    through = list(islice(TrainBatches(tokens, seq_len, batch_size, seed=1), sum(stops) + 5))
+    batches_from = partial(TrainBatches, numbered(count), seq_len, batch_size, 1, shifted=shifted)
+    through = list(islice(batches_from(), sum(stops) + 5))
     state, at = None, 0
     for stop in stops:
-        for batch, after in islice(TrainBatches(tokens, seq_len, batch_size, 1, state), stop):
+        for batch, after in islice(batches_from(state), stop):
             assert same(batch, through[at][0]), f"batch {at} differs after resuming"
             assert after == through[at][1]
             state, at = json.loads(json.dumps(after)), at + 1
-    for batch, _ in islice(TrainBatches(tokens, seq_len, batch_size, 1, state), 5):
+    for batch, _ in islice(batches_from(state), 5):
         assert same(batch, through[at][0])
         at += 1
 
