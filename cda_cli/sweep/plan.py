@@ -95,14 +95,11 @@ class Sweep:
         trunk = self.trunk_job(begins, seed) if begins else None
         run = {"seed": seed} | ({"init_from": str(trunk.folder), "fork": True} if trunk else {})
         steps = {"steps": self.steps_in_time(arm)} if self.spec.minutes else {}
-        steps |= self._steps_of(seed)
+        tune = self.spec.tune
+        if tune and tune.steps and seed == tune.seed and not trunk:
+            steps = {"steps": tune.steps}
         config = settings(self.spec, *self.spec.layers(arm), point.layer if point else {}, {"run": run, "optim": steps})
         return TrainJob(f"{arm}, {words}", self.out / arm / place, config, trunk)
-
-    def _steps_of(self, seed: int) -> dict[str, int]:
-        """The setting of the number of steps, where the runs of a seed, that of the tuning, have their own."""
-        tune = self.spec.tune
-        return {"steps": tune.steps} if tune and tune.steps and seed == tune.seed else {}
 
     def speed_jobs(self) -> list[TrainJob]:
         """The runs that measure the speed of each arm, where time is held equal."""
@@ -134,7 +131,7 @@ class Sweep:
     def trunk_job(self, name: str, seed: int) -> TrainJob:
         """The run of a trunk with a seed: the first steps of a whole run, with the schedule of all its steps."""
         trunk = self.spec.trunks[name]
-        whole = settings(self.spec, trunk.layer, {"optim": self._steps_of(seed)})
+        whole = settings(self.spec, trunk.layer)
         steps = max(1, round(trunk.share * whole.optim.steps))
         part = {"optim": {"steps": steps, "schedule_steps": whole.schedule_steps}, "run": {"seed": seed}}
         config = settings(self.spec, trunk.layer, part)

@@ -87,7 +87,7 @@ class Trunk(Settings):
 class Tune(Part):
     """The settings of each arm that are chosen on the seed `seed`: by key, the values to try, in all combinations.
 
-    Each is tried for `steps` steps, by default those of the file.
+    Each is tried for `steps` steps, by default those of the file. Forks have the latter in any case.
     """
 
     seed: Seed

@@ -125,8 +125,14 @@ def test_a_fork_that_goes_on_in_a_renamed_folder_names_its_trunk_as_at_first(swe
 
 def test_forks_go_on_from_the_trunk_of_their_seed(cda: Cda, sweep: Path) -> None:
     forked = FILE.replace("plain: {", "plain: {from: trunk, ").replace("[0, 1, 2]", "[0, 1]")
-    sweep.write_text(f"{forked}trunks: {{trunk: {{share: 0.75, model: {{dim: 64}}}}}}\n")
+    trunk = "trunks: {trunk: {share: 0.75, model: {dim: 64}}}\n"
+    sweep.write_text(f"{forked}{trunk}tune: {{seed: 9, steps: 3, grid: {{optim.lr: [1e-3]}}}}\n")
     out = sweep.parent / "runs" / "sweep"
+    tuned = Sweep(read_spec(sweep), sweep, out)
+    steps = {job.config.run.init_from is not None: job.config.optim.steps for job in tuned.tuning_jobs()}
+    assert steps == {True: 40, False: 3}, "a fork is tuned after a trunk that is as long as that of its runs"
+    assert {job.config.optim.steps for job in tuned.trunk_jobs()} == {30}
+    sweep.write_text(f"{forked}{trunk}")
     planned = Sweep(read_spec(sweep), sweep, out)
     trunks, jobs = planned.trunk_jobs(), planned.jobs()
     assert [(job.config.optim.steps, job.config.optim.schedule_steps) for job in trunks] == [(30, 40)] * 2
