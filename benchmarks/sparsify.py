@@ -4,8 +4,9 @@
     python benchmarks/sparsify.py runs/smollm2 runs/sparsify --data stdlib --steps 100 --jobs 3
 
 Every arm starts from the weights of the run and takes the same steps on the same text, with the same seeds. Its ε falls
-from 1, which is softmax, to 0.5 over the first half of the steps. A run that was cut goes on, and one that is done and
-evaluated has its figures beside it, as JSON. With several jobs a GPU is shared.
+from 1, which is softmax, to 0.5 over the first half of the steps, or where it is late over the last fifth; entmax keeps
+ε = 1, and many times the memory. A gate is the control of a learned k. A run that was cut goes on, and one that is done
+and evaluated has its figures beside it, as JSON. With several jobs a GPU is shared.
 """
 
 from __future__ import annotations
@@ -22,17 +23,22 @@ from typing import Any, cast
 from synthetic import cda, half_width, header, row
 
 SHARPER = ("--set", "model.attn_eps=0.5", "--set", "model.eps_anneal_start=1.0")
+LATE = ("--set", "model.eps_anneal_begin=0.8", "--set", "model.eps_anneal_share=1")
+LEARNED = ("--attention", "coordinate-descent", "--attn-k", "4", "--learned-k", "--set", "model.learned_k_bias=-4")
+# Of the form of that learned k, so that it begins near 1: weights that knew no gate need that.
+GATE = ("--set", "model.output_gate=true", "--set", "model.output_gate_max=4", "--set", "model.learned_k_bias=-4")
 ARMS: dict[str, tuple[str, ...]] = {
     "softmax": ("--attention", "softmax"),
     "tempered softmax": ("--attention", "tempered-softmax", *SHARPER),
+    "tempered softmax, gate": ("--attention", "tempered-softmax", *GATE, *SHARPER),
     "soft top-k, k = 2": (
         "--attention", "coordinate-descent", "--attn-k", "2", "--set", "model.normalise=k", *SHARPER,
     ),
-    "soft top-k, k learned up to 4": (
-        "--attention", "coordinate-descent", "--attn-k", "4", "--learned-k", "--set", "model.learned_k_bias=-4",
-        *SHARPER,
-    ),
+    "soft top-k, k learned up to 4": (*LEARNED, *SHARPER),
+    "soft top-k, k learned up to 4, late": (*LEARNED, *SHARPER, *LATE),
+    "entmax, gate": ("--attention", "entmax", *GATE),
 }  # fmt: skip
+MEASURED = ("softmax", "tempered softmax", "soft top-k, k = 2", "soft top-k, k learned up to 4")  # in docs/sparsify.md
 CUTS = ("top:64", "top:32", "top:16", "top:8", "recent:64", "sink:64", "random:64")
 
 
@@ -76,7 +82,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--max-batches", type=int, default=4, help="batches of 16 windows to evaluate")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=MEASURED, help="the first is the control")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
