@@ -6,12 +6,14 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cda_cli.config import resolve
 from tests.commands.helpers import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +125,25 @@ def test_files_and_functions_that_a_page_names_exist(page: str) -> None:
 )
 def test_the_search_for_names_finds_those_that_are_missing(text: str, missing: bool) -> None:
     assert [is_missing(*found) for found in references(text)] == [missing]
+
+
+def shown_commands(page: str) -> Iterator[list[str]]:
+    """The words of each call of `cda` in the blocks of shell of `page`, without pipes and files behind it."""
+    for block in re.findall(r"^ *```(?:sh|console)\n(.*?)^ *```", page, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if found := re.match(r"(?:.*[|$] )?cda ([a-z].*)", line.strip()):
+                words = shlex.split(found[1], comments=True)
+                yield words[: next((place for place, word in enumerate(words) if word in ("|", ">", "<")), None)]
+
+
+def test_every_command_that_the_docs_show_can_be_given() -> None:
+    """Its options exist and take such values, and so do the settings of a training."""
+    shown = [words for page in PAGES if page.name != "cli.md" for words in shown_commands(page.read_text("utf-8"))]
+    for name, *words in shown:
+        given = COMMANDS[name].make_context(name, list(words)).params
+        if name == "train":
+            resolve(given["preset"], sets=given["set_"] or (), flags={"run.init_from": given["init_from"]})
+    assert len(shown) > 80, "the search finds hardly any command"
 
 
 def heading_anchors(page: Path) -> set[str]:
