@@ -181,6 +181,33 @@ def test_a_run_of_another_process_is_waited_for(cda: Cda, sweep: Path) -> None:
     assert "2 runs ended while no sweep looked on" in cda("sweep", sweep).out
 
 
+class Finish(Broken):
+    """A display on which the process of the first run ends, and leaves a run that has finished.
+
+    It breaks the sweep once that starts another process, and where it waits for one that is not its own.
+    """
+
+    def started(self, running: Running) -> None:
+        if self.running:
+            super().started(running)
+        self.running.append(running)
+        running.process.terminate()
+        write_run(running.job.folder, [8.0, 6.0, 5.0, 4.0], text={})
+
+    def refresh(self, running: Sequence[Running], waiting: int, *, held: bool, stopping: bool) -> None:
+        if held:
+            raise BrokenPipeError
+
+
+def test_an_evaluation_waits_for_its_own_run_alone(sweep: Path) -> None:
+    """It does not wait for a run that belongs to the same stage and that another process holds."""
+    sweep.write_text(f"{FILE.replace('[0, 1, 2]', '[0]')}eval: {{max_batches: 3}}\n")
+    out, display = sweep.parent / "runs" / "sweep", Finish()
+    with pytest.raises(BrokenPipeError), only_writer(out / "sparse" / "seed-0", lambda _: None):
+        run_sweep(Sweep(read_spec(sweep), sweep, out), make_slots(1, None), display)
+    assert [running.job.name for running in display.running] == ["plain, seed 0", "plain, seed 0, evaluation"]
+
+
 def test_a_run_that_began_with_other_settings_is_refused(cda: Cda, sweep: Path, trained: Path) -> None:
     """A table that mixed them would be of neither file."""
     Sweep(read_spec(sweep), sweep, trained).jobs()[0].prepare()
