@@ -320,9 +320,10 @@ def test_settings_of_python_and_pytorch_are_restored(small: Config, parallel: st
     with Processes(Place(rank=1, processes=2), mesh=Mesh.of(config.run, 2)) as processes:
         processes.silence_warnings()
         silent = settings_now()
-        processes.wrap(Transformer(config.model), config, torch.device("cpu"), torch.float32, compiled=True)
+        wrapped = processes.wrap(Transformer(config.model), config, torch.device("cpu"), torch.float32, compiled=True)
         assert before != silent != settings_now()
     assert settings_now() == before
+    assert not getattr(wrapped, "find_unused_parameters", False), "two processes need no search in each step"
 
 
 def test_the_launcher_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,9 +272,10 @@ class Processes:
             self._settings.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
             called = cast(nn.Module, torch.compile(model))
         # Without `find_unused_parameters` DDP orders its buckets anew after the first step. More than two processes add
-        # a gradient in an order that depends on its place there, so that a resumed run would end with other bits.
+        # a gradient in an order that depends on its place there, so that a resumed run would end with other bits. Two
+        # do not, and DDP need not search the graph of each step.
         return DistributedDataParallel(
-            called, gradient_as_bucket_view=True, find_unused_parameters=True, **_CONSTANT_BUFFERS
+            called, gradient_as_bucket_view=True, find_unused_parameters=self.count > 2, **_CONSTANT_BUFFERS
         )
 
     def random_states(self, device: torch.device) -> dict[str, Tensor]:
