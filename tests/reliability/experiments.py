@@ -11,6 +11,7 @@ from tests.reliability import (
     data_position,
     hanging,
     hostile,
+    layouts,
     non_finite,
     one_writer,
     other_text,
@@ -89,6 +90,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         full=20,
         reduced=1,
         variants=("those that wait not told apart",),
+    ),
+    "layouts": Experiment(
+        "A run of 2 or 4 processes, in each layout, that is cut after any step and resumed in the same one is the run "
+        "that was not cut, to the last bit",
+        layouts.cuts,
+        full=30,
+        reduced=3,
+        variants=("random states of the first alone", "shards of the first for all"),
     ),
     "cuts": Experiment(
         "60 steps that are cut after any of the first 59 and resumed in a fresh process are the run that was not cut, "

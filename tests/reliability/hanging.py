@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
@@ -14,7 +13,7 @@ from cda_cli.errors import TrainingError
 from cda_cli.signals import StopRequest
 from cda_cli.training.distributed.launch import ErrorCoordinator
 from cda_cli.training.distributed.processes import join
-from tests.reliability.harness import FORKS, exit_code, start
+from tests.reliability.harness import FORKS, become_rank, exit_code, free_port, start
 from tests.reliability.variants import broken
 
 PROCESSES = 3
@@ -23,9 +22,7 @@ MINUTES = 0.02  # that the others wait
 
 def steps(rank: int, port: int, hangs_at: int | None, variant: str, said: Connection) -> None:
     """Takes part, in a child, in what processes agree on after each step, and hangs once. Says what it raised."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    become_rank(rank, PROCESSES, port)
     try:
         with broken(variant), ErrorCoordinator() as coordinator, StopRequest() as stop:
             agreed = join(coordinator, parse({"run": {"process_timeout": MINUTES, "device": "cpu"}})).agreed(stop)
@@ -43,8 +40,7 @@ def hangs(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
     for _ in range(count):
         # Rank 0 holds the store here, which otherwise is the launcher's.
         hanging, step = chance.randrange(1, PROCESSES), chance.randrange(PROCESSES)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         listener, said = FORKS.Pipe(duplex=False)
         children = [
             start(steps, rank, port, step if rank == hanging else None, variant, said) for rank in range(PROCESSES)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -93,6 +94,20 @@ def exit_code(process: BaseProcess, seconds: float = 60.0) -> int | None:
         process.join()
     process.close()
     return code
+
+
+def free_port() -> int:
+    """Returns a port at which processes can meet."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
+def become_rank(rank: int, processes: int, port: int) -> None:
+    """Makes a child one of several processes of this machine, as torchrun would. They meet at a port of the first."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def become_cda(arguments: list[object], cache: Path, said: Path) -> None:

@@ -179,7 +179,10 @@ def test_auxiliary_losses_and_truncated_steps_in_several_processes(
 
 
 def test_a_run_goes_on_in_any_layout(nursery: Nursery, small: Config, alone: Path, tmp_path: Path) -> None:
-    """Each layout resumes what each other one has saved, and the end is that of the run in one process."""
+    """Each layout resumes what each other one has saved, and the end is that of the run in one process.
+
+    Each process has random numbers of its own. That it goes on with these is tried in tests/reliability/layouts.py.
+    """
     run, path = tmp_path / "run", settings(small, tmp_path)
     fsdp, ddp, cp, mesh = [("--parallel", word) for word in ("fsdp", "ddp", "cp")] + [("--mesh", "dp=2,cp=2")]
     layouts = [(2, fsdp), (4, ddp), (2, cp), (1, ddp), (4, mesh), (2, fsdp), (1, ddp), (2, cp)]
@@ -190,6 +193,7 @@ def test_a_run_goes_on_in_any_layout(nursery: Nursery, small: Config, alone: Pat
     saved, expected = load(locate(run)), load(locate(alone))
     for part in ("model", "optimizer", "ema"):
         torch.testing.assert_close(getattr(saved, part), getattr(expected, part), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(saved.rng["cpu"], saved.rng["rank1.cpu"])
 
 
 def test_only_the_first_process_reads_a_stream(nursery: Nursery, plain: tuple[Config, Path], tmp_path: Path) -> None:
@@ -225,25 +229,6 @@ def test_processes_start_from_the_same_weights(nursery: Nursery, small: Config, 
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=0, abs=TOLERANCE)
     assert losses(runs[0])[1] < losses(alone)[1] - 0.1, "the weights are not those that were trained"
     assert metrics(runs[1], "init") == metrics(runs[0], "init")
-
-
-@pytest.mark.parametrize(("parallel", "count"), [("ddp", 4), ("fsdp", 2), ("cp", 2)])
-def test_dropout_goes_on_where_it_was(
-    nursery: Nursery, config: Config, tmp_path: Path, parallel: str, count: int
-) -> None:
-    """Each process has its own random numbers, and the same number of processes resumes them to the last bit.
-
-    Four processes, unlike two, add up a gradient in one of several orders.
-    """
-    path = settings(changed(config, steps=6, schedule_steps=6), tmp_path)
-    for run, steps in (("whole", (6,)), ("cut", (3, 6))):
-        for last in steps:
-            command = ("train", "--config", path, "--out", tmp_path / run, "--parallel", parallel, "--steps", last)
-            assert nursery.run(count, *command).codes == [0] * count
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    whole, cut = load(locate(tmp_path / "whole")), load(locate(tmp_path / "cut"))
-    torch.testing.assert_close(cut.model, whole.model, rtol=0, atol=0)
-    assert not torch.equal(whole.rng["cpu"], whole.rng["rank1.cpu"])
 
 
 def test_a_step_that_is_not_finite_is_refused_by_all(nursery: Nursery, small: Config, tmp_path: Path) -> None:
