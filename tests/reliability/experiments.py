@@ -88,7 +88,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "which names it",
         hanging.hangs,
         full=20,
-        reduced=1,
+        reduced=2,
         variants=("those that wait not told apart",),
     ),
     "layouts": Experiment(

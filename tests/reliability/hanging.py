@@ -18,6 +18,7 @@ from tests.reliability.variants import broken
 
 PROCESSES = 3
 MINUTES = 0.02  # that the others wait
+BEFORE = -1  # the step of a process that hangs before it meets the others, and so has not said what it is called
 
 
 def steps(rank: int, port: int, hangs_at: int | None, variant: str, said: Connection) -> None:
@@ -25,6 +26,9 @@ def steps(rank: int, port: int, hangs_at: int | None, variant: str, said: Connec
     become_rank(rank, PROCESSES, port)
     try:
         with broken(variant), ErrorCoordinator() as coordinator, StopRequest() as stop:
+            if hangs_at == BEFORE:
+                coordinator.store()  # Rank 0 waits until all have come to the store that it holds.
+                os.kill(os.getpid(), signal.SIGSTOP)
             agreed = join(coordinator, parse({"run": {"process_timeout": MINUTES, "device": "cpu"}})).agreed(stop)
             for step in range(PROCESSES):
                 if step == hangs_at:
@@ -35,11 +39,11 @@ def steps(rank: int, port: int, hangs_at: int | None, variant: str, said: Connec
 
 
 def hangs(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
-    """Stops any process at any step, as a disk or a driver that does not answer stops one."""
+    """Stops any process before the first step or at any, as a disk or a driver that does not answer stops one."""
     chance = random.Random(seed)
-    for _ in range(count):
+    for trial in range(count):
         # Rank 0 holds the store here, which otherwise is the launcher's.
-        hanging, step = chance.randrange(1, PROCESSES), chance.randrange(PROCESSES)
+        hanging, step = chance.randrange(1, PROCESSES), BEFORE + trial % (PROCESSES - BEFORE)
         port = free_port()
         listener, said = FORKS.Pipe(duplex=False)
         children = [
@@ -47,7 +51,7 @@ def hangs(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
         ]
         said.close()
         sentence = listener.recv()
-        named = f"process {hanging} (pid {children[hanging].pid} on "
+        named = f"process {hanging} " + ("hangs" if step == BEFORE else f"(pid {children[hanging].pid} on ")
         os.kill(children[hanging].pid or 0, signal.SIGKILL)
         codes = [exit_code(child) for child in children]
         others = [code for rank, code in enumerate(codes) if rank != hanging]

@@ -274,7 +274,8 @@ class ErrorCoordinator:
         try:
             if waited:
                 self.store().set(f"{WAITED}/{self.place.rank}", "")
-                if "Timed out" in str(error):
+                # gloo says the former, and the store, in which processes meet, the latter.
+                if any(words in str(error) for words in ("Timed out", "timeout")):
                     self.store().set(TIMED_OUT, "")
             code = self._claim(exit_code(error))
             if code is None and waited:
