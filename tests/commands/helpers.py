@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -18,6 +19,8 @@ import typer.main
 import cda_cli
 from cda_cli.main import app, run
 
+# Typer makes the same tree of commands anew in each call, which takes longer than what most of these tests call.
+typer.main.get_command = functools.cache(typer.main.get_command)
 COMMANDS: dict[str, typer.core.TyperCommand] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 TINY = """\

@@ -14,6 +14,7 @@ import tokenizers  # noqa: F401
 import torch._dynamo  # noqa: F401 - the optimizers do
 
 import cda_cli.console  # noqa: F401
+import tests.commands.helpers  # the commands too
 import tests.reliability.variants  # noqa: F401
 
 # No child looks for garbage among the objects of the imports, which would also copy their memory.
