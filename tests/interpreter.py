@@ -12,7 +12,11 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
+
+# Types of which two operands need no other type, whatever is done with them.
+ALIKE = {"int1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "fp32", "fp64"}
 
 
 def spare_repetitions() -> None:
@@ -20,6 +24,8 @@ def spare_repetitions() -> None:
     patch_language_once_a_launch()
     find_types_of_numpy_once()
     describe_blocks_once()
+    leave_like_operands_alone()
+    call_language_directly()
     leave_out_unread_checks()
 
 
@@ -80,6 +86,71 @@ def describe_blocks_once() -> None:
         vars(self).update(tensors[type.name], handle=handle)
 
     tl.block_type.__init__, tl.tensor.__init__ = init_type, init_tensor
+
+
+def leave_like_operands_alone() -> None:
+    """Two operands of one type and shape are neither cast nor broadcast, and of two shapes only what is smaller is.
+
+    The interpreter comes to that after it has promoted their types, and compared sizes as constants of the language.
+    """
+    prepare, broadcast, cast = (
+        TritonSemantic.binary_op_type_checking_impl,
+        TritonSemantic.broadcast_impl_value,
+        TritonSemantic.cast,
+    )
+
+    def prepare_unlike(self: Any, lhs: Any, rhs: Any, *flags: bool, **named: bool) -> Any:
+        # Half precisions are divided in float32, and whether pointers may be operands is asked in there.
+        if (
+            isinstance(lhs, tl.tensor)
+            and isinstance(rhs, tl.tensor)
+            and lhs.type.name == rhs.type.name
+            and lhs.type.scalar.name in ALIKE
+        ):
+            return lhs, rhs
+        return prepare(self, lhs, rhs, *flags, **named)
+
+    def broadcast_unlike(self: Any, lhs: Any, rhs: Any) -> Any:
+        if not (lhs.type.is_block() and rhs.type.is_block()):
+            return broadcast(self, lhs, rhs)
+        left, right = [*lhs.type.shape], [*rhs.type.shape]
+        shape = [*map(max, left, right)]
+        if len(left) != len(right) or any(
+            1 != size != most for size, most in zip(left + right, shape * 2, strict=True)
+        ):
+            return broadcast(self, lhs, rhs)
+        return stretched(self, lhs, left, shape), stretched(self, rhs, right, shape)
+
+    def stretched(self: Any, operand: Any, sizes: list[int], shape: list[int]) -> Any:
+        if sizes == shape:
+            return operand
+        handle = self.builder.create_broadcast(operand.handle, shape)
+        return self.tensor(handle, tl.block_type(operand.type.scalar, shape))
+
+    def cast_unlike(self: Any, input: Any, dst_ty: Any, *how: Any, **named: Any) -> Any:
+        return input if input.type.scalar.name == dst_ty.scalar.name else cast(self, input, dst_ty, *how, **named)
+
+    TritonSemantic.binary_op_type_checking_impl = prepare_unlike
+    TritonSemantic.broadcast_impl_value = broadcast_unlike
+    TritonSemantic.cast = cast_unlike
+
+
+def call_language_directly() -> None:
+    """The interpreter's stand-in for a function of the language copies the arguments, and calls one that calls it."""
+
+    # Whoever wraps a function in another way may do more.
+    wrapper = tl.core.builtin(spare_repetitions).__code__
+
+    def patch(obj: object, name: str, member: Callable[..., Any], builder: object, scope: Any) -> None:
+        function = member.__wrapped__ if member.__code__ is wrapper else member
+
+        def call(*args: Any, **named: Any) -> Any:
+            named["_semantic"] = interpreter.interpreter_semantic
+            return function(*args, **named)
+
+        scope.set_attr(obj, name, call)
+
+    interpreter._patch_attr = patch
 
 
 def leave_out_unread_checks() -> None:
