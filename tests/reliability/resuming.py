@@ -22,7 +22,8 @@ def cuts(
 ) -> Iterator[str | None]:
     """Kills 60 steps right after each of the 59 (or `count` of them), and resumes each in a process of its own.
 
-    The loss of every step, the weights, the moments, the random states and the position must be equal.
+    The loss of every step, the weights, the moments, the random states and the position must be equal. On a CPU each
+    resume is in a new interpreter, and the uncut run, which starts one no more, in a fork.
     """
     chance, steps = random.Random(seed), VARIANT_STEPS if variant else micro.STEPS
     with tempfile.TemporaryDirectory() as name:
@@ -31,7 +32,7 @@ def cuts(
         text = micro.mapped_text(folder)
         config = micro.settings(text, model=micro.WIDE, save_every=1, keep=steps, **device)
         whole = folder / "whole"
-        if fault := train_afresh(config, whole, folder / "cache", steps=steps, variant=variant):
+        if fault := train_afresh(config, whole, folder / "cache", steps=steps, variant=variant, forked=True):
             yield fault
             return
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from cda_cli.training.distributed.launch import QUIET
 
 PRELOADED = (
-    "cda_cli.console", "cda_cli.main", "cda_cli.training.run", "einops._torch_specific", "torch._inductor.compile_fx",
-    "torch._numpy",
+    "cda_cli.console", "cda_cli.training.run", "einops._torch_specific", "tests.commands.helpers",
+    "torch._inductor.compile_fx", "torch._numpy",
 )  # fmt: skip
 # The imports ask CUDA whether it is there, and a process that is forked after that cannot use it: PyTorch fails with an
 # initialization error as soon as it looks for a device. The ranks train on the CPU, so neither the process that forks
