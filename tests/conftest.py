@@ -86,6 +86,7 @@ SLOW = (
     "interchange/test_smollm2.py",
     "model/test_active_units.py",
     "model/test_left_padding.py",
+    "model/test_length_generalisation.py",
     "model/test_model_families.py",
     "model/test_model_heads.py",
     "model/test_model_settings.py",

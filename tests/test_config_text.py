@@ -161,6 +161,7 @@ SOME = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(SOME)
 def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
     """Through a file, whatever the strings hold and however fine the numbers are; all of it, with no preset below."""
