@@ -128,9 +128,18 @@ def restore_gc() -> Iterator[None]:
             gc.unfreeze()
 
 
+_found_frozen = False
+
+
 def are_imports_frozen() -> bool:
     """Whether the program has called `gc.freeze` since it imported PyTorch."""
-    return all(one is not torch.nn.Module for one in gc.get_objects())
+    global _found_frozen
+    # To look for an import among half a million objects takes as long as several small steps. What was found frozen
+    # stays so until all is unfrozen, and whoever then freezes again freezes it too.
+    _found_frozen = gc.get_freeze_count() > 0 and (
+        _found_frozen or all(one is not torch.nn.Module for one in gc.get_objects())
+    )
+    return _found_frozen
 
 
 def launch_step(context: RunContext, state: TrainState, speed: Speed, step: int) -> PendingStep:
