@@ -17,7 +17,7 @@ import pytest
 from cda_cli.errors import InterruptedRunError
 from cda_cli.signals import StopRequest
 from tests.commands.forked import popen_forked, run_forked, signal_at
-from tests.commands.helpers import Cda, contents, in_subprocess, metrics, steps_saved
+from tests.commands.helpers import Cda, contents, metrics, steps_saved
 
 BEFORE_THE_START = "stopped before the first step, with nothing to save; the same command starts again\n"
 # Sends itself SIGTERM when it imports torch, which what is forked has done already.
@@ -37,16 +37,13 @@ def test_a_run_that_is_stopped_saves_and_goes_on(cda: Cda, tiny: Path, tmp_path:
     """
     run = tmp_path / "run"
     settings = ("train", "--config", tiny, "--out", run, "--steps", 1_000_000, "--save-every", 0, "--eval-every", 0)
-    command = in_subprocess(*settings)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    with popen_forked(*settings) as process:
         lines = iter(process.stdout.readline, "")
         said = [next(line for line in lines if line.lstrip().startswith("3/"))]
-        process.send_signal(signal.SIGINT)
+        os.kill(process.pid, signal.SIGINT)
         said += [line for line in lines if "/1000000  loss" in line]
         error = process.stderr.read()
-    assert process.returncode == 130, error
+        assert process.returncode == 130, error
     last = int(said[-1].split("/")[0])
     assert steps_saved(run) == [last], "the newest checkpoint is not that of the last step that was said"
     assert error == f"stopped at step {last} of 1000000, and saved; `cda train --out {run}` goes on from there\n"
