@@ -23,13 +23,17 @@ MOST_POINTS = 1000  # train records of a curve
 
 
 class Point(NamedTuple):
-    """A loss during training, nats per token, after so many steps, tokens and seconds."""
+    """A loss during training, nats per token, after so many steps, tokens and seconds.
+
+    `ema_loss` is that of the averaged weights; NaN where there are none.
+    """
 
     step: float
     tokens: float
     seconds: float
     loss: float
     bits_per_byte: float
+    ema_loss: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def read_run(path: Path) -> RecordedRun:
                 interpolate(each.step, steps, seconds),
                 each.loss,
                 each.bits_per_byte,
+                math.nan if each.ema_loss is None else each.ema_loss,
             )
             for each in validations
             if each.step <= steps[-1]  # The tokens of a later one are not recorded yet.

@@ -29,6 +29,9 @@ def metrics_of_run(run: RecordedRun) -> dict[str, float]:
         "bits_per_byte": last.bits_per_byte if last else math.nan,
         "best_loss": best.loss if best else math.nan,
         "best_bits_per_byte": best.bits_per_byte if best else math.nan,
+        "best_ema_loss": min(
+            (point.ema_loss for point in run.validation if not math.isnan(point.ema_loss)), default=math.nan
+        ),
         "tokens": run.tokens,
         "steps": run.training[-1].step if run.training else math.nan,
         "seconds": run.seconds,

@@ -18,8 +18,8 @@ from cda_cli.settings_table import as_written
 
 # The metrics of a run that has finished, by their names in JSON.
 METRICS = (
-    "loss", "bits_per_byte", "best_loss", "best_bits_per_byte", "tokens", "steps", "seconds", "tokens_per_second",
-    "memory_bytes", "effective_support", "sparsity_k", "active_units",
+    "loss", "bits_per_byte", "best_loss", "best_bits_per_byte", "best_ema_loss", "tokens", "steps", "seconds",
+    "tokens_per_second", "memory_bytes", "effective_support", "sparsity_k", "active_units",
 )  # fmt: skip
 EVALUATED = "eval."  # begins the names of metrics of an evaluation
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an arm or a trunk, which is the name of a folder
@@ -98,7 +98,8 @@ class Tune(Part):
 class Evaluation(Part):
     """What `cda eval` measures of each run that has finished, by its options: on a text, or in tasks.
 
-    With `best` it measures the checkpoint with the lowest validation loss in place of the newest.
+    With `best` it measures the checkpoint with the lowest validation loss in place of the newest, and with `ema` its
+    averaged weights.
     """
 
     cut: list[str] = Field(default_factory=list)
@@ -110,6 +111,7 @@ class Evaluation(Part):
     limit: int | None = Field(None, ge=1)
     batch_size: int | None = Field(None, ge=1)
     best: bool = False
+    ema: bool = False
 
     @model_validator(mode="after")
     def _is_of_a_text_or_of_tasks(self) -> Evaluation:
@@ -128,7 +130,7 @@ class Evaluation(Part):
         for name in ("max_batches", "limit", "batch_size", "context", "data"):
             if (value := getattr(self, name)) is not None:
                 found += [f"--{name.replace('_', '-')}", str(value)]
-        return [*found, "--best"] if self.best else found
+        return found + ["--best"] * self.best + ["--ema"] * self.ema
 
 
 class Drop(Part):

@@ -147,3 +147,11 @@ def test_forks_go_on_from_the_trunk_of_their_seed(cda: Cda, sweep: Path) -> None
     assert "plain, seed 1, failed: its trunk failed: it burst" in done.out
     assert "3 runs have not finished: plain seed 0, sparse seed 0, sparse seed 1" in done.out
     assert done.code == 1
+
+
+def test_a_claim_may_be_about_averaged_weights(cda: Cda, sweep: Path) -> None:
+    sweep.write_text(f"{FILE}compare: [{{arm: sparse, claim: superior, margin: 0.1, metric: best_ema_loss}}]\n")
+    for seed in range(3):
+        write_run(sweep.parent / "runs" / "sweep" / "plain" / f"seed-{seed}", [8.0, 4.0, 5.0], averaged=0.25, text={})
+        write_run(sweep.parent / "runs" / "sweep" / "sparse" / f"seed-{seed}", [8.0, 4.5, 5.0], averaged=1.25, text={})
+    assert "Holds: difference -0.5000" in " ".join(cda("sweep", sweep, "--no-run").out.split())

@@ -21,9 +21,13 @@ def write_run(
     tokens_per_step: int = 100,
     tokens_per_second: float = 1000.0,
     validated: bool = True,
+    averaged: float | None = None,
     text: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a run with a record every 10 steps, of these `bits` per byte; with `text`, its checkpoint tells that."""
+    """Writes a run with a record every 10 steps, of these `bits` per byte; with `text`, its checkpoint tells that.
+
+    The loss of its averaged weights is lower by `averaged`.
+    """
     path.mkdir(parents=True)
     run = Run(path)
     run.write_config(resolve("tiny", flags={"optim.steps": 10 * max(1, len(bits)), **(flags or {})}))
@@ -35,7 +39,8 @@ def write_run(
             replace(TRAIN, step=step, tokens=tokens, bits_per_byte=value, tokens_per_second=tokens_per_second)
         )
         if validated:
-            metrics.write(replace(VALIDATION, step=step, loss=value, bits_per_byte=value))
+            ema = None if averaged is None else value - averaged
+            metrics.write(replace(VALIDATION, step=step, loss=value, bits_per_byte=value, ema_loss=ema))
     metrics.close()
     if text is not None:
         publish(path, step=10 * len(bits), model={}, optimizer={}, rng={}, state={"data": dict(text)})
