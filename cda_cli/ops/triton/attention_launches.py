@@ -8,7 +8,6 @@ Calls of one `Layout` differ only in pointers, ε and scale, so they share their
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,41 +94,40 @@ class Layout(NamedTuple):
         return fits and (INTERPRETED.value or triton.runtime.driver.active.get_current_target().arch >= 90)
 
 
-class Blocks(NamedTuple):
-    """What a compiled kernel reads of a `TensorDescriptor`, without its checks, of which the first launch made each."""
-
-    base: Tensor
-    shape: Sequence[int]
-    strides: Sequence[int]
-    padding: str = "zero"
-    round_f32_to_tf32: bool = False  # from Triton 3.7 on
-
-
 class Launch:
     """A kernel with its grid, its numbers and its options.
 
     It is called with the arguments that change from call to call, which come first in the signature of the kernel. A
-    compiled kernel takes all arguments in the order of the signature, constants too (Triton 3.6 and 3.7). `rows` is the
-    length of the blocks that the bulk copy engine reads, where it can.
+    compiled kernel takes all arguments in the order of the signature, constants too (Triton 3.6 and 3.7). Where the
+    bulk copy engine can, it reads blocks of `rows` of the arguments that are named in `blocks`.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, int], numbers: Steps, options: dict[str, Any], layout: Layout, rows: int = 0
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        numbers: Steps,
+        options: dict[str, Any],
+        layout: Layout,
+        rows: int = 0,
+        blocks: tuple[str, ...] = (),
     ) -> None:
         self._kernel, self._grid, self._numbers, self._options = kernel, (*grid, 1), numbers, options
         self._kept = layout.aligned  # Other pointers may need another compiled kernel.
         self._device = layout.device.index
         self._compiled: Any = None
-        self._again: LaunchOnStream
+        self._again: LaunchOnStream | None = None
         self._rest: tuple[Any, ...] = ()
-        self._block = [1, 1, rows, padded(layout.query[-1])] if options.get("BULK") else None
+        self._block = [1, 1, rows, padded(layout.query[-1])]
+        self._T = layout.query[2]
+        self._blocks = {kernel.arg_names.index(name): name for name in blocks if options["BULK"]}
 
     def __call__(self, *varying: Any) -> None:
         compiled = self._compiled
         if compiled is None:
-            self._launch_first(varying)
-        elif _hooked():
-            compiled[self._grid](*varying, *self._rest)
+            self._launch_first(self._described(varying))
+        elif self._again is None or _hooked():
+            compiled[self._grid](*self._described(varying), *self._rest)
         else:
             self._again(triton.runtime.driver.active.get_current_stream(self._device), varying)
 
@@ -138,25 +136,21 @@ class Launch:
         if self._kept and compiled is not None:  # The interpreter compiles nothing.
             constants = self._kernel.arg_names[len(varying) + len(self._numbers) :]
             self._rest = (*self._numbers, *(self._options[name] for name in constants))
-            self._again = prepare(compiled, self._grid, self._rest)
+            self._again = prepare(compiled, self._grid, varying, self._rest)
             self._compiled = compiled
 
-    def blocks(self, tensor: Tensor) -> Tensor | TensorDescriptor | Blocks:
-        """`tensor` [B, H, length, D] as the kernel reads its blocks."""
-        if self._block is None:
-            return tensor
-        if self._compiled is not None:
-            return Blocks(tensor, tensor.shape, tensor.stride())
-        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), self._block)
+    def _described(self, varying: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The same arguments, with descriptors of the tensors of which the kernel reads blocks."""
+        return tuple(
+            self._descriptor(self._blocks[place], x) if place in self._blocks else x for place, x in enumerate(varying)
+        )
 
-    def dual_blocks(self, duals: Tensor, T: int) -> Tensor | TensorDescriptor | Blocks:
-        """`duals` [4, B, H, length] as the kernel reads those of a block of queries."""
-        if self._block is None:
-            return duals
-        _, B, H, length = duals.shape
-        if self._compiled is not None:
-            return Blocks(duals, (4 * B * H, T), (length, 1))
-        return TensorDescriptor(duals, [4 * B * H, T], [length, 1], [1, self._block[2]])
+    def _descriptor(self, name: str, tensor: Tensor) -> TensorDescriptor:
+        """Of a tensor [B, H, length, D], or of `duals` [4, B, H, length ≥ T], whose rows lie one below another."""
+        shape, strides, block = list(tensor.shape), list(tensor.stride()), self._block
+        if name == "duals":
+            shape, strides, block = [tensor[..., 0].numel(), self._T], strides[-2:], [1, block[2]]
+        return TensorDescriptor(tensor, shape, strides, block)
 
 
 def _hooked() -> bool:
@@ -234,12 +228,14 @@ def _inside(heads: int, length: int, width: int) -> Steps:
     return (length * heads * width, width, heads * width)
 
 
-def _over_queries(kernel: Any, name: str, numbers: Steps, layout: Layout, **constants: Any) -> Launch:
+def _over_queries(
+    kernel: Any, name: str, numbers: Steps, layout: Layout, blocks: tuple[str, ...], **constants: Any
+) -> Launch:
     """A program for each block of queries, which goes over blocks of keys."""
     B, H, T, D, *_ = layout.sizes
     this = _tile(name, D, layout.dtype)
     grid = (triton.cdiv(T, this.queries), B * H)
-    return Launch(kernel, grid, numbers, this.options(layout) | constants, layout, this.keys)
+    return Launch(kernel, grid, numbers, this.options(layout) | constants, layout, this.keys, blocks)
 
 
 def _two_passes(layout: Layout) -> tuple[Steps, Steps]:
@@ -257,8 +253,8 @@ def leader_and_output(layout: Layout) -> tuple[Launch, Launch]:
     first, second = _two_passes(layout)
     this = _tile("leader", layout.query[-1], layout.dtype)
     return (
-        _over_queries(leader_kernel, "leader", first, layout, CLASSES=min(64, this.keys), STEP=this.step),
-        _over_queries(leader_output_kernel, "leader_output", second, layout),
+        _over_queries(leader_kernel, "leader", first, layout, ("key",), CLASSES=min(64, this.keys), STEP=this.step),
+        _over_queries(leader_output_kernel, "leader_output", second, layout, ("key", "value")),
     )
 
 
@@ -267,8 +263,8 @@ def solve_and_output(layout: Layout, split: bool) -> tuple[Launch, Launch]:
     """With `split` the second kernel also writes the part of the output from free entries."""
     first, second = _two_passes(layout)
     return (
-        _over_queries(solve_kernel, "solve", first, layout),
-        _over_queries(output_kernel, "split" if split else "output", second, layout, SPLIT=split),
+        _over_queries(solve_kernel, "solve", first, layout, ("key",)),
+        _over_queries(output_kernel, "split" if split else "output", second, layout, ("key", "value"), SPLIT=split),
     )
 
 
@@ -280,11 +276,13 @@ def backward(layout: Layout, leaders: bool) -> tuple[Launch, Launch]:
     strides = (*layout.query_steps, *layout.key_steps, *layout.value_steps, *layout.grad_steps)
     parts = (B * H * length, length)
     numbers = (*strides, *layout.summed_steps, *_inside(H, T, D), *parts, H, H // G, T, S, B * H * T)
-    query = _over_queries(query_kernel, "query", numbers, layout, LEADERS=leaders, FIND_DELTA=find_delta)
+    both = "key", "value"
+    query = _over_queries(query_kernel, "query", numbers, layout, both, LEADERS=leaders, FIND_DELTA=find_delta)
     this = _tile("key_value", D, layout.dtype)
     numbers = (*strides, *_inside(G, S, D), *_inside(G, S, D), *parts, G, H // G, T, S)
     grid = (triton.cdiv(S, this.keys), B * G)
-    return query, Launch(key_value_kernel, grid, numbers, this.options(layout), layout, this.queries)
+    blocks = "query", "grad_output", "duals"
+    return query, Launch(key_value_kernel, grid, numbers, this.options(layout), layout, this.queries, blocks)
 
 
 def dual_length(T: int) -> int:

@@ -161,16 +161,16 @@ def _forward(
         factor = _factor(eps, scale)
         if at_most_two:
             lead, put_out = leader_and_output(layout)
-            lead(query, lead.blocks(key), key, ranges.first, ranges.last, stats, leaders)
+            lead(query, key, key, ranges.first, ranges.last, stats, leaders)
             put_out(
-                query, put_out.blocks(key), put_out.blocks(value), value, budget, ranges.first, ranges.last, output,
+                query, key, value, value, budget, ranges.first, ranges.last, output,
                 stats, leaders, factor,
             )  # fmt: skip
         else:
             solve, put_out = solve_and_output(layout, split=free_output.numel() > 0)
-            solve(query, solve.blocks(key), budget, ranges.first, ranges.last, stats, factor)
+            solve(query, key, budget, ranges.first, ranges.last, stats, factor)
             put_out(
-                query, put_out.blocks(key), put_out.blocks(value), stats, ranges.first, ranges.last, output,
+                query, key, value, stats, ranges.first, ranges.last, output,
                 free_output, factor,
             )  # fmt: skip
     return output, stats, leaders, free_output
@@ -228,12 +228,11 @@ def _gradients(
     with torch.cuda.device_of(query):
         to_query, to_key_value = backward(layout, leaders=leaders.numel() > 0)
         to_query(
-            query, to_query.blocks(key), to_query.blocks(value), value, grad_output, summed, stats, leaders, duals,
+            query, key, value, value, grad_output, summed, stats, leaders, duals,
             grad_budget, ranges.first, ranges.last, grad_query, factor, unit,
         )  # fmt: skip
         to_key_value(
-            to_key_value.blocks(query), key, value, to_key_value.blocks(grad_output),
-            to_key_value.dual_blocks(duals, T), *ranges, grad_key, grad_value, factor, unit,
+            query, key, value, grad_output, duals, *ranges, grad_key, grad_value, factor, unit,
         )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_budget
 

@@ -1,8 +1,8 @@
 """The last step of a launch, with all prepared that stays the same from call to call.
 
 Triton goes through all arguments in Python to find the descriptors among them, which takes the host longer than the
-rest of a launch. It has no public way around. What this file knows of Triton's launcher holds for 3.6 and 3.7; where
-the launcher looks different, the launch is Triton's own.
+rest of a launch, and asks the driver about the pointer of each tensor. It has no public way around. What this file
+knows of Triton's launcher holds for 3.6 and 3.7; where the launcher looks different, the launch is Triton's own.
 """
 
 from __future__ import annotations
@@ -12,34 +12,50 @@ from collections.abc import Callable
 from typing import Any
 
 import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+# What stays the same of a described tensor: what follows its pointer where its map is filled, and its sizes.
+Described = tuple[tuple[Any, ...], tuple[int, ...]]
 LaunchOnStream = Callable[[int, tuple[Any, ...]], None]
 
 
-def prepare(compiled: Any, grid: tuple[int, int, int], rest: tuple[Any, ...]) -> LaunchOnStream:
-    """A function that launches a compiled kernel on a stream with its first arguments, before `rest`."""
+def prepare(
+    compiled: Any, grid: tuple[int, int, int], first: tuple[Any, ...], rest: tuple[Any, ...]
+) -> LaunchOnStream | None:
+    """A function that launches a compiled kernel on a stream with its varying arguments, before `rest`, or None.
+
+    `first` are the varying arguments of one launch. Those of the others have tensors and numbers at the same places.
+    Where `first` has a descriptor they have the tensor itself, with the same shape and strides.
+    """
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-
-    def launch(stream: int, varying: tuple[Any, ...]) -> None:
-        run(*grid, stream, function, metadata, None, None, None, *varying, *rest)
-
+    places = [place for place, argument in enumerate(first) if isinstance(argument, TensorDescriptor)]
+    if not places:
+        return lambda stream, varying: run(*grid, stream, function, metadata, None, None, None, *varying, *rest)
     known = inspect.getclosurevars(run.launch).nonlocals if inspect.isfunction(run.launch) else {}
     if not known.keys() >= {"launcher", "tensordesc_indices", "tensordesc_meta"}:
-        return launch  # There are no descriptors, or another version of Triton finds them elsewhere.
+        return None
     if run.global_scratch_size or run.profile_scratch_size or None in known["tensordesc_meta"]:
-        return launch
-    places = sorted(known["tensordesc_indices"])
-    described = dict(zip(places, map(_described, known["tensordesc_meta"]), strict=True))
-    ways = tuple(described.get(place) for place in range(max(places) + 1))
+        return None
+    if sorted(known["tensordesc_indices"]) != places:
+        return None
+    described = dict(zip(places, known["tensordesc_meta"], strict=True))
+    ways = tuple(
+        _described(argument, described[place]) if place in described else isinstance(argument, Tensor)
+        for place, argument in enumerate(first)
+    )
     return _direct(run, known["launcher"], (function, metadata), grid, ways, rest)
 
 
-def _described(meta: dict[str, Any]) -> tuple[Any, ...]:
-    """What the map of a descriptor holds besides pointer, shape and strides."""
+def _described(descriptor: TensorDescriptor, meta: dict[str, Any]) -> Described:
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
     assert not meta["fp4_padded"]
-    return meta["swizzle"], meta["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["block_size"]
+    assert descriptor.padding == "zero"
+    kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
+    shape, strides = descriptor.shape, descriptor.strides
+    # After the pointer: what the map of a descriptor holds. 0 says that what lies outside reads as zeros.
+    return (meta["swizzle"], meta["elem_size"], kind, meta["block_size"], shape, strides, 0), (*shape, *strides)
 
 
 def _direct(
@@ -47,25 +63,25 @@ def _direct(
     launcher: Callable[..., None],
     kernel: tuple[Any, Any],
     grid: tuple[int, int, int],
-    ways: tuple[tuple[Any, ...] | None, ...],
+    ways: tuple[Described | bool, ...],
     rest: tuple[Any, ...],
 ) -> LaunchOnStream:
-    """`ways` says of each of the first arguments whether it is a descriptor, and of which kind."""
+    """`ways` has what is known of each varying argument that is described; of the others, whether it is a tensor."""
     utils = triton.runtime.driver.active.utils
     fill = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor  # 3.7, 3.6
     function, metadata = kernel
     flags = run.launch_cooperative_grid, run.launch_pdl
-    many = len(ways)
 
     def expanded(varying: tuple[Any, ...]) -> list[Any]:
         arguments: list[Any] = []
-        for argument, way in zip(varying, ways):  # noqa: B905 - the others are no descriptors
-            if way is None:
+        for argument, way in zip(varying, ways):  # noqa: B905 - a check of each call
+            if way is True:
+                arguments.append(argument.data_ptr())  # Of a tensor the launcher would ask the driver.
+            elif way is False:
                 arguments.append(argument)
             else:
-                shape, strides = argument.shape, argument.strides
-                arguments += fill(argument.base.data_ptr(), *way, shape, strides, 0), *shape, *strides
-        arguments += varying[many:]
+                arguments.append(fill(argument.data_ptr(), *way[0]))
+                arguments += way[1]
         arguments += rest
         return arguments
 
