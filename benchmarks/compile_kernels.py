@@ -41,8 +41,8 @@ from cda_cli.ops.decoding import MOST_QUERIES, DecodingInputs
 from cda_cli.ops.decoding_step import HeadBudgets
 from cda_cli.ops.largest import LONGEST_ROW
 from cda_cli.ops.solve_spec import SolveSpec
-from cda_cli.ops.triton import attention_launches, decoding_launches, heads_launches, row_launches
-from cda_cli.ops.triton.fused_attention import FEW_QUERIES, fused_attention
+from cda_cli.ops.triton import attention_launches, decoding_launches, fused_attention, heads_launches, row_launches
+from cda_cli.ops.triton.fused_attention import FEW_QUERIES
 from cda_cli.ops.triton.step_launches import add_and_norm, draw_token, heads_of_step, routed_blocks
 
 # Bytes of shared memory that a program may have, by architecture (CUDA C++ Programming Guide, compute capabilities).
@@ -209,10 +209,11 @@ def routed_calls(quick: bool) -> Iterator[Call]:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, packed: bool, at_most_two: bool, trained: bool
 ) -> None:
-    budget = torch.ones(query.shape[:3])
+    budget = 1.0 if trained else torch.ones(query.shape[:3])  # The kernels for a number are others.
     documents = torch.zeros(1, LENGTH, dtype=torch.long) if packed else None
     leaf = query.requires_grad_(trained)
-    output, *_ = fused_attention(leaf, key, value, budget, documents, 0.1, 1.0, causal, at_most_two, trained)
+    others = documents, 0.1, 1.0, causal, at_most_two, trained
+    output, _ = fused_attention.attend(leaf, key, value, budget, *others)
     if trained:
         torch.autograd.grad(output, leaf, torch.zeros_like(output))
 

@@ -21,6 +21,7 @@ from .checks import (
     check_finite,
     check_positive,
     check_rows,
+    checked_budget,
     checked_spec,
     row_budgets,
 )
@@ -29,7 +30,7 @@ from .decoding_step import WIDEST_STREAM, HeadBudgets, add_and_norm, draw_token,
 from .dense import for_each_query
 from .heads import Heads, norm_and_rotate
 from .largest import largest_entries
-from .precision import FLOAT32_MAX, autocast_dtype, settle_vector_functions
+from .precision import autocast_dtype, settle_vector_functions
 from .reference import reference_attention, reference_gradients, reference_soft_topk
 from .solve_spec import Solver, SolverSettings
 
@@ -207,14 +208,14 @@ def soft_topk_attention(
     spec = checked_spec(solver, eps, n_iters, eps_init, eps_decay)
     head_width = query_BHTD.shape[-1]
     chosen = choose_backend(backend, solver, query_BHTD.device, query_BHTD.dtype, head_width)
-    budget = row_budgets(sparsity_k, query_BHTD, query_BHTD.shape[:3])
+    budget = checked_budget(sparsity_k, query_BHTD)
     if scale is None:
         scale = head_width**-0.5
     check_finite("scale", scale)
     if largest_k is not None:
         check_positive("largest_k", largest_k, infinite=True)
-    if not isinstance(sparsity_k, Tensor):
-        largest_k = sparsity_k
+    if not isinstance(budget, Tensor):  # No tensor is made of it, which would be another launch.
+        largest_k = budget
     inputs = AttentionInputs(query_BHTD, key_BHSD, value_BHSD, budget, documents, scale, causal)
     output, threshold = BACKENDS[chosen.name].attention(inputs, spec, largest_k, return_threshold)
     dtype = autocast_dtype(value_BHSD) or value_BHSD.dtype
@@ -268,12 +269,9 @@ def decode_attention(
     check_finite("scale", scale)
     if largest_k is not None:
         check_positive("largest_k", largest_k, infinite=True)
-    budget: float | Tensor
-    if isinstance(sparsity_k, Tensor):
-        budget = row_budgets(sparsity_k, query_BHTD, query_BHTD.shape[:3])
-    else:  # No tensor is made of it, which would be another launch.
-        check_positive("sparsity_k", sparsity_k, infinite=True)
-        budget = largest_k = min(float(sparsity_k), FLOAT32_MAX)
+    budget = checked_budget(sparsity_k, query_BHTD)
+    if not isinstance(budget, Tensor):
+        largest_k = budget
     inputs = DecodingInputs(query_BHTD, key_BGSD, value_BGSD, lengths_B, budget, largest_k, spec, scale)
     output = BACKENDS[chosen.name].decode(inputs)
     dtype = autocast_dtype(value_BGSD) or value_BGSD.dtype

@@ -118,6 +118,14 @@ def check_decoding(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | 
         raise ValueError(f"lengths must be [B] = {(B,)}, not {tuple(lengths.shape)}")
 
 
+def checked_budget(sparsity_k: float | Tensor, query: Tensor) -> float | Tensor:
+    """The k of each query, [B, H, T], or the one number that is the k of all."""
+    if isinstance(sparsity_k, Tensor):
+        return row_budgets(sparsity_k, query, query.shape[:3])
+    check_positive("sparsity_k", sparsity_k, infinite=True)
+    return float(min(sparsity_k, FLOAT32_MAX))
+
+
 def row_budgets(sparsity_k: float | Tensor, like: Tensor, shape: torch.Size) -> Tensor:
     """The k of each row, of `shape`, on the device of `like` and in the dtype of its arithmetic.
 

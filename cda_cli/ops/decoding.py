@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attention_inputs import budget_of_each
 from .precision import arithmetic_dtype, in_own_precision
 from .row_operator import soft_topk_rows
 from .solve_spec import SolveSpec
@@ -44,10 +45,7 @@ class DecodingInputs(NamedTuple):
 
     def budgets(self) -> Tensor:
         """The k of each query, [B, H, T]."""
-        if isinstance(self.budget, Tensor):
-            return self.budget
-        dtype = arithmetic_dtype(self.query.dtype)
-        return torch.full(self.query.shape[:3], self.budget, device=self.query.device, dtype=dtype)
+        return budget_of_each(self.budget, self.query)
 
 
 # Weights [R, S] of scores [R, S], −inf where masked, and budgets [R], in the dtype of the scores.

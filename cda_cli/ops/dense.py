@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention_inputs import AttentionInputs
+from .attention_inputs import AttentionInputs, budget_of_each
 from .documents import visible_ranges
 from .precision import arithmetic_dtype, in_own_precision
 from .row_operator import differentiable_rows
@@ -21,7 +21,7 @@ def differentiable_attention(inputs: AttentionInputs, spec: SolveSpec) -> tuple[
 
     It serves any transform of torch.func and any number of derivatives.
     """
-    scores, budget = dense_scores(inputs), inputs.budget
+    scores, budget = dense_scores(inputs), budget_of_each(inputs.budget, inputs.query)
     weights, threshold = differentiable_rows(scores.flatten(0, 2), budget.flatten(), spec)
     return weighted_values(weights.view(scores.shape), inputs.value), threshold.view(budget.shape)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention_inputs import AttentionInputs
+from ..attention_inputs import AttentionInputs, budget_of_each
 from ..dense import dense_scores, weighted_values
 from ..precision import in_own_precision
 from ..solve_spec import Solver, SolveSpec
@@ -37,7 +37,8 @@ class Colt5Backend(OperatorBackend):
 
 @in_own_precision
 def _published_attention(inputs: AttentionInputs, spec: SolveSpec) -> Tensor:
-    weights = published_soft_topk(dense_scores(inputs), inputs.budget, None, spec)
+    budget = budget_of_each(inputs.budget, inputs.query)
+    weights = published_soft_topk(dense_scores(inputs), budget, None, spec)
     return weighted_values(weights, inputs.value)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..attention_blocks import blockwise_attention
-from ..attention_inputs import AttentionInputs
+from ..attention_inputs import AttentionInputs, budget_of_each
 from ..decoding import DecodingInputs, dense_decoding
 from ..dense import differentiable_attention, for_each_query
 from ..row_operator import differentiable_rows, soft_topk_rows
@@ -33,9 +33,10 @@ class TorchBackend(OperatorBackend):
     ) -> tuple[Tensor, Tensor | None]:
         if transformed():
             return differentiable_attention(inputs, spec)
-        query, key, value, *others = inputs
+        query, key, value, budget, *others = inputs
+        budget = budget_of_each(budget, query)
         key, value = for_each_query(key, query.shape[1]), for_each_query(value, query.shape[1])
-        output, threshold, _ = blockwise_attention(query, key, value, *others, *spec.flat(), self.name)
+        output, threshold, _ = blockwise_attention(query, key, value, budget, *others, *spec.flat(), self.name)
         return output, threshold
 
     def decode(self, inputs: DecodingInputs) -> Tensor:

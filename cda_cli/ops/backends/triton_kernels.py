@@ -64,19 +64,23 @@ class TritonBackend(TorchBackend):
 def _fused(
     inputs: AttentionInputs, spec: SolveSpec, largest_k: float | None, return_threshold: bool
 ) -> tuple[Tensor, Tensor | None]:
-    from ..triton.decoding_launches import can_decode, decode
     from ..triton.fused_attention import attend, threshold
 
     budget, documents, causal = inputs.budget, inputs.documents, inputs.causal
     query, key, value, scale = _as_kernels_take_them(*inputs[:3], inputs.scale)
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, budget))
-    T, S = query.shape[2], key.shape[2]
-    decodes = not (trained or return_threshold) and documents is None and (causal or T == 1)
-    if decodes and T <= MOST_QUERIES and can_decode(largest_k, S):
-        return decode(DecodingInputs(query, key, value, None, budget, largest_k, spec, scale)), None
+    trained = query.requires_grad or key.requires_grad or value.requires_grad
+    if isinstance(budget, Tensor):
+        trained = trained or budget.requires_grad
+        budget = budget.contiguous()  # here, so that the compiler makes it contiguous as it computes it
+    trained = trained and torch.is_grad_enabled()
+    T = query.shape[2]
+    if T <= MOST_QUERIES and not (trained or return_threshold) and documents is None and (causal or T == 1):
+        from ..triton.decoding_launches import can_decode, decode
+
+        if can_decode(largest_k, key.shape[2]):
+            return decode(DecodingInputs(query, key, value, None, budget, largest_k, spec, scale)), None
     at_most_two = largest_k is not None and largest_k <= 2
-    budget = budget.contiguous()  # here, so that the compiler makes it contiguous as it computes it
-    output, stats, *_ = attend(query, key, value, budget, documents, spec.eps, scale, causal, at_most_two, trained)
+    output, stats = attend(query, key, value, budget, documents, spec.eps, scale, causal, at_most_two, trained)
     return output, threshold(stats.detach(), spec.eps, scale) if return_threshold else None
 
 

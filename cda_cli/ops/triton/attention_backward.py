@@ -52,16 +52,16 @@ def load_duals(duals, start, T, BLOCK: tl.constexpr):
     the precision is then half, and the peak is not needed.
     """
     if len(duals) == 3:
-        shift = duals[0].load([duals[1], start]).reshape(BLOCK)
-        margin = duals[0].load([duals[1] + duals[2], start]).reshape(BLOCK)
-        delta = duals[0].load([duals[1] + 2 * duals[2], start]).reshape(BLOCK)
+        delta = duals[0].load([duals[1], start]).reshape(BLOCK)
+        shift = duals[0].load([duals[1] + duals[2], start]).reshape(BLOCK)
+        margin = duals[0].load([duals[1] + 2 * duals[2], start]).reshape(BLOCK)
         peak = shift
     else:
         rows = start + tl.arange(0, BLOCK)
         inside = rows < T
-        shift = tl.load(duals[0] + rows, mask=inside, other=0.0)
-        margin = tl.load(duals[0] + duals[1] + rows, mask=inside, other=0.0)
-        delta = tl.load(duals[0] + 2 * duals[1] + rows, mask=inside, other=0.0)
+        delta = tl.load(duals[0] + rows, mask=inside, other=0.0)
+        shift = tl.load(duals[0] + duals[1] + rows, mask=inside, other=0.0)
+        margin = tl.load(duals[0] + 2 * duals[1] + rows, mask=inside, other=0.0)
         peak = tl.load(duals[0] + 3 * duals[1] + rows, mask=inside, other=0.0)
     return shift, margin, delta, peak
 
@@ -139,7 +139,6 @@ def query_kernel(
     stats,
     leaders,
     duals,
-    grad_budget,
     first_ptr,
     last_ptr,
     grad_query,
@@ -180,10 +179,10 @@ def query_kernel(
     FIND_DELTA: tl.constexpr,
     BULK: tl.constexpr,
 ):
-    """Writes grad_query [B, H, T, D], grad_budget [B, H, T] float32, and duals [4, B, H, duals_length] float32.
+    """Writes grad_query [B, H, T, D] and duals [4, B, H, duals_length] float32.
 
-    grad_budget is δ. The duals are what `key_value_kernel` needs of each query: shift (as `powers` takes it), margin, δ
-    and peak. `unit` = scale/ε.
+    The duals are what `key_value_kernel` needs of each query: δ, which is the gradient of the budget, shift as `powers`
+    takes it, margin and peak. `unit` = scale/ε.
 
     With FIND_DELTA a first pass over the keys computes δ from the very numbers from which it is subtracted later.
     float32 needs that: where one weight is nearly all, g − δ is hardly more than the difference of their roundings.
@@ -224,11 +223,10 @@ def query_kernel(
             grad, base_o, base_v, leaders + position, mass, rows, stride_ot, stride_vs, T, D, BLOCK_D, LEADERS
         )  # fmt: skip
     own = duals + row.to(tl.int64) * duals_length + rows
-    tl.store(own, shift, mask=inside)
-    tl.store(own + duals_total, margin, mask=inside)
-    tl.store(own + 2 * duals_total, delta, mask=inside)
+    tl.store(own, delta, mask=inside)
+    tl.store(own + duals_total, shift, mask=inside)
+    tl.store(own + 2 * duals_total, margin, mask=inside)
     tl.store(own + 3 * duals_total, peak, mask=inside)
-    tl.store(grad_budget + position + rows, delta, mask=inside)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if RANGES:
         for start in range(low, tl.minimum(full_low, high), BLOCK_N):

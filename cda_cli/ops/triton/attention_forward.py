@@ -18,6 +18,7 @@ from .tiles import (
     BEYOND,
     HIDDEN,
     SIZES,
+    budget_of,
     capped_exp2,
     head_of,
     load_block,
@@ -30,7 +31,6 @@ from .tiles import (
     store_tile,
     tile_bounds,
     tile_scores,
-    usable,
     visible_range,
 )
 
@@ -137,6 +137,7 @@ def solve_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EACH: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
     BULK: tl.constexpr,
@@ -157,7 +158,7 @@ def solve_kernel(
     keys = head_of(key, stride_kb, stride_kh, batch, head // group, BULK)
     q = load_tile(base_q, rows, stride_qt, T, D, BLOCK_D, True)
     place = row.to(tl.int64) * T + rows
-    k_row = usable(tl.load(budget + place, mask=rows < T, other=1.0))
+    k_row = budget_of(budget, place, rows < T, EACH)
 
     low, high, full_low, full_high = tile_bounds(first, last, BLOCK_N)
     top = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)

@@ -45,6 +45,7 @@ class Layout(NamedTuple):
     # Whether every input is aligned to 16 bytes, for which Triton compiles. Outputs are new, so they always are. Dtypes
     # that are not listed follow from `dtype`, or are always the same.
     aligned: bool
+    one_budget: bool = False  # whether a number is the k of all queries
 
     @staticmethod
     def of(
@@ -56,6 +57,7 @@ class Layout(NamedTuple):
         documents: Tensor | None,
         grad_output: Tensor | None = None,
         summed: Tensor | None = None,
+        one_budget: bool = False,
     ) -> Layout:
         """`others` are the tensors whose pointers alone matter."""
         bits = query.data_ptr() | key.data_ptr() | value.data_ptr()
@@ -76,6 +78,7 @@ class Layout(NamedTuple):
             causal,
             documents is not None,
             bits % 16 == 0,
+            one_budget,
         )
 
     @property
@@ -251,10 +254,10 @@ def _two_passes(layout: Layout) -> tuple[Steps, Steps]:
 @functools.lru_cache(maxsize=LAYOUTS)
 def leader_and_output(layout: Layout) -> tuple[Launch, Launch]:
     first, second = _two_passes(layout)
-    this = _tile("leader", layout.query[-1], layout.dtype)
+    this, both = _tile("leader", layout.query[-1], layout.dtype), ("key", "value")
     return (
         _over_queries(leader_kernel, "leader", first, layout, ("key",), CLASSES=min(64, this.keys), STEP=this.step),
-        _over_queries(leader_output_kernel, "leader_output", second, layout, ("key", "value")),
+        _over_queries(leader_output_kernel, "leader_output", second, layout, both, EACH=not layout.one_budget),
     )
 
 
@@ -263,7 +266,7 @@ def solve_and_output(layout: Layout, split: bool) -> tuple[Launch, Launch]:
     """With `split` the second kernel also writes the part of the output from free entries."""
     first, second = _two_passes(layout)
     return (
-        _over_queries(solve_kernel, "solve", first, layout, ("key",)),
+        _over_queries(solve_kernel, "solve", first, layout, ("key",), EACH=not layout.one_budget),
         _over_queries(output_kernel, "split" if split else "output", second, layout, ("key", "value"), SPLIT=split),
     )
 

@@ -19,6 +19,7 @@ from .tiles import (
     BEYOND,
     HIDDEN,
     SIZES,
+    budget_of,
     capped_exp2,
     combined,
     head_of,
@@ -30,7 +31,6 @@ from .tiles import (
     store_tile,
     tile_bounds,
     tile_scores,
-    usable,
     visible_range,
 )
 
@@ -196,6 +196,7 @@ def leader_output_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EACH: tl.constexpr,
     CAUSAL: tl.constexpr,
     RANGES: tl.constexpr,
     BULK: tl.constexpr,
@@ -249,7 +250,7 @@ def leader_output_kernel(
     weighted -= tl.where(seen > 0, 1.0, 0.0)[:, None] * lead_value
 
     # The dual in powers of two relative to the shift: either all entries are free, or the leader is capped.
-    k_row = usable(tl.load(budget + position, mask=inside, other=1.0))
+    k_row = budget_of(budget, position, inside, EACH)
     k_row = tl.where(k_row > 2, float("nan"), k_row)
     lead = (largest - shift) * factor
     rest = tl.log2(total)

@@ -8,14 +8,13 @@ from free entries (any k).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..attention_inputs import AttentionInputs
+from ..attention_inputs import AttentionInputs, budget_of_each
 from ..decoding import DecodingInputs
 from ..dense import differentiable_attention
 from ..documents import VisibleRanges, visible_ranges
@@ -68,7 +67,7 @@ def _few_queries(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    budget: Tensor,
+    budget: float | Tensor,
     ranges: VisibleRanges | None,
     eps: float,
     scale: float,
@@ -80,7 +79,7 @@ def _few_queries(
     """
     (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
     scores = few_scores(query, key, ranges, None, scale, causal)
-    weights, (shift, peak) = exact_forward(scores.view(-1, S), budget.view(-1), eps)
+    weights, (shift, peak) = exact_forward(scores.view(-1, S), budget_of_each(budget, query).view(-1), eps)
     weights = weights.to(value.dtype).view(B, G, -1, S)
     output = heads_inside(query, T).copy_((weights @ value).view(B, H, T, D))
     covered = shift <= torch.finfo(shift.dtype).min
@@ -116,17 +115,74 @@ def _factor(eps: float, scale: float) -> float:
     return scale / eps * math.log2(math.e)
 
 
-def attend(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `fused_attention` gives for the same inputs, with its gradient if `trained`, which is the last of them.
+def attend(query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Output and statistics as `fused_attention` gives them, with the gradient if `trained`, the last of `others`.
 
-    Where nothing needs the registration, it does without.
+    Where nothing needs the registration, it does without. A budget may then be the one number that is the k of all.
     """
-    if observed(*inputs[:4]):
-        return fused_attention(*inputs)
-    return _Attention.apply(*inputs) if inputs[-1] else _forward(*inputs)  # type: ignore[no-untyped-call]
+    if observed(query, key, value) or (isinstance(budget, Tensor) and observed(budget)):
+        outputs = fused_attention(query, key, value, budget_of_each(budget, query), *others)
+    elif others[-1]:
+        outputs = _Attention.apply(query, key, value, budget, *others)  # type: ignore[no-untyped-call]
+    else:
+        outputs = _forward(query, key, value, budget, *others)
+    return outputs[0], outputs[1]
 
 
 def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    budget: float | Tensor,
+    documents: Tensor | None,
+    eps: float,
+    scale: float,
+    causal: bool,
+    at_most_two: bool,
+    trained: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Output [B, H, T, D], statistics [4, B, H, T] float32 (see `solve_kernel`), leaders, and the free output.
+
+    `at_most_two` says that no k exceeds 2; a row whose k does is NaN. The capped leaders are then [B, H, T] int32.
+    Otherwise, if `trained` and in half precision, the free output [B, H, T, D] is the part of the output that comes
+    from free entries. Each of the two is for the backward, and None where it is not needed.
+
+    query [B, H, T, D]; key, value [B, G, S, D] with H a multiple of G, all of one dtype (float32, bf16, fp16) and
+    contiguous in the last dimension; budget [B, H, T] float32, contiguous, or a number; documents [B, S] or None;
+    scale > 0.
+    """
+    stats = query.new_empty((4, *query.shape[:3]), dtype=torch.float32)
+    output, leaders, free_output = _outputs(query, at_most_two, trained)
+    if not output.numel():
+        return output, stats, leaders, free_output
+    ranges = _ranges(documents, query, causal)
+    with torch.cuda.device_of(query):
+        if query.shape[2] <= FEW_QUERIES and not trained:
+            seen = None if documents is None else ranges
+            output, stats = _few_queries(query, key, value, budget, seen, eps, scale, causal)
+            return output, stats, leaders, free_output
+        budgets = (budget,) if isinstance(budget, Tensor) else ()
+        layout = Layout.of(query, key, value, *budgets, causal=causal, documents=documents, one_budget=not budgets)
+        factor = _factor(eps, scale)
+        if at_most_two:
+            lead, put_out = leader_and_output(layout)
+            lead(query, key, key, ranges.first, ranges.last, stats, leaders)
+            put_out(
+                query, key, value, value, budget, ranges.first, ranges.last, output,
+                stats, leaders, factor,
+            )  # fmt: skip
+        else:
+            solve, put_out = solve_and_output(layout, split=free_output is not None)
+            solve(query, key, budget, ranges.first, ranges.last, stats, factor)
+            put_out(
+                query, key, value, stats, ranges.first, ranges.last, output,
+                output if free_output is None else free_output, factor,
+            )  # fmt: skip
+    return output, stats, leaders, free_output
+
+
+@torch.library.custom_op("cda::fused_attention", mutates_args=())
+def fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -138,60 +194,34 @@ def _forward(
     at_most_two: bool,
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, H, T, D], statistics [4, B, H, T] float32 (see `solve_kernel`), leaders, and the free output.
+    """The registered `_forward`, with a tensor of budgets, and empty tensors in place of None.
 
-    `at_most_two` says that no k exceeds 2; a row whose k does is NaN. The capped leaders are then [B, H, T] int32.
-    Otherwise, if `trained` and in half precision, the free output [B, H, T, D] is the part of the output that comes
-    from free entries. Each of the two is for the backward, and empty where it is not needed.
-
-    query [B, H, T, D]; key, value [B, G, S, D] with H a multiple of G, all of one dtype (float32, bf16, fp16) and
-    contiguous in the last dimension; budget [B, H, T] float32, contiguous; documents [B, S] or None; scale > 0.
+    The compiler fuses the budgets with what computes them.
     """
-    stats = budget.new_empty(4, *query.shape[:3])
-    output, leaders, free_output = _outputs(query, at_most_two, trained)
-    if not output.numel():
-        return output, stats, leaders, free_output
-    ranges = _ranges(documents, query, causal)
-    with torch.cuda.device_of(query):
-        if query.shape[2] <= FEW_QUERIES and not trained:
-            seen = None if documents is None else ranges
-            output, stats = _few_queries(query, key, value, budget, seen, eps, scale, causal)
-            return output, stats, leaders, free_output
-        layout = Layout.of(query, key, value, budget, causal=causal, documents=documents)
-        factor = _factor(eps, scale)
-        if at_most_two:
-            lead, put_out = leader_and_output(layout)
-            lead(query, key, key, ranges.first, ranges.last, stats, leaders)
-            put_out(
-                query, key, value, value, budget, ranges.first, ranges.last, output,
-                stats, leaders, factor,
-            )  # fmt: skip
-        else:
-            solve, put_out = solve_and_output(layout, split=free_output.numel() > 0)
-            solve(query, key, budget, ranges.first, ranges.last, stats, factor)
-            put_out(
-                query, key, value, stats, ranges.first, ranges.last, output,
-                free_output, factor,
-            )  # fmt: skip
+    output, stats, *others = _forward(query, key, value, budget, documents, eps, scale, causal, at_most_two, trained)
+    leaders, free_output = (query.new_empty(0) if x is None else x for x in others)
     return output, stats, leaders, free_output
 
 
-fused_attention = torch.library.custom_op("cda::fused_attention", mutates_args=())(_forward)
-
-
-def _outputs(query: Tensor, at_most_two: bool, trained: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty tensors for output, leaders and the free part of the output, as `fused_attention` returns them."""
+def _outputs(query: Tensor, at_most_two: bool, trained: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Empty tensors for output, leaders and the free part of the output, as `_forward` returns them."""
     T = query.shape[2]
-    leaders = query.new_empty(query.shape[:3] if at_most_two else 0, dtype=torch.int32)
-    split = trained and not at_most_two and query.dtype != torch.float32
-    return heads_inside(query, T), leaders, heads_inside(query, T) if split else query.new_empty(0)
+    leaders = query.new_empty(query.shape[:3], dtype=torch.int32) if at_most_two else None
+    free_output = heads_inside(query, T) if _splits(query, at_most_two, trained) else None
+    return heads_inside(query, T), leaders, free_output
+
+
+def _splits(query: Tensor, at_most_two: bool, trained: bool) -> bool:
+    """Whether the backward needs the part of the output that comes from free entries."""
+    return trained and not at_most_two and query.dtype != torch.float32
 
 
 @fused_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, budget: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     *_, at_most_two, trained = settings
-    output, leaders, free_output = _outputs(query, at_most_two, trained)
-    return output, budget.new_empty(4, *query.shape[:3]), leaders, free_output
+    output, *others = _outputs(query, at_most_two, trained)
+    stats = budget.new_empty(4, *query.shape[:3])
+    return output, stats, *(query.new_empty(0) if x is None else x for x in others)
 
 
 def _gradients(
@@ -201,43 +231,66 @@ def _gradients(
     value: Tensor,
     summed: Tensor,
     stats: Tensor,
-    leaders: Tensor,
+    leaders: Tensor | None,
     documents: Tensor | None,
     eps: float,
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, each in its dtype, and of the budget [B, H, T] float32.
+    """Gradients of query, key, value, each in its dtype, and duals as `query_kernel` writes them.
 
     `summed` is the output where there are leaders, and its free part elsewhere (in float32 it is not read).
     """
     B, H, T, _ = query.shape
     grad_query = heads_inside(query, T)
     grad_key, grad_value = heads_inside(key, key.shape[2]), heads_inside(value, key.shape[2])
-    grad_budget = stats.new_empty(B, H, T)
+    duals = stats.new_empty(4, B, H, dual_length(T))
     if not grad_query.numel():
-        return grad_query, grad_key.zero_(), grad_value.zero_(), grad_budget
+        return grad_query, grad_key.zero_(), grad_value.zero_(), duals
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
     ranges = _ranges(documents, query, causal)
     factor, unit = _factor(eps, scale), scale / eps
-    duals = stats.new_empty(4, B, H, dual_length(T))
+    found = stats if leaders is None else leaders
     layout = Layout.of(
-        query, key, value, stats, leaders, causal=causal, documents=documents, grad_output=grad_output, summed=summed
+        query, key, value, stats, found, causal=causal, documents=documents, grad_output=grad_output, summed=summed
     )
     with torch.cuda.device_of(query):
-        to_query, to_key_value = backward(layout, leaders=leaders.numel() > 0)
+        to_query, to_key_value = backward(layout, leaders=leaders is not None)
         to_query(
-            query, key, value, value, grad_output, summed, stats, leaders, duals,
-            grad_budget, ranges.first, ranges.last, grad_query, factor, unit,
+            query, key, value, value, grad_output, summed, stats, found, duals,
+            ranges.first, ranges.last, grad_query, factor, unit,
         )  # fmt: skip
         to_key_value(
             query, key, value, grad_output, duals, *ranges, grad_key, grad_value, factor, unit,
         )  # fmt: skip
-    return grad_query, grad_key, grad_value, grad_budget
+    return grad_query, grad_key, grad_value, duals
 
 
-fused_attention_backward = torch.library.custom_op("cda::fused_attention_backward", mutates_args=())(_gradients)
+def _budget_gradient(duals: Tensor, T: int) -> Tensor:
+    """The gradient of the budget, [B, H, T]: δ of each query."""
+    return duals[0, :, :, :T].contiguous()
+
+
+@torch.library.custom_op("cda::fused_attention_backward", mutates_args=())
+def fused_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    summed: Tensor,
+    stats: Tensor,
+    leaders: Tensor | None,
+    documents: Tensor | None,
+    eps: float,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The registered `_gradients`. Last comes the gradient of the budget, [B, H, T] float32."""
+    grad_query, grad_key, grad_value, duals = _gradients(
+        grad_output, query, key, value, summed, stats, leaders, documents, eps, scale, causal
+    )
+    return grad_query, grad_key, grad_value, _budget_gradient(duals, query.shape[2])
 
 
 @fused_attention_backward.register_fake
@@ -255,18 +308,21 @@ def threshold(stats: Tensor, eps: float, scale: float) -> Tensor:
     return torch.where(peak >= BEYOND.value, torch.inf, eps * math.log(2) * peak - scale * shift)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     query, key, value, budget, documents, *ctx.settings = inputs
+    ctx.number, budget = (None, budget) if isinstance(budget, Tensor) else (budget, None)
     result, stats, leaders, free_output = output
-    summed = free_output if free_output.numel() else result
-    ctx.save_for_backward(query, key, value, summed, stats, leaders, documents, budget)
-    ctx.mark_non_differentiable(stats, leaders, free_output)
+    *_, at_most_two, trained = ctx.settings
+    summed = free_output if _splits(query, at_most_two, trained) else result
+    ctx.save_for_backward(query, key, value, summed, stats, leaders if at_most_two else None, documents, budget)
+    ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
     ctx.set_materialize_grads(False)  # Else each backward would fill a tensor of zeros for each of these.
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Any, ...]:
     eps, scale, causal, _, _ = ctx.settings
-    *saved, documents, budget = ctx.saved_tensors
+    query, key, value, summed, stats, leaders, documents, budget = ctx.saved_tensors
+    is_needed = ctx.needs_input_grad
     grads: tuple[Tensor | None, ...]
     if grad_output is None:
         grads = (None,) * 4
@@ -274,16 +330,20 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Any, ...]
         spec = SolveSpec("exact", eps)
         grads = gradients(
             lambda *qkvb: differentiable_attention(AttentionInputs._make((*qkvb, documents, scale, causal)), spec)[0],
-            (*saved[:3], budget),
-            ctx.needs_input_grad[:4],
+            (query, key, value, budget if ctx.number is None else budget_of_each(ctx.number, query)),
+            is_needed[:4],
             grad_output,
         )
-    else:
-        run: Callable[..., tuple[Tensor, ...]] = (
-            fused_attention_backward if observed(grad_output, *saved) else _gradients
+    elif observed(grad_output, query, key, value, summed, stats):
+        grads = fused_attention_backward(
+            grad_output, query, key, value, summed, stats, leaders, documents, eps, scale, causal
         )
-        grads = run(grad_output, *saved, documents, eps, scale, causal)
-    return (*grads, None, *[None] * len(ctx.settings))
+    else:
+        *of_heads, duals = _gradients(
+            grad_output, query, key, value, summed, stats, leaders, documents, eps, scale, causal
+        )
+        grads = (*of_heads, _budget_gradient(duals, query.shape[2]) if is_needed[3] else None)
+    return (*grads[:3], grads[3] if is_needed[3] else None, None, *[None] * len(ctx.settings))
 
 
 fused_attention.register_autograd(_backward, setup_context=_save)
@@ -293,9 +353,9 @@ class _Attention(torch.autograd.Function):
     """What the registration makes of the operator for autograd, without the registration."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         outputs = _forward(*inputs)
         _save(ctx, inputs, outputs)
-        return outputs
+        return outputs[:2]
 
     backward = staticmethod(_backward)

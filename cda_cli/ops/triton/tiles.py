@@ -148,6 +148,13 @@ def usable(budget):
 
 
 @triton.jit
+def budget_of(budget, place, inside, EACH: tl.constexpr):
+    """The k of rows: with EACH `budget` points to them, and else it is the k of all."""
+    k = tl.load(budget + place, mask=inside, other=1.0) if EACH else tl.zeros(place.shape, tl.float32) + budget
+    return usable(k)
+
+
+@triton.jit
 def capped_exp2(power):
     """min(1, exp2(power)). NaN stays NaN, so that a broken query or key shows in the output."""
     return tl.exp2(tl.minimum(power, 0.0, propagate_nan=tl.PropagateNan.ALL))
