@@ -77,13 +77,18 @@ def mapped(count: int, seed: int, variant: str = "") -> Iterator[str | None]:
             ids = np.arange(chance.randrange(40, 400), dtype=np.uint16)
             tokens = Tokens(ids, np.ones_like(ids), len(ids))
             seq_len, batch_size, key = chance.randrange(2, 30), chance.randrange(1, 7), chance.randrange(10**6)
+            shifted = chance.random() < 0.5
 
-            def open_stream(state: Any, given: Any = (tokens, seq_len, batch_size, key)) -> Stream:
-                return TrainBatches(*given, state)
+            def open_stream(
+                state: Any, given: Any = (tokens, seq_len, batch_size, key), shifted: bool = shifted
+            ) -> Stream:
+                return TrainBatches(*given, state, shifted=shifted)
 
             windows = -(-(len(tokens) - 1) // seq_len)
             plan = Plan.draw(chance, longest=max(2, 2 * windows // batch_size))
-            yield fault_of(open_stream, plan) or count_of_passes(open_stream, windows, len(tokens))
+            fault = fault_of(open_stream, plan)
+            # The passes of shifted windows differ in their number of windows.
+            yield fault or (None if shifted else count_of_passes(open_stream, windows, len(tokens)))
 
 
 def count_of_passes(open_stream: Any, windows: int, tokens: int) -> str | None:

@@ -182,7 +182,9 @@ def position_not_restored(patch: Patch) -> None:
     for name, place in (("TrainBatches", 4), ("StreamedBatches", 4)):
         original = getattr(cda_cli.training.setup, name)
         patch.setattr(
-            cda_cli.training.setup, name, lambda *given, original=original, place=place: original(*given[:place])
+            cda_cli.training.setup,
+            name,
+            lambda *given, original=original, place=place, **named: original(*given[:place], **named),
         )
 
 
@@ -194,22 +196,30 @@ def vector_functions_not_settled(patch: Patch) -> None:
 
 @variant
 def order_from_hidden_random_state(patch: Patch) -> None:
-    patch.setattr(batches.TrainBatches, "_epoch_order", lambda self: torch.randperm(self._windows).numpy())
+    plan = batches.TrainBatches._plan_epoch
+
+    def unseeded(self: Any) -> Any:
+        shift, order = plan(self)
+        return shift, torch.randperm(len(order)).numpy()
+
+    patch.setattr(batches.TrainBatches, "_plan_epoch", unseeded)
 
 
 @variant
 def order_of_the_first_epoch_only(patch: Patch) -> None:
     """Gives a resumed pass the order of pass 0, which is right until the first pass is over."""
-    order = batches.TrainBatches._epoch_order
+    plan = batches.TrainBatches._plan_epoch
 
-    def resumed_order(self: Any) -> Any:
-        epoch, self._epoch = self._epoch, 0 if self._position else self._epoch
+    def resumed_plan(self: Any) -> Any:
+        epoch = self._epoch
+        if not hasattr(self, "_order"):  # The first plan of an object is that of the pass in which it resumes.
+            self._epoch = 0
         try:
-            return order(self)
+            return plan(self)
         finally:
             self._epoch = epoch
 
-    patch.setattr(batches.TrainBatches, "_epoch_order", resumed_order)
+    patch.setattr(batches.TrainBatches, "_plan_epoch", resumed_plan)
 
 
 @variant
@@ -218,7 +228,7 @@ def position_of_what_was_fetched_ahead(patch: Patch) -> None:
     patch.setattr(
         batches.TrainBatches,
         "state",
-        lambda self: state(self) | {"position": min(self._windows, self._position + self._batch_size)},
+        lambda self: state(self) | {"position": min(len(self._order), self._position + self._batch_size)},
     )
 
 
