@@ -12,6 +12,8 @@ import re
 import signal
 from collections.abc import Iterable
 
+MEMORY_USED_UP = "memory is used up"  # in the sentence of each command that ended for lack of memory
+
 
 class CdaError(Exception):
     """Anything that the user can mend. The message is one sentence with its remedy; `main` prints it and exits."""

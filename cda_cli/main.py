@@ -27,7 +27,7 @@ from cda_cli.commands import (
     train,
 )
 from cda_cli.commands.usage import Command, Group
-from cda_cli.errors import CdaError, InterruptedRunError, exit_code
+from cda_cli.errors import MEMORY_USED_UP, CdaError, InterruptedRunError, exit_code
 from cda_cli.streams import open_streams
 from cda_cli.version import __version__
 
@@ -111,12 +111,12 @@ def _explain(error: Exception) -> None:
             _print_error(str(error), "" if isinstance(error, InterruptedRunError) else "error: ")
     elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         _print_error(
-            "the memory is used up; use a smaller --batch-size (in training with a larger --grad-accum), or a smaller "
+            f"the {MEMORY_USED_UP}; use a smaller --batch-size (in training with a larger --grad-accum), or a smaller "
             "--seq-len"
         )
     elif type(error).__name__ == "OutOfMemoryError":
         _print_error(
-            "the GPU's memory is used up; use a smaller --batch-size with a larger --grad-accum (with --parallel fsdp "
+            f"the GPU's {MEMORY_USED_UP}; use a smaller --batch-size with a larger --grad-accum (with --parallel fsdp "
             "one that divides the number of processes, or more processes), or, of a run with CUDA graphs, --set "
             "run.cuda_graphs=false, so that validation can have the memory of a step"
         )

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
 
-from cda_cli.errors import ConfigError
+from cda_cli.errors import MEMORY_USED_UP, ConfigError
 from cda_cli.runs.records import TrainRecord
 from cda_cli.signals import StopRequest
 from cda_cli.sweep.attempts import Attempt, append
@@ -57,6 +57,7 @@ class Running:
     log_start: int
     began: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     record: TrainRecord | None = None
+    had_company: bool = False  # whether another process ran at some time
 
     def look(self) -> None:
         self.record = self.job.record()
@@ -120,8 +121,9 @@ class Runner:
     def run(self, jobs: Sequence[Job]) -> None:
         """Runs those of the `jobs` that are not done, each once what it waits for is done.
 
-        A job that fails does not keep the others from running, but for those that wait for it. Once a stop is asked
-        for, it starts no more, passes the request on, and returns when all have saved.
+        A job that fails does not keep the others from running, but for those that wait for it. One that lacked memory
+        beside others is tried again by itself, when all others have ended. Once a stop is asked for, it starts no more,
+        passes the request on, and returns when all have saved.
         """
         blocked = [job for job in jobs if not job.is_done()]
         running: dict[int, Running] = {}
@@ -133,11 +135,18 @@ class Runner:
     def _run(self, blocked: list[Job], running: dict[int, Running]) -> None:
         asked, looked = False, 0.0
         waiting = _take_ready(blocked)
-        while running or (waiting and not self.stop):
-            for number, slot in enumerate(self.slots):
+        crowded: list[Job] = []  # those that lacked memory beside others
+        while running or ((waiting or crowded) and not self.stop):
+            alone = bool(crowded) and not (running or waiting)
+            if alone:
+                waiting.append(crowded.pop(0))
+            for number, slot in enumerate(self.slots[:1] if alone else self.slots):
                 if number not in running and not self.stop and (job := self._next(waiting)):
                     running[number] = self._start(job, slot)
                     self.display.started(running[number])
+            if len(running) > 1:
+                for each in running.values():
+                    each.had_company = True
             held = bool(waiting) and len(running) < len(self.slots)
             if self.stop and not asked:
                 asked = True
@@ -150,7 +159,8 @@ class Runner:
                     if each.process.returncode and each.job.is_held():
                         waiting.append(each.job)  # Another process was about to do it, and does.
                     else:
-                        self._end(each)
+                        if _lacked_memory(self._end(each)) and each.had_company:
+                            crowded.append(each.job)
                         ended = True
             if ended or not (running or waiting):  # Where none is left to wait, another process may have ended one.
                 waiting += _take_ready(blocked)
@@ -158,7 +168,7 @@ class Runner:
                 looked = time.monotonic()
                 for each in running.values():
                     each.look()
-            left = len(waiting) + len(blocked)
+            left = len(waiting) + len(blocked) + len(crowded)
             self.display.refresh(list(running.values()), left, held=held, stopping=bool(self.stop))
 
     def _next(self, waiting: list[Job]) -> Job | None:
@@ -183,13 +193,19 @@ class Runner:
             )
             return Running(job, slot.device, process, log.tell())
 
-    def _end(self, running: Running) -> None:
+    def _end(self, running: Running) -> Attempt:
         running.look()
         if running.process.returncode == 0:
             running.job.finish()
         attempt = running.attempt(self.machine, self.commit, self.versions)
         append(self.out, attempt)
         self.display.ended(attempt, running)
+        return attempt
+
+
+def _lacked_memory(attempt: Attempt) -> bool:
+    # The system kills a process when the memory of the machine is used up.
+    return MEMORY_USED_UP in attempt.error or attempt.exit_code == -signal.SIGKILL
 
 
 def _take_ready(blocked: list[Job]) -> list[Job]:

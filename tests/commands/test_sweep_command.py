@@ -42,6 +42,16 @@ done = []
 sys.addaudithook(hook)
 """
 
+# The first process of the run `large` ends at once, as if another had the memory.
+WITHOUT_MEMORY = """
+import os, pathlib, sys
+tried = pathlib.Path("tried")
+if any("large" in word for word in sys.orig_argv) and not tried.exists():
+    tried.touch()
+    print("error: the memory is used up; use a smaller --batch-size", file=sys.stderr, flush=True)
+    os._exit(1)
+"""
+
 
 @pytest.fixture
 def trained(sweep: Path) -> Path:
@@ -78,6 +88,19 @@ def test_a_sweep_that_was_stopped_and_goes_on_gives_the_tables_of_one_that_was_n
     resumed, uncut = (json.loads(cda(*again, out).out) for out in ("cut", "uncut"))
     assert metrics(resumed) == metrics(uncut)
     assert [(each.exit_code, each.error) for each in attempts.read(Path("cut"))] == [(143, ""), (0, "")]
+
+
+def test_a_run_that_lacked_memory_beside_others_is_tried_again_by_itself(
+    cda: Cda, tiny: Path, sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep.write_text(f"{tiny.read_text()}arms: {{small: , large: }}\nseeds: [0]\n")
+    Path("hook").mkdir()
+    Path("hook/sitecustomize.py").write_text(WITHOUT_MEMORY)
+    monkeypatch.setenv("PYTHONPATH", f"{Path('hook').absolute()}:{ROOT}")
+    done = cda("sweep", sweep, "--jobs", "2", "--out", "out")
+    assert (done.code, Path("tried").exists()) == (0, True), done.err
+    ended = [(each.job, each.exit_code) for each in attempts.read(Path("out"))]
+    assert ended == [("large, seed 0", 1), ("small, seed 0", 0), ("large, seed 0", 0)]
 
 
 def metrics(document: dict[str, Any]) -> dict[str, float]:
