@@ -179,13 +179,10 @@ def moments_not_restored(patch: Patch) -> None:
 
 @variant
 def position_not_restored(patch: Patch) -> None:
-    for name, place in (("TrainBatches", 4), ("StreamedBatches", 4)):
+    for name in ("TrainBatches", "StreamedBatches"):
         original = getattr(cda_cli.training.setup, name)
-        patch.setattr(
-            cda_cli.training.setup,
-            name,
-            lambda *given, original=original, place=place, **named: original(*given[:place], **named),
-        )
+        begun = lambda *given, original=original, **named: original(*given[:4], **named)  # noqa: E731
+        patch.setattr(cda_cli.training.setup, name, begun)
 
 
 @variant
@@ -211,9 +208,8 @@ def order_of_the_first_epoch_only(patch: Patch) -> None:
     plan = batches.TrainBatches._plan_epoch
 
     def resumed_plan(self: Any) -> Any:
-        epoch = self._epoch
-        if not hasattr(self, "_order"):  # The first plan of an object is that of the pass in which it resumes.
-            self._epoch = 0
+        # The first plan of an object is that of the pass in which it resumes.
+        epoch, self._epoch = self._epoch, self._epoch if hasattr(self, "_order") else 0
         try:
             return plan(self)
         finally:
