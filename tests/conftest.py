@@ -156,7 +156,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spares the tests what the imports have left, and makes Triton's interpreter quicker, if it is to run the kernels.
+    """Spares the tests what the imports have left, and adapts Triton's interpreter, if it is to run the kernels.
 
     Each training looks for garbage once, among all objects. Those of the imports, some half a million, would take it
     longer than its steps.
@@ -164,8 +164,9 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        from tests.interpreter import spare_repetitions
+        from tests.interpreter import end_small_numbers, spare_repetitions
 
+        end_small_numbers()
         spare_repetitions()
 
 

@@ -45,7 +45,7 @@ def exp2(x):
 def log2(x):
     """The logarithm, to 2^−22, and that of 0 below 2^−126. `tl.log2` takes twenty instructions, one after another."""
     if INTERPRETED:
-        return tl.log2(x)
+        return tl.log2(tl.where(x < 2.0**-126, 0.0, x))
     return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
@@ -53,7 +53,7 @@ def log2(x):
 def saturated(a, b, c):
     """a·b + c, held between 0 and 1, and 0 for NaN. It is one instruction of the least busy pipe."""
     if INTERPRETED:
-        value = a * b + c
+        value = (a.to(tl.float64) * b + c).to(tl.float32)  # The product alone may be beyond float32.
         return tl.where(value == value, tl.minimum(tl.maximum(value, 0.0), 1.0), 0.0)
     return tl.inline_asm_elementwise(
         "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], tl.float32, is_pure=True, pack=1
