@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -131,10 +132,15 @@ def hard_rows() -> dict[str, Tensor]:
     for place in (5, 37, 69, 101, 133, 165):  # one class of keys, whatever the width of a tile up to 32
         one_class[:, place] = 4 + place / 100
     far = rows + 1000.0
-    spread = rows * 50
+    # The sums of a first pass overflow in the first row. In the last one they nearly do: a capped entry is 2^121 times
+    # as large as the late ones, and the two of its class before it are 2^128 times as large.
+    descent = rows.sort(descending=True).values * torch.tensor([[50.0], [3.0], [0.0]])
+    bits = torch.full((96,), 115.0)
+    bits[[5, 37, 69]] = torch.tensor([128.0, 128.0, 121.0])
+    descent[2, :96] = bits * 0.1 * math.log(2)
     return {
         "all equal": equal, "ties": tied, "one leads by 1000 eps": led, "two lead by far": two_led,
-        "many large scores of one class": one_class, "far from zero": far, "a wide spread": spread,
+        "many large scores of one class": one_class, "far from zero": far, "a wide descent": descent,
     }  # fmt: skip
 
 

@@ -5,8 +5,8 @@
 The keys form BLOCK_N classes, of which column j of every tile is one. For each row the first pass keeps the two
 largest scores of each class as candidates, and sums the others. An insertion takes four comparisons per score, without
 a branch and without an exception for ties; a score that falls out of its class joins the sum. Newton's method on the
-candidates is exact if no score of the sum is capped. If one is (three large scores of one class, or many capped
-entries), further passes over the keys finish the row.
+exponentials of the candidates, which are computed once, is exact if no score of the sum is capped. If one is (three
+large scores of one class, or many capped entries), further passes over the keys finish the row.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .row_tiles import SHARP, any_of, capped_and_free, exp2, saturated
 from .tiles import (
     BEYOND,
     HIDDEN,
@@ -33,6 +34,13 @@ from .tiles import (
     tile_scores,
     visible_range,
 )
+
+HIGHEST = tl.constexpr(100.0)  # The exponent of a candidate whose score is higher.
+NEAREST = tl.constexpr(2.0**-80)  # For a smaller y, such a candidate may be free.
+FARTHEST = tl.constexpr(2.0**60)  # For a larger y, the exponentials of free candidates may have underflowed.
+TINY = tl.constexpr(1e-37)
+# The sum of a row has so many parts. On the matrix units one thread holds all keys of a part.
+PARTS = tl.constexpr(16)
 
 
 @triton.jit
@@ -55,33 +63,32 @@ def _insert(
     last,
     top,
     second,
-    largest,
     total,
     shift,
     factor,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHECK: tl.constexpr,
-    MOVE: tl.constexpr,
+    BORDER: tl.constexpr,
 ):
     """Inserts a tile of keys into the classes, whose two candidates are top ≥ second.
 
-    Scores that fall out join the sum, and `largest` is the largest of them. With MOVE the shift follows the maximum of
-    the row. Without MOVE it stays, which saves a reduction for each tile.
+    Scores that fall out join the sum of their part, [BLOCK_M, PARTS]. With BORDER some keys may be hidden, and the
+    shift of the sums follows the largest `second`, which no score of them exceeds. Without BORDER it stays.
     """
-    scores = tile_scores(q, keys, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, CHECK)
-    if MOVE:
-        new_shift = tl.maximum(shift, tl.max(scores, 1))
-        total *= tl.exp2((shift - new_shift) * factor)
-        shift = new_shift
+    scores = tile_scores(q, keys, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, BORDER)
     out = tl.minimum(top, scores)
     top = tl.maximum(top, scores)
     rest = tl.minimum(second, out)
     second = tl.maximum(second, out)
-    largest = tl.maximum(largest, tl.max(rest, 1))
-    total += tl.sum(tl.exp2(rest * factor - _base(shift, factor)[:, None]), 1)
-    return top, second, largest, total, shift
+    if BORDER:
+        new_shift = tl.maximum(shift, tl.max(second, 1))
+        total *= tl.exp2((shift - new_shift) * factor)[:, None]
+        shift = new_shift
+    added = tl.exp2(rest * factor - _base(shift, factor)[:, None])
+    parts = tl.sum(tl.reshape(added, [BLOCK_M, BLOCK_N // PARTS, PARTS]), 1)
+    return top, second, total + parts, shift
 
 
 @triton.jit
@@ -105,9 +112,9 @@ def _refine(
 ):
     """Adds a tile to a Newton pass: how many scores exceed `cut`, the largest of the others, and their sum."""
     scores = tile_scores(q, keys, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, CHECK)
-    capped = scores * factor > cut[:, None]
-    count += tl.sum(capped.to(tl.float32), 1)
-    scores = tl.where(capped, HIDDEN, scores)
+    capped = saturated(scores, SHARP * factor, -(cut * SHARP)[:, None])  # 1 or 0, without a comparison
+    count += tl.sum(capped, 1)
+    scores += capped * HIDDEN
     shift = tl.maximum(largest, tl.max(scores, 1))
     added = tl.sum(tl.exp2(scores * factor - _base(shift, factor)[:, None]), 1)
     return count, shift, total * tl.exp2((largest - shift) * factor) + added
@@ -163,76 +170,66 @@ def solve_kernel(
     low, high, full_low, full_high = tile_bounds(first, last, BLOCK_N)
     top = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
     second = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
-    largest = tl.full([BLOCK_M], HIDDEN, tl.float32)
-    rest = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, PARTS], tl.float32)
     reference = tl.full([BLOCK_M], HIDDEN, tl.float32)
-    # The tiles at the borders and one other move the shift. It stays for the rest of the row.
     if RANGES:
         for start in range(low, tl.minimum(full_low, high), BLOCK_N):
-            top, second, largest, rest, reference = _insert(
-                q, keys, start, stride_ks, S, first, last, top, second, largest, rest, reference, factor, D,
-                BLOCK_D, BLOCK_N, True, True,
+            top, second, total, reference = _insert(
+                q, keys, start, stride_ks, S, first, last, top, second, total, reference, factor, D, BLOCK_D,
+                BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
-    for start in range(full_high, high, BLOCK_N):
-        top, second, largest, rest, reference = _insert(
-            q, keys, start, stride_ks, S, first, last, top, second, largest, rest, reference, factor, D, BLOCK_D,
-            BLOCK_N, True, True,
+    # The last two whole tiles count as borders: the shift needs some scores to follow.
+    border = tl.maximum(full_high - 2 * BLOCK_N, full_low)
+    for start in range(border, high, BLOCK_N):
+        top, second, total, reference = _insert(
+            q, keys, start, stride_ks, S, first, last, top, second, total, reference, factor, D, BLOCK_D, BLOCK_M,
+            BLOCK_N, True,
         )  # fmt: skip
-    if full_low < full_high:
-        top, second, largest, rest, reference = _insert(
-            q, keys, full_low, stride_ks, S, first, last, top, second, largest, rest, reference, factor, D,
-            BLOCK_D, BLOCK_N, False, True,
-        )  # fmt: skip
-    for start in range(full_low + BLOCK_N, full_high, BLOCK_N):
-        top, second, largest, rest, reference = _insert(
-            q, keys, start, stride_ks, S, first, last, top, second, largest, rest, reference, factor, D, BLOCK_D,
-            BLOCK_N, False, False,
+    for start in range(full_low, border, BLOCK_N):
+        top, second, total, reference = _insert(
+            q, keys, start, stride_ks, S, first, last, top, second, total, reference, factor, D, BLOCK_D, BLOCK_M,
+            BLOCK_N, False,
         )  # fmt: skip
 
-    # Newton's method on the candidates, in powers of two. It starts with nothing capped.
-    reference *= factor
-    hidden = largest * factor
-    top *= factor
-    second *= factor
-    count = tl.zeros([BLOCK_M], tl.float32)
-    cut = tl.full([BLOCK_M], BEYOND, tl.float32)
-    highest = tl.max(top, 1)
-    shift = highest
-    free = tl.sum(tl.exp2(top - shift[:, None]), 1) + rest * tl.exp2(reference - shift)
-    free += tl.sum(tl.exp2(second - shift[:, None]), 1)
-    level = tl.log2(k_row / free)
-    offset = level - shift
+    # The exponentials of the candidates are relative to the largest `second`. A few keys may lie far above all others
+    # (attention sinks); they are then certainly capped.
+    highest, shift = tl.max(top, 1), tl.max(second, 1)
+    shift = tl.where(shift > 0.5 * HIDDEN, shift, highest)
+    top = exp2(tl.minimum((top - shift[:, None]) * factor, HIGHEST))
+    second = exp2(tl.minimum((second - shift[:, None]) * factor, 0.0))
+    rest, part = tl.sum(total, 1), tl.max(total, 1)
+    lost = rest > 1e37  # The sum overflowed.
+    half = tl.exp2(0.5 * (reference - shift) * factor)  # Its square may underflow where the sum is large.
+    rest = rest * half * half
+    part = part * half * half
+    # Newton's method on F(y) = Σ min(1, y·e) = k. It starts with nothing capped, and y only grows.
     covered = (last - first).to(tl.float32) <= k_row
-    # A row goes on while its largest free weight exceeds 1 and another entry may be capped.
-    going = (shift + offset > 0) & (k_row > 1) & ~covered
-    while tl.max(going.to(tl.int32)) > 0:
-        capped = top > -offset[:, None]
-        new_count = tl.sum(capped.to(tl.float32), 1)
-        free_top = tl.where(capped, HIDDEN * factor, top)
-        new_shift = tl.max(free_top, 1)
-        capped = second > -offset[:, None]
-        new_count += tl.sum(capped.to(tl.float32), 1)
-        free_second = tl.where(capped, HIDDEN * factor, second)
-        new_shift = tl.maximum(new_shift, tl.max(free_second, 1))
-        free = tl.sum(tl.exp2(free_top - new_shift[:, None]), 1) + rest * tl.exp2(reference - new_shift)
-        free += tl.sum(tl.exp2(free_second - new_shift[:, None]), 1)
+    count = tl.zeros([BLOCK_M], tl.float32)
+    accepted = tl.zeros([BLOCK_M], tl.float32)
+    y = k_row / (tl.sum(top, 1) + tl.sum(second, 1) + rest)
+    searching = (k_row > 1) & ~covered & ~lost
+    while any_of(searching):
+        reached, free = capped_and_free(top, y, BLOCK_N)
+        others, free_others = capped_and_free(second, y, BLOCK_N)
+        reached += others
         # If k entries or more are above 1, they are all 1 to rounding, and none of them is capped.
-        going = going & (new_count < k_row)
-        cut = tl.where(going, -offset, cut)
-        count = tl.where(going, new_count, count)
-        shift = tl.where(going, new_shift, shift)
-        level = tl.where(going, tl.log2((k_row - new_count) / free), level)
-        offset = level - shift
-        going = going & (shift + offset > 0) & (count + 1 < k_row)
+        searching = searching & (reached > count) & (reached < k_row)
+        accepted = tl.where(searching, y, accepted)
+        count = tl.where(searching, reached, count)
+        y = tl.where(searching, (k_row - reached) / tl.maximum(free + free_others + rest, TINY), y)
+        searching = searching & (y < FARTHEST)
 
-    # The sum is inaccurate where it overflowed, or where the free entries lie far below the shift. Start again there.
-    lost = (rest > 1e37) | (reference - shift > 60)
+    # A row starts again where its sum overflowed, or its threshold is out of reach of the exponentials.
+    lost = lost | (y >= FARTHEST) | ((y <= NEAREST) & ((highest - shift) * factor > HIGHEST))
+    count = tl.where(lost, 0.0, count)
     shift = tl.where(lost, highest, shift)
-    level = tl.where(lost, tl.log2(k_row / (last - first + 1).to(tl.float32)), level)
-    offset = level - shift
-    going = (lost | ((hidden + offset > 0) & (count + 1 < k_row))) & ~covered
+    level = tl.log2(tl.where(lost, k_row / (last - first + 1).to(tl.float32), y))
+    offset = level - shift * factor
+    cut = tl.where(count > 0, level - tl.log2(accepted) - offset, BEYOND)
+    # A score of the sums is not above its part of them, nor above any `second`.
+    going = (lost | ((y > 1) & (y * part > 1) & (count + 1 < k_row))) & ~covered
     # Rows with a capped entry outside the candidates take the same step over all keys.
-    while tl.max(going.to(tl.int32)) > 0:
+    while any_of(going):
         new_count = tl.zeros([BLOCK_M], tl.float32)
         largest_row = tl.full([BLOCK_M], HIDDEN, tl.float32)
         free = tl.zeros([BLOCK_M], tl.float32)
@@ -251,18 +248,17 @@ def solve_kernel(
                 q, keys, start, stride_ks, S, first, last, -offset, new_count, largest_row, free, factor, D,
                 BLOCK_D, BLOCK_N, True,
             )  # fmt: skip
-        new_shift = largest_row * factor
-        going = going & (new_count < k_row)
+        going, previous = going & (new_count < k_row), offset
         cut = tl.where(going, tl.where(new_count > 0, -offset, BEYOND), cut)
         count = tl.where(going, new_count, count)
-        shift = tl.where(going, new_shift, shift)
+        shift = tl.where(going, largest_row, shift)
         level = tl.where(going, tl.log2((k_row - new_count) / free), level)
-        offset = level - shift
-        going = going & (shift + offset > 0) & (count + 1 < k_row)
+        offset = level - shift * factor
+        going = going & (offset > previous) & (shift * factor + offset > 0) & (count + 1 < k_row)
 
     margin = tl.where(count > 0, cut + offset, BEYOND)
     inside = rows < T
-    tl.store(stats + place, tl.where(covered, 0.0, shift / factor), mask=inside)
+    tl.store(stats + place, tl.where(covered, 0.0, shift), mask=inside)
     tl.store(stats + rows_total + place, tl.where(covered, BEYOND, level), mask=inside)
     tl.store(stats + 2 * rows_total + place, tl.where(covered, -BEYOND, margin), mask=inside)
     tl.store(stats + 3 * rows_total + place, tl.where(covered, 0.0, k_row - count), mask=inside)

@@ -7,6 +7,11 @@ import triton.language as tl
 
 from .tiles import INTERPRETED, rounded
 
+# A weight up to here is 1 to rounding, and its entry stays free. The k-th entry is one, if k is an integer and ε small.
+ONE = tl.constexpr(1 + 2.0**-20)
+# So steep is the multiply-add that stands for a comparison.
+SHARP = tl.constexpr(2.0**60)
+
 
 @triton.jit
 def place_rows(R, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -71,6 +76,17 @@ def sums(a, b):
     if INTERPRETED:  # The interpreter reduces pairs entry by entry.
         return tl.sum(a, 1), tl.sum(b, 1)
     return tl.reduce((a, b), 1, _add_pairs)
+
+
+@triton.jit
+def capped_and_free(e, y, BLOCK: tl.constexpr):
+    """How many of the BLOCK entries of a row have y·e above 1 (to rounding), and the sum of the e of the others.
+
+    The comparison is a multiply-add, SHARP·(1 − y·e), held to 1 or 0. Its product is not rounded. y ≤ 2⁶⁰.
+    """
+    free = saturated(e, -(y * (SHARP / ONE))[:, None], SHARP)
+    count, rest = sums(free, free * e)
+    return BLOCK - count, rest
 
 
 @triton.jit

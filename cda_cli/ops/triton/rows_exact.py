@@ -11,7 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .row_tiles import any_of, exp2, load_entries, place_rows, saturated, store_entries, sums
+from .row_tiles import (
+    ONE,
+    SHARP,
+    any_of,
+    capped_and_free,
+    exp2,
+    load_entries,
+    place_rows,
+    saturated,
+    store_entries,
+    sums,
+)
 from .tiles import usable
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -19,9 +30,6 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the shift of a row that
 # About exp(28), the reach of one shift. An entry of weight 1 that lies further below has an exponent with lost digits.
 FAINT = tl.constexpr(2.0**40)
 REACH = tl.constexpr(30.0)  # log2 of how far below the shift a guess may lie
-# A weight up to here is 1 to rounding, and its entry stays free. The k-th entry is one, if k is an integer and ε small.
-ONE = tl.constexpr(1 + 2.0**-20)
-SHARP = tl.constexpr(2.0**60)
 HIGHEST = tl.constexpr(100.0)  # An entry whose exponent is higher is certainly capped.
 HIGH = tl.constexpr(2.0**100)
 LEAST_Y = tl.constexpr(2.0**-80)  # For a smaller y, entries that are not capped may be as high.
@@ -34,17 +42,6 @@ TINY = tl.constexpr(1e-37)
 
 
 @triton.jit
-def _capped(e, y, BLOCK: tl.constexpr):
-    """How many entries have y·e above 1 (to rounding), and the sum of the e of the others.
-
-    The comparison is a multiply-add, SHARP·(1 − y·e), held to 1 or 0. Its product is not rounded.
-    """
-    free = saturated(e, -(y * (SHARP / ONE))[:, None], SHARP)
-    count, rest = sums(free, free * e)
-    return BLOCK - count, rest
-
-
-@triton.jit
 def _newton(e, y, count, budget, searching, BLOCK: tl.constexpr):
     """y, the number of capped entries to which it belongs, the y that capped them, and whether no more are capped.
 
@@ -52,7 +49,7 @@ def _newton(e, y, count, budget, searching, BLOCK: tl.constexpr):
     """
     accepted, settled = tl.zeros_like(y), searching & False
     while any_of(searching):
-        reached, rest = _capped(e, y, BLOCK)
+        reached, rest = capped_and_free(e, y, BLOCK)
         settled |= searching & (reached <= count)
         # In exact arithmetic they are always fewer than the budget. Rounding alone can break that, and only if the
         # entries in question are all 1 to rounding. They stay free.
@@ -114,10 +111,10 @@ def exact_forward_kernel(
             s = load_entries(rows, offset, inside, float("-inf"), WHOLE)
             e = exp2(tl.minimum((s - shift[:, None]) * scale, HIGHEST))
         y = exp2(-guess)
-        reached, rest = _capped(e, y, BLOCK)
+        reached, rest = capped_and_free(e, y, BLOCK)
         while any_of(unsolved & (reached >= budget) & (y > LEAST_Y)):
             y = tl.where(reached >= budget, y / 64, y)
-            reached, rest = _capped(e, y, BLOCK)
+            reached, rest = capped_and_free(e, y, BLOCK)
         y = (budget - reached) / tl.maximum(rest, TINY)
         searching = unsolved & (reached < budget) & (y < FAINT) & (y > LEAST_Y)
         first = tl.full([ROWS], -1.0, tl.float32)
@@ -164,7 +161,7 @@ def _place_in_part(start, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _capped_parts(rows, n, shift, scale, y, spread, BLOCK: tl.constexpr):
-    """`_capped` for y, y(1 + spread), y(1 + 4·spread) and y(1 + 16·spread), by one reading of the row."""
+    """`capped_and_free` for y, y(1 + spread), y(1 + 4·spread) and y(1 + 16·spread), by one reading of the row."""
     y1, y2, y3 = y * (1 + spread), y * (1 + 4 * spread), y * (1 + 16 * spread)
     free0, free1, free2, free3 = (tl.zeros([BLOCK // 4], tl.float32),) * 4
     rest0, rest1, rest2, rest3 = (tl.zeros([BLOCK // 4], tl.float32),) * 4

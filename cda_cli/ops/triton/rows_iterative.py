@@ -11,12 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .row_tiles import exp2, load_entries, place_rows, saturated, store_entries, sums
+from .row_tiles import SHARP, exp2, load_entries, place_rows, saturated, store_entries, sums
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # About exp(28), the reach of one shift. An entry of weight 1 that lies further below has an exponent with lost digits.
 FAINT = tl.constexpr(2.0**40)
-SHARP = tl.constexpr(2.0**60)
 HIGHEST = tl.constexpr(100.0)  # An entry whose exponent is higher is certainly capped.
 LEAST_BUDGET = tl.constexpr(1e-20)
 MOST_BUDGET = tl.constexpr(torch.finfo(torch.float32).max)
