@@ -198,6 +198,14 @@ def test_training_and_inference_give_the_same_output() -> None:
     assert_within(output.cpu(), fused_output(this), 1e-5, "output")
 
 
+def test_no_bit_of_an_output_depends_on_values_that_its_query_does_not_see() -> None:
+    """Not of queries that see no more than k keys either, of which every weight is 1."""
+    this = problem((1, 2, 40, 40, 16), 9.0, dtype=torch.bfloat16)
+    later = this.value.clone()
+    later[:, :, 20:] *= -1000.0
+    assert torch.equal(fused_output(this)[:, :, :20], fused_output(this._replace(value=later))[:, :, :20])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "heads"), [(1, 4), (3, 4), (3, 46)])
 @pytest.mark.parametrize("documents", [None, packed(60, 71).expand(2, -1)])

@@ -297,10 +297,11 @@ def _accumulate(
         power = tl.where(visible, power, -BEYOND)
     weights = capped_exp2(power)
     if SPLIT:
-        # Select before the exponential. Beside the rounding the compiler would select in two halves.
-        unlimited = tl.exp2(tl.where(power > margin[:, None], -BEYOND, power))
-        free += product(rounded(unlimited, v.dtype), v)
-        capped += product(rounded(weights - unlimited, v.dtype), v)
+        ones = saturated(power, SHARP, -(margin * SHARP)[:, None])  # 1 where capped, else 0, without a comparison
+        if CHECK:  # The margin of a row whose weights are all 1 lies below every power.
+            ones = tl.where(visible, ones, 0.0)
+        free += product(rounded(weights - ones, v.dtype), v)
+        capped += product(rounded(ones, v.dtype), v)
     else:
         free += product(rounded(weights, v.dtype), v)
     return free, capped

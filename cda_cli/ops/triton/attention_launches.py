@@ -210,7 +210,7 @@ def _tile(kernel: str, width: int, dtype: torch.dtype) -> Tile:
         "leader_output": Tile(64, 128, 4, 2, 168),
         "solve": Tile(64, 64, 4, 3, 168),
         "output": Tile(64, 64, 4, 3),
-        "split": Tile(64, 64, 4, 3, 168),
+        "split": Tile(64, 64, 4, 3),
         "query": Tile(64, 64, 4, 3),
         "key_value": Tile(64, 64, 4, 2, 168),
     }[kernel]
