@@ -78,6 +78,15 @@ def problem(
     )
 
 
+def with_scores(scores: Tensor, k: float, eps: float) -> Problem:
+    """One head whose scores are `scores` [T, S] exactly: the keys are unit vectors, the queries the rows."""
+    T, S = scores.shape
+    identity, value = torch.eye(S)[None, None], random_rows(1, 1, S, S, seed=7)
+    return Problem(
+        scores[None, None], identity, value, torch.tensor(k), random_rows(1, 1, T, S, seed=8), eps, 1.0, False
+    )
+
+
 def run(this: Problem, device: str = "cpu", **settings: object) -> list[Tensor]:
     """What NAMES names, by the door on `device`; returned on the CPU."""
     leaves = [tensor.detach().to(device).requires_grad_() for tensor in this[:4]]

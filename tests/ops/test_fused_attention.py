@@ -19,7 +19,6 @@ from tests.ops.attention_problems import (
     ANNEALING,
     CASES,
     NAMES,
-    Problem,
     assert_at_most_twice_plain,
     assert_close,
     differentiable_problem,
@@ -32,6 +31,7 @@ from tests.ops.attention_problems import (
     problem,
     run,
     smooth,
+    with_scores,
 )
 from tests.ops.cases import DEVICE, UNIT, assert_within, random_rows
 
@@ -111,15 +111,6 @@ def test_any_shape_as_the_torch_backend(D: int, data: st.DataObject) -> None:
         assert_within(mine, theirs, 3e-4 * theirs.abs().max().clamp(min=least).item(), name)
 
 
-def with_scores(scores: Tensor, k: float, eps: float) -> Problem:
-    """One head whose scores are `scores` [T, S] exactly: the keys are unit vectors, the queries the rows."""
-    T, S = scores.shape
-    identity, value = torch.eye(S)[None, None], random_rows(1, 1, S, S, seed=7)
-    return Problem(
-        scores[None, None], identity, value, torch.tensor(k), random_rows(1, 1, T, S, seed=8), eps, 1.0, False
-    )
-
-
 def hard_rows() -> dict[str, Tensor]:
     rows = random_rows(3, 200)
     equal = torch.zeros(3, 200)
@@ -151,6 +142,17 @@ def test_hard_rows(name: str, k: float) -> None:
     this = with_scores(hard_rows()[name], k, 0.1)
     tol = 1e-5 + 4 * UNIT * this.query.abs().max().item() / this.eps
     assert_within(fused_output(this), expect(this)[0], tol * k * this.value.abs().max().item(), "output")
+
+
+def test_large_scores_of_few_classes_in_half_precision() -> None:
+    """In whole tiles of 64 keys; in the last row those of two classes that share their second candidates."""
+    rows = random_rows(3, 256)
+    for row, places in enumerate(([5, 133], [37, 165], [5, 37, 69, 101, 133])):
+        rows[row, places] = 4 + torch.arange(len(places)) / 100
+    this = with_scores(rows, 6.0, 0.1)
+    names = ("query", "key", "value", "grad_output")
+    this = this._replace(**{name: getattr(this, name).bfloat16() for name in names})
+    assert_at_most_twice_plain(this, [fused_output(this)])
 
 
 @pytest.mark.parametrize("k", [2.0, 5.0])

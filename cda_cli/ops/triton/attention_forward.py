@@ -71,15 +71,20 @@ def _insert(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BORDER: tl.constexpr,
+    SWAP: tl.constexpr,
 ):
     """Inserts a tile of keys into the classes, whose two candidates are top ≥ second.
 
     Scores that fall out join the sum of their part, [BLOCK_M, PARTS]. With BORDER some keys may be hidden, and the
-    shift of the sums follows the largest `second`, which no score of them exceeds. Without BORDER it stays.
+    shift of the sums follows the largest `second`, which no score of them exceeds. Without BORDER it stays. With SWAP
+    what falls out of `top` goes to the class half a tile away.
     """
     scores = tile_scores(q, keys, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, BORDER)
     out = tl.minimum(top, scores)
     top = tl.maximum(top, scores)
+    if SWAP:  # The keys of a thread lie in both halves, so nothing moves.
+        left, right = tl.split(tl.permute(tl.reshape(out, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+        out = tl.reshape(tl.permute(tl.join(right, left), [0, 2, 1]), [BLOCK_M, BLOCK_N])
     rest = tl.minimum(second, out)
     second = tl.maximum(second, out)
     if BORDER:
@@ -176,19 +181,29 @@ def solve_kernel(
         for start in range(low, tl.minimum(full_low, high), BLOCK_N):
             top, second, total, reference = _insert(
                 q, keys, start, stride_ks, S, first, last, top, second, total, reference, factor, D, BLOCK_D,
-                BLOCK_M, BLOCK_N, True,
+                BLOCK_M, BLOCK_N, True, False,
             )  # fmt: skip
     # The last two whole tiles count as borders: the shift needs some scores to follow.
     border = tl.maximum(full_high - 2 * BLOCK_N, full_low)
     for start in range(border, high, BLOCK_N):
         top, second, total, reference = _insert(
             q, keys, start, stride_ks, S, first, last, top, second, total, reference, factor, D, BLOCK_D, BLOCK_M,
-            BLOCK_N, True,
+            BLOCK_N, True, False,
         )  # fmt: skip
-    for start in range(full_low, border, BLOCK_N):
+    # Three large scores of one class stay candidates if the last two of them come on both sides of `middle`, the place
+    # at which fewest do not.
+    middle = full_low
+    if BLOCK_N >= 64:
+        middle += (border - full_low) // BLOCK_N * 2 // 3 * BLOCK_N
+        for start in range(full_low, middle, BLOCK_N):
+            top, second, total, reference = _insert(
+                q, keys, start, stride_ks, S, first, last, top, second, total, reference, factor, D, BLOCK_D,
+                BLOCK_M, BLOCK_N, False, True,
+            )  # fmt: skip
+    for start in range(middle, border, BLOCK_N):
         top, second, total, reference = _insert(
             q, keys, start, stride_ks, S, first, last, top, second, total, reference, factor, D, BLOCK_D, BLOCK_M,
-            BLOCK_N, False,
+            BLOCK_N, False, False,
         )  # fmt: skip
 
     # The exponentials of the candidates are relative to the largest `second`. A few keys may lie far above all others
