@@ -50,8 +50,8 @@ SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (16, 32, 40, 64, 80, 96, 128, 192, WIDEST_HEAD)
 # How queries, keys and values lie in memory: key heads shared by two query heads each; key heads expanded, which the
-# bulk copy engine cannot read; rows that start anywhere.
-MEMORY = ("whole", "grouped", "expanded", "unaligned")
+# bulk copy engine cannot read; rows that start anywhere; as many keys as one pass takes.
+MEMORY = ("whole", "grouped", "expanded", "unaligned", "long")
 SHARING = (1, 8, 64)  # query heads of a key head, in decoding
 LENGTH = 64  # of the texts: no kernel is compiled for a length
 
@@ -103,6 +103,7 @@ def attention_calls(quick: bool) -> Iterator[Call]:
     axes: Axes = (DTYPES, WIDTHS, MEMORY, (True, False), (False, True), (True, False), (True, False))
     if quick:
         axes = (DTYPES[:1], (64,), MEMORY[:1], (True, False), (False,), (True, False), (True,))
+        yield "long, not causal, k ≤ 2", lambda: attend(*_inputs(DTYPES[0], 128, "long"), False, False, True, False)
     for dtype, width, memory, causal, packed, at_most_two, trained in itertools.product(*axes):
         words = (
             f"{_name(dtype)} D={width}", memory, "causal" if causal else "not causal", "documents" if packed else "",
@@ -210,7 +211,7 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, packed: bool, at_most_two: bool, trained: bool
 ) -> None:
     budget = 1.0 if trained else torch.ones(query.shape[:3])  # The kernels for a number are others.
-    documents = torch.zeros(1, LENGTH, dtype=torch.long) if packed else None
+    documents = torch.zeros(1, key.shape[2], dtype=torch.long) if packed else None
     leaf = query.requires_grad_(trained)
     others = documents, 0.1, 1.0, causal, at_most_two, trained
     output, _ = fused_attention.attend(leaf, key, value, budget, *others)
@@ -270,9 +271,9 @@ def route(dtype: torch.dtype, width: int, blocks: int, size: int, counts: bool) 
 
 
 def _inputs(dtype: torch.dtype, width: int, memory: str) -> tuple[Tensor, Tensor, Tensor]:
-    """query [1, 4, LENGTH, width], key and value, new ones."""
-    H, G = 4, 2 if memory == "grouped" else 4
-    query, key, value = (torch.zeros(1, n, LENGTH, width + 1, dtype=dtype) for n in (H, G, G))
+    """query [1, 4, length, width], key and value, new ones."""
+    length, G = attention_launches.ONE_PASS_KEYS if memory == "long" else LENGTH, 2 if memory == "grouped" else 4
+    query, key, value = (torch.zeros(1, n, length, width + 1, dtype=dtype) for n in (4, G, G))
     if memory == "unaligned":
         return query[..., 1:], key[..., 1:], value[..., 1:]
     query, key, value = (x[..., :-1].contiguous() for x in (query, key, value))
@@ -294,9 +295,8 @@ def selected(arch: int, quick: bool) -> list[Variant]:
     found: dict[tuple[str, str, str], Variant] = {}
     triton.runtime.driver.set_active(Driver(arch))
     # They remember whether another architecture has the bulk copy engine.
-    for launches in (attention_launches.leader_and_output, attention_launches.solve_and_output):
-        launches.cache_clear()
-    attention_launches.backward.cache_clear()
+    for launches in ("one_pass", "leader_and_output", "solve_and_output", "backward"):
+        getattr(attention_launches, launches).cache_clear()
     for calls in (
         attention_calls, few_queries_calls, decoding_calls, iterative_decoding_calls, row_calls, selection_calls,
         heads_calls, step_calls, routed_calls,

@@ -13,17 +13,27 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon import language as gluon_language
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_backward import query_kernel
 from .attention_backward_keys import key_value_kernel
 from .attention_forward import output_kernel, solve_kernel
 from .attention_leader import leader_kernel, leader_output_kernel
+from .attention_one_pass import one_pass_kernel
 from .prepared_launch import LaunchOnStream, prepare
 from .tiles import INTERPRETED
 
 # So many layouts are remembered. A process is not likely to alternate between more lengths.
 LAYOUTS = 256
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # as Triton calls them
+# Padded head widths, and the fewest keys, for which one pass was faster than two on an H200 (docs/log.md).
+ONE_PASS_WIDTHS = (128,)
+ONE_PASS_KEYS = 8192
+# Bytes of keys and values that one pass has at work: about half of an H200's cache.
+AT_WORK = 32 << 20
 
 Steps = tuple[int, ...]  # strides [B, H, length] of a tensor [B, H, length, D], which is contiguous in D
 
@@ -96,6 +106,21 @@ class Layout(NamedTuple):
         fits = self.aligned and self.dtype != torch.float32 and all(step > 0 and step % 8 == 0 for step in steps)
         return fits and (INTERPRETED.value or triton.runtime.driver.active.get_current_target().arch >= 90)
 
+    @property
+    def one_pass_refusal(self) -> str:
+        """Why k ≤ 2 takes two passes over the keys and not one; empty if it takes one."""
+        if INTERPRETED.value:
+            return "Gluon has no interpreter"
+        if triton.runtime.driver.active.get_current_target().arch != 90:
+            return "its products are those of compute capability 9.0"
+        if not self.bulk:
+            return "the bulk copy engine cannot read the tensors"
+        if padded(self.query[-1]) not in ONE_PASS_WIDTHS:
+            return "two passes are faster for heads of this width"
+        if self.key[2] < ONE_PASS_KEYS:
+            return "two passes are faster for so few keys"
+        return ""
+
 
 class Launch:
     """A kernel with its grid, its numbers and its options.
@@ -148,12 +173,34 @@ class Launch:
             self._descriptor(self._blocks[place], x) if place in self._blocks else x for place, x in enumerate(varying)
         )
 
-    def _descriptor(self, name: str, tensor: Tensor) -> TensorDescriptor:
+    def _descriptor(self, name: str, tensor: Tensor) -> TensorDescriptor | GluonDescriptor:
         """Of a tensor [B, H, length, D], or of `duals` [4, B, H, length ≥ T], whose rows lie one below another."""
         shape, strides, block = list(tensor.shape), list(tensor.stride()), self._block
         if name == "duals":
             shape, strides, block = [tensor[..., 0].numel(), self._T], strides[-2:], [1, block[2]]
         return TensorDescriptor(tensor, shape, strides, block)
+
+
+class GluonLaunch(Launch):
+    """A kernel in Gluon, which reads blocks of so many `rows` of each argument that it names."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        numbers: Steps,
+        options: dict[str, Any],
+        layout: Layout,
+        rows: dict[str, int],
+    ) -> None:
+        super().__init__(kernel, grid, numbers, options, layout)
+        self._rows = rows
+        self._blocks = {kernel.arg_names.index(name): name for name in rows}
+
+    def _descriptor(self, name: str, tensor: Tensor) -> GluonDescriptor:
+        block, dtype = [*self._block[:2], self._rows[name], self._block[3]], gluon_language.dtype(DTYPES[tensor.dtype])
+        layout = gluon_language.NVMMASharedLayout.get_default_for(block, dtype)
+        return GluonDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
 
 
 def _hooked() -> bool:
@@ -259,6 +306,40 @@ def leader_and_output(layout: Layout) -> tuple[Launch, Launch]:
         _over_queries(leader_kernel, "leader", first, layout, ("key",), CLASSES=min(64, this.keys), STEP=this.step),
         _over_queries(leader_output_kernel, "leader_output", second, layout, both, EACH=not layout.one_budget),
     )
+
+
+class OnePassTile(NamedTuple):
+    """Queries of a group of warps, keys of a tile, tiles in flight, and how `one_pass_kernel` works on them."""
+
+    queries: int = 64
+    keys: int = 128
+    stages: int = 2
+    fold: int = 4  # scores of a thread and a row that it takes for one when it looks for the leader's position
+    registers: int = 168
+
+
+def one_pass_tile(width: int) -> OnePassTile:
+    return OnePassTile(stages=2 if padded(width) > 64 else 3)
+
+
+@functools.lru_cache(maxsize=LAYOUTS)
+def one_pass(layout: Layout) -> Launch | None:
+    """The launch for k ≤ 2 that reads the keys once; None where `one_pass_refusal` says why it is not taken."""
+    if layout.one_pass_refusal:
+        return None
+    B, H, T, D, G, S = layout.sizes
+    this = one_pass_tile(D)
+    bytes_of_head = 2 * S * padded(D) * layout.dtype.itemsize
+    span = min(B * H, max(1, AT_WORK // bytes_of_head) * (H // G))
+    numbers = (*layout.key_steps, *layout.value_steps, *_inside(H, T, D), H, H // G, T, S, B * H * T, span)
+    options = {
+        "D": D, "M": this.queries, "N": this.keys, "STAGES": this.stages, "FOLD": this.fold,
+        "CAUSAL": layout.causal, "RANGES": layout.documents, "EACH": not layout.one_budget, "num_warps": 4,
+        "maxnreg": this.registers,
+    }  # fmt: skip
+    grid = (triton.cdiv(T, 2 * this.queries) * B * H, 1)
+    rows = {"query": this.queries, "key": this.keys, "value": this.keys}
+    return GluonLaunch(one_pass_kernel, grid, numbers, options, layout, rows)
 
 
 @functools.lru_cache(maxsize=LAYOUTS)

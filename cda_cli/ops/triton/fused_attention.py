@@ -1,8 +1,8 @@
 """The fused attention: the custom operator `cda::fused_attention`, its fake tensors and its gradient.
 
-The forward takes two kernels: `leader_kernel` and `leader_output_kernel` where k ≤ 2 is known, `solve_kernel` and
-`output_kernel` for any k. The backward gets query, key, value, five numbers per row, and the output (k ≤ 2) or its part
-from free entries (any k).
+Where k ≤ 2 is known, the forward takes `one_pass_kernel`, or where `Layout.one_pass_refusal` says that it does not fit
+the two kernels `leader_kernel` and `leader_output_kernel`. For any k it takes `solve_kernel` and `output_kernel`. The
+backward gets query, key, value, five numbers per row, and the output (k ≤ 2) or its part from free entries (any k).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .attention_launches import (
     dual_length,
     heads_inside,
     leader_and_output,
+    one_pass,
     padded,
     solve_and_output,
 )
@@ -164,7 +165,12 @@ def _forward(
         budgets = (budget,) if isinstance(budget, Tensor) else ()
         layout = Layout.of(query, key, value, *budgets, causal=causal, documents=documents, one_budget=not budgets)
         factor = _factor(eps, scale)
-        if at_most_two:
+        if at_most_two and (once := one_pass(layout)):
+            once(
+                query, key, value, key, value, budget, ranges.first, ranges.last, output,
+                stats, leaders, factor,
+            )  # fmt: skip
+        elif at_most_two:
             lead, put_out = leader_and_output(layout)
             lead(query, key, key, ranges.first, ranges.last, stats, leaders)
             put_out(

@@ -13,6 +13,7 @@ from typing import Any
 
 import triton
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # What stays the same of a described tensor: what follows its pointer where its map is filled, and its sizes.
@@ -29,7 +30,9 @@ def prepare(
     Where `first` has a descriptor they have the tensor itself, with the same shape and strides.
     """
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    places = [place for place, argument in enumerate(first) if isinstance(argument, TensorDescriptor)]
+    places = [
+        place for place, argument in enumerate(first) if isinstance(argument, (TensorDescriptor, GluonDescriptor))
+    ]
     if not places:
         return lambda stream, varying: run(*grid, stream, function, metadata, None, None, None, *varying, *rest)
     known = inspect.getclosurevars(run.launch).nonlocals if inspect.isfunction(run.launch) else {}
@@ -47,7 +50,7 @@ def prepare(
     return _direct(run, known["launcher"], (function, metadata), grid, ways, rest)
 
 
-def _described(descriptor: TensorDescriptor, meta: dict[str, Any]) -> Described:
+def _described(descriptor: TensorDescriptor | GluonDescriptor, meta: dict[str, Any]) -> Described:
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
     assert not meta["fp4_padded"]
