@@ -1,14 +1,16 @@
 """Attention forward for k ≤ 2 in one pass over the keys, for the matrix units of compute capability 9.0.
 
 With k ≤ 2 at most one entry of a row can be capped: its largest, the *leader*. This is flash attention that also knows
-the leader of each row. Usually the leader is in the sums under the weight 1, and is taken out of them at the end. That
-would lose the rest of the row to rounding where the rest weighs less than 2⁻¹⁰, so such a leader is *kept out* of the
-sums, and the shift stays with the rest. A leader that is kept out and then displaced is *owed* to the sums: they get it
-at the end, by its position. One owed leader is enough, for an older one weighs less than 2⁻¹⁰ of it.
+the leader of each row, and whose shift is the largest score of all others. The leader is in the sums, and is taken out
+of them at the end. That would lose the rest of the row to rounding where the rest weighs less than 2⁻¹⁰, so such a
+leader is *kept out* of the sums and put in at the end, by its position. A leader that is kept out and then displaced is
+*owed* to the sums. One owed leader is enough, for an older one weighs less than 2⁻¹⁰ of it.
 
-Most of the work per score would be the search for the leader's position. A thread therefore folds the scores that it
-has of a row and a tile into a few classes, and puts the number of the class into the lowest bits of their maxima. The
-maximum of these tells the class, and the keys of the class are looked up at the end.
+No step asks whether some row needs one of these, for the answer would have to pass between warps. Every row takes all
+steps, so a step has to be cheap for a score. A thread therefore folds the scores that it has of a row and a tile into a
+few *classes* and works with their maxima. "All others" are the maxima of the other classes, and the whole class of a
+leader is kept out: this changes one number of a class, what its exponents add to the score. The number of the class
+stands in the lowest bits of the maxima. So the leader's class is known, and its scores are computed anew at the end.
 
 Two groups of warps compute, each for its own rows, while another warp loads tiles of keys and values for both. While
 one group is at its softmax, the other one's products have the matrix units. Gluon (triton.experimental.gluon) lets a
@@ -29,6 +31,8 @@ BEYOND = gl.constexpr(tiles.BEYOND.value)
 FLOOR = gl.constexpr(-1e18)
 # log2 of the weight, relative to the leader's, below which the rest would drown in it.
 BITS = gl.constexpr(10.0)
+# The part of the sums below which what was kept out of them does not count.
+NOTHING = gl.constexpr(2.0**-14)
 
 
 @gluon.jit
@@ -70,27 +74,24 @@ def _load_tiles(
 
 
 @gluon.jit
-def _any(of_rows, M: gl.constexpr):
-    """Whether it holds for a row of the group: one exchange between its warps, where a plain maximum takes two."""
-    EVERYWHERE: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[1], [2]], lane_bases=[[0]] * 5, warp_bases=[[0]] * 2, block_bases=[], shape=[4]
-    )  # fmt: skip
-    of_warps = gl.max(gl.reshape(of_rows.to(gl.int32), [4, M // 4]), 1)
-    return gl.max(gl.convert_layout(of_warps, EVERYWHERE), 0) > 0
+def _two_largest(high, low, other_high, other_low):
+    """Of two pairs of a larger and a smaller score."""
+    return gl.maximum(high, other_high), gl.maximum(gl.minimum(high, other_high), gl.maximum(low, other_low))
 
 
 @gluon.jit
 def _weights(
-    scores, start, first, last, full_low, full_high, shift, limit, kept, owed, owed_place, total, best, code, factor,
+    scores, start, first, last, full_low, full_high, shift, top, arrival, owed, total, code, owed_code, factor,
     M: gl.constexpr, N: gl.constexpr, FOLD: gl.constexpr, L: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """The weights [M, N] of a tile relative to the new shift, and the state of the rows after the tile.
 
-    Of a row: `shift`; `limit`, the score above which a new leader needs a closer look; `kept`, the position of a leader
-    that is kept out, or −1; `owed` and `owed_place`. Of a row and a thread, [M, 4]: the `total` of its weights, its
-    `best` score, and `code`, which is the start of the tile that had it, plus the class.
+    Of a row: `shift`; `top`, the leader's score; `arrival`, the shift after the tile that had it; `owed`, the score of
+    an owed leader. Of a row and a thread, [M, 4]: the `total` of its weights; `code`, which is the start of the
+    leader's tile, plus its class, or −1 where the leader is another thread's; `owed_code` likewise.
     """
     R: gl.constexpr = gl.SliceLayout(1, L)
+    PR: gl.constexpr = gl.SliceLayout(1, P)
     C: gl.constexpr = N // FOLD // 4  # classes of a row in a thread
     columns = gl.arange(0, N, layout=gl.SliceLayout(0, L))
     if (start < full_low) | (start + N > full_high):
@@ -99,42 +100,42 @@ def _weights(
 
     # Of eight neighbouring keys a thread has two, at twice the number of its lane modulo 4.
     folded = gl.max(gl.reshape(scores, [M, FOLD, C // 2, 4, 2]), 1)
-    folded = gl.reshape(gl.permute(folded, (0, 2, 1, 3)), [M, 4, C])
-    classes = gl.arange(0, C, layout=gl.SliceLayout(0, gl.SliceLayout(1, folded.type.layout)))
-    marked = (folded.to(gl.int32, bitcast=True) & -C) | classes[None, None, :]
-    mine = gl.convert_layout(gl.max(folded, 2), P, assert_trivial=True)
+    pairs = gl.permute(folded, (0, 2, 1, 3))
+    high, low = gl.reduce((gl.max(pairs, 3), gl.min(pairs, 3)), 2, _two_largest)
+    mine = gl.convert_layout(high, P, assert_trivial=True)
+    tile_top, second = gl.reduce((mine, gl.convert_layout(low, P, assert_trivial=True)), 1, _two_largest)
+    tile_top = gl.convert_layout(tile_top, R, assert_trivial=True)
+    second = gl.convert_layout(second, R, assert_trivial=True)
+    classes = gl.reshape(pairs, [M, 4, C])
+    numbers = gl.arange(0, C, layout=gl.SliceLayout(0, gl.SliceLayout(1, classes.type.layout)))
+    marked = (classes.to(gl.int32, bitcast=True) & -C) | numbers[None, None, :]
     where = gl.max(marked.to(gl.float32, bitcast=True), 2).to(gl.int32, bitcast=True) & (C - 1)
     where = gl.convert_layout(where, P, assert_trivial=True)
-    code = gl.where(mine > best, start + where, code)
-    best = gl.maximum(best, mine)
-    top = gl.convert_layout(gl.max(mine, 1), R, assert_trivial=True)
 
-    new_shift = gl.maximum(shift, top)
-    over = top > limit
-    if _any(over, M):
-        # Masks are computed anew rather than kept, which would cost registers.
-        at = gl.where(over, gl.max(gl.where(scores == top[:, None], columns[None, :], -1), 1), -1)
-        second = gl.max(gl.where(columns[None, :] == at[:, None], HIDDEN, scores), 1)
-        second = gl.maximum(second, gl.where(kept >= 0, limit, shift))
-        displaced = over & (kept >= 0)
-        owed = gl.where(displaced, limit, owed)
-        owed_place = gl.where(displaced, kept, owed_place)
-        alone = over & (top - second > BITS / factor)
-        at = gl.where(alone, at, -1)
-        scores = gl.where(columns[None, :] == at[:, None], HIDDEN, scores)
-        new_shift = gl.where(alone, second, new_shift)
-        kept = gl.where(over, gl.where(alone, start + at, -1), kept)
-        limit = gl.where(alone, top, limit)
-    limit = gl.where(kept >= 0, limit, new_shift + BITS / factor)
+    new_shift = gl.maximum(shift, gl.maximum(second, gl.minimum(top, tile_top)))
+    new = tile_top > top
+    displaced = new & (top > arrival + BITS / factor)
+    owed = gl.where(displaced, top, owed)
+    owed_code = gl.where(gl.convert_layout(displaced, PR, assert_trivial=True)[:, None], code, owed_code)
+    found = gl.where(mine == gl.convert_layout(tile_top, PR, assert_trivial=True)[:, None], start + where, -1)
+    code = gl.where(gl.convert_layout(new, PR, assert_trivial=True)[:, None], found, code)
+    arrival = gl.where(new, new_shift, arrival)
+    top = gl.maximum(top, tile_top)
 
-    base = -new_shift * factor
-    scale = gl.full([M, N], 0.0, gl.float32, layout=L) + factor
-    weights = gl.exp2(gl.fma(scores, scale, base[:, None] + gl.full([M, N], 0.0, gl.float32, layout=L)))
+    FR: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, folded.type.layout)))
+    base = gl.convert_layout(-new_shift * factor, FR, assert_trivial=True)[:, None, None, None]
+    limit = gl.convert_layout(new_shift + BITS / factor, FR, assert_trivial=True)[:, None, None, None]
+    bases = gl.expand_dims(gl.where(folded > limit, HIDDEN, base), 1)
+    wide = gl.reshape(scores, [M, FOLD, C // 2, 4, 2])
+    bases, wide = gl.broadcast(bases, wide)
+    scale = gl.full(wide.shape, 0.0, gl.float32, layout=wide.type.layout) + factor
+    weights = gl.exp2(gl.fma(wide, scale, bases))
+    weights = gl.convert_layout(gl.reshape(weights, [M, N]), L, assert_trivial=True)
     alpha = gl.exp2((shift - new_shift) * factor)
     sums = gl.sum(gl.sum(gl.reshape(weights, [M, N // 8, 4, 2]), 1), 2)
     sums = gl.convert_layout(sums, P, assert_trivial=True)
-    total = total * gl.convert_layout(alpha, gl.SliceLayout(1, P), assert_trivial=True)[:, None] + sums
-    return weights, alpha, new_shift, limit, kept, owed, owed_place, total, best, code
+    total = total * gl.convert_layout(alpha, PR, assert_trivial=True)[:, None] + sums
+    return weights, alpha, new_shift, top, arrival, owed, total, code, owed_code
 
 
 @gluon.jit
@@ -146,6 +147,55 @@ def _gathered(base, places, stride, D: gl.constexpr, WIDTH: gl.constexpr, LO: gl
         return gl.load(pointers).to(gl.float32)
     else:  # noqa: RET505
         return gl.load(pointers, mask=(channels < D)[None, :], other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _first_keys(code, N: gl.constexpr, FOLD: gl.constexpr, LO: gl.constexpr):
+    """The first key of the class that `code` [M, 4] names, −N for none, so that none of its keys is one: [M]."""
+    C: gl.constexpr = N // FOLD // 4
+    lanes = gl.arange(0, 4, layout=gl.SliceLayout(0, code.type.layout))
+    keys = (code & -N) + ((code & (C - 1)) >> 1) * 8 + lanes[None, :] * 2 + (code & 1)
+    return gl.convert_layout(gl.max(gl.where(code >= 0, keys, -N), 1), gl.SliceLayout(1, LO), assert_trivial=True)
+
+
+@gluon.jit
+def _in_class(
+    q, key_rows, place, first, last, stride, D: gl.constexpr, N: gl.constexpr, FOLD: gl.constexpr, LO: gl.constexpr
+):  # fmt: skip
+    """Of the class whose first key is `place`: where its largest score is, and the second largest, HIDDEN for none.
+
+    A key that a query does not see is none of the class.
+    """
+    at = gl.full(place.shape, 0, gl.int32, layout=gl.SliceLayout(1, LO))
+    largest = gl.full(place.shape, HIDDEN, gl.float32, layout=gl.SliceLayout(1, LO))
+    second = largest
+    for _ in range(FOLD):
+        seen = (place >= first) & (place < last)
+        k = _gathered(key_rows, gl.where(seen, place, 0), stride, D, q.shape[1], LO)
+        score = gl.where(seen, gl.sum(k * q.load(LO).to(gl.float32), 1), HIDDEN)
+        second = gl.maximum(second, gl.minimum(score, largest))
+        at = gl.where(score > largest, place, at)
+        largest = gl.maximum(largest, score)
+        place += N // FOLD
+    return at, second
+
+
+@gluon.jit
+def _with_others(
+    weighted, total, rows, place, without, shift, factor, q, key_rows, value_rows, first, last, stride_ks, stride_vs,
+    D: gl.constexpr, N: gl.constexpr, FOLD: gl.constexpr, LO: gl.constexpr,
+):  # fmt: skip
+    """The sums with the class whose first key is `place`, but for the key `without`, where `rows` holds."""
+    WIDTH: gl.constexpr = q.shape[1]
+    for _ in range(FOLD):
+        joins = rows & (place >= first) & (place < last) & (place != without)
+        at = gl.where(joins, place, 0)
+        score = gl.sum(_gathered(key_rows, at, stride_ks, D, WIDTH, LO) * q.load(LO).to(gl.float32), 1)
+        weight = gl.where(joins, gl.exp2((score - shift) * factor), 0.0)
+        total += weight
+        weighted += weight[:, None] * _gathered(value_rows, at, stride_vs, D, WIDTH, LO)
+        place += N // FOLD
+    return weighted, total
 
 
 @gluon.jit
@@ -174,13 +224,12 @@ def _attend(
     first, last = _bounds(first_ptr, last_ptr, rows, T, S, CAUSAL, RANGES, False)
     full_low, full_high = gl.max(first, 0), gl.min(last, 0)
     shift = gl.full([M], FLOOR, gl.float32, layout=R)
-    limit = gl.full([M], HIDDEN, gl.float32, layout=R)
-    kept = gl.full([M], -1, gl.int32, layout=R)
+    top = gl.full([M], HIDDEN, gl.float32, layout=R)
+    arrival = gl.full([M], FLOOR, gl.float32, layout=R)
     owed = gl.full([M], HIDDEN, gl.float32, layout=R)
-    owed_place = gl.full([M], 0, gl.int32, layout=R)
     total = gl.full([M, 4], 0.0, gl.float32, layout=P)
-    best = gl.full([M, 4], HIDDEN, gl.float32, layout=P)
-    code = gl.full([M, 4], 0, gl.int32, layout=P)
+    code = gl.full([M, 4], -1, gl.int32, layout=P)
+    owed_code = gl.full([M, 4], -1, gl.int32, layout=P)
     zero = gl.full([M, N], 0.0, gl.float32, layout=L)
     weighted = gl.full([M, WIDTH], 0.0, gl.float32, layout=LO)
     q = q_bufs.index(c).reshape((M, WIDTH))
@@ -193,9 +242,9 @@ def _attend(
     )  # fmt: skip
     scores = warpgroup_mma_wait(0, deps=[token])
     mbarrier.arrive(k_empty.index(0), count=1)
-    w, alpha, shift, limit, kept, owed, owed_place, total, best, code = _weights(
-        scores, start, first, last, full_low, full_high, shift, limit, kept, owed, owed_place, total, best, code,
-        factor, M, N, FOLD, L, P,
+    w, alpha, shift, top, arrival, owed, total, code, owed_code = _weights(
+        scores, start, first, last, full_low, full_high, shift, top, arrival, owed, total, code, owed_code, factor,
+        M, N, FOLD, L, P,
     )  # fmt: skip
     p = gl.convert_layout(w.to(dtype), A)
     mbarrier.wait(v_full.index(0), 0)
@@ -210,9 +259,9 @@ def _attend(
         sums = warpgroup_mma(p, v_bufs.index(before).reshape((N, WIDTH)), weighted, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[token])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        w, alpha, shift, limit, kept, owed, owed_place, total, best, code = _weights(
-            scores, start, first, last, full_low, full_high, shift, limit, kept, owed, owed_place, total, best, code,
-            factor, M, N, FOLD, L, P,
+        w, alpha, shift, top, arrival, owed, total, code, owed_code = _weights(
+            scores, start, first, last, full_low, full_high, shift, top, arrival, owed, total, code, owed_code, factor,
+            M, N, FOLD, L, P,
         )  # fmt: skip
         # Here, between the weights and the wait for the product, it keeps the assembler from moving that wait up.
         mbarrier.wait(v_full.index(stage), phase)
@@ -224,44 +273,51 @@ def _attend(
     sums = warpgroup_mma(p, v_bufs.index(stage).reshape((N, WIDTH)), weighted, is_async=True)
     weighted = warpgroup_mma_wait(0, deps=[sums])
 
-    # Which key of its class the leader is.
-    C: gl.constexpr = N // FOLD // 4
-    lanes = gl.arange(0, 4, layout=gl.SliceLayout(0, P))
-    place_of = (code & -N) + ((code & (C - 1)) >> 1) * 8 + lanes[None, :] * 2 + (code & 1)
-    of_row = gl.convert_layout(shift, gl.SliceLayout(1, P), assert_trivial=True)
-    place_of = gl.where(best == of_row[:, None], place_of, 0)
-    place = gl.convert_layout(gl.max(place_of, 1), RO, assert_trivial=True)
     first, last = gl.convert_layout(first, RO, assert_trivial=True), gl.convert_layout(last, RO, assert_trivial=True)
-    if FOLD > 1:
-        candidate = place
-        largest = gl.full([M], HIDDEN, gl.float32, layout=RO)
-        for _ in gl.static_range(FOLD):
-            ours = (candidate >= first) & (candidate < last)
-            k = _gathered(key_rows, gl.where(ours, candidate, 0), stride_ks, D, WIDTH, LO)
-            score = gl.where(ours, gl.sum(k * q.load(LO).to(gl.float32), 1), HIDDEN)
-            place = gl.where(score > largest, candidate, place)
-            largest = gl.maximum(largest, score)
-            candidate += N // FOLD
-    kept = gl.convert_layout(kept, RO, assert_trivial=True)
-    is_kept = kept >= 0
-    place = gl.minimum(gl.where(is_kept, kept, place), S - 1)
+    class_place = _first_keys(code, N, FOLD, LO)
+    place, second = _in_class(q, key_rows, class_place, first, last, stride_ks, D, N, FOLD, LO)
     lead_value = _gathered(value_rows, place, stride_vs, D, WIDTH, LO)
 
+    # The leader is taken out of the sums, with the weight that its tile gave it.
     seen = last - first
     shift = gl.convert_layout(shift, RO, assert_trivial=True)
-    limit = gl.convert_layout(limit, RO, assert_trivial=True)
-    shift = gl.where(is_kept & (shift <= FLOOR), limit, shift)  # The leader is all that the row sees.
-    total = gl.convert_layout(gl.sum(total, 1), RO, assert_trivial=True)
-    one = gl.exp2(gl.fma(shift, gl.full([M], 0.0, gl.float32, layout=RO) + factor, -shift * factor))
-    one = gl.where(is_kept | (seen <= 0), 0.0, one)
-    total = gl.where(total < one, 0.0, total - one)
-    weighted -= one.to(dtype).to(gl.float32)[:, None] * lead_value
+    top = gl.convert_layout(top, RO, assert_trivial=True)
+    arrival = gl.convert_layout(arrival, RO, assert_trivial=True)
     owed = gl.convert_layout(owed, RO, assert_trivial=True)
-    owed_place = gl.convert_layout(owed_place, RO, assert_trivial=True)
-    if gl.max(owed, 0) > 0.5 * HIDDEN:
-        returned = gl.where(owed > 0.5 * HIDDEN, gl.exp2((owed - shift) * factor), 0.0)
+    total = gl.convert_layout(gl.sum(total, 1), RO, assert_trivial=True)
+    kept = top > arrival + BITS / factor
+    one = gl.exp2(gl.fma(top, gl.full([M], 0.0, gl.float32, layout=RO) + factor, -arrival * factor))
+    one = gl.where(kept | (seen <= 0), 0.0, one)
+    since = gl.exp2((arrival - shift) * factor)
+    total = gl.where(total < one * since, 0.0, total - one * since)
+    weighted -= (one.to(dtype).to(gl.float32) * since)[:, None] * lead_value
+
+    # The shift follows the largest of all others, and with a leader that is kept out those of its class are among them.
+    new_shift = gl.where(kept, gl.maximum(shift, gl.minimum(second, top)), shift)
+    new_shift = gl.where(new_shift > FLOOR, new_shift, gl.where(seen > 0, top, 0.0))  # The row sees its leader only.
+    alpha = gl.exp2((shift - new_shift) * factor)
+    shift = new_shift
+    total *= alpha
+    weighted *= alpha[:, None]
+    with_others = kept & (gl.exp2((second - shift) * factor) > total * NOTHING)
+    if gl.max(with_others.to(gl.int32), 0) > 0:
+        weighted, total = _with_others(
+            weighted, total, with_others, class_place, place, shift, factor, q, key_rows, value_rows, first, last,
+            stride_ks, stride_vs, D, N, FOLD, LO,
+        )  # fmt: skip
+    returned = gl.exp2((owed - shift) * factor)
+    returned = gl.where(returned > total * NOTHING, returned, 0.0)
+    if gl.max(returned, 0) > 0:
+        owed_class = gl.where(returned > 0, _first_keys(owed_code, N, FOLD, LO), -N)
+        owed_place, second = _in_class(q, key_rows, owed_class, first, last, stride_ks, D, N, FOLD, LO)
         total += returned
         weighted += returned[:, None] * _gathered(value_rows, owed_place, stride_vs, D, WIDTH, LO)
+        with_others = gl.exp2((second - shift) * factor) > total * NOTHING
+        if gl.max(with_others.to(gl.int32), 0) > 0:
+            weighted, total = _with_others(
+                weighted, total, with_others, owed_class, owed_place, shift, factor, q, key_rows, value_rows, first,
+                last, stride_ks, stride_vs, D, N, FOLD, LO,
+            )  # fmt: skip
 
     # The dual in powers of two relative to the shift: either all entries are free, or the leader is capped.
     rows = (block * GROUPS + c) * M + gl.arange(0, M, layout=RO)
@@ -272,7 +328,7 @@ def _attend(
     else:
         k_row = gl.full([M], 0.0, gl.float32, layout=RO) + budget
     k_row = gl.where((k_row > 0) & (k_row <= 2), k_row, float("nan"))
-    lead = gl.where(is_kept, (limit - shift) * factor, 0.0)
+    lead = gl.where(seen > 0, (top - shift) * factor, 0.0)
     rest = gl.log2(total)
     both = gl.maximum(lead, rest)
     free = gl.log2(k_row) - both - gl.log2(gl.exp2(lead - both) + gl.exp2(rest - both))
