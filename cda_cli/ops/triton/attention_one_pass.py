@@ -140,13 +140,20 @@ def _weights(
 
 @gluon.jit
 def _gathered(base, places, stride, D: gl.constexpr, WIDTH: gl.constexpr, LO: gl.constexpr):
-    """Rows `places` of a matrix, [rows, WIDTH] float32."""
-    channels = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LO))
-    pointers = base + places[:, None].to(gl.int64) * stride + channels[None, :]
-    if WIDTH == D:
-        return gl.load(pointers).to(gl.float32)
-    else:  # noqa: RET505
-        return gl.load(pointers, mask=(channels < D)[None, :], other=0.0).to(gl.float32)
+    """Rows `places` of a matrix, [rows, WIDTH] float32.
+
+    Addresses are of eight channels and then of multiples of eight, which are the same for all threads. So these become
+    offsets in the instructions.
+    """
+    M: gl.constexpr = places.shape[0]
+    like = gl.reshape(gl.full([M, WIDTH], 0, gl.int32, layout=LO), [M, WIDTH // 8, 8])
+    E: gl.constexpr = like.type.layout
+    eights = gl.arange(0, WIDTH // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, E)))[None, :, None] * 8
+    within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, E)))[None, None, :]
+    starts = gl.convert_layout(places, gl.SliceLayout(1, gl.SliceLayout(2, E)), assert_trivial=True)
+    pointers = base + starts.to(gl.int64)[:, None, None] * stride + within + eights
+    rows = gl.load(pointers, mask=within + eights < D, other=0.0)
+    return gl.convert_layout(gl.reshape(rows, [M, WIDTH]), LO, assert_trivial=True).to(gl.float32)
 
 
 @gluon.jit
