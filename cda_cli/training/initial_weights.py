@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cda_cli.config import Config, DataConfig, ModelConfig
+from cda_cli.config import Config, DataConfig, ModelConfig, OptimConfig
 from cda_cli.data import Tokenizer, bpe_size, load_tokenizer, tokenizer_from_json
 from cda_cli.errors import ConfigError
 from cda_cli.model import expected_tensors, state_tensors
@@ -46,27 +46,34 @@ class InitialWeights(NamedTuple):
     source: Checkpoint | None
     average: Mapping[str, Tensor] | None
 
-    def remarks(self, model: ModelConfig) -> list[str]:
-        """Returns sentences on what the run with this model starts from, and on what did not carry over."""
-        record, before = self.record, self.config.model.model_dump()
+    def remarks(self, config: Config) -> list[str]:
+        """Returns sentences on what the run with these settings starts from, and on what did not carry over."""
+        record = self.record
         which = "the moving average of the weights" if record.file == AVERAGE else "the weights"
-        changes = [
-            f"{name} {as_written(before[name])} → {as_written(value)}"
-            for name, value in model.model_dump().items()
-            if value != before[name]
-        ]
         remarks = [f"starting from {which} of {record.path}, step {record.from_step}"]
         if self.source:
             remarks = [
                 f"going on from {record.path}, step {record.from_step}, as a fork with its optimizer and its data"
             ]
-        if changes:
-            remarks.append(f"settings of the model that differ from theirs: {', '.join(changes)}")
+        if changes := _changes(self.config.model, config.model):
+            remarks.append(f"settings of the model that differ from theirs: {changes}")
+        # A fork goes on with the optimizer, but its settings are those of the preset and the flags.
+        if self.source and (changes := _changes(self.config.optim, config.optim)):
+            remarks.append(f"settings of the optimizer that differ from theirs: {changes}")
         if self.carried.new:
             remarks.append(f"new parameters, as the model initialises them: {by_layers(self.carried.new)}")
         if self.carried.dropped:
             remarks.append(f"parameters that this model has no place for: {by_layers(self.carried.dropped)}")
         return remarks
+
+
+def _changes(before: ModelConfig | OptimConfig, now: ModelConfig | OptimConfig) -> str:
+    old = before.model_dump()
+    return ", ".join(
+        f"{name} {as_written(old[name])} → {as_written(value)}"
+        for name, value in now.model_dump().items()
+        if value != old[name]
+    )
 
 
 def read_initial_weights(path: Path, config: Config) -> InitialWeights:

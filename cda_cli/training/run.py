@@ -354,7 +354,7 @@ def _set_up(
         check_fork(initial.source, initial.config, config)
         known = initial.source.state.get("data")
         check_same_text(known, data.identity, data.description, initial.source.path)
-    remarks = initial.remarks(config.model) if initial else []
+    remarks = initial.remarks(config) if initial else []
     for sentence in [*remarks, *config_warnings(config), *filter(None, [data.remark])]:
         display.note(sentence)
     with display.busy("building the model"):

@@ -307,6 +307,8 @@ def test_a_fork_may_have_another_model(cda: Cda, tiny: Path, tmp_path: Path, opt
     fork = ("--init-from", tmp_path / "trunk", "--set", "run.fork=true", "--steps", 3, "--set", "model.qk_norm=true")
     done = cda(*given, *fork, "--out", tmp_path / "fork")
     assert done.code == 0, done.err
+    said = " ".join(done.out.split())
+    assert "settings of the optimizer that differ from theirs: steps 2 → 3, schedule_steps 3 → null" in said, said
     saved = newest(tmp_path / "fork")
     config = Run(tmp_path / "fork").config()
     assert config is not None
