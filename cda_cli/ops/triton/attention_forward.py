@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row_tiles import SHARP, any_of, capped_and_free, exp2, saturated
+from .row_tiles import ONE, SHARP, any_of, capped_and_free, exp2, saturated
 from .tiles import (
     BEYOND,
     HIDDEN,
@@ -125,6 +125,13 @@ def _refine(
     return count, shift, total * tl.exp2((largest - shift) * factor) + added
 
 
+@triton.jit
+def _free_near(scores, e, y, centre, factor):
+    """The sum of exp2((s − centre)·factor) over those `scores` [rows, n] that y does not cap, where e is theirs."""
+    free = saturated(e, -(y * (SHARP / ONE))[:, None], SHARP)
+    return tl.sum(free * exp2(tl.minimum((scores - centre[:, None]) * factor, 1.0)), 1)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def solve_kernel(
     query,
@@ -210,8 +217,8 @@ def solve_kernel(
     # (attention sinks); they are then certainly capped.
     highest, shift = tl.max(top, 1), tl.max(second, 1)
     shift = tl.where(shift > 0.5 * HIDDEN, shift, highest)
-    top = exp2(tl.minimum((top - shift[:, None]) * factor, HIGHEST))
-    second = exp2(tl.minimum((second - shift[:, None]) * factor, 0.0))
+    high_exp = exp2(tl.minimum((top - shift[:, None]) * factor, HIGHEST))
+    low_exp = exp2(tl.minimum((second - shift[:, None]) * factor, 0.0))
     rest, part = tl.sum(total, 1), tl.max(total, 1)
     lost = rest > 1e37  # The sum overflowed.
     half = tl.exp2(0.5 * (reference - shift) * factor)  # Its square may underflow where the sum is large.
@@ -221,11 +228,11 @@ def solve_kernel(
     covered = (last - first).to(tl.float32) <= k_row
     count = tl.zeros([BLOCK_M], tl.float32)
     accepted = tl.zeros([BLOCK_M], tl.float32)
-    y = k_row / (tl.sum(top, 1) + tl.sum(second, 1) + rest)
+    y = k_row / (tl.sum(high_exp, 1) + tl.sum(low_exp, 1) + rest)
     searching = (k_row > 1) & ~covered & ~lost
     while any_of(searching):
-        reached, free = capped_and_free(top, y, BLOCK_N)
-        others, free_others = capped_and_free(second, y, BLOCK_N)
+        reached, free = capped_and_free(high_exp, y, BLOCK_N)
+        others, free_others = capped_and_free(low_exp, y, BLOCK_N)
         reached += others
         # If k entries or more are above 1, they are all 1 to rounding, and none of them is capped.
         searching = searching & (reached > count) & (reached < k_row)
@@ -238,11 +245,20 @@ def solve_kernel(
     lost = lost | (y >= FARTHEST) | ((y <= NEAREST) & ((highest - shift) * factor > HIGHEST))
     count = tl.where(lost, 0.0, count)
     shift = tl.where(lost, highest, shift)
-    level = tl.log2(tl.where(lost, k_row / (last - first + 1).to(tl.float32), y))
-    offset = level - shift * factor
-    cut = tl.where(count > 0, level - tl.log2(accepted) - offset, BEYOND)
+    gap = tl.log2(y) - tl.log2(accepted)
     # A score of the sums is not above its part of them, nor above any `second`.
     going = (lost | ((y > 1) & (y * part > 1) & (count + 1 < k_row))) & ~covered
+    if q.dtype == tl.float32:
+        # An exponent of 32 has a rounding error of 2⁻²⁰, which float32 would show. The last step is taken anew with
+        # exponents relative to the threshold, which are small where weights are not.
+        centre = tl.where(lost, shift, shift - tl.log2(y) / factor)
+        free = _free_near(top, high_exp, y, centre, factor) + _free_near(second, low_exp, y, centre, factor)
+        near = free + rest * tl.exp2((shift - centre) * factor)
+        y = tl.where(lost, y, (k_row - count) / tl.maximum(near, TINY))
+        shift = centre
+    level = tl.log2(tl.where(lost, k_row / (last - first + 1).to(tl.float32), y))
+    offset = level - shift * factor
+    cut = tl.where(count > 0, gap - offset, BEYOND)
     # Rows with a capped entry outside the candidates take the same step over all keys.
     while any_of(going):
         new_count = tl.zeros([BLOCK_M], tl.float32)
