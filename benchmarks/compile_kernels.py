@@ -103,7 +103,7 @@ def attention_calls(quick: bool) -> Iterator[Call]:
     axes: Axes = (DTYPES, WIDTHS, MEMORY, (True, False), (False, True), (True, False), (True, False))
     if quick:
         axes = (DTYPES[:1], (64,), MEMORY[:1], (True, False), (False,), (True, False), (True,))
-        yield "long, not causal, k ≤ 2", lambda: attend(*_inputs(DTYPES[0], 128, "long"), False, False, True, False)
+        yield "long, not causal, k ≤ 2", lambda: attend(*_inputs(DTYPES[0], 128, "long"), False, False, True, True)
     for dtype, width, memory, causal, packed, at_most_two, trained in itertools.product(*axes):
         words = (
             f"{_name(dtype)} D={width}", memory, "causal" if causal else "not causal", "documents" if packed else "",
@@ -295,7 +295,7 @@ def selected(arch: int, quick: bool) -> list[Variant]:
     found: dict[tuple[str, str, str], Variant] = {}
     triton.runtime.driver.set_active(Driver(arch))
     # They remember whether another architecture has the bulk copy engine.
-    for launches in ("one_pass", "leader_and_output", "solve_and_output", "backward"):
+    for launches in ("one_pass", "leader_and_output", "solve_and_output", "backward", "backward_in_turn"):
         getattr(attention_launches, launches).cache_clear()
     for calls in (
         attention_calls, few_queries_calls, decoding_calls, iterative_decoding_calls, row_calls, selection_calls,

@@ -45,6 +45,15 @@ def _delta(
 
 
 @triton.jit
+def _store_duals(duals, total, rows, inside, delta, shift, margin, peak):
+    """Writes what the other kernels of a backward need of each query, for `load_duals`."""
+    tl.store(duals + rows, delta, mask=inside)
+    tl.store(duals + total + rows, shift, mask=inside)
+    tl.store(duals + 2 * total + rows, margin, mask=inside)
+    tl.store(duals + 3 * total + rows, peak, mask=inside)
+
+
+@triton.jit
 def load_duals(duals, start, T, BLOCK: tl.constexpr):
     """shift, margin, δ and peak of the queries [start, start + BLOCK), with zeros past T.
 
@@ -222,11 +231,7 @@ def query_kernel(
         delta = _delta(
             grad, base_o, base_v, leaders + position, mass, rows, stride_ot, stride_vs, T, D, BLOCK_D, LEADERS
         )  # fmt: skip
-    own = duals + row.to(tl.int64) * duals_length + rows
-    tl.store(own, delta, mask=inside)
-    tl.store(own + duals_total, shift, mask=inside)
-    tl.store(own + 2 * duals_total, margin, mask=inside)
-    tl.store(own + 3 * duals_total, peak, mask=inside)
+    _store_duals(duals + row.to(tl.int64) * duals_length, duals_total, rows, inside, delta, shift, margin, peak)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if RANGES:
         for start in range(low, tl.minimum(full_low, high), BLOCK_N):
@@ -245,4 +250,96 @@ def query_kernel(
             total, factor, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
     base_d = grad_query + batch.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh
+    store_tile(base_d, rows, stride_dt, T, rounded(total * unit, grad_query.dtype.element_ty), D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=(*SIZES, "group"))
+def delta_kernel(
+    value,
+    grad_output,
+    summed,
+    stats,
+    leaders,
+    first_ptr,
+    duals,
+    sums,
+    turns,
+    factor,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_gb,
+    stride_gh,
+    stride_gt,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    duals_total,
+    duals_length,
+    heads,
+    group,
+    T,
+    rows_total,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    RANGES: tl.constexpr,
+    LEADERS: tl.constexpr,
+):
+    """Prepares what `in_turn_kernel` works with, for a tile of queries.
+
+    duals as `query_kernel` writes them; sums [B, H, tiles, BLOCK_M·BLOCK_D] float32, zeros; turns [1 + B·H·tiles]
+    int32: the number that the first program draws, and the block of BLOCK_N keys that adds to each tile first.
+    """
+    block, row = tl.program_id(0), tl.program_id(1)
+    batch, head = row // heads, row % heads
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < T
+    position = row.to(tl.int64) * T
+    base_g = grad_output + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
+    base_o = summed + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    base_v = value + batch.to(tl.int64) * stride_vb + (head // group).to(tl.int64) * stride_vh
+    grad = load_tile(base_g, rows, stride_gt, T, D, BLOCK_D, True)
+    shift, peak, margin = load_dual(stats + position + rows, inside, rows_total, factor, grad.dtype)
+    mass = tl.load(stats + 3 * rows_total + position + rows, mask=inside, other=0.0)
+    delta = _delta(grad, base_o, base_v, leaders + position, mass, rows, stride_ot, stride_vs, T, D, BLOCK_D, LEADERS)
+    _store_duals(duals + row.to(tl.int64) * duals_length, duals_total, rows, inside, delta, shift, margin, peak)
+    tile = row * tl.num_programs(0) + block
+    places = tile.to(tl.int64) * (BLOCK_M * BLOCK_D) + tl.arange(0, BLOCK_M * BLOCK_D)
+    tl.store(sums + places, tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+    turn = 0
+    if RANGES:
+        turn = tl.min(tl.load(first_ptr + batch * T + rows, mask=inside, other=2**31 - 1)) // BLOCK_N
+    tl.store(turns + 1 + tile, turn)
+    if tile == 0:
+        tl.store(turns, 0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def grad_query_kernel(
+    sums,
+    grad_query,
+    unit,
+    stride_db,
+    stride_dh,
+    stride_dt,
+    heads,
+    T,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Writes grad_query [B, H, T, D] from the sums that `in_turn_kernel` has added up, times `unit`."""
+    block, row = tl.program_id(0), tl.program_id(1)
+    batch, head = row // heads, row % heads
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    channels = tl.arange(0, BLOCK_D)[None, :]
+    # As `in_turn_kernel` adds them: what a thread has of a block of 16 rows and 8 channels, and of the next block.
+    places = rows // 16 * (BLOCK_D * 16) + rows % 8 * 16 + rows % 16 // 8 * 2
+    places += channels // 8 * 128 + channels % 8 // 2 * 4 + channels % 2
+    tile = (row * tl.num_programs(0) + block).to(tl.int64)
+    total = tl.load(sums + tile * (BLOCK_M * BLOCK_D) + places)
+    base_d = grad_query + batch.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     store_tile(base_d, rows, stride_dt, T, rounded(total * unit, grad_query.dtype.element_ty), D, BLOCK_D)

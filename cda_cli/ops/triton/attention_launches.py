@@ -17,7 +17,8 @@ from triton.experimental.gluon import language as gluon_language
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention_backward import query_kernel
+from .attention_backward import delta_kernel, grad_query_kernel, query_kernel
+from .attention_backward_in_turn import in_turn_kernel
 from .attention_backward_keys import key_value_kernel
 from .attention_forward import output_kernel, solve_kernel
 from .attention_leader import leader_kernel, leader_output_kernel
@@ -32,6 +33,12 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # as Triton calls them
 # Padded head widths, and the fewest keys, for which one pass was faster than two on an H200 (docs/log.md).
 ONE_PASS_WIDTHS = (128,)
 ONE_PASS_KEYS = 8192
+# Padded head widths, and the fewest queries and keys, for which five products were faster than seven (docs/log.md).
+IN_TURN_WIDTHS = (64, 128)
+IN_TURN_LENGTH = 1024
+# So many key heads have their gradients computed at a time. With more of them, fewer programs of a head run at the same
+# time: they wait less for each other, and read less of what another one has just read.
+IN_TURN_HEADS = 32
 # Bytes of keys and values that one pass has at work: about half of an H200's cache.
 AT_WORK = 32 << 20
 
@@ -121,6 +128,21 @@ class Layout(NamedTuple):
             return "two passes are faster for so few keys"
         return ""
 
+    @property
+    def in_turn_refusal(self) -> str:
+        """Why a backward takes seven products in two kernels and not five in one; empty if it takes five."""
+        if INTERPRETED.value:
+            return "Gluon has no interpreter"
+        if triton.runtime.driver.active.get_current_target().arch != 90:
+            return "its products are those of compute capability 9.0"
+        if not self.bulk:
+            return "the bulk copy engine cannot read the tensors"
+        if padded(self.query[-1]) not in IN_TURN_WIDTHS:
+            return "seven products are faster for heads of this width"
+        if min(self.query[2], self.key[2]) < IN_TURN_LENGTH:
+            return "seven products are faster for so few queries or keys"
+        return ""
+
 
 class Launch:
     """A kernel with its grid, its numbers and its options.
@@ -146,8 +168,8 @@ class Launch:
         self._compiled: Any = None
         self._again: LaunchOnStream | None = None
         self._rest: tuple[Any, ...] = ()
-        self._block = [1, 1, rows, padded(layout.query[-1])]
-        self._T = layout.query[2]
+        self._width, self._T = padded(layout.query[-1]), layout.query[2]
+        self._rows = dict.fromkeys(blocks, rows)
         self._blocks = {kernel.arg_names.index(name): name for name in blocks if options["BULK"]}
 
     def __call__(self, *varying: Any) -> None:
@@ -174,11 +196,14 @@ class Launch:
         )
 
     def _descriptor(self, name: str, tensor: Tensor) -> TensorDescriptor | GluonDescriptor:
-        """Of a tensor [B, H, length, D], or of `duals` [4, B, H, length ≥ T], whose rows lie one below another."""
-        shape, strides, block = list(tensor.shape), list(tensor.stride()), self._block
+        return TensorDescriptor(tensor, *self._described_as(name, tensor))
+
+    def _described_as(self, name: str, tensor: Tensor) -> tuple[list[int], list[int], list[int]]:
+        """Shape, strides and blocks of [B, H, length, D], or `duals` [4, B, H, length ≥ T], rows one below another."""
+        shape, strides = list(tensor.shape), list(tensor.stride())
         if name == "duals":
-            shape, strides, block = [tensor[..., 0].numel(), self._T], strides[-2:], [1, block[2]]
-        return TensorDescriptor(tensor, shape, strides, block)
+            return [tensor[..., 0].numel(), self._T], strides[-2:], [1, self._rows[name]]
+        return shape, strides, [1, 1, self._rows[name], self._width]
 
 
 class GluonLaunch(Launch):
@@ -198,9 +223,13 @@ class GluonLaunch(Launch):
         self._blocks = {kernel.arg_names.index(name): name for name in rows}
 
     def _descriptor(self, name: str, tensor: Tensor) -> GluonDescriptor:
-        block, dtype = [*self._block[:2], self._rows[name], self._block[3]], gluon_language.dtype(DTYPES[tensor.dtype])
-        layout = gluon_language.NVMMASharedLayout.get_default_for(block, dtype)
-        return GluonDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+        shape, strides, block = self._described_as(name, tensor)
+        if name == "duals":  # vectors
+            layout = gluon_language.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+        else:
+            dtype = gluon_language.dtype(DTYPES[tensor.dtype])
+            layout = gluon_language.NVMMASharedLayout.get_default_for(block, dtype)
+        return GluonDescriptor(tensor, shape, strides, block, layout)
 
 
 def _hooked() -> bool:
@@ -367,6 +396,56 @@ def backward(layout: Layout, leaders: bool) -> tuple[Launch, Launch]:
     grid = (triton.cdiv(S, this.keys), B * G)
     blocks = "query", "grad_output", "duals"
     return query, Launch(key_value_kernel, grid, numbers, this.options(layout), layout, this.queries, blocks)
+
+
+class InTurnTile(NamedTuple):
+    """Queries and keys of a tile, tiles of queries in flight, and how `in_turn_kernel` works on them."""
+
+    queries: int = 64
+    keys: int = 128
+    stages: int = 2
+    late: bool = False
+    registers: int = 168
+
+
+def in_turn_tile(width: int) -> InTurnTile:
+    return InTurnTile(stages=3, late=True) if padded(width) > 64 else InTurnTile()
+
+
+class InTurn(NamedTuple):
+    """The launches of a backward in five products, and the numbers of their memory."""
+
+    prepare: Launch
+    add_up: Launch
+    finish: Launch
+    sums: int  # float32
+    turns: int  # int32
+
+
+@functools.lru_cache(maxsize=LAYOUTS)
+def backward_in_turn(layout: Layout, leaders: bool) -> InTurn | None:
+    """None where `in_turn_refusal` says why it is not taken."""
+    if layout.in_turn_refusal:
+        return None
+    B, H, T, D, G, S = layout.sizes
+    this, width, length = in_turn_tile(D), padded(D), dual_length(T)
+    tiles = triton.cdiv(T, this.queries)
+    over_queries = (tiles, B * H)
+    shape = {"D": D, "BLOCK_D": width, "BLOCK_M": this.queries}
+    steps, parts = (*layout.value_steps, *layout.grad_steps, *layout.summed_steps), (B * H * length, length)
+    numbers = (*steps, *parts, H, H // G, T, B * H * T)
+    options = shape | {"BLOCK_N": this.keys, "RANGES": layout.documents, "LEADERS": leaders}
+    prepare = Launch(delta_kernel, over_queries, numbers, options, layout)
+    reach = S - T if layout.causal else S
+    numbers = (*_inside(G, S, D), *_inside(G, S, D), G, H // G, T, S, reach, B * H, min(B * G, IN_TURN_HEADS))
+    options = {
+        "D": D, "M": this.queries, "N": this.keys, "STAGES": this.stages, "RANGES": layout.documents,
+        "LATE": this.late, "num_warps": this.keys // 16, "maxnreg": this.registers,
+    }  # fmt: skip
+    rows = dict.fromkeys(("query", "grad_output", "duals"), this.queries) | dict.fromkeys(("key", "value"), this.keys)
+    add_up = GluonLaunch(in_turn_kernel, (triton.cdiv(S, this.keys) * B * G, 1), numbers, options, layout, rows)
+    finish = Launch(grad_query_kernel, over_queries, (*_inside(H, T, D), H, T), shape, layout)
+    return InTurn(prepare, add_up, finish, B * H * tiles * this.queries * width, 1 + B * H * tiles)
 
 
 def dual_length(T: int) -> int:

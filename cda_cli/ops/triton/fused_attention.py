@@ -25,6 +25,7 @@ from .attention_few_queries import few_scores_kernel
 from .attention_launches import (
     Layout,
     backward,
+    backward_in_turn,
     dual_length,
     heads_inside,
     leader_and_output,
@@ -262,6 +263,15 @@ def _gradients(
         query, key, value, stats, found, causal=causal, documents=documents, grad_output=grad_output, summed=summed
     )
     with torch.cuda.device_of(query):
+        if in_turn := backward_in_turn(layout, leaders=leaders is not None):
+            sums, turns = stats.new_empty(in_turn.sums), stats.new_empty(in_turn.turns, dtype=torch.int32)
+            in_turn.prepare(value, grad_output, summed, stats, found, ranges.first, duals, sums, turns, factor)
+            in_turn.add_up(
+                query, key, value, grad_output, duals, ranges.low, ranges.high, grad_key, grad_value, sums, turns,
+                factor, unit,
+            )  # fmt: skip
+            in_turn.finish(sums, grad_query, unit)
+            return grad_query, grad_key, grad_value, duals
         to_query, to_key_value = backward(layout, leaders=leaders is not None)
         to_query(
             query, key, value, value, grad_output, summed, stats, found, duals,

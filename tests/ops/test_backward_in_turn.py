@@ -1,0 +1,77 @@
+"""The backward that adds to the gradient of the queries in turn: half precision on an H100, long sequences.
+
+Elsewhere these are small problems for the kernels that stand in for it (attention_backward_in_turn.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cda_cli.ops import soft_topk_attention
+from tests.ops.attention_problems import (
+    NAMES,
+    assert_at_most_twice_plain,
+    assert_close,
+    differentiable_problem,
+    expect,
+    fused,
+    packed,
+)
+from tests.ops.cases import DEVICE, random_rows
+
+WIDTHS = (64, 80, 128) if DEVICE == "cuda" else (8,)
+DTYPES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32,)
+# From 1024 on, and in no case a multiple of a tile.
+LEAST, MORE = (1025, 200) if DEVICE == "cuda" else (9, 12)
+
+
+def documents_of(S: int) -> Tensor:
+    """Of a tenth, one token, a half, two tokens, and the rest."""
+    lengths = (S // 10, 1, S // 2, 2)
+    return packed(*lengths, S - sum(lengths))
+
+
+@settings(max_examples=12 if DEVICE == "cuda" else 4)
+@given(data=st.data())
+def test_gradients_of_any_problem(data: st.DataObject) -> None:
+    """Grouped heads, keys in front, queries that see nothing, documents, any k."""
+    G, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    T, S = (LEAST + data.draw(st.integers(0, MORE), name) for name in "TS")
+    packs = T <= S and data.draw(st.booleans(), "documents")
+    this = differentiable_problem(
+        (1, G * group, T, S, data.draw(st.sampled_from(WIDTHS))),
+        data.draw(st.sampled_from((1.0, 1.5, 2.0, 6.0)), "k"),
+        dtype=data.draw(st.sampled_from(DTYPES)),
+        eps=data.draw(st.sampled_from((0.3, 1.0)), "eps"),
+        causal=data.draw(st.booleans(), "causal"),
+        key_heads=G,
+        documents=documents_of(S)[None] if packs else None,
+    )
+    if DEVICE == "cuda":
+        assert_at_most_twice_plain(this, fused(this))
+    else:
+        assert_close(fused(this), expect(this), 1e-4, this)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_bit_depends_on_who_runs_when(causal: bool, width: int) -> None:
+    """More programs than a GPU has room for, beside the programs of another stream."""
+    B, H, T = (2, 20, 2100) if DEVICE == "cuda" else (1, 2, 20)
+    query, key, value, grad = (random_rows(B, H, T, width, seed=seed).to(DEVICE, DTYPES[0]) for seed in range(4))
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    output = soft_topk_attention(*leaves, 2.0, eps=0.2, causal=causal, backend="triton")
+    other, matrix = torch.Stream(DEVICE) if DEVICE == "cuda" else None, torch.ones(2048, 2048, device=DEVICE)
+    expected = torch.autograd.grad(output, leaves, grad, retain_graph=True)
+    for _ in range(6 if DEVICE == "cuda" else 1):
+        if other is not None:
+            with other:
+                for _ in range(4):
+                    matrix @ matrix
+        found = torch.autograd.grad(output, leaves, grad, retain_graph=True)
+        for name, one, again in zip(NAMES[1:4], expected, found, strict=True):
+            assert torch.equal(one, again), name
