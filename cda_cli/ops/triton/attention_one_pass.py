@@ -33,6 +33,9 @@ FLOOR = gl.constexpr(-1e18)
 BITS = gl.constexpr(10.0)
 # The part of the sums below which what was kept out of them does not count.
 NOTHING = gl.constexpr(2.0**-14)
+# Added to an exponent, it leaves no weight.
+NO_WEIGHT = gl.constexpr(-3e38)
+NO_KEY = gl.constexpr(1 << 30)
 
 
 @gluon.jit
@@ -82,7 +85,8 @@ def _two_largest(high, low, other_high, other_low):
 @gluon.jit
 def _weights(
     scores, start, first, last, full_low, full_high, shift, top, arrival, owed, total, code, owed_code, factor,
-    M: gl.constexpr, N: gl.constexpr, FOLD: gl.constexpr, L: gl.constexpr, P: gl.constexpr,
+    unmarked,
+    M: gl.constexpr, N: gl.constexpr, FOLD: gl.constexpr, L: gl.constexpr, P: gl.constexpr, RANGES: gl.constexpr,
 ):  # fmt: skip
     """The weights [M, N] of a tile relative to the new shift, and the state of the rows after the tile.
 
@@ -95,7 +99,9 @@ def _weights(
     C: gl.constexpr = N // FOLD // 4  # classes of a row in a thread
     columns = gl.arange(0, N, layout=gl.SliceLayout(0, L))
     if (start < full_low) | (start + N > full_high):
-        seen = (start + columns[None, :] >= first[:, None]) & (start + columns[None, :] < last[:, None])
+        seen = columns[None, :] < (last - start)[:, None]
+        if RANGES:
+            seen &= columns[None, :] >= (first - start)[:, None]
         scores = gl.where(seen, scores, HIDDEN)
 
     # Of eight neighbouring keys a thread has two, at twice the number of its lane modulo 4.
@@ -108,7 +114,7 @@ def _weights(
     second = gl.convert_layout(second, R, assert_trivial=True)
     classes = gl.reshape(pairs, [M, 4, C])
     numbers = gl.arange(0, C, layout=gl.SliceLayout(0, gl.SliceLayout(1, classes.type.layout)))
-    marked = (classes.to(gl.int32, bitcast=True) & -C) | numbers[None, None, :]
+    marked = (classes.to(gl.int32, bitcast=True) & unmarked) | numbers[None, None, :]
     where = gl.max(marked.to(gl.float32, bitcast=True), 2).to(gl.int32, bitcast=True) & (C - 1)
     where = gl.convert_layout(where, P, assert_trivial=True)
 
@@ -125,7 +131,11 @@ def _weights(
     FR: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, folded.type.layout)))
     base = gl.convert_layout(-new_shift * factor, FR, assert_trivial=True)[:, None, None, None]
     limit = gl.convert_layout(new_shift + BITS / factor, FR, assert_trivial=True)[:, None, None, None]
-    bases = gl.expand_dims(gl.where(folded > limit, HIDDEN, base), 1)
+    # 1 or 0 as a number: predicates for all classes would be more than there are.
+    over = gl.inline_asm_elementwise(
+        "set.gt.f32.f32 $0, $1, $2;", "=f,f,f", [folded, limit], dtype=gl.float32, is_pure=True, pack=1
+    )
+    bases = gl.expand_dims(over * NO_WEIGHT + base, 1)
     wide = gl.reshape(scores, [M, FOLD, C // 2, 4, 2])
     bases, wide = gl.broadcast(bases, wide)
     scale = gl.full(wide.shape, 0.0, gl.float32, layout=wide.type.layout) + factor
@@ -138,77 +148,91 @@ def _weights(
     return weights, alpha, new_shift, top, arrival, owed, total, code, owed_code
 
 
-@gluon.jit
-def _gathered(base, places, stride, D: gl.constexpr, WIDTH: gl.constexpr, LO: gl.constexpr):
-    """Rows `places` of a matrix, [rows, WIDTH] float32.
+@gluon.constexpr_function
+def _in_lines(M: int, A: int, WIDTH: int, SIDE: int = 8) -> gl.DistributedLinearLayout:
+    """Of [M, A, WIDTH]: the four threads of a row are those of the products, but each has SIDE numbers side by side."""
+    channels = [[0, 0, 2**i] for i in range(WIDTH.bit_length() - 1) if not SIDE <= 2**i < 4 * SIDE]
+    among = [[0, 2**i, 0] for i in range(A.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[*channels, *among, [8, 0, 0]], warp_bases=[[16, 0, 0], [32, 0, 0]], block_bases=[],
+        lane_bases=[[0, 0, SIDE], [0, 0, 2 * SIDE], [1, 0, 0], [2, 0, 0], [4, 0, 0]], shape=[M, A, WIDTH],
+    )  # fmt: skip
 
-    Addresses are of eight channels and then of multiples of eight, which are the same for all threads. So these become
-    offsets in the instructions.
+
+@gluon.jit
+def _log2(x):
+    """Within 2⁻²² in place of a unit in the last place, by one instruction in place of 25."""
+    return gl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _issue_loads():
+    """All loads above start before a number that one of them gives is used below.
+
+    The assembler would let each wait for the use of the one before, but it moves no load across a fence.
     """
-    M: gl.constexpr = places.shape[0]
-    like = gl.reshape(gl.full([M, WIDTH], 0, gl.int32, layout=LO), [M, WIDTH // 8, 8])
-    E: gl.constexpr = like.type.layout
-    eights = gl.arange(0, WIDTH // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, E)))[None, :, None] * 8
-    within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, E)))[None, None, :]
-    starts = gl.convert_layout(places, gl.SliceLayout(1, gl.SliceLayout(2, E)), assert_trivial=True)
-    pointers = base + starts.to(gl.int64)[:, None, None] * stride + within + eights
-    rows = gl.load(pointers, mask=within + eights < D, other=0.0)
-    return gl.convert_layout(gl.reshape(rows, [M, WIDTH]), LO, assert_trivial=True).to(gl.float32)
+    gl.inline_asm_elementwise("fence.acq_rel.cta; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _first_keys(code, N: gl.constexpr, FOLD: gl.constexpr, LO: gl.constexpr):
-    """The first key of the class that `code` [M, 4] names, −N for none, so that none of its keys is one: [M]."""
+def _loaded(base, places, stride, D: gl.constexpr, WIDTH: gl.constexpr):
+    """Rows `places` [M, A] of a matrix: [M, A, WIDTH / 2] pairs of channels, as numbers of 32 bits."""
+    E: gl.constexpr = _in_lines(places.shape[0], places.shape[1], WIDTH // 2, 4)
+    pairs = gl.arange(0, WIDTH // 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, E)))[None, None, :]
+    starts = gl.convert_layout(places, gl.SliceLayout(2, E), assert_trivial=True).to(gl.int64) * (stride // 8)
+    pointers = base.to(gl.pointer_type(gl.int32), bitcast=True) + starts[:, :, None] * 4 + pairs
+    return gl.load(pointers, mask=pairs < (D + 1) // 2, other=0) if D < WIDTH else gl.load(pointers)
+
+
+@gluon.jit
+def _channels(both, dtype: gl.constexpr, D: gl.constexpr):
+    """[M, A, WIDTH] float32 of pairs [M, A, WIDTH / 2] of `dtype`; so two numbers of bf16 take two instructions."""
+    if dtype == gl.bfloat16:
+        even, odd = (both << 16).to(gl.float32, bitcast=True), (both & -65536).to(gl.float32, bitcast=True)
+    else:
+        even = both.to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+        odd = (both >> 16).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+    M: gl.constexpr = both.shape[0]
+    A: gl.constexpr = both.shape[1]
+    WIDTH: gl.constexpr = 2 * both.shape[2]
+    if D % 2 > 0:
+        pairs = gl.arange(0, WIDTH // 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, both.type.layout)))[None, None, :]
+        odd = gl.where(pairs < D // 2, odd, 0.0)
+    rows = gl.reshape(gl.join(even, odd), [M, A, WIDTH])
+    return gl.convert_layout(rows, _in_lines(M, A, WIDTH), assert_trivial=True)
+
+
+@gluon.jit
+def _keys_of_class(code, N: gl.constexpr, FOLD: gl.constexpr, K: gl.constexpr):
+    """The keys of the class that `code` [M, 4] names, [M, FOLD], all below 0 for none."""
     C: gl.constexpr = N // FOLD // 4
     lanes = gl.arange(0, 4, layout=gl.SliceLayout(0, code.type.layout))
     keys = (code & -N) + ((code & (C - 1)) >> 1) * 8 + lanes[None, :] * 2 + (code & 1)
-    return gl.convert_layout(gl.max(gl.where(code >= 0, keys, -N), 1), gl.SliceLayout(1, LO), assert_trivial=True)
+    first = gl.convert_layout(gl.max(gl.where(code >= 0, keys, -N), 1), gl.SliceLayout(1, K), assert_trivial=True)
+    return first[:, None] + gl.arange(0, FOLD, layout=gl.SliceLayout(0, K))[None, :] * (N // FOLD)
 
 
 @gluon.jit
-def _in_class(
-    q, key_rows, place, first, last, stride, D: gl.constexpr, N: gl.constexpr, FOLD: gl.constexpr, LO: gl.constexpr
-):  # fmt: skip
-    """Of the class whose first key is `place`: where its largest score is, and the second largest, HIDDEN for none.
-
-    A key that a query does not see is none of the class.
-    """
-    at = gl.full(place.shape, 0, gl.int32, layout=gl.SliceLayout(1, LO))
-    largest = gl.full(place.shape, HIDDEN, gl.float32, layout=gl.SliceLayout(1, LO))
-    second = largest
-    for _ in range(FOLD):
-        seen = (place >= first) & (place < last)
-        k = _gathered(key_rows, gl.where(seen, place, 0), stride, D, q.shape[1], LO)
-        score = gl.where(seen, gl.sum(k * q.load(LO).to(gl.float32), 1), HIDDEN)
-        second = gl.maximum(second, gl.minimum(score, largest))
-        at = gl.where(score > largest, place, at)
-        largest = gl.maximum(largest, score)
-        place += N // FOLD
-    return at, second
+def _scores(q, k, keys, seen):
+    """Scores [M, FOLD] of a class, HIDDEN where not `seen`; where the largest is, 0 for none; the second largest."""
+    scores = gl.where(seen, gl.sum(k * gl.expand_dims(q, 1), 2), HIDDEN)
+    nothing = gl.full(scores.shape, HIDDEN, gl.float32, layout=scores.type.layout)
+    largest, second = gl.reduce((scores, nothing), 1, _two_largest)
+    place = gl.min(gl.where(scores == largest[:, None], keys, NO_KEY), 1)
+    return scores, gl.where(largest > HIDDEN, place, 0), second
 
 
 @gluon.jit
-def _with_others(
-    weighted, total, rows, place, without, shift, factor, q, key_rows, value_rows, first, last, stride_ks, stride_vs,
-    D: gl.constexpr, N: gl.constexpr, FOLD: gl.constexpr, LO: gl.constexpr,
-):  # fmt: skip
-    """The sums with the class whose first key is `place`, but for the key `without`, where `rows` holds."""
-    WIDTH: gl.constexpr = q.shape[1]
-    for _ in range(FOLD):
-        joins = rows & (place >= first) & (place < last) & (place != without)
-        at = gl.where(joins, place, 0)
-        score = gl.sum(_gathered(key_rows, at, stride_ks, D, WIDTH, LO) * q.load(LO).to(gl.float32), 1)
-        weight = gl.where(joins, gl.exp2((score - shift) * factor), 0.0)
-        total += weight
-        weighted += weight[:, None] * _gathered(value_rows, at, stride_vs, D, WIDTH, LO)
-        place += N // FOLD
-    return weighted, total
+def _with_values(sums, values, weights):
+    """The sums [M, WIDTH] with `values` [M, A, WIDTH] times `weights` [M, A]."""
+    weights = gl.convert_layout(weights, gl.SliceLayout(2, values.type.layout), assert_trivial=True)
+    return sums + gl.convert_layout(gl.sum(values * weights[:, :, None], 1), sums.type.layout, assert_trivial=True)
 
 
 @gluon.jit
 def _attend(
     c: gl.constexpr, key_rows, value_rows, budget, first_ptr, last_ptr, output, stats, leaders,
-    q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, k_empty, v_empty,
+    q_bufs, k_bufs, v_bufs, sums_bufs, q_full, k_full, v_full, k_empty, v_empty,
     stride_ks, stride_vs, stride_ot, row, block, low, count, T, S, rows_total, factor,
     D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, FOLD: gl.constexpr,
     CAUSAL: gl.constexpr, RANGES: gl.constexpr, EACH: gl.constexpr,
@@ -240,6 +264,8 @@ def _attend(
     zero = gl.full([M, N], 0.0, gl.float32, layout=L)
     weighted = gl.full([M, WIDTH], 0.0, gl.float32, layout=LO)
     q = q_bufs.index(c).reshape((M, WIDTH))
+    # −C, which the compiler does not know, so that clearing and setting the bits of a class is one instruction.
+    unmarked = -(N // FOLD // 4) - (T < 0)
 
     start = low + (count - 1) * N
     mbarrier.wait(q_full.index(c), 0)
@@ -251,7 +277,7 @@ def _attend(
     mbarrier.arrive(k_empty.index(0), count=1)
     w, alpha, shift, top, arrival, owed, total, code, owed_code = _weights(
         scores, start, first, last, full_low, full_high, shift, top, arrival, owed, total, code, owed_code, factor,
-        M, N, FOLD, L, P,
+        unmarked, M, N, FOLD, L, P, RANGES,
     )  # fmt: skip
     p = gl.convert_layout(w.to(dtype), A)
     mbarrier.wait(v_full.index(0), 0)
@@ -268,7 +294,7 @@ def _attend(
         mbarrier.arrive(k_empty.index(stage), count=1)
         w, alpha, shift, top, arrival, owed, total, code, owed_code = _weights(
             scores, start, first, last, full_low, full_high, shift, top, arrival, owed, total, code, owed_code, factor,
-            M, N, FOLD, L, P,
+            unmarked, M, N, FOLD, L, P, RANGES,
         )  # fmt: skip
         # Here, between the weights and the wait for the product, it keeps the assembler from moving that wait up.
         mbarrier.wait(v_full.index(stage), phase)
@@ -280,24 +306,53 @@ def _attend(
     sums = warpgroup_mma(p, v_bufs.index(stage).reshape((N, WIDTH)), weighted, is_async=True)
     weighted = warpgroup_mma_wait(0, deps=[sums])
 
-    first, last = gl.convert_layout(first, RO, assert_trivial=True), gl.convert_layout(last, RO, assert_trivial=True)
-    class_place = _first_keys(code, N, FOLD, LO)
-    place, second = _in_class(q, key_rows, class_place, first, last, stride_ks, D, N, FOLD, LO)
-    lead_value = _gathered(value_rows, place, stride_vs, D, WIDTH, LO)
+    # From here on four lanes still share a row, but each has eight channels in sequence.
+    E: gl.constexpr = _in_lines(M, FOLD, WIDTH)
+    Q: gl.constexpr = gl.SliceLayout(1, E)
+    AT_ONCE: gl.constexpr = FOLD * WIDTH <= 256  # Else registers would be spilled.
+    sums_buf = sums_bufs.index(c)
+    sums_buf.store(weighted)
+    K: gl.constexpr = gl.SliceLayout(2, E)
+    RE: gl.constexpr = gl.SliceLayout(1, K)
+    first, last = gl.convert_layout(first, RE, assert_trivial=True), gl.convert_layout(last, RE, assert_trivial=True)
+    shift = gl.convert_layout(shift, RE, assert_trivial=True)
+    top = gl.convert_layout(top, RE, assert_trivial=True)
+    arrival = gl.convert_layout(arrival, RE, assert_trivial=True)
+    owed = gl.convert_layout(owed, RE, assert_trivial=True)
+    total = gl.convert_layout(gl.sum(total, 1), RE, assert_trivial=True)
 
     # The leader is taken out of the sums, with the weight that its tile gave it.
     seen = last - first
-    shift = gl.convert_layout(shift, RO, assert_trivial=True)
-    top = gl.convert_layout(top, RO, assert_trivial=True)
-    arrival = gl.convert_layout(arrival, RO, assert_trivial=True)
-    owed = gl.convert_layout(owed, RO, assert_trivial=True)
-    total = gl.convert_layout(gl.sum(total, 1), RO, assert_trivial=True)
     kept = top > arrival + BITS / factor
-    one = gl.exp2(gl.fma(top, gl.full([M], 0.0, gl.float32, layout=RO) + factor, -arrival * factor))
+    one = gl.exp2(gl.fma(top, gl.full([M], 0.0, gl.float32, layout=RE) + factor, -arrival * factor))
     one = gl.where(kept | (seen <= 0), 0.0, one)
     since = gl.exp2((arrival - shift) * factor)
     total = gl.where(total < one * since, 0.0, total - one * since)
-    weighted -= (one.to(dtype).to(gl.float32) * since)[:, None] * lead_value
+    taken = one.to(dtype).to(gl.float32) * since
+
+    # The scores of its class and, where an owed leader counts, of that one's class.
+    back = gl.exp2((owed - shift) * factor) > total * NOTHING
+    keys = _keys_of_class(code, N, FOLD, K)
+    sees = (keys >= first[:, None]) & (keys < last[:, None])
+    owed_keys = _keys_of_class(owed_code, N, FOLD, K)
+    owed_sees = back[:, None] & (owed_keys >= first[:, None]) & (owed_keys < last[:, None])
+    rows = (block * GROUPS + c) * M + gl.arange(0, M, layout=RE)
+    inside = rows < T
+    position = row.to(gl.int64) * T + rows
+    if EACH:
+        k_row = gl.load(budget + position, mask=inside, other=1.0)
+    else:
+        k_row = gl.full([M], 0.0, gl.float32, layout=RE) + budget
+    k = _loaded(key_rows, gl.where(sees, keys, 0), stride_ks, D, WIDTH)
+    if AT_ONCE:
+        owed_k = _loaded(key_rows, gl.where(owed_sees, owed_keys, 0), stride_ks, D, WIDTH)
+    _issue_loads()
+    wide_q = q.load(Q).to(gl.float32)
+    scores, place, second = _scores(wide_q, _channels(k, dtype, D), keys, sees)
+    if not AT_ONCE:
+        owed_k = _loaded(key_rows, gl.where(owed_sees, owed_keys, 0), stride_ks, D, WIDTH)
+        _issue_loads()
+    owed_scores, owed_place, owed_second = _scores(wide_q, _channels(owed_k, dtype, D), owed_keys, owed_sees)
 
     # The shift follows the largest of all others, and with a leader that is kept out those of its class are among them.
     new_shift = gl.where(kept, gl.maximum(shift, gl.minimum(second, top)), shift)
@@ -305,49 +360,31 @@ def _attend(
     alpha = gl.exp2((shift - new_shift) * factor)
     shift = new_shift
     total *= alpha
-    weighted *= alpha[:, None]
-    with_others = kept & (gl.exp2((second - shift) * factor) > total * NOTHING)
-    if gl.max(with_others.to(gl.int32), 0) > 0:
-        weighted, total = _with_others(
-            weighted, total, with_others, class_place, place, shift, factor, q, key_rows, value_rows, first, last,
-            stride_ks, stride_vs, D, N, FOLD, LO,
-        )  # fmt: skip
-    returned = gl.exp2((owed - shift) * factor)
-    returned = gl.where(returned > total * NOTHING, returned, 0.0)
-    if gl.max(returned, 0) > 0:
-        owed_class = gl.where(returned > 0, _first_keys(owed_code, N, FOLD, LO), -N)
-        owed_place, second = _in_class(q, key_rows, owed_class, first, last, stride_ks, D, N, FOLD, LO)
-        total += returned
-        weighted += returned[:, None] * _gathered(value_rows, owed_place, stride_vs, D, WIDTH, LO)
-        with_others = gl.exp2((second - shift) * factor) > total * NOTHING
-        if gl.max(with_others.to(gl.int32), 0) > 0:
-            weighted, total = _with_others(
-                weighted, total, with_others, owed_class, owed_place, shift, factor, q, key_rows, value_rows, first,
-                last, stride_ks, stride_vs, D, N, FOLD, LO,
-            )  # fmt: skip
+    more = gl.maximum(gl.where(kept, second, HIDDEN), owed_second)
+    more = gl.exp2((more - shift) * factor) > total * NOTHING
+    scale = gl.full([M, FOLD], 0.0, gl.float32, layout=K) + factor
+    base = gl.full([M, FOLD], 0.0, gl.float32, layout=K) - (shift * factor)[:, None]
+    joins = kept[:, None] & (keys != place[:, None])
+    others = gl.where(joins, gl.exp2(gl.fma(scores, scale, base)), 0.0)
+    returned = gl.where(owed_sees, gl.exp2(gl.fma(owed_scores, scale, base)), 0.0)
+    owed_weight = gl.max(returned, 1)
+    owed_place = gl.where(owed_weight > 0, owed_place, place)
+    total += gl.sum(others, 1) + gl.sum(returned, 1)
 
     # The dual in powers of two relative to the shift: either all entries are free, or the leader is capped.
-    rows = (block * GROUPS + c) * M + gl.arange(0, M, layout=RO)
-    inside = rows < T
-    position = row.to(gl.int64) * T + rows
-    if EACH:
-        k_row = gl.load(budget + position, mask=inside, other=1.0)
-    else:
-        k_row = gl.full([M], 0.0, gl.float32, layout=RO) + budget
     k_row = gl.where((k_row > 0) & (k_row <= 2), k_row, float("nan"))
     lead = gl.where(seen > 0, (top - shift) * factor, 0.0)
-    rest = gl.log2(total)
+    rest = _log2(total)
     both = gl.maximum(lead, rest)
-    free = gl.log2(k_row) - both - gl.log2(gl.exp2(lead - both) + gl.exp2(rest - both))
+    free = _log2(k_row) - both - _log2(gl.exp2(lead - both) + gl.exp2(rest - both))
     capped = (lead + free > 0) & (k_row > 1)
     covered = seen.to(gl.float32) <= k_row
-    peak = gl.where(capped, gl.log2(gl.maximum(k_row - 1, 0.0)) - rest, free)
+    peak = gl.where(capped, _log2(gl.maximum(k_row - 1, 0.0)) - rest, free)
     lead_weight = gl.where(capped | covered, 1.0, gl.exp2(lead + free))
     lead_weight = gl.where(seen > 0, lead_weight, 0.0)
     mass = gl.where(covered, seen.to(gl.float32), k_row) - lead_weight
     scale = gl.where(total > 0, mass / gl.where(total > 0, total, 1.0), 0.0)
     scale = gl.where(total == total, scale, total)
-    weighted = weighted * scale[:, None] + lead_value * lead_weight[:, None]
     capped = capped & (covered == 0)
     gl.store(leaders + position, gl.where(capped, place, -1), mask=inside)
     margin = gl.where(capped, 0.5 * (lead + peak), BEYOND)
@@ -357,13 +394,28 @@ def _attend(
     mass = gl.where(covered, 0.0, k_row - gl.where(capped, 1.0, 0.0))
     gl.store(stats + 3 * rows_total + position, mass, mask=inside)
 
-    # A thread that stores 16 bytes has a whole line with its neighbours.
-    LS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    result = gl.convert_layout(weighted.to(dtype), LS)
-    rows = (block * GROUPS + c) * M + gl.arange(0, M, layout=gl.SliceLayout(1, LS))
-    channels = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LS))
+    # The values of the leader and of an owed one, and of others of their classes where some row has such.
+    R1: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, _in_lines(M, 1, WIDTH)))
+    lead_v = _loaded(value_rows, gl.convert_layout(place, R1, assert_trivial=True)[:, None], stride_vs, D, WIDTH)
+    owed_v = _loaded(value_rows, gl.convert_layout(owed_place, R1, assert_trivial=True)[:, None], stride_vs, D, WIDTH)
+    _issue_loads()
+    weighted = sums_buf.load(Q)
+    weighted *= gl.convert_layout(alpha * scale, gl.SliceLayout(1, Q), assert_trivial=True)[:, None]
+    weighted = _with_values(weighted, _channels(lead_v, dtype, D), (lead_weight - taken * alpha * scale)[:, None])
+    weighted = _with_values(weighted, _channels(owed_v, dtype, D), (owed_weight * scale)[:, None])
+    if gl.max(more.to(gl.int32), 0) > 0:
+        others *= scale[:, None]
+        returned = gl.where(owed_keys == owed_place[:, None], 0.0, returned * scale[:, None])
+        v = _loaded(value_rows, gl.where(others > 0, keys, place[:, None]), stride_vs, D, WIDTH)
+        more_v = _loaded(value_rows, gl.where(returned > 0, owed_keys, place[:, None]), stride_vs, D, WIDTH)
+        if AT_ONCE:
+            _issue_loads()
+        weighted = _with_values(weighted, _channels(v, dtype, D), others)
+        weighted = _with_values(weighted, _channels(more_v, dtype, D), returned)
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, Q), assert_trivial=True)
+    channels = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, Q))
     mask = (rows < T)[:, None] & (channels < D)[None, :]
-    gl.store(output + rows[:, None].to(gl.int64) * stride_ot + channels[None, :], result, mask=mask)
+    gl.store(output + rows[:, None].to(gl.int64) * stride_ot + channels[None, :], weighted.to(dtype), mask=mask)
 
 
 @gluon.jit(do_not_specialize=(*tiles.SIZES, "group", "span"))
@@ -416,6 +468,7 @@ def one_pass_kernel(
     q_bufs = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, M, WIDTH], query.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, WIDTH], key.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, WIDTH], value.layout)
+    sums_bufs = gl.allocate_shared_memory(gl.float32, [GROUPS, M, WIDTH], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
     q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -444,19 +497,20 @@ def one_pass_kernel(
     first, last = _bounds(first_ptr, last_ptr, rows, T, S, CAUSAL, RANGES, True)
     low = gl.min(first, 0) // N * N
     count = gl.maximum(gl.cdiv(gl.max(last, 0) - low, N), 1)
-    key_rows += batch.to(gl.int64) * stride_kb + key_head.to(gl.int64) * stride_kh
-    value_rows += batch.to(gl.int64) * stride_vb + key_head.to(gl.int64) * stride_vh
+    # Strides are multiples of 8, as the bulk copy engine needs them, so rows can be read by 16 bytes.
+    key_rows += (batch.to(gl.int64) * (stride_kb // 8) + key_head.to(gl.int64) * (stride_kh // 8)) * 8
+    value_rows += (batch.to(gl.int64) * (stride_vb // 8) + key_head.to(gl.int64) * (stride_vh // 8)) * 8
     output += batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
     gl.warp_specialize([
         (_attend, (
             gl.constexpr(0), key_rows, value_rows, budget, first_ptr, last_ptr, output, stats, leaders,
-            q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, k_empty, v_empty,
+            q_bufs, k_bufs, v_bufs, sums_bufs, q_full, k_full, v_full, k_empty, v_empty,
             stride_ks, stride_vs, stride_ot, row, block, low, count, T, S, rows_total, factor,
             D, M, N, GROUPS, FOLD, CAUSAL, RANGES, EACH,
         )),
         (_attend, (
             gl.constexpr(1), key_rows, value_rows, budget, first_ptr, last_ptr, output, stats, leaders,
-            q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, k_empty, v_empty,
+            q_bufs, k_bufs, v_bufs, sums_bufs, q_full, k_full, v_full, k_empty, v_empty,
             stride_ks, stride_vs, stride_ot, row, block, low, count, T, S, rows_total, factor,
             D, M, N, GROUPS, FOLD, CAUSAL, RANGES, EACH,
         )),
