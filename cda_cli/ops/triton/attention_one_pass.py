@@ -33,8 +33,6 @@ FLOOR = gl.constexpr(-1e18)
 BITS = gl.constexpr(10.0)
 # The part of the sums below which what was kept out of them does not count.
 NOTHING = gl.constexpr(2.0**-14)
-# Added to an exponent, it leaves no weight.
-NO_WEIGHT = gl.constexpr(-3e38)
 NO_KEY = gl.constexpr(1 << 30)
 
 
@@ -97,12 +95,18 @@ def _weights(
     R: gl.constexpr = gl.SliceLayout(1, L)
     PR: gl.constexpr = gl.SliceLayout(1, P)
     C: gl.constexpr = N // FOLD // 4  # classes of a row in a thread
-    columns = gl.arange(0, N, layout=gl.SliceLayout(0, L))
     if (start < full_low) | (start + N > full_high):
-        seen = columns[None, :] < (last - start)[:, None]
+        # Eights of columns are numbers in the instructions. Columns would be kept in registers over all tiles.
+        wide = gl.reshape(scores, [M, N // 8, 8])
+        EIGHTS: gl.constexpr = gl.SliceLayout(2, wide.type.layout)
+        eights = gl.arange(0, N // 8, layout=gl.SliceLayout(0, EIGHTS))[None, :, None] * 8
+        within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, wide.type.layout)))[None, None, :]
+        end = gl.convert_layout(last - start, gl.SliceLayout(1, EIGHTS), assert_trivial=True)
+        seen = eights < end[:, None, None] - within
         if RANGES:
-            seen &= columns[None, :] >= (first - start)[:, None]
-        scores = gl.where(seen, scores, HIDDEN)
+            begin = gl.convert_layout(first - start, gl.SliceLayout(1, EIGHTS), assert_trivial=True)
+            seen &= eights >= begin[:, None, None] - within
+        scores = gl.convert_layout(gl.reshape(gl.where(seen, wide, HIDDEN), [M, N]), L, assert_trivial=True)
 
     # Of eight neighbouring keys a thread has two, at twice the number of its lane modulo 4.
     folded = gl.max(gl.reshape(scores, [M, FOLD, C // 2, 4, 2]), 1)
@@ -131,11 +135,13 @@ def _weights(
     FR: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, folded.type.layout)))
     base = gl.convert_layout(-new_shift * factor, FR, assert_trivial=True)[:, None, None, None]
     limit = gl.convert_layout(new_shift + BITS / factor, FR, assert_trivial=True)[:, None, None, None]
-    # 1 or 0 as a number: predicates for all classes would be more than there are.
-    over = gl.inline_asm_elementwise(
-        "set.gt.f32.f32 $0, $1, $2;", "=f,f,f", [folded, limit], dtype=gl.float32, is_pure=True, pack=1
-    )
-    bases = gl.expand_dims(over * NO_WEIGHT + base, 1)
+    # The compiler would pack the answers for all classes into words and unpack them again.
+    bases = gl.inline_asm_elementwise(
+        "{ .reg .pred over; setp.gt.f32 over, $1, $2; selp.f32 $0, $3, $4, over; }", "=f,f,f,f,f",
+        [folded, limit, gl.full(folded.shape, HIDDEN, gl.float32, layout=folded.type.layout), base],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+    bases = gl.expand_dims(bases, 1)
     wide = gl.reshape(scores, [M, FOLD, C // 2, 4, 2])
     bases, wide = gl.broadcast(bases, wide)
     scale = gl.full(wide.shape, 0.0, gl.float32, layout=wide.type.layout) + factor
@@ -214,12 +220,21 @@ def _keys_of_class(code, N: gl.constexpr, FOLD: gl.constexpr, K: gl.constexpr):
 
 @gluon.jit
 def _scores(q, k, keys, seen):
-    """Scores [M, FOLD] of a class, HIDDEN where not `seen`; where the largest is, 0 for none; the second largest."""
+    """Scores [M, FOLD] of a class, HIDDEN where not `seen`; where the two largest are, 0 for none; the second."""
     scores = gl.where(seen, gl.sum(k * gl.expand_dims(q, 1), 2), HIDDEN)
-    nothing = gl.full(scores.shape, HIDDEN, gl.float32, layout=scores.type.layout)
-    largest, second = gl.reduce((scores, nothing), 1, _two_largest)
+    largest = gl.max(scores, 1)
     place = gl.min(gl.where(scores == largest[:, None], keys, NO_KEY), 1)
-    return scores, gl.where(largest > HIDDEN, place, 0), second
+    others = gl.where(keys == place[:, None], HIDDEN, scores)
+    second = gl.max(others, 1)
+    next_place = gl.min(gl.where(others == second[:, None], keys, NO_KEY), 1)
+    return scores, gl.where(largest > HIDDEN, place, 0), gl.where(second > HIDDEN, next_place, 0), second
+
+
+@gluon.jit
+def _both(x, y, WIDTH: gl.constexpr):
+    """[M, 2] of two [M], for rows of a matrix."""
+    L: gl.constexpr = gl.SliceLayout(2, _in_lines(x.shape[0], 2, WIDTH))
+    return gl.convert_layout(gl.join(x, y), L, assert_trivial=True)
 
 
 @gluon.jit
@@ -348,11 +363,11 @@ def _attend(
         owed_k = _loaded(key_rows, gl.where(owed_sees, owed_keys, 0), stride_ks, D, WIDTH)
     _issue_loads()
     wide_q = q.load(Q).to(gl.float32)
-    scores, place, second = _scores(wide_q, _channels(k, dtype, D), keys, sees)
+    scores, place, next_place, second = _scores(wide_q, _channels(k, dtype, D), keys, sees)
     if not AT_ONCE:
         owed_k = _loaded(key_rows, gl.where(owed_sees, owed_keys, 0), stride_ks, D, WIDTH)
         _issue_loads()
-    owed_scores, owed_place, owed_second = _scores(wide_q, _channels(owed_k, dtype, D), owed_keys, owed_sees)
+    owed_scores, owed_place, owed_next, _ = _scores(wide_q, _channels(owed_k, dtype, D), owed_keys, owed_sees)
 
     # The shift follows the largest of all others, and with a leader that is kept out those of its class are among them.
     new_shift = gl.where(kept, gl.maximum(shift, gl.minimum(second, top)), shift)
@@ -360,16 +375,15 @@ def _attend(
     alpha = gl.exp2((shift - new_shift) * factor)
     shift = new_shift
     total *= alpha
-    more = gl.maximum(gl.where(kept, second, HIDDEN), owed_second)
-    more = gl.exp2((more - shift) * factor) > total * NOTHING
     scale = gl.full([M, FOLD], 0.0, gl.float32, layout=K) + factor
     base = gl.full([M, FOLD], 0.0, gl.float32, layout=K) - (shift * factor)[:, None]
     joins = kept[:, None] & (keys != place[:, None])
     others = gl.where(joins, gl.exp2(gl.fma(scores, scale, base)), 0.0)
-    returned = gl.where(owed_sees, gl.exp2(gl.fma(owed_scores, scale, base)), 0.0)
-    owed_weight = gl.max(returned, 1)
-    owed_place = gl.where(owed_weight > 0, owed_place, place)
-    total += gl.sum(others, 1) + gl.sum(returned, 1)
+    owed_others = gl.where(owed_sees, gl.exp2(gl.fma(owed_scores, scale, base)), 0.0)
+    total += gl.sum(others, 1) + gl.sum(owed_others, 1)
+    owed_weight = gl.max(owed_others, 1)
+    owed_others = gl.where(owed_keys == owed_place[:, None], 0.0, owed_others)
+    next_weight, owed_next_weight = gl.max(others, 1), gl.max(owed_others, 1)
 
     # The dual in powers of two relative to the shift: either all entries are free, or the leader is capped.
     k_row = gl.where((k_row > 0) & (k_row <= 2), k_row, float("nan"))
@@ -394,24 +408,30 @@ def _attend(
     mass = gl.where(covered, 0.0, k_row - gl.where(capped, 1.0, 0.0))
     gl.store(stats + 3 * rows_total + position, mass, mask=inside)
 
-    # The values of the leader and of an owed one, and of others of their classes where some row has such.
-    R1: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, _in_lines(M, 1, WIDTH)))
-    lead_v = _loaded(value_rows, gl.convert_layout(place, R1, assert_trivial=True)[:, None], stride_vs, D, WIDTH)
-    owed_v = _loaded(value_rows, gl.convert_layout(owed_place, R1, assert_trivial=True)[:, None], stride_vs, D, WIDTH)
+    # The values of a leader, of an owed one and of the next of their classes. A row of no weight is one that is read.
+    places = _both(place, gl.where(owed_weight > 0, owed_place, place), WIDTH)
+    v = _loaded(value_rows, places, stride_vs, D, WIDTH)
+    next_place = gl.where(next_weight > 0, next_place, place)
+    owed_next = gl.where(owed_next_weight > 0, owed_next, place)
+    next_v = _loaded(value_rows, _both(next_place, owed_next, WIDTH), stride_vs, D, WIDTH)
     _issue_loads()
     weighted = sums_buf.load(Q)
     weighted *= gl.convert_layout(alpha * scale, gl.SliceLayout(1, Q), assert_trivial=True)[:, None]
-    weighted = _with_values(weighted, _channels(lead_v, dtype, D), (lead_weight - taken * alpha * scale)[:, None])
-    weighted = _with_values(weighted, _channels(owed_v, dtype, D), (owed_weight * scale)[:, None])
-    if gl.max(more.to(gl.int32), 0) > 0:
-        others *= scale[:, None]
-        returned = gl.where(owed_keys == owed_place[:, None], 0.0, returned * scale[:, None])
-        v = _loaded(value_rows, gl.where(others > 0, keys, place[:, None]), stride_vs, D, WIDTH)
-        more_v = _loaded(value_rows, gl.where(returned > 0, owed_keys, place[:, None]), stride_vs, D, WIDTH)
-        if AT_ONCE:
-            _issue_loads()
-        weighted = _with_values(weighted, _channels(v, dtype, D), others)
-        weighted = _with_values(weighted, _channels(more_v, dtype, D), returned)
+    weights = _both(lead_weight - taken * alpha * scale, owed_weight * scale, WIDTH)
+    weighted = _with_values(weighted, _channels(v, dtype, D), weights)
+    weights = _both(next_weight * scale, owed_next_weight * scale, WIDTH)
+    weighted = _with_values(weighted, _channels(next_v, dtype, D), weights)
+    if FOLD > 2:
+        others = gl.where(keys == next_place[:, None], 0.0, others)
+        owed_others = gl.where(owed_keys == owed_next[:, None], 0.0, owed_others)
+        counts = gl.max(gl.maximum(others, owed_others), 1) > total * NOTHING
+        if gl.max(counts.to(gl.int32), 0) > 0:
+            more_v = _loaded(value_rows, gl.where(others > 0, keys, place[:, None]), stride_vs, D, WIDTH)
+            owed_v = _loaded(value_rows, gl.where(owed_others > 0, owed_keys, place[:, None]), stride_vs, D, WIDTH)
+            if AT_ONCE:
+                _issue_loads()
+            weighted = _with_values(weighted, _channels(more_v, dtype, D), others * scale[:, None])
+            weighted = _with_values(weighted, _channels(owed_v, dtype, D), owed_others * scale[:, None])
     rows = gl.convert_layout(rows, gl.SliceLayout(1, Q), assert_trivial=True)
     channels = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, Q))
     mask = (rows < T)[:, None] & (channels < D)[None, :]
