@@ -31,8 +31,8 @@ LAYOUTS = 256
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # as Triton calls them
 # Padded head widths, and the fewest keys, for which one pass was faster than two on an H200 (docs/log.md).
-ONE_PASS_WIDTHS = (128,)
-ONE_PASS_KEYS = 8192
+ONE_PASS_WIDTHS = (64, 128)
+ONE_PASS_KEYS = 512
 # Padded head widths, and the fewest queries and keys, for which five products were faster than seven (docs/log.md).
 IN_TURN_WIDTHS = (64, 128)
 IN_TURN_LENGTH = 1024
@@ -338,12 +338,11 @@ def leader_and_output(layout: Layout) -> tuple[Launch, Launch]:
 
 
 class OnePassTile(NamedTuple):
-    """Queries of a group of warps, keys of a tile, tiles in flight, and how `one_pass_kernel` works on them."""
+    """Queries of a group of warps, keys of a tile, and tiles in flight."""
 
     queries: int = 64
     keys: int = 128
     stages: int = 2
-    fold: int = 4  # scores of a thread and a row that it takes for one when it looks for the leader's position
     registers: int = 168
 
 
@@ -362,7 +361,7 @@ def one_pass(layout: Layout) -> Launch | None:
     span = min(B * H, max(1, AT_WORK // bytes_of_head) * (H // G))
     numbers = (*layout.key_steps, *layout.value_steps, *_inside(H, T, D), H, H // G, T, S, B * H * T, span)
     options = {
-        "D": D, "M": this.queries, "N": this.keys, "STAGES": this.stages, "FOLD": this.fold,
+        "D": D, "M": this.queries, "N": this.keys, "STAGES": this.stages,
         "CAUSAL": layout.causal, "RANGES": layout.documents, "EACH": not layout.one_budget, "num_warps": 4,
         "maxnreg": this.registers,
     }  # fmt: skip

@@ -7,8 +7,8 @@ leader is *kept out* of the sums and put in at the end, by its position. A leade
 *owed* to the sums. One owed leader is enough, for an older one weighs less than 2⁻¹⁰ of it.
 
 No step asks whether some row needs one of these, for the answer would have to pass between warps. Every row takes all
-steps, so a step has to be cheap for a score. A thread therefore folds the scores that it has of a row and a tile into a
-few *classes* and works with their maxima. "All others" are the maxima of the other classes, and the whole class of a
+steps, so a step has to be cheap for a score. A thread therefore folds the scores that it has of a row and a tile into
+*classes* of two and works with their maxima. "All others" are the maxima of the other classes, and the whole class of a
 leader is kept out: this changes one number of a class, what its exponents add to the score. The number of the class
 stands in the lowest bits of the maxima. So the leader's class is known, and its scores are computed anew at the end.
 
@@ -34,6 +34,8 @@ BITS = gl.constexpr(10.0)
 # The part of the sums below which what was kept out of them does not count.
 NOTHING = gl.constexpr(2.0**-14)
 NO_KEY = gl.constexpr(1 << 30)
+# Scores of a class. With four a tile takes a sixth fewer instructions, but a block more than that at its end.
+FOLD = gl.constexpr(2)
 
 
 @gluon.jit
@@ -84,7 +86,7 @@ def _two_largest(high, low, other_high, other_low):
 def _weights(
     scores, start, first, last, full_low, full_high, shift, top, arrival, owed, total, code, owed_code, factor,
     unmarked,
-    M: gl.constexpr, N: gl.constexpr, FOLD: gl.constexpr, L: gl.constexpr, P: gl.constexpr, RANGES: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, L: gl.constexpr, P: gl.constexpr, RANGES: gl.constexpr,
 ):  # fmt: skip
     """The weights [M, N] of a tile relative to the new shift, and the state of the rows after the tile.
 
@@ -209,7 +211,7 @@ def _channels(both, dtype: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _keys_of_class(code, N: gl.constexpr, FOLD: gl.constexpr, K: gl.constexpr):
+def _keys_of_class(code, N: gl.constexpr, K: gl.constexpr):
     """The keys of the class that `code` [M, 4] names, [M, FOLD], all below 0 for none."""
     C: gl.constexpr = N // FOLD // 4
     lanes = gl.arange(0, 4, layout=gl.SliceLayout(0, code.type.layout))
@@ -249,7 +251,7 @@ def _attend(
     c: gl.constexpr, key_rows, value_rows, budget, first_ptr, last_ptr, output, stats, leaders,
     q_bufs, k_bufs, v_bufs, sums_bufs, q_full, k_full, v_full, k_empty, v_empty,
     stride_ks, stride_vs, stride_ot, row, block, low, count, T, S, rows_total, factor,
-    D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, FOLD: gl.constexpr,
+    D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr,
     CAUSAL: gl.constexpr, RANGES: gl.constexpr, EACH: gl.constexpr,
 ):  # fmt: skip
     """What a group of four warps does: M rows of queries against all tiles, from the last to the first."""
@@ -292,7 +294,7 @@ def _attend(
     mbarrier.arrive(k_empty.index(0), count=1)
     w, alpha, shift, top, arrival, owed, total, code, owed_code = _weights(
         scores, start, first, last, full_low, full_high, shift, top, arrival, owed, total, code, owed_code, factor,
-        unmarked, M, N, FOLD, L, P, RANGES,
+        unmarked, M, N, L, P, RANGES,
     )  # fmt: skip
     p = gl.convert_layout(w.to(dtype), A)
     mbarrier.wait(v_full.index(0), 0)
@@ -309,7 +311,7 @@ def _attend(
         mbarrier.arrive(k_empty.index(stage), count=1)
         w, alpha, shift, top, arrival, owed, total, code, owed_code = _weights(
             scores, start, first, last, full_low, full_high, shift, top, arrival, owed, total, code, owed_code, factor,
-            unmarked, M, N, FOLD, L, P, RANGES,
+            unmarked, M, N, L, P, RANGES,
         )  # fmt: skip
         # Here, between the weights and the wait for the product, it keeps the assembler from moving that wait up.
         mbarrier.wait(v_full.index(stage), phase)
@@ -324,7 +326,6 @@ def _attend(
     # From here on four lanes still share a row, but each has eight channels in sequence.
     E: gl.constexpr = _in_lines(M, FOLD, WIDTH)
     Q: gl.constexpr = gl.SliceLayout(1, E)
-    AT_ONCE: gl.constexpr = FOLD * WIDTH <= 256  # Else registers would be spilled.
     sums_buf = sums_bufs.index(c)
     sums_buf.store(weighted)
     K: gl.constexpr = gl.SliceLayout(2, E)
@@ -347,9 +348,9 @@ def _attend(
 
     # The scores of its class and, where an owed leader counts, of that one's class.
     back = gl.exp2((owed - shift) * factor) > total * NOTHING
-    keys = _keys_of_class(code, N, FOLD, K)
+    keys = _keys_of_class(code, N, K)
     sees = (keys >= first[:, None]) & (keys < last[:, None])
-    owed_keys = _keys_of_class(owed_code, N, FOLD, K)
+    owed_keys = _keys_of_class(owed_code, N, K)
     owed_sees = back[:, None] & (owed_keys >= first[:, None]) & (owed_keys < last[:, None])
     rows = (block * GROUPS + c) * M + gl.arange(0, M, layout=RE)
     inside = rows < T
@@ -359,14 +360,10 @@ def _attend(
     else:
         k_row = gl.full([M], 0.0, gl.float32, layout=RE) + budget
     k = _loaded(key_rows, gl.where(sees, keys, 0), stride_ks, D, WIDTH)
-    if AT_ONCE:
-        owed_k = _loaded(key_rows, gl.where(owed_sees, owed_keys, 0), stride_ks, D, WIDTH)
+    owed_k = _loaded(key_rows, gl.where(owed_sees, owed_keys, 0), stride_ks, D, WIDTH)
     _issue_loads()
     wide_q = q.load(Q).to(gl.float32)
     scores, place, next_place, second = _scores(wide_q, _channels(k, dtype, D), keys, sees)
-    if not AT_ONCE:
-        owed_k = _loaded(key_rows, gl.where(owed_sees, owed_keys, 0), stride_ks, D, WIDTH)
-        _issue_loads()
     owed_scores, owed_place, owed_next, _ = _scores(wide_q, _channels(owed_k, dtype, D), owed_keys, owed_sees)
 
     # The shift follows the largest of all others, and with a leader that is kept out those of its class are among them.
@@ -421,17 +418,6 @@ def _attend(
     weighted = _with_values(weighted, _channels(v, dtype, D), weights)
     weights = _both(next_weight * scale, owed_next_weight * scale, WIDTH)
     weighted = _with_values(weighted, _channels(next_v, dtype, D), weights)
-    if FOLD > 2:
-        others = gl.where(keys == next_place[:, None], 0.0, others)
-        owed_others = gl.where(owed_keys == owed_next[:, None], 0.0, owed_others)
-        counts = gl.max(gl.maximum(others, owed_others), 1) > total * NOTHING
-        if gl.max(counts.to(gl.int32), 0) > 0:
-            more_v = _loaded(value_rows, gl.where(others > 0, keys, place[:, None]), stride_vs, D, WIDTH)
-            owed_v = _loaded(value_rows, gl.where(owed_others > 0, owed_keys, place[:, None]), stride_vs, D, WIDTH)
-            if AT_ONCE:
-                _issue_loads()
-            weighted = _with_values(weighted, _channels(more_v, dtype, D), others * scale[:, None])
-            weighted = _with_values(weighted, _channels(owed_v, dtype, D), owed_others * scale[:, None])
     rows = gl.convert_layout(rows, gl.SliceLayout(1, Q), assert_trivial=True)
     channels = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, Q))
     mask = (rows < T)[:, None] & (channels < D)[None, :]
@@ -471,7 +457,6 @@ def one_pass_kernel(
     M: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
-    FOLD: gl.constexpr,
     CAUSAL: gl.constexpr,
     RANGES: gl.constexpr,
     EACH: gl.constexpr,
@@ -526,13 +511,13 @@ def one_pass_kernel(
             gl.constexpr(0), key_rows, value_rows, budget, first_ptr, last_ptr, output, stats, leaders,
             q_bufs, k_bufs, v_bufs, sums_bufs, q_full, k_full, v_full, k_empty, v_empty,
             stride_ks, stride_vs, stride_ot, row, block, low, count, T, S, rows_total, factor,
-            D, M, N, GROUPS, FOLD, CAUSAL, RANGES, EACH,
+            D, M, N, GROUPS, CAUSAL, RANGES, EACH,
         )),
         (_attend, (
             gl.constexpr(1), key_rows, value_rows, budget, first_ptr, last_ptr, output, stats, leaders,
             q_bufs, k_bufs, v_bufs, sums_bufs, q_full, k_full, v_full, k_empty, v_empty,
             stride_ks, stride_vs, stride_ot, row, block, low, count, T, S, rows_total, factor,
-            D, M, N, GROUPS, FOLD, CAUSAL, RANGES, EACH,
+            D, M, N, GROUPS, CAUSAL, RANGES, EACH,
         )),
         (_load_tiles, (
             query, key, value, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, k_empty, v_empty,
