@@ -81,7 +81,8 @@ class SoftTopK(AttentionRule):
         """Counts the products of the fused kernels, of the blocks of PyTorch, or of the published operator.
 
         The fused kernels compute the scores twice. For k above 2 they sum the values of free and of capped entries
-        separately. Their backward computes scores and ∂L/∂λ in each of two kernels, and three gradients.
+        separately. Their backward computes scores and ∂L/∂λ in each of two kernels, and three gradients. Where a GPU
+        takes the forms with fewer products (docs/kernels.md), these counts are too high.
         """
         seen = (self.config.seq_len + 1) / 2 + self.config.null_kv
         if backend == "colt5":
@@ -91,10 +92,13 @@ class SoftTopK(AttentionRule):
         return Products(2, 5, seen)
 
     def scratch(self, batch_size: int, device: torch.device, choice: Choice) -> dict[str, int]:
-        """The code in blocks takes query, key, value and four gradients in float32, and six tensors of block scores."""
-        if self._is_fused(choice.name):
-            return {}
+        """The code in blocks takes query, key, value and four gradients in float32, and six tensors of block scores.
+
+        The fused backward may sum the gradient of the queries in float32 (docs/kernels.md).
+        """
         config, rows = self.config, batch_size * self.config.seq_len
+        if self._is_fused(choice.name):
+            return {"cda.fused_attention_backward": 4 * rows * config.heads * config.head_width}
         block = min(rows * config.heads * self.max_keys, scores_at_once(device))
         return {"cda.soft_topk_attention": 4 * (7 * rows * config.heads * config.head_width + 6 * block)}
 
