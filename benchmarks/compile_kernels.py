@@ -309,15 +309,9 @@ def selected(arch: int, quick: bool) -> list[Variant]:
 
 
 def _note(
-    found: dict[tuple[str, str, str], Variant],
-    arch: int,
-    call: str,
-    *,
-    key: str,
-    fn: Any,
-    compile: dict[str, Any],
+    found: dict[tuple[str, str, str], Variant], arch: int, call: str, *, key: str, fn: Any, compile: dict[str, Any],
     **_: Any,
-) -> bool:
+) -> bool:  # fmt: skip
     """Triton's hook before it compiles; True: it neither compiles nor launches."""
     variant = Variant(arch, fn.module, fn.name, call, compile["specialization_data"])
     found.setdefault((fn.module, fn.name, key), variant)
