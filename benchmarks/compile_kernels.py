@@ -272,7 +272,7 @@ def route(dtype: torch.dtype, width: int, blocks: int, size: int, counts: bool) 
 
 def _inputs(dtype: torch.dtype, width: int, memory: str) -> tuple[Tensor, Tensor, Tensor]:
     """query [1, 4, length, width], key and value, new ones."""
-    longest = max(attention_launches.ONE_PASS_KEYS, attention_launches.IN_TURN_LENGTH)
+    longest = max(attention_launches.ONE_PASS_KEYS, *attention_launches.IN_TURN_LENGTHS.values())
     length, G = longest if memory == "long" else LENGTH, 2 if memory == "grouped" else 4
     query, key, value = (torch.zeros(1, n, length, width + 1, dtype=dtype) for n in (4, G, G))
     if memory == "unaligned":

@@ -33,9 +33,8 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # as Triton calls them
 # Padded head widths, and the fewest keys, for which one pass was faster than two on an H200 (docs/log.md).
 ONE_PASS_WIDTHS = (64, 128)
 ONE_PASS_KEYS = 512
-# Padded head widths, and the fewest queries and keys, for which five products were faster than seven (docs/log.md).
-IN_TURN_WIDTHS = (64, 128)
-IN_TURN_LENGTH = 1024
+# The fewest queries and keys for which five products are faster than seven, by the padded width of heads (docs/log.md).
+IN_TURN_LENGTHS = {64: 1024, 128: 2048}
 # So many key heads have their gradients computed at a time. With more of them, fewer programs of a head run at the same
 # time: they wait less for each other, and read less of what another one has just read.
 IN_TURN_HEADS = 32
@@ -137,9 +136,10 @@ class Layout(NamedTuple):
             return "its products are those of compute capability 9.0"
         if not self.bulk:
             return "the bulk copy engine cannot read the tensors"
-        if padded(self.query[-1]) not in IN_TURN_WIDTHS:
+        least = IN_TURN_LENGTHS.get(padded(self.query[-1]))
+        if least is None:
             return "seven products are faster for heads of this width"
-        if min(self.query[2], self.key[2]) < IN_TURN_LENGTH:
+        if min(self.query[2], self.key[2]) < least:
             return "seven products are faster for so few queries or keys"
         return ""
 
