@@ -200,7 +200,10 @@ def tables(cases: Sequence[Case], device: torch.device) -> None:
                 *(f"{seconds[one] / found.seconds:.2f}" if one in seconds else "–" for one in ("nanoGPT", softmax)),
                 "–" if found.memory is None else f"{found.memory / 2**30:.2f}",
                 f"{torch.cuda.memory_reserved() / 2**30:.2f}",
-                *(f"{speed * flops / peak:.1%}" if peak else "–" for flops in flops_per_token(config, backend)),
+                *(
+                    f"{speed * flops / peak:.1%}" if peak else "–"
+                    for flops in flops_per_token(config, backend, device, torch.bfloat16)
+                ),
                 "–" if found.waited is None else f"{found.waited:.2%}",
             )
             if found.saving is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .attention_blocks import scores_at_once
 from .attention_inputs import AttentionInputs
 from .backends import BACKENDS, Backend, Choice, can_run_kernels, choose_backend
+from .backends.triton_kernels import fused_products
 from .checks import (
     check_attention,
     check_decoding,
@@ -48,6 +49,7 @@ __all__ = [
     "decode_attention",
     "draw_token",
     "for_each_query",
+    "fused_products",
     "heads_of_step",
     "largest_entries",
     "norm_and_rotate",

@@ -79,7 +79,7 @@ class RunContext:
         peak = peak_flops(self.device, self.dtype)
         if peak is None:
             return {}
-        flops = flops_per_token(self.config, self.backend.name)
+        flops = flops_per_token(self.config, self.backend.name, self.device, self.dtype)
         return {
             f"mfu_{name}": tokens_per_second * value / (peak * self.processes.count)
             for name, value in flops._asdict().items()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cda_cli.ops import soft_topk_attention
+from cda_cli.ops import fused_products, soft_topk_attention
 from tests.ops.attention_problems import (
     NAMES,
     assert_at_most_twice_plain,
@@ -77,3 +77,13 @@ def test_no_bit_depends_on_who_runs_when(causal: bool, width: int) -> None:
         found = torch.autograd.grad(output, leaves, grad, retain_graph=True)
         for name, one, again in zip(NAMES[1:4], expected, found, strict=True):
             assert torch.equal(one, again), name
+
+
+def test_fewer_products_are_counted_where_they_are_made() -> None:
+    query, short = torch.Size((1, 2, 2048, 64)), torch.Size((1, 2, 16, 64))
+    few = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    device = torch.device(DEVICE)
+    assert fused_products(query, query, torch.bfloat16, device, True) == ((2, 5) if few else (3, 7))
+    assert fused_products(query, query, torch.bfloat16, device, False) == (4, 5 if few else 7)
+    assert fused_products(query, query, torch.float32, device, True) == (3, 7)
+    assert fused_products(short, short, torch.bfloat16, device, True) == (3, 7)

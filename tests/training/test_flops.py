@@ -12,6 +12,7 @@ from cda_cli.config import Config, parse
 from cda_cli.model import Transformer
 from cda_cli.training.accounting.flops import flops_per_token, peak_flops
 
+ON_A_CPU = torch.device("cpu"), torch.float32
 MODEL: dict[str, Any] = {"vocab_size": 50, "seq_len": 12, "dim": 16, "depth": 3, "heads": 2, "dim_head": 6}
 
 
@@ -22,7 +23,7 @@ def a_config(checkpointing: bool = False, **model: object) -> Config:
 def attention_alone(config: Config, backend: str = "torch") -> float:
     """Returns what the count says of the attention of one layer, in products of one query with one key's width."""
     model = config.model
-    narrow = flops_per_token(config, backend).computed - linear(config)
+    narrow = flops_per_token(config, backend, *ON_A_CPU).computed - linear(config)
     return narrow / (2 * model.heads * model.head_width * model.depth)
 
 
@@ -86,7 +87,7 @@ def test_attention_is_counted_as_it_is_computed(
 def test_dense_weights_are_counted_as_pytorch_counts_them(attention: str) -> None:
     """PyTorch's counter sees all of their products."""
     config = a_config(attention=attention, null_kv=2, output_gate=True)
-    assert flops_per_token(config, "torch").computed == linear(config)
+    assert flops_per_token(config, "torch", *ON_A_CPU).computed == linear(config)
 
 
 def test_the_dense_count_is_the_convention() -> None:
@@ -100,7 +101,7 @@ def test_the_dense_count_is_the_convention() -> None:
     }  # fmt: skip
     for attention in ("softmax", "coordinate-descent"):
         config = parse({"model": gpt2 | {"attention": attention}})
-        found = flops_per_token(config, "triton").dense
+        found = flops_per_token(config, "triton", *ON_A_CPU).dense
         with torch.device("meta"):
             N = Transformer(config.model).parameter_count()
         assert 123e6 < N < 125e6

@@ -218,8 +218,8 @@ class AttentionRule(ABC):
         """Chooses the backend of the operator on `device`. Raises ValueError if a forced one cannot run."""
         return choose_backend(self.backend, self.config.solver, device)
 
-    def products(self, backend: str) -> Products:
-        """Returns the matrix products of a full sequence, with the operator on `backend`.
+    def products(self, backend: str, device: torch.device, dtype: torch.dtype) -> Products:
+        """Returns the matrix products of a full sequence in `dtype`, with the operator on `backend` and `device`.
 
         Those of dense weights, unless a rule has other code.
         """

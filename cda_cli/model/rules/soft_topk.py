@@ -13,6 +13,7 @@ from cda_cli.ops import (
     Choice,
     choose_backend,
     decode_attention,
+    fused_products,
     scores_at_once,
     soft_topk,
     soft_topk_attention,
@@ -77,18 +78,16 @@ class SoftTopK(AttentionRule):
     def choose_backend(self, device: torch.device) -> Choice:
         return choose_backend(self.backend, self.config.solver, device, head_width=self.config.head_width)
 
-    def products(self, backend: str) -> Products:
-        """Counts the products of the fused kernels, of the blocks of PyTorch, or of the published operator.
-
-        The fused kernels compute the scores twice. For k above 2 they sum the values of free and of capped entries
-        separately. Their backward computes scores and ∂L/∂λ in each of two kernels, and three gradients. Where a GPU
-        takes the forms with fewer products (docs/kernels.md), these counts are too high.
-        """
+    def products(self, backend: str, device: torch.device, dtype: torch.dtype) -> Products:
+        """Counts the products of the fused kernels, of the blocks of PyTorch, or of the published operator."""
         seen = (self.config.seq_len + 1) / 2 + self.config.null_kv
         if backend == "colt5":
             return Products(2, 4, self.max_keys)
         if self._is_fused(backend):
-            return Products(3 if self.config.attn_k <= 2 else 4, 7, seen)
+            heads, length, width = self.config.heads, self.config.seq_len, self.config.head_width
+            query = torch.Size((1, heads, length, width))
+            key = torch.Size((1, self.config.kv_heads or heads, length + self.config.null_kv, width))
+            return Products(*fused_products(query, key, dtype, device, self.config.attn_k <= 2), seen)
         return Products(2, 5, seen)
 
     def scratch(self, batch_size: int, device: torch.device, choice: Choice) -> dict[str, int]:

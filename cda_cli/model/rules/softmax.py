@@ -45,7 +45,7 @@ class Softmax(AttentionRule):
         eps = self.eps if self.has_eps else 1.0
         return decode_attention(query, key, value, visible_B, 1.0, eps=eps, scale=self.scale, backend="triton")
 
-    def products(self, backend: str) -> Products:
+    def products(self, backend: str, device: torch.device, dtype: torch.dtype) -> Products:
         """The backward computes the scores again. With null keys the mask is a tensor, and all scores are computed."""
         seen = (self.config.seq_len + 1) / 2
         return Products(2, 5, self.max_keys if self.config.null_kv else seen)

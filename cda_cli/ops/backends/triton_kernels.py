@@ -24,6 +24,21 @@ FUSED: frozenset[Solver] = frozenset({"exact"})
 WIDEST_HEAD = 256
 
 
+def fused_products(
+    query: torch.Size, key: torch.Size, dtype: torch.dtype, device: torch.device, at_most_two: bool
+) -> tuple[int, int]:
+    """How many matrix products fused attention makes in training, forward and backward (docs/kernels.md).
+
+    `query` [B, H, T, D] and `key` [B, G, S, D] are the shapes, and `at_most_two` says whether k ≤ 2 is known. A product
+    is one of each query with each key that it sees. Of a `device` that is no GPU, they are those of most GPUs.
+    """
+    if device.type != "cuda":
+        return 3 if at_most_two else 4, 7
+    from ..triton.attention_launches import products
+
+    return products(query, key, dtype, device, at_most_two)
+
+
 class TritonBackend(TorchBackend):
     """Rows by their kernels, and attention by fused ones. Transforms are those of PyTorch."""
 

@@ -447,6 +447,17 @@ def backward_in_turn(layout: Layout, leaders: bool) -> InTurn | None:
     return InTurn(prepare, add_up, finish, B * H * tiles * this.queries * width, 1 + B * H * tiles)
 
 
+def products(
+    query: torch.Size, key: torch.Size, dtype: torch.dtype, device: torch.device, at_most_two: bool
+) -> tuple[int, int]:
+    """How many matrix products the kernels make forward and backward, on new tensors of these shapes."""
+    per_query, per_key = (_inside(*shape[1:]) for shape in (query, key))
+    steps = (per_query, per_key, per_key, per_query, per_query)
+    layout = Layout(device, dtype, query, key, *steps, causal=True, documents=False, aligned=True)
+    forward = 4 if not at_most_two else 3 if layout.one_pass_refusal else 2
+    return forward, 7 if layout.in_turn_refusal else 5
+
+
 def dual_length(T: int) -> int:
     """The length of a row of duals: the bulk copy engine needs rows whose bytes are a multiple of 16."""
     return -(-T // 4) * 4

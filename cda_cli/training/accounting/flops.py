@@ -47,15 +47,15 @@ class Flops(NamedTuple):
     dense: float
 
 
-def flops_per_token(config: Config, backend: str) -> Flops:
-    """Counts the operations of training with `config`, whose layers run on `backend` (see `ops.choose_backend`)."""
+def flops_per_token(config: Config, backend: str, device: torch.device, dtype: torch.dtype) -> Flops:
+    """Counts the operations of training with `config` in `dtype` on `device`, with the operator on `backend`."""
     model = config.model
     inner = model.heads * model.head_width
     block = _block_weights(model)
     logits = model.dim * model.vocab_size
     rule = attention_rule(model)
     truncated = config.optim.truncated_share  # of the steps, with dense weights
-    attention, dense = rule.products(backend), rule.dense_products()
+    attention, dense = rule.products(backend, device, dtype), rule.dense_products()
     forward, backward = (
         2 * inner * ((1 - truncated) * attention.keys * of_rule + truncated * dense.keys * of_dense)
         for of_rule, of_dense in ((attention.forward, dense.forward), (attention.backward, dense.backward))
