@@ -79,6 +79,16 @@ def test_no_bit_depends_on_who_runs_when(causal: bool, width: int) -> None:
             assert torch.equal(one, again), name
 
 
+def test_what_is_no_key_has_no_gradient() -> None:
+    """One key is in the last tile. The others there read as zeros, above all scores, and fp16 holds no δ as large."""
+    query, key, value = (mean + 0.1 * random_rows(1, 1, LEAST, WIDTHS[0], seed=mean) for mean in (2, -2, 8))
+    leaves = [x.to(DEVICE, torch.float16).requires_grad_() for x in (query, key, value)]
+    output = soft_topk_attention(*leaves, 1.0, eps=0.3, causal=False, backend="triton")
+    grads = torch.autograd.grad(output, leaves, torch.full_like(output, 2048))
+    for name, grad in zip(NAMES[1:4], grads, strict=True):
+        assert grad.isfinite().all(), name
+
+
 def test_fewer_products_are_counted_where_they_are_made() -> None:
     query, short = torch.Size((1, 2, 2048, 64)), torch.Size((1, 2, 16, 64))
     few = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)

@@ -40,20 +40,18 @@ FAR = gl.constexpr(2**31 - 1)
 
 
 @gluon.jit
-def _queries_of(keys, low_ptr, high_ptr, T, S, reach, RANGES: gl.constexpr, OUTSIDE: gl.constexpr):
-    """The queries [low, high) that see each of `keys`. A key past S is seen by all, or with OUTSIDE by none.
+def _queries_of(keys, low_ptr, high_ptr, T, S, reach, RANGES: gl.constexpr):
+    """The queries [low, high) that see each of `keys`, none for a key past S.
 
-    Queries past T weigh nothing. Without OUTSIDE they may see a key, so that the last tile needs no check.
+    Such a key reads as zeros, but δ would be its ∂L/∂s, which fp16 may not hold, and 0·∞ is NaN.
     """
     inside = keys < S
     if RANGES:
-        low = gl.load(low_ptr + keys, mask=inside, other=T if OUTSIDE else 0)
-        high = gl.load(high_ptr + keys, mask=inside, other=0 if OUTSIDE else T)
+        low = gl.load(low_ptr + keys, mask=inside, other=FAR)
+        high = gl.load(high_ptr + keys, mask=inside, other=0)
     else:
-        low = gl.where(inside, gl.maximum(keys - reach, 0), T if OUTSIDE else 0)
+        low = gl.where(inside, gl.maximum(keys - reach, 0), FAR)
         high = keys * 0 + T
-    if not OUTSIDE:
-        high = gl.where(high == T, FAR, high)
     return low, high
 
 
@@ -200,7 +198,9 @@ def _sum(
     grad_k = gl.full([N, WIDTH], 0.0, gl.float32, layout=LO)
     grad_v = gl.full([N, WIDTH], 0.0, gl.float32, layout=LO)
     columns = start_n + gl.arange(0, N, layout=gl.SliceLayout(1, L))
-    low, high = _queries_of(columns, low_ptr, high_ptr, T, S, reach, RANGES, False)
+    low, high = _queries_of(columns, low_ptr, high_ptr, T, S, reach, RANGES)
+    # Queries past T read as zeros and weigh nothing, so that the last tile needs no check.
+    high = gl.where(high == T, FAR, high)
     full_low, full_high = gl.max(low, 0), gl.min(high, 0)
     tile = first + count - 1
     stage, before, phase = first * 0, first * 0, first * 0
@@ -327,7 +327,7 @@ def in_turn_kernel(
     low_ptr += batch * S
     high_ptr += batch * S
     keys = start_n + gl.arange(0, N, layout=gl.BlockedLayout([1], [32], [N // 16], [0]))
-    low, high = _queries_of(keys, low_ptr, high_ptr, T, S, reach, RANGES, True)
+    low, high = _queries_of(keys, low_ptr, high_ptr, T, S, reach, RANGES)
     first = gl.min(low, 0) // M
     count = gl.maximum(gl.cdiv(gl.max(high, 0), M) - first, 0)
     tiles_of_row = gl.cdiv(T, M)
