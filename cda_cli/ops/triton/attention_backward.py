@@ -39,7 +39,8 @@ def _delta(
     out = load_tile(summed, rows, stride_ot, T, D, BLOCK_D, True).to(tl.float32)
     if LEADERS:
         leader = tl.load(leaders + rows, mask=rows < T, other=-1)
-        lead_value = load_tile(value, tl.maximum(leader, 0), stride_vs, T, D, BLOCK_D, False).to(tl.float32)
+        places = tl.maximum(leader, 0).to(rows.dtype)
+        lead_value = load_tile(value, places, stride_vs, T, D, BLOCK_D, False).to(tl.float32)
         out = tl.where((leader >= 0)[:, None], out - lead_value, out)
     return tl.where(mass > 0, tl.sum(grad.to(tl.float32) * out, 1) / tl.where(mass > 0, mass, 1.0), 0.0)
 
@@ -294,7 +295,7 @@ def delta_kernel(
     """
     block, row = tl.program_id(0), tl.program_id(1)
     batch, head = row // heads, row % heads
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # times a stride, more than 2³¹
     inside = rows < T
     position = row.to(tl.int64) * T
     base_g = grad_output + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
@@ -341,5 +342,5 @@ def grad_query_kernel(
     tile = (row * tl.num_programs(0) + block).to(tl.int64)
     total = tl.load(sums + tile * (BLOCK_M * BLOCK_D) + places)
     base_d = grad_query + batch.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     store_tile(base_d, rows, stride_dt, T, rounded(total * unit, grad_query.dtype.element_ty), D, BLOCK_D)
