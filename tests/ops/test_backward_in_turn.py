@@ -62,13 +62,17 @@ def test_gradients_of_any_problem(data: st.DataObject) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_no_bit_depends_on_who_runs_when(causal: bool, width: int) -> None:
-    """More programs than a GPU has room for, beside the programs of another stream."""
+    """More programs than a GPU has room for, beside the programs of another stream; the last heads also alone."""
     B, H, T = (2, 20, 2100) if DEVICE == "cuda" else (1, 2, 20)
     query, key, value, grad = (random_rows(B, H, T, width, seed=seed).to(DEVICE, DTYPES[0]) for seed in range(4))
     leaves = [x.requires_grad_() for x in (query, key, value)]
     output = soft_topk_attention(*leaves, 2.0, eps=0.2, causal=causal, backend="triton")
     other, matrix = torch.Stream(DEVICE) if DEVICE == "cuda" else None, torch.ones(2048, 2048, device=DEVICE)
     expected = torch.autograd.grad(output, leaves, grad, retain_graph=True)
+    last = [x[:, -1:].detach().requires_grad_() for x in leaves]
+    alone = soft_topk_attention(*last, 2.0, eps=0.2, causal=causal, backend="triton")
+    for name, one, whole in zip(NAMES[1:4], torch.autograd.grad(alone, last, grad[:, -1:]), expected, strict=True):
+        assert torch.equal(one, whole[:, -1:]), name
     for _ in range(6 if DEVICE == "cuda" else 1):
         if other is not None:
             with other:
