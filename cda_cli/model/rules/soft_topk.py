@@ -93,11 +93,12 @@ class SoftTopK(AttentionRule):
     def scratch(self, batch_size: int, device: torch.device, choice: Choice) -> dict[str, int]:
         """The code in blocks takes query, key, value and four gradients in float32, and six tensors of block scores.
 
-        The fused backward may sum the gradient of the queries in float32 (docs/kernels.md).
+        The fused backward may sum the gradient of the queries in float32, in padded heads (docs/kernels.md).
         """
         config, rows = self.config, batch_size * self.config.seq_len
         if self._is_fused(choice.name):
-            return {"cda.fused_attention_backward": 4 * rows * config.heads * config.head_width}
+            padded = 1 << (config.head_width - 1).bit_length()
+            return {"cda.fused_attention_backward": 4 * rows * config.heads * padded}
         block = min(rows * config.heads * self.max_keys, scores_at_once(device))
         return {"cda.soft_topk_attention": 4 * (7 * rows * config.heads * config.head_width + 6 * block)}
 
