@@ -29,11 +29,14 @@ from .tiles import INTERPRETED
 # So many layouts are remembered. A process is not likely to alternate between more lengths.
 LAYOUTS = 256
 
+# Gluon is experimental: it renames what these kernels call. They were compiled with these versions of Triton.
+GLUON_OF = ("3.6", "3.7")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # as Triton calls them
 # Padded head widths, and the fewest keys, for which one pass was faster than two on an H200 (docs/log.md).
 ONE_PASS_WIDTHS = (64, 128)
 ONE_PASS_KEYS = 512
-# The fewest queries and keys for which five products are faster than seven, by the padded width of heads (docs/log.md).
+# The fewest queries and keys for which a backward makes five products in place of seven, by the padded width of heads.
+# Those of 128 lie between a length of equal times, 1,536, and one at which five were faster, 8,192 (docs/log.md).
 IN_TURN_LENGTHS = {64: 1024, 128: 2048}
 # So many key heads have their gradients computed at a time. With more of them, fewer programs of a head run at the same
 # time: they wait less for each other, and read less of what another one has just read.
@@ -113,14 +116,23 @@ class Layout(NamedTuple):
         return fits and (INTERPRETED.value or triton.runtime.driver.active.get_current_target().arch >= 90)
 
     @property
-    def one_pass_refusal(self) -> str:
-        """Why k ≤ 2 takes two passes over the keys and not one; empty if it takes one."""
+    def gluon_refusal(self) -> str:
+        """Why no kernel in Gluon can take the call; empty if one can."""
         if INTERPRETED.value:
             return "Gluon has no interpreter"
+        if not triton.__version__.startswith(GLUON_OF):
+            return f"the kernels are in the Gluon of triton {' and '.join(GLUON_OF)}, and this is {triton.__version__}"
         if triton.runtime.driver.active.get_current_target().arch != 90:
             return "its products are those of compute capability 9.0"
         if not self.bulk:
             return "the bulk copy engine cannot read the tensors"
+        return ""
+
+    @property
+    def one_pass_refusal(self) -> str:
+        """Why k ≤ 2 takes two passes over the keys and not one; empty if it takes one."""
+        if refusal := self.gluon_refusal:
+            return refusal
         if padded(self.query[-1]) not in ONE_PASS_WIDTHS:
             return "two passes are faster for heads of this width"
         if self.key[2] < ONE_PASS_KEYS:
@@ -130,12 +142,8 @@ class Layout(NamedTuple):
     @property
     def in_turn_refusal(self) -> str:
         """Why a backward takes seven products in two kernels and not five in one; empty if it takes five."""
-        if INTERPRETED.value:
-            return "Gluon has no interpreter"
-        if triton.runtime.driver.active.get_current_target().arch != 90:
-            return "its products are those of compute capability 9.0"
-        if not self.bulk:
-            return "the bulk copy engine cannot read the tensors"
+        if refusal := self.gluon_refusal:
+            return refusal
         least = IN_TURN_LENGTHS.get(padded(self.query[-1]))
         if least is None:
             return "seven products are faster for heads of this width"
