@@ -7,8 +7,8 @@
 The page of a sweep, OUT/NAME.md, has its tables with date, machine, versions, commit, command, seeds and hours, as
 benchmarks/results/ wants it, and OUT/NAME/ its runs, where NAME also has the text and the reduced form. The same
 command goes on where it was stopped. Sweeps that model a language take the Python source of the installed packages, or
-in the reduced form that of the standard library, and each text that `--text` names. Options that this program does not
-know go to `cda sweep`.
+in the reduced form that of the standard library, and each text that `--text` names. Other options go to `cda sweep`;
+write those behind the names of sweeps.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=jobs, help=f"runs at once; here {jobs} by default")
     asked, passed_on = parser.parse_known_args()
     if unknown := set(asked.names) - set(FILES):
-        parser.error(f"there is no {', '.join(sorted(unknown))}; choose of {', '.join(FILES)}")
+        # A name before which an option of `cda sweep` stands may be the value of that option.
+        parser.error(f"there is no sweep {', '.join(sorted(unknown))}; name some of {', '.join(FILES)}, before options")
     with StopRequest() as stop:
         failed = run_all(asked, passed_on, stop)
     if stop.signal_number:
