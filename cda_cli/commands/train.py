@@ -24,7 +24,10 @@ def train(
     config: ConfigOption = None,
     set_: SetOption = None,
     out: Annotated[
-        Path | None, Option("--out", "-o", help="Run folder.", show_default="runs/PRESET", rich_help_panel=RUN)
+        Path | None,
+        Option(
+            "--out", "-o", help="Run folder.", show_default="the run of --resume, or runs/PRESET", rich_help_panel=RUN
+        ),
     ] = None,
     resume: Annotated[
         str,
@@ -49,11 +52,12 @@ def train(
     `cda config` describes each setting, and says where its value would come from.
     """
     from cda_cli.config import resolve
-    from cda_cli.runs.folder import Run, config_of_weights, config_to_resume
+    from cda_cli.runs.folder import Run, config_of_weights, config_to_resume, run_to_resume
     from cda_cli.signals import StopRequest
     from cda_cli.training.distributed.launch import STOPPED_BEFORE_START, ErrorCoordinator, count_processes, launch
 
-    run = Run(out or Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET)))
+    of_preset = Path("runs") / (preset or (config.stem if config else DEFAULT_PRESET))
+    run = Run(out or run_to_resume(resume) or of_preset)
     # A wrong setting is refused before torch is imported.
     with ErrorCoordinator() as coordinator, StopRequest() as stop:
         base = config_to_resume(run.path, resume)

@@ -176,6 +176,18 @@ def config_to_resume(run: Path, resume: str) -> Config | None:
     return None
 
 
+def run_to_resume(resume: str) -> Path | None:
+    """The run that `resume` names by its folder or by one of its checkpoints.
+
+    None for "auto", "never" and a checkpoint that was copied out of its run.
+    """
+    if resume in ("auto", "never"):
+        return None
+    named = Path(resume)
+    folders = (named, *named.resolve().parents[:2])
+    return next((folder for folder in folders if os.path.lexists(folder / CONFIG_FILE)), None)
+
+
 def config_of_weights(named: str, base: Config | None = None) -> Config:
     """The settings of the model whose weights `named`, a run or a checkpoint, has.
 

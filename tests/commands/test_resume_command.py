@@ -88,6 +88,16 @@ def test_a_checkpoint_of_another_run_is_gone_on_from_in_a_new_folder(cda: Cda, f
     assert contents(finished) == before
 
 
+@pytest.mark.parametrize("place", [".", "checkpoints/step-00000006"])
+def test_without_out_a_named_run_goes_on_in_its_own_folder(cda: Cda, run: Path, place: str) -> None:
+    """A new run in a folder named after the default preset would surprise, and the next `--resume` would miss it."""
+    result = cda("train", "--resume", run / place, "--steps", 7)
+    assert result.code == 0, result.err
+    assert steps_saved(run)[-1] == 7
+    refused = cda("train", "--resume", run / "checkpoints" / "step-00000006", "--steps", 8)
+    assert_refused(refused, "is not the newest of", "another --out")
+
+
 def test_an_older_checkpoint_of_the_same_folder_is_refused(cda: Cda, run: Path) -> None:
     """Its newer checkpoints would stand beside another history."""
     before = contents(run)
