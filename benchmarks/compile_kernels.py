@@ -5,8 +5,9 @@
 The calls are made as they are, on small tensors of the CPU, under a driver that names the architecture and launches
 nothing: Triton hands over what it would compile for each launch, so tiles, warps and stages are those of the launching
 code. Each kernel is then compiled once to machine code and printed with the first call that selects it: its registers
-per thread, the bytes that it spills, and its shared memory. Exit code 1 if one does not compile, or would not launch
-because it needs more shared memory than the architecture has.
+per thread, the bytes that it spills, its shared memory, and of attention the instructions that it executes for each
+score (`machine_code.py`). Exit code 1 if one does not compile, or would not launch because it needs more shared memory
+than the architecture has.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from machine_code import Cost, cost
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -64,12 +66,6 @@ class Variant(NamedTuple):
     kernel: str
     call: str
     specialization: str  # JSON, of Triton
-
-
-class Cost(NamedTuple):
-    registers: int
-    spilled: int
-    shared: int
 
 
 class Result(NamedTuple):
@@ -326,10 +322,8 @@ def compiled(variant: Variant) -> Cost:
     log = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(log):
         triton.knobs.cache.dir = folder  # nothing that was compiled before
-        shared = kernel.preload(variant.specialization).metadata.shared
-    numbers = re.search(r"(\d+) bytes spill stores.*Used (\d+) registers", log.getvalue(), re.DOTALL)
-    assert numbers, f"ptxas says nothing of registers and spills: {log.getvalue()}"
-    return Cost(int(numbers[2]), int(numbers[1]), shared)
+        made = kernel.preload(variant.specialization)
+    return cost(kernel, variant.specialization, made, log.getvalue())
 
 
 workers = threading.local()
@@ -340,17 +334,17 @@ def result(variant: Variant) -> Result:
     if not hasattr(workers, "own"):
         workers.own = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     future = workers.own.submit(compiled, variant)
-    error, cost, failure = future.exception(), None, ""
+    error, found, failure = future.exception(), None, ""
     if isinstance(error, BrokenProcessPool):
         del workers.own
         failure = "the compiler ended its process"
     elif error is not None:
         failure = str(error).partition("\n")[0] or type(error).__name__
     else:
-        cost = future.result()
-        if cost.shared > SHARED[variant.arch]:
+        found = future.result()
+        if found.shared > SHARED[variant.arch]:
             failure = f"does not fit: {SHARED[variant.arch]} bytes of shared memory"
-    return Result(variant, cost, failure, time.perf_counter() - started)
+    return Result(variant, found, failure, time.perf_counter() - started)
 
 
 def main() -> None:
@@ -372,12 +366,14 @@ def main() -> None:
     ]
     tools = ", ".join(f"sm_{arch}: ptxas {get_ptxas(arch).version}" for arch in arguments.arch)
     print(f"triton {triton.__version__}; {tools}; {len(variants)} kernels")
-    print(f"{'':11} {'kernel':30} sm_ registers spilled  shared  s    warps, and the first call that selects it")
+    print(
+        f"{'':11} {'kernel':30} sm_ registers spilled  shared a score  s    warps, and the first call that selects it"
+    )
     failed = 0
     with ThreadPoolExecutor(arguments.jobs) as threads:
-        for number, (variant, cost, failure, seconds) in enumerate(threads.map(result, variants), 1):
+        for number, (variant, found, failure, seconds) in enumerate(threads.map(result, variants), 1):
             place = f"[{number}/{len(variants)}]"
-            numbers = "{:9} {:7} {:7}".format(*cost) if cost else f"{'':25}"
+            numbers = found.columns() if found else f"{'':33}"
             warps = json.loads(variant.specialization)["options"]["num_warps"]
             print(
                 f"{place:11} {variant.kernel:30}  {variant.arch} {numbers} {seconds:4.1f} {warps:2}, {variant.call}",
