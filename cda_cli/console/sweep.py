@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cda_cli.sweep.jobs import Running
     from cda_cli.sweep.result import ArmResult, Curve, Result
     from cda_cli.sweep.student_t import Mean
+    from cda_cli.sweep.work import Job
 
 DASH = "–"
 
@@ -46,7 +47,7 @@ class SweepDisplay:
         self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._live = Live(console=self._console, transient=True, auto_refresh=False, redirect_stdout=False)
         self._drawn = is_live(self._console)
-        self._has_said_held = False
+        self._held: set[str] = set()  # names of jobs that were said to be still running
 
     def __enter__(self) -> SweepDisplay:
         if self._drawn:
@@ -69,17 +70,18 @@ class SweepDisplay:
             words = attempt.error or (f"finished, loss {record.loss:.4f}" if record else "finished")
         self._say(f"{attempt.job}: {words} ({duration(attempt.seconds)})", "red" if attempt.error else "")
 
-    def refresh(self, running: Sequence[Running], waiting: int, *, held: bool, stopping: bool) -> None:
+    def refresh(self, running: Sequence[Running], waiting: int, held: Sequence[Job], *, stopping: bool) -> None:
+        for job in held:
+            if job.name not in self._held:
+                self._held.add(job.name)
+                self._say(f"{job.name}: still running since an earlier sweep")
+        if not self._drawn:
+            return
         words = f"{waiting:,} waiting"
         if stopping:
             words = "stopping: each finishes its step and saves"
         elif held:
-            words = f"waiting for {counted(waiting, 'run')} that other processes train"
-        if not self._drawn:
-            if held and not (stopping or self._has_said_held):
-                self._has_said_held = True
-                self._say(words)
-            return
+            words = f"{len(held):,} since an earlier sweep, {words}"
         title = f"{counted(len(running), 'job')} running, {words}"
         parts: list[RenderableType] = [Text(title, style="bold yellow" if stopping else "bold")]
         if running:

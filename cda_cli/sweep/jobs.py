@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -102,8 +102,8 @@ class Display(Protocol):
 
     def ended(self, attempt: Attempt, running: Running) -> None: ...
 
-    def refresh(self, running: Sequence[Running], waiting: int, *, held: bool, stopping: bool) -> None:
-        """`waiting` jobs are left to begin; with `held`, those that are left are done by other processes."""
+    def refresh(self, running: Sequence[Running], waiting: int, held: Sequence[Job], *, stopping: bool) -> None:
+        """`waiting` jobs are left to begin, and those that are `held` are done by other processes."""
 
 
 @dataclass(frozen=True)
@@ -118,36 +118,38 @@ class Runner:
     commit: str
     versions: str
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[Job], others: Sequence[Job] = ()) -> None:
         """Runs those of the `jobs` that are not done, each once what it waits for is done.
 
+        A job that has outlived an earlier sweep takes a slot, also one of the `others`, which are of other stages.
         A job that fails does not keep the others from running, but for those that wait for it. One that lacked memory
         beside others is tried again by itself, when all others have ended. Once a stop is asked for, it starts no more,
         passes the request on, and returns when all have saved.
         """
         blocked = [job for job in jobs if not job.is_done()]
+        outlived = [job for job in others if job not in jobs and job.is_held()]
         running: dict[int, Running] = {}
         try:
-            self._run(blocked, running)
+            self._run(blocked, outlived, running)
         finally:  # No process stays behind an error, such as a disk that is full.
             _ask_to_stop(running.values())
 
-    def _run(self, blocked: list[Job], running: dict[int, Running]) -> None:
+    def _run(self, blocked: list[Job], outlived: Sequence[Job], running: dict[int, Running]) -> None:
         asked, looked = False, 0.0
         waiting = _take_ready(blocked)
         crowded: list[Job] = []  # those that lacked memory beside others
         while running or ((waiting or crowded) and not self.stop):
-            alone = bool(crowded) and not (running or waiting)
+            held = [job for job in (*waiting, *outlived) if job.is_held()]
+            alone = bool(crowded) and not (running or waiting or held)
             if alone:
                 waiting.append(crowded.pop(0))
-            for number, slot in enumerate(self.slots[:1] if alone else self.slots):
-                if number not in running and not self.stop and (job := self._next(waiting)):
-                    running[number] = self._start(job, slot)
+            for number in self._free(running, held)[: 1 if alone else None]:
+                if not self.stop and (job := self._next(waiting, held)):
+                    running[number] = self._start(job, self.slots[number])
                     self.display.started(running[number])
-            if len(running) > 1:
+            if len(running) + len(held) > 1:
                 for each in running.values():
                     each.had_company = True
-            held = bool(waiting) and len(running) < len(self.slots)
             if self.stop and not asked:
                 asked = True
                 _ask_to_stop(running.values())
@@ -168,12 +170,21 @@ class Runner:
                 looked = time.monotonic()
                 for each in running.values():
                     each.look()
-            left = len(waiting) + len(blocked) + len(crowded)
-            self.display.refresh(list(running.values()), left, held=held, stopping=bool(self.stop))
+            left = sum(job not in held for job in (*waiting, *blocked, *crowded))
+            self.display.refresh(list(running.values()), left, held, stopping=bool(self.stop))
 
-    def _next(self, waiting: list[Job]) -> Job | None:
+    def _free(self, running: Collection[int], held: Iterable[Job]) -> list[int]:
+        """The numbers of the slots that neither a process of this sweep nor a job that is `held` takes."""
+        free = [number for number in range(len(self.slots)) if number not in running]
+        for job in held:
+            device = job.device_in_use()
+            taken = [number for number in free if not device or self.slots[number].device in (None, device)]
+            free = [number for number in free if number not in taken[:1]]
+        return free
+
+    def _next(self, waiting: list[Job], held: Collection[Job]) -> Job | None:
         """Takes a job from those that are `waiting` and that no other process does, or has done meanwhile."""
-        for job in [job for job in waiting if not job.is_held()]:
+        for job in [job for job in waiting if job not in held]:
             waiting.remove(job)
             if not job.is_done():
                 return job

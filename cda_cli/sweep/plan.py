@@ -42,6 +42,10 @@ class Sweep:
         for seeds in filter(None, (self.first_seeds, self.later_seeds)):
             yield [*self.jobs(seeds), *self.evaluations(seeds)]
 
+    def runs(self) -> list[TrainJob]:
+        """The runs of all stages, as far as they are known."""
+        return [*self.speed_jobs(), *self.trunk_jobs(), *self.tuning_jobs(), *self.jobs()]
+
     @property
     def first_seeds(self) -> list[int]:
         """The seeds that decide which arms are dropped; all of them, if none is."""
@@ -198,7 +202,7 @@ class Sweep:
         if self.spec.equal == "parameters":
             counts = {name: count_parameters(config) for name, config in configs.items()}
             _require_equal(self.file, "parameters", counts, MOST_UNEQUAL)
-        for job in (*self.speed_jobs(), *self.trunk_jobs(), *self.tuning_jobs(), *self.jobs()):
+        for job in self.runs():
             job.check()
 
 

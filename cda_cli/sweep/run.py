@@ -32,7 +32,7 @@ def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
         register(sweep.spec, sweep.out)
         runner = Runner(slots, sweep.out, display, stop, machine(), commit(), versions())
         for jobs in sweep.stages():
-            runner.run(jobs)
+            runner.run(jobs, sweep.runs())
             stop.check("stopped, and what was running is saved; the same command goes on")
 
 
@@ -55,8 +55,7 @@ def _require_texts(sweep: Sweep) -> None:
     """Raises ConfigError where the text of a run that is missing is not there: all runs would fail, one by one."""
     from cda_cli.data import is_there
 
-    jobs = [*sweep.speed_jobs(), *sweep.trunk_jobs(), *sweep.tuning_jobs(), *sweep.jobs()]
-    texts = {job.config.data.source for job in jobs if not job.is_done()}
+    texts = {job.config.data.source for job in sweep.runs() if not job.is_done()}
     wants = sweep.spec.eval
     if wants and wants.data and (texts or not all(job.is_done() for job in sweep.evaluations())):
         texts.add(wants.data)

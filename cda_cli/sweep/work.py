@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
@@ -26,6 +27,8 @@ DECIDE = {
     f"run.{name}"
     for name in ("seed", "init_from", "init_ema", "fork", "dtype", "eval_batches", "eval_every", "patience")
 }
+
+UNKNOWN_DEVICES = ("auto", "cuda")  # words that leave it to the process which one it takes
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ class Job(ABC):
     def is_held(self) -> bool:
         """Whether a process does the job already, such as one that has outlived its sweep."""
         return False
+
+    def device_in_use(self) -> str | None:
+        """The device of the process that does the job already, where it says which."""
+        return None
 
     @abstractmethod
     def finish(self) -> None:
@@ -173,6 +180,12 @@ class TrainJob(Job):
 
     def is_held(self) -> bool:
         return Run(self.folder).is_running()
+
+    def device_in_use(self) -> str | None:
+        with contextlib.suppress(CdaError):
+            config = Run(self.folder).config()
+            return config.run.device if config and config.run.device not in UNKNOWN_DEVICES else None
+        return None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cda_cli.console import SweepDisplay
 from cda_cli.storage import only_writer
 from cda_cli.sweep import attempts
 from cda_cli.sweep.attempts import Attempt
@@ -20,6 +21,7 @@ from cda_cli.sweep.files import read_spec
 from cda_cli.sweep.jobs import Running, make_slots
 from cda_cli.sweep.plan import Sweep
 from cda_cli.sweep.run import run_sweep
+from cda_cli.sweep.work import Job
 from tests.commands.helpers import Cda, assert_refused, steps_saved
 from tests.commands.sweeps import FILE, ROOT, attempt
 from tests.comparison.runs import write_run
@@ -170,7 +172,7 @@ class Broken:
 
     def ended(self, attempt: Attempt, running: Running) -> None: ...
 
-    def refresh(self, running: Sequence[Running], waiting: int, *, held: bool, stopping: bool) -> None: ...
+    def refresh(self, running: Sequence[Running], waiting: int, held: Sequence[Job], *, stopping: bool) -> None: ...
 
 
 def test_an_error_of_the_sweep_leaves_no_process_behind(sweep: Path) -> None:
@@ -182,24 +184,56 @@ def test_an_error_of_the_sweep_leaves_no_process_behind(sweep: Path) -> None:
 
 
 class Release(Broken):
-    """A display on which a run ends that another process has held, once the sweep waits for it."""
+    """A display on which the runs that other processes hold end, once the sweep waits for them alone."""
 
-    def __init__(self, lock: AbstractContextManager[None]) -> None:
+    def __init__(self, *locks: AbstractContextManager[None]) -> None:
         super().__init__()
-        self.lock = lock
+        self.locks, self.shown = locks, SweepDisplay()
 
-    def refresh(self, running: Sequence[Running], waiting: int, *, held: bool, stopping: bool) -> None:
-        if held:
-            self.lock.__exit__(None, None, None)
+    def refresh(self, running: Sequence[Running], waiting: int, held: Sequence[Job], *, stopping: bool) -> None:
+        self.shown.refresh(running, waiting, held, stopping=stopping)
+        if held and not running:
+            for lock in self.locks:
+                lock.__exit__(None, None, None)
 
 
-def test_a_run_of_another_process_is_waited_for(cda: Cda, sweep: Path) -> None:
+def hold(folder: Path, **flags: object) -> AbstractContextManager[None]:
+    """Makes a run with these flags that has finished but for its process, which goes on until the lock is given up."""
+    write_run(folder, [8.0, 6.0, 5.0, 4.0], flags={f"run.{key}": value for key, value in flags.items()}, text={})
+    lock = only_writer(folder, lambda _: None)
+    lock.__enter__()
+    return lock
+
+
+def test_a_run_that_has_outlived_its_sweep_takes_the_only_place(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that is of a later stage, as where a run of an earlier one failed."""
+    sweep.write_text(FILE.replace("[0, 1, 2]", "[0, 1]") + "drop: {margin: 9, seeds: 1}\n")
+    out = sweep.parent / "runs" / "sweep"
+    write_run(out / "plain" / "seed-0", [8.0, 6.0, 5.0, 4.0], text={})
+    display = Release(hold(out / "plain" / "seed-1"))
+    with pytest.raises(BrokenPipeError):
+        run_sweep(Sweep(read_spec(sweep), sweep, out), make_slots(1, None), display)
+    said = capsys.readouterr().err
+    assert said == "plain, seed 1: still running since an earlier sweep\n", "a run began beside it"
+    assert [running.job.name for running in display.running] == ["sparse, seed 0"]
+
+
+@pytest.mark.parametrize(("held", "free"), [("cuda:0", "cuda:1"), ("cuda:1", "cuda:0"), ("auto", "cuda:1")])
+def test_a_run_that_has_outlived_its_sweep_takes_a_place_on_its_device(sweep: Path, held: str, free: str) -> None:
+    out = sweep.parent / "runs" / "sweep"
+    display = Release(hold(out / "plain" / "seed-0", device=held))
+    with pytest.raises(BrokenPipeError):
+        run_sweep(Sweep(read_spec(sweep), sweep, out), make_slots(None, "cuda:0,cuda:1"), display)
+    assert [(running.job.name, running.device) for running in display.running] == [("sparse, seed 0", free)]
+
+
+def test_a_run_that_has_outlived_its_sweep_is_waited_for(cda: Cda, sweep: Path) -> None:
     sweep.write_text(FILE.replace("[0, 1, 2]", "[0]"))
     out = sweep.parent / "runs" / "sweep"
-    for arm in ("plain", "sparse"):
-        write_run(out / arm / "seed-0", [8.0, 6.0, 5.0, 4.0], text={})
-    lock = only_writer(out / "plain" / "seed-0", lambda _: None)
-    lock.__enter__()
+    write_run(out / "sparse" / "seed-0", [8.0, 6.0, 5.0, 4.0], text={})
+    lock = hold(out / "plain" / "seed-0")
     run_sweep(Sweep(read_spec(sweep), sweep, out), make_slots(1, None), Release(lock))
     assert "2 runs ended while no sweep looked on" in cda("sweep", sweep).out
 
@@ -210,6 +244,8 @@ class Finish(Broken):
     It breaks the sweep once that starts another process, and where it waits for one that is not its own.
     """
 
+    idle = 0
+
     def started(self, running: Running) -> None:
         if self.running:
             super().started(running)
@@ -217,8 +253,9 @@ class Finish(Broken):
         running.process.terminate()
         write_run(running.job.folder, [8.0, 6.0, 5.0, 4.0], text={})
 
-    def refresh(self, running: Sequence[Running], waiting: int, *, held: bool, stopping: bool) -> None:
-        if held:
+    def refresh(self, running: Sequence[Running], waiting: int, held: Sequence[Job], *, stopping: bool) -> None:
+        self.idle = not running and self.idle + 1
+        if held and self.idle > 1:  # What the end of a process has made ready begins at the next look.
             raise BrokenPipeError
 
 
@@ -227,7 +264,7 @@ def test_an_evaluation_waits_for_its_own_run_alone(sweep: Path) -> None:
     sweep.write_text(f"{FILE.replace('[0, 1, 2]', '[0]')}eval: {{max_batches: 3}}\n")
     out, display = sweep.parent / "runs" / "sweep", Finish()
     with pytest.raises(BrokenPipeError), only_writer(out / "sparse" / "seed-0", lambda _: None):
-        run_sweep(Sweep(read_spec(sweep), sweep, out), make_slots(1, None), display)
+        run_sweep(Sweep(read_spec(sweep), sweep, out), make_slots(2, None), display)
     assert [running.job.name for running in display.running] == ["plain, seed 0", "plain, seed 0, evaluation"]
 
 
