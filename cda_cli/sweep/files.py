@@ -14,6 +14,8 @@ from cda_cli.sweep.spec import PARTS, Spec, merged, settings
 
 EXTENDS, REDUCED = "extends", "reduced"  # keys that say how the rest of the file comes about
 
+ONE_OF = {"arms": "arm", "grid": "setting with the values to try", "seeds": "seed"}  # what must not be empty holds
+
 
 def read_spec(file: Path, *, reduced: bool = False, sets: Sequence[str] = ()) -> Spec:
     """Reads the file of a sweep, and checks the settings of each arm. Raises ConfigError, which names file and key.
@@ -76,6 +78,8 @@ def _sentence(error: ValidationError) -> str:
         return f"unknown key '{where}': {did_you_mean(path[-1], _keys(path[0] if path[1:] else ''))}"
     if fault["type"] == "missing":
         return f"the key '{where}' is missing; docs/sweeps.md shows a whole file"
+    if fault["type"] == "too_short":
+        return f"{where} is empty; give at least one {ONE_OF[path[-1]]}"
     if fault["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where} = {fault['input']!r} is not possible: {message}; docs/sweeps.md says what is"

@@ -158,14 +158,13 @@ class Sweep:
     def worse_at_first(self, arm: str) -> float:
         """By how much an arm is worse than the control with the first seeds, if it is dropped for that; or else NaN.
 
-        Without later seeds there are no runs of which it could be dropped. A claim that does not compare with the
-        control of the sweep is decided by all seeds of its two arms.
+        A claim that does not compare with the control of the sweep is decided by all seeds of its two arms.
         """
         drop, control = self.spec.drop, self.spec.control
         needed = {
             name for claim in self.spec.compare if claim.control != control for name in (claim.arm, claim.control)
         }
-        if drop is None or arm in {control, *needed} or not self.later_seeds:
+        if drop is None or arm in {control, *needed}:
             return math.nan
         sign = 1 if drop.better == "lower" else -1
         own, other = ([self._metric(name, seed, drop.metric) for seed in self.first_seeds] for name in (arm, control))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from cda_cli.config import Config
-from cda_cli.errors import CdaError, ConfigError, DeviceError, did_you_mean
+from cda_cli.errors import CdaError, ConfigError, DeviceError
 from cda_cli.signals import StopRequest
 from cda_cli.storage import only_writer
 from cda_cli.sweep.attempts import commit, machine, versions
@@ -67,12 +67,12 @@ def _require_texts(sweep: Sweep) -> None:
 def check_sweep(sweep: Sweep) -> None:
     """Raises ConfigError, before anything is trained, for what could not come to a result."""
     sweep.check(count_parameters)
-    wants, measured = sweep.spec.eval, set[str]()
+    wants, measured = sweep.spec.eval, dict[str, None]()  # names, in the order of the file
     if wants and wants.cut:
         from cda_cli.causal import Wanted
 
         try:
-            measured |= {cut.name for cut in Wanted.parse(wants.cut, (), ()).interventions}
+            measured |= dict.fromkeys(cut.name for cut in Wanted.parse(wants.cut, (), ()).interventions)
         except ConfigError as error:
             raise ConfigError(f"{sweep.file}: eval.cut: {error}") from error
     if wants and wants.tasks:
@@ -83,19 +83,22 @@ def check_sweep(sweep: Sweep) -> None:
             for arm in sweep.spec.arms:
                 own = own_task(settings(sweep.spec, *sweep.spec.layers(arm)))
                 found = find_tasks(wants.tasks, TaskOptions(limit=wants.limit, lengths=wants.lengths, own=own))
-                measured |= {*found.tasks, *found.summaries}
+                measured |= dict.fromkeys((*found.tasks, *found.summaries))
         except CdaError as error:
             raise ConfigError(f"{sweep.file}: eval.tasks: {error}") from error
     _require_measured(sweep, measured)
 
 
 def _require_measured(sweep: Sweep, measured: Collection[str]) -> None:
-    """Raises ConfigError where the file names a metric of a cut or a task that is none of those `measured`."""
+    """Raises ConfigError where the file names a metric of a cut or a task that is none of those `measured`.
+
+    It names all of these: among numbers, the one that is written most alike is not the one that was meant.
+    """
     for key, metric in sweep.spec.metrics_named():
         found = PART.match(metric)
         if found and (part := found[1] or found[2]) not in measured:
-            near = did_you_mean(part, measured, otherwise="the key eval says what is measured")
-            raise ConfigError(f"{sweep.file}: {key}: no evaluation measures {part!r}, of the metric {metric!r}: {near}")
+            known = f"name one of {', '.join(measured)}" if measured else "it has no cut and no task; add it there"
+            raise ConfigError(f"{sweep.file}: {key}: eval does not measure {part!r}, of the metric {metric!r}; {known}")
 
 
 def count_parameters(config: Config) -> int:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from cda_cli.config import Config, Layer, parse, preset_file, read_yaml
 from cda_cli.errors import did_you_mean
+from cda_cli.plurals import counted
 from cda_cli.settings import DEFAULT_PRESET, SECTIONS
 from cda_cli.settings_table import as_written
 
@@ -237,19 +238,22 @@ class Spec(Settings):
     @model_validator(mode="after")
     def _names_arms(self) -> Spec:
         self._require_arm("control", self.control)
-        for claim in self.compare:
-            self._require_arm("compare.arm", claim.arm)
-            self._require_arm("compare.control", claim.control)
+        for number, claim in enumerate(self.compare):
+            self._require_arm(f"compare.{number}.arm", claim.arm)
+            self._require_arm(f"compare.{number}.control", claim.control)
             if claim.arm == claim.control:
-                raise ValueError(f"compare: {claim.arm} is its own control; name another arm")
+                raise ValueError(f"compare.{number}: {claim.arm} is its own control; name another arm")
         for key, metric in self.metrics_named():
             self._require_metric(key, metric)
         return self
 
     def metrics_named(self) -> list[tuple[str, str]]:
         """The metrics that the file names, each after the key that names it."""
-        found = [("compare", name) for claim in self.compare for name in (claim.metric, claim.of_control) if name]
-        return [*found, *([("drop", self.drop.metric)] if self.drop else [])]
+        found = []
+        for number, claim in enumerate(self.compare):
+            named = {"metric": claim.metric, "of_control": claim.of_control}
+            found += [(f"compare.{number}.{key}", name) for key, name in named.items() if name]
+        return [*found, *([("drop.metric", self.drop.metric)] if self.drop else [])]
 
     def _require_metric(self, key: str, name: str) -> None:
         """Raises ValueError where no run can have the metric. Those of an evaluation are known once it has ended."""
@@ -259,6 +263,16 @@ class Spec(Settings):
         if name.startswith(EVALUATED):
             remedy = "it is one of an evaluation, which the key eval asks for; add it"
         raise ValueError(f"{key}: there is no metric {name!r} of a run: {remedy}")
+
+    @model_validator(mode="after")
+    def _drops_before_the_last_seed(self) -> Spec:
+        if self.drop and self.drop.seeds >= len(self.seeds):
+            given = counted(len(self.seeds), "seed")
+            raise ValueError(
+                f"drop.seeds: of {given} none is left after the first {self.drop.seeds}, so no arm is dropped; "
+                "give fewer there, give more seeds, or leave drop out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _holds_time(self) -> Spec:

@@ -27,6 +27,9 @@ WRONG: dict[str, tuple[str, str]] = {
         "sweep.yaml: arms.plain: model.attention = 'sofmax' is not possible",
     ),
     "no seed": (FILE.replace("[0, 1, 2]", "[0, one]"), "seeds.1 = 'one' is not possible"),
+    "no seeds": (FILE.replace("[0, 1, 2]", "[]"), "seeds is empty; give at least one seed"),
+    "no arm at all": ("arms: {}\nseeds: [0]", "arms is empty; give at least one arm"),
+    "no grid": (f"{FILE}tune: {{seed: 9, grid: {{}}}}", "tune.grid is empty; give at least one setting"),
     "a seed twice": (FILE.replace("[0, 1, 2]", "[0, 0]"), "seeds: a seed is given twice"),
     "no such seed": (FILE.replace("[0, 1, 2]", "[0, -1]"), "sweep.yaml: seeds.1 = '-1' is not possible"),
     "a seed of an arm": (FILE.replace("sparse:", "sparse: {run: {seed: 3}}"), "arms.sparse.run: each run has one of"),
@@ -60,12 +63,20 @@ WRONG: dict[str, tuple[str, str]] = {
     "a text of tasks": (f"{FILE}eval: {{tasks: ['task:sort'], cut: ['top:4']}}", "eval: cut is about a text"),
     "lengths of a text": (f"{FILE}eval: {{lengths: [64]}}", "eval: lengths is about tasks; name them"),
     "no such task": (f"{FILE}eval: {{tasks: ['task:sirt']}}", "eval.tasks: "),
-    "a drop by no metric": (f"{FILE}drop: {{metric: los}}", "drop: there is no metric 'los' of a run"),
+    "a drop by no metric": (f"{FILE}drop: {{metric: los}}", "drop.metric: there is no metric 'los' of a run"),
+    "a drop after the last seed": (
+        f"{FILE}drop: {{seeds: 3}}",
+        "drop.seeds: of 3 seeds none is left after the first 3",
+    ),
+    "a claim of an arm against itself": (
+        f"{FILE}compare: [{{arm: sparse, claim: superior, margin: 1}}, {{arm: plain, claim: superior, margin: 1}}]",
+        "compare.1: plain is its own control",
+    ),
     "itself": ("extends: sweep.yaml", "sweep.yaml extends itself"),
     "no file that it extends": ("extends: other.yaml", "other.yaml, which"),
     "a claim of no metric": (
         f"{FILE}compare: {{arm: sparse, claim: superior, margin: 1, metric: los}}",
-        "compare: there is no metric 'los' of a run: did you mean 'loss'?",
+        "compare.0.metric: there is no metric 'los' of a run: did you mean 'loss'?",
     ),
     "a claim without a margin": (
         f"{FILE}compare: {{arm: sparse, claim: superior, margin: none}}",
@@ -73,7 +84,7 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "a claim of no arm": (
         f"{FILE}compare: {{arm: spars, claim: superior, margin: 1}}",
-        "compare.arm: there is no arm 'spars': did you mean 'sparse'?",
+        "compare.0.arm: there is no arm 'spars': did you mean 'sparse'?",
     ),
     "a wrong key of a claim": (
         f"{FILE}compare: {{arm: sparse, clam: superior, margin: 1}}",
@@ -85,18 +96,19 @@ WRONG: dict[str, tuple[str, str]] = {
         "which the key eval asks for; add it",
     ),
     "a claim of a cut that is not measured": (
-        f"{FILE}eval: {{cut: ['top:4,8']}}\n"
-        "compare: {arm: sparse, claim: superior, margin: 1, metric: 'eval.top[16].bits_per_byte'}",
-        "compare: no evaluation measures 'top[16]'",
+        f"{FILE}eval: {{cut: ['top:4,8,16']}}\ncompare: {{arm: sparse, claim: superior, margin: 1, "
+        "metric: loss, of_control: 'eval.top[5].bits_per_byte'}",
+        "compare.0.of_control: eval does not measure 'top[5]', of the metric 'eval.top[5].bits_per_byte'; name one of "
+        "top[4], top[8], top[16]",
     ),
     "a drop by a cut without cuts": (
         f"{FILE}eval: {{max_batches: 2}}\ndrop: {{metric: 'eval.top[4].bits_per_byte'}}",
-        "drop: no evaluation measures 'top[4]', of the metric 'eval.top[4].bits_per_byte': the key eval says",
+        "drop.metric: eval does not measure 'top[4]', of the metric 'eval.top[4].bits_per_byte'; it has no cut",
     ),
     "a claim of a length that is not measured": (
         f"{FILE}eval: {{tasks: ['task:sort'], lengths: [64]}}\ncompare: {{arm: sparse, claim: superior, margin: 1, "
         "metric: 'eval.tasks.task:sort?length=46.metrics.exact_match,none'}",
-        "compare: no evaluation measures 'task:sort?length=46', of the metric",
+        "compare.0.metric: eval does not measure 'task:sort?length=46', of the metric",
     ),
     "time without minutes": (f"{FILE}equal: time", "go together"),
     "steps at equal time": (f"{FILE}equal: time\nminutes: 1", "optim: the steps follow from"),
