@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 from signal import SIGTERM
+from types import ModuleType
 
 import pytest
 
@@ -60,23 +61,78 @@ def test_the_smallest_form_of_language_modelling_gives_its_table(
     assert all("eval.top[16].bits_per_byte" in arms[name]["metrics"] for name in evaluated)
 
 
-def test_a_stop_of_the_experiments_reaches_the_sweep_and_no_other_begins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The program, beside which `cda` is what a test writes into `cda_cli/__main__.py` of the working folder."""
     spec = importlib.util.spec_from_file_location("evidence", ROOT / "benchmarks" / "evidence.py")
     assert spec
     assert spec.loader
-    evidence = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evidence)
-    # In place of `cda sweep`: it writes that it began, asks for the stop, and goes on until it is stopped itself.
-    begins = f"open('began', 'a').write('.'); import os, signal; os.kill({os.getpid()}, {SIGTERM}); signal.pause()"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     (tmp_path / "cda_cli").mkdir()
     (tmp_path / "cda_cli" / "__init__.py").touch()
-    (tmp_path / "cda_cli" / "__main__.py").write_text(begins)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return module
+
+
+def test_a_stop_of_the_experiments_reaches_the_sweep_and_no_other_begins(evidence: ModuleType, tmp_path: Path) -> None:
+    # In place of `cda sweep`: it writes that it began, asks for the stop, and goes on until it is stopped itself.
+    begins = f"open('began', 'a').write('.'); import os, signal; os.kill({os.getpid()}, {SIGTERM}); signal.pause()"
+    Path("cda_cli/__main__.py").write_text(begins)
     asked = argparse.Namespace(names=["length-sort", "length-copy"], out=tmp_path, text=[], full=False, jobs=1)
     with StopRequest() as stop:
         evidence.run_all(asked, [], stop)
     assert stop.signal_number == SIGTERM
     assert Path("began").read_text() == ".", "the next sweep began after the stop"
+
+
+# In place of `cda sweep`: it refuses an option, and otherwise writes the page of length-sort alone, and fails.
+FAILS = """
+import pathlib, sys
+open("began", "a").write(".")
+page = pathlib.Path(sys.argv[sys.argv.index("--markdown") + 1])
+if "--textt" in sys.argv:
+    sys.exit(2)
+if "sort" in page.name:
+    page.write_text("new")
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "began", "code", "said"),
+    [
+        (["--textt", "x"], ".", 2, ""),
+        (
+            [],
+            "..",
+            "something failed in length-sort-reduced, length-copy-reduced; the same command tries it again",
+            ".",
+        ),
+        (["--text", "no.txt"], "", 2, "there is no text no.txt"),
+        (["--text", "."], "", 2, "--text changes nothing in length-sort, length-copy; leave it out, or name some of"),
+    ],
+)
+def test_the_experiments_name_the_pages_that_they_wrote_and_end_where_one_is_refused(
+    evidence: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    began: str,
+    code: int | str,
+    said: str,
+) -> None:
+    Path("cda_cli/__main__.py").write_text(FAILS)
+    Path("began").touch()
+    Path("out").mkdir()
+    Path("out/length-copy-reduced.md").write_text("that of an earlier call")
+    monkeypatch.setattr(
+        "sys.argv", ["evidence.py", "length-sort", "length-copy", "--no-full", "--out", "out", *options]
+    )
+    with pytest.raises(SystemExit) as ended:
+        evidence.main()
+    assert (ended.value.code, Path("began").read_text()) == (code, began)
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count(".md") == err.count("out/length-sort-reduced.md, after") == (began == "..")
