@@ -62,7 +62,7 @@ def sweep(
     if markdown and not markdown.parent.is_dir():
         raise ConfigError(f"--markdown {markdown} has no folder to lie in; make {markdown.parent} first")
     spec = read_spec(file, reduced=reduced, sets=set_ or ())
-    planned = Sweep(spec, file, out or Path("runs") / (file.stem + "-reduced" * reduced))
+    planned = Sweep(spec, file, out or Path("runs") / (file.stem + "-reduced" * reduced), reduced)
     if planned.spec.equal == "time" and len(slots) > len({slot.device for slot in slots}):
         raise ConfigError(f"{file} holds time equal, which runs on one device take from each other; leave --jobs out")
     check_sweep(planned)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -153,15 +153,24 @@ def provenance(result: Result) -> dict[str, str]:
     spec = result.sweep.spec
     held = {"tokens": "tokens", "parameters": "tokens and parameters", "time": f"time, {spec.minutes or 0:g} minutes"}
     return {
+        **({"form": "reduced, by --reduced"} if found["reduced"] else {}),
         "date": " to ".join(dict.fromkeys([*found["dates"][:1], *found["dates"][-1:]])) or DASH,
         "machine": "; ".join([*found["machines"], *(name for name in found["devices"] if name != "auto")]) or DASH,
         "versions": "; ".join(found["versions"]) or DASH,
         "commit": ", ".join(found["commits"]) or DASH,
         "command": found["command"],
+        "data": _of_arms(found["data"]),
+        "steps": _of_arms({arm: f"{steps:,}" if steps else DASH for arm, steps in found["steps"].items()}),
         "seeds": ", ".join(map(str, found["seeds"])),
         "hours": f"{found['hours']:.2f}",
         "held equal": held[spec.equal],
     }
+
+
+def _of_arms(values: Mapping[str, str]) -> str:
+    """What all arms have, or what each of them has."""
+    of_all = set(values.values())
+    return of_all.pop() if len(of_all) == 1 else "; ".join(f"{arm} {value}" for arm, value in values.items())
 
 
 def sections(result: Result) -> Iterator[Section]:
@@ -237,9 +246,12 @@ def _curve(result: Result, curve: Curve) -> Section:
         if curve.whole or arm.name != result.sweep.spec.control:
             rows.append(["", *(_number(factor * arm.difference(name, curve.whole).value, signed) for name in names)])
     control = f"{result.sweep.spec.control} with all keys" if curve.whole else result.sweep.spec.control
-    note = f"Below each arm: how far it is above {control}, paired by seed; --json has the intervals."
+    notes = [f"Below each arm: how far it is above {control}, paired by seed; --json has the intervals."]
+    if curve.scored:
+        trained = _of_arms(result.provenance["data"])
+        notes.append(f"Scored: {counted(curve.scored, 'sequence')} of each length. Trained on: {trained}.")
     columns = ["arm", *(["all"] if curve.whole else []), *map(str, curve.metrics)]
-    return Section(curve.title, [note], columns, rows)
+    return Section(curve.title, notes, columns, rows)
 
 
 def _explanations(result: Result) -> list[str]:

@@ -29,11 +29,12 @@ MOST_UNEQUAL = 0.01  # of the parameters of the smallest arm, where these are he
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep in its folder `out`, by what its `file` says."""
+    """A sweep in its folder `out`, by what its `file` says, in its reduced form if it is `reduced`."""
 
     spec: Spec
     file: Path
     out: Path
+    reduced: bool = False
 
     def stages(self) -> Iterator[Sequence[Job]]:
         """The runs in stages, each to be asked for once those before it have ended."""
@@ -71,6 +72,18 @@ class Sweep:
             for arm in arms
             if arm in kept or seed in self.first_seeds
         ]
+
+    def steps(self, arm: str) -> int | None:
+        """The steps of each run of an arm; None before they are known."""
+        known = arm in self._measured()
+        return self.job(arm, self.spec.seeds[0], self.chosen(arm)).config.optim.steps if known else None
+
+    def data(self, arm: str) -> str:
+        """What an arm is trained on: its text, or its task with all parameters, of which the length is one."""
+        from cda_cli.data import is_task, parse_task
+
+        source = settings(self.spec, *self.spec.layers(arm)).data.source
+        return parse_task(source).description if is_task(source) else source
 
     def job(self, arm: str, seed: int, chosen: Point | None) -> TrainJob:
         """The run of an arm and a seed, with the point that was chosen for the arm."""

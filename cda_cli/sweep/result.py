@@ -111,7 +111,8 @@ class ArmResult:
 class Curve:
     """A metric of the evaluations against a number: the loss against the keys kept, or what is right by length.
 
-    `metrics` has the names by that number. `whole` is the metric that all keys give, from which differences are taken.
+    `metrics` has the names by that number. `whole` is the metric that all keys give, from which differences are taken,
+    and `scored` the number of sequences of each length.
     """
 
     title: str
@@ -119,6 +120,7 @@ class Curve:
     value: str
     metrics: Mapping[int, str]
     whole: str | None = None
+    scored: int | None = None
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,16 @@ class Result:
         ]
         for (task, share), names in lengths.items():
             title = f"{share.capitalize()} by length ({task}), %"
-            found.append(Curve(title, f"length ({task})", share, dict(sorted(names.items()))))
+            found.append(
+                Curve(title, f"length ({task})", share, dict(sorted(names.items())), scored=self._scored(names))
+            )
         return found
+
+    def _scored(self, names: Mapping[int, str]) -> int | None:
+        """How many sequences the evaluation scored for each of these metrics; None where it does not say."""
+        documents = [f"{name.partition('.metrics.')[0]}.documents" for name in names.values()]
+        counts = [run.metric(name) for run in self.runs for name in documents if name in run.metrics]
+        return int(counts[0]) if counts else None
 
     @cached_property
     def runs(self) -> list[RunResult]:
@@ -199,9 +209,13 @@ class Result:
     @property
     def provenance(self) -> dict[str, Any]:
         """Where the metrics come from."""
+        sweep = self.sweep
         return {
+            "reduced": sweep.reduced,
+            "data": {arm: sweep.data(arm) for arm in sweep.spec.arms},
+            "steps": {arm: sweep.steps(arm) for arm in sweep.spec.arms},
             "command": self.command,
-            "seeds": list(self.sweep.spec.seeds),
+            "seeds": list(sweep.spec.seeds),
             "commits": distinct([attempt.commit for attempt in self.attempts]),
             "dates": sorted({attempt.began[:10] for attempt in self.attempts}),
             "versions": distinct([attempt.versions or f"cda {attempt.version}" for attempt in self.attempts]),

@@ -356,19 +356,26 @@ def test_evaluations_give_the_loss_against_the_keys_kept(cda: Cda, sweep: Path, 
 
 
 def test_tasks_are_scored_by_length(cda: Cda, sweep: Path, trained: Path) -> None:
-    sweep.write_text(f"{FILE}eval: {{tasks: ['task:mqar?density=0.5'], lengths: [8, 32], limit: 100}}\n")
+    task = "data: {source: 'task:mqar?length=8..16&vocab=64&density=0.5'}\nreduced: {optim: {steps: 20}}\n"
+    sweep.write_text(f"{FILE}{task}eval: {{tasks: ['task:mqar?density=0.5'], lengths: [8, 32], limit: 100}}\n")
     jobs = Sweep(read_spec(sweep), sweep, trained).evaluations()
     words = ["--tasks", "task:mqar?density=0.5", "--lengths", "8,32", "--limit", "100", "--json"]
     assert jobs[0].arguments(None)[2:] == words
     for job, seed in zip(jobs[:4], (0, 0, 1, 1), strict=True):
         right = {8: 1.0, 32: 0.25 + 0.125 * seed + 0.25 * ("sparse" in job.name)}
         shares = {n: {"exact_match,none": share, "token_accuracy,none": 1} for n, share in right.items()}
-        tasks = {f"task:mqar?length={n}&density=0.5": {"metrics": metrics} for n, metrics in shares.items()}
+        tasks = {
+            f"task:mqar?length={n}&density=0.5": {"documents": 100, "metrics": metrics} for n, metrics in shares.items()
+        }
         job.output.write_text(json.dumps({"tasks": tasks}))
         job.finish()
-    done = cda("sweep", sweep, "--no-run", "--plot", "sweep.svg")
+    done = cda("sweep", sweep, "--no-run", "--plot", "sweep.svg", "--reduced", "--out", trained)
     lines = [" ".join(line.split()) for line in done.out.splitlines()]
     for line in (
+        "form reduced, by --reduced",
+        "data task:mqar, length 8..16, vocab 64, density 0.5, power 0.01",
+        "steps 20",
+        "Scored: 100 sequences of each length. Trained on: task:mqar, length 8..16, vocab 64, density 0.5, power 0.01.",
         "Exact match by length (task:mqar?density=0.5), %",
         "arm 8 32",
         "plain 100.0 31.2",
