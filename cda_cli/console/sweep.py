@@ -222,11 +222,12 @@ def _evaluated(result: Result) -> Section:
 
 
 def _columns(result: Result) -> list[str]:
-    return ["arm", "seeds", "bits/byte", "deviation", f"− {result.sweep.spec.control}", "95 % interval"]
+    return ["arm", "seeds", result.measure.column, "deviation", f"− {result.sweep.spec.control}", "95 % interval"]
 
 
 def _loss(result: Result, arm: ArmResult, prefix: str) -> list[str]:
-    mean, difference = arm.mean(f"{prefix}bits_per_byte"), arm.difference(f"{prefix}bits_per_byte")
+    metric = f"{prefix}{result.measure.metric}"
+    mean, difference = arm.mean(metric), arm.difference(metric)
     is_control = arm.name == result.sweep.spec.control
     return [
         arm.name,

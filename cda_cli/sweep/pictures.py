@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cda_cli.plots import STYLES, Point, Style, add_legend, doubling_axis, draw_line, drawable, new_figure, save, styled
-from cda_cli.sweep.result import ArmResult, Curve, Result
+from cda_cli.sweep.result import Curve, Result
 
 HEIGHT = 0.4  # of a part, as a share of the width of a page
 
@@ -28,8 +28,10 @@ def draw_sweep(path: Path, result: Result) -> None:
 
 def _draw_seeds(axes: Any, style: Style, result: Result) -> None:
     """Draws the loss of each seed, and the mean of each arm with its interval."""
+    metric, unit, _ = result.measure
     for place, arm in enumerate(result.arms):
-        colour, mean, losses = style.colours[place % len(style.colours)], arm.mean("bits_per_byte"), _losses(arm)
+        losses = [loss for run in arm.runs if math.isfinite(loss := run.metric(metric))]
+        colour, mean = style.colours[place % len(style.colours)], arm.mean(metric)
         if not losses:
             continue
         axes.plot(losses, [place] * len(losses), "|", color=colour, markersize=8 * style.stroke)
@@ -37,7 +39,7 @@ def _draw_seeds(axes: Any, style: Style, result: Result) -> None:
         axes.errorbar(mean.value, place, xerr=spread, fmt="o", color=colour, markersize=4 * style.stroke, capsize=3)
     axes.set_yticks(range(len(result.arms)), [drawable(arm.name) for arm in result.arms])
     axes.set_ylim(len(result.arms) - 0.5, -0.5)
-    axes.set_xlabel("bits per byte of the last validation: seeds, and their mean with its 95 % interval")
+    axes.set_xlabel(f"{unit} of the last validation: seeds, and their mean with its 95 % interval")
 
 
 def _draw_curve(axes: Any, style: Style, result: Result, curve: Curve) -> None:
@@ -50,7 +52,3 @@ def _draw_curve(axes: Any, style: Style, result: Result, curve: Curve) -> None:
     doubling_axis(axes, list(curve.metrics))
     axes.set_xlabel(curve.axis)
     axes.set_ylabel(curve.value)
-
-
-def _losses(arm: ArmResult) -> list[float]:
-    return [loss for run in arm.runs if math.isfinite(loss := run.metric("bits_per_byte"))]

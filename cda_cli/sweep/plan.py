@@ -82,8 +82,17 @@ class Sweep:
         """What an arm is trained on: its text, or its task with all parameters, of which the length is one."""
         from cda_cli.data import is_task, parse_task
 
-        source = settings(self.spec, *self.spec.layers(arm)).data.source
+        source = self._source(arm)
         return parse_task(source).description if is_task(source) else source
+
+    def is_of_tasks(self) -> bool:
+        """Whether each arm is trained on a task."""
+        from cda_cli.data import is_task
+
+        return all(is_task(self._source(arm)) for arm in self.spec.arms)
+
+    def _source(self, arm: str) -> str:
+        return settings(self.spec, *self.spec.layers(arm)).data.source
 
     def job(self, arm: str, seed: int, chosen: Point | None) -> TrainJob:
         """The run of an arm and a seed, with the point that was chosen for the arm."""

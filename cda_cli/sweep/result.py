@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from cda_cli.comparison.recorded import read_run
 from cda_cli.errors import CdaError, ConfigError, did_you_mean
@@ -20,11 +20,22 @@ from cda_cli.sweep.spec import EVALUATED, Point
 from cda_cli.sweep.student_t import LEVEL, Mean, mean_of
 from cda_cli.sweep.work import EvalJob, TrainJob
 
-WHOLE = f"{EVALUATED}bits_per_byte"
-CUT = re.compile(rf"{re.escape(EVALUATED)}([\w-]+)\[(\d+)\]\.bits_per_byte")
+CUT = re.compile(rf"{re.escape(EVALUATED)}([\w-]+)\[(\d+)\]\.(bits_per_byte|loss)")
 LENGTH = re.compile(
     rf"{re.escape(EVALUATED)}tasks\.(task:.*[?&]length=(\d+).*)\.metrics\.(exact_match|token_accuracy),none"
 )
+
+
+class Measure(NamedTuple):
+    """The metric that tables give as the loss, and its unit."""
+
+    metric: str
+    unit: str
+    column: str
+
+
+OF_TEXT = Measure("bits_per_byte", "bits per byte", "bits/byte")
+OF_TASK = Measure("loss", "nats per token", "nats/token")  # whose tokens stand for no bytes of text
 
 
 @dataclass(frozen=True)
@@ -134,23 +145,28 @@ class Result:
     command: str
 
     @cached_property
+    def measure(self) -> Measure:
+        """By bytes, which models of different tokenizers share, where there are bytes of text."""
+        return OF_TASK if self.sweep.is_of_tasks() else OF_TEXT
+
+    @cached_property
     def curves(self) -> list[Curve]:
         """What the evaluations give by the number of keys kept, the most first, and by the length of examples."""
         cuts: dict[str, dict[int, str]] = {}
         lengths: dict[tuple[str, str], dict[int, str]] = {}
         for name in dict.fromkeys(name for run in self.runs for name in run.metrics):
-            if cut := CUT.fullmatch(name):
+            if (cut := CUT.fullmatch(name)) and cut[3] == self.measure.metric:
                 cuts.setdefault(cut[1], {})[int(cut[2])] = name
             elif length := LENGTH.fullmatch(name):
                 task = re.sub(r"length=\d+&?", "", length[1]).rstrip("?&")
                 lengths.setdefault((task, length[3].replace("_", " ")), {})[int(length[2])] = name
         found = [
             Curve(
-                f"Bits per byte by keys kept ({choice})",
+                f"{self.measure.unit.capitalize()} by keys kept ({choice})",
                 f"keys kept ({choice})",
-                "bits per byte",
+                self.measure.unit,
                 dict(sorted(names.items(), reverse=True)),
-                WHOLE,
+                f"{EVALUATED}{self.measure.metric}",
             )
             for choice, names in cuts.items()
         ]
@@ -333,5 +349,9 @@ def _arm(arm: ArmResult) -> dict[str, Any]:
         "runs": [asdict(run) for run in arm.runs],
         "means": {name: arm.mean(name).as_dict() for name in names},
         "differences": {name: arm.difference(name).as_dict() for name in names},
-        "above_whole_control": {name: arm.difference(name, WHOLE).as_dict() for name in names if CUT.fullmatch(name)},
+        "above_whole_control": {
+            name: arm.difference(name, f"{EVALUATED}{cut[3]}").as_dict()
+            for name in names
+            if (cut := CUT.fullmatch(name))
+        },
     }
