@@ -64,6 +64,7 @@ SLOW = (
     "commands/test_streams.py",
     "commands/test_sweep_command.py",
     "commands/test_sweep_plan.py",
+    "commands/test_sweep_tables.py",
     "commands/test_train_data_command.py",
     "commands/test_which_weights.py",
     "data/test_prepare.py",

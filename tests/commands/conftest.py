@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cda_cli.sweep import attempts
 from tests.commands.helpers import TINY, Cda, real_text, run_cda
-from tests.commands.sweeps import FILE
+from tests.commands.sweeps import FILE, attempt
+from tests.comparison.runs import write_run
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +57,16 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "sweep.yaml"
     file.write_text(FILE)
     return file
+
+
+@pytest.fixture
+def trained(sweep: Path) -> Path:
+    """The folder of a sweep whose last run failed."""
+    out = sweep.parent / "runs" / "sweep"
+    bits = {"plain": (4.5, 4.7, 4.3), "sparse": (4.4, 4.55, None)}
+    for arm, values in bits.items():
+        for seed, value in enumerate(values):
+            if value is not None:
+                write_run(out / arm / f"seed-{seed}", [8.0, 6.0, 5.0, value], text={})
+            attempts.append(out, attempt(f"{arm}, seed {seed}", "" if value else "it burst; use a smaller --lr"))
+    return out
