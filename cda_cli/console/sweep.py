@@ -177,7 +177,7 @@ def sections(result: Result) -> Iterator[Section]:
     """The tables, and what could not go into them."""
     if result.decisions:
         words = [sentence for decision in result.decisions for sentence in decision.words()]
-        if (claims := len(result.decisions)) > 1:
+        if (claims := len(result.decisions)) > 1 and any(math.isfinite(each.worse[0]) for each in result.decisions):
             words.append(f"The level of 95 % is that of each of the {claims} claims by itself.")
         yield Section("Pre-registered comparison", [*words, *result.registration])
     if result.sweep.spec.tune:
@@ -258,11 +258,14 @@ def _curve(result: Result, curve: Curve) -> Section:
 def _explanations(result: Result) -> list[str]:
     if len(result.arms) == 1:
         return []
-    found = [
-        "Differences are paired by seed. Their interval is Student's, over seeds; it leaves out the choice of the text."
-    ]
-    if len(result.arms) > 2:
-        found.append("The level is that of each difference by itself.")
+    found = ["Differences are paired by seed."]
+    others = [arm for arm in result.arms if arm.name != result.sweep.spec.control]
+    if any(math.isfinite(arm.difference(result.measure.metric).low) for arm in others):
+        found = [f"{found[0]} Their interval is Student's, over seeds; it leaves out the choice of the text."]
+        if len(others) > 1:
+            found.append("The level is that of each difference by itself.")
+    elif len(result.sweep.spec.seeds) == 1:
+        found.append("One seed gives no interval; give two or more.")
     if not result.sweep.is_validated_alike():
         found.append(
             "By their settings the arms are validated on unequal parts of a text, or on other text, so a difference is "

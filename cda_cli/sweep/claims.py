@@ -76,7 +76,9 @@ class Decision:
             supposed = f"if it is better by {claim.margin:g}"
         found = [f"Claim: {said} ({measure}; {claim.kind})."]
         if math.isnan(difference.low):
-            found.append(f"Not decided: {counted(difference.seeds, 'seed has', 'seeds have')} both runs.")
+            found.append(
+                f"Not decided: {counted(difference.seeds, 'seed has', 'seeds have')} both runs; two or more decide."
+            )
         else:
             interval = f"95 % interval {difference.low:+.4f} … {difference.high:+.4f}"
             # Those that are missing may be runs that failed for what the arm changes.

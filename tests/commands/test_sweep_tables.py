@@ -102,6 +102,15 @@ def test_claims_are_registered_and_decided(cda: Cda, sweep: Path, trained: Path)
     assert [claim["verdict"] for claim in document["compare"]] == ["holds", "not decided"]
 
 
+def test_one_seed_has_no_interval_and_the_result_says_what_would(cda: Cda, sweep: Path, trained: Path) -> None:
+    sweep.write_text(FILE.replace("[0, 1, 2]", "[0]").replace("sparse:", "sparse:\n  near:") + CLAIMS)
+    lines = cda("sweep", sweep, "--no-run").out.splitlines()
+    assert "Differences are paired by seed." in lines
+    assert "One seed gives no interval; give two or more." in lines
+    assert lines.count("Not decided: 1 seed has both runs; two or more decide.") == 2
+    assert not [line for line in lines if "Student" in line or "level" in line], "an interval is explained"
+
+
 def test_evaluations_give_the_loss_against_the_keys_kept(cda: Cda, sweep: Path, trained: Path) -> None:
     claim = "{arm: sparse, claim: non-inferior, margin: 9, metric: 'eval.top[4].bits_per_byte', of_control: eval.loss}"
     sweep.write_text(f"{FILE}eval: {{cut: ['top:4,8'], max_batches: 2}}\ncompare: {claim}\n")
