@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -71,10 +72,11 @@ def sweep(
         with SweepDisplay() as display:
             run_sweep(planned, slots, display)
     result = collect(planned, shlex.join(["cda", *sys.argv[1:]]))
-    if markdown:
-        write_file(markdown, sweep_markdown(result).encode())
     if plot:
         draw_sweep(plot, result)
+    if markdown:
+        picture = os.path.relpath(plot, markdown.parent) if plot else None
+        write_file(markdown, sweep_markdown(result, picture).encode())
     if as_json:
         print_json(result.as_dict())
     else:

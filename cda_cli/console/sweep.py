@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -127,12 +128,15 @@ def show_sweep(result: Result) -> None:
             print_sentence(console, printable(sentence))
 
 
-def sweep_markdown(result: Result) -> str:
-    """The same as a page of Markdown."""
+def sweep_markdown(result: Result, picture: str | None = None) -> str:
+    """The same as a page of Markdown, with the picture of that name, from where the page lies."""
     lines = [f"# {result.sweep.file.stem}", ""]
     provided = provenance(result)
     provided["command"] = f"`{provided['command']}`"
     lines += [f"- {name}: {value}" for name, value in provided.items()]
+    if picture:
+        shown = "!" * (not picture.lower().endswith(".pdf"))  # which no reader of Markdown shows in a page
+        lines += ["", f"{shown}[The losses of all arms and seeds]({quote(picture)})"]
     for section in sections(result):
         lines += ["", f"## {section.title}", ""]
         if section.rows:

@@ -128,7 +128,7 @@ def test_evaluations_give_the_loss_against_the_keys_kept(cda: Cda, sweep: Path, 
             job.finish()
             assert job.is_done()
     attempts.append(trained, attempt("plain, seed 2, evaluation", "no space"))
-    done = cda("sweep", sweep, "--no-run", "--plot", "sweep.svg")
+    done = cda("sweep", sweep, "--no-run")
     lines = [" ".join(line.split()) for line in done.out.splitlines()]
     for line in (
         "sparse 2/3 4.6000 0.7071 +0.1000 +0.1000 … +0.1000",
@@ -140,7 +140,12 @@ def test_evaluations_give_the_loss_against_the_keys_kept(cda: Cda, sweep: Path, 
     ):
         assert line in lines, f"{line!r} is not in:\n{done.out}"
     assert "plain 3/3 4.5000" in " ".join(done.out.split()), "a run whose evaluation failed has still trained"
-    drawn = Path("sweep.svg").read_text()
+    Path("pages").mkdir()
+    for name, shown in {"a plot.svg": "![", "plot.pdf": "\n["}.items():
+        cda("sweep", sweep, "--no-run", "--plot", name, "--markdown", "pages/page.md")
+        link = f"{shown}The losses of all arms and seeds](../{name.replace(' ', '%20')})\n"
+        assert link in Path("pages/page.md").read_text()
+    drawn = Path("a plot.svg").read_text()
     assert all(f">{words}<" in drawn for words in ("plain", "sparse", "keys kept (top)"))
     sweep.write_text(sweep.read_text().replace("eval.loss", "eval.los"))
     assert_refused(cda("sweep", sweep, "--no-run"), "no evaluation has the metric 'eval.los': did you mean")
