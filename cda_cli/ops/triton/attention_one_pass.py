@@ -21,9 +21,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from . import tiles
+from .gluon_tiles import bounds, buffers, load_tiles, place_of_program, tiles_of_block, where_seen
 
 HIDDEN = gl.constexpr(tiles.HIDDEN.value)
 BEYOND = gl.constexpr(tiles.BEYOND.value)
@@ -36,44 +37,6 @@ NOTHING = gl.constexpr(2.0**-14)
 NO_KEY = gl.constexpr(1 << 30)
 # Scores of a class. With four a tile takes a sixth fewer instructions, but a block more than that at its end.
 FOLD = gl.constexpr(2)
-
-
-@gluon.jit
-def _bounds(
-    first_ptr, last_ptr, rows, T, S, CAUSAL: gl.constexpr, RANGES: gl.constexpr, OUTSIDE: gl.constexpr
-):  # fmt: skip
-    """The keys [first, last) that each query of `rows` sees. A row past T sees all, or with OUTSIDE nothing."""
-    if RANGES:
-        inside = rows < T
-        first = gl.load(first_ptr + rows, mask=inside, other=S if OUTSIDE else 0).to(gl.int32)
-        last = gl.load(last_ptr + rows, mask=inside, other=0 if OUTSIDE else S).to(gl.int32)
-    else:
-        first = rows * 0
-        last = gl.minimum(gl.maximum(rows + (S - T + 1), 0), S) if CAUSAL else first + S
-    return first, last
-
-
-@gluon.jit
-def _load_tiles(
-    query, key, value, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, k_empty, v_empty,
-    batch, head, key_head, block, low, count, M: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr,
-):  # fmt: skip
-    """What the loading warp does: queries once, then keys and values from the last tile to the first."""
-    STAGES: gl.constexpr = k_bufs.type.shape[0]
-    for c in gl.static_range(GROUPS):
-        mbarrier.expect(q_full.index(c), query.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            query, [batch, head, (block * GROUPS + c) * M, 0], q_full.index(c), q_bufs.index(c)
-        )  # fmt: skip
-    for i in range(count):
-        stage, phase = i % STAGES, (i // STAGES) & 1
-        start = low + (count - 1 - i) * N
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), key.block_type.nbytes)
-        tma.async_copy_global_to_shared(key, [batch, key_head, start, 0], k_full.index(stage), k_bufs.index(stage))
-        mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), value.block_type.nbytes)
-        tma.async_copy_global_to_shared(value, [batch, key_head, start, 0], v_full.index(stage), v_bufs.index(stage))
 
 
 @gluon.jit
@@ -97,18 +60,7 @@ def _weights(
     R: gl.constexpr = gl.SliceLayout(1, L)
     PR: gl.constexpr = gl.SliceLayout(1, P)
     C: gl.constexpr = N // FOLD // 4  # classes of a row in a thread
-    if (start < full_low) | (start + N > full_high):
-        # Eights of columns are numbers in the instructions. Columns would be kept in registers over all tiles.
-        wide = gl.reshape(scores, [M, N // 8, 8])
-        EIGHTS: gl.constexpr = gl.SliceLayout(2, wide.type.layout)
-        eights = gl.arange(0, N // 8, layout=gl.SliceLayout(0, EIGHTS))[None, :, None] * 8
-        within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, wide.type.layout)))[None, None, :]
-        end = gl.convert_layout(last - start, gl.SliceLayout(1, EIGHTS), assert_trivial=True)
-        seen = eights < end[:, None, None] - within
-        if RANGES:
-            begin = gl.convert_layout(first - start, gl.SliceLayout(1, EIGHTS), assert_trivial=True)
-            seen &= eights >= begin[:, None, None] - within
-        scores = gl.convert_layout(gl.reshape(gl.where(seen, wide, HIDDEN), [M, N]), L, assert_trivial=True)
+    scores = where_seen(scores, HIDDEN, start, first, last, full_low, full_high, L, RANGES)
 
     # Of eight neighbouring keys a thread has two, at twice the number of its lane modulo 4.
     folded = gl.max(gl.reshape(scores, [M, FOLD, C // 2, 4, 2]), 1)
@@ -269,7 +221,7 @@ def _attend(
     )  # fmt: skip
     dtype: gl.constexpr = q_bufs.dtype
     rows = (block * GROUPS + c) * M + gl.arange(0, M, layout=R)
-    first, last = _bounds(first_ptr, last_ptr, rows, T, S, CAUSAL, RANGES, False)
+    first, last = bounds(first_ptr, last_ptr, rows, T, S, CAUSAL, RANGES, False)
     full_low, full_high = gl.max(first, 0), gl.min(last, 0)
     shift = gl.full([M], FLOOR, gl.float32, layout=R)
     top = gl.full([M], HIDDEN, gl.float32, layout=R)
@@ -469,39 +421,13 @@ def one_pass_kernel(
     """
     GROUPS: gl.constexpr = 2
     WIDTH: gl.constexpr = key.block_type.shape[3]
-    dtype: gl.constexpr = key.dtype
-    q_bufs = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, M, WIDTH], query.layout)
-    k_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, WIDTH], key.layout)
-    v_bufs = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, WIDTH], value.layout)
+    q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, k_empty, v_empty = buffers(query, key, value, GROUPS, STAGES)
     sums_bufs = gl.allocate_shared_memory(gl.float32, [GROUPS, M, WIDTH], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(GROUPS):
-        mbarrier.init(q_full.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=GROUPS)
-        mbarrier.init(v_empty.index(i), count=GROUPS)
-
-    blocks = gl.cdiv(T, GROUPS * M)
-    program = gl.program_id(0)
-    spans = program // (span * blocks)
-    within = program % (span * blocks)
-    at_a_time = gl.minimum(span, rows_total // T - spans * span)
-    block = blocks - 1 - within // at_a_time
-    row = spans * span + within % at_a_time
-    batch, head = row // heads, row % heads
+    block, row, batch, head = place_of_program(T, rows_total, heads, span, GROUPS * M)
     key_head = head // group
-    rows = block * (GROUPS * M) + gl.arange(0, GROUPS * M, layout=gl.BlockedLayout([1], [32], [4], [0]))
     first_ptr += batch * T
     last_ptr += batch * T
-    first, last = _bounds(first_ptr, last_ptr, rows, T, S, CAUSAL, RANGES, True)
-    low = gl.min(first, 0) // N * N
-    count = gl.maximum(gl.cdiv(gl.max(last, 0) - low, N), 1)
+    low, count = tiles_of_block(first_ptr, last_ptr, block, T, S, GROUPS * M, N, CAUSAL, RANGES)
     # Strides are multiples of 8, as the bulk copy engine needs them, so rows can be read by 16 bytes.
     key_rows += (batch.to(gl.int64) * (stride_kb // 8) + key_head.to(gl.int64) * (stride_kh // 8)) * 8
     value_rows += (batch.to(gl.int64) * (stride_vb // 8) + key_head.to(gl.int64) * (stride_vh // 8)) * 8
@@ -519,7 +445,7 @@ def one_pass_kernel(
             stride_ks, stride_vs, stride_ot, row, block, low, count, T, S, rows_total, factor,
             D, M, N, GROUPS, CAUSAL, RANGES, EACH,
         )),
-        (_load_tiles, (
+        (load_tiles, (
             query, key, value, q_bufs, k_bufs, v_bufs, q_full, k_full, v_full, k_empty, v_empty,
             batch, head, key_head, block, low, count, M, N, GROUPS,
         )),
