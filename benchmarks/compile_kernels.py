@@ -52,7 +52,7 @@ SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (16, 32, 40, 64, 80, 96, 128, 192, WIDEST_HEAD)
 # How queries, keys and values lie in memory: key heads shared by two query heads each; key heads expanded, which the
-# bulk copy engine cannot read; rows that start anywhere; as many keys as one pass takes.
+# bulk copy engine cannot read; rows that start anywhere; as many keys as the kernels in Gluon take.
 MEMORY = ("whole", "grouped", "expanded", "unaligned", "long")
 SHARING = (1, 8, 64)  # query heads of a key head, in decoding
 LENGTH = 64  # of the texts: no kernel is compiled for a length
@@ -100,6 +100,7 @@ def attention_calls(quick: bool) -> Iterator[Call]:
     if quick:
         axes = (DTYPES[:1], (64,), MEMORY[:1], (True, False), (False,), (True, False), (True,))
         yield "long, not causal, k ≤ 2", lambda: attend(*_inputs(DTYPES[0], 128, "long"), False, False, True, True)
+        yield "long, causal, any k", lambda: attend(*_inputs(DTYPES[0], 128, "long"), True, False, False, False)
     for dtype, width, memory, causal, packed, at_most_two, trained in itertools.product(*axes):
         words = (
             f"{_name(dtype)} D={width}", memory, "causal" if causal else "not causal", "documents" if packed else "",
@@ -268,7 +269,8 @@ def route(dtype: torch.dtype, width: int, blocks: int, size: int, counts: bool) 
 
 def _inputs(dtype: torch.dtype, width: int, memory: str) -> tuple[Tensor, Tensor, Tensor]:
     """query [1, 4, length, width], key and value, new ones."""
-    longest = max(attention_launches.ONE_PASS_KEYS, *attention_launches.IN_TURN_LENGTHS.values())
+    least = attention_launches.IN_TURN_LENGTHS, attention_launches.OUTPUT_KEYS, attention_launches.SPLIT_KEYS
+    longest = max(attention_launches.ONE_PASS_KEYS, *(keys for lengths in least for keys in lengths.values()))
     length, G = longest if memory == "long" else LENGTH, 2 if memory == "grouped" else 4
     query, key, value = (torch.zeros(1, n, length, width + 1, dtype=dtype) for n in (4, G, G))
     if memory == "unaligned":

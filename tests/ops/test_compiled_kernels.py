@@ -25,14 +25,14 @@ WITH_MASK = (
     "query_kernel",
     "key_value_kernel",
 )
-HOPPER_ONLY = {"one_pass_kernel", "in_turn_kernel", "delta_kernel", "grad_query_kernel"}
+HOPPER_ONLY = {"one_pass_kernel", "weighted_sum_kernel", "in_turn_kernel", "delta_kernel", "grad_query_kernel"}
 # Of their calls: a kernel for k ≤ 2 is causal on sm_80 and not causal on sm_90, and the other way round for any k, and
 # the one that both have is that for k ≤ 2. So each is compiled for both architectures, and with a causal mask and
 # without, in half of the time. All others ask for nothing that Hopper alone has, and compile for sm_80.
 # `exact_forward_kernel` is compiled for the short rows of few queries.
 CRASHING = "few_scores_kernel"
 ONLY = (
-    r"^(?!query_kernel .*any k|exact_forward_kernel .* rows)"
+    r"^(?!query_kernel .*any k|solve_kernel .*long|exact_forward_kernel .* rows)"
     r"(\w+ 80 (?!.*(not causal, k ≤ 2|, causal, any k))|"
     rf"({'|'.join((*WITH_MASK, *HOPPER_ONLY))}) 90 (?!.*(, causal, k ≤ 2|not causal, any k))|{CRASHING} 90 )"
 )

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.attention_problems import Problem, assert_at_most_twice_plain, fused, problem, smooth
+from cda_cli.ops import soft_topk_attention
+from tests.ops.attention_problems import Problem, assert_at_most_twice_plain, fused, fused_output, problem, smooth
 from tests.ops.cases import DEVICE, random_rows
 
 # One pass over the keys (attention_one_pass.py) is for half precision on a GPU, wide heads and long rows.
@@ -94,9 +95,15 @@ def test_moving_leaders(name: str, width: int, largest_k: float | None) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("bits", [10, -10])
 def test_leaders_in_pairs(bits: float, width: int, largest_k: float | None) -> None:
-    """The output. The gradients of two passes in float32 have up to five times the error of plain PyTorch's here."""
+    """The output, with what a backward needs and without: other kernels may sum the values then.
+
+    The gradients of two passes in float32 have up to five times the error of plain PyTorch's here.
+    """
     this = with_leaders(width, pairs(bits))
-    assert_at_most_twice_plain(this, fused(this, largest_k=largest_k)[:1])
+    assert_at_most_twice_plain(this, [fused_output(this, largest_k=largest_k)])
+    inputs = [tensor.to(DEVICE) for tensor in this[:4]]
+    output = soft_topk_attention(*inputs, **this.settings(DEVICE), backend="triton", largest_k=largest_k)
+    assert_at_most_twice_plain(this, [output.cpu()])
 
 
 @pytest.mark.parametrize("largest_k", BOUNDS)

@@ -23,6 +23,7 @@ from .attention_backward_keys import key_value_kernel
 from .attention_forward import output_kernel, solve_kernel
 from .attention_leader import leader_kernel, leader_output_kernel
 from .attention_one_pass import one_pass_kernel
+from .attention_output import weighted_sum_kernel
 from .prepared_launch import LaunchOnStream, prepare
 from .tiles import INTERPRETED
 
@@ -35,6 +36,10 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # as Triton calls them
 # Padded head widths, and the fewest keys, for which one pass was faster than two on an H200 (docs/log.md).
 ONE_PASS_WIDTHS = (64, 128)
 ONE_PASS_KEYS = 512
+# The fewest keys for which the second pass of any k is in Gluon, by the padded width of heads, and likewise where it
+# sums free and capped entries apart: on an H200 it was slower there with 2,048, and faster with 8,192 (docs/log.md).
+OUTPUT_KEYS = {64: 4096, 128: 2048}
+SPLIT_KEYS = {128: 4096}
 # The fewest queries and keys for which a backward makes five products in place of seven, by the padded width of heads.
 # Those of 128 lie between a length of equal times, 1,536, and one at which five were faster, 8,192 (docs/log.md).
 IN_TURN_LENGTHS = {64: 1024, 128: 2048}
@@ -137,6 +142,17 @@ class Layout(NamedTuple):
             return "two passes are faster for heads of this width"
         if self.key[2] < ONE_PASS_KEYS:
             return "two passes are faster for so few keys"
+        return ""
+
+    def weighted_sum_refusal(self, split: bool) -> str:
+        """Why the second pass of any k is not the kernel in Gluon; empty if it is. `split`: see `output_kernel`."""
+        if refusal := self.gluon_refusal:
+            return refusal
+        least = (SPLIT_KEYS if split else OUTPUT_KEYS).get(padded(self.query[-1]))
+        if least is None:
+            return "the other form is faster for heads of this width"
+        if self.key[2] < least:
+            return "the other form is faster for so few keys"
         return ""
 
     @property
@@ -345,17 +361,42 @@ def leader_and_output(layout: Layout) -> tuple[Launch, Launch]:
     )
 
 
-class OnePassTile(NamedTuple):
-    """Queries of a group of warps, keys of a tile, and tiles in flight."""
+class GluonTile(NamedTuple):
+    """Queries of a group of warps, keys of a tile, tiles in flight, and groups."""
 
     queries: int = 64
     keys: int = 128
     stages: int = 2
+    groups: int = 2
     registers: int = 168
 
 
-def one_pass_tile(width: int) -> OnePassTile:
-    return OnePassTile(stages=2 if padded(width) > 64 else 3)
+def one_pass_tile(width: int) -> GluonTile:
+    return GluonTile(stages=2 if padded(width) > 64 else 3)
+
+
+def output_tile(width: int, split: bool) -> GluonTile:
+    if padded(width) > 64:
+        return GluonTile(keys=64, stages=3) if split else GluonTile()
+    return GluonTile(groups=3, registers=128)
+
+
+def _by_spans(kernel: Any, this: GluonTile, output_first: Steps, layout: Layout, **constants: Any) -> Launch:
+    """A program for each block of queries, over so many heads at a time that their keys and values stay in the cache.
+
+    `output_first` are the numbers of the kernel up to the strides of its output.
+    """
+    B, H, T, D, G, S = layout.sizes
+    bytes_of_head = 2 * S * padded(D) * layout.dtype.itemsize
+    span = min(B * H, max(1, AT_WORK // bytes_of_head) * (H // G))
+    numbers = (*output_first, *_inside(H, T, D), H, H // G, T, S, B * H * T, span)
+    options = {
+        "D": D, "M": this.queries, "N": this.keys, "STAGES": this.stages, "CAUSAL": layout.causal,
+        "RANGES": layout.documents, "num_warps": 4, "maxnreg": this.registers,
+    }  # fmt: skip
+    grid = (triton.cdiv(T, this.groups * this.queries) * B * H, 1)
+    rows = {"query": this.queries, "key": this.keys, "value": this.keys}
+    return GluonLaunch(kernel, grid, numbers, options | constants, layout, rows)
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
@@ -363,29 +404,20 @@ def one_pass(layout: Layout) -> Launch | None:
     """The launch for k ≤ 2 that reads the keys once; None where `one_pass_refusal` says why it is not taken."""
     if layout.one_pass_refusal:
         return None
-    B, H, T, D, G, S = layout.sizes
-    this = one_pass_tile(D)
-    bytes_of_head = 2 * S * padded(D) * layout.dtype.itemsize
-    span = min(B * H, max(1, AT_WORK // bytes_of_head) * (H // G))
-    numbers = (*layout.key_steps, *layout.value_steps, *_inside(H, T, D), H, H // G, T, S, B * H * T, span)
-    options = {
-        "D": D, "M": this.queries, "N": this.keys, "STAGES": this.stages,
-        "CAUSAL": layout.causal, "RANGES": layout.documents, "EACH": not layout.one_budget, "num_warps": 4,
-        "maxnreg": this.registers,
-    }  # fmt: skip
-    grid = (triton.cdiv(T, 2 * this.queries) * B * H, 1)
-    rows = {"query": this.queries, "key": this.keys, "value": this.keys}
-    return GluonLaunch(one_pass_kernel, grid, numbers, options, layout, rows)
+    strides = (*layout.key_steps, *layout.value_steps)
+    return _by_spans(one_pass_kernel, one_pass_tile(layout.query[-1]), strides, layout, EACH=not layout.one_budget)
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
 def solve_and_output(layout: Layout, split: bool) -> tuple[Launch, Launch]:
     """With `split` the second kernel also writes the part of the output from free entries."""
     first, second = _two_passes(layout)
-    return (
-        _over_queries(solve_kernel, "solve", first, layout, ("key",), EACH=not layout.one_budget),
-        _over_queries(output_kernel, "split" if split else "output", second, layout, ("key", "value"), SPLIT=split),
-    )
+    solve = _over_queries(solve_kernel, "solve", first, layout, ("key",), EACH=not layout.one_budget)
+    if not layout.weighted_sum_refusal(split):
+        this = output_tile(layout.query[-1], split)
+        return solve, _by_spans(weighted_sum_kernel, this, (), layout, GROUPS=this.groups, SPLIT=split)
+    name = "split" if split else "output"
+    return solve, _over_queries(output_kernel, name, second, layout, ("key", "value"), SPLIT=split)
 
 
 @functools.lru_cache(maxsize=LAYOUTS)

@@ -1,8 +1,9 @@
 """The fused attention: the custom operator `cda::fused_attention`, its fake tensors and its gradient.
 
 Where k ≤ 2 is known, the forward takes `one_pass_kernel`, or where `Layout.one_pass_refusal` says that it does not fit
-the two kernels `leader_kernel` and `leader_output_kernel`. For any k it takes `solve_kernel` and `output_kernel`. The
-backward gets query, key, value, five numbers per row, and the output (k ≤ 2) or its part from free entries (any k).
+the two kernels `leader_kernel` and `leader_output_kernel`. For any k it takes `solve_kernel`, and `weighted_sum_kernel`
+or where `Layout.weighted_sum_refusal` says that it does not fit `output_kernel`. The backward gets query, key, value,
+five numbers per row, and the output (k ≤ 2) or its part from free entries (any k).
 """
 
 from __future__ import annotations
