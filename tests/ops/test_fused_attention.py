@@ -145,11 +145,13 @@ def test_hard_rows(name: str, k: float) -> None:
 
 
 def test_large_scores_of_few_classes_in_half_precision() -> None:
-    """In whole tiles of 64 keys; in the last row those of two classes that share their second candidates."""
+    """In whole tiles of 64 keys: three of a class, of each of two in a part, and a third that would drown its part."""
     rows = random_rows(3, 256)
-    for row, places in enumerate(([5, 133], [37, 165], [5, 37, 69, 101, 133])):
-        rows[row, places] = 4 + torch.arange(len(places)) / 100
-    this = with_scores(rows, 6.0, 0.1)
+    rows[0, [5, 69, 133]] = torch.tensor([4.0, 4.01, 4.02])
+    rows[1, [5, 69, 133, 13, 77, 141]] = torch.tensor([4.0, 4.01, 4.02, 4.03, 4.04, 4.05])
+    rows[2, [197, 13, 77, 141, 205]] = 3.5
+    rows[2, [5, 69, 133]] = torch.tensor([6.0, 6.01, 6.02])
+    this = with_scores(rows, 8.0, 0.1)
     names = ("query", "key", "value", "grad_output")
     this = this._replace(**{name: getattr(this, name).bfloat16() for name in names})
     assert_at_most_twice_plain(this, [fused_output(this)])

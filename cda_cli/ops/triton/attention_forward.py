@@ -4,9 +4,10 @@
 
 The keys form BLOCK_N classes, of which column j of every tile is one. For each row the first pass keeps the two
 largest scores of each class as candidates, and sums the others. An insertion takes four comparisons per score, without
-a branch and without an exception for ties; a score that falls out of its class joins the sum. Newton's method on the
-exponentials of the candidates, which are computed once, is exact if no score of the sum is capped. If one is (three
-large scores of one class, or many capped entries), further passes over the keys finish the row.
+a branch and without an exception for ties; a score that falls out of its class joins the sum of its part, 1/8 of the
+classes. The largest of a part is a candidate as well. Newton's method on the exponentials of the candidates is exact
+if no other score of the sums is capped. If one is (two of a part fell out, or many entries are capped), further passes
+over the keys finish the row.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row_tiles import ONE, SHARP, any_of, capped_and_free, exp2, saturated
+from .row_tiles import ONE, SHARP, any_of, exp2, saturated, sums
 from .tiles import (
     BEYOND,
     HIDDEN,
@@ -40,7 +41,11 @@ NEAREST = tl.constexpr(2.0**-80)  # For a smaller y, such a candidate may be fre
 FARTHEST = tl.constexpr(2.0**60)  # For a larger y, the exponentials of free candidates may have underflowed.
 TINY = tl.constexpr(1e-37)
 # The sum of a row has so many parts. On the matrix units one thread holds all keys of a part.
-PARTS = tl.constexpr(16)
+PARTS = tl.constexpr(8)
+# The largest score of a part is in its sum and is taken out of it, which costs the sum digits if it weighs more.
+HEAVIEST = tl.constexpr(16.0)
+# So much of the largest may be missing in the sums of the others.
+SLACK = tl.constexpr(PARTS.value * 2.0**-14)
 
 
 @triton.jit
@@ -50,6 +55,22 @@ def _base(shift, factor):
     There the compiler may round one of two equal products of HIDDEN and not the other.
     """
     return tl.where(shift > 0.5 * HIDDEN, shift * factor, 0.0)
+
+
+@triton.jit
+def _parts(x):
+    """The sums of x [rows, n] over the classes of a part, [rows, PARTS]."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // PARTS, PARTS]), 1)
+
+
+@triton.jit
+def _largest_of_parts(x):
+    """The largest numbers of x [rows, n], which are not negative, over the classes of a part, [rows, PARTS].
+
+    Such numbers are in the order of their bits, and of integers an instruction compares three.
+    """
+    bits = tl.reshape(x.to(tl.int32, bitcast=True), [x.shape[0], x.shape[1] // PARTS, PARTS])
+    return tl.max(bits, 1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -64,36 +85,34 @@ def _insert(
     top,
     second,
     total,
+    third,
     shift,
     factor,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BORDER: tl.constexpr,
-    SWAP: tl.constexpr,
 ):
     """Inserts a tile of keys into the classes, whose two candidates are top ≥ second.
 
-    Scores that fall out join the sum of their part, [BLOCK_M, PARTS]. With BORDER some keys may be hidden, and the
-    shift of the sums follows the largest `second`, which no score of them exceeds. Without BORDER it stays. With SWAP
-    what falls out of `top` goes to the class half a tile away.
+    Scores that fall out join the sum of their part, `total` [BLOCK_M, PARTS]; `third` is the largest exponential of it.
+    With BORDER some keys may be hidden, and the shift of the sums follows the largest `second`, which no score of them
+    exceeds. Without BORDER it stays.
     """
     scores = tile_scores(q, keys, start, stride, S, first, last, D, BLOCK_D, BLOCK_N, BORDER)
     out = tl.minimum(top, scores)
     top = tl.maximum(top, scores)
-    if SWAP:  # The keys of a thread lie in both halves, so nothing moves.
-        left, right = tl.split(tl.permute(tl.reshape(out, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
-        out = tl.reshape(tl.permute(tl.join(right, left), [0, 2, 1]), [BLOCK_M, BLOCK_N])
     rest = tl.minimum(second, out)
     second = tl.maximum(second, out)
     if BORDER:
         new_shift = tl.maximum(shift, tl.max(second, 1))
-        total *= tl.exp2((shift - new_shift) * factor)[:, None]
+        alpha = tl.exp2((shift - new_shift) * factor)[:, None]
+        total *= alpha
+        third *= alpha
         shift = new_shift
     added = tl.exp2(rest * factor - _base(shift, factor)[:, None])
-    parts = tl.sum(tl.reshape(added, [BLOCK_M, BLOCK_N // PARTS, PARTS]), 1)
-    return top, second, total + parts, shift
+    bits = tl.maximum(third.to(tl.int32, bitcast=True), _largest_of_parts(added).to(tl.int32, bitcast=True))
+    return top, second, total + _parts(added), bits.to(tl.float32, bitcast=True), shift
 
 
 @triton.jit
@@ -126,10 +145,15 @@ def _refine(
 
 
 @triton.jit
+def _free(e, y):
+    """1 where y·e [rows, n] is not above 1 to rounding, and else 0."""
+    return saturated(e, -(y * (SHARP / ONE))[:, None], SHARP)
+
+
+@triton.jit
 def _free_near(scores, e, y, centre, factor):
     """The sum of exp2((s − centre)·factor) over those `scores` [rows, n] that y does not cap, where e is theirs."""
-    free = saturated(e, -(y * (SHARP / ONE))[:, None], SHARP)
-    return tl.sum(free * exp2(tl.minimum((scores - centre[:, None]) * factor, 1.0)), 1)
+    return tl.sum(_free(e, y) * exp2(tl.minimum((scores - centre[:, None]) * factor, 1.0)), 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -183,34 +207,25 @@ def solve_kernel(
     top = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
     second = tl.full([BLOCK_M, BLOCK_N], HIDDEN, tl.float32)
     total = tl.zeros([BLOCK_M, PARTS], tl.float32)
+    third = tl.zeros([BLOCK_M, PARTS], tl.float32)
     reference = tl.full([BLOCK_M], HIDDEN, tl.float32)
     if RANGES:
         for start in range(low, tl.minimum(full_low, high), BLOCK_N):
-            top, second, total, reference = _insert(
-                q, keys, start, stride_ks, S, first, last, top, second, total, reference, factor, D, BLOCK_D,
-                BLOCK_M, BLOCK_N, True, False,
+            top, second, total, third, reference = _insert(
+                q, keys, start, stride_ks, S, first, last, top, second, total, third, reference, factor, D, BLOCK_D,
+                BLOCK_N, True,
             )  # fmt: skip
     # The last two whole tiles count as borders: the shift needs some scores to follow.
     border = tl.maximum(full_high - 2 * BLOCK_N, full_low)
     for start in range(border, high, BLOCK_N):
-        top, second, total, reference = _insert(
-            q, keys, start, stride_ks, S, first, last, top, second, total, reference, factor, D, BLOCK_D, BLOCK_M,
-            BLOCK_N, True, False,
+        top, second, total, third, reference = _insert(
+            q, keys, start, stride_ks, S, first, last, top, second, total, third, reference, factor, D, BLOCK_D,
+            BLOCK_N, True,
         )  # fmt: skip
-    # Three large scores of one class stay candidates if the last two of them come on both sides of `middle`, the place
-    # at which fewest do not.
-    middle = full_low
-    if BLOCK_N >= 64:
-        middle += (border - full_low) // BLOCK_N * 2 // 3 * BLOCK_N
-        for start in range(full_low, middle, BLOCK_N):
-            top, second, total, reference = _insert(
-                q, keys, start, stride_ks, S, first, last, top, second, total, reference, factor, D, BLOCK_D,
-                BLOCK_M, BLOCK_N, False, True,
-            )  # fmt: skip
-    for start in range(middle, border, BLOCK_N):
-        top, second, total, reference = _insert(
-            q, keys, start, stride_ks, S, first, last, top, second, total, reference, factor, D, BLOCK_D, BLOCK_M,
-            BLOCK_N, False, False,
+    for start in range(full_low, border, BLOCK_N):
+        top, second, total, third, reference = _insert(
+            q, keys, start, stride_ks, S, first, last, top, second, total, third, reference, factor, D, BLOCK_D,
+            BLOCK_N, False,
         )  # fmt: skip
 
     # The exponentials of the candidates are relative to the largest `second`. A few keys may lie far above all others
@@ -219,26 +234,30 @@ def solve_kernel(
     shift = tl.where(shift > 0.5 * HIDDEN, shift, highest)
     high_exp = exp2(tl.minimum((top - shift[:, None]) * factor, HIGHEST))
     low_exp = exp2(tl.minimum((second - shift[:, None]) * factor, 0.0))
-    rest, part = tl.sum(total, 1), tl.max(total, 1)
-    lost = rest > 1e37  # The sum overflowed.
-    half = tl.exp2(0.5 * (reference - shift) * factor)  # Its square may underflow where the sum is large.
-    rest = rest * half * half
-    part = part * half * half
+    lost = tl.sum(total, 1) > 1e37  # The sum overflowed.
+    half = tl.exp2(0.5 * (reference - shift) * factor)[:, None]  # Its square may underflow where the sum is large.
+    others = (total - third) * half * half
+    third = third * half * half
+    # A part has another capped score only if both exceed 1.
+    rest, part, heaviest = tl.sum(others, 1), tl.max(tl.minimum(others, third), 1), tl.max(third, 1)
     # Newton's method on F(y) = Σ min(1, y·e) = k. It starts with nothing capped, and y only grows.
     covered = (last - first).to(tl.float32) <= k_row
     count = tl.zeros([BLOCK_M], tl.float32)
     accepted = tl.zeros([BLOCK_M], tl.float32)
-    y = k_row / (tl.sum(high_exp, 1) + tl.sum(low_exp, 1) + rest)
+    y = k_row / (tl.sum(_parts(high_exp) + _parts(low_exp) + third, 1) + rest)
     searching = (k_row > 1) & ~covered & ~lost
     while any_of(searching):
-        reached, free = capped_and_free(high_exp, y, BLOCK_N)
-        others, free_others = capped_and_free(low_exp, y, BLOCK_N)
-        reached += others
+        high_free, low_free, third_free = _free(high_exp, y), _free(low_exp, y), _free(third, y)
+        left, free = sums(
+            _parts(high_free) + _parts(low_free) + third_free,
+            _parts(high_free * high_exp) + _parts(low_free * low_exp) + third_free * third,
+        )
+        reached = 2 * BLOCK_N + PARTS - left
         # If k entries or more are above 1, they are all 1 to rounding, and none of them is capped.
         searching = searching & (reached > count) & (reached < k_row)
         accepted = tl.where(searching, y, accepted)
         count = tl.where(searching, reached, count)
-        y = tl.where(searching, (k_row - reached) / tl.maximum(free + free_others + rest, TINY), y)
+        y = tl.where(searching, (k_row - reached) / tl.maximum(free + rest, TINY), y)
         searching = searching & (y < FARTHEST)
 
     # A row starts again where its sum overflowed, or its threshold is out of reach of the exponentials.
@@ -247,16 +266,19 @@ def solve_kernel(
     shift = tl.where(lost, highest, shift)
     gap = tl.log2(y) - tl.log2(accepted)
     # A score of the sums is not above its part of them, nor above any `second`.
-    going = (lost | ((y > 1) & (y * part > 1) & (count + 1 < k_row))) & ~covered
+    heavy = y * heaviest > HEAVIEST
+    going = (lost | heavy | ((y > 1) & (y * part > 1) & (count + 1 < k_row))) & ~covered
+    # What a heavy one may have cost the sums makes y too large, and a further pass needs one that is not.
+    safe = tl.where(heavy, 1 / (1 + y * heaviest * SLACK / (k_row - count)), 1.0)
     if q.dtype == tl.float32:
         # An exponent of 32 has a rounding error of 2⁻²⁰, which float32 would show. The last step is taken anew with
         # exponents relative to the threshold, which are small where weights are not.
         centre = tl.where(lost, shift, shift - tl.log2(y) / factor)
         free = _free_near(top, high_exp, y, centre, factor) + _free_near(second, low_exp, y, centre, factor)
-        near = free + rest * tl.exp2((shift - centre) * factor)
+        near = free + (rest + tl.sum(_free(third, y) * third, 1)) * tl.exp2((shift - centre) * factor)
         y = tl.where(lost, y, (k_row - count) / tl.maximum(near, TINY))
         shift = centre
-    level = tl.log2(tl.where(lost, k_row / (last - first + 1).to(tl.float32), y))
+    level = tl.log2(tl.where(lost, k_row / (last - first + 1).to(tl.float32), y * safe))
     offset = level - shift * factor
     cut = tl.where(count > 0, gap - offset, BEYOND)
     # Rows with a capped entry outside the candidates take the same step over all keys.

@@ -299,7 +299,7 @@ def _tile(kernel: str, width: int, dtype: torch.dtype) -> Tile:
         return {
             "leader": Tile(64, 128, 4, 3, 168),
             "leader_output": Tile(64, 64, 4, 3),
-            "solve": Tile(64, 64, 4, 3, 168),
+            "solve": Tile(64, 64, 4, 2, 128),
             "output": Tile(64, 64, 4, 3),
             "split": Tile(64, 64, 4, 3),
             "query": Tile(128, 64, 8, 3),
