@@ -21,7 +21,7 @@ from cda_cli.ops.triton.attention_launches import padded
 # Matrix products that a kernel makes of each score. Every one takes D multiply-adds, for heads of D channels.
 PRODUCTS = {
     "leader_kernel": 1, "leader_output_kernel": 2, "one_pass_kernel": 2, "solve_kernel": 1, "output_kernel": 2,
-    "query_kernel": 3, "key_value_kernel": 4, "in_turn_kernel": 5,
+    "weighted_sum_kernel": 2, "query_kernel": 3, "key_value_kernel": 4, "in_turn_kernel": 5,
 }  # fmt: skip
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);")
 BRANCH = re.compile(r"\bBRA\b.* 0x([0-9a-f]+)$")
