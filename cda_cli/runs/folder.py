@@ -15,6 +15,7 @@ from cda_cli.plurals import counted
 from cda_cli.runs.metrics import Metrics, R, Tracker, count_damaged, read_kind, read_metrics
 from cda_cli.runs.records import Record, ValidationRecord
 from cda_cli.storage import (
+    CHECKPOINTS,
     CONFIG_FILE,
     LOCK,
     METRICS_FILE,
@@ -179,13 +180,14 @@ def config_to_resume(run: Path, resume: str) -> Config | None:
 def run_to_resume(resume: str) -> Path | None:
     """The run that `resume` names by its folder or by one of its checkpoints.
 
-    None for "auto", "never" and a checkpoint that was copied out of its run.
+    None for "auto", "never" and a checkpoint that was copied out of its run, whatever lies above the copy.
     """
     if resume in ("auto", "never"):
         return None
     named = Path(resume)
-    folders = (named, *named.resolve().parents[:2])
-    return next((folder for folder in folders if os.path.lexists(folder / CONFIG_FILE)), None)
+    place = named.resolve()
+    runs = [named, *(folder.parent for folder in (place, place.parent) if folder.name == CHECKPOINTS)]
+    return next((run for run in runs if os.path.lexists(run / CONFIG_FILE)), None)
 
 
 def config_of_weights(named: str, base: Config | None = None) -> Config:

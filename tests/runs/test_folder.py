@@ -11,7 +11,7 @@ import torch
 
 from cda_cli.config import Config, dump_yaml, resolve
 from cda_cli.errors import CheckpointError, ConfigError, StorageError
-from cda_cli.runs.folder import Run, config_to_resume, locate_checkpoint
+from cda_cli.runs.folder import Run, config_to_resume, locate_checkpoint, run_to_resume
 from cda_cli.storage import CONFIG_FILE, LOCK, publish
 from tests.runs.records import TRAIN, VALIDATION
 
@@ -144,3 +144,11 @@ def test_the_configuration_is_what_dash_dash_config_reads(run: Run, config: Conf
     run.write_config(config)
     assert (run.path / CONFIG_FILE).read_text(encoding="utf-8") == dump_yaml(config)
     assert resolve(file=run.path / CONFIG_FILE) == config
+
+
+def test_a_copied_checkpoint_does_not_make_a_run_of_what_lies_above_it(tmp_path: Path) -> None:
+    """Any project may have a config.yaml, which the run would write over."""
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    for place, run in (("checkpoints/step-00000004", tmp_path), ("models/copied", None)):
+        (tmp_path / place).mkdir(parents=True)
+        assert run_to_resume(str(tmp_path / place)) == run
