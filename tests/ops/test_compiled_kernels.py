@@ -37,8 +37,8 @@ ONLY = (
     rf"({'|'.join((*WITH_MASK, *HOPPER_ONLY))}) 90 (?!.*(, causal, k ≤ 2|not causal, any k))|{CRASHING} 90 )"
 )
 ROW = re.compile(r"^\[\d+/\d+\] +(\w+) +(\d+) +(\d+) +(\d+) +(\d+) +(\S+) ", re.MULTILINE)
-# The most instructions for each score, and the most bytes spilled, of the calls above on sm_90. The first are a
-# twentieth above those of the kernels that were last measured on a GPU, compiled by Triton 3.6 and 3.7.
+# The most instructions for each score, and the most bytes spilled, of the calls above on sm_90. The first are about a
+# twentieth above those that Triton 3.6 and 3.7 make of the kernels.
 MOST = {
     "leader_kernel": (2.9, 80),
     "leader_output_kernel": (6.6, 0),
