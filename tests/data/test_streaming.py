@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import threading
@@ -199,8 +200,9 @@ def together(
     characters that each worker has encoded.
     """
     source, values, barrier = streamed_source(config), [None] * workers, threading.Barrier(workers, timeout=60)
+    before = set(threading.enumerate())
 
-    def work(rank: int) -> tuple[list[list[torch.Tensor]], Any, int]:
+    def work(rank: int) -> tuple[list[list[torch.Tensor]], Any, Counting]:
         share, tokenizer = share_of(rank, workers, batch_size, accumulated), Counting()
         own = source if rank == 0 else source.without_documents()
         worker = Worker(rank, values, barrier)
@@ -210,16 +212,22 @@ def together(
             made, states = zip(*islice(stream, share.batches), strict=True)
             steps.append([told(batch) for batch in made])
             after = states[-1]
-        return steps, after, tokenizer.characters
+        return steps, after, tokenizer
 
     with ThreadPoolExecutor(workers) as threads:
-        ranks, states, characters = zip(*threads.map(work, range(workers)), strict=True)
+        ranks, states, tokenizers = zip(*threads.map(work, range(workers)), strict=True)
+    # A worker ends while a thread may still encode what it would need next. All have asked for as many parts, and a
+    # stream that is collected lets its thread finish them.
+    gc.collect()
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.startswith("tokens"):
+            thread.join(60)
     assert all(one == states[0] for one in states), "the processes are in different places"
     steps = []
     for step in zip(*ranks, strict=True):
         # The batches that are trained on at the same time lie side by side in the text.
         steps.append(torch.cat(list(chain(*zip(*step, strict=True)))))
-    return steps, states[0], list(characters)
+    return steps, states[0], [tokenizer.characters for tokenizer in tokenizers]
 
 
 def told(batch: Batch) -> torch.Tensor:
