@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import inspect
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -90,6 +93,9 @@ def run() -> None:
     # cores from those that they wait for, and each wait lasts a time slice or more.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     open_streams()
+    with contextlib.suppress(AttributeError):  # Windows has no SIGQUIT.
+        # A stop waits for the step in hand. Where that never ends, Ctrl-\ says where it stands.
+        faulthandler.register(signal.SIGQUIT, file=2, chain=True)
     options = GlobalOptions()
     try:
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -61,6 +62,20 @@ def test_a_stop_before_the_first_step_leaves_nothing(tiny: Path, tmp_path: Path)
     assert (done.code, done.err) == (130, BEFORE_THE_START)
     assert not (tmp_path / "run").exists()
     assert contents(tmp_path / "cache") == {"tokens": None}
+
+
+def test_a_run_that_stands_still_says_where(tiny: Path, tmp_path: Path) -> None:
+    """By SIGQUIT, which is Ctrl-\\: a stop would wait for what never ends."""
+    done = run_forked("train", "--config", tiny, "--out", tmp_path / "run", first=quit_without_core)
+    assert done.code == -signal.SIGQUIT
+    first, *places = done.err.splitlines()
+    assert first.endswith("(most recent call first):")
+    assert any("/cda_cli/data/" in place for place in places), "the stack of the thread that stands still is not shown"
+
+
+def quit_without_core() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal_at(signal.SIGQUIT, "open", "train.bin")
 
 
 def test_a_stop_while_pytorch_is_imported_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
