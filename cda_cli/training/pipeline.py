@@ -134,10 +134,10 @@ _found_frozen = False
 def are_imports_frozen() -> bool:
     """Whether the program has called `gc.freeze` since it imported PyTorch."""
     global _found_frozen
-    # To look for an import among half a million objects takes as long as several small steps. What was found frozen
-    # stays so until all is unfrozen, and whoever then freezes again freezes it too.
-    _found_frozen = gc.get_freeze_count() > 0 and (
-        _found_frozen or all(one is not torch.nn.Module for one in gc.get_objects())
+    # To look at half a million objects takes as long as several small steps, and so does to count them where they are
+    # frozen. What was found frozen stays so until all is unfrozen, and meanwhile few are left to look at.
+    _found_frozen = (_found_frozen or gc.get_freeze_count() > 0) and all(
+        one is not torch.nn.Module for one in gc.get_objects()
     )
     return _found_frozen
 
