@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import gzip
 import json
 import threading
@@ -161,13 +160,16 @@ def test_faults_of_a_stream_are_one_sentence(folder: Path) -> None:
 
 
 class Counting(ByteTokenizer):
-    """Counts the characters that it encodes."""
+    """Counts the characters that it encodes. `done` is released once for each part of a stream."""
 
-    characters = 0
+    def __init__(self) -> None:
+        self.characters, self.done = 0, threading.Semaphore(0)
 
     def encode_batch(self, pieces: Sequence[str]) -> list[Encoded]:
+        encoded = super().encode_batch(pieces)
         self.characters += sum(map(len, pieces))
-        return super().encode_batch(pieces)
+        self.done.release()
+        return encoded
 
 
 class Worker:
@@ -175,10 +177,12 @@ class Worker:
 
     def __init__(self, rank: int, values: list[Any], barrier: threading.Barrier) -> None:
         self._rank, self._values, self._barrier = rank, values, barrier
-        self.count, self.first = len(values), rank == 0
+        self.count, self.first, self.parts = len(values), rank == 0, 0
 
     def scatter(self, values: Sequence[Any] | None) -> Any:
-        return self._exchange(values)[0][self._rank]
+        part = self._exchange(values)[0][self._rank]
+        self.parts += not isinstance(part, DataError)
+        return part
 
     def gather(self, value: Any) -> list[Any]:
         return self._exchange(value)
@@ -200,9 +204,8 @@ def together(
     characters that each worker has encoded.
     """
     source, values, barrier = streamed_source(config), [None] * workers, threading.Barrier(workers, timeout=60)
-    before = set(threading.enumerate())
 
-    def work(rank: int) -> tuple[list[list[torch.Tensor]], Any, Counting]:
+    def work(rank: int) -> tuple[list[list[torch.Tensor]], Any, int]:
         share, tokenizer = share_of(rank, workers, batch_size, accumulated), Counting()
         own = source if rank == 0 else source.without_documents()
         worker = Worker(rank, values, barrier)
@@ -212,22 +215,19 @@ def together(
             made, states = zip(*islice(stream, share.batches), strict=True)
             steps.append([told(batch) for batch in made])
             after = states[-1]
-        return steps, after, tokenizer
+        # A thread may still encode what would be needed next.
+        for _ in range(worker.parts):
+            assert tokenizer.done.acquire(timeout=60), "a part that the worker got was not encoded"
+        return steps, after, tokenizer.characters
 
     with ThreadPoolExecutor(workers) as threads:
-        ranks, states, tokenizers = zip(*threads.map(work, range(workers)), strict=True)
-    # A worker ends while a thread may still encode what it would need next. All have asked for as many parts, and a
-    # stream that is collected lets its thread finish them.
-    gc.collect()
-    for thread in set(threading.enumerate()) - before:
-        if thread.name.startswith("tokens"):
-            thread.join(60)
+        ranks, states, characters = zip(*threads.map(work, range(workers)), strict=True)
     assert all(one == states[0] for one in states), "the processes are in different places"
     steps = []
     for step in zip(*ranks, strict=True):
         # The batches that are trained on at the same time lie side by side in the text.
         steps.append(torch.cat(list(chain(*zip(*step, strict=True)))))
-    return steps, states[0], [tokenizer.characters for tokenizer in tokenizers]
+    return steps, states[0], list(characters)
 
 
 def told(batch: Batch) -> torch.Tensor:
