@@ -26,6 +26,7 @@ PRODUCTS = {
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);")
 BRANCH = re.compile(r"\bBRA\b.* 0x([0-9a-f]+)$")
 # A warpgroup's product of 64 × n × k, and a warp's product of 16 × 8 × k.
+BARRIER, ALL_GROUPS = re.compile(r"\b(?:bar|barrier)\.sync\b"), re.compile(r"\bbarrier\.sync\s+1;")
 OF_GROUP, OF_WARP = re.compile(r"\bHGMMA\.64x(\d+)x(\d+)\."), re.compile(r"\bHMMA\.168(\d+)\.")
 
 
@@ -42,6 +43,7 @@ class Cost(NamedTuple):
 
 def cost(kernel: Any, specialization: str, made: Any, log: str) -> Cost:
     """Returns the cost of a kernel that was `made` by Triton for `specialization`, where ptxas said `log`."""
+    assert not overwrites_results(made.asm["ptx"]), "arguments of groups of warps lie where results may still be read"
     numbers = re.search(r"(\d+) bytes spill stores.*Used (\d+) registers", log, re.DOTALL)
     assert numbers, f"ptxas says nothing of registers and spills: {log}"
     known = json.loads(specialization)
@@ -49,6 +51,19 @@ def cost(kernel: Any, specialization: str, made: Any, log: str) -> Cost:
     constants = {kernel.arg_names[place]: value for (place,), value in places}
     per_score = instructions_per_score(kernel.fn.__name__, constants, made.asm["cubin"])
     return Cost(int(numbers[2]), int(numbers[1]), made.metadata.shared, per_score)
+
+
+def overwrites_results(ptx: str) -> bool:
+    """Whether a kernel writes the arguments of its groups of warps while a warp may still read shared memory.
+
+    Each group starts behind a barrier of all groups, before which the arguments are written. What the warps have read
+    until then must have a barrier of its own behind it.
+    """
+    start = ALL_GROUPS.search(ptx)
+    if start is None:
+        return False
+    before = [barrier.end() for barrier in BARRIER.finditer(ptx, 0, start.start())]
+    return "ld.shared" in ptx[before[-1] if before else 0 : start.start()]
 
 
 def instructions_per_score(kernel: str, constants: Mapping[str, Any], cubin: bytes) -> float | None:

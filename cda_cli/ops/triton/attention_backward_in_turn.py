@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import tiles
+from .gluon_tiles import barrier
 
 # min(NaN, 0) is NaN, so that a broken query or key shows in the gradients too.
 ALL = gl.constexpr(tl.PropagateNan.ALL)
@@ -337,6 +338,7 @@ def in_turn_kernel(
     sums += tile_row.to(gl.int64) * (M * WIDTH)
     grad_key += batch.to(gl.int64) * stride_db + key_head.to(gl.int64) * stride_dh
     grad_value += batch.to(gl.int64) * stride_eb + key_head.to(gl.int64) * stride_eh
+    barrier()
     gl.warp_specialize([
         (_sum, (
             k_buf, v_buf, q_bufs, g_bufs, d_bufs, s_bufs, kv_full, full, my_turn, added, sums, low_ptr, high_ptr,

@@ -24,7 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from . import tiles
-from .gluon_tiles import bounds, buffers, load_tiles, place_of_program, tiles_of_block, where_seen
+from .gluon_tiles import barrier, bounds, buffers, load_tiles, place_of_program, tiles_of_block, where_seen
 
 HIDDEN = gl.constexpr(tiles.HIDDEN.value)
 BEYOND = gl.constexpr(tiles.BEYOND.value)
@@ -432,6 +432,7 @@ def one_pass_kernel(
     key_rows += (batch.to(gl.int64) * (stride_kb // 8) + key_head.to(gl.int64) * (stride_kh // 8)) * 8
     value_rows += (batch.to(gl.int64) * (stride_vb // 8) + key_head.to(gl.int64) * (stride_vh // 8)) * 8
     output += batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
+    barrier()
     gl.warp_specialize([
         (_attend, (
             gl.constexpr(0), key_rows, value_rows, budget, first_ptr, last_ptr, output, stats, leaders,

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from . import row_tiles, tiles
-from .gluon_tiles import bounds, buffers, load_tiles, place_of_program, tiles_of_block, where_seen
+from .gluon_tiles import barrier, bounds, buffers, load_tiles, place_of_program, tiles_of_block, where_seen
 
 BEYOND = gl.constexpr(tiles.BEYOND.value)
 SHARP = gl.constexpr(row_tiles.SHARP.value)
@@ -174,6 +174,7 @@ def weighted_sum_kernel(
     place_o = batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
     output += place_o
     free_output += place_o
+    barrier()
     if GROUPS == 2:
         gl.warp_specialize([
             (_attend, (

@@ -10,6 +10,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+# All warps of a program that compute wait here for each other; Triton 3.7 has another name for it. A kernel calls it
+# before `warp_specialize`, which writes the arguments of the groups of warps where a reduction has left its result.
+# Triton 3.6 does not wait until all warps have read that result. A late warp would read an argument in its place, and
+# then overwrite the arguments with what follows from it.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
 
 @gluon.jit
 def bounds(
