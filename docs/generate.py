@@ -145,7 +145,7 @@ def metrics() -> str:
 
 
 def record_table(record: type[Any]) -> list[str]:
-    lines = [f"{record.__doc__}", "", "| field | type | unit | meaning |", "|---|---|---|---|"]
+    lines = [inspect.cleandoc(str(record.__doc__)), "", "| field | type | unit | meaning |", "|---|---|---|---|"]
     hints = get_type_hints(record, include_extras=True)
     for field in fields(record):
         hint, about = get_args(hints[field.name])

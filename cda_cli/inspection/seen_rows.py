@@ -33,7 +33,8 @@ class SeenRows:
         self.tokens = tokens
         self.weights = seen.weights  # λ [B, H, t, S]
         self.k = seen.sparsity_k.double()  # [B, H, t]
-        self.position = seen.position + torch.arange(self.k.shape[2], device=self.k.device)  # of each query, [t]
+        rows = torch.arange(self.k.shape[2], device=self.k.device)
+        self.position = seen.position + seen.apart * rows  # of each query, [t]
 
     @cached_property
     def real_keys(self) -> Tensor:

@@ -47,23 +47,27 @@ class Recorded(NamedTuple):
 
 
 class RecordWatcher(Watcher):
-    """Adds up what training records of each layer. Nothing in it waits for a GPU before `recorded`."""
+    """Adds up what training records of each layer, from one in `apart` queries.
 
-    def __init__(self) -> None:
+    Nothing in it waits for a GPU before `recorded`.
+    """
+
+    def __init__(self, apart: int = 1) -> None:
+        self.apart = apart
         self.attention: dict[int, RowMeans] = defaultdict(RowMeans)
         self.active: dict[int, Tensor] = {}
         self.units: dict[int, int] = {}
         self.tokens = self.null_keys = 0  # of the latest window
 
     def watching(self, model: Transformer) -> AbstractContextManager[None]:
-        return observing(model, self._see)
+        return observing(model, self._see, self.apart)
 
     def _see(self, seen: ObservedAttention | ObservedFeedForward) -> None:
         if isinstance(seen, ObservedFeedForward):
             self.active[seen.layer], self.units[seen.layer] = count_active(seen.activations), seen.activations.shape[-1]
         else:
             _add(self.attention[seen.layer], SeenRows(seen), RECORDED)
-            self.tokens, self.null_keys = seen.position + seen.weights.shape[2], seen.null_keys
+            self.tokens, self.null_keys = seen.weights.shape[-1] - seen.null_keys, seen.null_keys
 
     def join(self, gather: Callable[[Any], list[Any]]) -> None:
         """Adds what other processes have seen of the same windows, where each saw as many positions of them.

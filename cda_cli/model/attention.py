@@ -46,6 +46,7 @@ class Attention(nn.Module):
         as_scale = config.eps_anneal_start is not None and self.rule.divides_by_eps
         self.register_buffer("query_scale", torch.ones((), dtype=torch.float32) if as_scale else None, persistent=False)
         self.observer: Observer | None = None
+        self.observed_apart = 1  # The observer sees one query in so many.
         self.edit_rows: EditRows | None = None
         self.edit_budget: EditLayer | None = None
         self.auxiliary_loss: ExcessSupport | None = None  # of training, where gradients are taken
@@ -153,8 +154,11 @@ class Attention(nn.Module):
             observe = None
             if self.observer is not None:
                 observe = partial(self._observe, self._output_scale(budget, gate_logits, query))
-            watch = (observe, self.edit_rows)
-            return self.rule.attend_densely(query, key, value, budget, *watch, documents, visible_B)
+            if observe is None or self.observed_apart == 1:
+                watch = (observe, self.edit_rows)
+                return self.rule.attend_densely(query, key, value, budget, *watch, documents, visible_B)
+            assert (cache, documents, self.edit_rows) == (None, None, None), "some queries of whole texts alone"
+            self.rule.observe_some(query, key, value, budget, observe, self.observed_apart)
         if cache is not None and (visible_B is not None or self._decodes(query, documents)):
             return cache.decode(self.layer, self.rule, query, key, value, budget)
         return self.rule.attend(query, key, value, budget, documents)
@@ -298,12 +302,13 @@ class Attention(nn.Module):
     ) -> None:
         assert self.observer is not None
         null, (t, S) = self.config.null_kv, weights_BHtS.shape[2:]
+        apart = self.observed_apart
         row = last - (S - scale_BHT.shape[2])  # of the whole call: the first of this block
         rows = (weights_BHtS.detach(), budget_BHt.detach())
-        output = (value_BHSD.detach(), self.to_out.weight.detach(), scale_BHT[:, :, row : row + t].detach())
+        output = (value_BHSD.detach(), self.to_out.weight.detach(), scale_BHT[:, :, row::apart][:, :, :t].detach())
         # The factor that anneals ε on the query belongs to ε, and not to the scores.
         scores_of = (query_BHtD.detach() * (self.eps / self.rule.eps), key_BHSD.detach())
-        self.observer(ObservedAttention(self.layer, *rows, null, last - null, *output, *scores_of))
+        self.observer(ObservedAttention(self.layer, *rows, null, last - null, *output, *scores_of, apart=apart))
 
 
 def _one_to(largest: float, logits: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ from cda_cli.training.gradients import accumulate_gradients
 from cda_cli.training.schedule import due, is_one_of
 from cda_cli.training.state import RunContext, TrainState
 
-MOST_INSPECTED = 8192  # tokens of which a log line shows what each layer selects
+# What a log line looks at, tokens and queries: the dense weights are the product of their numbers. With 8192 of both
+# a log line took as long as ten steps.
+MOST_INSPECTED, MOST_QUERIES = 8192, 1024
 
 
 class StepAttention(NamedTuple):
@@ -211,13 +213,13 @@ def inspect_first(
 ) -> Inspection:
     """Inspects what each layer selects on the first sequence of a step; the first process has the first of all.
 
-    Of a longer sequence it takes the first MOST_INSPECTED tokens, as the dense weights are the square of their number.
+    Of a longer sequence it takes the first MOST_INSPECTED tokens, and of these it observes about MOST_QUERIES.
     """
     chunks = 2 * context.processes.mesh.parts  # equal ones, into which processes divide a sequence
     first = batches[0].map(lambda values: values[:1])
     first = replace(first, inputs=first.inputs[:, : MOST_INSPECTED // chunks * chunks])
     # A module that fsdp compiles in place would otherwise be compiled once more, for this shape.
     with torch.compiler.set_stance("force_eager"), torch.cuda.stream(stream):
-        watcher = RecordWatcher()
+        watcher = RecordWatcher(apart=-(-first.inputs.shape[1] // MOST_QUERIES))
         inspect(state.model, [first], context.device, context.dtype, watcher)
         return Inspection(watcher, stream, context.processes)

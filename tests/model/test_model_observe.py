@@ -25,6 +25,27 @@ def watched(model: Transformer, batch: Tensor) -> tuple[Tensor, Observations]:
     return logits, seen
 
 
+@every_case
+def test_some_of_the_queries_are_seen_as_with_all_others(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three neighbours the middle one, row after row."""
+    model, batch = build(config), tokens(config)
+    logits, seen = watched(model, batch)
+    some: Observations = []
+    monkeypatch.setattr("cda_cli.model.rules.base.BLOCK_SCORES", 1)
+    with torch.no_grad(), observing(model, some.append, apart=3):
+        torch.testing.assert_close(model(batch), logits, atol=1e-5, rtol=0)
+    for all_rows in seen:
+        found = [one for one in some if one.layer == all_rows.layer and type(one) is type(all_rows)]
+        if isinstance(all_rows, ObservedFeedForward):
+            torch.testing.assert_close(found[0].activations, all_rows.activations, atol=1e-5, rtol=1e-5)
+            continue
+        assert [one.position for one in found] == list(range(1, batch.shape[1], 3))
+        for field in ("weights", "sparsity_k", "output_scale", "queries"):
+            rows = torch.cat([getattr(one, field) for one in found], 2)
+            torch.testing.assert_close(rows, getattr(all_rows, field)[:, :, 1::3], atol=1e-5, rtol=1e-5, msg=field)
+        torch.testing.assert_close(found[0].keys, all_rows.keys, atol=1e-5, rtol=1e-5)
+
+
 def passed(model: Transformer, batch: Tensor) -> dict[Any, tuple[Tensor, Tensor]]:
     """Returns input and output of each module in a forward pass without observation."""
     through: dict[Any, tuple[Tensor, Tensor]] = {}

@@ -173,6 +173,11 @@ def test_a_log_line_inspects_the_beginning_of_a_long_sequence(
         line for line in trained(changed(even, steps=1), tmp_path / "run").records if isinstance(line, TrainRecord)
     )
     assert line.layers[0].effective_support == pytest.approx((2 + 3 + 4 + 5) / 4, rel=1e-3)
+    monkeypatch.setattr(pipeline, "MOST_QUERIES", 2)
+    (line,) = (
+        line for line in trained(changed(even, steps=1), tmp_path / "some").records if isinstance(line, TrainRecord)
+    )
+    assert line.layers[0].effective_support == pytest.approx((3 + 5) / 2, rel=1e-3)
 
 
 @pytest.fixture

@@ -170,6 +170,21 @@ class AttentionRule(ABC):
             outputs.append(weights.to(value.dtype) @ value)
         return torch.cat(outputs, 2)
 
+    def observe_some(
+        self, query: Tensor, key: Tensor, value: Tensor, budget: float | Tensor, observe: ObserveBlock, apart: int
+    ) -> None:
+        """Gives `observe` what `attend_densely` does, of one in `apart` queries: those amid `apart` neighbours."""
+        (B, H, T, _), S = query.shape, key.shape[2]
+        if not isinstance(budget, Tensor):
+            budget = torch.full((), budget, device=query.device)
+        budget = budget.expand(B, H, T)
+        heads = for_each_query(key, H), for_each_query(value, H)
+        block = apart * max(1, BLOCK_SCORES // (B * H * S))
+        for start in range(apart // 2, T, block):
+            rows = slice(start, start + block, apart)
+            weights = self.weights_of(query, key, budget, rows)
+            observe(weights, budget[:, :, rows], self.scale * query[:, :, rows], *heads, S - T + start)
+
     def weights_of(self, query: Tensor, key: Tensor, budget: float | Tensor, rows: slice) -> Tensor:
         """Returns the dense weights [B, H, r, S], at least float32, of those r of the T queries that `rows` takes.
 
