@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# A core has no work while its test waits for a process, so there are three workers for two cores.
-WORKERS := $(shell echo $$(( $$(nproc) * 3 / 2 )))
+# A core has no work while its test waits for a process, so there are more workers than cores.
+WORKERS := $(shell echo $$(( $$(nproc) + 2 )))
+# Each worker, and each of the hundreds of interpreters that tests start, would else compile all it imports of the tree.
+unexport PYTHONDONTWRITEBYTECODE
 SCRIPTS := cda_cli/page/scripts tests/page/walk.js
 STYLE := cda_cli/page/style.css
 
