@@ -13,7 +13,7 @@ from cda_cli.config import Config, annealed_eps, dump_yaml, parse, read_yaml
 from cda_cli.errors import CheckpointError, ConfigError
 from cda_cli.plurals import counted
 from cda_cli.runs.metrics import Metrics, R, Tracker, count_damaged, read_kind, read_metrics
-from cda_cli.runs.records import Record, ValidationRecord
+from cda_cli.runs.records import CheckpointRecord, Record, ValidationRecord
 from cda_cli.storage import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -106,6 +106,14 @@ class Run:
     def validation_losses(self, step: int) -> list[float]:
         """The validation losses up to `step`, oldest first, nats per token; NaN for one that was not finite."""
         return [record.loss for record in self.records(ValidationRecord) if record.step <= step]
+
+    def lacks_validation(self, step: int) -> bool:
+        """Whether this run saved `step` and did not validate it, as where a stop cut the validation short.
+
+        Of a checkpoint that another run or an import saved it has no record, and lacks nothing.
+        """
+        saved = any(record.step == step for record in self.records(CheckpointRecord, newest_first=True))
+        return saved and all(record.step != step for record in self.records(ValidationRecord, newest_first=True))
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, damaged ones included, lowest first."""

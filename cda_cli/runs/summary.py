@@ -52,7 +52,8 @@ def summarise(path: Path) -> Summary:
     train = next(run.records(TrainRecord, newest_first=True), None)
     checkpoint = next(run.records(CheckpointRecord, newest_first=True), None)
     saved = max([*run.steps(), *([checkpoint.step] if checkpoint else [])], default=0)
-    ended = saved >= config.optim.steps or Patience(config.run.patience, [each.loss for each in validations]).over
+    all_done = saved >= config.optim.steps and not run.lacks_validation(saved)
+    ended = all_done or Patience(config.run.patience, [each.loss for each in validations]).over
     best = min((each for each in validations if math.isfinite(each.loss)), key=lambda each: each.loss, default=None)
     losses = [each.loss for each in validations]
     if len(losses) < FEWEST_VALIDATIONS:

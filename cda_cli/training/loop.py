@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from cda_cli.config import Config
 from cda_cli.data import Batch, evaluation_batches
 from cda_cli.evaluation import Evaluation, bits_per_byte, evaluate
 from cda_cli.generation import SamplingSettings, generate
@@ -42,8 +43,11 @@ def train(
     display: Display,
     stop: StopRequest,
     patience: Patience,
+    owes_validation: bool = False,
 ) -> None:
     """Trains from `state.step` to `optim.steps`, or until `patience` is over.
+
+    With `owes_validation` it first makes that of `state.step`, which a stop cut short.
 
     Raises InterruptedRunError, after saving, when asked to stop.
     """
@@ -64,6 +68,16 @@ def train(
     def is_logged(step: int) -> bool:
         return due(step, every.log_every) or step == optim.steps
 
+    def report_validation() -> None:
+        record = validate(context, state, stop)
+        if record is not None:
+            report(record)
+            state.validation_loss = processes.broadcast_value(record.loss)
+            patience.add(state.validation_loss)
+
+    if owes_validation:
+        model.set_attention_eps(eps_of_step(config, state.step))
+        report_validation()
     model.train()
     while state.step < optim.steps and not (stop or patience.over):
         rate = learning_rate(optim, config.schedule_steps, state.step)
@@ -122,13 +136,8 @@ def train(
         with speed.paused():
             # Validation and samples use the ε that a model restored from this step's checkpoint has.
             model.set_attention_eps(eps_of_step(config, state.step))
-            if (due(state.step, every.eval_every) or last) and not stop:
-                found = validate(context, stop)
-                if found is not None:
-                    measured = found._asdict() | averaged_metrics(context, state, stop)
-                    report(ValidationRecord(step=state.step, **measured))
-                    state.validation_loss = processes.broadcast_value(found.loss)
-                    patience.add(state.validation_loss)
+            if is_validated(config, state.step) and not stop:
+                report_validation()
             if due(state.step, every.sample_every) and not stop:
                 report(SampleRecord(step=state.step, text=sample(context, state, stop)))
             if due(state.step, every.save_every) or passed or last or stop or patience.over:
@@ -142,7 +151,8 @@ def train(
         if saved != state.step:
             save(context, state, run)
         stopped = f"stopped at step {state.step} of {optim.steps}, and saved"
-        if state.step < optim.steps and not patience.over:
+        has_more = state.step < optim.steps or state.validation_loss is None
+        if has_more and not patience.over:
             # The settings of a run do not say how many processes there were.
             alone = processes.count == 1
             command = f"`cda train --out {shlex.quote(str(run.path))}`" if alone else "the same command"
@@ -184,7 +194,25 @@ def save(context: RunContext, state: TrainState, run: Run) -> Path:
     return path
 
 
-def validate(context: RunContext, stop: StopRequest) -> Evaluation | None:
+def is_validated(config: Config, step: int) -> bool:
+    """Whether a validation is due after `step`."""
+    return due(step, config.run.eval_every) or step == config.optim.steps
+
+
+def validate(context: RunContext, state: TrainState, stop: StopRequest) -> ValidationRecord | None:
+    """Evaluates the weights, and their average if there is one; None if a stop cut that short."""
+    found = evaluate_validation(context, stop)
+    averaged = {}
+    if found is not None and state.average is not None:
+        with state.average.in_place():
+            result = evaluate_validation(context, stop)
+        if result is None:
+            return None
+        averaged = {"ema_loss": result.loss, "ema_bits_per_byte": result.bits_per_byte}
+    return ValidationRecord(step=state.step, **(found._asdict() | averaged)) if found is not None else None
+
+
+def evaluate_validation(context: RunContext, stop: StopRequest) -> Evaluation | None:
     """Evaluates the first `eval_batches` batches of the validation split; None if a stop cut that short."""
     config, validation = context.config, context.data.validation
     batches = evaluation_batches(
@@ -192,15 +220,6 @@ def validate(context: RunContext, stop: StopRequest) -> Evaluation | None:
     )
     result = evaluate(context.compiled, stop.until(batches), context.device, context.dtype)
     return None if stop else result
-
-
-def averaged_metrics(context: RunContext, state: TrainState, stop: StopRequest) -> dict[str, float]:
-    """The same metrics of the averaged weights, where there are any."""
-    if state.average is None:
-        return {}
-    with state.average.in_place():
-        result = validate(context, stop)
-    return {f"ema_{name}": getattr(result, name) for name in ("loss", "bits_per_byte")} if result else {}
 
 
 def sample(context: RunContext, state: TrainState, stop: StopRequest) -> str:

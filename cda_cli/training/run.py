@@ -33,7 +33,7 @@ from cda_cli.training.distributed.launch import STOPPED_BEFORE_START
 from cda_cli.training.distributed.processes import ALONE, Processes
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.initial_weights import InitialWeights, read_initial_weights
-from cda_cli.training.loop import train
+from cda_cli.training.loop import is_validated, train
 from cda_cli.training.nonfinite import StepResult
 from cda_cli.training.optimizer import GuardedOptimizer
 from cda_cli.training.pipeline import draw
@@ -106,7 +106,9 @@ def _run(
             checkpoint.release()  # All of it is in model, optimizer and average by now.
         check_same_start(context, state, run)
     config = context.config
-    if checkpoint and state.step >= config.optim.steps:
+    validations = processes.broadcast_text("validations", lambda: json.dumps(_validations(run, config, state.step)))
+    losses, owes_validation = json.loads(validations)
+    if checkpoint and state.step >= config.optim.steps and not owes_validation:
         display.note(f"{run.path} has all its {counted(state.step, 'step')}; raise --steps to go on")
         return
     if checkpoint:
@@ -124,8 +126,7 @@ def _run(
         remark = _memory_remark(context, expected)
         if remark:
             display.note(remark)
-    before_this = processes.broadcast_text("validation losses", lambda: json.dumps(run.validation_losses(state.step)))
-    patience = Patience(config.run.patience, json.loads(before_this))
+    patience = Patience(config.run.patience, losses)
     if patience.over:
         display.note(f"{run.path} was stopped early: {patience.words()}; raise --set run.patience to go on")
         return
@@ -136,10 +137,15 @@ def _run(
         if beginning:
             metrics.write(beginning)
         display.start(make_plan(context, state, run), run.metrics())
-        train(context, state, run, metrics, display, processes.agreed(stop), patience)
+        train(context, state, run, metrics, display, processes.agreed(stop), patience, owes_validation)
     finally:
         metrics.close()
         display.finish()
+
+
+def _validations(run: Run, config: Config, step: int) -> tuple[list[float], bool]:
+    """The losses of the validations up to `step`, and whether that of `step` is due and was not made."""
+    return run.validation_losses(step), is_validated(config, step) and run.lacks_validation(step)
 
 
 def dry_run(

@@ -65,13 +65,14 @@ def test_the_curve_of_a_run_with_hardly_any_validations_is_its_training_loss(tmp
     ("records", "flags", "state"),
     [
         ([saved(40)], {}, "interrupted"),
-        ([saved(40), saved(50)], {}, "finished"),
+        ([saved(40), replace(VALIDATION, step=50), saved(50)], {}, "finished"),
+        ([saved(40), saved(50)], {}, "interrupted"),
         ([replace(TRAIN, step=50)], {}, "interrupted"),
         ([*validations(2.0, 2.1, 2.2), saved(30)], {"run__patience": 2}, "finished"),
         ([*validations(2.0, 2.1, 1.9), saved(30)], {"run__patience": 2}, "interrupted"),
     ],
 )
-def test_a_run_is_finished_once_its_last_step_is_saved_or_its_patience_is_over(
+def test_a_run_is_finished_once_its_last_step_is_validated_and_saved_or_its_patience_is_over(
     tmp_path: Path, records: list[Record], flags: dict[str, object], state: str
 ) -> None:
     path = make_run(tmp_path / "run", records, optim__steps=50, **flags)

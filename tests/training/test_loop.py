@@ -21,7 +21,8 @@ from cda_cli.data import IGNORE, Batch
 from cda_cli.errors import InterruptedRunError
 from cda_cli.model import Transformer
 from cda_cli.runs.folder import Run
-from cda_cli.runs.records import VERSION, TrainRecord, to_json
+from cda_cli.runs.records import VERSION, TrainRecord, ValidationRecord, to_json
+from cda_cli.runs.summary import summarise
 from cda_cli.signals import StopRequest
 from cda_cli.storage import list_steps
 from cda_cli.training import pipeline
@@ -226,10 +227,20 @@ def test_a_stop_before_the_first_step_is_saved_too(config: Config, tmp_path: Pat
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("step", "end"), [(2, "; `cda train --out .*/run` goes on from there"), (3, "")])
-def test_a_stop_during_the_last_step_leaves_nothing_to_go_on_with(
-    config: Config, tmp_path: Path, step: int, end: str
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_validation_that_a_stop_cut_short_is_made_when_the_run_goes_on(
+    config: Config, tmp_path: Path, step: int
 ) -> None:
-    """The command that goes on would only say that all steps are done."""
-    with pytest.raises(InterruptedRunError, match=f"^stopped at step {step} of 3, and saved{end}$"):
-        trained(changed(config, steps=3), tmp_path / "run", stop_after=step)
+    """Without that of the last step a run has not finished. One that has finished validates nothing."""
+    config = with_settings(changed(config, steps=4, ema_decay=0.5), {"run.eval_every": 2})
+    goes_on = "; `cda train --out .*/run` goes on from there"
+    with pytest.raises(InterruptedRunError, match=f"^stopped at step {step} of 4, and saved{goes_on}$"):
+        trained(config, tmp_path / "run", stop_after=step)
+    assert summarise(tmp_path / "run").state == "interrupted"
+    trained(config, tmp_path / "run")
+    whole = trained(config, tmp_path / "whole")
+    assert list(Run(tmp_path / "run").records(ValidationRecord)) == [
+        record for record in whole.records if isinstance(record, ValidationRecord)
+    ]
+    assert summarise(tmp_path / "run").state == "finished"
+    assert "has all its 4 steps" in str(trained(config, tmp_path / "run").notes)
