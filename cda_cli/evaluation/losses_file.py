@@ -51,7 +51,12 @@ class LossesFile:
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator[LossesFile]:
-        """Opens the file at `path`, or makes it. Raises ConfigError if it holds something else, and StorageError."""
+        """Opens the file at `path`, or makes it. Raises ConfigError if it is no file or holds something else.
+
+        Raises StorageError if it cannot be opened.
+        """
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ConfigError(f"{path} is no ordinary file; give --losses the name of one")
         try:
             file = path.open("r+b" if path.exists() else "w+b")
         except OSError as error:

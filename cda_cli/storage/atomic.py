@@ -30,9 +30,12 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 def write_file(path: Path, data: bytes) -> None:
     """Puts `data` at `path`, replacing the file that is there.
 
-    Raises StorageError if the write fails. The earlier file is then as it was.
+    Raises StorageError if the write fails. The earlier file is then as it was. Raises ConfigError for a device or a
+    pipe, whose name would then be that of a file.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"{path} is no ordinary file; give the name of one")
     with explained("write", path):
         _make_folder(path.parent)
         temporary = _hidden_sibling(path)

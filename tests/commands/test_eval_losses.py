@@ -144,6 +144,11 @@ def test_losses_of_another_evaluation_are_refused(
     assert contents(tmp_path) == before
 
 
+def test_losses_are_written_to_an_ordinary_file_only(cda: Cda, finished: Path) -> None:
+    refused = cda("eval", finished, "--losses", "/dev/null")
+    assert_refused(refused, "/dev/null is no ordinary file; give --losses the name of one")
+
+
 def test_losses_of_another_checkpoint_are_refused(cda: Cda, finished: Path, tmp_path: Path) -> None:
     evaluated(cda, finished, "--losses", tmp_path / "losses.jsonl")
     older = finished / "checkpoints" / "step-00000004"

@@ -19,6 +19,16 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["report.json"], "something was left beside the file"
 
 
+def test_what_is_no_ordinary_file_stays_what_it_is(tmp_path: Path) -> None:
+    """A device or a pipe, such as /dev/full: its name would become that of a file, for all programs."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="pipe is no ordinary file; give the name of one"):
+        write_file(pipe, b"text")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
 def test_a_file_is_durable_before_its_name_is(tmp_path: Path, watch) -> None:
     done: list[tuple[str, str]] = []
     with watch(lambda event, path: done.append((event, path))):
