@@ -68,7 +68,7 @@ class SweepDisplay:
         if attempt.exit_code:
             words = attempt.error or "stopped"
         else:
-            words = attempt.error or (f"finished, loss {record.loss:.4f}" if record else "finished")
+            words = attempt.error or (f"finished, training loss {record.loss:.4f}" if record else "finished")
         self._say(f"{attempt.job}: {words} ({duration(attempt.seconds)})", "red" if attempt.error else "")
 
     def refresh(self, running: Sequence[Running], waiting: int, held: Sequence[Job], *, stopping: bool) -> None:
