@@ -204,9 +204,9 @@ def _matches(pattern: str) -> list[Path]:
     if not paths and glob.has_magic(pattern):
         raise MissingTextError(f"no file matches {pattern}; check the glob given to --data")
     if not paths:
+        why = f"{pattern} is no ordinary file" if exact.exists() else f"there is no file {pattern}"
         raise MissingTextError(
-            f"there is no file {pattern}; give --data a file, a glob, a folder, https://…, {HUB_PREFIX}OWNER/NAME, or "
-            f"{STDLIB}"
+            f"{why}; give --data a file, a glob, a folder, https://…, {HUB_PREFIX}OWNER/NAME, or {STDLIB}"
         )
     return paths
 

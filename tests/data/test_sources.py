@@ -185,6 +185,7 @@ def test_a_dataset_of_the_hub_without_network_is_one_sentence(prepared: Prepare,
         ("broken.parquet", r"broken\.parquet cannot be read .*; mend "),
         ("x" * 300, r"cannot be read \(File name too long\); "),
         ("/work\0", r"^there is no file "),
+        ("/dev/null", r"^/dev/null is no ordinary file; give --data a file, "),
     ],
 )
 def test_bad_data_is_one_sentence_and_leaves_nothing(
