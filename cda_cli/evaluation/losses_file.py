@@ -22,6 +22,7 @@ from cda_cli.data import Tokenizer, Windows, count_words
 from cda_cli.errors import ConfigError, StorageError
 from cda_cli.evaluation.evaluate import bits_per_byte
 from cda_cli.evaluation.sums import Sums
+from cda_cli.storage import is_device_or_pipe
 
 CHECKPOINT = "checkpoint"  # the key that only the first line of a checkpoint has
 BEGINNING = f'{{"{CHECKPOINT}": "'.encode()  # of each file
@@ -55,7 +56,7 @@ class LossesFile:
 
         Raises StorageError if it cannot be opened.
         """
-        if path.exists() and not (path.is_file() or path.is_dir()):
+        if is_device_or_pipe(path):
             raise ConfigError(f"{path} is no ordinary file; give --losses the name of one")
         try:
             file = path.open("r+b" if path.exists() else "w+b")

@@ -4,7 +4,15 @@ The package takes tensors and plain dicts, never a module. `atomic` writes any f
 rest. Importing the package does not import torch, so a command can look into a run's folder first.
 """
 
-from cda_cli.storage.atomic import check_free, is_hidden, published_folder, remove_published, remove_stale, write_file
+from cda_cli.storage.atomic import (
+    check_free,
+    is_device_or_pipe,
+    is_hidden,
+    published_folder,
+    remove_published,
+    remove_stale,
+    write_file,
+)
 from cda_cli.storage.checkpoint import (
     STATE_FILE,
     Checkpoint,
@@ -44,6 +52,7 @@ __all__ = [
     "check_fits",
     "check_free",
     "holds_run",
+    "is_device_or_pipe",
     "is_held",
     "is_hidden",
     "list_steps",

@@ -27,6 +27,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+def is_device_or_pipe(path: Path) -> bool:
+    """Whether `path` is there, and neither a file nor a folder."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Puts `data` at `path`, replacing the file that is there.
 
@@ -34,7 +39,7 @@ def write_file(path: Path, data: bytes) -> None:
     pipe, whose name would then be that of a file.
     """
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if is_device_or_pipe(path):
         raise ConfigError(f"{path} is no ordinary file; give the name of one")
     with explained("write", path):
         _make_folder(path.parent)
