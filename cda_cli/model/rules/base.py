@@ -77,6 +77,13 @@ def visible(first: int, t: int, S: int, documents: Tensor | None, device: torch.
     return (mask & same).unsqueeze(1)
 
 
+def _of_each(budget: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
+    """The budget of each query, [B, H, T]."""
+    if not isinstance(budget, Tensor):
+        budget = torch.full((), budget, device=query.device)  # A copy from the host would wait for the GPU.
+    return budget.to(dtype).expand(query.shape[:3])
+
+
 class AttentionRule(ABC):
     """How one layer turns scores into weights. `eps` is its temperature."""
 
@@ -144,13 +151,11 @@ class AttentionRule(ABC):
         key, value = for_each_query(key, H), for_each_query(value, H)
         S, dtype = key.shape[2], torch.promote_types(query.dtype, torch.float32)
         key_BHDS = key.to(dtype).transpose(-1, -2)
-        if not isinstance(budget, Tensor):
-            budget = torch.full((), budget, device=query.device)  # A copy from the host would wait for the GPU.
         small = observe is not None or query.device.type == "cpu"
         rows = max(1, (BLOCK_SCORES if small else BLOCK_SCORES_OF_A_GPU) // (B * H * S))
         scores_of = partial(self._scores_of, query.to(dtype), key_BHDS)
         outputs = []
-        blocks = zip(query.split(rows, 2), budget.to(dtype).expand(B, H, T).split(rows, 2), strict=True)
+        blocks = zip(query.split(rows, 2), _of_each(budget, query, dtype).split(rows, 2), strict=True)
         for number, (query_BHtD, budget_BHt) in enumerate(blocks):
             last = S - T + number * rows
             scores = self._scores(query_BHtD.to(dtype), key_BHDS)
@@ -175,9 +180,7 @@ class AttentionRule(ABC):
     ) -> None:
         """Gives `observe` what `attend_densely` does, of one in `apart` queries: those amid `apart` neighbours."""
         (B, H, T, _), S = query.shape, key.shape[2]
-        if not isinstance(budget, Tensor):
-            budget = torch.full((), budget, device=query.device)
-        budget = budget.expand(B, H, T)
+        budget = _of_each(budget, query, torch.promote_types(query.dtype, torch.float32))
         heads = for_each_query(key, H), for_each_query(value, H)
         block = apart * max(1, BLOCK_SCORES // (B * H * S))
         for start in range(apart // 2, T, block):
@@ -193,9 +196,7 @@ class AttentionRule(ABC):
         H, T, S = *query.shape[1:3], key.shape[2]
         dtype = torch.promote_types(query.dtype, torch.float32)
         scores = self._scores(query[:, :, rows].to(dtype), for_each_query(key, H).to(dtype).transpose(-1, -2))
-        if not isinstance(budget, Tensor):
-            budget = torch.full((), budget, device=query.device)
-        budget = budget.to(dtype).expand(query.shape[:3])[:, :, rows]
+        budget = _of_each(budget, query, dtype)[:, :, rows]
         places = torch.arange(S, device=query.device)
         return self.weights(scores, budget, places <= places[S - T :][rows].unsqueeze(1))
 
