@@ -136,7 +136,7 @@ def train(
         with speed.paused():
             # Validation and samples use the ε that a model restored from this step's checkpoint has.
             model.set_attention_eps(eps_of_step(config, state.step))
-            if is_validated(config, state.step) and not stop:
+            if validation_due(config, state.step) and not stop:
                 report_validation()
             if due(state.step, every.sample_every) and not stop:
                 report(SampleRecord(step=state.step, text=sample(context, state, stop)))
@@ -194,7 +194,7 @@ def save(context: RunContext, state: TrainState, run: Run) -> Path:
     return path
 
 
-def is_validated(config: Config, step: int) -> bool:
+def validation_due(config: Config, step: int) -> bool:
     """Whether a validation is due after `step`."""
     return due(step, config.run.eval_every) or step == config.optim.steps
 

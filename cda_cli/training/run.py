@@ -33,7 +33,7 @@ from cda_cli.training.distributed.launch import STOPPED_BEFORE_START
 from cda_cli.training.distributed.processes import ALONE, Processes
 from cda_cli.training.gradients import accumulate_gradients, clip_gradients
 from cda_cli.training.initial_weights import InitialWeights, read_initial_weights
-from cda_cli.training.loop import is_validated, train
+from cda_cli.training.loop import train, validation_due
 from cda_cli.training.nonfinite import StepResult
 from cda_cli.training.optimizer import GuardedOptimizer
 from cda_cli.training.pipeline import draw
@@ -145,7 +145,7 @@ def _run(
 
 def _validations(run: Run, config: Config, step: int) -> tuple[list[float], bool]:
     """The losses of the validations up to `step`, and whether that of `step` is due and was not made."""
-    return run.validation_losses(step), is_validated(config, step) and run.lacks_validation(step)
+    return run.validation_losses(step), validation_due(config, step) and run.lacks_validation(step)
 
 
 def dry_run(
