@@ -25,8 +25,9 @@ PRODUCTS = {
 }  # fmt: skip
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);")
 BRANCH = re.compile(r"\bBRA\b.* 0x([0-9a-f]+)$")
-# A warpgroup's product of 64 × n × k, and a warp's product of 16 × 8 × k.
+# In PTX: any barrier, and that of all groups of warps.
 BARRIER, ALL_GROUPS = re.compile(r"\b(?:bar|barrier)\.sync\b"), re.compile(r"\bbarrier\.sync\s+1;")
+# A warpgroup's product of 64 × n × k, and a warp's product of 16 × 8 × k.
 OF_GROUP, OF_WARP = re.compile(r"\bHGMMA\.64x(\d+)x(\d+)\."), re.compile(r"\bHMMA\.168(\d+)\.")
 
 

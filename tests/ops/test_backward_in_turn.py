@@ -64,7 +64,7 @@ def test_gradients_of_any_problem(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("causal", [True, False])
-def test_no_bit_depends_on_who_runs_when(causal: bool, width: int) -> None:
+def test_no_bit_depends_on_who_runs_when(request: pytest.FixtureRequest, causal: bool, width: int) -> None:
     """More programs than a GPU has room for; the last heads also alone.
 
     Beside the small kernels of another stream the first programs start one after another, and not all at once.
@@ -82,6 +82,7 @@ def test_no_bit_depends_on_who_runs_when(causal: bool, width: int) -> None:
     other, rows = torch.Stream(DEVICE) if DEVICE == "cuda" else None, torch.ones(8192, 512, device=DEVICE)
     # Programs that wait for each other for good would hold up all tests. This ends the process, and names the test.
     faulthandler.dump_traceback_later(120, exit=True)
+    request.addfinalizer(faulthandler.cancel_dump_traceback_later)
     for _ in range(20 if DEVICE == "cuda" else 1):
         found = [torch.autograd.grad(attend(*leaves, 2.0), leaves, grad) for _ in range(4)]
         if other is not None:
@@ -92,7 +93,6 @@ def test_no_bit_depends_on_who_runs_when(causal: bool, width: int) -> None:
             for name, one, again in zip(NAMES[1:4], expected, grads, strict=True):
                 assert torch.equal(one, again), name
         assert torch.equal(attend(*leaves, 2.0), output)
-    faulthandler.cancel_dump_traceback_later()
 
 
 def test_what_is_no_key_has_no_gradient() -> None:
