@@ -33,7 +33,7 @@ def is_device_or_pipe(path: Path) -> bool:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Puts `data` at `path`, replacing the file that is there.
+    """Puts `data` at `path`, replacing the file that is there. Where `path` is a link, it replaces what the link names.
 
     Raises StorageError if the write fails. The earlier file is then as it was. Raises ConfigError for a device or a
     pipe, whose name would then be that of a file.
@@ -42,18 +42,19 @@ def write_file(path: Path, data: bytes) -> None:
     if is_device_or_pipe(path):
         raise ConfigError(f"{path} is no ordinary file; give the name of one")
     with explained("write", path):
-        _make_folder(path.parent)
-        temporary = _hidden_sibling(path)
+        named = Path(os.path.realpath(path))
+        _make_folder(named.parent)
+        temporary = _hidden_sibling(named)
         try:
             with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            temporary.replace(named)
         except BaseException:
             _discard(temporary)
             raise
-        _fsync(path.parent)
+        _fsync(named.parent)
 
 
 @contextlib.contextmanager
