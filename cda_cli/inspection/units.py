@@ -49,8 +49,8 @@ class UnitFigures(NamedTuple):
     the mean of |A ∪ B| for the units of neighbouring tokens, and `chance_overlap` the same for tokens without order.
 
     `nonzero_units` is the mean number of units that are not 0 on a token. Where a router chooses among `blocks` of
-    units (0 without one), a block is active on a token if any of its units is not 0: `active_blocks` is the mean number
-    of these, and a dead block is active on no token.
+    units (0 without one), a block is active on a token that it is chosen for, and is then computed, even if all its
+    units are 0: `active_blocks` is the mean number of these, and a dead block is active on no token.
     """
 
     units: int
@@ -76,7 +76,7 @@ class UnitCensus:
         self.either = ZERO
         self.numbers = Histogram(whole=True)
         self.nonzero = ZERO  # tokens on which each unit is not 0, [F]
-        self.active = ZERO  # tokens on which each block is active; without blocks none
+        self.active = ZERO  # tokens for which each block is chosen; without a router none
 
     def add(self, seen: ObservedFeedForward) -> None:
         B, T, F = seen.activations.shape
@@ -89,10 +89,9 @@ class UnitCensus:
             self.both = self.both + (followed[:, 1:] & followed[:, :-1]).sum().double()
             self.either = self.either + (followed[:, 1:] | followed[:, :-1]).sum().double()
             before = used[:, -1:]
-            nonzero = chunk != 0
-            self.nonzero = self.nonzero + nonzero.sum((0, 1)).double()
-            if seen.block_size is not None:
-                self.active = self.active + nonzero.unflatten(-1, (-1, seen.block_size)).any(-1).sum((0, 1)).double()
+            self.nonzero = self.nonzero + (chunk != 0).sum((0, 1)).double()
+        if seen.chosen is not None:
+            self.active = self.active + seen.chosen.sum((0, 1)).double()
         self.tokens += B * T
         self.pairs += B * (T - 1)
 

@@ -42,6 +42,10 @@ class Activation(ABC):
         """The layer has dim × so many weights in its matrices."""
         return 2 * self.config.ff_units + self.gate_width
 
+    def chosen_blocks(self, gate: Tensor | None) -> Tensor | None:
+        """Returns the blocks of units that a router chooses by its `gate` [B, T, N], as bools, or None without one."""
+        return None
+
     def scratch(self, batch_size: int, choice: Choice) -> dict[str, int]:
         """Returns the bytes that an operator takes for itself, by the start of its name, as measured on a CPU."""
         return {}
@@ -210,6 +214,9 @@ class RoutedBlocks(Gated):
 
     def factors(self, gate: Tensor) -> Tensor:
         return F.threshold(self.weights(gate), self.tolerance, 0.0)
+
+    def chosen_blocks(self, gate: Tensor | None) -> Tensor | None:
+        return None if gate is None else self.factors(gate.detach()) > 0
 
     def values(self, hidden: Tensor) -> Tensor:
         return F.relu(hidden).square()

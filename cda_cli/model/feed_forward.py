@@ -28,8 +28,8 @@ class FeedForward(nn.Module):
         gate = self.proj_gate(x_BTC) if self.proj_gate is not None else None
         activations = self.activation(self.proj_in(x_BTC), gate)
         if self.observer is not None:
-            to_out, block_size = self.proj_out.weight.detach(), self.activation.block_size
-            self.observer(ObservedFeedForward(self.layer, activations.detach(), to_out, block_size))
+            to_out, chosen = self.proj_out.weight.detach(), self.activation.chosen_blocks(gate)
+            self.observer(ObservedFeedForward(self.layer, activations.detach(), to_out, chosen))
         if self.auxiliary_loss is not None and torch.is_grad_enabled():
             activations = self.auxiliary_loss(activations)
         return self.proj_out(activations)

@@ -51,13 +51,13 @@ class ObservedAttention(NamedTuple):
 class ObservedFeedForward(NamedTuple):
     """The activations of one feed-forward layer, [B, T, F], F units, and the matrix [C, F] that takes them back.
 
-    A router chooses units in blocks of `block_size` neighbours; without a router that is None.
+    A router chooses among N blocks of neighbouring units: `chosen`, bool [B, T, N], or None without a router.
     """
 
     layer: int
     activations: Tensor
     to_out: Tensor
-    block_size: int | None = None
+    chosen: Tensor | None = None
 
 
 Observer = Callable[[ObservedAttention | ObservedFeedForward], None]

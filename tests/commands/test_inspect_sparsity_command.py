@@ -240,7 +240,7 @@ def test_a_sparse_feed_forward_is_inspected_too(cda: Cda, tiny: Path, tmp_path: 
     found, dense = inspected(cda, run), inspected(cda, trained(cda, tiny, tmp_path / "dense"))
     for unit, other in zip(found["feed_forward"], dense["feed_forward"], strict=True):
         assert 1 <= unit["units_99"] <= unit["nonzero_units"] <= 16 < other["units_99"]
-        assert (unit["blocks"], unit["active_blocks"]) == (8, pytest.approx(1, abs=0.01))
+        assert (unit["blocks"], unit["active_blocks"]) == (8, 1)
         assert (other["blocks"], other["active_blocks"]) == (0, 0)
     shown = cda("inspect-sparsity", run, "--max-batches", 1).out
     assert re.search(r"blocks of units\nlayer +blocks +active +dead\n0 +8 +1\.0 +\d\n", shown)

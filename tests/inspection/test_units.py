@@ -12,10 +12,10 @@ from cda_cli.inspection.units import UnitCensus, UnitFigures, units_in_use
 from cda_cli.model.observe import ObservedFeedForward
 
 
-def census(activations: Tensor, to_out: Tensor | None = None, block_size: int | None = None) -> UnitFigures:
+def census(activations: Tensor, to_out: Tensor | None = None, chosen: Tensor | None = None) -> UnitFigures:
     counted = UnitCensus()
     columns = torch.eye(activations.shape[-1]) if to_out is None else to_out
-    counted.add(ObservedFeedForward(0, activations, columns, block_size))
+    counted.add(ObservedFeedForward(0, activations, columns, chosen))
     return counted.figures()
 
 
@@ -46,10 +46,11 @@ def test_dead_units_and_those_that_are_always_on() -> None:
     assert found.neighbour_overlap == pytest.approx((1 + 2) / (2 + 2))
 
 
-def test_a_block_is_active_where_any_of_its_units_is_not_zero() -> None:
+def test_a_block_is_active_where_it_is_chosen_even_if_all_its_units_are_zero() -> None:
     activations = torch.tensor([[[1.0, 2, 0, 0, 0, 0], [0, 0, -1e-9, 0, 0, 0]], [[0, 0, 0, 3, 0, 0], [0] * 6]])
-    found = census(activations, block_size=2)
-    assert (found.blocks, found.dead_blocks, found.active_blocks) == (3, 1, 3 / 4)
+    chosen = torch.tensor([[[1, 0, 0], [0, 1, 0]], [[0, 1, 0], [1, 0, 0]]]).bool()
+    found = census(activations, chosen=chosen)
+    assert (found.blocks, found.dead_blocks, found.active_blocks) == (3, 1, 4 / 4)
     assert found.nonzero_units == 4 / 4
     assert census(activations).blocks == 0
 
