@@ -303,10 +303,18 @@ def test_a_command_line_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.slow
-def test_the_model_loads_without_the_compiler() -> None:
+def test_the_model_loads_and_computes_without_the_compiler() -> None:
     """torch._dynamo takes as long to import as torch itself. A checkpoint is compared with a model without values."""
-    imports = "import sys; from cda_cli.config import ModelConfig; from cda_cli.model import model_of_shapes"
-    script = f"{imports}; model_of_shapes(ModelConfig(null_kv=1, tied_embeddings=True)); print(*sys.modules)"
+    script = """
+import sys, torch
+from cda_cli.config import ModelConfig
+from cda_cli.model import Transformer, model_of_shapes
+model_of_shapes(ModelConfig(null_kv=1, tied_embeddings=True))
+for ff in ("coordinate-descent", "blocks"):
+    with torch.no_grad():
+        Transformer(ModelConfig(seq_len=8, dim=64, depth=1, heads=1, ff=ff))(torch.zeros(1, 8, dtype=torch.long))
+print(*sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert {"torch", "torch._dynamo", "sympy"} & set(done.stdout.split()) == {"torch"}
 

@@ -88,9 +88,8 @@ def _arithmetic(budget: Tensor, query: Tensor, key: Tensor, factor: float) -> tu
     return query.flatten(0, 1).to(budget.dtype) * factor, key.flatten(0, 1).to(budget.dtype)
 
 
-@torch.library.custom_op("cda::soft_topk_attention", mutates_args=())
 @in_own_precision
-def blockwise_attention(
+def attend_in_blocks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -129,6 +128,9 @@ def blockwise_attention(
     B, H = query.shape[:2]
     threshold = code.threshold(saved, spec).view(B, H, T)
     return out.view(B, H, T, v.shape[-1]).to(value.dtype), threshold, saved
+
+
+blockwise_attention = torch.library.custom_op("cda::soft_topk_attention", mutates_args=())(attend_in_blocks)
 
 
 @blockwise_attention.register_fake

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from .attention_inputs import budget_of_each
 from .precision import arithmetic_dtype, in_own_precision
-from .row_operator import soft_topk_rows
 from .solve_spec import SolveSpec
-from .solvers import SOLVERS
 
 MOST_QUERIES = 8
 
@@ -52,18 +50,9 @@ class DecodingInputs(NamedTuple):
 SolveRows = Callable[[Tensor, Tensor, SolveSpec], Tensor]
 
 
-def solve_in_pytorch(rows: Tensor, budget: Tensor, spec: SolveSpec) -> Tensor:
-    """A few rows. A custom operator, which keeps what a gradient needs, would take longer than the work on them."""
-    if torch.compiler.is_compiling():  # The solvers branch on their results.
-        return soft_topk_rows(rows, budget, *spec.flat(), "torch")[0]
-    code = SOLVERS[spec.solver]
-    weights, _ = code.solve(code.prepared(rows, budget.dtype), budget, lambda: (rows > -torch.inf).sum(-1), spec)
-    return weights
-
-
 @torch.no_grad()
 @in_own_precision
-def dense_decoding(inputs: DecodingInputs, solve: SolveRows = solve_in_pytorch) -> Tensor:
+def dense_decoding(inputs: DecodingInputs, solve: SolveRows) -> Tensor:
     """Output [B, H, T, D] in the dtype of `value`, by all scores, in plain PyTorch but for `solve`."""
     query, key, value, *_, spec, scale = inputs
     (B, H, T, D), (G, S), dtype = query.shape, key.shape[1:3], arithmetic_dtype(query.dtype)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from .solve_spec import SolveSpec
 from .solvers import SOLVERS, row_solver
-from .transforms import differentiated_again, gradients
+from .transforms import differentiated_again, gradients, only_values
 
 
-@torch.library.custom_op("cda::soft_topk", mutates_args=())
-def soft_topk_rows(
+def solve_rows(
     scores: Tensor, budget: Tensor, solver: str, n_iters: int, schedule: list[float], backend: str
 ) -> tuple[Tensor, Tensor]:
     """Weights [R, n] in the dtype of `scores`, and what the backward needs of each row, [m, R], without gradient.
@@ -30,6 +29,9 @@ def soft_topk_rows(
     rows = code.prepared(scores, budget.dtype)
     weights, saved = code.solve(rows, budget, lambda: (scores > -torch.inf).sum(-1), spec)
     return weights.to(scores.dtype), saved
+
+
+soft_topk_rows = torch.library.custom_op("cda::soft_topk", mutates_args=())(solve_rows)
 
 
 @soft_topk_rows.register_fake
@@ -98,6 +100,12 @@ def _(
     weights, saved = soft_topk_rows(rows(scores, in_dims[0]), rows(budget, in_dims[1]), *settings)
     batch = (info.batch_size, -1)
     return (weights.unflatten(0, batch), saved.unflatten(1, batch)), (0, 1)
+
+
+def weights_of_rows(scores: Tensor, budget: Tensor, spec: SolveSpec, backend: str) -> Tensor:
+    """Weights [R, n] as `solve_rows` gives them, with the gradient where one is asked for."""
+    run = solve_rows if only_values(scores, budget) else soft_topk_rows
+    return run(scores, budget, *spec.flat(), backend)[0]
 
 
 def differentiable_rows(scores: Tensor, budget: Tensor, spec: SolveSpec) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,17 @@ def observed(*tensors: Tensor) -> bool:
     return False
 
 
+def only_values(*tensors: Tensor) -> bool:
+    """Whether nothing is asked of this call but its values: no gradient, and nothing of what `observed` looks for.
+
+    It then does without the registered operator. In a process that has compiled nothing, the first call of one would
+    import the compiler, which takes as long as the rest of torch.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return not observed(*tensors)
+
+
 def differentiated_again() -> bool:
     """Within a backward: whether its gradients must have gradients of their own, or are computed for a transform."""
     return torch.is_grad_enabled() or transformed()

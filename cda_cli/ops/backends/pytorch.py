@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..attention_blocks import blockwise_attention
+from ..attention_blocks import attend_in_blocks, blockwise_attention
 from ..attention_inputs import AttentionInputs, budget_of_each
-from ..decoding import DecodingInputs, dense_decoding
 from ..dense import differentiable_attention, for_each_query
-from ..row_operator import differentiable_rows, soft_topk_rows
+from ..row_operator import differentiable_rows, weights_of_rows
 from ..solve_spec import SolveSpec
-from ..transforms import transformed
+from ..transforms import only_values, transformed
 from .base import OperatorBackend
 
 
@@ -25,8 +26,7 @@ class TorchBackend(OperatorBackend):
         if transformed():
             weights, _ = differentiable_rows(rows, budget, spec)
             return weights.to(scores.dtype).view(scores.shape)
-        weights, _ = soft_topk_rows(rows, budget, *spec.flat(), self.name)
-        return weights.view(scores.shape)
+        return weights_of_rows(rows, budget, spec, self.name).view(scores.shape)
 
     def attention(
         self, inputs: AttentionInputs, spec: SolveSpec, largest_k: float | None, return_threshold: bool
@@ -36,8 +36,8 @@ class TorchBackend(OperatorBackend):
         query, key, value, budget, *others = inputs
         budget = budget_of_each(budget, query)
         key, value = for_each_query(key, query.shape[1]), for_each_query(value, query.shape[1])
-        output, threshold, _ = blockwise_attention(query, key, value, budget, *others, *spec.flat(), self.name)
+        run: Callable[..., tuple[Tensor, Tensor, Tensor]] = blockwise_attention
+        if only_values(query, key, value, budget):
+            run = attend_in_blocks
+        output, threshold, _ = run(query, key, value, budget, *others, *spec.flat(), self.name)
         return output, threshold
-
-    def decode(self, inputs: DecodingInputs) -> Tensor:
-        return dense_decoding(inputs)

@@ -12,7 +12,6 @@ from ..decoding import MOST_QUERIES, DecodingInputs
 from ..precision import autocast_dtype
 from ..solve_spec import Solver, SolveSpec
 from ..transforms import transformed
-from .base import OperatorBackend
 from .pytorch import TorchBackend
 
 # The kernels need bf16 in the matrix units and asynchronous copies (Ampere and later).
@@ -63,7 +62,7 @@ class TritonBackend(TorchBackend):
         in_one = inputs.spec.solver in FUSED and decoding_launches.can_decode(inputs.largest_k, keys)
         # The compiler takes the row operator and makes the rest itself.
         if transformed() or inputs.query.shape[-1] > WIDEST_HEAD or (torch.compiler.is_compiling() and not in_one):
-            return OperatorBackend.decode(self, inputs)
+            return super().decode(inputs)
         query, key, value, lengths, budget, largest_k, spec, scale = inputs
         query, key, value, scale = _as_kernels_take_them(query, key, value, scale)
         inputs = DecodingInputs(query, key, value, lengths, budget, largest_k, spec, scale)
