@@ -302,23 +302,6 @@ def test_a_command_line_loads_nothing_heavy() -> None:
     assert not loaded & HEAVY
 
 
-@pytest.mark.slow
-def test_the_model_loads_and_computes_without_the_compiler() -> None:
-    """torch._dynamo takes as long to import as torch itself. A checkpoint is compared with a model without values."""
-    script = """
-import sys, torch
-from cda_cli.config import ModelConfig
-from cda_cli.model import Transformer, model_of_shapes
-model_of_shapes(ModelConfig(null_kv=1, tied_embeddings=True))
-for ff in ("coordinate-descent", "blocks"):
-    with torch.no_grad():
-        Transformer(ModelConfig(seq_len=8, dim=64, depth=1, heads=1, ff=ff))(torch.zeros(1, 8, dtype=torch.long))
-print(*sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert {"torch", "torch._dynamo", "sympy"} & set(done.stdout.split()) == {"torch"}
-
-
 @pytest.mark.parametrize("module", ["cda_cli.storage", "cda_cli.runs.folder", "cda_cli.console"])
 def test_a_runs_folder_is_opened_without_torch(module: str) -> None:
     """`cda train` reads the settings of the run that goes on, and reports a wrong flag before torch is imported."""

@@ -76,7 +76,7 @@ def texts(model: Transformer, requests: list[Request], **options: Any) -> list[l
 
 
 @pytest.mark.parametrize("options", [*({"case": number} for number in range(0, 24, 3)), *RULES], ids=str)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(requests=REQUESTS, batch_size=st.integers(1, 8), order=st.randoms(use_true_random=False))
 def test_each_request_gets_the_tokens_that_it_gets_alone(
     options: dict[str, Any], requests: list[Request], batch_size: int, order: Any
