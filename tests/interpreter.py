@@ -18,6 +18,7 @@ from triton.runtime import interpreter
 
 # Types of which two operands need no other type, whatever is done with them.
 ALIKE = {"int1", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "fp32", "fp64"}
+FLOATS, INTEGERS = {"fp32", "fp64"}, {"int32", "int64"}
 
 SMALLEST = np.float32(2.0**-126)  # of the float32 numbers with all their digits
 
@@ -47,7 +48,11 @@ def spare_repetitions() -> None:
     patch_language_once_a_launch()
     find_types_of_numpy_once()
     describe_blocks_once()
+    make_types_of_blocks_once()
+    find_common_types_once()
     leave_like_operands_alone()
+    look_for_constants_where_they_are()
+    measure_elements_once()
     call_language_directly()
     leave_out_unread_checks()
 
@@ -111,10 +116,46 @@ def describe_blocks_once() -> None:
     tl.block_type.__init__, tl.tensor.__init__ = init_type, init_tensor
 
 
+def make_types_of_blocks_once() -> None:
+    """The type of a block with other elements is made once, and that of a block in the interpreter's IR not again.
+
+    In the IR of the interpreter a type is the language's own.
+    """
+    change, to_ir = tl.block_type.with_element_ty, tl.block_type.to_ir
+    types: dict[tuple[str, str], tl.block_type] = {}
+
+    def with_element_ty(self: tl.block_type, scalar_ty: tl.dtype) -> tl.block_type:
+        key = self.name, scalar_ty.name
+        if key not in types:
+            types[key] = change(self, scalar_ty)
+        return types[key]
+
+    def to_own_ir(self: tl.block_type, builder: object) -> Any:
+        own = builder is interpreter.interpreter_builder and self.element_ty.name in ALIKE
+        return self if own else to_ir(self, builder)
+
+    tl.block_type.with_element_ty, tl.block_type.to_ir = with_element_ty, to_own_ir
+
+
+def find_common_types_once() -> None:
+    """Of two types there is one in which an operator computes, whatever the operands are."""
+    find = TritonSemantic.computation_type_impl
+    types: dict[tuple[str, bool, str, bool, bool], tl.dtype] = {}
+
+    def find_once(self: Any, a_ty: tl.dtype, a_is_scalar: bool, b_ty: tl.dtype, b_is_scalar: bool, div: bool) -> Any:
+        key = a_ty.name, a_is_scalar, b_ty.name, b_is_scalar, div
+        if key not in types:
+            types[key] = find(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div)
+        return types[key]
+
+    TritonSemantic.computation_type_impl = find_once
+
+
 def leave_like_operands_alone() -> None:
     """Two operands of one type and shape are neither cast nor broadcast, and of two shapes only what is smaller is.
 
     The interpreter comes to that after it has promoted their types, and compared sizes as constants of the language.
+    A number beside a tensor that holds it is made in the tensor's type and shape at once.
     """
     prepare, broadcast, cast = (
         TritonSemantic.binary_op_type_checking_impl,
@@ -122,30 +163,57 @@ def leave_like_operands_alone() -> None:
         TritonSemantic.cast,
     )
 
+    common: dict[tuple[str, str], list[int] | None] = {}
+
     def prepare_unlike(self: Any, lhs: Any, rhs: Any, *flags: bool, **named: bool) -> Any:
-        # Half precisions are divided in float32, and whether pointers may be operands is asked in there.
-        if (
-            isinstance(lhs, tl.tensor)
-            and isinstance(rhs, tl.tensor)
-            and lhs.type.name == rhs.type.name
-            and lhs.type.scalar.name in ALIKE
-        ):
-            return lhs, rhs
+        left, right = isinstance(lhs, tl.tensor), isinstance(rhs, tl.tensor)
+        if left and right:
+            # Half precisions are divided in float32, and whether pointers may be operands is asked in there.
+            if (name := lhs.type.scalar.name) in ALIKE and name == rhs.type.scalar.name:
+                return (lhs, rhs) if lhs.type.name == rhs.type.name else self.broadcast_impl_value(lhs, rhs)
+        elif left and holds(lhs.type.scalar.name, rhs):
+            return lhs, filled(self, lhs.type, rhs)
+        elif right and holds(rhs.type.scalar.name, lhs):
+            return filled(self, rhs.type, lhs), rhs
         return prepare(self, lhs, rhs, *flags, **named)
 
-    def broadcast_unlike(self: Any, lhs: Any, rhs: Any) -> Any:
-        if not (lhs.type.is_block() and rhs.type.is_block()):
-            return broadcast(self, lhs, rhs)
-        left, right = [*lhs.type.shape], [*rhs.type.shape]
-        shape = [*map(max, left, right)]
-        if len(left) != len(right) or any(
-            1 != size != most for size, most in zip(left + right, shape * 2, strict=True)
-        ):
-            return broadcast(self, lhs, rhs)
-        return stretched(self, lhs, left, shape), stretched(self, rhs, right, shape)
+    def holds(name: str, number: object) -> bool:
+        """Whether a tensor with such elements and the number are computed in the type of the tensor."""
+        if type(number) is int:
+            return name in FLOATS or (name in INTEGERS and -(2**31) <= number < 2**31)
+        return type(number) is float and name in FLOATS
 
-    def stretched(self: Any, operand: Any, sizes: list[int], shape: list[int]) -> Any:
-        if sizes == shape:
+    def filled(self: Any, like: Any, number: float) -> Any:
+        scalar = like.scalar
+        # Of the two zeros, the interpreter makes the positive one.
+        data = np.full(like.shape if like.is_block() else 1, number or 0, interpreter._get_np_dtype(scalar))
+        return self.tensor(interpreter.TensorHandle(data, scalar), like)
+
+    def broadcast_unlike(self: Any, lhs: Any, rhs: Any) -> Any:
+        if not lhs.type.is_block():
+            return (splat(self, lhs, rhs.type) if rhs.type.is_block() else lhs), rhs
+        if not rhs.type.is_block():
+            return lhs, splat(self, rhs, lhs.type)
+        key = lhs.type.name, rhs.type.name
+        if key not in common:
+            common[key] = common_shape([*lhs.type.shape], [*rhs.type.shape])
+        if (shape := common[key]) is None:
+            return broadcast(self, lhs, rhs)
+        return stretched(self, lhs, shape), stretched(self, rhs, shape)
+
+    def common_shape(left: list[int], right: list[int]) -> list[int] | None:
+        """None where the language must add dimensions or refuse the shapes."""
+        shape = [*map(max, left, right)]
+        alike = len(left) == len(right) and all(
+            size in (1, most) for size, most in zip(left + right, shape * 2, strict=True)
+        )
+        return shape if alike else None
+
+    def splat(self: Any, scalar: Any, block: Any) -> Any:
+        return self.tensor(self.builder.create_splat(block, scalar.handle), block.with_element_ty(scalar.type.scalar))
+
+    def stretched(self: Any, operand: Any, shape: list[int]) -> Any:
+        if operand.type.shape.values == shape:
             return operand
         handle = self.builder.create_broadcast(operand.handle, shape)
         return self.tensor(handle, tl.block_type(operand.type.scalar, shape))
@@ -156,6 +224,41 @@ def leave_like_operands_alone() -> None:
     TritonSemantic.binary_op_type_checking_impl = prepare_unlike
     TritonSemantic.broadcast_impl_value = broadcast_unlike
     TritonSemantic.cast = cast_unlike
+
+
+def look_for_constants_where_they_are() -> None:
+    """What a function of the language is given is mostly a tensor, a number or a type, and has no constants inside.
+
+    The language asks first whether it is a list or a tuple, whose elements may be some.
+    """
+    unwrap, holders = tl.core._unwrap_if_constexpr, (list, tuple, tl.tuple, tl.constexpr)
+    plain: set[type] = set()
+
+    def unwrap_at_once(given: Any) -> Any:
+        kind = type(given)
+        if kind is tl.constexpr:
+            return given.value
+        if kind not in plain:
+            if issubclass(kind, holders):
+                return unwrap(given)
+            plain.add(kind)
+        return given
+
+    tl.core._unwrap_if_constexpr = unwrap_at_once
+
+
+def measure_elements_once() -> None:
+    """How large an element of a type may be is asked for each result, and for that of two operands twice."""
+    fits = interpreter._validate_np_data_size
+    known: dict[tuple[object, str], bool] = {}
+
+    def fits_by_type(data: Any, dtype: tl.dtype) -> bool:
+        key = data.dtype, dtype.name
+        if key not in known:
+            known[key] = fits(data, dtype)
+        return known[key]
+
+    interpreter._validate_np_data_size = fits_by_type
 
 
 def call_language_directly() -> None:
