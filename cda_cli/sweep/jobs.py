@@ -193,6 +193,7 @@ class Runner:
     def _start(self, job: Job, slot: Slot) -> Running:
         job.prepare()
         with job.log.open("ab") as log, job.output.open("ab") as output:
+            start = log.tell()  # The process moves this place, which it shares, as soon as it writes.
             process = subprocess.Popen(
                 [sys.executable, "-m", "cda_cli", *job.arguments(slot.device)],
                 stdin=subprocess.DEVNULL,
@@ -202,7 +203,7 @@ class Runner:
                 # Ctrl-C of the terminal reaches this process alone, which passes it on once.
                 start_new_session=True,
             )
-            return Running(job, slot.device, process, log.tell())
+            return Running(job, slot.device, process, start)
 
     def _end(self, running: Running) -> Attempt:
         running.look()
