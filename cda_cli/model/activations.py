@@ -246,6 +246,10 @@ class SoftTopKBlocks(RoutedBlocks):
         return _operator_scratch(self.config, self.gate_width, batch_size, choice)
 
 
+# A plain router at 0.1 was far behind one at 1 (benchmarks/results/2026-11-30-h200-routing.md).
+LEAST_ROUTER_EPS = 0.3
+
+
 class HardTopKBlocks(RoutedBlocks):
     """λ is k·softmax(scores/ε) of the ⌊k⌋ largest scores (at least one), and 0 elsewhere: the usual top-k router.
 
@@ -256,6 +260,12 @@ class HardTopKBlocks(RoutedBlocks):
     def weights(self, gate: Tensor) -> Tensor:
         k = self.config.ff_k
         return _only_largest(k * (gate.float() / self.config.ff_eps).softmax(-1), k)
+
+    def warnings(self) -> list[str]:
+        warnings, eps = super().warnings(), self.config.ff_eps
+        if eps < LEAST_ROUTER_EPS:
+            warnings.append(f"ff_eps {eps:g} suits soft top-k; a plain router lost less with --set model.ff_eps=1")
+        return warnings
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {

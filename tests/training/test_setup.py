@@ -28,6 +28,7 @@ from cda_cli.training.setup import (
         ({"seq_len": 8, "attn_k": 8.0}, "attn_k 8 covers all 8 keys"),
         ({"seq_len": 8, "attn_k": 9.0, "null_kv": 1}, "attn_k 9 covers all 9 keys"),
         ({"dim": 8, "ff": "coordinate-descent", "ff_k": 32.0}, "ff_k 32 covers all 32 units"),
+        ({"ff": "hard-topk-blocks", "ff_k": 2.0, "ff_eps": 0.1}, "a plain router lost less with --set model.ff_eps=1"),
         ({"learned_k": True, "attention": "softmax"}, "learned_k has no effect with softmax"),
         ({"learned_k": True, "attention": "hard-topk"}, "learned_k has no effect with hard-topk"),
         ({"seq_len": 8, "attn_k": 8.5, "attention": "hard-topk"}, "attn_k 8.5 covers all 8 keys"),
@@ -49,6 +50,7 @@ def test_what_is_hardly_meant_is_said(model: dict[str, object], words: str) -> N
         {"seq_len": 8, "attn_k": 99.0, "attention": "entmax"},
         {"attn_k": 3.0, "attention": "hard-topk"},
         {"dim": 8, "ff_k": 99.0},
+        {"ff": "hard-topk-blocks", "ff_k": 2.0, "ff_eps": 1.0},
         {"learned_k": True},
     ],
 )
