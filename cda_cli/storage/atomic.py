@@ -33,7 +33,7 @@ def is_device_or_pipe(path: Path) -> bool:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Puts `data` at `path`, replacing the file that is there. Where `path` is a link, it replaces what the link names.
+    """Puts `data` at `path`, replacing the file that is there.
 
     Raises StorageError if the write fails. The earlier file is then as it was. Raises ConfigError for a device or a
     pipe, whose name would then be that of a file.
@@ -42,19 +42,18 @@ def write_file(path: Path, data: bytes) -> None:
     if is_device_or_pipe(path):
         raise ConfigError(f"{path} is no ordinary file; give the name of one")
     with explained("write", path):
-        named = Path(os.path.realpath(path))
-        _make_folder(named.parent)
-        temporary = _hidden_sibling(named)
+        _make_folder(path.parent)
+        temporary = _hidden_sibling(path)
         try:
             with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(named)
+            temporary.replace(path)
         except BaseException:
             _discard(temporary)
             raise
-        _fsync(named.parent)
+        _fsync(path.parent)
 
 
 @contextlib.contextmanager

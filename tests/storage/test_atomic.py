@@ -19,17 +19,6 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["report.json"], "something was left beside the file"
 
 
-def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    file, link = tmp_path / "elsewhere" / "file", tmp_path / "link"
-    link.symlink_to(Path("elsewhere", "file"))
-    for content in (b"new, as the link dangles", b"newer"):
-        write_file(link, content)
-        assert link.is_symlink()
-        assert file.read_bytes() == content
-    assert [path.name for path in file.parent.iterdir()] == ["file"], "something is left beside the file"
-
-
 def test_what_is_no_ordinary_file_stays_what_it_is(tmp_path: Path) -> None:
     """A device or a pipe, such as /dev/full: its name would become that of a file, for all programs."""
     pipe = tmp_path / "pipe"
