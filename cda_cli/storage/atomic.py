@@ -33,7 +33,7 @@ def is_device_or_pipe(path: Path) -> bool:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Puts `data` at `path`, replacing the file that is there.
+    """Puts `data` at `path`, replacing the file that is there. Of a link it replaces the link, not what that names.
 
     Raises StorageError if the write fails. The earlier file is then as it was. Raises ConfigError for a device or a
     pipe, whose name would then be that of a file.

@@ -19,6 +19,15 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["report.json"], "something was left beside the file"
 
 
+def test_a_link_is_replaced_and_what_it_names_stays(tmp_path: Path) -> None:
+    """A run may come from a stranger, and a link in it would lead to another file."""
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_bytes(b"of somebody")
+    link.symlink_to(file)
+    write_file(link, b"new")
+    assert (link.is_symlink(), link.read_bytes(), file.read_bytes()) == (False, b"new", b"of somebody")
+
+
 def test_what_is_no_ordinary_file_stays_what_it_is(tmp_path: Path) -> None:
     """A device or a pipe, such as /dev/full: its name would become that of a file, for all programs."""
     pipe = tmp_path / "pipe"
