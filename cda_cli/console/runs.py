@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cda_cli.runs.summary import Summary
 
 HEADER = ("run", "state", "steps", "best", "at", "train", "loss")
-STYLES = {"running": "cyan", "finished": "green", "interrupted": "yellow"}
+STYLES = {"running": "cyan", "finished": "green", "interrupted": "yellow", "imported": "blue"}
 CURVE = 12  # characters
 GAP = "  "
 

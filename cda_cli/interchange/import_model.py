@@ -21,12 +21,11 @@ from cda_cli.interchange.source_tokenizer import TOKENIZER_FILE, SourceTokenizer
 from cda_cli.model import Transformer, attention_rule, expected_tensors, load_state_tensors
 from cda_cli.ops import Backend
 from cda_cli.restore import Restored
-from cda_cli.runs.folder import Run
+from cda_cli.runs.folder import ORIGIN_FILE, Run
 from cda_cli.runtime import random_states
 from cda_cli.storage import check_free, publish, published_folder
 from cda_cli.version import __version__
 
-ORIGIN_FILE = "source.json"
 FINE_TUNING_RATE = 5e-5  # transformers.TrainingArguments has the same
 # The soft top-k with k = 1 and ε = 1 is softmax, so a run that goes on with it starts from the imported model.
 AS_SOFTMAX = {"attn_k": 1.0, "attn_eps": 1.0}

@@ -11,10 +11,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from cda_cli.interchange.import_model import ORIGIN_FILE
 from cda_cli.interchange.weights import read_json
 from cda_cli.restore import Restored
-from cda_cli.runs.folder import Run
+from cda_cli.runs.folder import ORIGIN_FILE, Run
 from cda_cli.runs.records import LayerRecord, Record, TrainRecord, ValidationRecord
 from cda_cli.storage import CHECKPOINTS
 from cda_cli.version import __version__

@@ -35,6 +35,7 @@ from cda_cli.storage import (
     write_file,
 )
 
+ORIGIN_FILE = "source.json"
 TRACKER_ID_FILE = "tracker-id"
 
 
@@ -44,6 +45,7 @@ class Run:
         RUN/config.yaml     the settings, as `--config` reads them
         RUN/metrics.jsonl   the records (see `records`)
         RUN/checkpoints/    the checkpoints (see `storage`)
+        RUN/source.json     where the weights of an import came from
         RUN/tracker-id      the name of the run where trackers keep it, if it has trackers
         RUN/.lock           held by the process that writes
 
@@ -71,6 +73,10 @@ class Run:
     def is_running(self) -> bool:
         """Whether a process holds the folder now."""
         return is_held(self.path)
+
+    def is_untrained_import(self) -> bool:
+        """Whether `cda import` made the folder, and nothing was trained in it."""
+        return (self.path / ORIGIN_FILE).is_file() and not (self.path / METRICS_FILE).is_file()
 
     def config(self) -> Config | None:
         """The settings of the run, or None where there is none. Raises ConfigError where they cannot be read."""
@@ -145,7 +151,7 @@ class Run:
                 found.append(str(error))
         if not self.steps() and not self.is_running():
             found.append(f"it has no checkpoint; `cda train --out {shlex.quote(str(self.path))}` starts it again")
-        if not (self.path / METRICS_FILE).is_file() and not self.is_running():
+        if not ((self.path / METRICS_FILE).is_file() or self.is_running() or self.is_untrained_import()):
             found.append(f"it has no {METRICS_FILE}, so its losses are not known")
         if damaged := count_damaged(self.path / METRICS_FILE):
             found.append(f"{counted(damaged, 'line')} of {METRICS_FILE} cannot be read; the others are used")

@@ -19,7 +19,7 @@ DEPTH = 4  # folders below the one that is named
 FEWEST_VALIDATIONS = 3  # that make a curve
 MOST_LOSSES = 100  # of train records in a curve
 
-State = Literal["running", "finished", "interrupted"]
+State = Literal["running", "finished", "interrupted", "imported"]
 
 
 class Summary(NamedTuple):
@@ -54,13 +54,14 @@ def summarise(path: Path) -> Summary:
     saved = max([*run.steps(), *([checkpoint.step] if checkpoint else [])], default=0)
     all_done = saved >= config.optim.steps and not run.lacks_validation(saved)
     ended = all_done or Patience(config.run.patience, [each.loss for each in validations]).over
+    imported = run.is_untrained_import()
     best = min((each for each in validations if math.isfinite(each.loss)), key=lambda each: each.loss, default=None)
     losses = [each.loss for each in validations]
     if len(losses) < FEWEST_VALIDATIONS:
         losses = [each.loss for each in run.records(TrainRecord, most=MOST_LOSSES)]
     return Summary(
         path=path,
-        state="running" if running else "finished" if ended else "interrupted",
+        state="running" if running else "finished" if ended else "imported" if imported else "interrupted",
         step=max([saved, *(each.step for each in (train, *validations[-1:]) if each)]),
         steps=config.optim.steps,
         best_loss=best.loss if best else None,

@@ -70,7 +70,9 @@ def test_the_other_commands_take_the_run(cda: Cda, run: Path, text: Path) -> Non
     assert sampled.code == 0, sampled.err
     inspected = cda("inspect-sparsity", run, "--data", text, "--max-batches", 1, "--json")
     assert inspected.code == 0, inspected.err
-    assert json.loads(cda("runs", run, "--json").out)["problems"] == {}
+    listed = json.loads(cda("runs", run, "--json").out)
+    assert [(each["state"], each["faults"]) for each in listed["runs"]] == [("imported", [])]
+    assert listed["problems"] == {}
 
 
 def test_a_prompt_begins_as_the_documents_do(cda: Cda, model: Path, tmp_path: Path, text: Path) -> None:
@@ -92,6 +94,7 @@ def test_the_run_is_trained_on_any_text(cda: Cda, run: Path, text: Path, tmp_pat
     trained = cda("train", "--out", here, *options)
     assert trained.code == 0, trained.err
     assert steps_saved(here) == [0, 2]
+    assert json.loads(cda("runs", here, "--json").out)["runs"][0]["state"] == "finished"
     after = load_file(here / "checkpoints" / "step-00000002" / "model.safetensors")
     changes = {name: (after[name] - before[name]).abs().max().item() for name in before if before[name].numel()}
     assert 0 < max(changes.values()) < 1e-3, "the weights are not those that were imported"
