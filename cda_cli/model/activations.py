@@ -29,8 +29,8 @@ class Activation(ABC):
         self.config, self.backend = config, backend
 
     @abstractmethod
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
-        """Returns the activations [B, T, F] of `hidden` [B, T, F], in its dtype; `gate` [B, T, G] if it is gated."""
+    def __call__(self, hidden: Tensor, factors: Tensor | None) -> Tensor:
+        """Returns the activations [B, T, F] of `hidden` [B, T, F], in its dtype; if gated, by `factors` [B, T, G]."""
 
     @property
     def gate_width(self) -> int:
@@ -41,10 +41,6 @@ class Activation(ABC):
     def total_width(self) -> int:
         """The layer has dim × so many weights in its matrices."""
         return 2 * self.config.ff_units + self.gate_width
-
-    def chosen_blocks(self, gate: Tensor | None) -> Tensor | None:
-        """Returns the blocks of units that a router chooses by its `gate` [B, T, N], as bools, or None without one."""
-        return None
 
     def scratch(self, batch_size: int, choice: Choice) -> dict[str, int]:
         """Returns the bytes that an operator takes for itself, by the start of its name, as measured on a CPU."""
@@ -62,14 +58,14 @@ def _operator_scratch(config: ModelConfig, row: int, batch_size: int, choice: Ch
 
 
 class Gelu(Activation):
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, factors: Tensor | None) -> Tensor:
         return F.gelu(hidden)
 
 
 class TanhGelu(Activation):
     """GELU by a tanh (arXiv 1606.08415, section 2), as GPT-2 has it."""
 
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, factors: Tensor | None) -> Tensor:
         return F.gelu(hidden, approximate="tanh")
 
 
@@ -78,7 +74,7 @@ class ReluSquared(Activation):
 
     has_zeros = True
 
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, factors: Tensor | None) -> Tensor:
         return F.relu(hidden).square()
 
 
@@ -90,7 +86,7 @@ class HardTopK(Activation):
 
     has_zeros = True
 
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, factors: Tensor | None) -> Tensor:
         return F.relu(_only_largest(hidden, self.config.ff_k)).square()
 
     def warnings(self) -> list[str]:
@@ -122,10 +118,10 @@ class Gated(Activation):
     def gate_width(self) -> int:
         return self.config.ff_units
 
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
-        assert gate is not None
+    def __call__(self, hidden: Tensor, factors: Tensor | None) -> Tensor:
+        assert factors is not None
         values = self.values(hidden).unflatten(-1, (self.gate_width, -1))
-        return (self.factors(gate).to(values.dtype).unsqueeze(-1) * values).flatten(-2)
+        return (factors.to(values.dtype).unsqueeze(-1) * values).flatten(-2)
 
 
 class SwiGlu(Gated):
@@ -158,7 +154,7 @@ class SoftTopKActivation(Activation):
 
     uses_operator = True
 
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, factors: Tensor | None) -> Tensor:
         return _soft_topk(hidden, self.config, self.backend)
 
     def scratch(self, batch_size: int, choice: Choice) -> dict[str, int]:
@@ -174,14 +170,14 @@ class SoftTopKLinear(SoftTopKActivation):
 
     has_zeros = True
 
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, factors: Tensor | None) -> Tensor:
         return _kept_soft_topk(hidden, self.config, self.backend) * hidden
 
 
 class SoftTopKRelu2(SoftTopKLinear):
     """λ · relu²(x)."""
 
-    def __call__(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, factors: Tensor | None) -> Tensor:
         return _kept_soft_topk(hidden, self.config, self.backend) * F.relu(hidden).square()
 
 
@@ -214,9 +210,6 @@ class RoutedBlocks(Gated):
 
     def factors(self, gate: Tensor) -> Tensor:
         return F.threshold(self.weights(gate), self.tolerance, 0.0)
-
-    def chosen_blocks(self, gate: Tensor | None) -> Tensor | None:
-        return None if gate is None else self.factors(gate.detach()) > 0
 
     def values(self, hidden: Tensor) -> Tensor:
         return F.relu(hidden).square()

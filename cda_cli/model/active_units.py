@@ -51,16 +51,15 @@ class ActiveUnits(nn.Module):
             return cast(Tensor, self.layer(x_BTC))
         layer, activation = self.layer, self.layer.activation
         self.steps += 1
-        gate: Tensor | None = None
-        if layer.proj_gate is not None:
+        factors = layer.factors(x_BTC)
+        if factors is not None:
             assert isinstance(activation, Gated)
-            gate = layer.proj_gate(x_BTC)
-            factors_G = activation.factors(gate).flatten()
+            factors_G = factors.flatten()
             self.rows_read += len(factors_G)
             chosen = factors_G.nonzero().flatten()
             if len(chosen) <= MOST_ACTIVE * len(factors_G):
                 return self._by_gate(x_BTC, activation, factors_G, chosen)
-        activations_F = activation(layer.proj_in(x_BTC), gate).flatten()
+        activations_F = activation(layer.proj_in(x_BTC), factors).flatten()
         self.rows_read += len(activations_F)
         active_U = activations_F.nonzero().flatten()
         if len(active_U) <= MOST_ACTIVE * len(activations_F):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cda_cli.config import ModelConfig
-from cda_cli.model.activations import feed_forward_activation
+from cda_cli.model.activations import Gated, feed_forward_activation
 from cda_cli.model.auxiliary_losses import ActivationL1
 from cda_cli.model.observe import ObservedFeedForward, Observer
 from cda_cli.ops import Backend
@@ -24,12 +24,19 @@ class FeedForward(nn.Module):
         gate = self.activation.gate_width
         self.proj_gate = nn.Linear(config.dim, gate, bias=config.ff_bias) if gate else None
 
+    def factors(self, x_BTC: Tensor) -> Tensor | None:
+        """Returns the factors [B, T, G] of the gate; None without a gate."""
+        if self.proj_gate is None:
+            return None
+        assert isinstance(self.activation, Gated)
+        return self.activation.factors(self.proj_gate(x_BTC))
+
     def forward(self, x_BTC: Tensor) -> Tensor:
-        gate = self.proj_gate(x_BTC) if self.proj_gate is not None else None
-        activations = self.activation(self.proj_in(x_BTC), gate)
+        factors = self.factors(x_BTC)
+        activations = self.activation(self.proj_in(x_BTC), factors)
         if self.observer is not None:
-            to_out, chosen = self.proj_out.weight.detach(), self.activation.chosen_blocks(gate)
-            self.observer(ObservedFeedForward(self.layer, activations.detach(), to_out, chosen))
+            chosen = factors.detach() > 0 if factors is not None and self.activation.block_size else None
+            self.observer(ObservedFeedForward(self.layer, activations.detach(), self.proj_out.weight.detach(), chosen))
         if self.auxiliary_loss is not None and torch.is_grad_enabled():
             activations = self.auxiliary_loss(activations)
         return self.proj_out(activations)

@@ -61,21 +61,21 @@ def test_a_token_gets_what_the_whole_layer_gives(name: str, bias: bool) -> None:
 def test_the_weights_of_units_that_are_zero_are_not_read(name: str) -> None:
     """They are NaN here: those of the down projection, and with a gate or a router those of the up projection."""
     layer, x = with_few_active(layer_of(name)), token(0)
-    gate = layer.proj_gate(x) if layer.proj_gate is not None else None
+    factors = layer.factors(x)
     hidden = layer.proj_in(x)
-    expected, activations = layer(x), layer.activation(hidden, gate).flatten()
+    expected, activations = layer(x), layer.activation(hidden, factors).flatten()
     unread = activations == 0
     assert 0 < (~unread).sum() <= 24
     layer.proj_out.weight[:, unread] = torch.nan
     left_out = torch.zeros_like(unread)
-    if gate is not None:
+    if factors is not None:
         size = layer.activation.block_size or 1
         left_out = unread.unflatten(0, (-1, size)).all(1).repeat_interleave(size)
         layer.proj_in.weight[left_out] = torch.nan
     active = ActiveUnits(layer)
     torch.testing.assert_close(active(x), expected, rtol=1e-12, atol=1e-12)
     read = 2 * 96 - int(unread.sum()) - int(left_out.sum())
-    assert active.rows_read == read + (gate.numel() if gate is not None else 0)
+    assert active.rows_read == read + (factors.numel() if factors is not None else 0)
 
 
 @torch.inference_mode()
@@ -122,15 +122,15 @@ def test_rows_read_the_blocks_that_their_router_selects(name: str, dtype: torch.
     """By kernels, for few rows with a token each; all else goes through the whole layer."""
     layer = layer_of(name, dtype).to(DEVICES[-1])
     active, rows = ActiveBlocks(layer), torch.cat([token(seed) for seed in range(3)]).to(DEVICES[-1], dtype)
-    assert layer.proj_gate is not None
-    gate = layer.proj_gate(rows)
-    selected = int((layer.activation.factors(gate) != 0).flatten(0, 1).any(0).sum())  # type: ignore[attr-defined]
+    factors = layer.factors(rows)
+    assert factors is not None
+    selected = int((factors != 0).flatten(0, 1).any(0).sum())
     assert 0 < selected < 24
     found, whole = active(rows), layer(rows)
     assert found.dtype == whole.dtype == dtype
     # Errors of 2⁻⁸ in bf16: the whole layer rounds each unit, which counts twice in its square, the square, and its
     # product with λ, and both round the output. `sizes` is rounded as well.
-    units, down = layer.activation(layer.proj_in(rows), gate), layer.proj_out
+    units, down = layer.activation(layer.proj_in(rows), factors), layer.proj_out
     sizes = units.abs() @ down.weight.abs().T + down.bias.abs()
     bound = {torch.float32: 1e-5, torch.bfloat16: 7 * 2**-8}[dtype] * sizes.double()
     assert ((found.double() - whole.double()).abs() <= bound).all()

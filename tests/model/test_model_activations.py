@@ -86,8 +86,7 @@ def test_its_gradient_is_that_of_its_definition(name: str) -> None:
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     leaf = x.clone().requires_grad_()
     weights = torch.randn(24, generator=torch.Generator().manual_seed(3))
-    gate = layer.proj_gate(leaf) if layer.proj_gate is not None else None
-    (layer.activation(layer.proj_in(leaf), gate) * weights).sum().backward()
+    (layer.activation(layer.proj_in(leaf), layer.factors(leaf)) * weights).sum().backward()
     ends = [(defined(name, layer, x + sign * 1e-6 * direction) * weights).sum().item() for sign in (1, -1)]
     assert leaf.grad is not None
     assert (leaf.grad * direction).sum().item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-3, abs=1e-3)
