@@ -108,7 +108,7 @@ class ModelConfig(Section, ModelSettings):
                 f"ε anneals from a share {self.eps_anneal_begin:g} of the schedule to {self.eps_anneal_share:g} of it; "
                 "make model.eps_anneal_share larger than model.eps_anneal_begin"
             )
-        if self.ff in ("blocks", "hard-topk-blocks") and self.ff_units % self.ff_block_size:
+        if self.ff in ("blocks", "hard-topk-blocks", "sigmoid-topk-blocks") and self.ff_units % self.ff_block_size:
             raise ValueError(
                 f"the {self.ff_units} units of the feed-forward are not divisible by model.ff_block_size "
                 f"{self.ff_block_size}; choose a divisor of {self.ff_units}, or another model.ff_width"

@@ -261,6 +261,18 @@ class HardTopKBlocks(RoutedBlocks):
         return warnings
 
 
+class SigmoidTopKBlocks(RoutedBlocks):
+    """λ is the sigmoid of score/ε for the ⌊k⌋ largest scores (at least one), and 0 elsewhere.
+
+    It is the router of DeepSeek-V3 (arXiv 2412.19437, equations 13 to 15), without its division by the sum of what is
+    kept. In a softmax each block takes weight from all others, and here from none.
+    """
+
+    def weights(self, gate: Tensor) -> Tensor:
+        kept = largest_entries(gate, max(1, int(self.config.ff_k)))
+        return (gate.float() / self.config.ff_eps).sigmoid().where(kept, 0)
+
+
 ACTIVATIONS: dict[str, type[Activation]] = {
     "gelu": Gelu,
     "gelu-tanh": TanhGelu,
@@ -274,6 +286,7 @@ ACTIVATIONS: dict[str, type[Activation]] = {
     "reglu": ReGlu,
     "blocks": SoftTopKBlocks,
     "hard-topk-blocks": HardTopKBlocks,
+    "sigmoid-topk-blocks": SigmoidTopKBlocks,
 }
 
 

@@ -9,6 +9,7 @@ from cda_cli.settings.setting import Setting, Table
 Activation = Literal[
     "gelu", "gelu-tanh", "coordinate-descent", "coordinate-descent-linear", "coordinate-descent-relu2",
     "coordinate-descent-glu", "relu2", "hard-topk", "swiglu", "reglu", "blocks", "hard-topk-blocks",
+    "sigmoid-topk-blocks",
 ]  # fmt: skip
 
 
@@ -175,7 +176,8 @@ class ModelSettings(Table):
             "their soft top-k λ; coordinate-descent-linear, λ·x; coordinate-descent-relu2, λ·max(0, x)²; relu2, "
             "max(0, x)²; hard-topk, relu2 of the ⌊ff_k⌋ largest; with a third matrix swiglu, silu(gate)·x, reglu, "
             "max(0, gate)·x, and coordinate-descent-glu, λ(gate)·x; with a router blocks, relu2 in blocks of units "
-            "times the soft top-k of blocks, or as control hard-topk-blocks, times the ⌊ff_k⌋ largest k·softmax(s/ε).",
+            "times the soft top-k of blocks, or as controls hard-topk-blocks, times the ⌊ff_k⌋ largest k·softmax(s/ε), "
+            "and sigmoid-topk-blocks, times the ⌊ff_k⌋ largest sigmoid(s/ε).",
             flag="--ff",
             by_preset=True,
         ),

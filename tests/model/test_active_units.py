@@ -116,7 +116,7 @@ def test_a_model_shares_its_parameters_and_says_what_it_read() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["blocks", "hard-topk-blocks"])
+@pytest.mark.parametrize("name", ["blocks", "hard-topk-blocks", "sigmoid-topk-blocks"])
 @torch.inference_mode()
 def test_rows_read_the_blocks_that_their_router_selects(name: str, dtype: torch.dtype) -> None:
     """By kernels, for few rows with a token each; all else goes through the whole layer."""
@@ -140,7 +140,7 @@ def test_rows_read_the_blocks_that_their_router_selects(name: str, dtype: torch.
     assert active.steps == 1
 
 
-@pytest.mark.parametrize("name", ["blocks", "hard-topk-blocks"])
+@pytest.mark.parametrize("name", ["blocks", "hard-topk-blocks", "sigmoid-topk-blocks"])
 def test_texts_are_those_of_the_whole_layer(name: str) -> None:
     """On a GPU steps are CUDA graphs, of one row, two and four."""
 

@@ -44,6 +44,7 @@ DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reglu": lambda x, gate: torch.where(gate > 0, x * gate, 0.0),
     "blocks": lambda x, router: in_blocks(x, kept(router)),
     "hard-topk-blocks": lambda x, router: in_blocks(x, largest(5 * (router / 0.3).softmax(-1), 5)),
+    "sigmoid-topk-blocks": lambda x, router: in_blocks(x, largest((router / 0.3).sigmoid(), 5)),
     "swiglu": lambda x, gate: x * gate / (1 + (-gate).exp()),
 }
 each_activation = pytest.mark.parametrize("name", sorted(ACTIVATIONS))
