@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .decoding_pieces import place_query, visible_keys
 from .row_tiles import exp2, log2
-from .rows_iterative import FAINT, FAR, HIGHEST, finite_or_0, held_budget, log_budget, weights_of
+from .rows_iterative import FAINT, FAR, HIGHEST, finite_or_0, held_budget, weights_of
 from .tiles import INTERPRETED, SIZES, load_tile, rounded, usable
 
 
@@ -48,7 +48,8 @@ def _last_a(d, top, visible, k, units, n_iters, steady):
 
     units [2, n_iters] are ε·log 2 of each iteration, and the inverse. From iteration `steady` on, ε stays the same.
     """
-    log_k, share = log_budget(k), 1.0 / held_budget(k)
+    budget = held_budget(k)
+    log_k, share = tl.log2(budget), 1.0 / budget
     a = _next_a(log_k, -top, visible.to(tl.float32), tl.load(units))  # b starts as −s, so every exponent is 0.
     inverses = units + n_iters
     t = tl.minimum(1, n_iters - 1)

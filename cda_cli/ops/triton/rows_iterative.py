@@ -46,12 +46,8 @@ def finite_or_0(top):
 
 @triton.jit
 def held_budget(budget):
-    return tl.minimum(tl.maximum(budget, LEAST_BUDGET), MOST_BUDGET)
-
-
-@triton.jit
-def log_budget(budget):
-    return tl.where(budget > 0, tl.log2(held_budget(budget)), float("nan"))
+    """The budget within what divides and has a logarithm. One that is not above 0 gives NaN."""
+    return tl.where(budget > 0, tl.minimum(tl.maximum(budget, LEAST_BUDGET), MOST_BUDGET), float("nan"))
 
 
 @triton.jit
@@ -81,29 +77,32 @@ def iterative_forward_kernel(
     top = finite_or_0(tl.max(s, 1))
     # b starts as −s, so every exponent is 0.
     visible = tl.sum(_visible(s), 1)
-    log_k = log_budget(tl.load(budgets + row, mask=exists, other=1.0)) + 0 * visible
+    budget = held_budget(tl.load(budgets + row, mask=exists, other=1.0)) + 0 * visible
+    log_k = tl.log2(budget)
     eps = tl.load(steps)
     a = _next_a(log_k, -top, visible, eps)
     history += row
     tl.store(history, a - top, mask=exists)
     d = s - top[:, None]
     origin, scale = tl.zeros_like(top), 0.0
-    e = tl.zeros_like(d)
+    e, cut = tl.zeros_like(d), tl.zeros_like(top)
     for t in range(1, n_iters):
         eps = tl.load(steps + t)
         level = tl.minimum(-a, 0.0)
         if (scale != LOG2E / eps) | ~_is_near(level, origin, scale):
             origin, scale = level, LOG2E / eps
-            e = _exponentials(d, origin, scale)
-        cut = exp2((-a - origin) * scale)
-        a = _next_a(log_k, origin, tl.sum(tl.minimum(e, cut[:, None]), 1), eps)
+            e, cut = _exponentials(d, origin, scale), exp2((-a - origin) * scale)
+        total = tl.sum(tl.minimum(e, cut[:, None]), 1)
+        a = _next_a(log_k, origin, total, eps)
+        # By a it would be off by the rounding of a, which is that of a/ε exponents and adds up over the iterations.
+        cut = tl.where(total == 0, 1.0, total) / budget
         history += R
         tl.store(history, a - top, mask=exists)
     level = tl.minimum(-a, 0.0)
     if (scale != LOG2E / last_eps) | ~_is_near(level, origin, scale):
         origin, scale = level, LOG2E / last_eps
-        e = _exponentials(d, origin, scale)
-    values = e * exp2((a + origin) * scale)[:, None]
+        e, cut = _exponentials(d, origin, scale), exp2((-a - origin) * scale)
+    values = e * (1 / cut)[:, None]
     store_entries(weights, offset, tl.minimum(values, 1.0, propagate_nan=tl.PropagateNan.ALL), inside, WHOLE)
 
 
@@ -119,7 +118,7 @@ def iterative_forward_parts_kernel(
         top = tl.maximum(top, tl.max(s, 0))
         visible += tl.sum(_visible(s), 0)
     top = finite_or_0(top)
-    log_k = log_budget(tl.load(budgets + row)) + 0 * visible
+    log_k = tl.log2(held_budget(tl.load(budgets + row))) + 0 * visible
     a = _next_a(log_k, -top, visible, tl.load(steps))
     history += row
     tl.store(history, a - top)
