@@ -32,16 +32,18 @@ from cda_cli.ops import Backend
 PRESETS = ("small", "base")
 PROMPT, STEPS = 128, 64
 ROUTER_SCALE = 8.0
-SHARES = (0.10, 0.05)
+SHARES = (0.16, 0.10, 0.05)  # The first is that of 5 of 32 blocks.
 # Each with its settings, by the preset's 32 or 48 blocks for the k of a router.
 KINDS: dict[str, tuple[str, ...]] = {
     "relu2": (),
     "reglu": ("model.ff_mult=2.6666667",),
     "blocks": ("model.ff_eps=0.05",),
     "hard-topk-blocks": (),
+    "sigmoid-topk-blocks": (),
 }
 BATCH_SIZES = (1, 8, 16)  # on a GPU
-GPU_KINDS = ("relu2", "gelu", "blocks", "hard-topk-blocks")  # What others are compared with comes first.
+# On a GPU; what others are compared with comes first.
+GPU_KINDS = ("relu2", "gelu", "blocks", "hard-topk-blocks", "sigmoid-topk-blocks")
 
 
 def main(wanted: Sequence[str]) -> None:
