@@ -24,7 +24,8 @@ FAR = tl.constexpr(-1e20)
 
 # The kernels iterate as `solvers/iterative.py` does, but on d = s − max(s) and a + max(s), which loses fewer digits.
 # Since s + b = min(s, −a), the exponentials are min(e, cut), for e = exp((d − origin)/ε) and one number per row,
-# cut = exp((−a − origin)/ε). While ε stays the same, no iteration needs new ones. A masked score lies FAR below all.
+# cut = exp((−a − origin)/ε). While ε stays the same, no iteration needs new ones, and the next cut is their sum divided
+# by k. It does not come from a, whose rounding a small ε enlarges in each iteration. A masked score lies FAR below all.
 
 
 @triton.jit
@@ -94,7 +95,6 @@ def iterative_forward_kernel(
             e, cut = _exponentials(d, origin, scale), exp2((-a - origin) * scale)
         total = tl.sum(tl.minimum(e, cut[:, None]), 1)
         a = _next_a(log_k, origin, total, eps)
-        # By a it would be off by the rounding of a, which is that of a/ε exponents and adds up over the iterations.
         cut = tl.where(total == 0, 1.0, total) / budget
         history += R
         tl.store(history, a - top, mask=exists)
