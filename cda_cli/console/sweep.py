@@ -211,6 +211,13 @@ def _tuning(result: Result) -> Section:
                 f"{arm.name} had gone on before {better.name} finished, which came out lower; remove its seed-* to "
                 "train it with that."
             )
+    sweep, tune = result.sweep, result.sweep.spec.tune
+    steps = [sweep.steps(name) or 0 for name, arm in sweep.spec.arms.items() if not arm.begins]
+    if tune and tune.steps and max(steps, default=0) > tune.steps:
+        sentences.append(
+            f"They had {tune.steps:,} of {max(steps):,} steps, but for forks: what is best then need not be so at the "
+            "end."
+        )
     return Section("Tuning, validation loss", sentences, ["arm", "loss", ""], rows)
 
 
