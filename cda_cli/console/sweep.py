@@ -286,8 +286,10 @@ def _explanations(result: Result) -> list[str]:
 
 
 def _costs(result: Result) -> Section:
-    columns = ["arm", "tokens", "time", "tokens/s", "memory", "active units"]
+    columns = ["arm", "tokens", "time", "tokens/s", "memory", "active units", "blocks"]
     rows = [_cost(arm) for arm in (*result.trunks, *result.arms)]
+    if all(blocks == DASH for *_, blocks in rows):  # There is no router.
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     notes = ["The time of a fork is that after its trunk."] if result.trunks else []
     if result.unrecorded:
         runs = counted(result.unrecorded, "run")
@@ -298,7 +300,7 @@ def _costs(result: Result) -> Section:
 def _cost(arm: ArmResult) -> list[str]:
     means = {name: arm.mean(name).value for name in ("tokens", "seconds", "tokens_per_second", "memory_bytes")}
     tokens, seconds, speed, size = (means[name] for name in means)
-    units = arm.mean("active_units").value
+    units, blocks = (arm.mean(name).value for name in ("active_units", "active_blocks"))
     return [
         arm.name,
         count(tokens) if math.isfinite(tokens) else DASH,
@@ -306,6 +308,7 @@ def _cost(arm: ArmResult) -> list[str]:
         count(speed) if math.isfinite(speed) else DASH,
         memory(size) if math.isfinite(size) else DASH,
         share(units) if math.isfinite(units) else DASH,
+        _number(blocks, ".2f"),
     ]
 
 

@@ -57,6 +57,7 @@ class RecordWatcher(Watcher):
         self.attention: dict[int, RowMeans] = defaultdict(RowMeans)
         self.active: dict[int, Tensor] = {}
         self.units: dict[int, int] = {}
+        self.blocks: dict[int, Tensor] = {}  # of layers with a router
         self.tokens = self.null_keys = 0  # of the latest window
 
     def watching(self, model: Transformer) -> AbstractContextManager[None]:
@@ -65,6 +66,8 @@ class RecordWatcher(Watcher):
     def _see(self, seen: ObservedAttention | ObservedFeedForward) -> None:
         if isinstance(seen, ObservedFeedForward):
             self.active[seen.layer], self.units[seen.layer] = count_active(seen.activations), seen.activations.shape[-1]
+            if seen.chosen is not None:
+                self.blocks[seen.layer] = seen.chosen.sum(-1).double().mean()
         else:
             _add(self.attention[seen.layer], SeenRows(seen), RECORDED)
             self.tokens, self.null_keys = seen.weights.shape[-1] - seen.null_keys, seen.null_keys
@@ -76,11 +79,13 @@ class RecordWatcher(Watcher):
         """
         layers = sorted(self.attention)
         means = {layer: (self.attention[layer].sums.cpu(), self.attention[layer].counts.cpu()) for layer in layers}
-        seen = gather((means, {layer: self.active[layer].cpu() for layer in layers}, self.tokens))
+        counted = [{layer: of[layer].cpu() for layer in of} for of in (self.active, self.blocks)]
+        seen = gather((means, counted, self.tokens))
         for layer in layers:
             together = self.attention[layer]
             together.sums, together.counts = (sum(each) for each in zip(*(of[layer] for of, *_ in seen), strict=True))
-            self.active[layer] = torch.stack([active[layer] for _, active, _ in seen]).mean(0)
+        for place, of in enumerate((self.active, self.blocks)):
+            of.update({layer: torch.stack([counted[place][layer] for _, counted, _ in seen]).mean(0) for layer in of})
         self.tokens = max(tokens for *_, tokens in seen)
 
     def heads(self) -> dict[str, Tensor]:
@@ -97,6 +102,7 @@ class RecordWatcher(Watcher):
                 layer=layer,
                 **{name: figures[place] for name, figures in of_layers.items()},
                 active_units=self.active[layer].item() / self.units[layer],
+                active_blocks=self.blocks[layer].item() if layer in self.blocks else None,
             )
             for place, layer in enumerate(sorted(self.attention))
         )

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from types import NoneType
 from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
-VERSION = 4  # of the schema; files that name none have the first
+VERSION = 5  # of the schema; files that name none have the first
 
 
 class About(NamedTuple):
@@ -49,6 +49,7 @@ class LayerRecord:
     ]
     distance_back: Annotated[float, About("tokens", "Distance from a query back to its keys, weighted by λ/Σλ.")]
     active_units: Annotated[float, About("share", "Hidden units of the feed-forward with |activation| > 1e-3.")]
+    active_blocks: Annotated[float | None, About("blocks", "Blocks of units that a router chose for a token.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,9 +202,17 @@ _TYPES: dict[type[Any], dict[str, Any]] = {
 
 def to_json(record: Record) -> dict[str, Any]:
     """The object that stands for `record` in metrics.jsonl, with numbers that are not finite as they are."""
-    defaults = {field.name: field.default for field in fields(record)}
-    values = {name: value for name, value in asdict(record).items() if value != defaults[name]}
-    return {"step": record.step, "kind": record.kind} | values
+    return {"step": record.step, "kind": record.kind} | _written(record)
+
+
+def _written(record: Any) -> dict[str, Any]:
+    """The fields of a record, or of a part of one, that are not at their defaults."""
+    found: dict[str, Any] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if value != field.default:
+            found[field.name] = [_written(part) for part in value] if isinstance(value, tuple) else value
+    return found
 
 
 def from_json(values: Mapping[str, Any]) -> Record | None:

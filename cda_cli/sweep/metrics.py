@@ -23,6 +23,7 @@ def metrics_of_run(run: RecordedRun) -> dict[str, float]:
         "effective_support": lambda layer: layer.effective_support,
         "sparsity_k": lambda layer: layer.sparsity_k,
         "active_units": lambda layer: layer.active_units,
+        "active_blocks": lambda layer: math.nan if layer.active_blocks is None else layer.active_blocks,
     }
     found = {
         "loss": last.loss if last else math.nan,

@@ -41,6 +41,17 @@ def test_tables_have_means_and_paired_differences(cda: Cda, sweep: Path, trained
     assert document["arms"][1]["runs"][2]["error"] == "it burst; use a smaller --lr"
 
 
+def test_the_blocks_that_routers_choose_have_a_column_where_there_are_routers(
+    cda: Cda, sweep: Path, trained: Path
+) -> None:
+    assert "active units  blocks" not in cda("sweep", sweep, "--no-run").out
+    write_run(trained / "sparse" / "seed-2", [8.0, 6.0, 5.0, 4.5], active_blocks=4.5, text={})
+    lines = [" ".join(line.split()) for line in cda("sweep", sweep, "--no-run").out.splitlines()]
+    assert any(line.startswith("arm tokens time") and line.endswith("active units blocks") for line in lines)
+    assert any(line.startswith("sparse ") and line.endswith("75.0% 4.50") for line in lines)
+    assert any(line.startswith("plain ") and line.endswith("75.0% –") for line in lines)
+
+
 def test_arms_that_are_validated_on_unequal_text_are_said_to_be(cda: Cda, sweep: Path) -> None:
     words = "a difference is also that of the text"
     assert words not in " ".join(cda("sweep", sweep, "--no-run").out.split())

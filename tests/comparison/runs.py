@@ -22,6 +22,7 @@ def write_run(
     tokens_per_second: float = 1000.0,
     validated: bool = True,
     averaged: float | None = None,
+    active_blocks: float | None = None,
     text: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a run with a record every 10 steps, of these `bits` per byte; with `text`, its checkpoint tells that.
@@ -32,11 +33,12 @@ def write_run(
     run = Run(path)
     run.write_config(resolve("tiny", flags={"optim.steps": 10 * max(1, len(bits)), **(flags or {})}))
     metrics = run.open_metrics(0)
+    train = replace(TRAIN, layers=tuple(replace(layer, active_blocks=active_blocks) for layer in TRAIN.layers))
     for number, value in enumerate(bits, start=1):
         step = 10 * number
         tokens = tokens_per_step * step
         metrics.write(
-            replace(TRAIN, step=step, tokens=tokens, bits_per_byte=value, tokens_per_second=tokens_per_second)
+            replace(train, step=step, tokens=tokens, bits_per_byte=value, tokens_per_second=tokens_per_second)
         )
         if validated:
             ema = None if averaged is None else value - averaged

@@ -328,6 +328,7 @@ def test_what_training_records_are_means_over_the_heads_of_a_layer() -> None:
         heads = [head for head in report.heads if head.layer == layer]
         assert values.pop("layer") == layer
         assert 0.5 < values.pop("active_units") <= 1
+        assert values.pop("active_blocks") is None
         assert set(values) == {"sparsity_k", "effective_support", "capped_share", "distance_back"}
         for name, value in values.items():
             assert value == pytest.approx(sum(head.measures[name] for head in heads) / 2, rel=1e-5)

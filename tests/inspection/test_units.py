@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cda_cli.inspection import units
+from cda_cli.inspection import RecordWatcher, units
 from cda_cli.inspection.residual import ResidualStream, massive_activations
 from cda_cli.inspection.units import UnitCensus, UnitFigures, units_in_use
-from cda_cli.model.observe import ObservedFeedForward
+from cda_cli.model.observe import ObservedAttention, ObservedFeedForward, observing
+from tests.model.cases import build, tiny, tokens
 
 
 def census(activations: Tensor, to_out: Tensor | None = None, chosen: Tensor | None = None) -> UnitFigures:
@@ -82,3 +83,22 @@ def test_massive_activations_are_large_and_far_above_the_median() -> None:
     assert found.massive_channels == [3]
     assert found.largest_activation == 500
     assert found.largest_over_median == pytest.approx(5000)
+
+
+@pytest.mark.parametrize(("router", "k"), [("hard-topk-blocks", 2.0), ("blocks", 3.0)])
+def test_training_records_how_many_blocks_a_router_chooses(router: str, k: float) -> None:
+    """With soft top-k another number on each token."""
+    model, watcher, chosen = build(tiny(ff=router, ff_k=k, ff_tolerance=0.3)), RecordWatcher(), []
+
+    def see(seen: ObservedAttention | ObservedFeedForward) -> None:
+        if isinstance(seen, ObservedFeedForward):
+            assert seen.chosen is not None
+            chosen.append(seen.chosen.sum(-1).double().mean().item())
+
+    with torch.no_grad():
+        with observing(model, see):
+            model(tokens(model.config))
+        with watcher.watching(model):
+            model(tokens(model.config))
+    assert [layer.active_blocks for layer in watcher.recorded().layers] == chosen
+    assert (chosen == [2.0, 2.0]) == (router == "hard-topk-blocks")
