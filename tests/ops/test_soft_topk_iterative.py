@@ -100,16 +100,17 @@ def test_parity_whatever_the_annealing(data: st.DataObject) -> None:
         assert_parity(backend, random_rows(*shape, seed=seed).to(dtype), budget, mask, **settings)
 
 
-def test_in_the_kernels_rounding_does_not_add_up_over_the_iterations() -> None:
+@pytest.mark.parametrize(("rows", "n", "seed"), [(256, 22, 3), (4, 17_000, 2)], ids=["in registers", "in parts"])
+def test_in_the_kernels_rounding_does_not_add_up_over_the_iterations(rows: int, n: int, seed: int) -> None:
     """At one ε they do not iterate on a, which is rounded to 1e-7: 2e-6 of a weight at ε = 0.05, for each iteration.
 
-    The published result is off by 4e-6 in these rows.
+    The published result is off by 1.3e-5 and 8e-6 in these rows.
     """
-    scores = random_rows(256, 22, seed=3)
-    budget = 0.2 + 22 * torch.rand(256, generator=torch.Generator().manual_seed(3))
+    scores = random_rows(rows, n, seed=seed)
+    budget = 0.2 + n / 5 * torch.rand(rows, generator=torch.Generator().manual_seed(seed)).square()
     settings = {"eps": 0.05, "n_iters": 25, "eps_init": 0.05}
     weights = soft_topk_of("triton")(scores, budget, solver="iterative", **settings)
-    assert_within(weights, published(scores.double(), budget.double(), **settings), 3e-6, "λ")
+    assert_within(weights, published(scores.double(), budget.double(), **settings), 5e-6, "λ")
 
 
 def test_eps_is_decayed_once_more_after_the_last_update() -> None:

@@ -59,13 +59,25 @@ def _next_a(log_k, origin, total, eps):
 
 @triton.jit
 def _is_near(level, origin, scale):
-    """Whether the exponentials of all rows still reach: min(d, −a) lies within FAINT of their origin."""
+    """Whether the exponentials still reach: the min(d, −a) of a row lies within FAINT of their origin."""
+    return tl.abs(level - origin) * scale < 40
+
+
+@triton.jit
+def _are_near(level, origin, scale):
+    """Whether they do in all rows."""
     return tl.max(tl.abs(level - origin), 0) * scale < 40
 
 
 @triton.jit
-def _exponentials(d, origin, scale):
-    return exp2(tl.minimum((d - origin[:, None]) * scale, HIGHEST))
+def _exponentials(above_origin, scale):
+    return exp2(tl.minimum(above_origin * scale, HIGHEST))
+
+
+@triton.jit
+def _next_cut(budget, total):
+    """exp((−a − origin)/ε) of the next a, by a sum of exponentials relative to `origin`."""
+    return tl.where(total == 0, 1.0, total) / budget
 
 
 @triton.jit(do_not_specialize=["n_iters"])
@@ -90,18 +102,18 @@ def iterative_forward_kernel(
     for t in range(1, n_iters):
         eps = tl.load(steps + t)
         level = tl.minimum(-a, 0.0)
-        if (scale != LOG2E / eps) | ~_is_near(level, origin, scale):
+        if (scale != LOG2E / eps) | ~_are_near(level, origin, scale):
             origin, scale = level, LOG2E / eps
-            e, cut = _exponentials(d, origin, scale), exp2((-a - origin) * scale)
+            e, cut = _exponentials(d - origin[:, None], scale), exp2((-a - origin) * scale)
         total = tl.sum(tl.minimum(e, cut[:, None]), 1)
         a = _next_a(log_k, origin, total, eps)
-        cut = tl.where(total == 0, 1.0, total) / budget
+        cut = _next_cut(budget, total)
         history += R
         tl.store(history, a - top, mask=exists)
     level = tl.minimum(-a, 0.0)
-    if (scale != LOG2E / last_eps) | ~_is_near(level, origin, scale):
+    if (scale != LOG2E / last_eps) | ~_are_near(level, origin, scale):
         origin, scale = level, LOG2E / last_eps
-        e, cut = _exponentials(d, origin, scale), exp2((-a - origin) * scale)
+        e, cut = _exponentials(d - origin[:, None], scale), exp2((-a - origin) * scale)
     values = e * (1 / cut)[:, None]
     store_entries(weights, offset, tl.minimum(values, 1.0, propagate_nan=tl.PropagateNan.ALL), inside, WHOLE)
 
@@ -118,22 +130,34 @@ def iterative_forward_parts_kernel(
         top = tl.maximum(top, tl.max(s, 0))
         visible += tl.sum(_visible(s), 0)
     top = finite_or_0(top)
-    log_k = tl.log2(held_budget(tl.load(budgets + row))) + 0 * visible
+    budget = held_budget(tl.load(budgets + row)) + 0 * visible
+    log_k = tl.log2(budget)
     a = _next_a(log_k, -top, visible, tl.load(steps))
     history += row
     tl.store(history, a - top)
+    origin, scale, cut = 0.0, 0.0, 0.0
     for t in range(1, n_iters):
         eps = tl.load(steps + t)
         level, total = tl.minimum(-a, 0.0), 0.0
+        if (scale != LOG2E / eps) | ~_is_near(level, origin, scale):
+            origin, scale = level, LOG2E / eps
+            cut = exp2((-a - origin) * scale)
         for start in range(0, n, BLOCK):
             s = _load_scores(rows + row * n + start, column, column < n - start)
-            total += tl.sum(exp2((tl.minimum(s - top, -a) - level) * (LOG2E / eps)), 0)
-        a = _next_a(log_k, level, total, eps)
+            total += tl.sum(tl.minimum(_exponentials(s - top - origin, scale), cut), 0)
+        a = _next_a(log_k, origin, total, eps)
+        cut = _next_cut(budget, total)
         history += R
         tl.store(history, a - top)
+    level = tl.minimum(-a, 0.0)
+    if (scale != LOG2E / last_eps) | ~_is_near(level, origin, scale):
+        origin, scale = level, LOG2E / last_eps
+        cut = exp2((-a - origin) * scale)
     for start in range(0, n, BLOCK):
         s = _load_scores(rows + row * n + start, column, column < n - start)
-        store_entries(weights + row * n + start, column, weights_of(s - top, a, last_eps), column < n - start)
+        values = _exponentials(s - top - origin, scale) * (1 / cut)
+        values = tl.minimum(values, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        store_entries(weights + row * n + start, column, values, column < n - start)
 
 
 @triton.jit
@@ -170,10 +194,10 @@ def iterative_backward_kernel(
         a = tl.load(history, mask=exists, other=0.0) + top
         eps = tl.load(steps + t + 1)
         level = tl.minimum(-a, 0.0)
-        if (scale != LOG2E / eps) | ~_is_near(level, origin, scale):
+        if (scale != LOG2E / eps) | ~_are_near(level, origin, scale):
             grad -= e * sent
             origin, scale, sent = level, LOG2E / eps, tl.zeros_like(d)
-            e = _exponentials(d, origin, scale)
+            e = _exponentials(d - origin[:, None], scale)
         free = saturated(level[:, None] - d, SHARP, 1.0)  # 1 where s + a ≤ 0, else 0
         count, rest = sums(free, free * e)
         passed = (BLOCK - count) * exp2((level - origin) * scale)
