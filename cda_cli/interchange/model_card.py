@@ -97,7 +97,7 @@ def _sparsity(restored: Restored) -> str:
     if found is None or not found.layers:
         return "The run has no record of what its layers select.\n"
     about = {name: get_args(hint)[1] for name, hint in get_type_hints(LayerRecord, include_extras=True).items()}
-    names = [field.name for field in fields(LayerRecord)]
+    names = [field.name for field in fields(LayerRecord) if getattr(found.layers[0], field.name) is not None]
     rows = [[f"{getattr(layer, name):.4g}" for name in names] for layer in found.layers]
     how = (
         f"Measured at training step {found.step:,}, with the weights as trained: means over the heads of a layer and "

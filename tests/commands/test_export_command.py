@@ -38,6 +38,8 @@ def test_a_run_becomes_a_folder(cda: Cda, finished: Path, tmp_path: Path) -> Non
     assert f"{validation['loss']:.4f} ± {validation['standard_error']:.4f} nats per token" in text
     assert f"{validation['bits_per_byte']:.4f} ± " in text
     assert f"| {layers[1]['effective_support']:.4g} |" in text
+    assert "active_units" in text
+    assert "active_blocks" not in text, "the run has no router"
     assert "6 steps, 768 tokens" in text
     assert str(finished) not in text, "the card tells where the run lies"
 
