@@ -215,8 +215,8 @@ def _tuning(result: Result) -> Section:
     steps = [sweep.steps(name) or 0 for name, arm in sweep.spec.arms.items() if not arm.begins]
     if tune and tune.steps and max(steps, default=0) > tune.steps:
         sentences.append(
-            f"They had {tune.steps:,} of {max(steps):,} steps, but for forks: what is best then need not be so at the "
-            "end."
+            f"These runs had {tune.steps:,} of {max(steps):,} steps, but for forks: what is best then need not be so "
+            "at the end."
         )
     return Section("Tuning, validation loss", sentences, ["arm", "loss", ""], rows)
 

@@ -269,6 +269,7 @@ class SigmoidTopKBlocks(RoutedBlocks):
     """
 
     def weights(self, gate: Tensor) -> Tensor:
+        # The scores decide, since the sigmoids of large ones round to the same.
         kept = largest_entries(gate, max(1, int(self.config.ff_k)))
         return (gate.float() / self.config.ff_eps).sigmoid().where(kept, 0)
 

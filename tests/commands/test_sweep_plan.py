@@ -43,7 +43,7 @@ def test_each_arm_goes_on_with_what_its_tuning_chose(cda: Cda, sweep: Path, tune
         "sparse, optim.lr=1e-1 failed",
         "sparse, optim.lr=1e-1, failed: it burst",
         "sparse came out with the smallest optim.lr of its grid; one beyond it may be better.",
-        "They had 3 of 40 steps, but for forks: what is best then need not be so at the end.",
+        "These runs had 3 of 40 steps, but for forks: what is best then need not be so at the end.",
     ):
         assert line in lines, f"{line!r} is not in:\n{done.out}"
     assert "plain came out" not in done.out

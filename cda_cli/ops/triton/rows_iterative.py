@@ -16,6 +16,7 @@ from .row_tiles import SHARP, exp2, load_entries, place_rows, saturated, store_e
 LOG2E = tl.constexpr(math.log2(math.e))
 # About exp(28), the reach of one shift. An entry of weight 1 that lies further below has an exponent with lost digits.
 FAINT = tl.constexpr(2.0**40)
+FAINT_LOG2 = tl.constexpr(40.0)
 HIGHEST = tl.constexpr(100.0)  # An entry whose exponent is higher is certainly capped.
 LEAST_BUDGET = tl.constexpr(1e-20)
 MOST_BUDGET = tl.constexpr(torch.finfo(torch.float32).max)
@@ -60,13 +61,13 @@ def _next_a(log_k, origin, total, eps):
 @triton.jit
 def _is_near(level, origin, scale):
     """Whether the exponentials still reach: the min(d, −a) of a row lies within FAINT of their origin."""
-    return tl.abs(level - origin) * scale < 40
+    return tl.abs(level - origin) * scale < FAINT_LOG2
 
 
 @triton.jit
 def _are_near(level, origin, scale):
     """Whether they do in all rows."""
-    return tl.max(tl.abs(level - origin), 0) * scale < 40
+    return tl.max(tl.abs(level - origin), 0) * scale < FAINT_LOG2
 
 
 @triton.jit
