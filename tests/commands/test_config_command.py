@@ -36,7 +36,7 @@ def test_every_setting_is_there_with_all_that_is_known_of_it(cda: Cda) -> None:
     words = " ".join(result.out.split())
     assert "optim.lr = 0.003 (preset tiny) Peak learning rate, of Muon and AdamW alike. " in words
     assert (
-        "Allowed: number > 0, ≤ 1000. Default: base 0.0006, seed 0.0001, small 0.001, tiny 0.003. Flag: --lr." in words
+        "Allowed: number > 0, ≤ 1000. Default: base 0.001, seed 0.0001, small 0.001, tiny 0.003. Flag: --lr." in words
     )
     assert "optim.ema_decay = 0 (default) Decay of a moving average" in words
     assert "Allowed: number ≥ 0, < 1. Default: 0." in words
