@@ -39,6 +39,11 @@ class Attempt:
     commit: str = ""
     versions: str = ""
 
+    @property
+    def arm(self) -> str:
+        """The arm or the trunk of the job."""
+        return self.job.partition(",")[0]
+
 
 def append(folder: Path, attempt: Attempt) -> None:
     with (folder / FILE).open("a+b") as file:

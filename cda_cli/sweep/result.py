@@ -260,7 +260,8 @@ class Result:
 
 def collect(sweep: Sweep, command: str) -> Result:
     """Reads what the runs of a sweep have recorded so far."""
-    known = attempts.read(sweep.out)
+    names = {*sweep.spec.arms, *sweep.spec.trunks}
+    known = [attempt for attempt in attempts.read(sweep.out) if attempt.arm in names]
     latest = attempts.latest(known)
     tuned = {arm: _tuned(sweep, arm, latest) for arm in sweep.spec.arms}
     worse = {arm: sweep.worse_at_first(arm) for arm in sweep.spec.arms}

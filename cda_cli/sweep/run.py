@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from cda_cli.config import Config
 from cda_cli.errors import CdaError, ConfigError, DeviceError
 from cda_cli.signals import StopRequest
-from cda_cli.storage import only_writer
+from cda_cli.storage import holds_run, only_writer
+from cda_cli.sweep import attempts
 from cda_cli.sweep.attempts import commit, machine, versions
 from cda_cli.sweep.claims import register
 from cda_cli.sweep.jobs import Display, Runner, Slot
@@ -66,6 +67,7 @@ def _require_texts(sweep: Sweep) -> None:
 
 def check_sweep(sweep: Sweep) -> None:
     """Raises ConfigError, before anything is trained, for what could not come to a result."""
+    _require_own_folder(sweep)
     sweep.check(count_parameters)
     wants, measured = sweep.spec.eval, dict[str, None]()  # names, in the order of the file
     if wants and wants.cut:
@@ -87,6 +89,15 @@ def check_sweep(sweep: Sweep) -> None:
         except CdaError as error:
             raise ConfigError(f"{sweep.file}: eval.tasks: {error}") from error
     _require_measured(sweep, measured)
+
+
+def _require_own_folder(sweep: Sweep) -> None:
+    """Raises ConfigError where the folder is that of a run, or of a sweep that shares no arm with the file."""
+    if sweep.out.is_dir() and holds_run({entry.name for entry in sweep.out.iterdir()}):
+        raise ConfigError(f"{sweep.out} is the folder of a run; choose another --out")
+    held = dict.fromkeys(attempt.arm for attempt in attempts.read(sweep.out))
+    if held and held.keys().isdisjoint({*sweep.spec.arms, *sweep.spec.trunks}):
+        raise ConfigError(f"{sweep.out} has the runs of another sweep ({', '.join(held)}); choose another --out")
 
 
 def _require_measured(sweep: Sweep, measured: Collection[str]) -> None:

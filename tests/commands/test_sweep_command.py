@@ -217,6 +217,19 @@ def test_an_evaluation_waits_for_its_own_run_alone(sweep: Path) -> None:
     assert [running.job.name for running in display.running] == ["plain, seed 0", "plain, seed 0, evaluation"]
 
 
+def test_a_folder_of_something_else_is_refused(cda: Cda, sweep: Path, trained: Path) -> None:
+    """Its runs would lie among others, and the hours of the result would be those of both."""
+    run = trained / "plain" / "seed-0"
+    names = sorted(path.name for path in run.iterdir())
+    assert_refused(cda("sweep", sweep, "--out", run), "is the folder of a run; choose another --out")
+    sweep.write_text(FILE.replace("plain:", "dense:").replace("sparse:", "few:"))
+    assert_refused(cda("sweep", sweep), "has the runs of another sweep (plain, sparse); choose another --out")
+    assert sorted(path.name for path in run.iterdir()) == names
+    sweep.write_text(FILE.replace("plain:", "dense:"))
+    hours = json.loads(cda("sweep", sweep, "--no-run", "--json").out)["hours"]
+    assert hours == 1.5, "those of an arm that is no longer in the file are counted"
+
+
 def test_a_run_that_began_with_other_settings_is_refused(cda: Cda, sweep: Path, trained: Path) -> None:
     """A table that mixed them would be of neither file."""
     Sweep(read_spec(sweep), sweep, trained).jobs()[0].prepare()
