@@ -62,7 +62,7 @@ class RunResult:
 class Tuned:
     """A run of a grid: its point, the validation loss that it came to, and whether it was chosen.
 
-    A run that has not finished has the loss NaN, and a failed one an error.
+    A run that has not finished has the loss NaN, and a failed one an error. None is chosen before all have ended.
     """
 
     point: Point
@@ -285,10 +285,12 @@ def _dropped(sweep: Sweep, run: RunResult) -> RunResult:
 
 
 def _tuned(sweep: Sweep, arm: str, latest: Mapping[str, Attempt]) -> list[Tuned]:
-    found, chosen = [], sweep.chosen(arm)
-    for point in sweep.spec.points(arm):
-        job = sweep.tuning_job(arm, point)
-        found.append(Tuned(point, job.loss(), _state(arm, job, latest).error, point == chosen))
+    runs = [(point, sweep.tuning_job(arm, point)) for point in sweep.spec.points(arm)]
+    found = [Tuned(point, job.loss(), _state(arm, job, latest).error, is_chosen=False) for point, job in runs]
+    has_gone_on = any(sweep.job(arm, seed, None).settings_file.exists() for seed in sweep.spec.seeds)
+    if has_gone_on or all(each.error or math.isfinite(each.loss) for each in found):
+        chosen = sweep.chosen(arm)
+        found = [replace(each, is_chosen=each.point == chosen) for each in found]
     return found
 
 

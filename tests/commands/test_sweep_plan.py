@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,14 @@ def test_each_arm_goes_on_with_what_its_tuning_chose(cda: Cda, sweep: Path, tune
     ):
         assert line in lines, f"{line!r} is not in:\n{done.out}"
     assert "plain came out" not in done.out
+
+
+def test_none_is_chosen_before_all_of_its_tuning_has_ended(cda: Cda, sweep: Path, tuned: Path) -> None:
+    shutil.rmtree(tuned / "plain" / "tune" / "optim.lr=1e-1")
+    done = cda("sweep", sweep, "--no-run").out
+    assert "plain, optim.lr=1e-2" in done
+    assert [line.split(",")[0] for line in done.splitlines() if line.endswith("chosen")] == ["sparse"]
+    assert "plain came out" not in done
 
 
 def test_a_failed_tuning_is_tried_again_and_changes_no_arm_that_has_gone_on(cda: Cda, sweep: Path, tuned: Path) -> None:
