@@ -46,7 +46,7 @@ def sweep(
     The same command goes on where it was stopped, and tries again what failed. What failed stays in the result, and
     the command then exits with 1.
     """
-    from cda_cli.console import SweepDisplay, print_json, show_sweep, sweep_markdown
+    from cda_cli.console import SweepDisplay, note, print_json, show_sweep, sweep_markdown
     from cda_cli.errors import ConfigError, TrainingError
     from cda_cli.plots import require_plot
     from cda_cli.storage import write_file
@@ -55,7 +55,7 @@ def sweep(
     from cda_cli.sweep.pictures import draw_sweep
     from cda_cli.sweep.plan import Sweep
     from cda_cli.sweep.result import collect
-    from cda_cli.sweep.run import check_devices, check_sweep, run_sweep
+    from cda_cli.sweep.run import check_machine, check_sweep, run_sweep
 
     if plot:
         require_plot(plot)
@@ -68,7 +68,9 @@ def sweep(
         raise ConfigError(f"{file} holds time equal, which runs on one device take from each other; leave --jobs out")
     check_sweep(planned)
     if run:
-        check_devices(slots)
+        check_machine(planned, slots)
+        for remark in planned.remarks():
+            note(remark)
         with SweepDisplay() as display:
             run_sweep(planned, slots, display)
     result = collect(planned, shlex.join(["cda", *sys.argv[1:]]))

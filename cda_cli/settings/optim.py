@@ -68,3 +68,12 @@ class OptimSettings(Table):
     max_refused: Annotated[
         int, Setting("Batches in a row without a finite loss and gradient after which a run ends.", ge=1)
     ] = 5
+
+    def warnings(self) -> list[str]:
+        """Returns a sentence about settings that are allowed but can hardly be meant."""
+        if self.steps >= self.warmup_steps:
+            return []
+        return [
+            f"the warm-up of {self.warmup_steps:,} steps is longer than the run of {self.steps:,}, so the learning "
+            "rate never reaches its peak; set optim.warmup_steps"
+        ]

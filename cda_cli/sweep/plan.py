@@ -210,6 +210,14 @@ class Sweep:
         tokens = {each.run.eval_batches * each.optim.batch_size * each.model.seq_len for each in configs}
         return len(tokens) == 1 and all(each.data == configs[0].data for each in configs)
 
+    def remarks(self) -> list[str]:
+        """A sentence about settings that are allowed but can hardly be meant, after the first run that has them."""
+        found: dict[str, str] = {}
+        for job in [*self.tuning_jobs(), *(self.job(arm, self.spec.seeds[0], None) for arm in self._measured())]:
+            for sentence in job.config.optim.warnings():
+                found.setdefault(sentence, job.name)
+        return [f"{name}: {sentence}" for sentence, name in found.items()]
+
     def check(self, count_parameters: Callable[[Config], int]) -> None:
         """Raises ConfigError where arms differ in what is held equal, or runs began with other settings."""
         configs = {}

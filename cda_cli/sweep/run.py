@@ -25,10 +25,8 @@ PART = re.compile(rf"{re.escape(EVALUATED)}(?:tasks\.(.+)\.metrics\.|([\w-]+\[\d
 def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
     """Trains what is missing.
 
-    Raises ConfigError if a text is missing, InterruptedRunError once it was stopped, and StorageError if another
-    process runs this sweep.
+    Raises InterruptedRunError once it was stopped, and StorageError if another process runs this sweep.
     """
-    _require_texts(sweep)
     with StopRequest() as stop, only_writer(sweep.out / LOCKED, lambda _: None):
         register(sweep.spec, sweep.out)
         runner = Runner(slots, sweep.out, display, stop, machine(), commit(), versions())
@@ -37,8 +35,13 @@ def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
             stop.check("stopped, and what was running is saved; the same command goes on")
 
 
-def check_devices(slots: Sequence[Slot]) -> None:
-    """Raises ConfigError, before anything is trained, for a device of a slot that this machine does not have."""
+def check_machine(sweep: Sweep, slots: Sequence[Slot]) -> None:
+    """Raises ConfigError, before anything is trained, for a device or a text that this machine does not have."""
+    _require_devices(slots)
+    _require_texts(sweep)
+
+
+def _require_devices(slots: Sequence[Slot]) -> None:
     if devices := {slot.device for slot in slots if slot.device}:
         from cda_cli.runtime import pick_device
 

@@ -329,7 +329,8 @@ def with_vocabulary(config: Config, data: RunData, trained: Config | None = None
 
 def config_warnings(config: Config) -> list[str]:
     """Returns a sentence about each setting that is allowed but can hardly be meant."""
-    return attention_rule(config.model).warnings() + feed_forward_activation(config.model).warnings()
+    model = config.model
+    return attention_rule(model).warnings() + feed_forward_activation(model).warnings() + config.optim.warnings()
 
 
 def describe_backend(config: Config, choice: Choice) -> str:
