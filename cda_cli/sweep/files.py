@@ -70,8 +70,9 @@ def _is_of_all_arms(spec: Spec, fault: str) -> bool:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first fault that pydantic found, as one sentence with the key."""
-    fault = error.errors()[0]
+    """The first fault that pydantic found, unknown keys before others, as one sentence with the key."""
+    # A key that is written wrongly is also missing, and what it says of the first helps more.
+    fault = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     path = [str(part) for part in fault["loc"]]
     where, message = ".".join(path), requirement(fault["msg"])
     if fault["type"] == "extra_forbidden":

@@ -26,6 +26,11 @@ WRONG: dict[str, tuple[str, str]] = {
         FILE.replace("attention: softmax", "attention: sofmax"),
         "sweep.yaml: arms.plain: model.attention = 'sofmax' is not possible",
     ),
+    "a required key that is misspelt": (FILE.replace("seeds", "sedes"), "unknown key 'sedes': did you mean 'seeds'?"),
+    "a key of a claim that is missing": (
+        f"{FILE}compare: {{arm: sparse, margin: 1}}",
+        "the key 'compare.0.claim' is missing",
+    ),
     "no seed": (FILE.replace("[0, 1, 2]", "[0, one]"), "seeds.1 = 'one' is not possible"),
     "no seeds": (FILE.replace("[0, 1, 2]", "[]"), "seeds is empty; give at least one seed"),
     "no arm at all": ("arms: {}\nseeds: [0]", "arms is empty; give at least one arm"),
@@ -88,7 +93,7 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "a wrong key of a claim": (
         f"{FILE}compare: {{arm: sparse, clam: superior, margin: 1}}",
-        "the key 'compare.0.claim' is missing",
+        "unknown key 'compare.0.clam': did you mean 'claim'?",
     ),
     "a wrong cut": (f"{FILE}eval: {{cut: [tip:4]}}", "eval.cut: "),
     "a claim of an evaluation that there is not": (
