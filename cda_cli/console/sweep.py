@@ -233,7 +233,7 @@ def _evaluated(result: Result) -> Section:
 
 
 def _columns(result: Result) -> list[str]:
-    return ["arm", "seeds", result.measure.column, "deviation", f"− {result.sweep.spec.control}", "95 % interval"]
+    return ["arm", "seeds", result.measure.column, "deviation", "− control", "95 % interval"]
 
 
 def _loss(result: Result, arm: ArmResult, prefix: str) -> list[str]:
@@ -269,7 +269,7 @@ def _curve(result: Result, curve: Curve) -> Section:
 def _explanations(result: Result) -> list[str]:
     if len(result.arms) == 1:
         return []
-    found = ["Differences are paired by seed."]
+    found = [f"Differences from {result.sweep.spec.control}, the control, are paired by seed."]
     others = [arm for arm in result.arms if arm.name != result.sweep.spec.control]
     if any(math.isfinite(arm.difference(result.measure.metric).low) for arm in others):
         found = [f"{found[0]} Their interval is Student's, over seeds; it leaves out the choice of the text."]

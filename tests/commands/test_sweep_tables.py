@@ -116,7 +116,7 @@ def test_claims_are_registered_and_decided(cda: Cda, sweep: Path, trained: Path)
 def test_one_seed_has_no_interval_and_the_result_says_what_would(cda: Cda, sweep: Path, trained: Path) -> None:
     sweep.write_text(FILE.replace("[0, 1, 2]", "[0]").replace("sparse:", "sparse:\n  near:") + CLAIMS)
     lines = cda("sweep", sweep, "--no-run").out.splitlines()
-    assert "Differences are paired by seed." in lines
+    assert "Differences from plain, the control, are paired by seed." in lines
     assert "One seed gives no interval; give two or more." in lines
     assert lines.count("Not decided: 1 seed has both runs; two or more decide.") == 2
     assert not [line for line in lines if "Student" in line or "level" in line], "an interval is explained"
@@ -188,7 +188,7 @@ def test_tasks_are_scored_by_length(cda: Cda, sweep: Path, trained: Path) -> Non
         "data task:mqar, length 8..16, vocab 64, density 0.5, power 0.01",
         "steps 20",
         "Scored: 100 sequences of each length. Trained on: task:mqar, length 8..16, vocab 64, density 0.5, power 0.01.",
-        "arm seeds nats/token deviation − plain 95 % interval support",
+        "arm seeds nats/token deviation − control 95 % interval support",
         "plain 3/3 3.5000 1.7436 – – 6.6",
         "Exact match by length (task:mqar?density=0.5), %",
         "arm 8 32",
