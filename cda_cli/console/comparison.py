@@ -111,6 +111,7 @@ def sections(result: Result) -> list[Section]:
         *(_equal(result, axis) for axis in ("tokens", "seconds")),
         _speed(result),
         *([_recorded_attention(result)] if models is None else _of_models(result, models)),
+        *([_feed_forward(result)] if any(key.startswith("model.ff") for key in result.differing) else []),
     ]
 
 
@@ -165,6 +166,15 @@ def _recorded_attention(result: Result) -> Section:
         means = (_mean(write, [getattr(layer, name) for layer in run.layers]) for run in result.runs)
         rows.append((words, *means))
     return Section(title, (), ("", *result.letters), rows)
+
+
+def _feed_forward(result: Result) -> Section:
+    """What the newest train records have of the units, and of the blocks that a router chose."""
+    rows = [("active units", *(_mean(share, [layer.active_units for layer in run.layers]) for run in result.runs))]
+    blocks = [[each for layer in run.layers if (each := layer.active_blocks) is not None] for run in result.runs]
+    if any(blocks):
+        rows.append(("blocks of a token", *(_mean(lambda value: f"{value:.2f}", each) for each in blocks)))
+    return Section("Feed-forward in the newest train records, means over layers", (), ("", *result.letters), rows)
 
 
 def _of_models(result: Result, models: Models) -> list[Section]:

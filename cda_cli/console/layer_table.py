@@ -20,6 +20,7 @@ class Measure(NamedTuple):
     fine: str
     coarse: str
     of_budget: bool = False  # means nothing where the rows of attention have no budget
+    of_router: bool = False  # means nothing where no router chooses blocks of units
 
     def range(self, layers: Sequence[LayerRecord], dash: str) -> str:
         """The lowest and the highest value, such as 4.9–9.5, or the one value where both read the same."""
@@ -31,19 +32,26 @@ class Measure(NamedTuple):
 MEASURES = (
     Measure("mean k", "k", lambda layer: layer.sparsity_k, ".3f", ".2f", of_budget=True),
     Measure("effective support", "support", lambda layer: layer.effective_support, ".2f", ".1f"),
-    Measure("capped / k", "capped", lambda layer: layer.capped_share, ".1%", ".0%", of_budget=True),
+    Measure("capped/k", "capped", lambda layer: layer.capped_share, ".1%", ".0%", of_budget=True),
     Measure("distance back", "", lambda layer: layer.distance_back, ".1f", ".1f"),
     Measure("active units", "", lambda layer: layer.active_units, ".1%", ".0%"),
+    Measure("blocks", "", lambda layer: layer.active_blocks or 0.0, ".2f", ".1f", of_router=True),
 )
 
 
-def measures(has_budget: bool) -> list[Measure]:
-    return [measure for measure in MEASURES if has_budget or not measure.of_budget]
+def measures(layers: Sequence[LayerRecord], has_budget: bool) -> list[Measure]:
+    """The measures that mean something for these layers."""
+    has_router = any(layer.active_blocks is not None for layer in layers)
+    return [
+        measure
+        for measure in MEASURES
+        if (has_budget or not measure.of_budget) and (has_router or not measure.of_router)
+    ]
 
 
 def range_words(layers: Sequence[LayerRecord], has_budget: bool, dash: str) -> list[str]:
     """Returns the parts of a plain line: each measure that has a word, over all layers."""
-    shown = [measure for measure in measures(has_budget) if measure.word and layers]
+    shown = [measure for measure in measures(layers, has_budget) if measure.word and layers]
     return [f"{measure.word} {measure.range(layers, dash)}" for measure in shown]
 
 

@@ -114,7 +114,7 @@ class LiveView:
         """The layers in `rows` rows and a header, with as many columns as fit."""
         assert self.status.train
         dash = "-" if options.ascii_only else "–"
-        columns = measures(self.status.plan.has_budget)
+        columns = measures(self.status.train.layers, self.status.plan.has_budget)
         while True:
             made = layer_table(self.status.train.layers, columns, rows, dash)
             # Measured for more columns than there are, as a measurement ends there.

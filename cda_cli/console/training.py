@@ -138,7 +138,8 @@ class TrainingDisplay:
         console.print()
         # Off a terminal nothing is left out.
         most = max(4, console.height - len(rows) - 8) if self._is_live else None
-        print_trimmed(console, layer_table(status.train.layers, measures(status.plan.has_budget), most, self._dash))
+        layers = status.train.layers
+        print_trimmed(console, layer_table(layers, measures(layers, status.plan.has_budget), most, self._dash))
         if self._saved == status.step and (commands := next_commands(status)):
             print_next(console, commands)
 

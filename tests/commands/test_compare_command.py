@@ -64,6 +64,14 @@ def test_records_alone_say_most_of_it(cda: Cda, recorded: tuple[str, str]) -> No
     assert max(map(len, done.out.splitlines())) <= 100
 
 
+def test_feed_forwards_that_differ_have_their_units_and_blocks(cda: Cda, recorded: tuple[str, str]) -> None:
+    title = "Feed-forward in the newest train records, means over layers"
+    assert title not in cda("compare", *recorded, "--no-eval").out
+    write_run(Path("routed"), flags={"model.ff": "blocks"}, active_blocks=4.5, text=TEXT)
+    lines = [" ".join(line.split()) for line in cda("compare", "plain", "routed", "--no-eval").out.splitlines()]
+    assert lines[lines.index(title) :][1:4] == ["A B", "active units 75.0% 75.0%", "blocks of a token – 4.50"]
+
+
 def test_a_verdict_on_unequal_training_says_so(cda: Cda, finished: Path, tmp_path: Path) -> None:
     shorter = tmp_path / "shorter"
     shutil.copytree(finished, shorter)

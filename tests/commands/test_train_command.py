@@ -79,7 +79,7 @@ def test_the_final_table_has_the_last_figures(cda: Cda, tiny: Path, tmp_path: Pa
     assert f"{last['loss']:.4f}" in table
     assert f"{validation['loss']:.4f} ± {validation['standard_error']:.4f}" in table
     assert f"{last['layers'][1]['effective_support']:.2f}" in table
-    for heading in ("learning rate", "speed", "memory", "mean k", "effective support", "capped / k", "active units"):
+    for heading in ("learning rate", "speed", "memory", "mean k", "effective support", "capped/k", "active units"):
         assert heading in table
 
 

@@ -215,6 +215,19 @@ def test_a_rule_without_a_budget_has_no_k(screen: MakeScreen) -> None:
     assert "capped" not in text
 
 
+def test_the_blocks_that_a_router_chose_have_a_column_within_a_terminal(screen: MakeScreen) -> None:
+    made = screen()
+    display = TrainingDisplay()
+    display.start(PLAN, [])
+    display.show(replace(TRAIN, layers=tuple(replace(layer, active_blocks=4.5) for layer in TRAIN.layers)))
+    display.advance(TRAIN.step, 61.0)
+    display.finish()
+    [header] = [line for line in made.getvalue().splitlines() if line.startswith("layer")]
+    assert header.endswith("active units  blocks")
+    assert len(header) <= 80
+    assert re.search(r"^0 .* 75.0% +4.50$", made.getvalue(), re.MULTILINE)
+
+
 def test_a_run_that_goes_on_knows_what_came_before(screen: MakeScreen) -> None:
     """The best validation may be one of an earlier process."""
     made = screen()
