@@ -99,8 +99,8 @@ def requirement(message: str) -> str:
     return re.sub(r", (?:unable to|got) .*", "", message[:1].lower() + message[1:])
 
 
-def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None, cutoff: float = 0.5) -> str:
     """Returns `did you mean 'NEAREST'?`, or `otherwise` if nothing is near: by default the list of the known words."""
     names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
     return f"did you mean {near[0]!r}?" if near else otherwise or f"known: {', '.join(names)}"

@@ -15,6 +15,8 @@ from cda_cli.errors import UsageError, did_you_mean, requirement
 # Typer has a copy of click in it, or needs click itself, and exports only one of click's errors.
 click_errors: Any = sys.modules[typer.BadParameter.__module__]
 
+NEAR = 0.75  # how much alike options must be for one to be meant; with their dashes all short ones are somewhat
+
 
 class Command(TyperCommand):
     """A command that is told by one UsageError what is wrong, also with an option that is given twice."""
@@ -67,7 +69,7 @@ def _sentence(
     reason = requirement(error.message.rstrip("."))
     if isinstance(error, click_errors.NoSuchOption):
         options = [name for each in command.params for name in (*each.opts, *each.secondary_opts) if name[:2] == "--"]
-        return f"unknown option {error.option_name!r}: {did_you_mean(error.option_name, options, see)}"
+        return f"unknown option {error.option_name!r}: {did_you_mean(error.option_name, options, see, NEAR)}"
     if isinstance(error, click_errors.MissingParameter):
         return f"{error.param.metavar or error.param.name} is missing; {see}"
     if isinstance(error, click_errors.BadParameter):

@@ -11,6 +11,7 @@ from tests.commands.helpers import COMMANDS, Cda, assert_refused
     ("arguments", "words"),
     [
         (["train", "--stpes", "3"], ["unknown option '--stpes'", "did you mean '--steps'?"]),
+        (["eval", "--set", "run.threads=1"], ["unknown option '--set': see `cda eval --help`"]),
         (["train", "--zzzzzzz"], ["unknown option '--zzzzzzz'", "`cda train --help`"]),
         (["train", "-q"], ["unknown option '-q'", "`cda train --help`"]),
         (["train", "--set", "optim.lr=1", "2"], ["argument '2' has no place", "quotes", "`cda train --help`"]),
