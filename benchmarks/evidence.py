@@ -25,9 +25,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from cda_cli.data import is_there
 from cda_cli.signals import StopRequest
 from cda_cli.storage import write_file
 from cda_cli.sweep.files import read_spec
@@ -114,6 +111,21 @@ def run_all(asked: argparse.Namespace, passed_on: Sequence[str], stop: StopReque
 
 
 def main() -> None:
+    with StopRequest() as stop:
+        failed = run_all(*read_arguments(), stop)
+    if stop.signal_number:
+        sys.exit(128 + stop.signal_number)
+    if failed:
+        sys.exit(f"something failed in {', '.join(failed)}; the same command tries it again")
+
+
+def read_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """What was asked for, and the options that are those of `cda sweep`."""
+    # Importing PyTorch takes seconds, in which a Ctrl-C is heard.
+    import torch
+
+    from cda_cli.data import is_there
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FILES)}; all by default")
     parser.add_argument("--out", type=Path, default=Path("runs") / "evidence", help="folder of runs and pages")
@@ -132,12 +144,7 @@ def main() -> None:
     if asked.text and not any(map(takes_text, asked.names or FILES)):
         others = ", ".join(filter(takes_text, FILES))
         parser.error(f"--text changes nothing in {', '.join(asked.names)}; leave it out, or name some of {others}")
-    with StopRequest() as stop:
-        failed = run_all(asked, passed_on, stop)
-    if stop.signal_number:
-        sys.exit(128 + stop.signal_number)
-    if failed:
-        sys.exit(f"something failed in {', '.join(failed)}; the same command tries it again")
+    return asked, passed_on
 
 
 if __name__ == "__main__":
