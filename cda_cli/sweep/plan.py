@@ -19,6 +19,7 @@ from pathlib import Path
 from cda_cli.comparison.recorded import read_run
 from cda_cli.config import Config
 from cda_cli.errors import CdaError, ConfigError
+from cda_cli.sweep import attempts
 from cda_cli.sweep.metrics import metrics_of_evaluation, metrics_of_run
 from cda_cli.sweep.spec import Point, Spec, settings
 from cda_cli.sweep.work import EvalJob, Job, TrainJob
@@ -166,16 +167,19 @@ class Sweep:
     def chosen(self, arm: str) -> Point | None:
         """The point that an arm has gone on with or, before that, the one with the lowest validation loss.
 
-        None if no run of its grid has finished.
+        None before all runs of its grid have ended, and if all have failed.
         """
         points = self.spec.points(arm)
         for point in points:
             # A run of the grid that failed at first must not change what the arm is.
             if any(self.job(arm, seed, point).began_with(point.keys) for seed in self.spec.seeds):
                 return point
-        losses = [(self.tuning_job(arm, point).loss(), point) for point in points]
-        finished = [(loss, point) for loss, point in losses if math.isfinite(loss)]
-        return min(finished, key=lambda each: each[0])[1] if finished else None
+        latest = attempts.latest(attempts.read(self.out))
+        runs = {point.name: self.tuning_job(arm, point) for point in points}
+        if not all(job.is_done() or (job.name in latest and latest[job.name].error) for job in runs.values()):
+            return None
+        finished = [point for point in points if math.isfinite(runs[point.name].loss())]
+        return min(finished, key=lambda point: runs[point.name].loss(), default=None)
 
     def worse_at_first(self, arm: str) -> float:
         """By how much an arm is worse than the control with the first seeds, if it is dropped for that; or else NaN.
@@ -211,11 +215,15 @@ class Sweep:
         return len(tokens) == 1 and all(each.data == configs[0].data for each in configs)
 
     def remarks(self) -> list[str]:
-        """A sentence about settings that are allowed but can hardly be meant, after the first run that has them."""
+        """A sentence about each schedule that can hardly be meant, after the first run that may have it."""
         found: dict[str, str] = {}
-        for job in [*self.tuning_jobs(), *(self.job(arm, self.spec.seeds[0], None) for arm in self._measured())]:
-            for sentence in job.config.optim.warnings():
-                found.setdefault(sentence, job.name)
+        for arm in self._measured():
+            points: list[Point | None] = [*self.spec.points(arm)]
+            for point in points or [None]:
+                tuning = [self.tuning_job(arm, point)] if point else []
+                for job in [*tuning, self.job(arm, self.spec.seeds[0], point)]:
+                    for sentence in job.config.optim.warnings():
+                        found.setdefault(sentence, job.name)
         return [f"{name}: {sentence}" for sentence, name in found.items()]
 
     def check(self, count_parameters: Callable[[Config], int]) -> None:
@@ -233,6 +241,11 @@ class Sweep:
             _require_equal(self.file, "parameters", counts, MOST_UNEQUAL)
         for job in self.runs():
             job.check()
+        for arm in self.spec.arms:
+            points = self.spec.points(arm)
+            if points and self.chosen(arm) is None:  # What the arm has gone on with may have left the grid.
+                for seed in self.spec.seeds:
+                    self.job(arm, seed, points[0]).check()
 
 
 def tokens_of(config: Config) -> int:

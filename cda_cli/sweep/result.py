@@ -219,7 +219,7 @@ class Result:
 
     @property
     def hours(self) -> float:
-        """Those of all processes together."""
+        """Those of all recorded processes of the arms and trunks."""
         return sum(attempt.seconds for attempt in self.attempts) / 3600
 
     @property
@@ -285,12 +285,10 @@ def _dropped(sweep: Sweep, run: RunResult) -> RunResult:
 
 
 def _tuned(sweep: Sweep, arm: str, latest: Mapping[str, Attempt]) -> list[Tuned]:
-    runs = [(point, sweep.tuning_job(arm, point)) for point in sweep.spec.points(arm)]
-    found = [Tuned(point, job.loss(), _state(arm, job, latest).error, is_chosen=False) for point, job in runs]
-    has_gone_on = any(sweep.job(arm, seed, None).settings_file.exists() for seed in sweep.spec.seeds)
-    if has_gone_on or all(each.error or math.isfinite(each.loss) for each in found):
-        chosen = sweep.chosen(arm)
-        found = [replace(each, is_chosen=each.point == chosen) for each in found]
+    found, chosen = [], sweep.chosen(arm)
+    for point in sweep.spec.points(arm):
+        job = sweep.tuning_job(arm, point)
+        found.append(Tuned(point, job.loss(), _state(arm, job, latest).error, point == chosen))
     return found
 
 

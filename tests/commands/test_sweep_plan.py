@@ -11,7 +11,7 @@ from cda_cli.config import resolve
 from cda_cli.sweep import attempts
 from cda_cli.sweep.files import read_spec
 from cda_cli.sweep.plan import Sweep
-from tests.commands.helpers import Cda
+from tests.commands.helpers import Cda, assert_refused
 from tests.commands.sweeps import FILE, attempt
 from tests.comparison.runs import write_run
 
@@ -51,11 +51,38 @@ def test_each_arm_goes_on_with_what_its_tuning_chose(cda: Cda, sweep: Path, tune
 
 
 def test_none_is_chosen_before_all_of_its_tuning_has_ended(cda: Cda, sweep: Path, tuned: Path) -> None:
-    shutil.rmtree(tuned / "plain" / "tune" / "optim.lr=1e-1")
+    attempts.append(tuned, attempt("plain, optim.lr=1e-2"))
+    shutil.rmtree(tuned / "plain" / "tune" / "optim.lr=1e-2")
+    planned = Sweep(read_spec(sweep), sweep, tuned)
+    assert planned.chosen("plain") is None
+    assert {job.name.partition(",")[0] for job in planned.jobs()} == {"sparse"}
     done = cda("sweep", sweep, "--no-run").out
-    assert "plain, optim.lr=1e-2" in done
     assert [line.split(",")[0] for line in done.splitlines() if line.endswith("chosen")] == ["sparse"]
-    assert "plain came out" not in done
+    assert "sparse came out with the smallest" in done
+    assert "plain came out" not in done, "the largest that has finished is called the end of the grid"
+
+
+def test_a_grid_that_lacks_what_an_arm_has_gone_on_with_is_refused(cda: Cda, sweep: Path, tuned: Path) -> None:
+    for job in Sweep(read_spec(sweep), sweep, tuned).jobs():
+        write_run(job.folder, text={})
+        job.prepare()
+    sweep.write_text(sweep.read_text().replace("[1e-3, 1e-2, 1e-1]", "[0.2, 0.3]"))
+    assert_refused(cda("sweep", sweep, "--no-run"), "began with optim.lr 0.01, and the file now has 0.2")
+
+
+@pytest.mark.parametrize(
+    ("steps", "grid", "named"),
+    [
+        (40, "optim.lr: [1e-3]", ["plain, optim.lr=1e-3", "plain, seed 0"]),
+        (100, "optim.lr: [1e-3]", ["plain, optim.lr=1e-3"]),
+        (100, "optim.warmup_steps: [2, 3]", []),
+    ],
+)
+def test_runs_that_end_in_their_warm_up_are_told(sweep: Path, steps: int, grid: str, named: list[str]) -> None:
+    tune = f"tune: {{seed: 9, steps: 3, grid: {{{grid}}}}}\n"
+    sweep.write_text(f"{FILE.replace('steps: 40', f'steps: {steps}')}{tune}")
+    remarks = Sweep(read_spec(sweep), sweep, sweep.parent / "out").remarks()
+    assert [remark.partition(":")[0] for remark in remarks] == named
 
 
 def test_a_failed_tuning_is_tried_again_and_changes_no_arm_that_has_gone_on(cda: Cda, sweep: Path, tuned: Path) -> None:
