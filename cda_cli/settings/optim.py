@@ -71,9 +71,10 @@ class OptimSettings(Table):
 
     def warnings(self) -> list[str]:
         """Returns a sentence about settings that are allowed but can hardly be meant."""
-        if self.steps >= self.warmup_steps:
+        steps = self.schedule_steps or self.steps  # The run of a trunk ends early.
+        if steps >= self.warmup_steps:
             return []
         return [
-            f"the warm-up of {self.warmup_steps:,} steps is longer than the run of {self.steps:,}, so the learning "
+            f"the warm-up of {self.warmup_steps:,} steps is longer than the run of {steps:,}, so the learning "
             "rate never reaches its peak; set optim.warmup_steps"
         ]

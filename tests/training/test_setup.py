@@ -44,6 +44,7 @@ def test_what_is_hardly_meant_is_said(model: dict[str, object], words: str) -> N
 def test_a_run_that_ends_in_its_warm_up_is_told() -> None:
     optim = {"steps": 50, "warmup_steps": 50}
     assert config_warnings(parse({"optim": optim})) == []
+    assert config_warnings(parse({"optim": optim | {"steps": 20, "schedule_steps": 50}})) == [], "a trunk has forks"
     [sentence] = config_warnings(parse({"optim": optim | {"steps": 49}}))
     assert sentence.startswith("the warm-up of 50 steps is longer than the run of 49")
 
