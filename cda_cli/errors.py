@@ -100,7 +100,10 @@ def requirement(message: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None, cutoff: float = 0.5) -> str:
-    """Returns `did you mean 'NEAREST'?`, or `otherwise` if nothing is near: by default the list of the known words."""
-    names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
-    return f"did you mean {near[0]!r}?" if near else otherwise or f"known: {', '.join(names)}"
+    """Returns `did you mean 'NEAREST'?`, or `otherwise` if nothing is near: by default the list of the known words.
+
+    Options are compared without their dashes, which all of them have.
+    """
+    names = {name.lstrip("-"): name for name in sorted(known)}
+    near = difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=cutoff)
+    return f"did you mean {names[near[0]]!r}?" if near else otherwise or f"known: {', '.join(names.values())}"

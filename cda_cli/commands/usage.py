@@ -15,7 +15,7 @@ from cda_cli.errors import UsageError, did_you_mean, requirement
 # Typer has a copy of click in it, or needs click itself, and exports only one of click's errors.
 click_errors: Any = sys.modules[typer.BadParameter.__module__]
 
-NEAR = 0.75  # how much alike options must be for one to be meant; with their dashes all short ones are somewhat
+NEAR = 0.6  # how much alike options must be for one to be meant: many are short, and somewhat alike
 
 
 class Command(TyperCommand):

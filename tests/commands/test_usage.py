@@ -12,6 +12,7 @@ from tests.commands.helpers import COMMANDS, Cda, assert_refused
     [
         (["train", "--stpes", "3"], ["unknown option '--stpes'", "did you mean '--steps'?"]),
         (["eval", "--set", "run.threads=1"], ["unknown option '--set': see `cda eval --help`"]),
+        (["train", "--batch", "8"], ["unknown option '--batch'", "did you mean '--batch-size'?"]),
         (["train", "--zzzzzzz"], ["unknown option '--zzzzzzz'", "`cda train --help`"]),
         (["train", "-q"], ["unknown option '-q'", "`cda train --help`"]),
         (["train", "--set", "optim.lr=1", "2"], ["argument '2' has no place", "quotes", "`cda train --help`"]),
