@@ -292,8 +292,8 @@ def _costs(result: Result) -> Section:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     notes = ["The time of a fork is that after its trunk."] if result.trunks else []
     if result.unrecorded:
-        runs = counted(result.unrecorded, "run")
-        notes.append(f"{runs} ended while no sweep looked on: commit, machine and hours are without them.")
+        runs = counted(result.unrecorded, "run has", "runs have")
+        notes.append(f"{runs} no recorded attempt: commit, machine and hours are without them.")
     return Section("Cost of a run, means over seeds", notes, columns, rows)
 
 

@@ -184,7 +184,7 @@ def test_a_run_that_has_outlived_its_sweep_is_waited_for(cda: Cda, sweep: Path) 
     write_run(out / "sparse" / "seed-0", [8.0, 6.0, 5.0, 4.0], text={})
     lock = hold(out / "plain" / "seed-0")
     run_sweep(Sweep(read_spec(sweep), sweep, out), make_slots(1, None), Release(lock))
-    assert "2 runs ended while no sweep looked on" in cda("sweep", sweep).out
+    assert "2 runs have no recorded attempt" in cda("sweep", sweep).out
 
 
 class Finish(Broken):
