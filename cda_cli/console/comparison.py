@@ -42,6 +42,7 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "median_distance": ("median distance", lambda value: f"{value:.0f}"),
 }
 RECORDED = ("sparsity_k", "effective_support", "capped_share")  # those that train records have too
+FEED_FORWARD = ("model.ff", "optim.ff_l1")  # begin the names of the settings that change its units
 BY_LAYER = ("effective_support", "gate_equivalent")
 
 
@@ -111,7 +112,7 @@ def sections(result: Result) -> list[Section]:
         *(_equal(result, axis) for axis in ("tokens", "seconds")),
         _speed(result),
         *([_recorded_attention(result)] if models is None else _of_models(result, models)),
-        *([_feed_forward(result)] if any(key.startswith("model.ff") for key in result.differing) else []),
+        *([_feed_forward(result)] if any(key.startswith(FEED_FORWARD) for key in result.differing) else []),
     ]
 
 
