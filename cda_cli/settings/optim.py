@@ -71,7 +71,7 @@ class OptimSettings(Table):
 
     def warnings(self) -> list[str]:
         """Returns a sentence about settings that are allowed but can hardly be meant."""
-        steps = self.schedule_steps or self.steps  # The run of a trunk ends early.
+        steps = max(self.steps, self.schedule_steps or 0)  # The run of a trunk ends before its schedule.
         if steps >= self.warmup_steps:
             return []
         return [

@@ -45,6 +45,7 @@ def test_a_run_that_ends_in_its_warm_up_is_told() -> None:
     optim = {"steps": 50, "warmup_steps": 50}
     assert config_warnings(parse({"optim": optim})) == []
     assert config_warnings(parse({"optim": optim | {"steps": 20, "schedule_steps": 50}})) == [], "a trunk has forks"
+    assert config_warnings(parse({"optim": optim | {"schedule_steps": 20}})) == [], "the warm-up is not cut by it"
     [sentence] = config_warnings(parse({"optim": optim | {"steps": 49}}))
     assert sentence.startswith("the warm-up of 50 steps is longer than the run of 49")
 
