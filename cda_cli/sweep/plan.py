@@ -175,11 +175,12 @@ class Sweep:
             if any(self.job(arm, seed, point).began_with(point.keys) for seed in self.spec.seeds):
                 return point
         latest = attempts.latest(attempts.read(self.out))
-        runs = {point.name: self.tuning_job(arm, point) for point in points}
-        if not all(job.is_done() or (job.name in latest and latest[job.name].error) for job in runs.values()):
+        jobs = [self.tuning_job(arm, point) for point in points]
+        if not all(job.is_done() or (job.name in latest and latest[job.name].error) for job in jobs):
             return None
-        finished = [point for point in points if math.isfinite(runs[point.name].loss())]
-        return min(finished, key=lambda point: runs[point.name].loss(), default=None)
+        losses = [(job.loss(), point) for job, point in zip(jobs, points, strict=True)]
+        finished = [(loss, point) for loss, point in losses if math.isfinite(loss)]
+        return min(finished, key=lambda each: each[0])[1] if finished else None
 
     def worse_at_first(self, arm: str) -> float:
         """By how much an arm is worse than the control with the first seeds, if it is dropped for that; or else NaN.
@@ -216,14 +217,14 @@ class Sweep:
 
     def remarks(self) -> list[str]:
         """A sentence about each schedule that can hardly be meant, after the first run that may have it."""
-        found: dict[str, str] = {}
+        jobs = self.tuning_jobs()
         for arm in self._measured():
-            points: list[Point | None] = [*self.spec.points(arm)]
-            for point in points or [None]:
-                tuning = [self.tuning_job(arm, point)] if point else []
-                for job in [*tuning, self.job(arm, self.spec.seeds[0], point)]:
-                    for sentence in job.config.optim.warnings():
-                        found.setdefault(sentence, job.name)
+            points: Sequence[Point | None] = self.spec.points(arm) or (None,)
+            jobs += [self.job(arm, self.spec.seeds[0], point) for point in points]
+        found: dict[str, str] = {}
+        for job in jobs:
+            for sentence in job.config.optim.warnings():
+                found.setdefault(sentence, job.name)
         return [f"{name}: {sentence}" for sentence, name in found.items()]
 
     def check(self, count_parameters: Callable[[Config], int]) -> None:

@@ -10,7 +10,6 @@ from cda_cli.errors import CdaError, ConfigError, DeviceError
 from cda_cli.signals import StopRequest
 from cda_cli.storage import holds_run, only_writer
 from cda_cli.sweep import attempts
-from cda_cli.sweep.attempts import commit, machine, versions
 from cda_cli.sweep.claims import register
 from cda_cli.sweep.jobs import Display, Runner, Slot
 from cda_cli.sweep.plan import Sweep
@@ -29,7 +28,7 @@ def run_sweep(sweep: Sweep, slots: Sequence[Slot], display: Display) -> None:
     """
     with StopRequest() as stop, only_writer(sweep.out / LOCKED, lambda _: None):
         register(sweep.spec, sweep.out)
-        runner = Runner(slots, sweep.out, display, stop, machine(), commit(), versions())
+        runner = Runner(slots, sweep.out, display, stop, attempts.machine(), attempts.commit(), attempts.versions())
         for jobs in sweep.stages():
             runner.run(jobs, sweep.runs())
             stop.check("stopped, and what was running is saved; the same command goes on")

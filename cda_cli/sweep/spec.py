@@ -20,8 +20,7 @@ from cda_cli.settings_table import as_written
 # The metrics of a run that has finished, by their names in JSON.
 METRICS = (
     "loss", "bits_per_byte", "best_loss", "best_bits_per_byte", "best_ema_loss", "tokens", "steps", "seconds",
-    "tokens_per_second", "memory_bytes", "effective_support", "sparsity_k", "active_units",
-    "active_blocks",
+    "tokens_per_second", "memory_bytes", "effective_support", "sparsity_k", "active_units", "active_blocks",
 )  # fmt: skip
 EVALUATED = "eval."  # begins the names of metrics of an evaluation
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")  # of an arm or a trunk, which is the name of a folder
